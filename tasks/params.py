@@ -1,0 +1,334 @@
+"""Every parameter of the chain, typed, in one import-light file.
+
+`params.yaml` has one section per stage and a few that several stages share (`image`, `model`,
+`diffusion`). `load()` validates the whole file at once, so a mistake in the last stage's section
+shows before the first stage works. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
+
+# DVC wants every dependency to exist. A source that is not a local file names the lock file, which
+# pins the package that brings the digits and the client that fetches the rest.
+NO_LOCAL_SOURCE = "requirements.lock"
+
+
+class ParamsError(ValueError):
+    """A parameter file that cannot be used; the message is one sentence naming key and remedy."""
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys and does not convert types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DownloadParams(Section):
+    source: Literal["digits", "cifar10", "folder"]
+    path: str = NO_LOCAL_SOURCE
+    """Local folder, zip or tar of source `folder`; a DVC dependency, so an edit is seen."""
+    url: str | None = None
+    """http(s) address of source `folder`, or a mirror to prefer for `cifar10`."""
+    sha256: str | None = None
+    """Expected sha256 of the file behind `url`; required there, because a remote file can change."""
+    allow_private_addresses: bool = False
+    max_bytes: PositiveInt = 20_000_000_000
+    timeout_seconds: PositiveInt = 3600
+    licence: str = "unknown"
+
+    @model_validator(mode="after")
+    def _check(self) -> DownloadParams:
+        local = self.path != NO_LOCAL_SOURCE
+        if self.source == "folder" and local == (self.url is not None):
+            raise ValueError(
+                "download.source is 'folder', so set either download.path (a local folder, zip or tar) "
+                "or download.url, and not both"
+            )
+        if self.source != "folder" and local:
+            raise ValueError(
+                f"download.path is only read by download.source 'folder'; set it back to '{NO_LOCAL_SOURCE}'"
+            )
+        if self.source == "digits" and self.url is not None:
+            raise ValueError("download.url is not read by download.source 'digits'; remove it")
+        if self.source == "folder" and self.url is not None and self.sha256 is None:
+            raise ValueError("download.url needs download.sha256, so that the same bytes come every time")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError("download.url must begin with http:// or https://")
+        return self
+
+
+class IngestParams(Section):
+    shards: Literal[1, 16, 256]
+    """Number of Parquet shards; a shard is a prefix of the key's hash."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the images that the key hash sends to `test` where the source publishes no split."""
+    caption_templates: tuple[str, ...] = Field(default=(), strict=False)
+    """Captions made from the class name, such as 'a photo of a {}', where the source has none."""
+    max_pixels: PositiveInt = 50_000_000
+    max_image_bytes: PositiveInt = 50_000_000
+    workers: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> IngestParams:
+        for template in self.caption_templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"ingest.caption_templates needs exactly one '{{}}' in each, not {template!r}")
+        return self
+
+
+class ValidateParams(Section):
+    min_images: PositiveInt
+    min_side: PositiveInt
+    max_aspect_ratio: Annotated[float, Field(ge=1)]
+    max_quarantined_fraction: Fraction
+    min_images_per_class: Annotated[int, Field(ge=0)]
+    max_caption_characters: PositiveInt = 2000
+    max_duplicate_fraction: Fraction = 0.05
+
+
+class ImageParams(Section):
+    """The form in which images meet a model: square uint8 [channels, size, size]."""
+
+    size: PositiveInt
+    channels: Literal[1, 3]
+
+
+class CodecParams(Section):
+    kind: Literal["identity"]
+    conditioning: Literal["none", "label", "text"]
+    text_steps: PositiveInt = 300
+    """Contrastive training steps of the text encoder; read by conditioning 'text' alone."""
+    text_width: PositiveInt = 64
+    seed: int = 0
+
+
+class EncodeParams(Section):
+    shard_size: PositiveInt = 16384
+    """Images in one safetensors shard."""
+
+
+class ModelParams(Section):
+    """The U-Net; names and meanings are those of diffusers' `UNet2DModel`."""
+
+    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False)
+    attention: tuple[bool, ...] = Field(strict=False)
+    """One flag per resolution, highest first: self-attention there or not."""
+    layers_per_block: PositiveInt
+    norm_num_groups: PositiveInt
+    attention_head_dim: PositiveInt | None
+    """Channels per head; null is one head over all channels."""
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelParams:
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError(
+                f"model.attention has {len(self.attention)} flags for {len(self.block_out_channels)} resolutions; "
+                "give one per entry of model.block_out_channels"
+            )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"model.norm_num_groups {self.norm_num_groups} does not divide the width {width}")
+            if self.attention_head_dim and width % self.attention_head_dim:
+                raise ValueError(f"model.attention_head_dim {self.attention_head_dim} does not divide {width}")
+        return self
+
+
+class DiffusionParams(Section):
+    schedule: Literal["linear", "cosine", "sigmoid"]
+    timesteps: Annotated[int, Field(ge=2)]
+    prediction: Literal["epsilon", "v_prediction"]
+
+
+class TrainParams(Section):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    lr_schedule: Literal["constant", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)]
+    condition_dropout: Fraction
+    """Probability of training a sample without its condition (classifier-free guidance)."""
+    horizontal_flip: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_accumulation: PositiveInt = 1
+    seed: int = 0
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 100
+    sample_every: PositiveInt = 250
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainParams:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.warmup_steps} leaves nothing of train.steps {self.steps}; lower it"
+            )
+        return self
+
+
+class JudgeParams(Section):
+    classifier_steps: PositiveInt
+    clip_steps: PositiveInt
+    batch_size: PositiveInt = 64
+    seed: int = 1
+
+
+class EvaluateParams(Section):
+    sampler: Sampler
+    steps: PositiveInt
+    n_distance: PositiveInt
+    """Samples in each seed block, drawn without guidance, for the distances."""
+    n_accuracy: PositiveInt
+    """Samples in each seed block, drawn with `guidance_scale`, for label accuracy and CLIP score."""
+    n_compare: PositiveInt
+    """Samples for each other sampler's row of the table."""
+    n_ddpm: PositiveInt
+    """Samples of the full ancestral sampler, for the grid."""
+    guidance_scale: Annotated[float, Field(ge=1)]
+    seed_blocks: Annotated[int, Field(ge=2)] = 3
+    batch_size: PositiveInt = 256
+    seed: int = 1000
+
+
+class VisualizeParams(Section):
+    sampler: Sampler
+    steps: PositiveInt
+    guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False)
+    columns: PositiveInt = 10
+    seed: int = 7
+
+
+class ExportParams(Section):
+    opset: Annotated[int, Field(ge=18)] = 20
+    max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
+    min_psnr: PositiveInt = 50
+    """Decibel of the ONNX sampler's images against torch's for the same noise."""
+    latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)
+    seed: int = 3
+
+
+class RegisterParams(Section):
+    model_name: str
+    max_distance_over_floor: Annotated[float, Field(gt=0)]
+    """Absolute gate of the first version: Frechet distance as a multiple of its floor."""
+    min_label_accuracy: Fraction
+    """Absolute gate; read only where label accuracy applies."""
+
+
+class Params(Section):
+    preset: str
+    download: DownloadParams
+    ingest: IngestParams
+    validation: ValidateParams = Field(alias="validate")
+    image: ImageParams
+    codec: CodecParams
+    encode: EncodeParams
+    model: ModelParams
+    diffusion: DiffusionParams
+    train: TrainParams
+    judge: JudgeParams
+    evaluate: EvaluateParams
+    visualize: VisualizeParams
+    export: ExportParams
+    register_: RegisterParams = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _check(self) -> Params:
+        downsamplings = 2 ** (len(self.model.block_out_channels) - 1)
+        if self.image.size % downsamplings:
+            raise ValueError(
+                f"image.size {self.image.size} cannot be halved {len(self.model.block_out_channels) - 1} times; "
+                f"use a multiple of {downsamplings} or fewer model.block_out_channels"
+            )
+        for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
+            if steps > self.diffusion.timesteps:
+                raise ValueError(
+                    f"{section}.steps {steps} exceeds diffusion.timesteps {self.diffusion.timesteps}; lower it"
+                )
+        if self.codec.conditioning == "none" and (
+            self.evaluate.guidance_scale != 1 or set(self.visualize.guidance_scales) != {1.0}
+        ):
+            raise ValueError(
+                "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0 "
+                "and visualize.guidance_scales to [1.0]"
+            )
+        if self.codec.conditioning != "none" and self.train.condition_dropout == 0 and self.evaluate.guidance_scale > 1:
+            raise ValueError(
+                "evaluate.guidance_scale above 1 needs a model trained without its condition now and then; "
+                "set train.condition_dropout above 0"
+            )
+        if self.train.batch_size % self.train.gradient_accumulation:
+            raise ValueError("train.gradient_accumulation must divide train.batch_size")
+        return self
+
+    def section(self, kind: type[Section]) -> Any:
+        """The one section of type `kind`."""
+        return next(getattr(self, name) for name, field in type(self).model_fields.items() if field.annotation is kind)
+
+
+def section_name(kind: type[Section]) -> str:
+    """The key in `params.yaml` under which a section of type `kind` stands."""
+    return next(field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys that `params.yaml` may hold at the parent of `location`."""
+    model: type[BaseModel] = Params
+    for part in location[:-1]:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        annotation = fields[part].annotation if part in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint of pydantic as one sentence that names key and remedy."""
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _known_keys(location), n=1)
+        remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(_known_keys(location))}"
+        return f"unknown parameter '{key}'; {remedy}"
+    if first["type"] == "missing":
+        return f"parameter '{key}' is missing; add it, or write the file anew with 'python -m tasks.preset NAME'"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"parameter '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def parse(document: Any) -> Params:
+    """Validate a parsed `params.yaml`. Raises `ParamsError` with one sentence."""
+    if not isinstance(document, dict):
+        raise ParamsError("params.yaml holds no sections; write it with 'python -m tasks.preset digits'")
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        raise ParamsError(_sentence(error)) from None
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate `path`. Raises `ParamsError` with one sentence."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist; write it with 'python -m tasks.preset digits'") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ParamsError(f"{path} is not valid YAML{where}; correct it, or write it anew with tasks.preset") from None
+    return parse(document)

@@ -1,0 +1,122 @@
+"""How a stage starts and how it ends: command line, parameters, one-sentence errors, exit codes.
+
+A stage is one function whose `Path` arguments are its files, in the order of `dvc.yaml`, and whose
+`Section` arguments are the parts of `params.yaml` that it reads. `main(function)` is its command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import inspect
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from tasks.params import ParamsError, Section, load, section_name
+
+FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
+
+
+class StageError(Exception):
+    """What stops a stage and is the user's to mend; the message is one sentence: what, and what to do."""
+
+
+class Preempted(BaseException):
+    """SIGTERM arrived: save what is worth saving, then leave with `PREEMPTED`."""
+
+
+def sections_of(function: Callable[..., None]) -> list[str]:
+    """Names of the sections of `params.yaml` that a stage function reads."""
+    hints = typing.get_type_hints(function)
+    return [section_name(hints[name]) for name in inspect.signature(function).parameters if _is_section(hints[name])]
+
+
+def paths_of(function: Callable[..., None]) -> list[str]:
+    """Names of the `Path` arguments of a stage function, in order."""
+    hints = typing.get_type_hints(function)
+    return [name for name in inspect.signature(function).parameters if hints[name] is Path]
+
+
+def main(function: Callable[..., None]) -> NoReturn:
+    """Run a stage function from the command line and leave the process with its exit code."""
+    arguments = _parser(function).parse_args()
+    name = function.__name__
+    _end_with_parent()
+    signal.signal(signal.SIGTERM, _raise_preempted)
+    try:
+        params = load(arguments.params)
+        paths = {path: getattr(arguments, path) for path in paths_of(function)}
+        print(f"{name}: {' '.join(str(path) for path in paths.values())}", flush=True)
+        hints = typing.get_type_hints(function)
+        sections = {
+            argument: params.section(hints[argument])
+            for argument in inspect.signature(function).parameters
+            if _is_section(hints[argument])
+        }
+        function(**paths, **sections)
+    except (StageError, ParamsError) as error:
+        _leave(name, str(error), arguments.debug)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Preempted:
+        print(f"\n{name}: terminated; the same command continues", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    except OSError as error:
+        _leave(name, _os_sentence(error), arguments.debug)
+    except Exception as error:  # the last resort: one sentence, and the trace on request
+        _leave(name, f"{type(error).__name__}: {error} (run again with --debug for the trace)", arguments.debug)
+    sys.exit(0)
+
+
+def _parser(function: Callable[..., None]) -> argparse.ArgumentParser:
+    summary = inspect.getdoc(function) or function.__name__
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tasks.{function.__name__}",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for path in paths_of(function):
+        parser.add_argument(path, type=Path, help="written in dvc.yaml")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help=f"reads: {', '.join(sections_of(function)) or '-'}"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    return parser
+
+
+def _is_section(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
+    if debug:
+        raise  # noqa: PLE0704 - called from an except clause
+    print(f"{name}: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    sys.exit(FAILED)
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the device{where}; free some, then run the same command again"
+    if isinstance(error, FileNotFoundError):
+        return f"a file is missing{where}; run 'dvc repro', which makes what this stage reads"
+    return f"{error.strerror or error}{where}"
+
+
+def _raise_preempted(signum: int, frame: object) -> NoReturn:
+    raise Preempted
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
