@@ -1,0 +1,176 @@
+"""Samplers as free functions, from the papers, for torch tensors and NumPy arrays alike.
+
+Only arithmetic operators touch the images, so the same lines run under torch here and under NumPy in
+the exported bundle, into which this file is copied as it stands.
+
+Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image, about [-1, 1]; `a` = alpha_bar.
+`denoise(x, t)` maps x_t and the integer timestep to x0; `noise()` draws standard normal noise shaped
+like x; `timesteps` falls from T-1 towards 0. `callback(i, t, x, x0)` sees every step after it was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Denoise: TypeAlias = Callable[[Any, int], Any]
+Noise: TypeAlias = Callable[[], Any]
+Callback: TypeAlias = Callable[[int, int, Any, Any], None]
+
+
+class SeededNoise:
+    """Standard normal draws in which image i depends on `seeds[i]` alone, whatever the batch.
+
+    Calling it returns float32 [N, *shape]. NumPy's Philox generator gives the same bits on every platform.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self.generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        self.shape = tuple(shape)
+
+    def __call__(self) -> Any:
+        return np.stack([rng.standard_normal(self.shape, dtype=np.float32) for rng in self.generators])
+
+
+def trailing_timesteps(total: int, steps: int) -> list[int]:
+    """`steps` timesteps of 0..total-1, falling and evenly spaced, the first always total-1.
+
+    Lin et al. 2024, table 2 ("trailing"): sampling must begin where training ended.
+    Raises `ValueError` if `steps` is not in 1..total.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {total} timesteps")
+    return [round(total * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
+    """Network output -> x0. `epsilon`: Ho et al. 2020, eq. 15. `v_prediction`: Salimans & Ho 2022, section 4."""
+    if prediction == "epsilon":
+        return (x - math.sqrt(1 - a) * output) / math.sqrt(a)
+    if prediction == "v_prediction":
+        return math.sqrt(a) * x - math.sqrt(1 - a) * output
+    raise ValueError(f"unknown prediction {prediction!r}; known: epsilon, v_prediction")
+
+
+def denoiser(
+    predict: Callable[[Any, int, Any], Any],
+    prediction: str,
+    alpha_bar: Sequence[float],
+    condition: Any = None,
+    null_condition: Any = None,
+    guidance_scale: float = 1.0,
+) -> Denoise:
+    """Wrap a network as `denoise(x, t) -> x0`, clipped to [-1, 1].
+
+    `predict(x, t, condition)` is the network's raw output. With a `guidance_scale` w other than 1 the
+    output is u + w (c - u), c conditional and u with `null_condition` (Ho & Salimans 2022, in the
+    parametrisation where w = 1 is no guidance). x0 is clipped before anything else is derived from it,
+    so the noise that a sampler infers stays consistent with it.
+    """
+
+    def denoise(x: Any, t: int) -> Any:
+        output = predict(x, t, condition)
+        if guidance_scale != 1.0:
+            unguided = predict(x, t, null_condition)
+            output = unguided + guidance_scale * (output - unguided)
+        return to_x0(prediction, output, x, float(alpha_bar[t])).clip(-1, 1)
+
+    return denoise
+
+
+def _pairs(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
+    """(i, t, alpha_bar at t, alpha_bar at the next timestep); after the last comes a clean image, 1."""
+    levels = [float(alpha_bar[t]) for t in timesteps] + [1.0]
+    return [(i, t, levels[i], levels[i + 1]) for i, t in enumerate(timesteps)]
+
+
+def _report(callback: Callback | None, i: int, t: int, x: Any, x0: Any) -> None:
+    if callback:
+        callback(i, t, x, x0)
+
+
+def ddpm(denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None) -> Any:
+    """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6-7), also over a subset of timesteps."""
+    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
+        x0 = denoise(x, t)
+        alpha = a / a_next
+        beta = 1 - alpha
+        x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a_next) / (1 - a) * x
+        if a_next < 1:
+            x = x + math.sqrt((1 - a_next) / (1 - a) * beta) * noise()
+        _report(callback, i, t, x, x0)
+    return x
+
+
+def ddim(
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None, eta: float = 0.0
+) -> Any:
+    """Song et al. 2021, eq. 12 and 16; `eta` 0 is deterministic, 1 has the noise of `ddpm`."""
+    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
+        x0 = denoise(x, t)
+        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+        x = math.sqrt(a_next) * x0 + math.sqrt(max(1 - a_next - sigma**2, 0.0)) * eps
+        if sigma > 0:
+            x = x + sigma * noise()
+        _report(callback, i, t, x, x0)
+    return x
+
+
+def euler_ancestral(
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None
+) -> Any:
+    """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (Karras et al. 2022, k-diffusion)."""
+    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
+        x0 = denoise(x, t)
+        sigma, sigma_next = math.sqrt((1 - a) / a), math.sqrt((1 - a_next) / a_next)
+        up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2)) / sigma
+        down = math.sqrt(sigma_next**2 - up**2)
+        scaled = x0 + (x / math.sqrt(a) - x0) * (down / sigma)
+        if up > 0:
+            scaled = scaled + up * noise()
+        x = math.sqrt(a_next) * scaled
+        _report(callback, i, t, x, x0)
+    return x
+
+
+def dpm_solver_pp_2m(
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None
+) -> Any:
+    """DPM-Solver++(2M), second-order multistep (Lu et al. 2022b, algorithm 2); the last step is the prediction itself."""
+    previous, h_previous = None, 0.0
+    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
+        x0 = denoise(x, t)
+        if a_next < 1:
+            h = 0.5 * (math.log(a_next / (1 - a_next)) - math.log(a / (1 - a)))
+            slope = x0 if previous is None else x0 + h / (2 * h_previous) * (x0 - previous)
+            x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * slope
+            previous, h_previous = x0, h
+        else:
+            x = x0
+        _report(callback, i, t, x, x0)
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler_ancestral": euler_ancestral,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+}
+
+
+def sample(
+    sampler: str, denoise: Denoise, noise: Noise, alpha_bar: Sequence[float], steps: int, callback: Any = None
+) -> Any:
+    """Draw clean images from pure noise: the first call of `noise` is x_T, later ones feed the sampler.
+
+    Raises `ValueError` for an unknown sampler or an impossible number of steps.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    timesteps = trailing_timesteps(len(alpha_bar), steps)
+    return SAMPLERS[sampler](denoise, noise(), noise, alpha_bar, timesteps, callback)
