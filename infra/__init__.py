@@ -1,0 +1,1 @@
+"""What stands around the chain: installation, the lock, `make repro`, configuration of machines."""

@@ -1,0 +1,131 @@
+"""`make lock`: pin what pyproject.toml asks for, for every supported Python and platform.
+
+Writes `requirements.lock` (exact pins with markers) and `infra/download-sizes.json` (what installing them
+downloads, so that `infra/install.py` can say it before it starts). The resolver is uv, in an environment
+of its own that is thrown away: pip needs over ten minutes for this set, uv a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import venv
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+SIZES = ROOT / "infra" / "download-sizes.json"
+UV = "uv==0.13.9"
+OLDEST_PYTHON = "3.11"
+INDEX = "https://pypi.org/simple"
+INDEX_JSON = "application/vnd.pypi.simple.v1+json"
+
+# PyTorch's default build for Linux brings CUDA as packages. Pinned here, pip would install gigabytes of them on
+# a machine without a GPU too; unpinned, torch brings the right ones itself where its build needs them.
+CUDA_PACKAGE = re.compile(r"(nvidia-|cuda-|triton\b)")
+
+HEADER = """\
+# Written by `make lock` from pyproject.toml; do not edit. Exact pins for Python 3.11, 3.12 and 3.13.
+# CUDA's packages are left out: torch brings them where its build needs them.
+"""
+
+
+def main() -> None:
+    print("lock: resolving pyproject.toml", flush=True)
+    pins = resolve()
+    kept = [pin for pin in pins if not CUDA_PACKAGE.match(pin)]
+    cuda = [pin for pin in pins if CUDA_PACKAGE.match(pin)]
+    print(f"lock: {len(kept)} packages; asking the index for their sizes", flush=True)
+    sizes = {"packages": download_sizes(kept), "cuda": sum(download_sizes(cuda).values()), "torch_cpu": cpu_size(kept)}
+    LOCK.write_text(HEADER + "".join(f"{pin}\n" for pin in kept), encoding="utf-8")
+    SIZES.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"lock: wrote {LOCK.name} and {SIZES.relative_to(ROOT)}")
+
+
+def resolve() -> list[str]:
+    """Pins of the project's and the developers' requirements, one `name==version ; marker` each, sorted."""
+    with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
+        python = make_environment(Path(folder))
+        command = [str(python), "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--universal"]
+        command += ["--fork-strategy", "fewest", "--python-version", OLDEST_PYTHON, "--default-index", INDEX]
+        command += ["--no-header", "--no-annotate", "--quiet"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"lock: error: uv found no set of versions that fits pyproject.toml:\n{done.stderr}")
+    # A pin never names a local build: `torch==2.13.0` is met by `2.13.0+cpu` as well.
+    return sorted(re.sub(r"\+\w+", "", line) for line in done.stdout.splitlines() if line.strip())
+
+
+def make_environment(folder: Path) -> Path:
+    """An environment with uv in `folder`; returns its Python."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "-q", UV], check=True, stderr=subprocess.DEVNULL)
+    return python
+
+
+def download_sizes(pins: list[str]) -> dict[str, int]:
+    """Bytes per package on x86-64 Linux with the oldest supported Python; other machines differ by a few per cent."""
+    here = [pin for pin in pins if not _elsewhere(pin)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip((pin.split("==")[0] for pin in here), pool.map(_size, here), strict=True))
+
+
+def cpu_size(pins: list[str]) -> int:
+    """Bytes of PyTorch's CPU build: from the folders and indices that pip knows, or else from PyTorch's own."""
+    version = next(pin.split("==")[1].split()[0] for pin in pins if pin.startswith("torch=="))
+    with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "-q", "--no-deps", "--dest", folder]
+        command += ["--extra-index-url", "https://download.pytorch.org/whl/cpu", f"torch=={version}+cpu"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+
+def _elsewhere(pin: str) -> bool:
+    """Whether a marker keeps the package away from x86-64 Linux with CPython."""
+    marker = pin.partition(";")[2]
+    return bool(re.search(r"sys_platform == '(win32|darwin|emscripten)'", marker)) and "linux" not in marker
+
+
+def _size(pin: str) -> int:
+    """Bytes of the file that pip would take: the best wheel for x86-64 Linux, or else the source archive."""
+    name, version = re.match(r"([\w.-]+)==([\w.!+-]+)", pin).groups()  # type: ignore[union-attr]
+    files = [file for file in _files(name) if _version_of(name, file["filename"]) == version and not file["yanked"]]
+    ranked = sorted(files, key=lambda file: _preference(file["filename"]), reverse=True)
+    return int(ranked[0]["size"]) if ranked else 0
+
+
+def _files(name: str) -> list[dict[str, Any]]:
+    request = urllib.request.Request(f"{INDEX}/{name}/", headers={"Accept": INDEX_JSON})  # noqa: S310 - https above
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return list(json.load(answer)["files"])
+    except urllib.error.URLError as error:
+        sys.exit(f"lock: error: {INDEX} did not list {name} ({error}); check the network and run make lock again")
+
+
+def _version_of(name: str, filename: str) -> str:
+    stem = re.sub(r"\.tar\.gz$|\.zip$|\.whl$", "", filename)[len(name) + 1 :]
+    return stem.split("-")[0]
+
+
+def _preference(filename: str) -> int:
+    tag = OLDEST_PYTHON.replace(".", "")
+    if "x86_64" in filename and "linux" in filename and "musl" not in filename:
+        if f"-cp{tag}-cp{tag}-" in filename:
+            return 4
+        return 3 if "abi3" in filename or "-none-" in filename else 0
+    if filename.endswith("-any.whl"):
+        return 2
+    return 1 if filename.endswith(".tar.gz") else 0
+
+
+if __name__ == "__main__":
+    main()
