@@ -1,0 +1,57 @@
+# `make help` lists the commands. Everything runs in .venv, which each of them makes when it is missing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The environment's own Python if there is one, else the first of the supported ones that runs.
+SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done) python3)
+EXTRA ?=
+PORT ?= 5000
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+export GX_ANALYTICS_ENABLED := False
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help install repro test lint drills ui serve stop lock clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Python, EXTRA=tensorrt adds an extra)
+	@$(PYTHON) infra/install.py $(if $(EXTRA),--extra $(EXTRA))
+
+repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)
+	@python -m infra.run $(ARGS)
+
+test: install lint ## lint, types, layer rule, all tests but the drills
+	@python -m pytest -m "not slow and not gpu"
+
+lint: install ## ruff, mypy, import-linter
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+drills: install ## the long tests: kills, resumes, races (up to an hour)
+	@python -m pytest -m slow
+
+ui: install ## MLflow UI of this work tree on http://127.0.0.1:5000 (PORT=... picks another port)
+	@python -m infra.ui --port $(PORT)
+
+serve: install ## Prefect server, worker and deployments, in the background
+	@python -m flows.serve
+
+stop: ## end what `make serve` started
+	@python -m flows.stop
+
+lock: ## pin pyproject.toml anew: requirements.lock and infra/download-sizes.json
+	@$(PYTHON) infra/lock.py
+
+clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache
+	rm -rf data outputs reports .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	$(if $(ALL),rm -rf mlflow.db mlflow.db-shm mlflow.db-wal mlruns .dvc/cache .dvc/tmp .prefect)

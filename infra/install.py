@@ -1,0 +1,272 @@
+"""Create `.venv` and install the locked dependencies; a second call returns in milliseconds.
+
+    python3.11 infra/install.py [--extra NAME]
+
+Runs on a bare Python, so it imports the standard library alone. pip does the work and obeys the user's own pip
+configuration. A stamp in `.venv` names the lock, the Python and the place it was made for; only when it differs
+is anything installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "afterimage-stamp"
+LOG = VENV / "install.log"
+LOCK = ROOT / "requirements.lock"
+SIZES = ROOT / "infra" / "download-sizes.json"
+SUPPORTED = ((3, 11), (3, 13))
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PROBE_SECONDS = 3
+PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+# Run by the new environment. Without the package, `import mlflow` would silently give the project's folder of
+# that name; torchvision's wheel beside PyTorch's CPU build breaks diffusers and transformers.
+CHECK = """
+from importlib.util import find_spec
+origin = getattr(find_spec("mlflow"), "origin", None)
+if not origin or not origin.endswith("__init__.py"):
+    raise SystemExit("the package mlflow is not there: only the project's folder of that name is found")
+import torch, onnxruntime
+if "+cpu" in torch.__version__ and find_spec("torchvision"):
+    raise SystemExit("torchvision stands beside PyTorch's CPU build, which breaks diffusers; pip uninstall torchvision")
+print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
+"""
+
+
+class Build(NamedTuple):
+    """Which build of PyTorch is installed, and what pip is asked for before the lock so that it is that one."""
+
+    cuda: bool
+    first: list[str]
+
+
+DEFAULT_BUILD = Build(cuda=True, first=[])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Create .venv and install the locked dependencies.")
+    parser.add_argument("--extra", help="also install this optional extra of pyproject.toml, such as tensorrt")
+    extra = parser.parse_args().extra
+    version = sys.version_info[:2]
+    if not SUPPORTED[0] <= version <= SUPPORTED[1]:
+        fail(
+            f"Python {version[0]}.{version[1]} is not supported; use 3.11 to 3.13, as in: make repro PYTHON=python3.11"
+        )
+    requirements = extra_requirements(extra) if extra else []
+    wanted = stamp(requirements)
+    if is_current(wanted):
+        return
+    with one_at_a_time():
+        if not is_current(wanted):
+            install(requirements)
+            STAMP.write_text(wanted, encoding="utf-8")
+
+
+def extra_requirements(extra: str) -> list[str]:
+    import tomllib  # not at the top: a Python that is too old shall come as far as the sentence that says so
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    if extra not in extras:
+        fail(f"pyproject.toml has no extra '{extra}'; it has {', '.join(sorted(extras))}")
+    return list(extras[extra])
+
+
+def stamp(requirements: list[str]) -> str:
+    """What the environment was made for: lock, Python, place (scripts hold absolute paths), extras."""
+    parts = [hashlib.sha256(LOCK.read_bytes()).hexdigest(), platform.python_version(), str(VENV), *requirements]
+    return "\n".join(parts) + "\n"
+
+
+def is_current(wanted: str) -> bool:
+    """Whether the stamp is the wanted one; an extra that was installed before does not have to be asked for again."""
+    return PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8").startswith(wanted)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Hold the work tree's lock; the kernel lets go of it when this process ends, however it ends."""
+    descriptor = os.open(ROOT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another installation is under way in this work tree; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def install(requirements: list[str]) -> None:
+    say(f"Python {platform.python_version()}, into {VENV.relative_to(ROOT)}")
+    STAMP.unlink(missing_ok=True)
+    make_environment()
+    pins = missing_pins()
+    build = choose_torch() if any(name == "torch" for name, _ in pins) else DEFAULT_BUILD
+    say(download_note([name for name, _ in pins], build))
+    if build.first:
+        run_pip(build.first, total=1)
+    run_pip(["-r", str(LOCK)], total=len(pins))
+    if requirements:
+        run_pip(["-c", str(LOCK), *requirements], total=len(requirements))
+    checked = subprocess.run([str(PYTHON), "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
+    if checked.returncode:
+        fail(f"the environment does not work: {checked.stderr.strip().splitlines()[-1]}")
+    say(f"ready: {checked.stdout.strip()}")
+
+
+def make_environment() -> None:
+    """An environment of this Python with pip in it; one of another Python or place is replaced."""
+    if Path(sys.prefix).resolve() == VENV:
+        return
+    if VENV.exists() and environment_version() == platform.python_version() and pip_works():
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(VENV, ignore_errors=True)
+        package = f"python3.{sys.version_info[1]}-venv"
+        fail(f"{sys.executable} cannot make environments; install its venv module (on Debian or Ubuntu: {package})")
+
+
+def environment_version() -> str:
+    """Version of the Python in `.venv` if it was made in this place, else an empty string."""
+    try:
+        settings = (VENV / "pyvenv.cfg").read_text(encoding="utf-8")
+        scripts = (VENV / "bin" / "pip").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    version = re.search(r"^version(?:_info)? = (\S+)", settings, re.MULTILINE)
+    return version.group(1) if version and str(VENV) in scripts else ""
+
+
+def pip_works() -> bool:
+    return subprocess.run([*PIP, "--version"], capture_output=True, check=False).returncode == 0
+
+
+def missing_pins() -> list[tuple[str, str]]:
+    """Name and version of the pins that are not installed; those of other platforms count too, they are few."""
+    installed = installed_packages()
+    lines = [line.split(";")[0].strip() for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line]
+    pins = [(name, version) for name, version in (line.split("==") for line in lines)]
+    return [(name, version) for name, version in pins if installed.get(name, "").split("+")[0] != version]
+
+
+def installed_packages() -> dict[str, str]:
+    """Normalised name -> version of what stands in `.venv`."""
+    packages = {}
+    for folder in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        name, _, version = folder.name.removesuffix(".dist-info").partition("-")
+        packages[re.sub(r"[-_.]+", "-", name).lower()] = version
+    return packages
+
+
+def choose_torch() -> Build:
+    """PyTorch's CPU build where there is no NVIDIA driver and it can be reached; the default build elsewhere."""
+    pin = next(line for line in LOCK.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    if sys.platform != "linux":
+        return Build(cuda=False, first=[])
+    if has_nvidia_driver():
+        say("an NVIDIA driver is here: PyTorch's default build with CUDA")
+        return DEFAULT_BUILD
+    if f"{pin.partition('==')[2]}+cpu" in versions_that_pip_finds("torch"):
+        say("no NVIDIA driver: PyTorch's CPU build, which pip finds by itself")
+        return Build(cuda=False, first=[])
+    try:
+        with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=PROBE_SECONDS):  # noqa: S310 - https above
+            say(f"no NVIDIA driver: PyTorch's CPU build from {CPU_INDEX}")
+            return Build(cuda=False, first=["--no-deps", "--index-url", CPU_INDEX, pin])
+    except (urllib.error.URLError, TimeoutError):
+        say(f"no NVIDIA driver, but {CPU_INDEX} cannot be reached; PyTorch's default build runs on a CPU too")
+        return DEFAULT_BUILD
+
+
+def has_nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def versions_that_pip_finds(package: str) -> list[str]:
+    done = subprocess.run([*PIP, "index", "versions", package], capture_output=True, text=True, check=False)
+    available = re.search(r"^Available versions: (.*)$", done.stdout, re.MULTILINE)
+    return available.group(1).split(", ") if available else []
+
+
+def download_note(names: list[str], build: Build) -> str:
+    """One line: how much comes over the network, at most (pip's cache may hold some of it)."""
+    sizes = json.loads(SIZES.read_text(encoding="utf-8"))
+    total = sum(size for name, size in sizes["packages"].items() if name in names)
+    if "torch" in names:
+        total += sizes["cuda"] if build.cuda else sizes["torch_cpu"] - sizes["packages"]["torch"]
+    return f"{len(names)} packages, about {total / 1e6:,.0f} MB to download (less what pip has cached)"
+
+
+def run_pip(arguments: list[str], total: int) -> None:
+    """`pip install`, with one line of progress in place of its output, which goes to `.venv/install.log`."""
+    command = [*PIP, "install", "--progress-bar", "off", *arguments]
+    with LOG.open("w", encoding="utf-8") as log:
+        pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            show_progress(pip, total, before=len(installed_packages()))
+        except BaseException:
+            pip.terminate()
+            pip.wait()
+            raise
+    if pip.returncode:
+        lines = [line for line in LOG.read_text(encoding="utf-8").splitlines() if "is ignored" not in line]
+        print("\n".join(lines[-15:]), file=sys.stderr)
+        fail(f"pip did not finish; its whole output is in {LOG.relative_to(ROOT)}; the same command goes on from here")
+
+
+def show_progress(pip: subprocess.Popen[bytes], total: int, before: int) -> None:
+    """Report what pip has found and installed until it ends: in place on a terminal, else every 20 s."""
+    terminal = sys.stdout.isatty()
+    started = reported = time.monotonic()
+    while pip.poll() is None:
+        time.sleep(0.3)
+        now = time.monotonic()
+        if now - reported < (1 if terminal else 20):
+            continue
+        reported = now
+        found = LOG.read_text(encoding="utf-8", errors="replace").count("\nCollecting ")
+        done = len(installed_packages()) - before
+        state = f"installed {done} of {total}" if done > 0 else f"fetched {min(found, total)} of {total}"
+        line = f"install: {state}, {now - started:.0f} s"
+        print(f"\r{line:<60}" if terminal else line, end="" if terminal else "\n", flush=True)
+    if terminal:
+        print("\r" + " " * 60 + "\r", end="", flush=True)
+
+
+def say(line: str) -> None:
+    print(f"install: {line}", flush=True)
+
+
+def fail(sentence: str) -> NoReturn:
+    print(f"install: error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")

@@ -1,0 +1,39 @@
+"""`make ui`: the MLflow UI of this work tree, for this machine alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+
+from tasks import tracking, workspace
+from tasks.stage import StageError
+
+HOST = "127.0.0.1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m infra.ui", description="Serve the MLflow UI of this work tree.")
+    parser.add_argument("--port", type=int, default=5000)
+    port = parser.parse_args().port
+    print(f"ui: http://{HOST}:{port} in a few seconds; Ctrl-C ends it", flush=True)
+    if port_is_taken(port):
+        sys.exit(f"ui: error: port {port} is in use; name another one: make ui PORT={port + 1}")
+    try:
+        tracking.connect()  # a fresh database gets its tables from one process, before the server's start
+    except StageError as error:
+        sys.exit(f"ui: error: {error}")
+    # One worker and no job execution: two processes and 5 s in place of fifteen processes and 24 s.
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", workspace.tracking_uri()]
+    os.execv(sys.executable, [*command, "--host", HOST, "--port", str(port), "--workers", "1"])  # noqa: S606
+
+
+def port_is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+if __name__ == "__main__":
+    main()
