@@ -1,0 +1,139 @@
+"""Untrusted image bytes -> pixels: what may be opened, how a picture becomes a square array, how two are compared.
+
+Pillow is only ever asked for the formats and modes listed here, and for at most `max_pixels` pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+    # Not readable here, but images all the same: they go to quarantine instead of being overlooked.
+    | {".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".raw", ".dng"}
+)
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
+HASH_SIDE = 32
+
+
+class UnreadableError(Exception):
+    """Bytes that are not one still picture we can read. `reason` is one of a few words, `detail` is free text."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def open_image(data: bytes, max_pixels: int) -> Image:
+    """Encoded bytes -> a fully decoded picture with at most `max_pixels` pixels, in one of `MODES`.
+
+    Raises `UnreadableError` with reason "zero bytes", "not an image", "too many pixels", "animated",
+    "unsupported mode" or "truncated".
+    """
+    import PIL.Image
+
+    if not data:
+        raise UnreadableError("zero bytes", "the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; our own bound below is exact.
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        raise UnreadableError("not an image", "the bytes are in none of the formats read here") from None
+    except PIL.Image.DecompressionBombError:
+        raise UnreadableError("too many pixels", f"over the limit of {max_pixels}") from None
+    except Exception as error:  # a damaged header raises whatever its parser stumbles over
+        raise UnreadableError("not an image", f"{type(error).__name__}: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise UnreadableError("too many pixels", f"{image.width}x{image.height} is over the limit of {max_pixels}")
+    try:
+        frames = getattr(image, "n_frames", 1)
+        # MPO is a JPEG photograph followed by a depth map or a second view: its first frame is the picture.
+        if frames > 1 and image.format != "MPO":
+            raise UnreadableError("animated", f"{frames} frames or pages")
+        if image.mode not in MODES:
+            raise UnreadableError("unsupported mode", f"pixels of mode {image.mode}")
+        image.load()
+    except UnreadableError:
+        raise
+    except Exception as error:
+        raise UnreadableError("truncated", f"{type(error).__name__}: {error}") from None
+    return image
+
+
+def to_mode(image: Image, channels: int) -> Image:
+    """A decoded picture -> mode "L" (1 channel) or "RGB" (3): upright, 16 bits scaled to 8, transparency on white."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    mode = {1: "L", 3: "RGB"}[channels]
+    if image.getexif():
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        import numpy as np
+
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_square(image: Image, size: int, channels: int) -> np.ndarray:
+    """A decoded picture -> uint8 [channels, size, size]: the centre square, resized with antialiased bilinear."""
+    import numpy as np
+    import PIL.Image
+
+    image = to_mode(image, channels)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if image.size != (size, size):
+        image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def thumbnail(image: Image) -> np.ndarray:
+    """A decoded picture -> uint8 [32, 32], grey, aspect ratio ignored: what `perceptual_hashes` compares."""
+    import numpy as np
+    import PIL.Image
+
+    grey = to_mode(image, 1)
+    if grey.size != (HASH_SIDE, HASH_SIDE):
+        grey = grey.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)
+    return np.asarray(grey)
+
+
+def perceptual_hashes(thumbnails: np.ndarray) -> list[str]:
+    """uint8 [n, 32, 32] -> n hashes of 16 hexadecimal digits; similar pictures differ in few bits.
+
+    The pHash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010):
+    the signs, about their median, of the 8x8 lowest DCT-II frequencies. The transform is done in
+    integers, so the same picture has the same hash on every machine.
+    """
+    import numpy as np
+
+    basis = _integer_cosines()
+    low = basis @ thumbnails.astype(np.int64) @ basis.T
+    coefficients = low.reshape(len(thumbnails), 64)
+    bits = coefficients > np.median(coefficients, axis=1, keepdims=True)
+    return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
+
+
+@functools.cache
+def _integer_cosines() -> np.ndarray:
+    """int64 [8, 32]: the 8 lowest DCT-II basis functions over 32 samples, scaled by 4096 and rounded."""
+    import numpy as np
+
+    frequency, sample = np.arange(8)[:, None], np.arange(HASH_SIDE)[None]
+    return np.rint(4096 * np.cos(np.pi * frequency * (2 * sample + 1) / (2 * HASH_SIDE))).astype(np.int64)

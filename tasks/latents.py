@@ -1,0 +1,120 @@
+"""The form of the model's inputs: safetensors shards per split, and an index.
+
+    data/latents/train-00000.safetensors    pixels uint8 [n, C, H, W], labels int64 [n], embeddings float32 [n, K, D]
+    data/latents/null.safetensors           embedding float32 [D] of the empty text
+    data/latents/index.json                 counts, shards, codec, conditioning, digest
+
+Under the identity codec the inputs are the pixels themselves. Labels and embeddings are there
+where the conditioning needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import atomic
+from tasks.source import sha256_of
+from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 1
+NULL = "null.safetensors"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One split of the model's inputs, sorted by key."""
+
+    pixels: np.ndarray
+    """uint8 [N, C, H, W]"""
+    labels: np.ndarray | None
+    """int64 [N], 0 to the number of classes - 1"""
+    embeddings: np.ndarray | None
+    """float32 [N, K, D]: K captions for each image"""
+    null_embedding: np.ndarray | None
+    """float32 [D]"""
+    classes: int
+    """Number of classes, which is also the label that stands for "no condition"; 0 without labels."""
+    keys_sha256: str
+    """Hash of the images' keys, in order."""
+
+
+def keys_hash(keys: list[str]) -> str:
+    """sha256 of keys in their order."""
+    return hashlib.sha256("\n".join(keys).encode("utf-8")).hexdigest()
+
+
+def write_split(folder: Path, split: str, latents: Latents, shard_size: int) -> dict[str, Any]:
+    """Write the shards of one split into `folder` (a temporary one); returns its entry for the index."""
+    from safetensors.numpy import save_file
+
+    count = len(latents.pixels)
+    tensors = {"pixels": latents.pixels, "labels": latents.labels, "embeddings": latents.embeddings}
+    shards = []
+    for number, start in enumerate(range(0, count, shard_size)):
+        name = f"{split}-{number:05d}.safetensors"
+        part = {key: tensor[start : start + shard_size] for key, tensor in tensors.items() if tensor is not None}
+        save_file(part, folder / name)
+        shards.append({"file": name, "sha256": sha256_of(folder / name)})
+    return {"count": count, "keys_sha256": latents.keys_sha256, "shards": shards}
+
+
+def write_index(folder: Path, codec: dict[str, Any], splits: dict[str, Any], null: np.ndarray | None) -> None:
+    """Write `index.json` (and the empty text's embedding) last; its digest covers codec and content."""
+    from safetensors.numpy import save_file
+
+    if null is not None:
+        save_file({"embedding": null}, folder / NULL)
+    index = {
+        "format": FORMAT,
+        "codec": codec["kind"],
+        "conditioning": codec["conditioning"],
+        "channels": codec["channels"],
+        "size": codec["size"],
+        "classes": codec["classes"],
+        "splits": splits,
+        "null_sha256": None if null is None else sha256_of(folder / NULL),
+    }
+    canonical = json.dumps(index, sort_keys=True).encode("utf-8")
+    atomic.write_json(folder / "index.json", index | {"digest": hashlib.sha256(canonical).hexdigest()})
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`index.json`: format, codec, conditioning, channels, size, classes, splits {name: count, keys_sha256, shards},
+    digest. Raises `StageError` where it is missing or of another format."""
+    try:
+        index: dict[str, Any] = json.loads((path / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} holds no index.json; run 'dvc repro encode'") from None
+    if index.get("format") != FORMAT:
+        raise StageError(f"{path} has format {index.get('format')}, not {FORMAT}; run 'dvc repro -f encode'")
+    return index
+
+
+def load_latents(path: Path, split: str) -> Latents:
+    """One split of the model's inputs, read into memory. Raises `StageError` where there is no such split."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    index = read_index(path)
+    if split not in index["splits"]:
+        raise StageError(f"{path} has no split '{split}', only {', '.join(index['splits'])}; see ingest")
+    parts = [load_file(path / shard["file"]) for shard in index["splits"][split]["shards"]]
+
+    def joined(name: str) -> np.ndarray | None:
+        return np.concatenate([part[name] for part in parts]) if name in parts[0] else None
+
+    return Latents(
+        pixels=np.concatenate([part["pixels"] for part in parts]),
+        labels=joined("labels"),
+        embeddings=joined("embeddings"),
+        null_embedding=load_file(path / NULL)["embedding"] if index["null_sha256"] else None,
+        classes=len(index["classes"]),
+        keys_sha256=index["splits"][split]["keys_sha256"],
+    )

@@ -1,0 +1,88 @@
+"""What the sources have in common: the manifest of `data/raw/`, and the entries that `ingest` takes from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import atomic
+from tasks.stage import StageError
+
+FORMAT = 1
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an input cannot be a row: a reason of a few words, and free text."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One input as published: a row to be, or a problem already known."""
+
+    key: str
+    data: bytes | None
+    """The encoded picture; None where it was not read (`problem` says why)."""
+    size: int
+    """Bytes as published."""
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+    split: str | None = None
+    """The published split; None where the source publishes none."""
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that is ready to be read once, in an order that depends on its content alone."""
+
+    classes: list[str]
+    """Display names, in the order of the labels; empty where there are none."""
+    count: int
+    """Number of entries, for the progress bar."""
+    entries: Iterator[Entry]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(raw: Path, source: str, origin: str, licence: str) -> None:
+    """Record the one file in `raw`: its name, size and sha256, and where it came from."""
+    (file,) = (path for path in raw.iterdir() if path.is_file())
+    atomic.write_json(
+        raw / "manifest.json",
+        {
+            "format": FORMAT,
+            "source": source,
+            "origin": origin,
+            "licence": licence,
+            "file": file.name,
+            "size": file.stat().st_size,
+            "sha256": sha256_of(file),
+        },
+    )
+
+
+def read_manifest(raw: Path) -> dict[str, Any]:
+    """The manifest of `data/raw/`. Raises `StageError` where it is missing or its file is."""
+    try:
+        manifest: dict[str, Any] = json.loads((raw / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{raw} holds no manifest.json; run 'dvc repro download'") from None
+    if not (raw / manifest["file"]).is_file():
+        raise StageError(f"{raw / manifest['file']} is missing; run 'dvc repro -f download'")
+    return manifest
