@@ -188,7 +188,7 @@ def find_or_create_run(
         missing = [Param(name, str(value)) for name, value in sorted(params.items()) if name not in run.data.params]
         for start in range(0, len(missing), 100):
             client.log_batch(run.info.run_id, params=missing[start : start + 100])
-        if not run.inputs.dataset_inputs:
+        if run.inputs is None or not run.inputs.dataset_inputs:
             client.log_inputs(run.info.run_id, [_dataset_input(dataset, context=kind)])
     return run
 
