@@ -88,6 +88,18 @@ def tile_png(image: np.ndarray) -> bytes:
     return png_bytes(Image.fromarray(array[..., :3] if len(image) == 3 else array[..., 0]))
 
 
+def shrunk(images: np.ndarray, largest: int) -> np.ndarray:
+    """Halve the sides, averaging squares of four, until none exceeds `largest` pixels.
+
+    uint8 [..., H, W] -> uint8 [..., H / 2^k, W / 2^k]; it stops early at an odd side.
+    """
+    while max(images.shape[-2:]) > largest and not any(side % 2 for side in images.shape[-2:]):
+        *others, height, width = images.shape
+        blocks = images.reshape(*others, height // 2, 2, width // 2, 2)
+        images = np.round(blocks.mean(axis=(-3, -1))).astype(np.uint8)
+    return images
+
+
 def save_animation(frames: Sequence[Image.Image], path: Path, frame_ms: int = 80) -> None:
     """Write frames of one size as an animated PNG that loops for ever and rests on its last frame.
 
