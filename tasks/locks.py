@@ -13,7 +13,7 @@ from pathlib import Path
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` for the length of the block; waits for whoever holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

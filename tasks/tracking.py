@@ -71,8 +71,9 @@ def _probe(uri: str) -> None:
     """Ask the server for a sign of life. MLflow's own client would block for minutes."""
     where = _without_password(uri)
     remedy = "start it, correct MLFLOW_TRACKING_URI, or unset that to use the database in the work tree"
+    health = f"{re.sub(r'//[^/@]*@', '//', uri).rstrip('/')}/health"
     try:
-        urllib.request.urlopen(f"{re.sub(r'//[^/@]*@', '//', uri).rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says connect()
     except urllib.error.HTTPError as error:
         if error.code == 403:
             raise StageError(f"MLflow at {where} answers 403; list this host in its --allowed-hosts") from None
@@ -122,7 +123,7 @@ def _ensure_migrated(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         store = SqlAlchemyStore(f"{_SQLITE}{fresh}", str(path.parent / "mlruns"))
         store.engine.dispose()
-        os.replace(fresh, path)
+        fresh.replace(path)
 
 
 def _exists(path: Path) -> bool:

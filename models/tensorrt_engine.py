@@ -1,0 +1,102 @@
+"""A TensorRT engine from the ONNX graph: built, run, and where that cannot be, the reason.
+
+Needs an NVIDIA GPU and the extra `tensorrt`. An engine serves only the GPU and the TensorRT version it
+was built with, and its bytes differ from build to build: it is a cache, never part of a model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+BATCHES = (1, 16, 256)
+"""Smallest, usual and largest batch of the optimisation profile."""
+
+
+def unavailable_because() -> str | None:
+    """Why no engine can be built here, or None where it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU that this PyTorch can use"
+    if importlib.util.find_spec("tensorrt") is None:
+        return "the package tensorrt is not installed; it comes with the extra 'tensorrt'"
+    return None
+
+
+def identity() -> str:
+    """What an engine depends on besides the graph: the TensorRT version and the GPU."""
+    import tensorrt
+    import torch
+
+    return f"tensorrt {tensorrt.__version__} on {torch.cuda.get_device_name()}"
+
+
+def build(graph: Path) -> bytes:
+    """ONNX file -> serialised engine whose batch may be anything within `BATCHES`.
+
+    Raises `RuntimeError` with TensorRT's first complaint where it cannot take the graph.
+    """
+    import tensorrt as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        raise RuntimeError(f"TensorRT cannot read {graph.name}: {parser.get_error(0).desc()}")
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        value = network.get_input(i)
+        rest = tuple(value.shape)[1:]
+        profile.set_shape(value.name, *((batch, *rest) for batch in BATCHES))
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise RuntimeError("TensorRT built no engine; its log above says why")
+    return bytes(engine)
+
+
+class Engine:
+    """A deserialised engine with the `predict` of `models.bundle.Bundle`."""
+
+    def __init__(self, serialised: bytes) -> None:
+        import tensorrt as trt
+
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(serialised)
+        if self._engine is None:
+            raise RuntimeError("TensorRT cannot load the engine; delete it, so that it is built anew")
+        self._context = self._engine.create_execution_context()
+
+    def predict(self, x: np.ndarray, t: int, label: np.ndarray | None = None) -> np.ndarray:
+        """The network's raw output: x float32 [N, C, H, W], one timestep, label int64 [N] -> float32 [N, C, H, W]."""
+        import torch
+
+        feed = {"sample": torch.from_numpy(x), "timestep": torch.full((len(x),), t, dtype=torch.int64)}
+        if label is not None:
+            feed["label"] = torch.from_numpy(label)
+        return self.run({name: value.cuda() for name, value in feed.items()}).cpu().numpy()
+
+    def run(self, feed: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Inputs on the GPU by name -> output on the GPU, finished when this returns."""
+        import torch
+
+        held: dict[str, Any] = {name: value.contiguous() for name, value in feed.items()}
+        output = torch.empty_like(held["sample"])
+        for name, value in held.items():
+            self._context.set_input_shape(name, tuple(value.shape))
+            self._context.set_tensor_address(name, value.data_ptr())
+        self._context.set_tensor_address("output", output.data_ptr())
+        stream = torch.cuda.current_stream()
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError("TensorRT could not run the engine")
+        stream.synchronize()
+        return output

@@ -1,0 +1,272 @@
+"""Stage `export`: the trained network as ONNX, with a sampler that needs no PyTorch, measured against PyTorch.
+
+Nothing is written to `outputs/` before parity holds. What is timed goes to a file of its own, which no
+stage reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import atomic, images, stage, workspace
+from tasks.params import ExportParams
+from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.bundle import Bundle
+    from models.pipeline import Pipeline
+    from models.tensorrt_engine import Engine
+
+PACKAGE = "afterimage_bundle"
+COPIED = ("samplers.py", "bundle.py")
+PARITY_BATCHES = (1, 2, 5, 8)
+DRAWN_IMAGES = 4
+DRAWN_STEPS = 10
+GUIDANCE = 1.5
+TENSORRT_MIN_PSNR = 35
+TIMING_SECONDS = 0.5
+MIN_REPEATS, MAX_REPEATS = 3, 50
+
+
+def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Path, params: ExportParams) -> None:
+    """Export the network to ONNX with a dynamic batch, and measure the bundle against PyTorch.
+
+    Writes the bundle (graph, sampler on NumPy and ONNX Runtime, constants) to `onnx`, parity and providers
+    to `report`, and a table of milliseconds to `latency`. With an NVIDIA GPU and the extra `tensorrt` an
+    engine is measured too; otherwise `report` says why not. Fails where a difference exceeds its limit.
+    """
+    from models.bundle import Bundle
+    from models.pipeline import load_pipeline
+
+    images.require_accepted(accepted)
+    trained = load_pipeline(pipeline)
+    with atomic.writing_folder(onnx) as folder:
+        print("export: tracing the network", flush=True)
+        _write_bundle(folder, trained, params)
+        with _one_thread():
+            single = Bundle(folder, threads=1)
+            report_values = _parity(trained, single, params) | {"providers": single.providers}
+        engine, report_values["tensorrt"] = _tensorrt(trained, folder / "unet.onnx", params)
+        table = _latencies(trained, Bundle(folder), engine, params)
+    atomic.write_json(report, report_values)
+    atomic.write_json(latency, table)
+    difference, psnr = report_values["max_abs_difference"], report_values["min_psnr_db"]
+    print(f"export: max abs difference {difference:.1e}, images agree to {psnr:.0f} dB, {single.providers[0]}")
+    print(f"export: tensorrt: {report_values['tensorrt'].get('reason', 'engine built and measured')}")
+
+
+def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
+    from models.bundle import FORMAT
+    from models.onnx_graph import to_onnx
+
+    try:
+        (folder / "unet.onnx").write_bytes(to_onnx(trained, params.opset))
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    names = ("conditioning", "classes", "channels", "size", "prediction", "null_label", "train_key")
+    info = {name: trained.info[name] for name in names}
+    atomic.write_json(folder / "bundle.json", {"format": FORMAT, "alpha_bar": trained.alpha_bar.tolist(), **info})
+    package = folder / PACKAGE
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in COPIED:
+        shutil.copyfile(Path(__file__).parent.parent / "models" / name, package / name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread, so that the order of summation, and with it the report, is the same every time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str, Any]:
+    """Compare raw outputs and drawn images. Raises `StageError` where either differs too much."""
+    differences = {
+        f"batch {batch}, t {t}": _difference(trained, bundle.predict, batch, t, params.seed)
+        for batch in PARITY_BATCHES
+        for t in (0, trained.timesteps // 2, trained.timesteps - 1)
+    }
+    where, worst = max(differences.items(), key=lambda item: item[1])
+    if not worst <= params.max_abs_difference:
+        raise StageError(
+            f"the ONNX network differs from PyTorch's by {worst:.1e} ({where}), which exceeds "
+            f"export.max_abs_difference {params.max_abs_difference:.1e}; try another export.opset, or raise the limit"
+        )
+    decibel = _drawn_psnr(trained, bundle.sample, params.seed)
+    lowest = min(decibel, key=lambda name: decibel[name])
+    if not decibel[lowest] > params.min_psnr:
+        raise StageError(
+            f"images drawn by {lowest} from the bundle agree with PyTorch's to {decibel[lowest]:.1f} dB only, "
+            f"not over export.min_psnr {params.min_psnr}; try another export.opset, or lower the limit"
+        )
+    return {
+        "opset": params.opset,
+        "max_abs_difference": worst,
+        "abs_difference": differences,
+        "min_psnr_db": decibel[lowest],
+        "psnr_db": decibel,
+    }
+
+
+def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Standard normal x float32 [batch, C, H, W], and labels int64 [batch] that go through all conditions."""
+    import numpy as np
+
+    shape = (batch, trained.channels, trained.size, trained.size)
+    x = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    if trained.conditioning == "none":
+        return x, None
+    return x, np.arange(batch, dtype=np.int64) * 3 % (len(trained.classes) + 1)
+
+
+def _torch_predict(trained: Pipeline) -> Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]:
+    import torch
+
+    def predict(x: np.ndarray, t: int, label: np.ndarray | None) -> np.ndarray:
+        timestep = torch.full((len(x),), t, dtype=torch.int64, device=trained.device)
+        condition = None if label is None else torch.from_numpy(label).to(trained.device)
+        with torch.inference_mode():
+            return trained.unet(torch.from_numpy(x).to(trained.device), timestep, condition).cpu().numpy()
+
+    return predict
+
+
+def _difference(trained: Pipeline, predict: Callable[..., np.ndarray], batch: int, t: int, seed: int) -> float:
+    import numpy as np
+
+    x, label = _noisy_inputs(trained, batch, seed)
+    return float(np.abs(predict(x, t, label) - _torch_predict(trained)(x, t, label)).max())
+
+
+def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int) -> dict[str, float]:
+    """Sampler -> PSNR in dB of its worst image against PyTorch's for the same noise."""
+    from models.samplers import SAMPLERS
+
+    seeds = range(seed, seed + DRAWN_IMAGES)
+    conditional = trained.conditioning == "label"
+    labels = [i % len(trained.classes) for i in range(DRAWN_IMAGES)] if conditional else None
+    settings: dict[str, Any] = {
+        "steps": min(DRAWN_STEPS, trained.timesteps),
+        "guidance_scale": GUIDANCE if conditional else 1.0,
+    }
+    return {
+        name: _psnr(
+            sample(seeds, labels, sampler=name, **settings), trained.sample(seeds, labels, sampler=name, **settings)
+        )
+        for name in SAMPLERS
+    }
+
+
+def _psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of the worst pair; images in [-1, 1], equal ones give 200."""
+    error = ((first.astype("float64") - second) ** 2).mean(axis=(1, 2, 3)).max()
+    return min(10 * math.log10(4 / error), 200.0) if error > 0 else 200.0
+
+
+def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Engine | None, dict[str, Any]]:
+    """Build (or find) the engine and draw with it, where a GPU and the package are there."""
+    from models import tensorrt_engine
+    from models.samplers import SeededNoise, denoiser, sample
+
+    reason = tensorrt_engine.unavailable_because()
+    if reason:
+        return None, {"built": False, "reason": reason}
+    name = hashlib.sha256(graph.read_bytes() + tensorrt_engine.identity().encode()).hexdigest()[:16]
+    path = workspace.scratch() / "tensorrt" / f"{name}.engine"
+    if not path.exists():
+        print("export: building the TensorRT engine (minutes)", flush=True)
+        atomic.write_bytes(path, tensorrt_engine.build(graph))
+    engine = tensorrt_engine.Engine(path.read_bytes())
+    alpha_bar = trained.alpha_bar.tolist()
+
+    def draw(seeds: Any, labels: Any, sampler: str, steps: int, guidance_scale: float) -> np.ndarray:
+        condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
+        denoise = denoiser(engine.predict, trained.prediction, alpha_bar, condition, null, guidance_scale)
+        noise = SeededNoise(seeds, (trained.channels, trained.size, trained.size))
+        return sample(sampler, denoise, noise, alpha_bar, steps)
+
+    decibel = _drawn_psnr(trained, draw, params.seed)
+    lowest = min(decibel, key=lambda sampler: decibel[sampler])
+    if not decibel[lowest] >= TENSORRT_MIN_PSNR:
+        raise StageError(
+            f"images drawn by {lowest} from the TensorRT engine agree with PyTorch's to {decibel[lowest]:.1f} dB only, "
+            f"not {TENSORRT_MIN_PSNR}; uninstall the extra 'tensorrt' to export without it"
+        )
+    return engine, {
+        "built": True,
+        "identity": tensorrt_engine.identity(),
+        "batches": list(tensorrt_engine.BATCHES),
+        # TensorRT chooses its kernels by timing them: the digits after the point differ from build to build.
+        "psnr_db": {sampler: round(value) for sampler, value in decibel.items()},
+    }
+
+
+def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params: ExportParams) -> dict[str, Any]:
+    """Median milliseconds of one network evaluation, by batch size, everything on its fastest device here."""
+    import os
+
+    import torch
+    from tqdm import tqdm
+
+    trained = _on_fastest_device(trained)
+    runners: dict[str, Callable[..., np.ndarray]] = {"torch": _torch_predict(trained), "onnxruntime": bundle.predict}
+    if engine:
+        runners["tensorrt"] = engine.predict
+    rows = []
+    for batch in tqdm(params.latency_batches, desc="latency", unit="batch", mininterval=1, dynamic_ncols=True):
+        x, label = _noisy_inputs(trained, batch, params.seed)
+        row: dict[str, Any] = {"batch": batch}
+        for name, predict in runners.items():
+            row[f"{name}_ms"] = round(_median_ms(functools.partial(predict, x, 1, label)), 3)
+        row["onnxruntime_speedup"] = round(row["torch_ms"] / row["onnxruntime_ms"], 2)
+        rows.append(row)
+    return {
+        "unit": "median milliseconds of one network evaluation, copies between host and device included",
+        "torch_device": trained.device,
+        "torch_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "onnxruntime_providers": bundle.providers,
+        "rows": rows,
+    }
+
+
+def _on_fastest_device(trained: Pipeline) -> Pipeline:
+    import dataclasses
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return trained
+    return dataclasses.replace(trained, unet=trained.unet.to("cuda"), device="cuda")
+
+
+def _median_ms(call: Callable[[], object]) -> float:
+    call()  # the first one allocates
+    times: list[float] = []
+    while len(times) < MIN_REPEATS or (sum(times) < TIMING_SECONDS and len(times) < MAX_REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1000
+
+
+if __name__ == "__main__":
+    stage.main(export)
