@@ -180,8 +180,11 @@ class TrainParams(Section):
 
 class JudgeParams(Section):
     classifier_steps: PositiveInt
+    """Steps of the classifier, or of the self-supervised encoder where there are neither labels nor captions."""
     clip_steps: PositiveInt
     batch_size: PositiveInt = 64
+    horizontal_flip: bool = False
+    """Mirror half of the training images at random; not for digits or text."""
     seed: int = 1
 
 

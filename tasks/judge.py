@@ -1,0 +1,160 @@
+"""Stage `judge`: images -> what measures (a classifier, a scoring CLIP, or a self-supervised encoder)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tasks import stage
+from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.params import ImageParams, JudgeParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.judge import Judge
+
+CHOICES = 10
+"""Captions offered for each held-out image, one of them right, where no prompts name the classes."""
+MAX_TWINS = 512
+
+
+def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image: ImageParams) -> None:
+    """Train what measures, and nothing else: a classifier where there are labels, a CLIP where there are captions.
+
+    Features for the distances come from the classifier; without labels from the CLIP's image tower; without
+    captions from a self-supervised encoder. Each is tested on the held-out images.
+    """
+    from models.judge import save_judge
+    from tasks.atomic import writing_folder
+
+    require_accepted(accepted)
+    classes = read_index(images)["classes"]
+    train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
+    if min(len(train.keys), len(held_out.keys)) < 2:
+        raise stage.StageError(
+            f"there are {len(train.keys)} training and {len(held_out.keys)} held-out images, and measuring needs two "
+            "of each; add images or change ingest.held_out_fraction"
+        )
+    trained = _train(train, classes, params, image)
+    info = {**trained.info, **_test(trained, held_out, params), "held_out_images": len(held_out.keys)}
+    with writing_folder(folder) as temporary:
+        save_judge(temporary, replace(trained, info=info))
+
+
+def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
+    from models.classifier import train_classifier
+    from models.clip import train_clip
+    from models.fit import Recipe
+    from models.judge import Judge, best_device
+    from models.selfsupervised import train_encoder
+
+    device = best_device()
+    clip_recipe = Recipe(
+        params.clip_steps, params.batch_size, params.seed, params.horizontal_flip, device, _bar("CLIP")
+    )
+    recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))
+    classifier, clip, tokenizer, encoder = None, None, None, None
+    labelled = train.labels >= 0
+    captioned = [row for row, texts in enumerate(train.captions) if texts]
+    captions = [train.captions[row] for row in captioned]
+    if len(set(train.labels[labelled].tolist())) > 1:
+        classifier = train_classifier(train.pixels[labelled], train.labels[labelled], len(classes), recipe)
+    if len({tuple(sorted(texts)) for texts in captions}) > 1:
+        clip, tokenizer = train_clip(train.pixels[captioned], captions, clip_recipe)
+    if classifier is None and clip is None:
+        encoder = train_encoder(train.pixels, recipe)
+    info = {
+        "classes": classes,
+        "prompts": class_prompts(train, len(classes)),
+        "image": {"size": image.size, "channels": image.channels},
+        "train_images": len(train.keys),
+    }
+    return Judge(info, classifier, clip, tokenizer, encoder, device)
+
+
+def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any]:
+    """How good each network is on held-out images: the `*_accuracy` entries of `judge.json`."""
+    from models.clip import choice_accuracy
+    from models.metrics import accuracy
+    from models.selfsupervised import twin_accuracy
+
+    found: dict[str, Any] = {}
+    labelled = held_out.labels >= 0
+    if judge.classifier is not None and labelled.any():
+        logits = judge.class_logits(held_out.pixels[labelled])
+        found["classifier_accuracy"] = accuracy(logits, held_out.labels[labelled])
+    rows, texts, right, others = caption_choices(held_out, judge.prompts, params.seed)
+    if judge.clip is not None and rows:
+        embeds = judge.clip_image_embeds(held_out.pixels[rows])
+        found["clip_accuracy"] = choice_accuracy(embeds, judge.clip_text_embeds(texts), right, others)
+        found["clip_choices"] = others.shape[1] + 1
+    if judge.encoder is not None:
+        pixels = held_out.pixels[:MAX_TWINS]
+        found["self_supervised_accuracy"] = twin_accuracy(
+            judge.encoder, pixels, params.seed, params.horizontal_flip, judge.device
+        )
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+    print(f"judge: on {len(held_out.keys)} held-out images: {shown}", flush=True)
+    return found
+
+
+def class_prompts(samples: Samples, classes: int) -> list[str] | None:
+    """For each class the caption that most of its images carry (the first in the alphabet of several).
+
+    None where some class has no caption that at least half of its images carry, or two classes share theirs:
+    then the captions do not follow from the class.
+    """
+    prompts = []
+    for label in range(classes):
+        rows = (samples.labels == label).nonzero()[0]
+        counts = Counter(text for row in rows for text in set(samples.captions[row]))
+        caption = min(counts, key=lambda text: (-counts[text], text), default=None)
+        if caption is None or 2 * counts[caption] < len(rows):
+            return None
+        prompts.append(caption)
+    return prompts if prompts and len(set(prompts)) == len(prompts) else None
+
+
+def caption_choices(
+    samples: Samples, prompts: list[str] | None, seed: int
+) -> tuple[list[int], list[str], np.ndarray, np.ndarray]:
+    """The examination of a CLIP: rows of images, captions, and as indices into these the right one of each
+    image, int64 [N], and the wrong ones offered beside it, int64 [N, K - 1].
+
+    With prompts every class's is offered; without, the image's first caption among `CHOICES - 1` of other images.
+    """
+    import numpy as np
+
+    if prompts:
+        rows = (samples.labels >= 0).nonzero()[0].tolist()
+        right = samples.labels[rows]
+        others = [[k for k in range(len(prompts)) if k != label] for label in right]
+        return rows, prompts, right, np.asarray(others, np.int64)
+    random = np.random.default_rng(seed)
+    texts = sorted({text for own in samples.captions for text in own})
+    number = {text: index for index, text in enumerate(texts)}
+    rows, firsts, wrong = [], [], []
+    for row, captions in enumerate(samples.captions):
+        own = {number[text] for text in captions}
+        drawn: Any = random.choice(len(texts), min(len(texts), CHOICES - 1 + len(own)), replace=False) if own else []
+        strangers = [index for index in drawn if index not in own]
+        if strangers:
+            rows.append(row)
+            firsts.append(number[captions[0]])
+            wrong.append(np.resize(strangers, CHOICES - 1))
+    return rows, texts, np.asarray(firsts, np.int64), np.asarray(wrong, np.int64)
+
+
+def _bar(what: str) -> Callable[..., Any]:
+    return partial(tqdm, desc=f"judge: {what}", unit="step", mininterval=1, dynamic_ncols=True)
+
+
+if __name__ == "__main__":
+    stage.main(judge)
