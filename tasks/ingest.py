@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, digits, stage
+from tasks import atomic, cifar, decoding, digits, folder, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -25,9 +25,9 @@ CHUNK_BYTES = 16 << 20
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
     """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
     manifest = read_manifest(raw)
-    source = digits.read(raw / manifest["file"])
-    with atomic.writing_folder(images) as folder, atomic.writing_folder(quarantine) as aside:
-        writer, quarantined = Writer(folder, params.shards), apart.Writer(aside)
+    source = _open(manifest["source"], raw / manifest["file"], params)
+    with atomic.writing_folder(images) as rows, atomic.writing_folder(quarantine) as aside:
+        writer, quarantined = Writer(rows, params.shards), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
         for entry, finding in _examined(source.entries, params):
             if isinstance(finding, Problem):
@@ -40,10 +40,24 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         counts = {"inputs": writer.rows + sum(reasons.values()), "quarantined": reasons}
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))
-        index = writer.close() | counts | {"classes": source.classes} | _origin(manifest)
-        atomic.write_json(folder / "index.json", index)
+        index = writer.close() | counts | _origin(manifest)
+        index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
+        atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
+    if source.unmatched_captions:
+        print(f"ingest: {source.unmatched_captions} captions name no image")
+
+
+def _open(name: str, file: Path, params: IngestParams) -> Source:
+    match name:
+        case "digits":
+            return digits.read(file)
+        case "cifar10":
+            return cifar.read(file)
+        case "folder":
+            return folder.read(file, params.max_image_bytes)
+    raise StageError(f"data/raw comes from the unknown source '{name}'; run 'dvc repro -f download'")
 
 
 def _nothing_readable(manifest: dict[str, Any], reasons: dict[str, int]) -> str:
@@ -110,9 +124,9 @@ def _examine(chunk: list[Entry], params: IngestParams) -> list[dict[str, Any] | 
         findings.append(row)
         thumbnails.append(thumbnail)
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
-    for finding in findings:
-        if not isinstance(finding, Problem):
-            finding["phash"] = next(hashes)
+    for found in findings:
+        if not isinstance(found, Problem):
+            found["phash"] = next(hashes)
     return findings
 
 

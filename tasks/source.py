@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,11 @@ class Source:
 
     classes: list[str]
     """Display names, in the order of the labels; empty where there are none."""
-    count: int
-    """Number of entries, for the progress bar."""
+    count: int | None
+    """Number of entries where it is known before they are read, for the progress bar."""
     entries: Iterator[Entry]
+    unmatched_captions: int = 0
+    """Captions that name no image."""
 
 
 def sha256_of(path: Path) -> str:
@@ -58,6 +61,15 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise `StageError` unless `size` more bytes fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StageError(
+            f"{size / 1e9:.2f} GB are needed in {folder.parent}, but {free / 1e9:.2f} GB are free; free some"
+        )
 
 
 def write_manifest(raw: Path, source: str, origin: str, licence: str) -> None:

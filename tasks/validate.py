@@ -66,7 +66,6 @@ def _rows(images: Path) -> pd.DataFrame:
     captions = frame.pop("captions")
     frame["caption_count"] = captions.map(len)
     frame["longest_caption"] = captions.map(lambda texts: max((len(text) for text in texts), default=0))
-    frame["shortest_caption"] = captions.map(lambda texts: min((len(text) for text in texts), default=0))
     first = frame.groupby(["sha256", "split"])["key"].transform("first")
     frame["repeats"] = first.where(first != frame["key"])
     splits = frame.groupby("sha256")["split"].transform("nunique")
@@ -82,7 +81,7 @@ def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
         Gate(
             "ExpectTableRowCountToBeBetween",
             {"min_value": max(1, params.min_images)},
-            f"there are {index['rows']} images, fewer than validate.min_images {params.min_images}; add some or lower it",
+            f"{index['rows']} images are fewer than validate.min_images {params.min_images}; add some or lower it",
         ),
         Gate("ExpectColumnValuesToBeUnique", {"column": "key"}, "keys are not unique; run 'dvc repro -f ingest'"),
         Gate(
@@ -130,7 +129,6 @@ def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
                 f"captions exceed validate.max_caption_characters {params.max_caption_characters}; shorten or raise it",
             ),
             Gate(between, {"column": "caption_count", "min_value": 1}, "images have no caption, while others have one"),
-            Gate(between, {"column": "shortest_caption", "min_value": 1}, "captions are empty; write or remove them"),
         ]
     if index["classes"]:
         gates += [

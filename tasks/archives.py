@@ -1,0 +1,199 @@
+"""Zip and tar files whose content nobody vouches for: listed and streamed, never unpacked to the disk."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tasks.source import CHUNK, Problem
+from tasks.stage import StageError
+
+# The earliest date that a zip can hold: packing the same files twice gives the same bytes.
+NO_DATE = (1980, 1, 1, 0, 0, 0)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+ENCRYPTED = 0x1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an archive."""
+
+    position: int
+    """Its place in the archive; names may occur twice."""
+    name: str
+    """Path inside the archive, with '/' between its parts."""
+    size: int
+    """Bytes when unpacked, as the archive says."""
+    problem: Problem | None
+    """Why it must not be read."""
+
+
+def kind(file: Path) -> str:
+    """ "zip" or "tar" (compressed or not), by content. Raises `StageError` for anything else."""
+    if zipfile.is_zipfile(file):
+        return "zip"
+    try:
+        if tarfile.is_tarfile(file):
+            return "tar"
+    except DAMAGED:
+        pass  # what breaks the parser is no tar either
+    raise StageError(f"{file.name} is neither a zip nor a tar file, or it is cut off; give a folder, a zip or a tar")
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Pack a folder into an uncompressed zip whose bytes depend on names and contents alone.
+
+    Hidden files are left out. A symbolic link is packed as a link, which nobody follows.
+    Raises `StageError` where there is no file.
+    """
+    files = sorted(_files(folder))
+    if not files:
+        raise StageError(f"the folder {folder} is empty; put images into it, or point download.path elsewhere")
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name, path in tqdm(files, "pack", unit="file", mininterval=1, dynamic_ncols=True, delay=1):
+            status = path.lstat()
+            info = zipfile.ZipInfo(name, NO_DATE)
+            # A zip made on Windows would say so, and differ.
+            info.create_system = 3
+            if stat.S_ISLNK(status.st_mode):
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+                archive.writestr(info, os.fsencode(path.readlink()))
+                continue
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            info.file_size = status.st_size
+            with path.open("rb") as source, archive.open(info, "w") as packed:
+                while chunk := source.read(CHUNK):
+                    packed.write(chunk)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names (relative, '/' between parts) and paths of the files below a folder, links included."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        for file in files + linked:
+            path = Path(parent, file)
+            if not file.startswith(".") and (path.is_symlink() or path.is_file()):
+                # A name that is no text cannot stand in a zip; its odd bytes are spelled out.
+                name = path.relative_to(folder).as_posix().encode("utf-8", "backslashreplace")
+                yield name.decode("utf-8").replace("\\", "%"), path
+
+
+def list_members(file: Path) -> list[Member]:
+    """Every file of an archive, in the archive's order; folders and hidden files are left out.
+
+    Raises `StageError` where the archive cannot be read to its end.
+    """
+    seen: set[str] = set()
+    members = []
+    for position, path, size, problem in _zip_list(file) if kind(file) == "zip" else _tar_list(file):
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if not parts or any(_is_hidden(part) for part in parts):
+            continue
+        unsafe = path.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in path
+        name = path if unsafe else "/".join(parts)
+        if unsafe:
+            problem = Problem("unsafe path", "the path leads out of the archive")  # noqa: PLW2901 - the graver one
+        elif name in seen:
+            problem = problem or Problem("repeated path", "the archive holds another file of this path")  # noqa: PLW2901
+        seen.add(name)
+        members.append(Member(position, name, size, problem))
+    return members
+
+
+def _is_hidden(part: str) -> bool:
+    return (part.startswith(".") and part != "..") or part == "__MACOSX"
+
+
+def read_members(file: Path, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
+    """Contents of those members, or why there is none; sorted by name from a zip, in its own order from a tar.
+
+    No member larger than `max_bytes` is unpacked.
+    """
+    if kind(file) == "zip":
+        yield from _zip_read(file, sorted(members, key=lambda member: (member.name, member.position)), max_bytes)
+    else:
+        yield from _tar_read(file, {member.position: member for member in members}, max_bytes)
+
+
+def _refusal(member: Member, max_bytes: int) -> Problem | None:
+    if member.problem is None and member.size > max_bytes:
+        return Problem("oversized", f"{member.size} bytes are over the limit of {max_bytes}")
+    return member.problem
+
+
+Listed = tuple[int, str, int, Problem | None]
+
+
+def _zip_list(file: Path) -> Iterator[Listed]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except DAMAGED as error:
+        raise _damaged(file, error) from None
+    for position, info in enumerate(infos):
+        problem = None
+        if stat.S_ISLNK(info.external_attr >> 16):
+            problem = Problem("link", "a symbolic link")
+        elif info.flag_bits & ENCRYPTED:
+            problem = Problem("encrypted", "the archive needs a password")
+        if not info.is_dir():
+            yield position, info.filename.replace("\\", "/"), info.file_size, problem
+
+
+def _zip_read(file: Path, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
+    with zipfile.ZipFile(file) as archive:
+        infos = archive.infolist()
+        for member in members:
+            refusal = _refusal(member, max_bytes)
+            if refusal:
+                yield member, refusal
+                continue
+            try:
+                content: bytes | Problem = archive.read(infos[member.position])
+            except (*DAMAGED, NotImplementedError, RuntimeError) as error:
+                content = Problem("damaged in the archive", f"{type(error).__name__}: {error}")
+            yield member, content
+
+
+def _tar_list(file: Path) -> Iterator[Listed]:
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            for position, info in enumerate(archive):
+                if info.isdir():
+                    continue
+                problem = None
+                if info.issym() or info.islnk():
+                    problem = Problem("link", f"a link to {info.linkname}")
+                elif not info.isreg():
+                    problem = Problem("special file", "a device or a pipe")
+                yield position, info.name, info.size, problem
+    except DAMAGED as error:
+        raise _damaged(file, error) from None
+
+
+def _tar_read(file: Path, members: dict[int, Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            for position, info in enumerate(archive):
+                if position not in members:
+                    continue
+                member = members[position]
+                refusal = _refusal(member, max_bytes)
+                content = None if refusal else archive.extractfile(info)
+                yield member, refusal or (content.read() if content else Problem("special file", "no content"))
+    except DAMAGED as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> StageError:
+    return StageError(f"{file.name} is damaged or cut off ({error}); get it again")

@@ -1,0 +1,251 @@
+"""One file over http(s): resumed, bounded, verified, and never from an address that nobody meant.
+
+What arrived is kept under the name of the expected checksum, so the same command continues after
+an accident, from whichever mirror answers. The file gets its real name when its checksum is right.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from tasks import atomic, locks
+from tasks.source import CHUNK, require_space, sha256_of
+from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    import httpx
+
+MAX_REDIRECTS = 5
+ATTEMPTS = 4
+"""Attempts in a row that may bring nothing, for each address."""
+CONNECT_SECONDS, READ_SECONDS, PAUSE_SECONDS = 10.0, 30.0, 0.5
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+class MirrorError(Exception):
+    """This address will not give the file; another may. The message says why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a fetch may cost and reach."""
+
+    max_bytes: int
+    deadline: float
+    """Of `time.monotonic()`, in seconds."""
+    allow_private_addresses: bool
+
+
+def fetch(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    sha256: str,
+    partial: Path,
+    max_bytes: int,
+    timeout_seconds: float,
+    allow_private_addresses: bool = False,
+) -> str:
+    """Bring the file with this `sha256` to `target` from the first of `urls` that gives it; returns that address.
+
+    `partial` is a folder for what has arrived so far. Raises `StageError` where no address gives the
+    file within `timeout_seconds` and `max_bytes`, or where one leads to a private address.
+    """
+    limits = Limits(max_bytes, time.monotonic() + timeout_seconds, allow_private_addresses)
+    part = partial / f"{sha256}.part"
+    refusals = []
+    with locks.exclusive(partial / f"{sha256}.lock"):
+        for url in urls:
+            try:
+                _complete(url, part, sha256, limits)
+            except MirrorError as error:
+                refusals.append(f"{shown(url)}: {error}")
+                continue
+            require_space(target.parent, part.stat().st_size)
+            with atomic.writing(target) as temporary:
+                shutil.move(part, temporary)
+            return shown(url)
+    raise StageError(f"could not fetch {'; nor '.join(refusals)}; mend that, then run the same command again")
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    import httpx
+
+    return str(httpx.URL(url).copy_with(userinfo=b"", query=None, fragment=None))
+
+
+def _complete(url: str, part: Path, sha256: str, limits: Limits) -> None:
+    """Bring `part` to its end and verify it; anew, once, where the rest did not fit what had arrived before."""
+    resumed = part.exists()
+    _receive(url, part, limits)
+    found = sha256_of(part)
+    if found == sha256:
+        return
+    part.unlink()
+    if resumed:
+        _complete(url, part, sha256, limits)
+        return
+    raise MirrorError(f"checksum mismatch, sha256 is {found} and not {sha256}; correct download.sha256 or download.url")
+
+
+def _receive(url: str, part: Path, limits: Limits) -> None:
+    """Append to `part` until the server says that it is complete; goes on where a connection broke."""
+    import httpx
+
+    part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            if _append(url, part, before, limits):
+                return
+            reason = "the connection ended early"
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+        after = part.stat().st_size if part.exists() else 0
+        failures = 0 if after > before else failures + 1
+        if failures >= ATTEMPTS:
+            raise MirrorError(reason)
+        _pause(PAUSE_SECONDS * 2**failures, limits)
+
+
+def _pause(seconds: float, limits: Limits) -> None:
+    if time.monotonic() + seconds > limits.deadline:
+        raise MirrorError("not done within download.timeout_seconds")
+    time.sleep(seconds)
+
+
+def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
+    """One request for the bytes from `start` on; returns whether the file is complete now."""
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with _response(url, headers, limits) as response:
+        if response.status_code == 416 and start:
+            # Nothing lies behind `start`: all is here, or the checksum will show that it is not.
+            return True
+        if response.status_code not in (200, 206):
+            raise MirrorError(f"the server answered {response.status_code} {response.reason_phrase}")
+        if response.status_code == 200 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            if response.status_code == 206:
+                part.unlink(missing_ok=True)
+                return False
+            start = 0
+        length = int(response.headers.get("Content-Length", "-1"))
+        total = start + length if length >= 0 else None
+        if total is not None:
+            _require_allowed(total, limits)
+            require_space(part.parent, length)
+        with (
+            part.open("r+b" if start else "wb") as file,
+            tqdm(
+                desc="download",
+                initial=start,
+                total=total,
+                unit="B",
+                unit_scale=True,
+                mininterval=1,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            file.seek(start)
+            for chunk in response.iter_raw(CHUNK):
+                _require_allowed(file.tell() + len(chunk), limits)
+                if time.monotonic() > limits.deadline:
+                    raise MirrorError("not done within download.timeout_seconds")
+                file.write(chunk)
+                bar.update(len(chunk))
+            return total is None or file.tell() == total
+
+
+def _require_allowed(size: int, limits: Limits) -> None:
+    if size > limits.max_bytes:
+        raise StageError(f"the file is larger than download.max_bytes {limits.max_bytes}; raise it if you want it")
+
+
+@contextmanager
+def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[httpx.Response]:
+    """The streamed answer to a GET, behind at most five redirects, each of which is screened as the first was."""
+    import httpx
+
+    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    with httpx.Client(timeout=timeout, trust_env=False, verify=httpx.create_ssl_context()) as client:
+        here = httpx.URL(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            response = _send(client, here, headers, limits)
+            try:
+                if not response.has_redirect_location:
+                    if response.status_code in RETRIED:
+                        raise httpx.HTTPStatusError(
+                            f"the server answered {response.status_code} {response.reason_phrase}",
+                            request=response.request,
+                            response=response,
+                        )
+                    yield response
+                    return
+            finally:
+                response.close()
+            there = here.join(response.headers["Location"])
+            if here.scheme == "https" and there.scheme != "https":
+                raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
+            here = there
+        raise MirrorError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits: Limits) -> httpx.Response:
+    """GET from one of the host's screened addresses.
+
+    The connection goes to the address itself, so that no second look-up can name another one; TLS
+    still checks the certificate of the host.
+    """
+    import httpx
+
+    addresses = _screened(url, limits)
+    for number, address in enumerate(addresses, 1):
+        request = client.build_request(
+            "GET",
+            url.copy_with(host=address),
+            headers=headers | {"Host": url.netloc.decode("ascii")},
+            extensions={"sni_hostname": url.host},
+        )
+        try:
+            return client.send(request, stream=True, follow_redirects=False)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            if number == len(addresses):
+                raise
+    raise MirrorError(f"{url.host} has no address")
+
+
+def _screened(url: httpx.URL, limits: Limits) -> list[str]:
+    """Addresses of the host of `url`. Raises `StageError` where the scheme or any address is not to be used."""
+    if url.scheme not in ("http", "https") or not url.host:
+        raise StageError(f"{shown(str(url))} is no http(s) address; correct download.url")
+    try:
+        found = socket.getaddrinfo(
+            url.host, url.port or (443 if url.scheme == "https" else 80), type=socket.SOCK_STREAM
+        )
+    except OSError as error:
+        raise MirrorError(f"{url.host} cannot be found ({error.strerror or error}); is there a network?") from None
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    for address in addresses:
+        if not limits.allow_private_addresses and not _is_public(address):
+            raise StageError(
+                f"{url.host} is at the private address {address}; "
+                "set download.allow_private_addresses to true if that is meant"
+            )
+    return addresses
+
+
+def _is_public(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    parsed = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None) or parsed
+    return parsed.is_global and not parsed.is_multicast

@@ -1,0 +1,130 @@
+"""The source `folder`: one's own images, in a folder, a zip or a tar.
+
+What the names say:
+- folders named train, test or val (and their usual synonyms), in any case, are published splits;
+- otherwise the innermost folder is the class, where there are at least two different ones;
+- a table (.csv, .tsv) with a column of file names and a column of captions captions the images;
+  several lines for one image are several captions.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tasks import archives, captions, decoding
+from tasks.archives import Member
+from tasks.quarantine import NO_IMAGE_FILE
+from tasks.source import Entry, Problem, Source, require_space
+from tasks.stage import StageError
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the path of an image says."""
+
+    split: str | None
+    folder: str | None
+    """The innermost folder, unless it is a split."""
+
+
+def copy(path: Path, raw: Path) -> None:
+    """Bring a local folder or archive into `raw`: a folder packed into a zip, an archive as it is.
+
+    An archive is copied and not linked: DVC makes what it keeps read-only, and that file is not ours.
+    Raises `StageError` where it is missing, empty, no archive, or larger than what is free.
+    """
+    if path.is_dir():
+        archives.pack(path, raw / "images.zip")
+    elif path.is_file():
+        require_space(raw, path.stat().st_size)
+        shutil.copyfile(path, raw / f"images.{archives.kind(path)}")
+    else:
+        raise StageError(f"download.path {path} does not exist; correct it")
+
+
+def read(file: Path, max_bytes: int) -> Source:
+    """An archive of images -> its entries; members over `max_bytes` are not unpacked.
+
+    Raises `StageError` where the archive is damaged, or where a table of captions fits no image.
+    """
+    members = archives.list_members(file)
+    images = [member.name for member in members if _is_image(member)]
+    tables = [member for member in members if captions.is_table(member.name) and not member.problem]
+    captioned = captions.read(archives.read_members(file, tables, captions.MAX_BYTES) if tables else (), images)
+    inputs = [member for member in members if member.name not in captioned.tables]
+    places = _places(images)
+    folders = {place.folder for place in places.values() if place.folder}
+    classes = sorted(folders, key=_natural) if len(folders) > 1 else []
+    contents = archives.read_members(file, inputs, max_bytes)
+    entries = _entries(contents, places, {name: label for label, name in enumerate(classes)}, captioned)
+    return Source(classes, len(inputs), entries, captioned.unmatched)
+
+
+def _entries(
+    contents: Iterator[tuple[Member, bytes | Problem]],
+    places: dict[str, Place],
+    labels: dict[str, int],
+    captioned: captions.Captions,
+) -> Iterator[Entry]:
+    for member, content in contents:
+        data, problem = (None, content) if isinstance(content, Problem) else (content, None)
+        if not _is_image(member):
+            problem = problem or Problem(NO_IMAGE_FILE, f"'{_suffix(member)}' is no suffix of an image")
+            yield Entry(member.name, data, member.size, problem=problem)
+            continue
+        place = places[member.name]
+        label = labels.get(place.folder) if place.folder else None
+        texts = captioned.of(member.name)
+        if any(captions.is_damaged(text) for text in texts):
+            problem = problem or Problem("caption not UTF-8", "a caption of this image is no UTF-8 text")
+        yield Entry(member.name, data, member.size, label, texts, place.split, problem)
+
+
+def _places(images: list[str]) -> dict[str, Place]:
+    """Published splits and folders of image paths.
+
+    Where only one split is published there is nothing held out, so the key hash decides, as it does
+    for images outside of the split folders. Without `test`, `val` is the held-out split.
+    """
+    found = {}
+    for name in images:
+        parents = PurePosixPath(name).parts[:-1]
+        split = next((SPLITS[part.lower()] for part in parents if part.lower() in SPLITS), None)
+        folder = parents[-1] if parents and parents[-1].lower() not in SPLITS else None
+        found[name] = Place(split, folder)
+    splits = {place.split for place in found.values() if place.split}
+    held_out = "test" if "test" in splits else "val"
+    if not {"train", held_out} <= splits:
+        return {name: Place(None, place.folder) for name, place in found.items()}
+    renamed = {"train": "train", held_out: "test", "val": "test" if held_out == "val" else "val", None: None}
+    return {name: Place(renamed[place.split], place.folder) for name, place in found.items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorting key that puts "10" after "9"."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name) if part] + [
+        (0, name)
+    ]
+
+
+def _suffix(member: Member) -> str:
+    return PurePosixPath(member.name).suffix.lower()
+
+
+def _is_image(member: Member) -> bool:
+    return _suffix(member) in decoding.SUFFIXES
