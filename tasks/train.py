@@ -60,7 +60,7 @@ def train(
     with locks.exclusive(workspace.scratch() / "train.lock"):  # two runs in one workspace never train at once
         tracking.connect()
         run = _prepare(data, index, facts, model, diffusion, params)
-        dataset = {"name": verdict.get("source", "images"), "digest": index["digest"], "source": str(data)}
+        dataset = {"name": verdict.get("source", "images"), "digest": index["digest"]}
         with tracking.training_run(facts["train_key"], facts["params"], dataset) as live, _deferred_signals() as asked:
             _fit(run, live, asked)
             _write_report(report, run, facts, dataset)
@@ -257,7 +257,12 @@ def _check_fits(index: dict[str, Any], params: TrainParams) -> None:
 
 
 def _facts(
-    index: dict[str, Any], codec: Path, verdict: Any, model: ModelParams, diffusion: DiffusionParams, params: TrainParams
+    index: dict[str, Any],
+    codec: Path,
+    verdict: Any,
+    model: ModelParams,
+    diffusion: DiffusionParams,
+    params: TrainParams,
 ) -> dict[str, Any]:
     """Keys and parameters of the run. `trajectory_key` leaves out what cannot change a weight up to a step."""
     import torch
@@ -273,7 +278,9 @@ def _facts(
     return {
         "train_key": _digest(whole),
         "trajectory_key": _digest(trajectory),
-        "params": {key: json.dumps(value) if isinstance(value, (list, tuple)) else value for key, value in flat.items()},
+        "params": {
+            key: json.dumps(value) if isinstance(value, (list, tuple)) else value for key, value in flat.items()
+        },
         "data": {**data, "images": verdict.get("sha256", "")},
     }
 
