@@ -1,0 +1,136 @@
+"""The clone in which a deployment works, and the lock that keeps two runs out of one workspace.
+
+A clone follows the committed state of the main work tree and shares its DVC cache, its MLflow store and its
+scratch folder. Nothing in the main work tree is ever written but those.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.repro import dvc
+from tasks import atomic, params
+from tasks.stage import StageError
+
+Log = Callable[[str], None]
+
+LOCK = Path(".prefect") / "run.lock"
+CLONES = Path(".prefect") / "workspaces"
+POLL_SECONDS = 0.5
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def folder(root: Path, name: str) -> Path:
+    """Where the clone `name` of the work tree `root` is, or will be. Raises `StageError` for an unusable name."""
+    if not NAME.fullmatch(name):
+        raise StageError(f"workspace {name!r} is no usable name; use small letters, digits and hyphens")
+    return root / CLONES / name
+
+
+@contextmanager
+def only_run(workspace: Path, who: str, wait_seconds: float, log: Log) -> Iterator[int]:
+    """Hold the workspace alone; yields the lock's descriptor, for child processes to keep it locked as well.
+
+    Waits up to `wait_seconds` for another run, then raises `StageError`. The kernel lets go of the lock when
+    the last process that has the descriptor is gone, however it went.
+    """
+    path = workspace / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _wait_for(descriptor, workspace, wait_seconds, log)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{who} (process {os.getpid()})".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, workspace: Path, wait_seconds: float, log: Log) -> None:
+    deadline = time.monotonic() + wait_seconds
+    told = False
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
+        if time.monotonic() >= deadline:
+            raise StageError(
+                f"{holder} has {workspace} and did not finish within {wait_seconds:.0f} s; cancel it or try again later"
+            )
+        if not told:
+            log(f"{holder} has {workspace}; waiting up to {wait_seconds:.0f} s for it to finish")
+            told = True
+        time.sleep(POLL_SECONDS)
+
+
+def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str], log: Log) -> None:
+    """Bring `clone` to the commit that `root` has checked out; the caller holds `only_run(clone)`.
+
+    Its `params.yaml` is the committed one, or, where `preset` is given, that preset with `overrides`
+    (`key=value`). Raises `StageError` where nothing is committed or the preset does not exist.
+    """
+    if overrides and preset is None:
+        raise StageError("overrides change a preset; name one as well (parameter `preset`)")
+    commit = _git(
+        root, "rev-parse", "HEAD^{commit}", hint=f"{root} has no commit; a deployment works on what is committed"
+    )
+    if not (clone / ".git").exists():
+        log(f"making a clone of {root} in {clone}")
+        _git(clone, "init", "--quiet")
+    _git(clone, "fetch", "--quiet", "--no-tags", "--update-shallow", str(root), "HEAD")
+    _git(clone, "checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
+    changed = [line[3:] for line in _git(root, "status", "--porcelain").splitlines()]
+    if changed := [name for name in changed if name != "dvc.lock"]:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        log(f"not committed, so not used: {', '.join(changed[:3])}{more}")
+    _share_cache(root, clone)
+    if preset is not None:
+        _compose(clone, preset, overrides)
+    _check_source(root, clone)
+    log(f"working on commit {commit[:12]} in {clone}")
+
+
+def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
+    # Started from a hook, Git would otherwise work on the repository of that hook.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", str(where), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise StageError(hint or f"git {arguments[0]} failed in {where}: {' '.join(done.stderr.split())}")
+    return done.stdout.rstrip("\n")
+
+
+def _share_cache(root: Path, clone: Path) -> None:
+    """Point the clone at the cache that the main work tree uses, so that what is known there is not computed again."""
+    done = subprocess.run(dvc("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError(f"DVC does not work in {root}: {' '.join(done.stderr.split())}")
+    cache = (root / done.stdout.strip()).resolve()
+    atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
+    # A killed DVC leaves its entry here, and a process that happens to get the same number then blocks the
+    # workspace for ever. The caller holds the clone's lock, so no entry can be of a living command.
+    (clone / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
+
+
+def _compose(clone: Path, preset: str, overrides: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "tasks.preset", preset, *overrides]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError((done.stderr.strip().splitlines() or ["tasks.preset failed without a word"])[-1])
+
+
+def _check_source(root: Path, clone: Path) -> None:
+    """A source inside the main work tree that is not committed is not in the clone; say so before DVC does."""
+    path = params.load(clone / "params.yaml").download.path
+    if not (clone / path).exists() and (root / path).exists():
+        raise StageError(f"download.path '{path}' is not committed; commit it, or write it as an absolute path")

@@ -1,0 +1,133 @@
+"""`make serve`: the Prefect server of this work tree, its deployments and a worker, in the background.
+
+What runs already stays; what is missing is started. `make stop` ends all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+from flows import server
+from tasks import locks, workspace
+from tasks.stage import StageError
+
+START_SECONDS = 180.0
+SILENCE_SECONDS = 90
+"""A flow that has not said for so long that it lives is called crashed: three missed heartbeats."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.serve",
+        description="Start Prefect's server, deploy prefect.yaml, start a worker; all in the background.",
+    )
+    parser.add_argument("--port", type=int, help=f"of the server (default {server.DEFAULT_PORT})")
+    port = parser.parse_args().port
+    root = workspace.root()
+    print(f"serve: Prefect for {root}", flush=True)
+    try:
+        with locks.exclusive(root / ".prefect" / "serve.lock"):
+            serve(root, port)
+    except StageError as error:
+        sys.exit(f"serve: error: {error}")
+
+
+def serve(root: Path, port: int | None) -> None:
+    """Start what is missing and deploy; returns when a worker waits for scheduled runs."""
+    server.lines(root)
+    up = server.running(root)
+    port = _port(up.get("server"), port)
+    variables = server.environment(root, port)
+    if "server" not in up:
+        print("serve: starting the server (some 10 s)", flush=True)
+        _wait_until_healthy(root, server.start(root, "server", variables))
+    _set_up(variables)
+    if "worker" not in up:
+        server.start(root, "worker", variables)
+    print(f"serve: {server.url(port)} (make stop ends it; logs in {server.LOGS}/)")
+
+
+def _port(process: server.Process | None, asked: int | None) -> int:
+    """The port to use. Raises `StageError` where it is taken or contradicts the server that runs."""
+    if process is not None:
+        if asked not in (None, process.port):
+            raise StageError(
+                f"the server of this work tree runs on port {process.port} already; stop it first: make stop"
+            )
+        return process.port
+    port = asked or server.DEFAULT_PORT
+    with socket.socket() as probe:
+        if probe.connect_ex((server.HOST, port)) == 0:
+            raise StageError(f"port {port} is in use; name another: python -m flows.serve --port {port + 1}")
+    return port
+
+
+def _wait_until_healthy(root: Path, process: server.Process) -> None:
+    log = root / server.LOGS / "server.log"
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if not server.alive(process):
+            raise StageError(f"the server ended at once; {log} says why")
+        try:
+            with urllib.request.urlopen(f"{server.url(process.port)}/api/health", timeout=2):  # noqa: S310
+                return
+        except OSError:
+            time.sleep(0.3)
+    server.stop(root, process)
+    raise StageError(f"the server did not answer within {START_SECONDS:.0f} s; {log} may say why")
+
+
+def _set_up(variables: dict[str, str]) -> None:
+    """Create the work pool, the watch over silent flows and the deployments, or bring them up to date."""
+    os.environ.update(variables)  # Prefect reads its settings when it is imported
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=server.POOL, type="process"))
+    _watch_silent_flows()
+    print("serve: deploying prefect.yaml", flush=True)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError(f"prefect deploy refused: {' '.join((done.stderr or done.stdout).split())}")
+
+
+def _watch_silent_flows() -> None:
+    """Have the server call a run crashed whose process went without a word (power cut, kill -9 of the worker)."""
+    from datetime import timedelta
+
+    from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import StateType
+
+    name = "afterimage: silent flows crashed"
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    trigger = EventTrigger(
+        match={"prefect.resource.id": ["prefect.flow-run.*"]},
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *ends},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=SILENCE_SECONDS),
+    )
+    action = ChangeFlowRunState(
+        state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {SILENCE_SECONDS} s"
+    )
+    with get_client(sync_client=True) as client:
+        if not client.read_automations_by_name(name):
+            Automation(name=name, trigger=trigger, actions=[action]).create()
+
+
+if __name__ == "__main__":
+    main()
