@@ -108,7 +108,7 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 
 def dump(document: dict[str, Any], command: str) -> str:
     """Text of `params.yaml` for a composed preset; `command` is how it was asked for."""
-    return HEADER.format(command=command) + yaml.dump(
+    return HEADER.format(command=" ".join(command.split())) + yaml.dump(
         document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
     )
 
@@ -135,9 +135,7 @@ def main() -> None:
         document = compose(arguments.name, arguments.overrides)
     except (PresetError, ParamsError) as error:
         sys.exit(f"preset: error: {error}")
-    atomic.write_text(
-        arguments.params, dump(document, " ".join(shlex.join([arguments.name, *arguments.overrides]).split()))
-    )
+    atomic.write_text(arguments.params, dump(document, shlex.join([arguments.name, *arguments.overrides])))
     print(f"preset: wrote {arguments.params} from '{arguments.name}'; 'dvc repro' brings the chain up to it")
 
 
