@@ -112,7 +112,7 @@ def _line(axes: Axes, x: Any, y: Any, series: int, label: str | None, bold: bool
 
 
 def _render(draw: Callable[[Figure], None], size: tuple[float, float], salt: str) -> Chart:
-    """Draw on a figure of `size` inches. `salt` keeps the ids inside one page's SVGs apart."""
+    """Draw on a figure of `size` inches. `salt` keeps the ids of the SVGs in one page apart."""
     from matplotlib.figure import Figure
 
     with _style(salt):
@@ -124,7 +124,7 @@ def _render(draw: Callable[[Figure], None], size: tuple[float, float], salt: str
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
-    return Chart(png.getvalue(), _inline(svg.getvalue()))
+    return Chart(png.getvalue(), _inline(svg.getvalue(), salt))
 
 
 @contextmanager
@@ -160,12 +160,13 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _inline(document: str) -> str:
+def _inline(document: str, prefix: str) -> str:
     """A matplotlib SVG file -> an element for an HTML page, coloured by the page's variables."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>\s*", "", svg, flags=re.DOTALL)
-    # Group names such as "axes_1" repeat in every file, and an id may stand only once in a page.
+    # Groups and glyphs have the same names in every file, and an id may stand only once in a page.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
+    svg = re.sub(r'( id="|"#|url\(#)', rf"\1{prefix}-", svg)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
