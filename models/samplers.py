@@ -18,6 +18,7 @@ import numpy as np
 
 Denoise: TypeAlias = Callable[[Any, int], Any]
 Noise: TypeAlias = Callable[[], Any]
+Levels: TypeAlias = "Sequence[float] | np.ndarray"
 Callback: TypeAlias = Callable[[int, int, Any, Any], None]
 
 
@@ -58,7 +59,7 @@ def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
 def denoiser(
     predict: Callable[[Any, int, Any], Any],
     prediction: str,
-    alpha_bar: Sequence[float],
+    alpha_bar: Levels,
     condition: Any = None,
     null_condition: Any = None,
     guidance_scale: float = 1.0,
@@ -81,7 +82,7 @@ def denoiser(
     return denoise
 
 
-def _pairs(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
+def _pairs(alpha_bar: Levels, timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
     """(i, t, alpha_bar at t, alpha_bar at the next timestep); after the last comes a clean image, 1."""
     levels = [float(alpha_bar[t]) for t in timesteps] + [1.0]
     return [(i, t, levels[i], levels[i + 1]) for i, t in enumerate(timesteps)]
@@ -92,7 +93,9 @@ def _report(callback: Callback | None, i: int, t: int, x: Any, x0: Any) -> None:
         callback(i, t, x, x0)
 
 
-def ddpm(denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None) -> Any:
+def ddpm(
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
+) -> Any:
     """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6-7), also over a subset of timesteps."""
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
@@ -106,7 +109,13 @@ def ddpm(denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any,
 
 
 def ddim(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None, eta: float = 0.0
+    denoise: Denoise,
+    x: Any,
+    noise: Noise,
+    alpha_bar: Levels,
+    timesteps: Sequence[int],
+    callback: Any = None,
+    eta: float = 0.0,
 ) -> Any:
     """Song et al. 2021, eq. 12 and 16; `eta` 0 is deterministic, 1 has the noise of `ddpm`."""
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
@@ -121,7 +130,7 @@ def ddim(
 
 
 def euler_ancestral(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
 ) -> Any:
     """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (Karras et al. 2022, k-diffusion)."""
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
@@ -138,9 +147,13 @@ def euler_ancestral(
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Any, timesteps: Any, callback: Any = None
+    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
 ) -> Any:
-    """DPM-Solver++(2M), second-order multistep (Lu et al. 2022b, algorithm 2); the last step is the prediction itself."""
+    """DPM-Solver++(2M), second-order multistep (Lu et al. 2022b, algorithm 2); draws no `noise`.
+
+    The last step, to a clean image, is the prediction itself.
+    """
+    del noise
     previous, h_previous = None, 0.0
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
@@ -163,9 +176,7 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def sample(
-    sampler: str, denoise: Denoise, noise: Noise, alpha_bar: Sequence[float], steps: int, callback: Any = None
-) -> Any:
+def sample(sampler: str, denoise: Denoise, noise: Noise, alpha_bar: Levels, steps: int, callback: Any = None) -> Any:
     """Draw clean images from pure noise: the first call of `noise` is x_T, later ones feed the sampler.
 
     Raises `ValueError` for an unknown sampler or an impossible number of steps.

@@ -39,9 +39,9 @@ def betas(schedule: str, timesteps: int) -> Array:
 
 def alpha_bar(beta: Array) -> Array:
     """Share of the signal's variance that is left, float64 [T], falling from nearly 1 towards 0."""
-    return np.cumprod(1 - beta)
+    return np.cumprod(1 - beta, dtype=np.float64)
 
 
 def log_snr(alpha_bar: Array) -> Array:
     """log(alpha_bar / (1 - alpha_bar)), float64 [T], natural logarithm (Kingma et al. 2021, eq. 3)."""
-    return np.log(alpha_bar) - np.log1p(-alpha_bar)
+    return np.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar), dtype=np.float64)

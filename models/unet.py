@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, width, height, breadth = x.shape
+        _, width, height, breadth = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (
             project(tokens).unflatten(2, (self.heads, width // self.heads)).transpose(1, 2)  # [B, heads, HW, C/heads]

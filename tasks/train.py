@@ -12,10 +12,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,15 +59,23 @@ def train(
     index = latents.read_index(data)
     _check_fits(index, params)
     facts = _facts(index, codec, verdict, model, diffusion, params)
-    with locks.exclusive(workspace.scratch() / "train.lock"):  # two runs in one workspace never train at once
-        tracking.connect()
+    dataset = {"name": verdict.get("source", "images"), "digest": index["digest"]}
+    with ExitStack() as stack:
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first:  # of several processes one holds the lock, tells MLflow and writes; the others only compute
+            stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # never two runs at once
+            tracking.connect()
         run = _prepare(data, index, facts, model, diffusion, params)
-        dataset = {"name": verdict.get("source", "images"), "digest": index["digest"]}
-        with tracking.training_run(facts["train_key"], facts["params"], dataset) as live, _deferred_signals() as asked:
-            _fit(run, live, asked)
-            _write_report(report, run, facts, dataset)
-            _write_pipeline(pipeline, run, index, facts)
-            live.artifact(report / "history.csv", "train")
+        live = None
+        if first:
+            live = stack.enter_context(tracking.training_run(facts["train_key"], facts["params"], dataset))
+        asked = stack.enter_context(_deferred_signals())
+        _fit(run, live, asked)
+        if live is None:
+            return
+        _write_report(report, run, facts, dataset)
+        _write_pipeline(pipeline, run, index, facts)
+        live.artifact(report / "history.csv", "train")
     print(f"train: {run.params.steps} steps, loss {run.history[-1]['loss']:.4f}, key {facts['train_key'][:12]}")
 
 
@@ -90,8 +100,8 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def _fit(run: Run, live: tracking.TrainingRun, asked: list[int]) -> None:
-    """The training loop: batch, loss, backward, step, average, log, save."""
+def _fit(run: Run, live: tracking.TrainingRun | None, asked: list[int]) -> None:
+    """The training loop: batch, loss, backward, step, average, log, save. Only the process with `live` writes."""
     import torch
     from tqdm import tqdm
 
@@ -99,7 +109,15 @@ def _fit(run: Run, live: tracking.TrainingRun, asked: list[int]) -> None:
     from tasks.batches import seed_for
 
     params, accelerator = run.params, run.accelerator
-    bar = tqdm(total=params.steps, initial=run.step, desc="train", unit="step", mininterval=1, dynamic_ncols=True)
+    bar = tqdm(
+        total=params.steps,
+        initial=run.step,
+        desc="train",
+        unit="step",
+        mininterval=1,
+        dynamic_ncols=True,
+        disable=live is None,
+    )
     clock, seen = time.perf_counter(), 0
     run.module.train()
     while run.step < params.steps:
@@ -131,26 +149,38 @@ def _fit(run: Run, live: tracking.TrainingRun, asked: list[int]) -> None:
 
         # log
         if run.step % params.log_every == 0 or run.step == params.steps:
-            mean = torch.stack(run.losses).mean().item()
+            mean = accelerator.reduce(torch.stack(run.losses).mean(), "mean").item()
             run.losses.clear()
             _refuse_divergence(mean, run)
             row = {"step": run.step, "loss": mean, "learning_rate": learning_rate, "grad_norm": float(gradient_norm)}
-            if run.step % params.sample_every == 0 or run.step == params.steps:
+            if live and (run.step % params.sample_every == 0 or run.step == params.steps):
                 row["held_out_loss"] = _held_out_loss(run)
                 live.image("samples", run.step, _sample_grid(run))
             run.history.append(row)
             rate = seen / (time.perf_counter() - clock)
-            live.metrics(run.step, {**{key: value for key, value in row.items() if key != "step"}, "img_per_s": rate})
+            if live:
+                values = {key: value for key, value in row.items() if key != "step"}
+                live.metrics(run.step, {**values, "img_per_s": rate})
             bar.set_postfix(loss=f"{mean:.4f}", img_s=f"{rate:.0f}", refresh=False)
             clock, seen = time.perf_counter(), 0
 
         # save
-        if asked or run.step % params.checkpoint_every == 0 or run.step == params.steps:
+        leaving = _anybody_asked(accelerator, asked)
+        if live and (leaving or run.step % params.checkpoint_every == 0 or run.step == params.steps):
             checkpoint.save(run.folder, _snapshot(run))
-        if asked:
+        if leaving:
             bar.close()
-            raise KeyboardInterrupt if asked[0] == signal.SIGINT else Preempted
+            raise KeyboardInterrupt if asked and asked[0] == signal.SIGINT else Preempted
     bar.close()
+
+
+def _anybody_asked(accelerator: Accelerator, asked: list[int]) -> bool:
+    """Whether a signal arrived, in any process: all must leave after the same step."""
+    import torch
+
+    if accelerator.num_processes == 1:
+        return bool(asked)
+    return accelerator.reduce(torch.tensor(len(asked), device=accelerator.device)).item() > 0
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:
@@ -274,6 +304,7 @@ def _facts(
     sources = [*sorted(Path("models").glob("*.py")), Path("tasks/train.py"), Path("tasks/batches.py")]
     code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources if path.name in TRAINING_CODE}
     whole = {"params": determining, "data": data, "code": code, "torch": torch.__version__}
+    whole["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     trajectory = {**whole, "params": {k: v for k, v in determining.items() if not _is_free(k, params)}}
     return {
         "train_key": _digest(whole),
@@ -451,5 +482,14 @@ def _write_pipeline(pipeline: Path, run: Run, index: dict[str, Any], facts: dict
         save_pipeline(folder, run.unet, weights, betas(run.diffusion.schedule, run.diffusion.timesteps), info)
 
 
+def _launch() -> None:
+    """Start this command again through `accelerate launch` where `AFTERIMAGE_ACCELERATE` names its configuration."""
+    configuration = os.environ.get("AFTERIMAGE_ACCELERATE")
+    if configuration and "WORLD_SIZE" not in os.environ:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
+        os.execv(sys.executable, [*launcher, "-m", "tasks.train", *sys.argv[1:]])  # noqa: S606 - our own command again
+
+
 if __name__ == "__main__":
+    _launch()
     stage.main(train)
