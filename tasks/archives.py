@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tasks.source import CHUNK, Problem
+from tasks.source import CHUNK, Problem, require_space
 from tasks.stage import StageError
 
 # The earliest date that a zip can hold: packing the same files twice gives the same bytes.
@@ -58,6 +58,7 @@ def pack(folder: Path, target: Path) -> None:
     files = sorted(_files(folder))
     if not files:
         raise StageError(f"the folder {folder} is empty; put images into it, or point download.path elsewhere")
+    require_space(target.parent, sum(path.lstat().st_size for _, path in files))
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, path in tqdm(files, "pack", unit="file", mininterval=1, dynamic_ncols=True, delay=1):
             status = path.lstat()
@@ -102,9 +103,9 @@ def list_members(file: Path) -> list[Member]:
         unsafe = path.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in path
         name = path if unsafe else "/".join(parts)
         if unsafe:
-            problem = Problem("unsafe path", "the path leads out of the archive")  # noqa: PLW2901 - the graver one
+            problem = Problem("unsafe path", "the path leads out of the archive")
         elif name in seen:
-            problem = problem or Problem("repeated path", "the archive holds another file of this path")  # noqa: PLW2901
+            problem = problem or Problem("repeated path", "the archive holds another file of this path")
         seen.add(name)
         members.append(Member(position, name, size, problem))
     return members

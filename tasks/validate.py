@@ -43,7 +43,7 @@ def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, para
     verdict = {
         "verdict": "accepted",
         "source": index["source"],
-        "data_sha256": index["sha256"],
+        "sha256": index["sha256"],
         "checks": {"gates": len(findings), "tolerated": sum(finding.unexpected for finding in findings)},
     }
     atomic.write_json(accepted, verdict)

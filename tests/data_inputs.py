@@ -1,0 +1,131 @@
+"""What the tests of the data stages share: pictures, trees of files, a web server, the command line."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import yaml
+
+from tasks import preset
+from tasks.params import DownloadParams, IngestParams
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """An encoded picture of smooth noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def folder_params(path: Path | None = None, **others: object) -> DownloadParams:
+    return DownloadParams.model_validate({"source": "folder", **({"path": str(path)} if path else {}), **others})
+
+
+def ingest_params(**others: object) -> IngestParams:
+    return IngestParams.model_validate({"shards": 1, "held_out_fraction": 0.25, **others})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_stage(stage: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
+    """A stage through its real entry point."""
+    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def write_params(path: Path, **sections: dict[str, object]) -> Path:
+    """The default parameters with some values changed: `ingest={"shards": 1}` and so on."""
+    document = preset.compose("digits", [])
+    for section, values in sections.items():
+        document[section] |= values
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@dataclass
+class Site:
+    """A web server on 127.0.0.1 that answers ranges, redirects, and breaks connections when told to."""
+
+    address: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None
+    """Close every connection after so many bytes of a body."""
+    ranges: bool = True
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Range header of each request."""
+
+
+@contextmanager
+def serving() -> Iterator[Site]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.requests.append((self.path, self.headers["Range"]))
+            if self.path in site.redirects:
+                self.send_response(302)
+                self.send_header("Location", site.redirects[self.path])
+                self.end_headers()
+                return
+            if self.path not in site.files:
+                self.send_error(404)
+                return
+            data = site.files[self.path]
+            start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and site.ranges else 0
+            if start and start >= len(data):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            end = len(data) if site.cut_after is None else start + site.cut_after
+            self.wfile.write(data[start:end])
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    site = Site(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
