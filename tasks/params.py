@@ -62,6 +62,8 @@ class DownloadParams(Section):
             raise ValueError("download.url is not read by download.source 'digits'; remove it")
         if self.source == "folder" and self.url is not None and self.sha256 is None:
             raise ValueError("download.url needs download.sha256, so that the same bytes come every time")
+        if self.sha256 is not None and (self.source != "folder" or self.url is None):
+            raise ValueError("download.sha256 is only read with source 'folder' and download.url; set it to null")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError("download.url must begin with http:// or https://")
         return self
