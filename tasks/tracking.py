@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import locks, workspace
+from tasks import lineage, locks, workspace
 from tasks.stage import Preempted, StageError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ KIND = "afterimage.kind"
 LOCK = "afterimage.lock"
 PROBE_SECONDS = 2.0
 SYSTEM_METRICS_SECONDS = 5.0
+BATCH = 1000
+"""Metrics that MLflow takes in one call."""
 _SQLITE = "sqlite:///"
 
 
@@ -98,6 +100,7 @@ def _quieten() -> None:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
@@ -171,7 +174,13 @@ def find_or_create_run(
     RUNNING until somebody ends it.
     """
     from mlflow.entities import Param
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
+    from mlflow.utils.mlflow_tags import (
+        MLFLOW_GIT_COMMIT,
+        MLFLOW_PARENT_RUN_ID,
+        MLFLOW_SOURCE_NAME,
+        MLFLOW_SOURCE_TYPE,
+        MLFLOW_USER,
+    )
 
     with locks.exclusive(workspace.scratch() / "locks" / "mlflow-run.lock"):
         run = find_run(client, tag, key)
@@ -183,6 +192,8 @@ def find_or_create_run(
                 MLFLOW_SOURCE_TYPE: "LOCAL",
                 MLFLOW_USER: _user(),
             }
+            environment = {MLFLOW_GIT_COMMIT: lineage.git_commit(), "afterimage.prefect_flow_run": lineage.flow_run()}
+            tags |= {name: value for name, value in environment.items() if value}
             if parent:
                 tags[MLFLOW_PARENT_RUN_ID] = parent
             run = client.create_run(experiment_id(client), tags=tags, run_name=f"{kind}-{key[:8]}")
@@ -226,12 +237,12 @@ def logged_images(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
     return {(match[1], int(match[2])) for match in matches if match}
 
 
-def points(step: int, values: Mapping[str, float]) -> list[Metric]:
-    """Metric values of one step in MLflow's form."""
+def points(step: int, values: Mapping[str, float], model_id: str | None = None) -> list[Metric]:
+    """Metric values of one step in MLflow's form, linked to a logged model where one is named."""
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    return [Metric(name, float(value), now, step) for name, value in values.items()]
+    return [Metric(name, float(value), now, step, model_id=model_id) for name, value in values.items()]
 
 
 def log_image(client: MlflowClient, run_id: str, key: str, step: int, path: Path) -> None:

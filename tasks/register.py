@@ -1,0 +1,302 @@
+"""Stage `register`: what the files say, told to MLflow. Idempotent, and run every time.
+
+Everything is found by a key made of contents (training run, evaluation run, model version) and made where
+it is missing, so a new or emptied server fills up again from `reports/` and `outputs/model`. Then the
+aliases: `challenger` is this version; `champion` moves to it when the gates let it, else the reason is
+written on the version. A refusal is a result, not an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import gates, lineage, locks, model_folder, stage, tracking, workspace
+from tasks.images import read_index
+from tasks.params import RegisterParams
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+CODE = Path("mlflow/diffusion_model.py")
+REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
+CHALLENGER, CHAMPION = "challenger", "champion"
+CONTENT_KEY = "afterimage.content_key"
+PROMOTION = "afterimage.promotion"
+MEASURED = "afterimage.measured"
+DESCRIPTION_CHARACTERS = 4900
+GATED = (gates.DISTANCE, gates.SPREAD, gates.FLOOR, gates.ACCURACY)
+
+
+def register(
+    model: Path,
+    judge: Path,
+    data: Path,
+    training: Path,
+    metrics: Path,
+    evaluation: Path,
+    export: Path,
+    params: RegisterParams,
+) -> None:
+    """Find or create run and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
+
+    `training`, `metrics`, `evaluation` and `export` are the reports of those stages; what MLflow lacks of them
+    is replayed. `judge` and `data` (images) serve to measure a champion whose numbers were taken another way.
+    """
+    client = tracking.connect()
+    measured = _read(metrics)
+    with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
+        trained = _training_run(client, training, measured)
+        version = _model_version(client, params.model_name, model, measured, trained, read_index(data)["sha256"])
+        _evaluation_run(client, training, metrics, evaluation, export, trained, version)
+        aliases = client.get_registered_model(params.model_name).aliases
+        if str(aliases.get(CHALLENGER)) != version.version:
+            client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
+        reason = _reason_against(client, version, aliases.get(CHAMPION), measured, judge, data, evaluation, params)
+        standing = _set_champion(client, version, aliases.get(CHAMPION), reason)
+    print(f"register: {params.model_name} version {version.version}, {standing}")
+    print(
+        f"register: run {trained.info.run_name} ({trained.info.run_id}), content {model_folder.content_key(model)[:12]}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any]) -> Run:
+    """The training run, with every point and picture of `reports/train` and the headline of this evaluation."""
+    facts = _read(report / "run.json")
+    run = tracking.find_or_create_run(
+        client,
+        tracking.TRAIN_KEY,
+        facts["train_key"],
+        kind="training",
+        params=facts["params"],
+        dataset=facts["dataset"],
+    )
+    run_id = run.info.run_id
+    _replay_history(client, run, report / "history.csv")
+    images = tracking.logged_images(client, run_id)
+    for path in sorted((report / "samples").glob("step-*.png")):
+        step = int(path.stem.removeprefix("step-"))
+        if ("samples", step) not in images:
+            tracking.log_image(client, run_id, "samples", step, path)
+    changed = {name: value for name, value in _numbers(measured).items() if run.data.metrics.get(name) != value}
+    if changed:
+        client.log_batch(run_id, metrics=tracking.points(0, changed))
+    if run.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
+    return run
+
+
+def _replay_history(client: MlflowClient, run: Run, history: Path) -> None:
+    """Log the rows of the loss history that the run lacks: its server was new, emptied or away for a while."""
+    logged = tracking.logged_steps(client, run)
+    missing = []
+    with history.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            values = {name: float(value) for name, value in row.items() if value and step not in logged.get(name, ())}
+            missing += tracking.points(step, values)
+    for start in range(0, len(missing), tracking.BATCH):
+        client.log_batch(run.info.run_id, metrics=missing[start : start + tracking.BATCH])
+    if missing:
+        print(f"register: replayed {len(missing)} points of the training into MLflow")
+
+
+def _evaluation_run(
+    client: MlflowClient,
+    training: Path,
+    metrics: Path,
+    evaluation: Path,
+    export: Path,
+    parent: Run,
+    version: ModelVersion,
+) -> None:
+    """The nested run of this evaluation: its protocol as parameters, its numbers, tables and grids."""
+    facts, measured, protocol = _read(training / "run.json"), _read(metrics), _read(evaluation / "protocol.json")
+    identity = json.dumps([facts["train_key"], protocol, measured], sort_keys=True)
+    run = tracking.find_or_create_run(
+        client,
+        tracking.EVALUATION_KEY,
+        hashlib.sha256(identity.encode("utf-8")).hexdigest(),
+        kind="evaluation",
+        params=_flat(protocol),
+        dataset=facts["dataset"],
+        parent=parent.info.run_id,
+    )
+    if run.info.status == "FINISHED":
+        return
+    run_id = run.info.run_id
+    points = tracking.points(0, _numbers(measured), model_id=version.model_id)
+    client.log_batch(run_id, metrics=points)
+    client.log_artifacts(run_id, str(evaluation), "evaluation")
+    client.log_artifact(run_id, str(metrics))
+    client.log_artifact(run_id, str(export))
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> one level, keys joined by dots; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def _model_version(
+    client: MlflowClient, name: str, model: Path, measured: Mapping[str, Any], trained: Run, data_sha256: str
+) -> ModelVersion:
+    """The version of the registered model whose content is this folder; made where there is none."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+    key = model_folder.content_key(model)
+    found = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_KEY}` = '{key}'")
+    if found:
+        version = min(found, key=lambda version: int(version.version))
+        if not client.list_logged_model_artifacts(version.model_id):
+            _log_model(client, version.model_id, name, model)
+        return version
+    print(f"register: a new version of {name} (content {key[:12]})", flush=True)
+    try:
+        client.create_registered_model(
+            name, description="Diffusion model of the pipeline Afterimage; see its versions."
+        )
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    facts = lineage.lineage(data_sha256)
+    logged = client.create_logged_model(
+        tracking.experiment_id(client), name=name, source_run_id=trained.info.run_id, tags={CONTENT_KEY: key}
+    )
+    _log_model(client, logged.model_id, name, model)
+    client.log_dict(trained.info.run_id, facts, f"lineage/{key[:12]}.json")
+    tags = {CONTENT_KEY: key, tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY], **lineage.tags(facts)}
+    tags |= {f"afterimage.{name}": repr(measured[name]) for name in GATED if name in measured}
+    tags[f"afterimage.{gates.FINGERPRINT}"] = measured[gates.FINGERPRINT]
+    return client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=trained.info.run_id,
+        tags=tags,
+        description=(model / model_folder.CARD).read_text(encoding="utf-8").split("---", 2)[2][:DESCRIPTION_CHARACTERS],
+        model_id=logged.model_id,
+    )
+
+
+def _log_model(client: MlflowClient, model_id: str, name: str, model: Path) -> None:
+    """Store the model's files and its code in the place that MLflow keeps for `model_id`."""
+    import mlflow
+
+    conditional = _read(model / model_folder.BUNDLE / "bundle.json")["conditioning"] == "label"
+    example = {"label": 0, "seed": 0, "guidance": 1.5} if conditional else {"seed": 0}
+    mlflow.pyfunc.log_model(
+        name=name,
+        model_id=model_id,
+        python_model=str(CODE),
+        artifacts={"model": str(model)},
+        input_example=[example],
+        pip_requirements=[f"{package}=={_installed(package)}" for package in REQUIREMENTS],
+    )
+
+
+def _installed(package: str) -> str:
+    """Version of the installed package; ONNX Runtime's GPU build goes by another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-gpu")
+
+
+def _reason_against(
+    client: MlflowClient,
+    version: ModelVersion,
+    champion: str | None,
+    measured: Mapping[str, Any],
+    judge: Path,
+    data: Path,
+    evaluation: Path,
+    params: RegisterParams,
+) -> str | None:
+    """Why this version must not become champion, or None where it may (or is)."""
+    if champion is not None and str(champion) == version.version:
+        return None
+    reason = gates.not_good_enough(measured, params)
+    if reason or champion is None:
+        return reason
+    holder = client.get_model_version(version.name, champion)
+    try:
+        numbers = _numbers_of(client, holder, measured[gates.FINGERPRINT], judge, data, evaluation)
+    except Exception as error:  # whatever keeps the champion from being measured keeps it champion
+        return f"champion version {champion} cannot be measured under this protocol ({_first_line(error)})"
+    return gates.not_better(measured, numbers)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _numbers_of(
+    client: MlflowClient, holder: ModelVersion, fingerprint: str, judge: Path, data: Path, evaluation: Path
+) -> dict[str, Any]:
+    """What the gates read of the champion, taken as `fingerprint` says: from its tags, else by sampling it again."""
+    import mlflow
+
+    from tasks import protocol
+
+    prefix = "afterimage."
+    tagged = {name.removeprefix(prefix): value for name, value in holder.tags.items() if name.startswith(prefix)}
+    if tagged.get(gates.FINGERPRINT) == fingerprint:
+        return {gates.FINGERPRINT: fingerprint} | {name: float(tagged[name]) for name in GATED if name in tagged}
+    remembered = f"{MEASURED}.{fingerprint[:16]}"
+    if remembered in holder.tags:
+        return json.loads(holder.tags[remembered])
+    print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.model_id}", dst_path=scratch))
+        pipeline = folder / "artifacts" / "model" / model_folder.PIPELINE
+        measured = protocol.measure(pipeline, data, judge, evaluation / "protocol.json")
+    numbers = {name: measured[name] for name in (*GATED, gates.FINGERPRINT) if name in measured}
+    client.set_model_version_tag(holder.name, holder.version, remembered, json.dumps(numbers, sort_keys=True))
+    return numbers
+
+
+def _set_champion(client: MlflowClient, version: ModelVersion, champion: str | None, reason: str | None) -> str:
+    """Move the alias or write the reason on the version; one clause that says how things stand."""
+    if champion is not None and str(champion) == version.version:
+        return "challenger and champion"
+    if reason is None:
+        client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    told = reason or (f"promoted: beats version {champion}" if champion else "promoted: first to pass the gates")
+    if version.tags.get(PROMOTION) != told:
+        client.set_model_version_tag(version.name, version.version, PROMOTION, told)
+    if reason is None:
+        return "challenger and champion"
+    return (
+        f"challenger; champion stays version {champion}: {reason}" if champion else f"challenger; no champion: {reason}"
+    )
+
+
+if __name__ == "__main__":
+    stage.main(register)
