@@ -484,8 +484,8 @@ def _write_pipeline(pipeline: Path, run: Run, index: dict[str, Any], facts: dict
 
 def _launch() -> None:
     """Start this command again through `accelerate launch` where `AFTERIMAGE_ACCELERATE` names its configuration."""
-    configuration = os.environ.get("AFTERIMAGE_ACCELERATE")
-    if configuration and "WORLD_SIZE" not in os.environ:
+    configuration = os.environ.pop("AFTERIMAGE_ACCELERATE", None)  # not for the processes that it starts
+    if configuration:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
         os.execv(sys.executable, [*launcher, "-m", "tasks.train", *sys.argv[1:]])  # noqa: S606 - our own command again
 
