@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 CODE = Path("mlflow/diffusion_model.py")
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
 CHALLENGER, CHAMPION = "challenger", "champion"
-CONTENT_KEY = "afterimage.content_key"
-PROMOTION = "afterimage.promotion"
-MEASURED = "afterimage.measured"
+TAG = "afterimage."
+CONTENT_KEY = f"{TAG}content_key"
+LOGGED_MODEL = f"{TAG}logged_model"
+PROMOTION = f"{TAG}promotion"
+MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
 GATED = (gates.DISTANCE, gates.SPREAD, gates.FLOOR, gates.ACCURACY)
 
@@ -57,11 +59,13 @@ def register(
         trained = _training_run(client, training, measured)
         version = _model_version(client, params.model_name, model, measured, trained, read_index(data)["sha256"])
         _evaluation_run(client, training, metrics, evaluation, export, trained, version)
-        aliases = client.get_registered_model(params.model_name).aliases
-        if str(aliases.get(CHALLENGER)) != version.version:
+        # The SQL stores give version numbers as int here and str there.
+        aliases = {name: int(v) for name, v in client.get_registered_model(params.model_name).aliases.items()}
+        champion = aliases.get(CHAMPION)
+        if aliases.get(CHALLENGER) != int(version.version):
             client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
-        reason = _reason_against(client, version, aliases.get(CHAMPION), measured, judge, data, evaluation, params)
-        standing = _set_champion(client, version, aliases.get(CHAMPION), reason)
+        reason = _reason_against(client, version, champion, measured, judge, data, evaluation, params)
+        standing = _set_champion(client, version, champion, reason)
     print(f"register: {params.model_name} version {version.version}, {standing}")
     print(
         f"register: run {trained.info.run_name} ({trained.info.run_id}), content {model_folder.content_key(model)[:12]}"
@@ -145,7 +149,7 @@ def _evaluation_run(
     if run.info.status == "FINISHED":
         return
     run_id = run.info.run_id
-    points = tracking.points(0, _numbers(measured), model_id=version.model_id)
+    points = tracking.points(0, _numbers(measured), model_id=version.tags[LOGGED_MODEL])
     client.log_batch(run_id, metrics=points)
     client.log_artifacts(run_id, str(evaluation), "evaluation")
     client.log_artifact(run_id, str(metrics))
@@ -175,8 +179,8 @@ def _model_version(
     found = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_KEY}` = '{key}'")
     if found:
         version = min(found, key=lambda version: int(version.version))
-        if not client.list_logged_model_artifacts(version.model_id):
-            _log_model(client, version.model_id, name, model)
+        if not client.list_logged_model_artifacts(version.tags[LOGGED_MODEL]):
+            _log_model(version.tags[LOGGED_MODEL], name, model)
         return version
     print(f"register: a new version of {name} (content {key[:12]})", flush=True)
     try:
@@ -190,11 +194,16 @@ def _model_version(
     logged = client.create_logged_model(
         tracking.experiment_id(client), name=name, source_run_id=trained.info.run_id, tags={CONTENT_KEY: key}
     )
-    _log_model(client, logged.model_id, name, model)
+    _log_model(logged.model_id, name, model)
     client.log_dict(trained.info.run_id, facts, f"lineage/{key[:12]}.json")
-    tags = {CONTENT_KEY: key, tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY], **lineage.tags(facts)}
-    tags |= {f"afterimage.{name}": repr(measured[name]) for name in GATED if name in measured}
-    tags[f"afterimage.{gates.FINGERPRINT}"] = measured[gates.FINGERPRINT]
+    tags = {
+        CONTENT_KEY: key,
+        LOGGED_MODEL: logged.model_id,
+        tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY],
+        **lineage.tags(facts),
+    }
+    tags |= {f"{TAG}{name}": repr(measured[name]) for name in GATED if name in measured}
+    tags[f"{TAG}{gates.FINGERPRINT}"] = measured[gates.FINGERPRINT]
     return client.create_model_version(
         name,
         source=logged.artifact_location,
@@ -205,7 +214,7 @@ def _model_version(
     )
 
 
-def _log_model(client: MlflowClient, model_id: str, name: str, model: Path) -> None:
+def _log_model(model_id: str, name: str, model: Path) -> None:
     """Store the model's files and its code in the place that MLflow keeps for `model_id`."""
     import mlflow
 
@@ -232,7 +241,7 @@ def _installed(package: str) -> str:
 def _reason_against(
     client: MlflowClient,
     version: ModelVersion,
-    champion: str | None,
+    champion: int | None,
     measured: Mapping[str, Any],
     judge: Path,
     data: Path,
@@ -240,12 +249,12 @@ def _reason_against(
     params: RegisterParams,
 ) -> str | None:
     """Why this version must not become champion, or None where it may (or is)."""
-    if champion is not None and str(champion) == version.version:
+    if champion == int(version.version):
         return None
     reason = gates.not_good_enough(measured, params)
     if reason or champion is None:
         return reason
-    holder = client.get_model_version(version.name, champion)
+    holder = client.get_model_version(version.name, str(champion))
     try:
         numbers = _numbers_of(client, holder, measured[gates.FINGERPRINT], judge, data, evaluation)
     except Exception as error:  # whatever keeps the champion from being measured keeps it champion
@@ -261,30 +270,37 @@ def _numbers_of(
     client: MlflowClient, holder: ModelVersion, fingerprint: str, judge: Path, data: Path, evaluation: Path
 ) -> dict[str, Any]:
     """What the gates read of the champion, taken as `fingerprint` says: from its tags, else by sampling it again."""
-    import mlflow
-
-    from tasks import protocol
-
-    prefix = "afterimage."
-    tagged = {name.removeprefix(prefix): value for name, value in holder.tags.items() if name.startswith(prefix)}
+    tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
     if tagged.get(gates.FINGERPRINT) == fingerprint:
         return {gates.FINGERPRINT: fingerprint} | {name: float(tagged[name]) for name in GATED if name in tagged}
-    remembered = f"{MEASURED}.{fingerprint[:16]}"
-    if remembered in holder.tags:
-        return json.loads(holder.tags[remembered])
+    declared = _read(evaluation / "protocol.json")
+    remembered = f"{MEASURED}.{hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]}"
+    if remembered not in holder.tags:
+        numbers = _measure_again(holder, judge, data, declared)
+        client.set_model_version_tag(holder.name, holder.version, remembered, json.dumps(numbers, sort_keys=True))
+        return numbers
+    return json.loads(holder.tags[remembered])
+
+
+def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict[str, Any]) -> dict[str, Any]:
+    """Fetch the champion's weights and measure them by the protocol that its challenger was measured by."""
+    import mlflow
+
+    from models.judge import load_judge
+    from models.pipeline import load_pipeline
+    from tasks import protocol
+
     print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.model_id}", dst_path=scratch))
-        pipeline = folder / "artifacts" / "model" / model_folder.PIPELINE
-        measured = protocol.measure(pipeline, data, judge, evaluation / "protocol.json")
-    numbers = {name: measured[name] for name in (*GATED, gates.FINGERPRINT) if name in measured}
-    client.set_model_version_tag(holder.name, holder.version, remembered, json.dumps(numbers, sort_keys=True))
-    return numbers
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.tags[LOGGED_MODEL]}", dst_path=scratch))
+        pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
+        measured = protocol.measure(pipeline, data, load_judge(judge), declared)
+    return {name: measured[name] for name in (*GATED, gates.FINGERPRINT) if name in measured}
 
 
-def _set_champion(client: MlflowClient, version: ModelVersion, champion: str | None, reason: str | None) -> str:
+def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | None, reason: str | None) -> str:
     """Move the alias or write the reason on the version; one clause that says how things stand."""
-    if champion is not None and str(champion) == version.version:
+    if champion == int(version.version):
         return "challenger and champion"
     if reason is None:
         client.set_registered_model_alias(version.name, CHAMPION, version.version)
