@@ -55,13 +55,15 @@ class Page:
 
     def visit(self, address: str, timeout: float = 30) -> None:
         """Open `address` and wait for its load event. Raises `TimeoutError` where it does not come."""
-        self.errors.clear()
-        self.requests.clear()
-        self._events.clear()
-        self.command("Page.navigate", url=address)
-        until = time.monotonic() + timeout
-        while "Page.loadEventFired" not in self._events:
-            self._receive(until)
+        # By way of an empty page, because another fragment of the same page would not load anything.
+        for target in ("about:blank", address):
+            self.errors.clear()
+            self.requests.clear()
+            self._events.clear()
+            self.command("Page.navigate", url=target)
+            until = time.monotonic() + timeout
+            while "Page.loadEventFired" not in self._events:
+                self._receive(until)
 
     def settle(self, timeout: float = 30) -> None:
         """Wait until the visible text has been the same for a while: for pages that scripts fill in."""
@@ -88,6 +90,11 @@ class Page:
     def theme(self, name: str) -> None:
         """Prefer the colour scheme "light" or "dark"."""
         self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+
+    def remember(self, values: dict[str, str]) -> None:
+        """Put `values` into the local storage of every site before its own scripts run."""
+        lines = [f"localStorage.setItem({json.dumps(key)}, {json.dumps(value)});" for key, value in values.items()]
+        self.command("Page.addScriptToEvaluateOnNewDocument", source=f"try {{ {''.join(lines)} }} catch {{}}")
 
     def screenshot(self, path: Path, full: bool = False) -> None:
         """Write a PNG of the window, or of the `full` page beyond it."""

@@ -1,4 +1,4 @@
-"""What `visualize` reads, made on the fly: real digits, a tiny network with random weights, tables as evaluate writes."""
+"""What `visualize` reads, made on the fly: real digits, a tiny network of random weights, tables like evaluate's."""
 
 from __future__ import annotations
 
