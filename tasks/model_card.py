@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SPREAD = "_spread"
-FLOOR = "_floor"
+from tasks import measures
+
 # How often something is written down says nothing about the weights.
 NOT_TRAINING = ("_every",)
 
@@ -68,22 +68,23 @@ def _use(info: Mapping[str, Any]) -> str:
 
 
 def _evaluation(metrics: Mapping[str, Any]) -> str:
-    lines = ["## Evaluation", "", "| measure | value | spread between seed blocks | floor |", "|---|---|---|---|"]
-    for name, value in sorted(metrics.items()):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or name.endswith((SPREAD, FLOOR)):
-            continue
-        spread, floor = metrics.get(name + SPREAD), metrics.get(name + FLOOR)
-        lines.append(f"| {name} | {value:.6g} | {_number(spread)} | {_number(floor)} |")
-    lines += ["", "The floor is what held-out real images score against as many training images."]
-    lines += ["", f"Fingerprint of the measurement: `{metrics['fingerprint']}`. Compare only numbers that share it."]
+    lines = ["## Evaluation", "", "| measure | value | spread between seed blocks | floor | real images |"]
+    lines += ["|---|---|---|---|---|"]
+    for name in measures.names(metrics):
+        cells = [metrics.get(name + part) for part in ("", measures.SPREAD, measures.FLOOR, measures.REAL)]
+        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:.6g}' for cell in cells)} |")
+    settings = ", ".join(f"{name} {value}" for name, value in sorted(measures.facts(metrics).items()))
+    lines += [
+        "",
+        "The floor is what as many training images score against the held-out ones.",
+        "",
+        f"Taken with {settings}.",
+    ]
+    lines += ["Compare only numbers that share the fingerprint."]
     absent = metrics.get("not_applicable") or {}
     if absent:
         lines += ["", "Not measured:", ""] + [f"- {name}: {reason}" for name, reason in sorted(absent.items())]
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def _export(exported: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import gates, lineage, locks, model_folder, stage, tracking, workspace
+from tasks import gates, lineage, locks, measures, model_folder, stage, tracking, workspace
 from tasks.images import read_index
 from tasks.params import RegisterParams
 
@@ -76,14 +76,6 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
 def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any]) -> Run:
     """The training run, with every point and picture of `reports/train` and the headline of this evaluation."""
     facts = _read(report / "run.json")
@@ -102,7 +94,7 @@ def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any
         step = int(path.stem.removeprefix("step-"))
         if ("samples", step) not in images:
             tracking.log_image(client, run_id, "samples", step, path)
-    changed = {name: value for name, value in _numbers(measured).items() if run.data.metrics.get(name) != value}
+    changed = {n: value for n, value in measures.values(measured).items() if run.data.metrics.get(n) != value}
     if changed:
         client.log_batch(run_id, metrics=tracking.points(0, changed))
     if run.info.status != "FINISHED":
@@ -149,8 +141,8 @@ def _evaluation_run(
     if run.info.status == "FINISHED":
         return
     run_id = run.info.run_id
-    points = tracking.points(0, _numbers(measured), model_id=version.tags[LOGGED_MODEL])
-    client.log_batch(run_id, metrics=points)
+    missing = {name: value for name, value in measures.values(measured).items() if name not in run.data.metrics}
+    client.log_batch(run_id, metrics=tracking.points(0, missing, model_id=version.tags[LOGGED_MODEL]))
     client.log_artifacts(run_id, str(evaluation), "evaluation")
     client.log_artifact(run_id, str(metrics))
     client.log_artifact(run_id, str(export))
