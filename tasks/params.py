@@ -210,7 +210,7 @@ class EvaluateParams(Section):
 class VisualizeParams(Section):
     sampler: Sampler
     steps: PositiveInt
-    guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False)
+    guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
     columns: PositiveInt = 10
     seed: int = 7
 

@@ -88,8 +88,10 @@ class Report:
     samples: Tiles
     metrics: Sequence[Metric]
     not_applicable: Sequence[tuple[str, str]]
+    protocol: str
     sampler_columns: Sequence[str]
     sampler_rows: Sequence[Sequence[str]]
+    sampler_notes: Sequence[tuple[str, str]]
     evaluation_grids: Sequence[Picture]
     forward: Tiles
     schedules_svg: str

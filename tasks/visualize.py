@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, stage
+from tasks import atomic, report_tables, stage
 from tasks.params import ImageParams, VisualizeParams
-from tasks.report_page import Headline, Metric, Neighbours, Picture, Report, Tiles, render
+from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,31 +30,6 @@ SEARCH_BYTES = 1 << 29
 """Size of the training pixels up to which the nearest neighbours are searched for."""
 HELD_OUT_NEIGHBOURS = 256
 PROGRESS_GRIDS = 6
-
-MEASURES = {
-    "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
-    "kid": ("KID", "kernel distance: the same question without assuming a Gaussian; lower is better"),
-    "inception_style_score": ("Inception-style score", "clear and varied classes; higher is better"),
-    "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
-    "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
-}
-SAMPLER_COLUMNS = {
-    "sampler": "Sampler",
-    "steps": "Steps",
-    "guidance": "Guidance",
-    "n": "n",
-    "frechet_distance": "Fréchet",
-    "kid": "KID",
-    "inception_style_score": "Inception",
-    "label_accuracy": "Accuracy",
-    "clip_score": "CLIP",
-}
-SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler_ancestral": "Euler ancestral",
-    "dpm_solver_pp_2m": "DPM-Solver++ 2M",
-}
 
 
 def visualize(
@@ -93,6 +67,7 @@ def visualize(
     if neighbours:
         tiles["neighbours"] = neighbours.tiles
     charts = _charts(model, training)
+    measured = json.loads(metrics.read_text(encoding="utf-8"))
     with atomic.writing_folder(figures) as folder:
         _write_figures(folder, tiles, charts, drawn)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
@@ -102,7 +77,7 @@ def visualize(
         conditional=model.conditioning != "none",
         prediction=model.prediction,
         schedule=model.info["schedule"],
-        sampler=_sampler_name(params),
+        sampler=report_tables.sampler_name(params.sampler, params.steps),
         animation=animation,
         still=still,
         samples=tiles["samples"],
@@ -113,10 +88,10 @@ def visualize(
         training_svg=charts["training"].svg,
         progress=_progress(training / "samples"),
         neighbours=neighbours,
-        **_measures(json.loads(metrics.read_text(encoding="utf-8"))),
-        **_sampler_table(evaluation / "samplers.csv"),
-        evaluation_grids=_grids(evaluation),
-        provenance=_provenance(model, metrics),
+        **report_tables.measures(measured),
+        **report_tables.sampler_table(evaluation / "samplers.csv"),
+        evaluation_grids=report_tables.grids(evaluation, measured),
+        provenance=_provenance(model, measured),
     )
     atomic.write_text(page, render(report))
     print(f"visualize: {page} shows {len(list(figures.iterdir()))} figures, also in {figures}")
@@ -369,10 +344,6 @@ def _frames(trajectory: Trajectory, names: Sequence[str]) -> list[Any]:
     return frames
 
 
-def _sampler_name(params: VisualizeParams) -> str:
-    return f"{SAMPLERS[params.sampler]} in {params.steps} steps"
-
-
 def _title(model: Pipeline) -> str:
     kind = f"{len(model.classes)} classes" if model.conditioning == "label" else "unconditional"
     colour = "grey" if model.channels == 1 else "colour"
@@ -387,71 +358,8 @@ def _facts(model: Pipeline, params: VisualizeParams) -> list[tuple[str, str]]:
         ("Condition", model.conditioning),
         ("Schedule", f"{model.info['schedule']}, T = {model.timesteps}"),
         ("Prediction", {"epsilon": "noise ε", "v_prediction": "v"}[model.prediction]),
-        ("Drawn with", _sampler_name(params)),
+        ("Drawn with", report_tables.sampler_name(params.sampler, params.steps)),
     ]
-
-
-def _measures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`metrics.json` -> the page's headlines, table of measures and what does not apply."""
-    rows, headlines = [], []
-    for key, (name, reading) in MEASURES.items():
-        if key not in metrics:
-            continue
-        reference = metrics.get(f"{key}_floor", metrics.get(f"{key}_real"))
-        rows.append(
-            Metric(
-                name,
-                _number(key, metrics[key]),
-                f"± {_number(key, metrics[f'{key}_spread'])}" if f"{key}_spread" in metrics else "",
-                _number(key, reference) if reference is not None else "",
-                reading,
-            )
-        )
-        headlines.append(Headline(name, rows[-1].value, _beside(key, metrics[key], reference)))
-    return {
-        "metrics": rows,
-        "headlines": headlines[:4],
-        "not_applicable": sorted(metrics.get("not_applicable", {}).items()),
-    }
-
-
-def _beside(key: str, value: float, reference: float | None) -> str:
-    if reference is None:
-        return "no reference"
-    if key == "frechet_distance" and reference > 0:
-        return f"{value / reference:.1f} times the floor of {_number(key, reference)}"
-    return f"real images: {_number(key, reference)}"
-
-
-def _number(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key == "label_accuracy" else f"{value:.4g}"
-
-
-def _sampler_table(path: Path) -> dict[str, Any]:
-    """`samplers.csv` -> the columns that hold anything, in the order of `SAMPLER_COLUMNS`, with readable names."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    keys = [key for key in SAMPLER_COLUMNS if any(row.get(key) for row in rows)]
-
-    def cell(key: str, text: str) -> str:
-        if key == "sampler":
-            return SAMPLERS.get(text, text)
-        if not text or key in ("steps", "n"):
-            return text or "–"
-        return _number(key, float(text))
-
-    return {
-        "sampler_columns": [SAMPLER_COLUMNS[key] for key in keys],
-        "sampler_rows": [[cell(key, row[key]) for key in keys] for row in rows],
-    }
-
-
-def _grids(evaluation: Path) -> list[Picture]:
-    pictures = []
-    for path in sorted(evaluation.glob("grid_*.png")):
-        name = path.stem.removeprefix("grid_").replace("_", " ")
-        pictures.append(Picture(path.read_bytes(), name, f"Grid of generated images: {name}"))
-    return pictures
 
 
 def _progress(samples: Path) -> list[Picture]:
@@ -465,11 +373,9 @@ def _progress(samples: Path) -> list[Picture]:
     ]
 
 
-def _provenance(model: Pipeline, metrics: Path) -> list[tuple[str, str]]:
+def _provenance(model: Pipeline, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """What identifies the weights and the measurement: no dates, so the page's bytes depend on its inputs alone."""
-    fingerprint = json.loads(metrics.read_text(encoding="utf-8")).get("fingerprint")
-    known = [("Training key", model.info.get("train_key")), ("Fingerprint of the measurement", fingerprint)]
-    return [(name, str(value)) for name, value in known if value]
+    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", metrics["fingerprint"])]
 
 
 if __name__ == "__main__":

@@ -26,12 +26,17 @@ METRICS = {
     "label_accuracy": 0.994,
     "fingerprint": "0f" * 32,
     "n_samples": 512,
+    "n_samples_accuracy": 256,
+    "seed_blocks": 3,
+    "sampler": "dpm_solver_pp_2m",
+    "steps": 20,
+    "guidance_scale": 1.5,
     "not_applicable": {"clip_score": "the images have no captions"},
 }
 SAMPLERS = """\
-sampler,steps,guidance,n,frechet_distance,kid,clip_score
-dpm_solver_pp_2m,20,1.0,512,23.1,0.0123,
-ddpm,1000,1.0,32,30.25,,
+sampler,steps,guidance_scale,n,seed_blocks,frechet_distance,kid,inception_style_score,clip_score,label_accuracy,note
+dpm_solver_pp_2m,20,1.0,512,3,23.1,0.0123,,,,
+ddpm,1000,1.0,32,1,,,,,,too few images for distances (128 needed)
 """
 
 
@@ -69,6 +74,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     (root / "reports" / "metrics.json").write_text(json.dumps(METRICS))
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
+    pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")
     return Inputs(root)
 
 
