@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
@@ -178,10 +179,9 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
     """The streamed answer to a GET, behind at most five redirects, each of which is screened as the first was."""
     import httpx
 
-    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-    with httpx.Client(timeout=timeout, trust_env=False, verify=httpx.create_ssl_context()) as client:
-        here = httpx.URL(url)
-        for _ in range(MAX_REDIRECTS + 1):
+    here = httpx.URL(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        with _client(here) as client:
             response = _send(client, here, headers, limits)
             try:
                 if not response.has_redirect_location:
@@ -195,22 +195,40 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
                     return
             finally:
                 response.close()
-            there = here.join(response.headers["Location"])
-            if here.scheme == "https" and there.scheme != "https":
-                raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
-            here = there
-        raise MirrorError(f"more than {MAX_REDIRECTS} redirects")
+        there = here.join(response.headers["Location"])
+        if here.scheme == "https" and there.scheme != "https":
+            raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
+        here = there
+    raise MirrorError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """The proxy that the environment names for `url` (https_proxy, no_proxy and their like)."""
+    return None if proxy_bypass(url.host) else getproxies().get(url.scheme)
+
+
+def _client(url: httpx.URL) -> httpx.Client:
+    import httpx
+
+    return httpx.Client(
+        proxy=_proxy(url),
+        timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        verify=httpx.create_ssl_context(),  # heeds SSL_CERT_FILE
+        trust_env=False,  # which would also send what is in ~/.netrc
+    )
 
 
 def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits: Limits) -> httpx.Response:
     """GET from one of the host's screened addresses.
 
     The connection goes to the address itself, so that no second look-up can name another one; TLS
-    still checks the certificate of the host.
+    still checks the certificate of the host. Through a proxy it is the proxy that looks up and connects.
     """
     import httpx
 
     addresses = _screened(url, limits)
+    if _proxy(url):
+        return client.send(client.build_request("GET", url, headers=headers), stream=True, follow_redirects=False)
     for number, address in enumerate(addresses, 1):
         request = client.build_request(
             "GET",
@@ -235,6 +253,8 @@ def _screened(url: httpx.URL, limits: Limits) -> list[str]:
             url.host, url.port or (443 if url.scheme == "https" else 80), type=socket.SOCK_STREAM
         )
     except OSError as error:
+        if _proxy(url):
+            return []  # behind some proxies names are the proxy's business alone
         raise MirrorError(f"{url.host} cannot be found ({error.strerror or error}); is there a network?") from None
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:

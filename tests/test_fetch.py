@@ -1,9 +1,15 @@
 """Fetching over http: resumed, bounded, verified, screened. Against a real server on this machine."""
 
+import datetime
 import hashlib
 import time
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from tasks import fetch
 from tasks.stage import StageError
@@ -181,6 +187,45 @@ def test_no_second_look_up_can_name_another_address(site, get, tmp_path, monkeyp
     get(f"http://example.org:{port}/a")
     assert asked == ["example.org"]
     assert client_connects == ["127.0.0.1"]
+
+
+def test_a_proxy_of_the_environment_is_used(site, get, tmp_path, monkeypatch):
+    site.files["http://files.invalid/a"] = DATA
+    monkeypatch.setenv("http_proxy", site.address)
+    get("http://files.invalid/a", allow_private_addresses=False)
+    assert (tmp_path / "file").read_bytes() == DATA
+    with pytest.raises(StageError, match="private address"):
+        get("http://10.0.0.1/a", allow_private_addresses=False)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for files.test that nobody but this test trusts, and its key, in one file."""
+    path = tmp_path_factory.mktemp("tls") / "files.test.pem"
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "files.test")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("files.test")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(signed.public_bytes(Encoding.PEM) + private)
+    return path
+
+
+def test_the_certificate_is_that_of_the_host_and_not_of_the_address(get, tmp_path, monkeypatch, certificate):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    resolve = fetch.socket.getaddrinfo
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda _, *others, **named: resolve("127.0.0.1", *others, **named))
+    with serving(certificate) as site:
+        site.files["/a"] = DATA
+        port = site.address.rpartition(":")[2]
+        get(f"https://files.test:{port}/a")
+        assert (tmp_path / "file").read_bytes() == DATA
+        with pytest.raises(StageError, match="certificate"):
+            get(f"https://other.test:{port}/a")
 
 
 def test_secrets_in_an_address_are_not_repeated(site, get):
