@@ -12,18 +12,18 @@ from tasks.model_card import model_card
 
 
 def package(
-    pipeline: Path, onnx: Path, accepted: Path, data: Path, run: Path, metrics: Path, export: Path, model: Path
+    pipeline: Path, onnx: Path, accepted: Path, data: Path, training: Path, metrics: Path, export: Path, model: Path
 ) -> None:
     """Put weights, ONNX bundle, metrics and model card together in `model`.
 
-    `data` is the index of the images, `run` the parameters of the training, `metrics` and `export` the
-    reports of those stages. The same inputs give the same bytes.
+    `data` holds the images, of which the card tells source and licence; `training`, `metrics` and `export`
+    are the reports of those stages. The same inputs give the same bytes.
     """
     images.require_accepted(accepted)
     card = model_card(
         info=_read(pipeline / "afterimage.json"),
-        data=_read(data),
-        training=_read(run)["params"],
+        data=images.read_index(data),
+        training=_read(training / "run.json")["params"],
         metrics=_read(metrics),
         exported=_read(export),
     )

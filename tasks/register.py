@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-CODE = Path("mlflow/diffusion_model.py")
+CODE = Path("mlflow") / "diffusion_model.py"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
 CHALLENGER, CHAMPION = "challenger", "champion"
 TAG = "afterimage."
