@@ -52,6 +52,6 @@ lock: ## pin pyproject.toml anew: requirements.lock and infra/download-sizes.jso
 	@$(PYTHON) infra/lock.py
 
 clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache
-	rm -rf data outputs reports .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf data outputs reports dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	$(if $(ALL),rm -rf mlflow.db mlflow.db-shm mlflow.db-wal mlruns .dvc/cache .dvc/tmp .prefect)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +40,7 @@ RESULTS = (
 BESIDE = (
     ("frechet_distance", "frechet_distance_floor", "floor"),
     ("kid", "kid_floor", "floor"),
+    ("inception_style_score", "inception_style_score_real", "real images"),
     ("clip_score", "clip_score_real", "real images"),
     ("label_accuracy", "label_accuracy_real", "real images"),
 )
@@ -56,7 +57,7 @@ class Chain:
     """What the output of `dvc repro` tells: which stage ran, for how long, and what `register` said."""
 
     stages: dict[str, Stage]
-    registered: list[str] = field(default_factory=list)
+    registered: str = ""
     _running: Stage | None = None
     _since: float = 0.0
 
@@ -68,8 +69,8 @@ class Chain:
                 stage.result = result
                 if result == "ran":
                     self._running, self._since = stage, time.monotonic()
-        if line.startswith(b"register: "):
-            self.registered.append(line.decode(errors="replace").strip().removeprefix("register: "))
+        if line.startswith(b"register: ") and b" version " in line:
+            self.registered = line.decode(errors="replace").strip().removeprefix("register: ")
 
     def close(self, failed: bool = False) -> None:
         """The stage that runs, if one does, has ended."""
@@ -188,21 +189,19 @@ def print_results(chain: Chain) -> None:
         print()
         print_metrics(json.loads(METRICS.read_text(encoding="utf-8")))
     print()
-    for line in chain.registered:
-        print(f"registered   {line}")
-    for what, where in places():
+    for what, where in [("registered", chain.registered), *places()]:
         print(f"{what:<13}{where}")
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    print(f"{'metric':<20}{'value':>10}")
+    print(f"{'metric':<24}{'value':>10}")
     for name, other, label in BESIDE:
         if name in metrics:
             beside = f"   {label} {metrics[other]:.4g}" if other in metrics else ""
-            print(f"{name:<20}{metrics[name]:>10.4g}{beside}")
-    print(f"{'samples':<20}{metrics['n_samples']:>10}   fingerprint {str(metrics['fingerprint'])[:12]}")
+            print(f"{name:<24}{metrics[name]:>10.4g}{beside}")
+    print(f"{'samples':<24}{metrics['n_samples']:>10}   fingerprint {str(metrics['fingerprint'])[:12]}")
     for name, reason in sorted(metrics.get("not_applicable", {}).items()):
-        print(f"{name:<20}{'-':>10}   {reason}")
+        print(f"{name:<24}{'-':>10}   {reason}")
 
 
 def places() -> Iterator[tuple[str, str]]:
