@@ -84,9 +84,12 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         for file in files + linked:
             path = Path(parent, file)
             if not file.startswith(".") and (path.is_symlink() or path.is_file()):
-                # A name that is no text cannot stand in a zip; its odd bytes are spelled out.
-                name = path.relative_to(folder).as_posix().encode("utf-8", "backslashreplace")
-                yield name.decode("utf-8").replace("\\", "%"), path
+                yield _text(path.relative_to(folder).as_posix()), path
+
+
+def _text(name: str) -> str:
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 are spelled out, as in "%udcff"."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\\", "%")
 
 
 def list_members(file: Path) -> list[Member]:
@@ -177,7 +180,7 @@ def _tar_list(file: Path) -> Iterator[Listed]:
                     problem = Problem("link", f"a link to {info.linkname}")
                 elif not info.isreg():
                     problem = Problem("special file", "a device or a pipe")
-                yield position, info.name, info.size, problem
+                yield position, _text(info.name), info.size, problem
     except DAMAGED as error:
         raise _damaged(file, error) from None
 

@@ -8,6 +8,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -197,6 +198,28 @@ def test_hidden_files_are_no_inputs(tmp_path, taken):
     for path in (write_tree(tmp_path / "in", files), write_zip(tmp_path / "in.zip", files)):
         index, _, _ = taken(path)
         assert (index["inputs"], index["rows"], index["quarantined"]) == (4, 4, {})
+
+
+def test_names_that_are_no_text(tmp_path, taken):
+    folder = write_tree(tmp_path / "in", GOOD)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(picture(9))
+    _, rows, _ = taken(folder)
+    assert rows["caf%udce9.png"]["image"] == picture(9)
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        archive.add(folder, ".")
+    _, rows, _ = taken(tmp_path / "in.tar")
+    assert rows["caf%udce9.png"]["image"] == picture(9)
+
+
+def test_a_zip_of_windows(tmp_path, taken):
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("cat/1.png", "dog/2.png"):
+            info = zipfile.ZipInfo(name)
+            info.filename = name.replace("/", "\\")
+            archive.writestr(info, picture(len(name)))
+    index, rows, _ = taken(tmp_path / "in.zip")
+    assert set(rows) == {"cat/1.png", "dog/2.png"}
+    assert index["classes"] == ["cat", "dog"]
 
 
 def test_class_folders_and_split_folders(tmp_path, taken):
