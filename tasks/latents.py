@@ -1,7 +1,7 @@
 """The form of the model's inputs: safetensors shards per split, and an index.
 
     data/latents/train-00000.safetensors    pixels uint8 [n, C, H, W], labels int64 [n], embeddings float32 [n, K, D]
-    data/latents/null.safetensors           embedding float32 [D] of the empty text
+    data/latents/prompts.safetensors        embeddings float32 [classes + 1, D]: the class prompts, then the empty text
     data/latents/index.json                 counts, shards, codec, conditioning, digest
 
 Under the identity codec the inputs are the pixels themselves. Labels and embeddings are there
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = 1
-NULL = "null.safetensors"
+PROMPTS = "prompts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Latents:
     """int64 [N], 0 to the number of classes - 1"""
     embeddings: np.ndarray | None
     """float32 [N, K, D]: K captions for each image"""
-    null_embedding: np.ndarray | None
-    """float32 [D]"""
+    prompts: np.ndarray | None
+    """float32 [classes + 1, D]: what asks for each class, and the empty text that stands for no condition"""
     classes: int
     """Number of classes, which is also the label that stands for "no condition"; 0 without labels."""
     keys_sha256: str
@@ -52,7 +52,7 @@ def keys_hash(keys: list[str]) -> str:
 
 def write_split(folder: Path, split: str, latents: Latents, shard_size: int) -> dict[str, Any]:
     """Write the shards of one split into `folder` (a temporary one); returns its entry for the index."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     count = len(latents.pixels)
     tensors = {"pixels": latents.pixels, "labels": latents.labels, "embeddings": latents.embeddings}
@@ -60,17 +60,17 @@ def write_split(folder: Path, split: str, latents: Latents, shard_size: int) -> 
     for number, start in enumerate(range(0, count, shard_size)):
         name = f"{split}-{number:05d}.safetensors"
         part = {key: tensor[start : start + shard_size] for key, tensor in tensors.items() if tensor is not None}
-        save_file(part, folder / name)
+        (folder / name).write_bytes(save(part))  # an ordinary write: a full disk is an OSError as everywhere
         shards.append({"file": name, "sha256": sha256_of(folder / name)})
     return {"count": count, "keys_sha256": latents.keys_sha256, "shards": shards}
 
 
-def write_index(folder: Path, codec: dict[str, Any], splits: dict[str, Any], null: np.ndarray | None) -> None:
-    """Write `index.json` (and the empty text's embedding) last; its digest covers codec and content."""
-    from safetensors.numpy import save_file
+def write_index(folder: Path, codec: dict[str, Any], splits: dict[str, Any], prompts: np.ndarray | None) -> None:
+    """Write `index.json` (and the prompts' embeddings) last; its digest covers codec and content."""
+    from safetensors.numpy import save
 
-    if null is not None:
-        save_file({"embedding": null}, folder / NULL)
+    if prompts is not None:
+        (folder / PROMPTS).write_bytes(save({"embeddings": prompts}))
     index = {
         "format": FORMAT,
         "codec": codec["kind"],
@@ -79,7 +79,7 @@ def write_index(folder: Path, codec: dict[str, Any], splits: dict[str, Any], nul
         "size": codec["size"],
         "classes": codec["classes"],
         "splits": splits,
-        "null_sha256": None if null is None else sha256_of(folder / NULL),
+        "prompts_sha256": None if prompts is None else sha256_of(folder / PROMPTS),
     }
     canonical = json.dumps(index, sort_keys=True).encode("utf-8")
     atomic.write_json(folder / "index.json", index | {"digest": hashlib.sha256(canonical).hexdigest()})
@@ -114,7 +114,7 @@ def load_latents(path: Path, split: str) -> Latents:
         pixels=np.concatenate([part["pixels"] for part in parts]),
         labels=joined("labels"),
         embeddings=joined("embeddings"),
-        null_embedding=load_file(path / NULL)["embedding"] if index["null_sha256"] else None,
+        prompts=load_file(path / PROMPTS)["embeddings"] if index["prompts_sha256"] else None,
         classes=len(index["classes"]),
         keys_sha256=index["splits"][split]["keys_sha256"],
     )
