@@ -68,7 +68,7 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StageError(
-            f"{size / 1e9:.2f} GB are needed in {folder.parent}, but {free / 1e9:.2f} GB are free; free some"
+            f"{size / 1e6:.1f} MB are needed in {folder.parent}, but {free / 1e6:.1f} MB are free; free some"
         )
 
 
