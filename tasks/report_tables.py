@@ -15,6 +15,8 @@ MEASURES = {
     "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
     "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
 }
+HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
+"""What one wants to see first, where it was measured."""
 SAMPLER_COLUMNS = {
     "sampler": "Sampler",
     "steps": "Steps",
@@ -42,24 +44,11 @@ def sampler_name(sampler: str, steps: int) -> str:
 
 def measures(metrics: dict[str, Any]) -> dict[str, Any]:
     """`metrics.json` -> the page's headlines, table of measures and what does not apply."""
-    rows, headlines = [], []
-    for key, (name, reading) in MEASURES.items():
-        if key not in metrics:
-            continue
-        reference = metrics.get(f"{key}_floor", metrics.get(f"{key}_real"))
-        rows.append(
-            Metric(
-                name,
-                _number(key, metrics[key]),
-                f"± {_number(key, metrics[f'{key}_spread'])}" if f"{key}_spread" in metrics else "",
-                _number(key, reference) if reference is not None else "",
-                reading,
-            )
-        )
-        headlines.append(Headline(name, rows[-1].value, _beside(key, metrics[key], reference)))
+    present = [key for key in MEASURES if key in metrics]
+    first = [key for key in (*HEADLINES, *present) if key in metrics]
     return {
-        "metrics": rows,
-        "headlines": headlines[:4],
+        "metrics": [_row(key, metrics) for key in present],
+        "headlines": [_headline(key, metrics) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
         "not_applicable": [
             (MEASURES[key][0] if key in MEASURES else key, reason)
             for key, reason in sorted(metrics["not_applicable"].items())
@@ -78,16 +67,43 @@ def _protocol(metrics: dict[str, Any]) -> str:
     return f"{drawn}: {distances}{', ' + guided if metrics['n_samples_accuracy'] else ''}."
 
 
-def _beside(key: str, value: float, reference: float | None) -> str:
+def _row(key: str, metrics: dict[str, Any]) -> Metric:
+    reference = _reference(key, metrics)
+    name, reading = MEASURES[key]
+    return Metric(
+        name,
+        _number(key, metrics[key]),
+        _spread(key, key, metrics),
+        f"{_number(key, metrics[reference])} {_spread(key, reference, metrics)}".strip() if reference else "",
+        reading,
+    )
+
+
+def _headline(key: str, metrics: dict[str, Any]) -> Headline:
+    reference = _reference(key, metrics)
     if reference is None:
-        return "no reference"
-    if key == "frechet_distance" and reference > 0:
-        return f"{value / reference:.1f} times the floor of {_number(key, reference)}"
-    return f"real images: {_number(key, reference)}"
+        note = "no reference"
+    elif key == "frechet_distance" and metrics[reference] > 0:
+        note = f"{metrics[key] / metrics[reference]:.1f} times the floor of {_number(key, metrics[reference])}"
+    else:
+        note = f"real images: {_number(key, metrics[reference])}"
+    return Headline(MEASURES[key][0], _number(key, metrics[key]), note)
 
 
-def _number(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key == "label_accuracy" else f"{value:.4g}"
+def _reference(key: str, metrics: dict[str, Any]) -> str | None:
+    """The entry that says what real images reach."""
+    return next((name for name in (f"{key}_floor", f"{key}_real") if name in metrics), None)
+
+
+def _spread(key: str, name: str, metrics: dict[str, Any]) -> str:
+    if f"{name}_spread" not in metrics:
+        return ""
+    return f"± {_number(key, metrics[f'{name}_spread'], digits=2)}"
+
+
+def _number(key: str, value: float, digits: int = 3) -> str:
+    text = f"{100 * value:.1f} %" if key == "label_accuracy" else f"{value:.{digits}g}"
+    return text.replace("-", "−")
 
 
 def sampler_table(path: Path) -> dict[str, Any]:

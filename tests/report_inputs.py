@@ -21,6 +21,7 @@ PARAMS = VisualizeParams(sampler="ddim", steps=10, guidance_scales=(1.0, 2.0), c
 METRICS = {
     "frechet_distance": 23.1,
     "frechet_distance_floor": 10.2,
+    "frechet_distance_floor_spread": 0.31,
     "frechet_distance_spread": 0.7,
     "kid": 0.0123,
     "label_accuracy": 0.994,
