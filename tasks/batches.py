@@ -53,6 +53,7 @@ class Batches:
     ) -> None:
         self.pixels = torch.from_numpy(latents.pixels).to(device)
         self.condition, self.null = conditions_of(latents, device)
+        self.prompts = None if latents.prompts is None else torch.from_numpy(latents.prompts)
         self.size, self.parts, self.timesteps = batch_size // parts, parts, timesteps
         self.condition_dropout, self.horizontal_flip = condition_dropout, horizontal_flip
         self.seed, self.device = seed, device
@@ -103,8 +104,8 @@ class Batches:
 
 def conditions_of(latents: Latents, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """(condition of each sample, null condition): labels int64 [N], embeddings float [N, K, E], or two Nones."""
-    if latents.embeddings is not None and latents.null_embedding is not None:
-        return torch.from_numpy(latents.embeddings).to(device), torch.from_numpy(latents.null_embedding).to(device)
+    if latents.embeddings is not None and latents.prompts is not None:
+        return torch.from_numpy(latents.embeddings).to(device), torch.from_numpy(latents.prompts[-1]).to(device)
     if latents.labels is not None:
         null = torch.tensor(latents.classes, dtype=torch.int64, device=device)
         return torch.from_numpy(latents.labels).to(device), null

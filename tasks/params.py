@@ -269,6 +269,11 @@ class Params(Section):
                 "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0 "
                 "and visualize.guidance_scales to [1.0]"
             )
+        if self.codec.conditioning == "text" and self.codec.text_width != 4 * self.model.block_out_channels[0]:
+            raise ValueError(
+                f"codec.text_width {self.codec.text_width} must be 4 times the first of model.block_out_channels; "
+                f"set it to {4 * self.model.block_out_channels[0]}"
+            )
         if self.codec.conditioning != "none" and self.train.condition_dropout == 0 and self.evaluate.guidance_scale > 1:
             raise ValueError(
                 "evaluate.guidance_scale above 1 needs a model trained without its condition now and then; "

@@ -111,7 +111,7 @@ def _os_sentence(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
-def _raise_preempted(signum: int, frame: object) -> NoReturn:
+def _raise_preempted(*_: object) -> NoReturn:
     raise Preempted
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -465,21 +465,28 @@ def _write_report(report: Path, run: Run, facts: dict[str, Any], dataset: dict[s
 def _write_pipeline(pipeline: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
     from models.pipeline import save_pipeline
     from models.schedules import betas
+    from models.unet import UNet
 
+    conditional = index["conditioning"] != "none"
     info = {
-        "conditioning": index["conditioning"],
+        "conditioning": "label" if conditional else "none",
+        "condition_source": index["conditioning"],
         "classes": index["classes"],
         "channels": index["channels"],
         "size": index["size"],
         "timesteps": run.diffusion.timesteps,
         "schedule": run.diffusion.schedule,
         "prediction": run.diffusion.prediction,
-        "null_label": len(index["classes"]) if index["conditioning"] == "label" else None,
+        "null_label": len(index["classes"]) if conditional else None,
         "train_key": facts["train_key"],
     }
     weights = {name: value.cpu().contiguous() for name, value in run.ema.state_dict().items()}
+    unet = run.unet
+    if index["conditioning"] == "text":  # what was learned for captions serves by class: its prompts make the table
+        weights["class_embedding.weight"] = run.batches.prompts
+        unet = UNet(replace(unet.config, conditions=len(index["classes"]) + 1, embedded=False))
     with atomic.writing_folder(pipeline) as folder:
-        save_pipeline(folder, run.unet, weights, betas(run.diffusion.schedule, run.diffusion.timesteps), info)
+        save_pipeline(folder, unet, weights, betas(run.diffusion.schedule, run.diffusion.timesteps), info)
 
 
 def _launch() -> None:
