@@ -1,4 +1,4 @@
-"""The whole chain, tiny, in a work tree of its own: once as `make repro` runs it, then what reruns and what does not."""
+"""The whole chain, tiny, in a work tree of its own: once as `make repro` runs it, then what reruns and what not."""
 
 from __future__ import annotations
 
