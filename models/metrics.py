@@ -53,7 +53,8 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
 def inception_style_score(logits: np.ndarray) -> float:
     """exp of the mean KL(p(class | image) || p(class)) over logits [N, K] (Salimans et al. 2016), in one split.
 
-    Between 1 and K. "Style", because the classes are the data's own and not Inception's.
+    Between 1 and K; "style", because the classes are the data's own and not Inception's. Label smoothing keeps it
+    well below K for perfect images too: it is to be read beside the score of real ones.
     """
     import torch
     from torchmetrics.image.inception import InceptionScore

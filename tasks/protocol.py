@@ -1,0 +1,305 @@
+"""A declared protocol of measurement, and measuring a pipeline by it.
+
+`evaluate` declares one and measures the new model; `register` measures a champion by the same one. The
+fingerprint names what two numbers must share before they may be compared; sampler, steps and guidance are
+not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tasks.images import load_pixels, read_index
+from tasks.params import EvaluateParams, ImageParams
+from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.judge import Judge
+    from models.pipeline import Pipeline
+
+FORMAT = 1
+BLOCK_STRIDE = 1_000_000
+"""Distance between the first seeds of two seed blocks."""
+UNGUIDED = 1.0
+
+
+class NotComparableError(StageError):
+    """A pipeline or judge that does not fit the protocol; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images that a pipeline drew: pixels uint8 [N, C, S, S], the wanted label of each, seconds for all."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    labels: list[int] | None
+    pixels: np.ndarray
+    seconds: float
+
+    def first(self, count: int) -> Draw:
+        """The draw of its first `count` seeds."""
+        share = count / max(count, len(self.pixels))
+        labels = self.labels[:count] if self.labels is not None else None
+        return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
+
+
+def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluateParams) -> dict[str, Any]:
+    """The protocol by which `params` has this pipeline measured, as JSON: `measurement` is what the fingerprint
+    covers, the rest are columns."""
+    index = read_index(images)
+    measurement = {
+        "format": FORMAT,
+        "n_distance": params.n_distance,
+        "n_accuracy": params.n_accuracy,
+        "seed": params.seed,
+        "seed_blocks": params.seed_blocks,
+        "reference": {"split": "test", "images": index["splits"]["test"], "sha256": index["sha256"]},
+        "floor": {"split": "train", "images": "as many, of the classes asked for, as far as there are"},
+        "judge": judge.info["hashes"],
+        "extractor": judge.kind,
+        "image": judge.info["image"],
+        "quantisation": "uint8",
+        "labels": pipeline.classes if pipeline.conditioning == "label" else None,
+        "prompts": judge.prompts,
+    }
+    return {
+        "measurement": measurement,
+        "fingerprint": fingerprint(measurement),
+        "sampler": params.sampler,
+        "steps": params.steps,
+        "guidance_scale": params.guidance_scale,
+        "batch_size": params.batch_size,
+    }
+
+
+def fingerprint(measurement: dict[str, Any]) -> str:
+    """sha256 of the facts of a measurement as canonical JSON."""
+    canonical = json.dumps(measurement, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Draw from `pipeline` and measure it by `protocol`: the flat content of `metrics.json`.
+
+    Raises `NotComparableError` where pipeline, images or judge are not those that the protocol can measure.
+    """
+    scorer = Scorer(images, judge, protocol)
+    return summary(*draw_blocks(pipeline, protocol), scorer, protocol)
+
+
+def draw_blocks(pipeline: Pipeline, protocol: dict[str, Any]) -> tuple[list[Draw], list[Draw]]:
+    """For each seed block the draw without guidance (for the distances), and for a conditional model the one with
+    `guidance_scale` (for accuracy and CLIP score), from the same seeds."""
+    facts = protocol["measurement"]
+    _require_pipeline(pipeline, facts)
+    unguided, guided = [], []
+    for block in range(facts["seed_blocks"]):
+        unguided.append(draw(pipeline, protocol, facts["n_distance"], block=block))
+        if facts["labels"] is not None:
+            guided.append(
+                draw(pipeline, protocol, facts["n_accuracy"], guidance_scale=protocol["guidance_scale"], block=block)
+            )
+    return unguided, guided
+
+
+def draw(
+    pipeline: Pipeline,
+    protocol: dict[str, Any],
+    count: int,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float = UNGUIDED,
+    block: int = 0,
+) -> Draw:
+    """The first `count` images of a seed block, labels in a balanced cycle; sampler and steps are the protocol's
+    unless given."""
+    from models.pipeline import to_uint8
+
+    sampler, steps = sampler or protocol["sampler"], steps or protocol["steps"]
+    facts = protocol["measurement"]
+    first = facts["seed"] + block * BLOCK_STRIDE
+    classes = facts["labels"]
+    labels = balanced_labels(count, len(classes)) if classes is not None else None
+    started = time.perf_counter()
+    with tqdm(
+        total=count * steps,
+        desc=f"evaluate: {sampler}, {steps} steps, guidance {guidance_scale:g}",
+        unit="step",
+        unit_scale=True,
+        mininterval=1,
+        dynamic_ncols=True,
+    ) as bar:
+        images = pipeline.sample(
+            range(first, first + count),
+            labels,
+            sampler,
+            steps,
+            guidance_scale,
+            protocol["batch_size"],
+            callback=lambda i, t, x, x0: bar.update(len(x)),
+        )
+    return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started)
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """0, 1, ... classes - 1, 0, 1, ... of length `count`."""
+    return [index % classes for index in range(count)]
+
+
+class Scorer:
+    """A judge beside the real images it compares with: the held-out split and subsets of the training split."""
+
+    def __init__(self, images: Path, judge: Judge, protocol: dict[str, Any]) -> None:
+        facts = protocol["measurement"]
+        _require_judge(images, judge, facts)
+        size = ImageParams(**facts["image"])
+        self.judge = judge
+        self.facts = facts
+        self.held_out = load_pixels(images, "test", size)
+        self.train = load_pixels(images, "train", size)
+        self.reference = judge.features(self.held_out.pixels)
+        self.prompts = judge.clip_text_embeds(judge.prompts) if judge.clip is not None and judge.prompts else None
+
+    @property
+    def dimensions(self) -> int:
+        return self.reference.shape[1]
+
+    def distances(self, pixels: np.ndarray) -> dict[str, float]:
+        """Of uint8 images [N, C, S, S] to the held-out split."""
+        from models import metrics
+
+        features = self.judge.features(pixels)
+        return {
+            "frechet_distance": metrics.frechet_distance(features, self.reference),
+            "kid": metrics.kernel_distance(features, self.reference, self.facts["seed"]),
+        }
+
+    def stand_ins(self, block: int) -> np.ndarray:
+        """Training images in the place of a block's draw: as many, of the same classes, none twice.
+
+        They are fewer where the training split has fewer. Returns uint8 [n, C, S, S].
+        """
+        import numpy as np
+
+        count, classes = self.facts["n_distance"], self.facts["labels"]
+        order = np.random.default_rng((self.facts["seed"], block)).permutation(len(self.train.pixels))
+        if classes is None:
+            return self.train.pixels[order[:count]]
+        labels = self.train.labels[order]
+        wanted = np.bincount(balanced_labels(count, len(classes)), minlength=len(classes))
+        rows = [order[labels == label][:number] for label, number in enumerate(wanted)]
+        return self.train.pixels[np.concatenate(rows)]
+
+    def inception_style_score(self, pixels: np.ndarray) -> dict[str, float]:
+        from models import metrics
+
+        if self.judge.classifier is None:
+            return {}
+        return {"inception_style_score": metrics.inception_style_score(self.judge.class_logits(pixels))}
+
+    def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
+        """Label accuracy and CLIP score, those that apply, of images that should show the classes `labels`."""
+        import numpy as np
+
+        from models import metrics
+
+        scores = {}
+        if labels is not None and self.judge.classifier is not None:
+            scores["label_accuracy"] = metrics.accuracy(self.judge.class_logits(pixels), np.asarray(labels))
+        if labels is not None and self.prompts is not None:
+            embeds = self.judge.clip_image_embeds(pixels)
+            scores["clip_score"] = metrics.clip_score(embeds, self.prompts[np.asarray(labels)])
+        return scores
+
+    def real(self) -> dict[str, float]:
+        """The same scores of the held-out images."""
+        known = self.held_out.labels >= 0
+        scores = self.inception_style_score(self.held_out.pixels)
+        if known.any():
+            scores |= self.fit_to_labels(self.held_out.pixels[known], self.held_out.labels[known].tolist())
+        return scores
+
+
+def summary(
+    unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, protocol: dict[str, Any]
+) -> dict[str, Any]:
+    """Flat metrics of the draws of all seed blocks: mean, `_spread` (sample standard deviation over the blocks),
+    `_floor` (training images in the model's place) and `_real` (held-out images in the model's place)."""
+    facts = protocol["measurement"]
+    blocks = [scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) for draw in unguided]
+    fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
+    stand_ins = [scorer.stand_ins(block) for block in range(facts["seed_blocks"])]
+    floors = [scorer.distances(pixels) for pixels in stand_ins]
+    measured = {**_mean_and_spread(blocks), **_mean_and_spread(fits), **_mean_and_spread(floors, "_floor")}
+    return {
+        **measured,
+        **{f"{name}_real": value for name, value in scorer.real().items() if name in measured},
+        "not_applicable": _not_applicable(scorer, facts),
+        "n_samples": facts["n_distance"],
+        "n_samples_accuracy": facts["n_accuracy"] if guided else 0,
+        "n_reference": facts["reference"]["images"],
+        "n_floor": len(stand_ins[0]),
+        "seed_blocks": facts["seed_blocks"],
+        "extractor": facts["extractor"],
+        "fingerprint": protocol["fingerprint"],
+        "sampler": protocol["sampler"],
+        "steps": protocol["steps"],
+        "guidance_scale": protocol["guidance_scale"],
+    }
+
+
+def _mean_and_spread(blocks: Sequence[dict[str, float]], suffix: str = "") -> dict[str, float]:
+    import numpy as np
+
+    result = {}
+    for name in blocks[0] if blocks else ():
+        values = [block[name] for block in blocks]
+        result[f"{name}{suffix}"] = float(np.mean(values))
+        result[f"{name}{suffix}_spread"] = float(np.std(values, ddof=1))
+    return result
+
+
+def _not_applicable(scorer: Scorer, facts: dict[str, Any]) -> dict[str, str]:
+    """Metrics that are absent, each with the reason."""
+    reasons = {}
+    if scorer.judge.classifier is None:
+        reasons["inception_style_score"] = reasons["label_accuracy"] = (
+            "the images have no labels to train a classifier on"
+        )
+    if scorer.judge.clip is None:
+        reasons["clip_score"] = "the images have no captions to train a CLIP on"
+    elif scorer.prompts is None:
+        reasons["clip_score"] = "the captions do not follow from the class that the model is asked for"
+    if facts["labels"] is None:
+        reasons["label_accuracy"] = reasons["clip_score"] = "the model draws without labels or captions"
+    return reasons
+
+
+def _require_pipeline(pipeline: Pipeline, facts: dict[str, Any]) -> None:
+    labels = pipeline.classes if pipeline.conditioning == "label" else None
+    if labels != facts["labels"]:
+        raise NotComparableError("the model draws other classes than the protocol asks for; measure it by its own")
+    if {"size": pipeline.size, "channels": pipeline.channels} != facts["image"]:
+        raise NotComparableError(
+            f"the model draws {pipeline.channels} x {pipeline.size} x {pipeline.size} images and the protocol measures "
+            f"{facts['image']['channels']} x {facts['image']['size']} x {facts['image']['size']}; measure it by its own"
+        )
+
+
+def _require_judge(images: Path, judge: Judge, facts: dict[str, Any]) -> None:
+    if judge.info["hashes"] != facts["judge"]:
+        raise NotComparableError("the judge is not the one that the protocol names; run 'dvc repro judge evaluate'")
+    if read_index(images)["sha256"] != facts["reference"]["sha256"]:
+        raise NotComparableError("the images are not those that the protocol names; run 'dvc repro evaluate'")
