@@ -20,11 +20,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _beside(path: Path) -> Path:
+    """The temporary name for `path`; what killed processes left under theirs is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = int(left.name.split(".")[-2])
+        if pid != os.getpid() and _is_alive(pid):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it becomes `path`, on error it goes away."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         sync(temporary)
@@ -37,9 +60,7 @@ def writing(path: Path) -> Iterator[Path]:
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it replaces `path`, on error it goes away."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
