@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INPUTS = ("sample", "timestep", "label")
 OUTPUT = "output"
 EXAMPLE_BATCH = 2
-"""A batch of 1 would be taken for a constant, whatever is declared dynamic."""
+"""A batch of 1 can be taken for a constant, whatever is declared dynamic."""
 
 
 def to_onnx(pipeline: Pipeline, opset: int) -> bytes:

@@ -56,8 +56,8 @@ def connect() -> MlflowClient:
     from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
     try:
+        client = mlflow.MlflowClient()
         experiment_id(client)
     except MlflowException as error:
         if "out-of-date database schema" in str(error):

@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,4 +20,23 @@ def migrated_database(tmp_path_factory) -> Path:
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(folder)}
     connect = "from tasks import tracking; tracking.connect()"
     subprocess.run([sys.executable, "-c", connect], cwd=ROOT, env=environment, check=True)
+    with closing(sqlite3.connect(path)) as database:  # whose artifacts would lie beside this file, not the copy
+        database.execute("DELETE FROM experiments WHERE name = 'afterimage'")
+        database.commit()
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """A work tree in which `export` has run on a class-conditional network; copy it before writing there."""
+    from tests import model_outputs
+
+    return model_outputs.exported(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def exported_unconditional(tmp_path_factory) -> Path:
+    """The same for an unconditional network."""
+    from tests import model_outputs
+
+    return model_outputs.exported(tmp_path_factory.mktemp("exported"), "none")
