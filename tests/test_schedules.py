@@ -30,5 +30,5 @@ def test_log_snr_of_equal_parts_is_zero():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'quadratic'.*linear, cosine, sigmoid"):
+    with pytest.raises(ValueError, match=r"'quadratic'.*linear, cosine, sigmoid"):
         schedules.betas("quadratic", 10)
