@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +132,11 @@ def test_mlflow_folder_does_not_shadow_the_package():
 
     assert Path(mlflow.__file__).parent != ROOT / "mlflow"
     assert not (ROOT / "mlflow" / "__init__.py").exists()
+
+
+def test_import_linter_knows_every_stage():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    independent = next(contract["modules"] for contract in contracts if contract["type"] == "independence")
+    assert sorted(independent) == sorted(f"tasks.{name}" for name in STAGES)
