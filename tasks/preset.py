@@ -13,7 +13,7 @@ import difflib
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -85,8 +85,7 @@ def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str
         raise PresetError(f"the overrides cannot be read: {str(error).splitlines()[0]}") from None
     if missing:
         raise PresetError(f"preset '{name}' needs {missing[0]}; add {missing[0]}=... to the command")
-    assert isinstance(document, dict)
-    return document
+    return cast("dict[str, Any]", document)
 
 
 def _instead(word: str, known: list[str]) -> str:
@@ -97,13 +96,13 @@ def _instead(word: str, known: list[str]) -> str:
 class _Dumper(yaml.SafeDumper):
     """Lists of numbers on one line, lists of words below each other."""
 
-    def represent_list(self, data: list[Any]) -> yaml.Node:
-        return self.represent_sequence(
-            "tag:yaml.org,2002:seq", data, flow_style=not any(isinstance(x, str) for x in data)
-        )
+
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    words = any(isinstance(item, str) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not words)
 
 
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(list, _represent_list)
 
 
 def dump(document: dict[str, Any], command: str) -> str:
