@@ -15,7 +15,6 @@ INTERRUPTED = 130
 def main() -> None:
     """Parse the command line, choose the server, run the flow, leave with 0 or one sentence."""
     arguments = _parser().parse_args()
-    root = workspace.root()
     print(f"pipeline: {_choose_server()}", flush=True)
     from flows.pipeline import pipeline  # after the environment is set: Prefect reads it when it is imported
 
@@ -32,7 +31,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     if not state.is_completed():
         sys.exit(f"pipeline: error: {state.message or state.name}")
-    print(f"pipeline: done; {root}")
+    print(f"pipeline: {state.message}")
 
 
 def _parser() -> argparse.ArgumentParser:

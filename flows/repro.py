@@ -25,6 +25,7 @@ MEMORY_LINES = 30
 # What DVC prints, and all that tells a stage that ran from one that did not.
 _SKIPPED = re.compile(r"didn't change, skipping|is cached - skipping run")
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
+_ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -73,8 +74,9 @@ def repro(
         try:
             for line in lines(output):
                 skipped = skipped or bool(_SKIPPED.search(line))
-                memory.append(line)
-                log(line)
+                if not _ADVICE.match(line):
+                    memory.append(line)
+                    log(line)
         finally:  # cancelled, interrupted, or done
             leash.close()
             for line in lines(output):  # last words; a closed pipe would break the saving of a checkpoint

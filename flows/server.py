@@ -54,9 +54,11 @@ def url(port: int) -> str:
 def environment(root: Path, port: int | None) -> dict[str, str]:
     """Environment for Prefect in the work tree `root`: its server at `port`, or a passing one of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    home = root / ".prefect" / "home"
+    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder of it alone
     settings = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "PREFECT_HOME": str(root / ".prefect" / "home"),
+        "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_CLI_PROMPT": "false",

@@ -1,0 +1,187 @@
+"""A real Prefect server and worker of `make serve`: a schedule, a cancelled run, a killed run.
+
+The tests build on each other, in their order: what the scheduled run computed is cached for the others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from flows import server
+from tests import tiny
+
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+
+
+class Served:
+    """A tiny work tree whose Prefect server runs."""
+
+    def __init__(self, root: Path, port: int) -> None:
+        self.root = root
+        self.port = port
+        self._api = httpx.Client(base_url=f"{server.url(port)}/api", timeout=30)
+
+    def post(self, path: str, **body: Any) -> Any:
+        answer = self._api.post(path, json=body)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def runs(self, deployment: str) -> list[dict[str, Any]]:
+        """Flow runs of a deployment that began to work; those that met one at work were cancelled before."""
+        began = {"state": {"type": {"any_": ["RUNNING", "COMPLETED", "FAILED", "CRASHED"]}}}
+        return self.post("/flow_runs/filter", deployments={"name": {"any_": [deployment]}}, flow_runs=began)
+
+    def run(self, identity: str) -> dict[str, Any]:
+        return self._api.get(f"/flow_runs/{identity}").raise_for_status().json()
+
+    def trigger(self, deployment: str) -> str:
+        return self.post(f"/deployments/{self._id(deployment)}/create_flow_run", state={"type": "SCHEDULED"})["id"]
+
+    def pause(self, deployment: str) -> None:
+        self.post(f"/deployments/{self._id(deployment)}/pause_deployment")
+
+    def _id(self, deployment: str) -> str:
+        return self.post("/deployments/filter", deployments={"name": {"any_": [deployment]}})[0]["id"]
+
+    def log(self) -> str:
+        return (self.root / server.LOGS / "worker.log").read_text(errors="replace")[-6000:]
+
+    def wait(self, condition: Callable[[], Any], seconds: float, what: str) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s:\n{self.log()}"
+            time.sleep(0.5)
+        return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((server.HOST, 0))
+        return probe.getsockname()[1]
+
+
+def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=root, env=kept, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tiny.tree(tmp_path_factory.mktemp("served"))
+    schedule = root / "prefect.yaml"
+    text, count = re.subn(r"- cron: .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
+    assert count == 1
+    schedule.write_text(text)
+    port = free_port()
+    try:
+        done = command(root, "flows.serve", "--port", str(port))
+        assert done.returncode == 0, done.stderr
+        assert f"http://127.0.0.1:{port}" in done.stdout
+        yield Served(root, port)
+    finally:
+        ours = [psutil.Process(process.pid) for process in server.running(root).values()]
+        everything = [child for process in ours for child in [process, *process.children(recursive=True)]]
+        done = command(root, "flows.stop")
+        assert done.returncode == 0, done.stderr
+        assert server.running(root) == {}
+        assert psutil.wait_procs(everything, timeout=10)[1] == []
+
+
+def stage_of(folder: Path, module: str) -> psutil.Process | None:
+    """The process of a stage that works in `folder`."""
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if process.info["cwd"] == str(folder) and (process.info["cmdline"] or [])[1:3] == ["-m", module]:
+            return process
+    return None
+
+
+@pytest.mark.timeout(500)
+def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served: Served) -> None:
+    before = tiny.git(served.root, "status", "--porcelain")
+    first = served.wait(lambda: next(iter(served.runs("nightly")), None), 90, "the start of a scheduled run")
+    assert first["auto_scheduled"] is True
+    served.pause("nightly")  # one is enough
+    served.wait(lambda: served.run(first["id"])["state_type"] in FINAL, 420, "the end of the scheduled run")
+    run = served.run(first["id"])
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+
+    with sqlite3.connect(served.root / "mlflow.db") as store:
+        metrics = {row[0] for row in store.execute("select key from latest_metrics")}
+        lineage = {row[0]: row[1] for row in store.execute("select key, value from model_version_tags")}
+        versions = store.execute("select count(*) from model_versions").fetchone()[0]
+    assert {"loss", "frechet_distance", "frechet_distance_floor", "label_accuracy"} <= metrics
+    assert lineage["afterimage.prefect_flow_run"] == run["id"]
+    assert lineage["afterimage.git_dirty"] == "false"
+    assert versions == 1
+    assert tiny.git(served.root, "status", "--porcelain") == before, "a schedule writes no file of a person"
+    assert not (served.root / "outputs").exists()
+
+    artifacts = {entry["key"] for entry in served.post("/artifacts/filter") if entry["flow_run_id"] == run["id"]}
+    assert {"stages", "metrics", "samples", "links"} <= artifacts
+
+
+@pytest.mark.timeout(200)
+def test_what_is_known_shows_as_cached(served: Served) -> None:
+    identity = served.trigger("on-demand")
+    served.wait(lambda: served.run(identity)["state_type"] in FINAL, 150, "the end of a cached run")
+    states = {
+        task["name"]: task["state_name"]
+        for task in served.post("/task_runs/filter", flow_runs={"id": {"any_": [identity]}})
+    }
+    assert states.pop("register") == "Completed"
+    assert len(states) >= 11
+    assert set(states.values()) == {"Cached"}
+
+
+def start_training(served: Served) -> tuple[str, psutil.Process]:
+    """A run of `on-demand` that trains for hours; its identity and its training process."""
+    identity = served.trigger("on-demand")
+    folder = served.root / ".prefect" / "workspaces" / "on-demand"
+    return identity, served.wait(lambda: stage_of(folder, "tasks.train"), 120, "the start of the training")
+
+
+@pytest.mark.timeout(200)
+def test_cancelling_a_run_ends_its_training(served: Served) -> None:
+    params = served.root / "params.yaml"
+    params.write_text(params.read_text().replace("steps: 12\n", "steps: 1000000\n"))
+    tiny.git(served.root, "commit", "--quiet", "-m", "train for hours", "params.yaml")
+
+    identity, training = start_training(served)
+    served.post(f"/flow_runs/{identity}/set_state", state={"type": "CANCELLING"}, force=True)
+    served.wait(lambda: not training.is_running(), 40, "the end of the cancelled training")
+    served.wait(lambda: served.run(identity)["state_type"] == "CANCELLED", 60, "the state Cancelled")
+
+
+@pytest.mark.timeout(200)
+def test_killing_a_run_ends_its_training(served: Served) -> None:
+    identity, training = start_training(served)
+    flow = next(process for process in training.parents() if "prefect.engine" in " ".join(process.cmdline()))
+    flow.send_signal(signal.SIGKILL)
+    served.wait(lambda: not training.is_running(), 30, "the end of the training whose flow was killed")
+    served.wait(lambda: served.run(identity)["state_type"] == "CRASHED", 60, "the state Crashed")
+
+
+@pytest.mark.timeout(200)
+def test_stop_ends_a_training_of_the_worker_and_serve_is_idempotent(served: Served) -> None:
+    done = command(served.root, "flows.serve")
+    assert done.returncode == 0, done.stderr
+    assert f"http://127.0.0.1:{served.port}" in done.stdout
+    _, training = start_training(served)
+    assert command(served.root, "flows.stop").returncode == 0
+    assert not training.is_running()
