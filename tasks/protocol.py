@@ -135,7 +135,7 @@ def draw(
     started = time.perf_counter()
     with tqdm(
         total=count * steps,
-        desc=f"evaluate: {sampler}, {steps} steps, guidance {guidance_scale:g}",
+        desc=f"draw: {sampler}, {steps} steps, guidance {guidance_scale:g}",
         unit="step",
         unit_scale=True,
         mininterval=1,

@@ -1,0 +1,62 @@
+"""What the tests of `judge` and `evaluate` share: the normal form of scikit-learn's digits, with or without labels
+and captions, and a small judge of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from tasks import atomic
+from tasks.images import Writer
+from tasks.judge import judge
+from tasks.params import ImageParams, JudgeParams
+
+CLASSES = ["zero", "one", "two"]
+IMAGE = ImageParams(size=8, channels=1)
+PARAMS = JudgeParams(classifier_steps=60, clip_steps=60, batch_size=32, seed=1)
+
+
+def template_captions(label: int) -> list[str]:
+    return [f"the digit {CLASSES[label]}", f"a {CLASSES[label]}"]
+
+
+def write_images(root: Path, labels: bool = True, captions=template_captions) -> Path:
+    """Real zeros, ones and twos as `root/data/images`, every fourth held out, and their acceptance beside them."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits(n_class=len(CLASSES))
+    folder = root / "data" / "images"
+    folder.mkdir(parents=True)
+    writer = Writer(folder, shards=1)
+    for number, (image, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        encoded = io.BytesIO()
+        PIL.Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(encoded, "PNG")
+        writer.add(
+            {
+                "key": f"{number:04d}.png",
+                "image": encoded.getvalue(),
+                "width": 8,
+                "height": 8,
+                "mode": "L",
+                "label": label if labels else None,
+                "captions": captions(label) if captions else [],
+                "split": "test" if number % 4 == 3 else "train",
+                "sha256": "",
+                "phash": "",
+                "safety": None,
+                "licence": "BSD-3-Clause",
+                "source": "digits",
+            }
+        )
+    atomic.write_json(folder / "index.json", {**writer.close(), "classes": CLASSES if labels else []})
+    atomic.write_json(root / "data" / "accepted.json", {"verdict": "accepted"})
+    return folder
+
+
+def run_judge(root: Path, params: JudgeParams = PARAMS) -> Path:
+    """Run the stage on `root/data`. Returns the folder it wrote."""
+    judge(root / "data" / "images", root / "data" / "accepted.json", root / "judge", params, IMAGE)
+    return root / "judge"
