@@ -106,20 +106,25 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
 
 
 def class_prompts(samples: Samples, classes: int) -> list[str] | None:
-    """For each class the caption that most of its images carry (the first in the alphabet of several).
+    """For each class the caption that most of its images carry (the first in the alphabet of several) and no
+    image of another class.
 
-    None where some class has no caption that at least half of its images carry, or two classes share theirs:
-    then the captions do not follow from the class.
+    None where some class has no such caption on at least half of its images: then the captions do not follow
+    from the class.
     """
+    counts: list[Counter[str]] = [Counter() for _ in range(classes)]
+    for label, captions in zip(samples.labels.tolist(), samples.captions, strict=True):
+        if label >= 0:
+            counts[label].update(set(captions))
+    carriers = Counter(text for count in counts for text in count)
     prompts = []
-    for label in range(classes):
-        rows = (samples.labels == label).nonzero()[0]
-        counts = Counter(text for row in rows for text in set(samples.captions[row]))
-        caption = min(counts, key=lambda text: (-counts[text], text), default=None)
-        if caption is None or 2 * counts[caption] < len(rows):
+    for label, count in enumerate(counts):
+        own = [text for text in count if carriers[text] == 1]
+        caption = min(own, key=lambda text: (-count[text], text), default=None)
+        if caption is None or 2 * count[caption] < (samples.labels == label).sum():
             return None
         prompts.append(caption)
-    return prompts if prompts and len(set(prompts)) == len(prompts) else None
+    return prompts or None
 
 
 def caption_choices(

@@ -245,7 +245,7 @@ def summary(
     measured = {**_mean_and_spread(blocks), **_mean_and_spread(fits), **_mean_and_spread(floors, "_floor")}
     return {
         **measured,
-        **{f"{name}_real": value for name, value in scorer.real().items() if name in measured},
+        **{f"{name}_real": _rounded(value) for name, value in scorer.real().items() if name in measured},
         "not_applicable": _not_applicable(scorer, facts),
         "n_samples": facts["n_distance"],
         "n_samples_accuracy": facts["n_accuracy"] if guided else 0,
@@ -266,9 +266,14 @@ def _mean_and_spread(blocks: Sequence[dict[str, float]], suffix: str = "") -> di
     result = {}
     for name in blocks[0] if blocks else ():
         values = [block[name] for block in blocks]
-        result[f"{name}{suffix}"] = float(np.mean(values))
-        result[f"{name}{suffix}_spread"] = float(np.std(values, ddof=1))
+        result[f"{name}{suffix}"] = _rounded(float(np.mean(values)))
+        result[f"{name}{suffix}_spread"] = _rounded(float(np.std(values, ddof=1)))
     return result
+
+
+def _rounded(value: float) -> float:
+    """To six digits: the linear algebra's last ones depend on where in memory its input happens to lie."""
+    return float(f"{value:.6g}")
 
 
 def _not_applicable(scorer: Scorer, facts: dict[str, Any]) -> dict[str, str]:

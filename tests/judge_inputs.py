@@ -1,5 +1,5 @@
 """What the tests of `judge` and `evaluate` share: the normal form of scikit-learn's digits, with or without labels
-and captions, and a small judge of them."""
+and captions, a small judge of them, and a pipeline that draws something of their size."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from models import schedules
+from models.pipeline import save_pipeline
+from models.unet import UNet, UNetConfig
 from tasks import atomic
 from tasks.images import Writer
 from tasks.judge import judge
 from tasks.params import ImageParams, JudgeParams
 
 CLASSES = ["zero", "one", "two"]
+TIMESTEPS = 30
 IMAGE = ImageParams(size=8, channels=1)
 PARAMS = JudgeParams(classifier_steps=60, clip_steps=60, batch_size=32, seed=1)
 
@@ -60,3 +64,29 @@ def run_judge(root: Path, params: JudgeParams = PARAMS) -> Path:
     """Run the stage on `root/data`. Returns the folder it wrote."""
     judge(root / "data" / "images", root / "data" / "accepted.json", root / "judge", params, IMAGE)
     return root / "judge"
+
+
+def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
+    """A tiny pipeline of random weights as `root/outputs/pipeline`: it draws noise of a kind."""
+    import torch
+
+    torch.manual_seed(0)
+    classes = CLASSES if classes is None else classes
+    unet = UNet(UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=len(classes) + 1 if classes else 0))
+    for weights in unet.parameters():  # the last layer starts at zero, and would not heed the label
+        torch.nn.init.normal_(weights, std=0.2)
+    info = {
+        "conditioning": "label" if classes else "none",
+        "classes": classes,
+        "channels": 1,
+        "size": 8,
+        "timesteps": TIMESTEPS,
+        "prediction": "v_prediction",
+        "schedule": "cosine",
+        "null_label": len(classes) if classes else None,
+        "train_key": "0" * 64,
+    }
+    folder = root / "outputs" / "pipeline"
+    folder.mkdir(parents=True)
+    save_pipeline(folder, unet, unet.state_dict(), schedules.betas("cosine", TIMESTEPS), info)
+    return folder
