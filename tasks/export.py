@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from tasks import atomic, images, stage, workspace
 from tasks.params import ExportParams
 from tasks.stage import StageError
@@ -52,7 +54,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
     images.require_accepted(accepted)
     trained = load_pipeline(pipeline)
     with atomic.writing_folder(onnx) as folder:
-        print("export: tracing the network", flush=True)
+        print("export: tracing the network (about 10 s, longer for a large one)", flush=True)
         _write_bundle(folder, trained, params)
         with _one_thread():
             single = Bundle(folder, threads=1)
@@ -99,11 +101,10 @@ def _one_thread() -> Iterator[None]:
 
 def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str, Any]:
     """Compare raw outputs and drawn images. Raises `StageError` where either differs too much."""
-    differences = {
-        f"batch {batch}, t {t}": _difference(trained, bundle.predict, batch, t, params.seed)
-        for batch in PARITY_BATCHES
-        for t in (0, trained.timesteps // 2, trained.timesteps - 1)
-    }
+    differences = {}
+    points = [(batch, t) for batch in PARITY_BATCHES for t in (0, trained.timesteps // 2, trained.timesteps - 1)]
+    for batch, t in tqdm(points, desc="parity", unit="batch", mininterval=1, dynamic_ncols=True):
+        differences[f"batch {batch}, t {t}"] = _difference(trained, bundle.predict, batch, t, params.seed)
     where, worst = max(differences.items(), key=lambda item: item[1])
     if not worst <= params.max_abs_difference:
         raise StageError(
@@ -171,7 +172,7 @@ def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int)
         name: _psnr(
             sample(seeds, labels, sampler=name, **settings), trained.sample(seeds, labels, sampler=name, **settings)
         )
-        for name in SAMPLERS
+        for name in tqdm(SAMPLERS, desc="draw", unit="sampler", mininterval=1, dynamic_ncols=True)
     }
 
 
@@ -224,7 +225,6 @@ def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params:
     import os
 
     import torch
-    from tqdm import tqdm
 
     trained = _on_fastest_device(trained)
     runners: dict[str, Callable[..., np.ndarray]] = {"torch": _torch_predict(trained), "onnxruntime": bundle.predict}

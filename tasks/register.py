@@ -183,8 +183,15 @@ def _model_version(
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
     facts = lineage.lineage(data_sha256)
-    logged = client.create_logged_model(
-        tracking.experiment_id(client), name=name, source_run_id=trained.info.run_id, tags={CONTENT_KEY: key}
+    experiment = tracking.experiment_id(client)
+    # One may be left by a registration that was killed, or by a version that was deleted.
+    left = client.search_logged_models([experiment], f"tags.`{CONTENT_KEY}` = '{key}'", max_results=1)
+    logged = (
+        left[0]
+        if left
+        else client.create_logged_model(
+            experiment, name=name, source_run_id=trained.info.run_id, tags={CONTENT_KEY: key}
+        )
     )
     _log_model(logged.model_id, name, model)
     client.log_dict(trained.info.run_id, facts, f"lineage/{key[:12]}.json")

@@ -269,7 +269,9 @@ class TrainingRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step`, asynchronously; what the run holds already (a resumed run) is left out."""
-        fresh = {name: value for name, value in values.items() if step not in self._steps.get(name, ())}
+        fresh = {name: value for name, value in values.items() if step not in self._steps.setdefault(name, set())}
+        for name in fresh:
+            self._steps[name].add(step)
         if fresh and self._reachable:
             self._client.log_batch(self.run_id, metrics=points(step, fresh), synchronous=False)
 
