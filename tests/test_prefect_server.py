@@ -37,6 +37,11 @@ class Served:
 
     def post(self, path: str, **body: Any) -> Any:
         answer = self._api.post(path, json=body)
+        while (
+            answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        ):  # its SQLite file is busy; its own clients wait too
+            time.sleep(1)
+            answer = self._api.post(path, json=body)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
