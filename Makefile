@@ -46,7 +46,7 @@ serve: install ## Prefect server, worker and deployments, in the background
 	@python -m flows.serve
 
 stop: ## end what `make serve` started
-	@python -m flows.stop
+	@test ! -x .venv/bin/python || python -m flows.stop
 
 lock: ## pin pyproject.toml anew: requirements.lock and infra/download-sizes.json
 	@$(PYTHON) infra/lock.py

@@ -29,7 +29,7 @@ import yaml
 
 from flows.repro import LEASH, dvc
 
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 1.0
 METRICS = Path("reports/metrics.json")
 RESULTS = (
     (re.compile(rb"^Running stage '([\w-]+)'"), "ran"),
@@ -181,7 +181,7 @@ def print_times(chain: Chain, seconds: float, memory: Memory) -> None:
         print(f"{name:<12}{stage.result:<14}{f'{stage.seconds:.1f}' if stage.seconds else '':>8}")
     print(f"{'in all':<26}{seconds:>8.1f}")
     shared = "shared pages counted once" if memory.kind == "pss" else "without shared pages"
-    print(f"peak memory of the process tree: {memory.peak / 2**20:,.0f} MiB ({shared}, every {SAMPLE_SECONDS} s)")
+    print(f"peak memory of the process tree: {memory.peak / 2**20:,.0f} MiB ({shared}, every {SAMPLE_SECONDS:.0f} s)")
 
 
 def print_results(chain: Chain) -> None:
