@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -393,6 +394,47 @@ def test_several_registrations_at_once_make_one_version(work):
     name = "afterimage-digits"
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
     assert len(client.search_runs([tracking.experiment_id(client)])) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_run_completes_it(work):
+    """kill -9 after each of the writes to MLflow in turn: no version, run or point twice, none missing."""
+    model_outputs.write_reports(work.root)
+    model_outputs.run_package(work.root)
+    (work.root / "sitecustomize.py").write_text(
+        "import os, sqlite3\n"
+        "commits = int(os.environ['COMMITS'])\n"
+        "connect = sqlite3.connect\n"
+        "class Mortal(sqlite3.Connection):\n"
+        "    def commit(self):\n"
+        "        global commits\n"
+        "        wrote = self.total_changes > 0 and self.in_transaction\n"
+        "        super().commit()\n"
+        "        commits -= wrote\n"
+        "        if commits == 0:\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "sqlite3.connect = lambda *a, **k: connect(*a, **{**k, 'factory': Mortal})\n"
+        "sqlite3.dbapi2.connect = sqlite3.connect\n"
+    )
+    command = [sys.executable, "-m", "tasks.register", *map(str, work.paths())]
+    ends = []
+    for commits in range(1, 60):
+        environment = os.environ | {"PYTHONPATH": str(work.root), "COMMITS": str(commits)}
+        ends.append(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode)
+        if ends[-1] == 0:
+            break
+    assert ends[-1] == 0
+    assert ends.count(-9) == len(ends) - 1 > 4
+    client = tracking.connect()
+    assert len(client.search_model_versions("name = 'afterimage-digits'")) == 1
+    assert set(client.get_registered_model("afterimage-digits").aliases) == {"challenger", "champion"}
+    runs = client.search_runs([tracking.experiment_id(client)])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    for run in runs:
+        for name in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            assert len(steps) == len(set(steps)), name
+    assert len(client.search_logged_models([tracking.experiment_id(client)])) == 1
 
 
 METRICS = {
