@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
@@ -29,22 +30,32 @@ def publish_stages(rows: list[dict[str, str]]) -> None:
 
 
 def _metrics(path: Path) -> None:
+    """One row a metric: its value, the spread between seed blocks, and what real images score in its place."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
     rows = [
-        {"metric": name, "value": f"{value:.5g}" if isinstance(value, float) else str(value)}
+        {
+            "metric": name,
+            "value": _short(value),
+            "spread": _short(metrics.get(f"{name}_spread", "")),
+            "floor or real": _short(metrics.get(f"{name}_floor", metrics.get(f"{name}_real", ""))),
+        }
         for name, value in sorted(metrics.items())
-        if isinstance(value, int | float | str)
+        if isinstance(value, int | float | str) and not name.endswith(("_spread", "_floor", "_real"))
     ]
     create_table_artifact(rows, key="metrics", description="reports/metrics.json")
 
 
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _grid(evaluation: Path) -> None:
-    """The first grid, inside the artifact itself: a page of the server cannot read files of the work tree."""
-    for path in sorted(evaluation.glob("grid_*.png"))[:1]:
+    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree."""
+    grids = (evaluation / name for name in ("grid_guided.png", "grid_unguided.png"))
+    for path in [path for path in grids if path.exists()][:1]:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
-        create_image_artifact(
-            f"data:image/png;base64,{data}", key="samples", description=f"reports/evaluation/{path.name}"
-        )
+        image = f"data:image/png;base64,{data}"
+        create_image_artifact(image, key="samples", description=f"reports/evaluation/{path.name}")
 
 
 def _links(folder: Path) -> None:
@@ -59,7 +70,7 @@ def _mlflow_lines(folder: Path) -> list[str]:
     name = params.load(folder / "params.yaml").register_.model_name
     client = tracking.connect()
     run = tracking.find_run(client, tracking.TRAIN_KEY, key)
-    uri = workspace.tracking_uri()
+    uri = re.sub(r"//[^/@]*@", "//", workspace.tracking_uri())  # without a password
     pages = uri.rstrip("/") if uri.startswith(("http://", "https://")) else MLFLOW_UI
     lines = [f"- MLflow store: `{uri}`" + (" (`make ui` serves it)" if pages == MLFLOW_UI else "")]
     if run is not None:
