@@ -1,0 +1,76 @@
+"""Every stage is killed in turn; the same command then finishes the chain with the hashes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+
+STAGES = list(yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+TIMES = "reports/timing/"  # the one folder whose bytes differ from run to run; no stage reads it
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AFTERIMAGE_"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
+
+
+def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> str:
+    """Run `dvc repro`; kill -9 all its processes `after` seconds into the stage `kill_in`. Returns its output."""
+    log = tree.parent / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro"],
+            cwd=tree,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            if kill_in and f"Running stage '{kill_in}'" in log.read_text(encoding="utf-8", errors="replace"):
+                time.sleep(after)
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                break
+            time.sleep(0.02)
+    output = log.read_text(encoding="utf-8", errors="replace")
+    assert process.returncode == (-signal.SIGKILL if kill_in else 0), output[-3000:]
+    return output
+
+
+def hashes(tree: Path) -> dict[str, str]:
+    """Path -> hash of everything that the chain wrote, as DVC recorded it."""
+    lock = yaml.safe_load((tree / "dvc.lock").read_text(encoding="utf-8"))
+    outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+    return {out["path"]: out["md5"] for out in outs if not out["path"].startswith(TIMES)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_in_every_stage_the_chain_ends_in_the_same_hashes(tmp_path):
+    undisturbed = tiny.tree(tmp_path / "undisturbed" / "tree")
+    repro(undisturbed)
+    killed = tmp_path / "killed" / "tree"
+    shutil.copytree(
+        undisturbed, killed, ignore=shutil.ignore_patterns("cache", "tmp", "mlflow.db*", "mlruns", ".scratch")
+    )
+    for made in ("data", "outputs", "reports"):
+        shutil.rmtree(killed / made)
+    (killed / "dvc.lock").unlink()
+    moments = random.Random(0)
+    for stage in STAGES:
+        repro(killed, kill_in=stage, after=moments.uniform(0.1, 2.0))
+    repro(killed)
+    assert hashes(killed) == hashes(undisturbed)
+    assert not [path for path in killed.rglob("*.tmp") if ".dvc" not in path.parts]
