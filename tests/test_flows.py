@@ -360,14 +360,17 @@ def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve", "flows.stop"])
 def test_the_commands_answer_at_once_and_without_torch(module: str) -> None:
-    began = time.monotonic()
+    before = os.times()
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
     assert done.returncode == 0
     assert done.stdout.startswith("usage: python -m " + module)
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "prefect", "mlflow"}
-    assert time.monotonic() - began < 5  # 0.3 s on an idle machine
+    # Work, not waiting: others may use the machine. 0.3 s where this was written.
+    work = after.children_user + after.children_system - before.children_user - before.children_system
+    assert work < 1
 
 
 def test_the_flow_imports_no_torch() -> None:
