@@ -39,6 +39,23 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 3
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
+# Run by the new environment, whose pip can read markers: what the lock wants there and does not find.
+MISSING = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pip._vendor.packaging.requirements import Requirement
+for line in open(sys.argv[1], encoding="utf-8"):
+    if not line.startswith("#") and line.strip():
+        pin = Requirement(line.strip())
+        try:
+            found = version(pin.name)
+        except PackageNotFoundError:
+            found = None
+        wanted = pin.marker is None or pin.marker.evaluate()
+        if wanted and (found is None or not pin.specifier.contains(found, prereleases=True)):
+            print(pin.name)
+"""
+
 # Run by the new environment. Without the package, `import mlflow` would silently give the project's folder of
 # that name; torchvision's wheel beside PyTorch's CPU build breaks diffusers and transformers.
 CHECK = """
@@ -121,12 +138,12 @@ def install(requirements: list[str]) -> None:
     say(f"Python {platform.python_version()}, into {VENV.relative_to(ROOT)}")
     STAMP.unlink(missing_ok=True)
     make_environment()
-    pins = missing_pins()
-    build = choose_torch() if any(name == "torch" for name, _ in pins) else DEFAULT_BUILD
-    say(download_note([name for name, _ in pins], build))
+    missing = missing_packages()
+    build = choose_torch() if "torch" in missing else DEFAULT_BUILD
+    say(download_note(missing, build))
     if build.first:
         run_pip(build.first, total=1)
-    run_pip(["-r", str(LOCK)], total=len(pins))
+    run_pip(["-r", str(LOCK)], total=len(missing))
     if requirements:
         run_pip(["-c", str(LOCK), *requirements], total=len(requirements))
     checked = subprocess.run([str(PYTHON), "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -164,21 +181,14 @@ def pip_works() -> bool:
     return subprocess.run([*PIP, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def missing_pins() -> list[tuple[str, str]]:
-    """Name and version of the pins that are not installed; those of other platforms count too, they are few."""
-    installed = installed_packages()
-    lines = [line.split(";")[0].strip() for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line]
-    pins = [(name, version) for name, version in (line.split("==") for line in lines)]
-    return [(name, version) for name, version in pins if installed.get(name, "").split("+")[0] != version]
+def missing_packages() -> list[str]:
+    """Names of the pins that are meant for this machine and are not installed."""
+    done = subprocess.run([str(PYTHON), "-c", MISSING, str(LOCK)], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
-def installed_packages() -> dict[str, str]:
-    """Normalised name -> version of what stands in `.venv`."""
-    packages = {}
-    for folder in VENV.glob("lib/python*/site-packages/*.dist-info"):
-        name, _, version = folder.name.removesuffix(".dist-info").partition("-")
-        packages[re.sub(r"[-_.]+", "-", name).lower()] = version
-    return packages
+def installed_count() -> int:
+    return sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
 
 
 def choose_torch() -> Build:
@@ -217,7 +227,8 @@ def download_note(names: list[str], build: Build) -> str:
     total = sum(size for name, size in sizes["packages"].items() if name in names)
     if "torch" in names:
         total += sizes["cuda"] if build.cuda else sizes["torch_cpu"] - sizes["packages"]["torch"]
-    return f"{len(names)} packages, about {total / 1e6:,.0f} MB to download (less what pip has cached)"
+    noun = "package" if len(names) == 1 else "packages"
+    return f"{len(names)} {noun}, about {total / 1e6:,.0f} MB to download (less what pip has cached)"
 
 
 def run_pip(arguments: list[str], total: int) -> None:
@@ -226,7 +237,7 @@ def run_pip(arguments: list[str], total: int) -> None:
     with LOG.open("w", encoding="utf-8") as log:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            show_progress(pip, total, before=len(installed_packages()))
+            show_progress(pip, total, before=installed_count())
         except BaseException:
             pip.terminate()
             pip.wait()
@@ -248,7 +259,7 @@ def show_progress(pip: subprocess.Popen[bytes], total: int, before: int) -> None
             continue
         reported = now
         found = LOG.read_text(encoding="utf-8", errors="replace").count("\nCollecting ")
-        done = len(installed_packages()) - before
+        done = installed_count() - before
         state = f"installed {done} of {total}" if done > 0 else f"fetched {min(found, total)} of {total}"
         line = f"install: {state}, {now - started:.0f} s"
         print(f"\r{line:<60}" if terminal else line, end="" if terminal else "\n", flush=True)

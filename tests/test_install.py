@@ -82,7 +82,7 @@ def test_a_changed_lock_installs_what_is_missing(house):
     house.lock("mlflow==1.0", "torch==2.0", "onnxruntime==1.0", "extra==1.0")
     done = house.install()
     assert done.returncode == 0, done.stderr
-    assert "install: 1 packages" in done.stdout
+    assert "install: 1 package," in done.stdout
     assert list((house.folder / ".venv").glob("lib/python*/site-packages/extra"))
 
 
