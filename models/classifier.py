@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.fit import Recipe, fit, seeded
 
 MAX_FEATURES = 128
+MAX_RESOLUTION = 32
 # Features spread less unevenly than without, so distances depend less on single images.
 LABEL_SMOOTHING = 0.1
 APPLY_BATCH = 500
@@ -20,12 +21,15 @@ APPLY_BATCH = 500
 class Backbone(nn.Module):
     """Images, float [B, channels, size, size] in [-1, 1] -> features, float [B, features], not negative.
 
-    Halves the resolution until it is at most 4 and doubles the width each time, up to `MAX_FEATURES`.
+    The first convolution brings images above `MAX_RESOLUTION` down to it; then each stage halves the resolution,
+    until it is at most 4, and doubles the width, up to `MAX_FEATURES`.
     """
 
     def __init__(self, channels: int, size: int, width: int = 16) -> None:
         super().__init__()
-        self.stem = _convolution(channels, width)
+        stride = max(1, size // MAX_RESOLUTION)
+        self.stem = _convolution(channels, width, stride)
+        size //= stride
         stages: list[nn.Module] = []
         while size > 4:
             wider = min(2 * width, MAX_FEATURES)
@@ -61,8 +65,9 @@ class _Residual(nn.Module):
         return x + self.body(x)
 
 
-def _convolution(inward: int, outward: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inward, outward, 3, padding=1, bias=False), nn.BatchNorm2d(outward), nn.ReLU())
+def _convolution(inward: int, outward: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inward, outward, stride + 2, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outward), nn.ReLU())
 
 
 def to_input(pixels: np.ndarray, device: str = "cpu") -> Tensor:

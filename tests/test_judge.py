@@ -232,7 +232,7 @@ def test_twin_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "width"), [(8, 1, 32), (16, 1, 64), (32, 3, 128), (64, 3, 128), (20, 3, 128)]
+    ("size", "channels", "width"), [(8, 1, 32), (16, 1, 64), (32, 3, 128), (64, 3, 128), (256, 3, 128), (20, 3, 128)]
 )
 def test_a_backbone_for_every_size(size, channels, width):
     backbone = Backbone(channels, size).eval()
