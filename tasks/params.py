@@ -11,7 +11,6 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -333,11 +332,15 @@ def parse(document: Any) -> Params:
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and validate `path`. Raises `ParamsError` with one sentence."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # YAML 1.2, as DVC writes it: to `dvc exp run -S`, `no` is a word and 1e-05 a number.
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist; write it with 'python -m tasks.preset digits'") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ParamsError(f"{path} is not valid YAML{where}; correct it, or write it anew with tasks.preset") from None

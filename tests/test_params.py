@@ -99,3 +99,13 @@ def test_a_mistake_in_the_last_section_stops_the_first_stage(tmp_path):
     assert done.stderr.strip().startswith("download: error: parameter 'register.min_label_accuracy' is 95")
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "raw").exists()
+
+
+def test_the_file_as_dvc_rewrites_it(tmp_path):
+    """`dvc exp run -S` writes YAML 1.2, where `no` needs no quotes and 1e-05 no point."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    rewritten = text.replace("precision: 'no'", "precision: no").replace("learning_rate: 0.002", "learning_rate: 1e-05")
+    assert rewritten.count("\n") == text.count("\n") and rewritten != text
+    (tmp_path / "params.yaml").write_text(rewritten, encoding="utf-8")
+    train = params.load(tmp_path / "params.yaml").train
+    assert (train.precision, train.learning_rate) == ("no", 1e-5)
