@@ -128,14 +128,14 @@ def test_a_failing_chain_is_named_and_its_reason_is_the_stages_own(tmp_path):
 
 
 def test_first_words_come_at_once():
-    began = time.monotonic()
+    """Within a second; measured as work, which a busy machine does not stretch as it does waiting."""
     with subprocess.Popen(
         [sys.executable, "-m", "infra.run", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"repro: the chain of dvc.yaml\n"
-        seconds = time.monotonic() - began
+        spent = psutil.Process(process.pid).cpu_times()
         process.stdout.read()
-    assert seconds < 3, "1 s on an idle machine; three times that where others work"
+    assert spent.user + spent.system < 1
 
 
 def test_a_taken_port_is_said_before_anything_starts():
