@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
@@ -154,7 +155,7 @@ def test_lock_meets_what_pyproject_asks_for():
         pinned.setdefault(pin.name, []).append(pin)
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
         wanted = Requirement(text)
-        candidates = pinned.get(wanted.name.lower(), [])
+        candidates = pinned.get(canonicalize_name(wanted.name), [])
         assert candidates, f"{wanted.name} is not in requirements.lock; run make lock"
         for pin in candidates:
             version = next(iter(pin.specifier)).version
