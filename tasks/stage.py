@@ -67,6 +67,7 @@ def main(function: Callable[..., None]) -> NoReturn:
         print(f"\n{name}: interrupted; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Preempted:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being obeyed; a second one must not break that off
         print(f"\n{name}: terminated; the same command continues", file=sys.stderr)
         sys.exit(PREEMPTED)
     except OSError as error:
