@@ -87,9 +87,9 @@ def _signal_group(group: int, number: int) -> bool:
     """Send a signal to a group after reaping its dead; False when nobody is left."""
     try:
         while os.waitpid(-group, os.WNOHANG)[0]:
-            pass
+            pass  # one more is reaped
     except ChildProcessError:
-        pass
+        pass  # none of the group is a child of ours
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -238,7 +238,7 @@ def run_pip(arguments: list[str], total: int) -> None:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             show_progress(pip, total, before=installed_count())
-        except BaseException:
+        except BaseException:  # Ctrl-C too: pip must not go on behind the person's back
             pip.terminate()
             pip.wait()
             raise

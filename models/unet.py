@@ -7,7 +7,7 @@ other as it is. Legend: B batch, C channels, H x W pixels, E = 4 * first width (
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,9 +70,6 @@ class UNetConfig:
             conditions=config["num_class_embeds"] or 0,
             embedded=config["class_embed_type"] == "identity",
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 NORM_EPS = 1e-5
