@@ -16,7 +16,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro test lint drills ui serve stop lock clean
+.PHONY: help install repro test lint drills bench ui serve stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -38,6 +38,9 @@ lint: install ## ruff, mypy, import-linter
 
 drills: install ## the long tests: kills, resumes, races (up to an hour)
 	@python -m pytest -m slow
+
+bench: install ## measure speed, quality, sampling and start-up beside diffusers' loop (ARGS="--cifar cifar10.zip")
+	@python -m infra.bench all $(ARGS)
 
 ui: install ## MLflow UI of this work tree on http://127.0.0.1:5000 (PORT=... picks another port)
 	@python -m infra.ui --port $(PORT)

@@ -1,0 +1,156 @@
+"""The command line: `python -m infra.bench PART`. Each part can be run alone, and is kept in `bench.json`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from infra.bench import levers, quality, sampling, startup, throughput
+from infra.bench.results import Results
+from tasks.params import ParamsError
+from tasks.preset import PresetError
+from tasks.stage import StageError
+
+DIGITS, CIFAR = "digits", "cifar10_tiny"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    # Before torch is loaded: threads that wait for each other sleep, as in the stages.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
+    try:
+        arguments.run(arguments, Results(arguments.reports, arguments.again))
+    except (StageError, ParamsError, PresetError) as error:
+        sys.exit(f"bench: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nbench: interrupted; the same command goes on with what is not measured yet")
+    print(f"bench: {arguments.reports / 'bench.md'}, {arguments.reports / 'bench.json'}")
+
+
+def _throughput(given: argparse.Namespace, results: Results) -> None:
+    plan = throughput.Plan(
+        given.work, given.cifar, tuple(given.cases), given.rounds, given.block_seconds, tuple(given.set)
+    )
+    results.part("throughput", plan.__dict__, lambda: throughput.measure(plan))
+
+
+def _quality(given: argparse.Namespace, results: Results) -> None:
+    digits = given.data == DIGITS
+    samplers = tuple(given.samplers or (("ddim", "dpm_solver_pp_2m") if digits else ("ddim",)))
+    plan = quality.Plan(
+        work=given.work,
+        preset=DIGITS if digits else CIFAR,
+        archive=None if digits else given.cifar,
+        seeds=given.seeds or (3 if digits else 1),
+        steps=given.steps,
+        minutes=None if digits else given.minutes,
+        share=given.share,
+        points=given.points or (5 if digits else 4),
+        own_points=given.own_points or (20 if digits else 6),
+        measure=quality.Measure(given.samples, given.sampler_steps, samplers),
+        overrides=tuple(given.set),
+    )
+    if not digits and given.cifar is None:
+        raise StageError("there is no CIFAR-10 without --cifar; give a zip of JPEGs in class folders")
+    results.part(
+        f"quality_{given.data}", {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan)
+    )
+
+
+def _levers(given: argparse.Namespace, results: Results) -> None:
+    how = quality.Measure(given.samples, given.sampler_steps, tuple(given.samplers or ("ddim", "dpm_solver_pp_2m")))
+    plan = levers.Plan(given.work, given.steps, given.seeds, how, tuple(given.only), tuple(given.set))
+    results.part("levers", {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
+
+
+def _sampling(given: argparse.Namespace, results: Results) -> None:
+    plan = sampling.Plan(given.work, given.pipeline, given.samples, tuple(given.set))
+    results.part("sampling", plan.__dict__, lambda: sampling.measure(plan))
+
+
+def _startup(given: argparse.Namespace, results: Results) -> None:
+    plan = startup.Plan(given.work, given.repeats, tuple(given.set))
+    results.part("startup", plan.__dict__, lambda: startup.measure(plan))
+
+
+def _all(given: argparse.Namespace, results: Results) -> None:
+    """Every part with its own defaults, the short ones first."""
+    shared = ["--work", str(given.work), "--reports", str(given.reports), *(["--again"] if given.again else [])]
+    archive = ["--cifar", str(given.cifar)] if given.cifar else []
+    parts = [["startup"], ["throughput", *archive], ["quality", "--data", DIGITS], ["sampling"], ["levers"]]
+    parts += [["quality", "--data", "cifar", *archive]] if archive else []
+    for part in parts:
+        print(f"bench: {' '.join(part)}", flush=True)
+        chosen = _parser().parse_args([*shared, *part])
+        chosen.run(chosen, results)
+    if not archive:
+        print("bench: no --cifar, so the time to a quality on CIFAR-10 was left out")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m infra.bench", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".scratch/bench"), help="folder of inputs and finished runs")
+    parser.add_argument(
+        "--reports", type=Path, default=Path("reports"), help="folder of bench.json and what goes with it"
+    )
+    parser.add_argument("--again", action="store_true", help="measure a part anew that is in bench.json already")
+    parts = parser.add_subparsers(required=True, metavar="PART")
+
+    def part(name: str, run: object, what: str, shows: bool = True) -> argparse.ArgumentParser:
+        chosen = parts.add_parser(
+            name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        chosen.set_defaults(run=run)
+        if shows:
+            chosen.add_argument(
+                "--set", nargs="*", default=[], metavar="key=value", help="other parameters than the preset's"
+            )
+        return chosen
+
+    def archive(chosen: argparse.ArgumentParser) -> None:
+        chosen.add_argument("--cifar", type=Path, metavar="ZIP", help="CIFAR-10 as JPEGs in class folders")
+
+    def measured(chosen: argparse.ArgumentParser) -> None:
+        chosen.add_argument("--samples", type=int, default=512, help="images of one distance")
+        chosen.add_argument("--sampler-steps", type=int, default=20, help="network evaluations of one image")
+        chosen.add_argument("--samplers", nargs="+", metavar="NAME", help="samplers of which the better one counts")
+
+    archive(part("all", _all, "every part with its defaults", shows=False))
+
+    chosen = part("throughput", _throughput, "training images per second beside the reference loop")
+    archive(chosen)
+    chosen.add_argument("--cases", nargs="*", default=[], metavar="PRESET:BATCH", help="default: what fits the machine")
+    chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn of the slowest")
+
+    chosen = part("quality", _quality, "time until the distance that the reference loop ends with")
+    archive(chosen)
+    chosen.add_argument("--data", choices=[DIGITS, "cifar"], default=DIGITS, help="which data set")
+    chosen.add_argument("--seeds", type=int, help="default: 3 for digits, 1 for cifar")
+    chosen.add_argument("--steps", type=int, default=500, help="steps of the reference on digits")
+    chosen.add_argument("--minutes", type=float, default=20, help="minutes of the reference on cifar")
+    chosen.add_argument("--share", type=float, default=0.5, help="share of those that ours plans its schedule for")
+    chosen.add_argument("--points", type=int, help="measurements of the reference on its way")
+    chosen.add_argument("--own-points", type=int, help="measurements of ours on its planned way")
+    measured(chosen)
+
+    chosen = part("levers", _levers, "the digits recipe with one choice changed at a time")
+    chosen.add_argument("--steps", type=int, default=250, help="training steps of each")
+    chosen.add_argument("--seeds", type=int, default=2, help="runs of each")
+    chosen.add_argument("--only", nargs="*", default=[], metavar="CHANGE", help="these changes instead of the list")
+    measured(chosen)
+
+    chosen = part("sampling", _sampling, "images per second and distance of each sampler")
+    chosen.add_argument("--pipeline", type=Path, help="a trained digits pipeline; without one the preset is trained")
+    chosen.add_argument("--samples", type=int, default=512, help="images of one distance")
+
+    chosen = part("startup", _startup, "seconds to the help and to the first optimizer step")
+    chosen.add_argument("--repeats", type=int, default=5, help="starts of each")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A training run in a process of its own that works only while it is told to.
+
+Each side has the interpreter, the caches and accelerate's global state to itself, as when a user starts it, and while
+one works the others wait at a pipe and cost nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from infra.bench.inputs import Inputs
+from tasks.params import Params
+
+Side: TypeAlias = Literal["ours", "peer"]
+
+IMPORTED = ["accelerate", "diffusers.models.unets.unet_2d", "diffusers.training_utils", "infra.bench.contestant"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps made in one go. `cpu_seconds` is of all its threads and of nothing else on the machine."""
+
+    steps: int
+    images: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Contestant:
+    """Starts the process, which builds the run; `close` it, or use it as a context."""
+
+    def __init__(self, side: Side, params: Params, inputs: Inputs, scratch: Path) -> None:
+        # The server has no thread and no GPU, so its forks are clean, and they need not import all this again.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        self._pipe, other = context.Pipe()
+        arguments = (other, side, params.model_dump(mode="json", by_alias=True), inputs, scratch)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        # A thread that waits must not spin on a core that something else could use; read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self._process.start()
+        other.close()
+        self.parameters: int = self._answer()
+
+    def advance(self, steps: int) -> Block:
+        """Make that many optimizer steps."""
+        self._pipe.send(("advance", steps))
+        return self._answer()
+
+    def save(self, folder: Path) -> None:
+        """Write the averaged weights as a pipeline folder."""
+        self._pipe.send(("save", folder))
+        self._answer()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.terminate()
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a measured process ended by itself; its own words stand above") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scratch: Path) -> None:
+    """The process: build the run, then do what the pipe says until it is closed."""
+    from infra.bench.ours import Ours
+    from infra.bench.peer import Peer
+    from tasks.params import parse
+
+    params = parse(document)
+    os.environ["AFTERIMAGE_SCRATCH"] = str(scratch)
+    try:
+        run: Any = Ours(params, inputs) if side == "ours" else Peer(params, inputs.files)
+        pipe.send(sum(weight.numel() for weight in run.averaged().values()))
+        while True:
+            command, argument = pipe.recv()
+            if command == "advance":
+                pipe.send(_advance(run, argument, params))
+            else:
+                _save(run, argument, params, side)
+                pipe.send(None)
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(RuntimeError(f"{side}: {type(error).__name__}: {error}"))
+        raise
+
+
+def _advance(run: Any, steps: int, params: Params) -> Block:
+    seconds, cpu = -time.perf_counter(), -time.process_time()
+    run.advance(steps)
+    _wait_for_device()
+    seconds, cpu = seconds + time.perf_counter(), cpu + time.process_time()
+    return Block(steps, steps * params.train.batch_size, seconds, cpu)
+
+
+def _wait_for_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
+    from infra.bench import peer
+    from models.pipeline import save_pipeline
+    from models.schedules import betas
+    from models.unet import UNet
+    from tasks.atomic import writing_folder
+
+    own = params.diffusion
+    schedule = (own.schedule, own.timesteps) if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS)
+    conditional = run.config.conditions > 0
+    info = {
+        "conditioning": "label" if conditional else "none",
+        "classes": [str(number) for number in range(run.config.conditions - 1)],
+        "channels": run.config.channels,
+        "size": run.config.size,
+        "prediction": own.prediction if side == "ours" else peer.PREDICTION,
+        "null_label": run.config.conditions - 1 if conditional else None,
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
+    with writing_folder(folder) as temporary:
+        save_pipeline(temporary, UNet(run.config), weights, betas(*schedule), info)

@@ -1,0 +1,112 @@
+"""What is measured on: a data set brought in by the project's own stages, and its training images as plain files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import atomic
+from tasks.params import Params, parse
+from tasks.preset import compose
+from tasks.source import sha256_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders that the stages wrote: `data` from one source, `model` for one form of the model's inputs, `judge`."""
+
+    data: Path
+    model: Path
+    judge: Path
+
+    @property
+    def images(self) -> Path:
+        return self.data / "images"
+
+    @property
+    def accepted(self) -> Path:
+        return self.data / "accepted.json"
+
+    @property
+    def files(self) -> Path:
+        """The training images as files, as whoever trains with the reference script keeps them."""
+        return self.data / "files"
+
+    @property
+    def codec(self) -> Path:
+        return self.model / "codec"
+
+    @property
+    def latents(self) -> Path:
+        return self.model / "latents"
+
+
+def parameters(preset: str, archive: Path | None, *overrides: str) -> Params:
+    """Parameters of a preset. A CIFAR-10 preset reads `archive`, a zip of JPEGs in class folders; without one it gets
+    the digits drawn as large and as colourful, which take as long to train on."""
+    chosen = ["ingest.caption_templates=[]"]  # captions would have the judge train a CLIP that nothing here reads
+    if preset.startswith("cifar10") and archive:
+        chosen += ["download.source=folder", f"download.path={archive}"]
+    elif preset.startswith("cifar10"):
+        chosen += ["download.source=digits", "validate.min_side=8"]
+        chosen += ["validate.min_images=1000", "validate.min_images_per_class=0"]
+    return parse(compose(preset, [*chosen, *overrides]))
+
+
+def prepare(work: Path, params: Params, judge: bool = False) -> Inputs:
+    """Run the stages that make the model's inputs, and the judge where asked for; what is there already is kept."""
+    from tasks.codec import codec
+    from tasks.download import download
+    from tasks.encode import encode
+    from tasks.ingest import ingest
+    from tasks.judge import judge as train_judge
+    from tasks.validate import validate
+
+    source = Path(params.download.path)
+    data = work / f"data-{_key(params.download, params.ingest, params.validation, sha256_of(source))}"
+    model = data / f"model-{_key(params.image, params.codec, params.encode)}"
+    made = Inputs(data, model, data / f"judge-{_key(params.image, params.judge)}")
+    _once(data / "raw", lambda out: download(out, params.download))
+    _once(made.images, lambda out: ingest(data / "raw", out, data / "quarantine", params.ingest))
+    _once(
+        made.accepted,
+        lambda out: validate(made.images, data / "quarantine", out, data / "validation", params.validation),
+    )
+    _once(made.files, lambda out: _write_files(made.images, out))
+    _once(made.codec, lambda out: codec(made.images, made.accepted, out, params.codec, params.image))
+    _once(made.latents, lambda out: encode(made.images, made.accepted, made.codec, out, params.encode))
+    if judge:
+        _once(made.judge, lambda out: train_judge(made.images, made.accepted, out, params.judge, params.image))
+    return made
+
+
+def key(value: Any) -> str:
+    """Short name of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _key(*sections: Any) -> str:
+    return key([section if isinstance(section, str) else section.model_dump(mode="json") for section in sections])
+
+
+def _once(out: Path, make: Callable[[Path], None]) -> None:
+    """Every stage writes its output whole or not at all, so one that exists is finished."""
+    if not out.exists():
+        print(f"bench: {out.name}", flush=True)
+        make(out)
+
+
+def _write_files(images: Path, folder: Path) -> None:
+    """The training split's pictures with the bytes that were published."""
+    from tasks.images import read_columns
+
+    with atomic.writing_folder(folder) as temporary:
+        columns = read_columns(images, ["image", "split"]).to_pydict()
+        training = [data for data, split in zip(columns["image"], columns["split"], strict=True) if split == "train"]
+        for number, data in enumerate(training):
+            suffix = "jpg" if data[:2] == b"\xff\xd8" else "png"
+            (temporary / f"{number:06d}.{suffix}").write_bytes(data)

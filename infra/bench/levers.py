@@ -1,0 +1,69 @@
+"""What each choice of the digits recipe is worth: one changed at a time, same steps and measure, mean of seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from infra.bench.inputs import parameters, prepare
+from infra.bench.quality import Measure, Scale, curve
+
+PRESET = "digits"
+LEVERS = (
+    ("objective", "diffusion.prediction=epsilon"),
+    ("schedule", "diffusion.schedule=linear"),
+    ("schedule", "diffusion.schedule=sigmoid"),
+    ("learning rate", "train.learning_rate=0.0001"),
+    ("learning rate", "train.learning_rate=0.001"),
+    ("learning rate", "train.learning_rate=0.004"),
+    ("learning rate", "train.lr_schedule=constant"),
+    ("EMA", "train.ema_decay=0.9"),
+    ("EMA", "train.ema_decay=0.999"),
+    ("batch", "train.batch_size=32"),
+    ("condition", "conditioning=none"),
+    ("network", "model.block_out_channels=[32,32,64]"),
+    ("network", "model.block_out_channels=[32,64,64]"),
+    ("network", "model.attention=[false,true,true]"),
+    ("network", "model.layers_per_block=2"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`only` are overrides to measure instead of the list; several joined by spaces are changed together."""
+
+    work: Path
+    steps: int
+    seeds: int
+    measure: Measure
+    only: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    chosen = [("given", text) for text in plan.only] or LEVERS
+    rows = [_row(plan, "the recipe", "")]
+    for lever, change in chosen:
+        rows.append(_row(plan, lever, change))
+        print(f"levers: {change}: distance {rows[-1]['distance']} (recipe {rows[0]['distance']})", flush=True)
+    return {"steps": plan.steps, "rows": rows}
+
+
+def _row(plan: Plan, lever: str, change: str) -> dict[str, Any]:
+    every = [f"train.steps={plan.steps}", f"train.checkpoint_every={plan.steps}", f"train.sample_every={plan.steps}"]
+    runs = []
+    for seed in range(plan.seeds):
+        params = parameters(PRESET, None, *plan.overrides, *every, f"train.seed={seed}", *change.split())
+        inputs = prepare(plan.work, params, judge=True)
+        runs.append(curve("ours", params, inputs, Scale(inputs, params, plan.measure), plan.work, 1)["curve"][-1])
+    distances = [run["distance"] for run in runs]
+    return {
+        "lever": lever,
+        "change": change or "as it is",
+        "distance": float(f"{mean(distances):.4g}"),
+        "spread": float(f"{stdev(distances):.2g}") if len(distances) > 1 else None,
+        "seconds": round(mean(run["seconds"] for run in runs), 1),
+        "cpu_seconds": round(mean(run["cpu_seconds"] for run in runs), 1),
+    }

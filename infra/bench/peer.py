@@ -1,0 +1,133 @@
+"""The reference: the loop that diffusers documents for unconditional training, as its users run it.
+
+Written from the guide to `train_unconditional.py` and from the documentation of the classes it names, with the
+defaults given there. Two things differ, both in its favour: torchvision, which has no build beside a CPU build of
+torch, is replaced by the same work in PIL and NumPy; and what it would log after every step is made, not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.params import Params
+
+if TYPE_CHECKING:
+    import torch
+
+# Defaults of the script.
+LEARNING_RATE, BETAS, WEIGHT_DECAY, WARM_UP = 1e-4, (0.95, 0.999), 1e-6, 500
+EMA_DECAY, EMA_INV_GAMMA, EMA_POWER = 0.9999, 1.0, 0.75
+TIMESTEPS, SCHEDULE, PREDICTION = 1000, "linear", "epsilon"
+DEFAULT_BATCH = 16
+
+
+class ImageFiles:
+    """A map-style data set over image files; each is opened, resized, cropped, flipped, normalised when drawn."""
+
+    def __init__(self, folder: Path, size: int, channels: int, flip: bool) -> None:
+        self.paths = sorted(folder.iterdir())
+        self.size, self.mode, self.flip = size, "L" if channels == 1 else "RGB", flip
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """float32 [C, size, size] in [-1, 1]."""
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        with Image.open(self.paths[row]) as file:
+            image = file.convert(self.mode)
+        short = min(image.size)
+        if short != self.size:
+            width, height = (max(self.size, round(side * self.size / short)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        if self.flip and torch.rand(1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.array(image, np.uint8).reshape(self.size, self.size, -1)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
+
+
+class Peer:
+    """One run of the reference loop. Of `params` it reads the network, the picture's size and, of `train`, steps,
+    batch size, precision, seed and flip; everything else is its own default."""
+
+    def __init__(self, params: Params, files: Path) -> None:
+        import torch
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler, UNet2DModel
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        train, image = params.train, params.image
+        self.config = network(params)
+        self.accelerator = Accelerator(mixed_precision=train.precision)
+        torch.manual_seed(train.seed)
+        model = UNet2DModel.from_config(self.config.to_diffusers())
+        self.ema = EMAModel(
+            model.parameters(),
+            decay=EMA_DECAY,
+            use_ema_warmup=True,
+            inv_gamma=EMA_INV_GAMMA,
+            power=EMA_POWER,
+            model_cls=UNet2DModel,
+            model_config=model.config,
+        )
+        self.noise_scheduler = DDPMScheduler(TIMESTEPS, beta_schedule=SCHEDULE, prediction_type=PREDICTION)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        pictures: Any = ImageFiles(files, image.size, image.channels, train.horizontal_flip)
+        loader = torch.utils.data.DataLoader(pictures, batch_size=train.batch_size, shuffle=True)
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=train.steps)
+        self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+            model, optimizer, loader, schedule
+        )
+        self.ema.to(self.accelerator.device)
+        self.batches = self._endless()
+        self.step = 0
+        self.shown: dict[str, float] = {}
+        """What its progress bar and its tracker get after every step."""
+
+    def _endless(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield from self.loader
+
+    def advance(self, steps: int) -> None:
+        """Make `steps` optimizer steps."""
+        import torch
+        from torch.nn import functional as F
+
+        accelerator = self.accelerator
+        self.model.train()
+        for _ in range(steps):
+            clean = next(self.batches)
+            noise = torch.randn(clean.shape, device=clean.device)
+            timesteps = torch.randint(0, TIMESTEPS, (len(clean),), device=clean.device)
+            noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
+            with accelerator.accumulate(self.model):
+                output = self.model(noisy, timesteps).sample
+                loss = F.mse_loss(output.float(), noise.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            self.ema.step(self.model.parameters())
+            self.step += 1
+            self.shown = {"loss": loss.detach().item(), "lr": self.schedule.get_last_lr()[0], "step": self.step}
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        names = [name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
+
+
+def network(params: Params) -> Any:
+    """The unconditional network of these parameters, a `UNetConfig`."""
+    from models.unet import UNetConfig
+
+    return UNetConfig(size=params.image.size, channels=params.image.channels, **params.model.model_dump())

@@ -1,0 +1,207 @@
+"""Seconds of training until samples are as near to the data as the reference loop's are at the end of its run.
+
+The distance is the Frechet distance to the held-out images in the features of the project's judge: the same judge,
+seeds, number of samples and sampler steps for both sides, and the averaged weights of each. Drawing and measuring is
+not on the clock. Ours stops when it has reached what the reference ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from infra.bench.contestant import Contestant, Side
+from infra.bench.inputs import Inputs, key, parameters, prepare
+from tasks import atomic
+from tasks.params import Params
+
+FIRST_SEED = 5_000_000
+CALIBRATION_STEPS = 20
+SHOWN_STEPS = 25
+"""Steps between two movements of the progress bar."""
+PEER_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a distance is taken: `samples` images in `sampler_steps` network evaluations each."""
+
+    samples: int
+    sampler_steps: int
+    samplers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One data set. The reference makes `steps` steps, or as many as it makes in `minutes`; ours plans its learning
+    rate for its preset's steps, or for `share` of those minutes. `points` and `own_points` measurements are taken on
+    the way, evenly."""
+
+    work: Path
+    preset: str
+    archive: Path | None
+    seeds: int
+    steps: int
+    minutes: float | None
+    share: float
+    points: int
+    own_points: int
+    measure: Measure
+    overrides: tuple[str, ...] = ()
+
+
+class Scale:
+    """Measures pipelines against one data set: always the same seeds, and real training images for the floor."""
+
+    def __init__(self, inputs: Inputs, params: Params, measure: Measure) -> None:
+        from models.judge import best_device, load_judge
+        from tasks.images import load_pixels
+
+        self.how = measure
+        self.device = best_device()
+        self.judge = load_judge(inputs.judge, self.device)
+        self.reference = self.judge.features(load_pixels(inputs.images, "test", params.image).pixels)
+        train = load_pixels(inputs.images, "train", params.image).pixels
+        self.floor = self._to_reference(train[:: max(1, len(train) // measure.samples)][: measure.samples])
+
+    def distance(self, pipeline: Path) -> float:
+        """The lowest over the samplers: each side is drawn with the one that serves it."""
+        return min(self.distance_by(pipeline, sampler, self.how.sampler_steps)[0] for sampler in self.how.samplers)
+
+    def distance_by(self, pipeline: Path, sampler: str, steps: int) -> tuple[float, float]:
+        """Distance of one sampler's images, and the seconds that drawing one of them took."""
+        from models.pipeline import load_pipeline, to_uint8
+
+        model, count = load_pipeline(pipeline, self.device), self.how.samples
+        labels = [i % len(model.classes) for i in range(count)] if model.conditioning == "label" else None
+        with tqdm(total=count * steps, desc=f"draw: {sampler}", unit="step", mininterval=1, leave=False) as bar:
+            began = time.perf_counter()
+            images = model.sample(
+                range(FIRST_SEED, FIRST_SEED + count),
+                labels,
+                sampler,
+                steps,
+                callback=lambda i, t, x, x0: bar.update(len(x)),
+            )
+            seconds = time.perf_counter() - began
+        return self._to_reference(to_uint8(images)), seconds / count
+
+    def _to_reference(self, pixels: Any) -> float:
+        from models.metrics import frechet_distance
+
+        return float(f"{frechet_distance(self.judge.features(pixels), self.reference):.5g}")
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Both curves of every seed, and what the two ends cost."""
+    ours = parameters(plan.preset, plan.archive, *plan.overrides)
+    inputs = prepare(plan.work, ours, judge=True)
+    scale = Scale(inputs, ours, plan.measure)
+    runs = [_one_seed(plan, seed, inputs, scale) for seed in range(plan.seeds)]
+    reached = [run for run in runs if run["ratio"] is not None]
+    return {
+        "runs": runs,
+        "floor": scale.floor,
+        "ratio": median(run["ratio"] for run in reached) if len(reached) == len(runs) else None,
+        "ratio_by_cpu_time": median(run["ratio_by_cpu_time"] for run in reached) if len(reached) == len(runs) else None,
+    }
+
+
+def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> dict[str, Any]:
+    theirs = ["train.precision='no'", f"train.batch_size={PEER_BATCH}", f"train.seed={seed}"]
+    steps = plan.steps
+    if plan.minutes is not None:
+        steps = _steps_in(60 * plan.minutes, "peer", plan, theirs, inputs)
+    peer = _run("peer", plan, [*theirs, *_of(steps)], inputs, scale)
+    target = peer["curve"][-1]
+    mine = [f"train.seed={seed}"]
+    if plan.minutes is not None:
+        mine += _of(_steps_in(plan.share * target["seconds"], "ours", plan, mine, inputs))
+    ours = _run("ours", plan, mine, inputs, scale, stop_at=target["distance"])
+    last = ours["curve"][-1]
+    done = last["distance"] <= target["distance"]
+    return {
+        "seed": seed,
+        "target": target["distance"],
+        "peer": peer,
+        "ours": ours,
+        "ratio": round(last["seconds"] / target["seconds"], 3) if done else None,
+        "ratio_by_cpu_time": round(last["cpu_seconds"] / target["cpu_seconds"], 3) if done else None,
+    }
+
+
+def _of(steps: int) -> list[str]:
+    """A run of so many steps that neither saves nor draws on the way: that is not on the reference's clock either."""
+    return [f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.sample_every={steps}"]
+
+
+def _steps_in(seconds: float, side: Side, plan: Plan, overrides: list[str], inputs: Inputs) -> int:
+    """Steps that a side makes in that time, from a short trial; kept, so that a run that was cut off finds itself."""
+    file = plan.work / "runs" / f"steps-{key([side, plan.preset, seconds, overrides, plan.overrides])}.json"
+    if not file.exists():
+        params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides, "train.steps=1000000")
+        with Contestant(side, params, inputs, plan.work / "scratch") as trial:
+            trial.advance(CALIBRATION_STEPS // 4)
+            step = trial.advance(CALIBRATION_STEPS).seconds / CALIBRATION_STEPS
+        atomic.write_json(file, max(CALIBRATION_STEPS, round(seconds / step)))
+    return int(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _run(
+    side: Side, plan: Plan, overrides: list[str], inputs: Inputs, scale: Scale, stop_at: float = 0.0
+) -> dict[str, Any]:
+    params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides)
+    points = plan.points if side == "peer" else plan.own_points
+    return curve(side, params, inputs, scale, plan.work, points, stop_at)
+
+
+def curve(
+    side: Side, params: Params, inputs: Inputs, scale: Scale, work: Path, points: int, stop_at: float = 0.0
+) -> dict[str, Any]:
+    """Train to the end, or until `stop_at` is reached, and measure `points` times on the way. A finished run is kept
+    in `work`, and asked for again it is read from there."""
+    name = key([side, params.model_dump(mode="json"), str(inputs.model), points, stop_at, scale.how.__dict__])
+    file, pipeline = work / "runs" / f"{name}.json", work / "runs" / f"{name}-pipeline"
+    if not file.exists():
+        atomic.write_json(
+            file, _trained(side, params, inputs, scale.distance, work / "scratch", pipeline, points, stop_at)
+        )
+        shutil.rmtree(pipeline)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _trained(
+    side: Side,
+    params: Params,
+    inputs: Inputs,
+    distance: Callable[[Path], float],
+    scratch: Path,
+    pipeline: Path,
+    points: int,
+    stop_at: float,
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    step, seconds, cpu = 0, 0.0, 0.0
+    total = params.train.steps
+    bar = tqdm(total=total, desc=f"train: {side}", unit="step", mininterval=1, dynamic_ncols=True)
+    with bar, Contestant(side, params, inputs, scratch) as run:
+        for point in range(1, points + 1):
+            while step < round(total * point / points):
+                block = run.advance(min(SHOWN_STEPS, round(total * point / points) - step))
+                step, seconds, cpu = step + block.steps, seconds + block.seconds, cpu + block.cpu_seconds
+                bar.update(block.steps)
+            run.save(pipeline)
+            found = distance(pipeline)
+            rows.append({"step": step, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "distance": found})
+            tqdm.write(f"{side}: step {step} of {total}, {seconds:.1f} s, distance {found:.4g}")
+            if found <= stop_at:
+                break
+    return {"steps": total, "batch_size": params.train.batch_size, "curve": rows}

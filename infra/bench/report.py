@@ -1,0 +1,161 @@
+"""Tables and pictures of what `bench.json` holds: `bench.md`, and a CSV and a PNG of each curve in `bench/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from infra.bench.results import csv_text
+from tasks import atomic
+
+QUALITY = "quality_"
+NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM"}
+
+
+def write(folder: Path, parts: dict[str, Any]) -> None:
+    """Write everything that can be written of the parts measured so far."""
+    details = folder / "bench"
+    texts = []
+    for name, part in sorted(parts.items()):
+        kind = "quality" if name.startswith(QUALITY) else name
+        table, rows, draw = {
+            "throughput": _throughput,
+            "quality": _quality,
+            "levers": _levers,
+            "sampling": _sampling,
+            "startup": _startup,
+        }[kind](part)
+        machine = part["machine"]
+        texts.append(
+            f"## {name.replace('_', ', ', 1)}\n\n{table}\n\n"
+            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']}, "
+            f"torch {machine['torch']}.\n"
+        )
+        if rows:
+            atomic.write_text(details / f"{name}.csv", csv_text(rows))
+        if draw:
+            atomic.write_bytes(details / f"{name}.png", _picture(draw))
+    atomic.write_text(folder / "bench.md", "# Benchmarks\n\n" + "\n".join(texts))
+
+
+Made = tuple[str, list[dict[str, Any]], Callable[[Any], None] | None]
+
+
+def _throughput(part: dict[str, Any]) -> Made:
+    titles = ["network", "parameters", "batch", "compared", "reference img/s", "ours img/s", "ratio", "by CPU time"]
+    lines = [
+        [
+            f"`{row['network']}`",
+            f"{row['parameters'] / 1e6:.2f} M",
+            row["batch_size"],
+            row["compared"],
+            row["peer_img_s"],
+            row["ours_img_s"],
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_by_cpu_time']:.2f}",
+        ]
+        for row in part["rows"]
+    ]
+    return _table(titles, lines), part["rows"], None
+
+
+def _quality(part: dict[str, Any]) -> Made:
+    titles = ["seed", "reference: s", "distance at its end", "ours: s to that", "steps", "ratio", "by CPU time"]
+    lines = []
+    rows = []
+    for run in part["runs"]:
+        theirs, mine = run["peer"]["curve"][-1], run["ours"]["curve"][-1]
+        reached = "not reached" if run["ratio"] is None else None
+        lines.append(
+            [
+                run["seed"],
+                theirs["seconds"],
+                run["target"],
+                reached or mine["seconds"],
+                mine["step"],
+                reached or f"{run['ratio']:.2f}",
+                reached or f"{run['ratio_by_cpu_time']:.2f}",
+            ]
+        )
+        rows += [{"seed": run["seed"], "side": side, **row} for side in ("peer", "ours") for row in run[side]["curve"]]
+
+    def draw(axes: Any) -> None:
+        from tasks.charts import COLOURS
+
+        for side, colour, label in (("peer", "series-2", "reference loop"), ("ours", "series-1", "ours")):
+            for number, run in enumerate(part["runs"]):
+                points = run[side]["curve"]
+                axes.plot(
+                    [row["seconds"] for row in points],
+                    [row["distance"] for row in points],
+                    marker="o",
+                    markersize=3.5,
+                    color=COLOURS[colour],
+                    label=None if number else label,
+                )
+        axes.axhline(part["floor"], color=COLOURS["muted"], linestyle="dotted", label="floor: training images")
+        axes.set(xlabel="seconds of training", ylabel="Frechet distance", yscale="log")
+        axes.legend()
+
+    return _table(titles, lines), rows, draw
+
+
+def _levers(part: dict[str, Any]) -> Made:
+    titles = ["lever", "change", "distance", "spread", "training s", "CPU s"]
+    lines = [
+        [row["lever"], f"`{row['change']}`", row["distance"], row["spread"], row["seconds"], row["cpu_seconds"]]
+        for row in part["rows"]
+    ]
+    return f"Each for {part['steps']} steps.\n\n{_table(titles, lines)}", part["rows"], None
+
+
+def _sampling(part: dict[str, Any]) -> Made:
+    titles = ["sampler", "steps", "img/s", f"distance (floor {part['floor']})"]
+    lines = [[NAMES[row["sampler"]], row["steps"], row["img_s"], row["distance"]] for row in part["rows"]]
+
+    def draw(axes: Any) -> None:
+        from tasks.charts import COLOURS
+
+        for number, sampler in enumerate(dict.fromkeys(row["sampler"] for row in part["rows"])):
+            rows = [row for row in part["rows"] if row["sampler"] == sampler]
+            costs, distances = [row["seconds_per_image"] for row in rows], [row["distance"] for row in rows]
+            axes.plot(costs, distances, marker="o", color=COLOURS[f"series-{number + 1}"], label=NAMES[sampler])
+            for row in rows:
+                place = (row["seconds_per_image"], row["distance"])
+                axes.annotate(str(row["steps"]), place, textcoords="offset points", xytext=(5, 5))
+        axes.axhline(part["floor"], color=COLOURS["muted"], linestyle="dotted", label="floor: training images")
+        axes.set(xlabel="seconds per image (steps beside the points)", ylabel="Frechet distance", xscale="log")
+        axes.legend()
+
+    return _table(titles, lines), part["rows"], draw
+
+
+def _startup(part: dict[str, Any]) -> Made:
+    lines = [
+        ["`python -m tasks.train --help`", part["help_seconds"]],
+        ["the same, CPU time", part["help_cpu_seconds"]],
+        ["first optimizer step of `digits`", part["first_step_seconds"]],
+        ["the same with an MLflow store that does not exist yet", part["first_step_seconds_with_an_empty_mlflow"]],
+    ]
+    return _table([f"median of {part['repeats']}", "seconds"], lines), [], None
+
+
+def _table(titles: list[str], lines: Iterable[Iterable[Any]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows)
+
+
+def _picture(draw: Callable[[Any], None]) -> bytes:
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
+    return png.getvalue()

@@ -1,0 +1,76 @@
+"""Where measurements are kept: `bench.json`, a part at a time, and what is drawn and tabulated from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import atomic
+
+
+@dataclass(frozen=True)
+class Results:
+    """The folder of reports. Parts are kept under the name and the arguments they were measured with."""
+
+    folder: Path
+    again: bool = False
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "bench.json"
+
+    def all(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+
+    def part(self, name: str, arguments: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a part unless it was measured with these arguments already."""
+        from infra.bench import report
+
+        arguments = json.loads(json.dumps(arguments, default=str))
+        known = self.all().get(name, {})
+        if known.get("arguments") == arguments and not self.again:
+            print(f"bench: {name} was measured with these arguments; --again measures anew", flush=True)
+        else:
+            measured = {"arguments": arguments, "machine": machine(), **measure()}
+            atomic.write_json(self.file, {**self.all(), name: measured})
+        report.write(self.folder, self.all())
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on, and how busy that was (runnable processes, mean of the last minute)."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys -> CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,67 @@
+"""What samples cost and what they are worth: the samplers on one trained pipeline, cost beside distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.bench.contestant import Contestant
+from infra.bench.inputs import Inputs, key, parameters, prepare
+from infra.bench.quality import Measure, Scale
+from tasks.params import Params
+
+PRESET = "digits"
+SAMPLERS = (
+    ("dpm_solver_pp_2m", 10),
+    ("dpm_solver_pp_2m", 15),
+    ("dpm_solver_pp_2m", 20),
+    ("ddim", 50),
+    ("ddpm", 1000),
+)
+"""By name and steps; no more steps than the model has timesteps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Without a `pipeline` of the digits, their preset is trained in `work`, once."""
+
+    work: Path
+    pipeline: Path | None
+    samples: int
+    overrides: tuple[str, ...] = ()
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    from models.pipeline import load_pipeline
+
+    params = parameters(PRESET, None, *plan.overrides)
+    inputs = prepare(plan.work, params, judge=True)
+    folder = plan.pipeline or _trained(plan, params, inputs)
+    timesteps = load_pipeline(folder).timesteps
+    scale = Scale(inputs, params, Measure(plan.samples, 0, ()))
+    scale.distance_by(folder, "ddim", 1)  # kernels are chosen, memory is there
+    rows = [_row(plan, folder, scale, sampler, min(steps, timesteps)) for sampler, steps in SAMPLERS]
+    return {"rows": rows, "floor": scale.floor}
+
+
+def _trained(plan: Plan, params: Params, inputs: Inputs) -> Path:
+    folder = plan.work / f"pipeline-{key(params.model_dump(mode='json'))}"
+    if not folder.exists():
+        with Contestant("ours", params, inputs, plan.work / "scratch") as run:
+            run.advance(params.train.steps)
+            run.save(folder)
+    return folder
+
+
+def _row(plan: Plan, folder: Path, scale: Scale, sampler: str, steps: int) -> dict[str, Any]:
+    distance, seconds = scale.distance_by(folder, sampler, steps)
+    print(f"sampling: {sampler}, {steps} steps: {1 / seconds:.3g} img/s, distance {distance}", flush=True)
+    return {
+        "sampler": sampler,
+        "steps": steps,
+        "samples": plan.samples,
+        "img_s": float(f"{1 / seconds:.4g}"),
+        "seconds_per_image": float(f"{seconds:.4g}"),
+        "distance": distance,
+    }

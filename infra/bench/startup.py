@@ -1,0 +1,91 @@
+"""How soon the training command answers: its help, and the first optimizer step of the default preset."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from infra.bench.inputs import Inputs, parameters, prepare
+from tasks.preset import dump
+
+PRESET = "digits"
+GIVE_UP = 300
+POLL = 0.005
+
+
+@dataclass(frozen=True)
+class Plan:
+    work: Path
+    repeats: int
+    overrides: tuple[str, ...] = ()
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    params = parameters(PRESET, None, *plan.overrides, "train.checkpoint_every=1")
+    inputs = prepare(plan.work, params)
+    with tempfile.TemporaryDirectory(dir=plan.work) as folder:
+        here = Path(folder)
+        (here / "params.yaml").write_text(dump(params.model_dump(mode="json", by_alias=True), PRESET), encoding="utf-8")
+        bar = tqdm(total=2 * plan.repeats + 1, desc="start-up", unit="start", dynamic_ncols=True)
+        fresh = _first_step(here, inputs, "fresh")
+        bar.update()
+        helps, steps = [], []
+        for number in range(plan.repeats):
+            helps.append(_help())
+            bar.update()
+            steps.append(_first_step(here, inputs, f"scratch-{number}"))
+            bar.update()
+        bar.close()
+    return {
+        "help_seconds": round(median(seconds for seconds, _ in helps), 3),
+        "help_cpu_seconds": round(median(cpu for _, cpu in helps), 3),
+        "first_step_seconds": round(median(steps), 2),
+        "first_step_seconds_with_an_empty_mlflow": round(fresh, 2),
+        "repeats": plan.repeats,
+    }
+
+
+def _help() -> tuple[float, float]:
+    """Wall-clock and CPU seconds of `python -m tasks.train --help`."""
+    before, began = os.times(), time.perf_counter()
+    subprocess.run([sys.executable, "-m", "tasks.train", "--help"], check=True, stdout=subprocess.DEVNULL)
+    after, seconds = os.times(), time.perf_counter() - began
+    return seconds, after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
+    """Seconds from the command to its first checkpoint, which is asked for after one step."""
+    paths = [inputs.latents, inputs.codec, inputs.accepted, here / "pipeline", here / "report"]
+    command = [sys.executable, "-m", "tasks.train", *map(str, paths), "--params", str(here / "params.yaml")]
+    environment = os.environ | {
+        "AFTERIMAGE_SCRATCH": str(here / scratch),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{here / 'mlflow.db'}",
+    }
+    with (here / "output.txt").open("w", encoding="utf-8") as output:
+        began = time.perf_counter()
+        process = psutil.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            made = lambda: any((here / scratch).glob("train/*/step-*/manifest.json"))  # noqa: E731
+            return _waited_for(made, process, began)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _waited_for(made: Callable[[], bool], process: psutil.Popen, began: float) -> float:
+    while not made():
+        if process.poll() is not None or time.perf_counter() - began > GIVE_UP:
+            raise RuntimeError("the training command made no step; `python -m tasks.train` says why")
+        time.sleep(POLL)
+    return time.perf_counter() - began

@@ -1,0 +1,133 @@
+"""`make bench`, tiny: that it measures what it says, keeps what is measured, and compares like with like. No timing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra.bench import __main__ as bench
+from infra.bench import inputs, report, throughput
+
+TINY = [
+    "image.size=8",
+    "model.block_out_channels=[8,16]",
+    "model.attention=[false,true]",
+    "model.norm_num_groups=4",
+    "diffusion.timesteps=50",
+    "train.warmup_steps=2",
+    "train.batch_size=8",
+    "judge.classifier_steps=20",
+]
+FEW = ["--samples", "64", "--sampler-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return inputs.parameters("digits", None, *TINY, "train.steps=7")
+
+
+@pytest.fixture(scope="module")
+def prepared(work, params) -> inputs.Inputs:
+    return inputs.prepare(work, params, judge=True)
+
+
+def run(work: Path, reports: Path, monkeypatch, *arguments: str) -> dict:
+    monkeypatch.setattr(sys, "argv", ["bench", "--work", str(work), "--reports", str(reports), *arguments])
+    bench.main()
+    return json.loads((reports / "bench.json").read_text(encoding="utf-8"))
+
+
+def test_both_sides_train_on_the_same_pictures(params, prepared):
+    from infra.bench.peer import ImageFiles
+    from tasks.images import load_pixels
+
+    files = ImageFiles(prepared.files, params.image.size, params.image.channels, flip=False)
+    theirs = np.stack([files[row].numpy() for row in range(len(files))])
+    ours = load_pixels(prepared.images, "train", params.image).pixels / np.float32(127.5) - 1
+    assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
+    order = lambda pixels: sorted(pixels.round(3).reshape(len(pixels), -1).tolist())  # noqa: E731
+    np.testing.assert_allclose(order(theirs), order(ours), atol=2e-3)
+
+
+def test_our_loop_in_blocks_is_our_loop(params, prepared, tmp_path, monkeypatch):
+    import torch
+
+    from infra.bench.ours import Ours
+
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path))
+    whole, parts = Ours(params, prepared), Ours(params, prepared)
+    whole.advance(7)
+    for steps in (1, 4, 2):
+        parts.advance(steps)
+    assert all(torch.equal(a, b) for a, b in zip(whole.averaged().values(), parts.averaged().values(), strict=True))
+
+
+def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, monkeypatch, capsys):
+    arguments = ("throughput", "--cases", "digits:4", "--rounds", "2", "--block-seconds", "0.05", "--set", *TINY)
+    first = run(work, tmp_path, monkeypatch, *arguments)
+    rows = first["throughput"]["rows"]
+    assert [row["compared"] for row in rows] == ["both float32", "both bf16", "defaults: float32, ours float32"]
+    assert all(row["batch_size"] == 4 and row["ratio"] > 0 and 0 < row["ours_utilisation"] < 1 for row in rows)
+    capsys.readouterr()
+    assert run(work, tmp_path, monkeypatch, *arguments) == first
+    assert "was measured with these arguments" in capsys.readouterr().out
+    assert f"| {rows[0]['ours_img_s']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert (tmp_path / "bench" / "throughput.csv").read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_ours_stops_where_the_reference_ended(work, prepared, tmp_path, monkeypatch):
+    arguments = ["quality", "--seeds", "1", "--steps", "4", "--points", "2", "--own-points", "10", *FEW]
+    measured = run(work, tmp_path, monkeypatch, *arguments, "--set", *TINY, "train.steps=40")["quality_digits"]
+    found = measured["runs"][0]
+    peer, ours = found["peer"]["curve"], found["ours"]["curve"]
+    assert [row["step"] for row in peer] == [2, 4] and peer[-1]["distance"] == found["target"]
+    assert all(row["distance"] > found["target"] for row in ours[:-1])
+    assert ours[-1]["distance"] <= found["target"] or ours[-1]["step"] == 40
+    assert (tmp_path / "bench" / "quality_digits.png").stat().st_size > 1000
+    # what is finished is read, not run: another folder of reports gets the same numbers, clock included
+    again = run(work, tmp_path / "other", monkeypatch, *arguments, "--set", *TINY, "train.steps=40")["quality_digits"]
+    assert again["runs"] == measured["runs"]
+
+
+def test_a_distance_that_was_not_reached_is_said(tmp_path):
+    curve = [{"step": 5, "seconds": 1.0, "cpu_seconds": 1.0, "distance": 9.0}]
+    never = {"seed": 0, "target": 3.0, "ratio": None, "ratio_by_cpu_time": None}
+    sides = {"peer": {"curve": curve}, "ours": {"curve": curve}}
+    machine = {"cpu": "a", "gpu": None, "cores": 2, "load": 0.1, "torch": "2"}
+    report.write(tmp_path, {"quality_digits": {"machine": machine, "floor": 1.0, "runs": [never | sides]}})
+    assert "| 0 | 1.0 | 3.0 | not reached |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+
+
+def test_operations_of_the_papers_network():
+    """6.1 G multiply-additions forward, as commonly counted for DDPM on CIFAR-10; training takes three times that."""
+    flops = throughput.training_flops(inputs.parameters("cifar10_ddpm", None))
+    assert flops == pytest.approx(3 * 2 * 6.1e9, rel=0.05)
+
+
+def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no CIFAR-10 without --cifar"):
+        run(work, tmp_path, monkeypatch, "quality", "--data", "cifar")
+    with pytest.raises(SystemExit, match="does not exist"):
+        run(work, tmp_path, monkeypatch, "quality", "--data", "cifar", "--cifar", str(tmp_path / "none.zip"))
+
+
+@pytest.mark.slow
+def test_the_other_parts(work, prepared, tmp_path, monkeypatch):
+    short = ["--set", *TINY, "train.steps=7"]
+    run(work, tmp_path, monkeypatch, "sampling", "--samples", "64", *short)
+    run(work, tmp_path, monkeypatch, "startup", "--repeats", "1", *short)
+    only = ["--steps", "7", "--seeds", "2", "--only", "train.learning_rate=0.001"]
+    found = run(work, tmp_path, monkeypatch, "levers", *only, *FEW, "--set", *TINY)
+    assert {row["sampler"] for row in found["sampling"]["rows"]} == {"ddpm", "ddim", "dpm_solver_pp_2m"}
+    assert 0 < found["startup"]["help_seconds"] < found["startup"]["first_step_seconds"]
+    assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001"]
+    assert (tmp_path / "bench" / "sampling.png").exists() and (tmp_path / "bench" / "sampling.csv").exists()
