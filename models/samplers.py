@@ -48,12 +48,20 @@ def trailing_timesteps(total: int, steps: int) -> list[int]:
 
 
 def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
-    """Network output -> x0. `epsilon`: Ho et al. 2020, eq. 15. `v_prediction`: Salimans & Ho 2022, section 4."""
+    """Network output -> x0. `epsilon`: Ho et al. 2020, eq. 15. `sample`: x0 itself. `v_prediction`: Salimans &
+    Ho 2022, section 4.
+
+    Raises `ValueError` for another prediction, and for `epsilon` where alpha_bar is 0: x_t is then that very noise.
+    """
     if prediction == "epsilon":
+        if a == 0:
+            raise ValueError("the noise in pure noise says nothing of an image; train with another prediction")
         return (x - math.sqrt(1 - a) * output) / math.sqrt(a)
+    if prediction == "sample":
+        return output
     if prediction == "v_prediction":
         return math.sqrt(a) * x - math.sqrt(1 - a) * output
-    raise ValueError(f"unknown prediction {prediction!r}; known: epsilon, v_prediction")
+    raise ValueError(f"unknown prediction {prediction!r}; known: epsilon, sample, v_prediction")
 
 
 def denoiser(
@@ -86,6 +94,10 @@ def _pairs(alpha_bar: Levels, timesteps: Sequence[int]) -> list[tuple[int, int, 
     """(i, t, alpha_bar at t, alpha_bar at the next timestep); after the last comes a clean image, 1."""
     levels = [float(alpha_bar[t]) for t in timesteps] + [1.0]
     return [(i, t, levels[i], levels[i + 1]) for i, t in enumerate(timesteps)]
+
+
+def _log_snr(a: float) -> float:
+    return math.log(a / (1 - a)) if a > 0 else -math.inf
 
 
 def _report(callback: Callback | None, i: int, t: int, x: Any, x0: Any) -> None:
@@ -132,15 +144,19 @@ def ddim(
 def euler_ancestral(
     denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
 ) -> Any:
-    """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (Karras et al. 2022, k-diffusion)."""
+    """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (k-diffusion's sampler of that name).
+
+    It steps down to sigma_down = sigma_next^2 / sigma and adds noise of sigma_up^2 = sigma_next^2 - sigma_down^2.
+    Written with r = (sigma_next / sigma)^2, which is 0 where alpha_bar is 0 and sigma infinite.
+    """
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
-        sigma, sigma_next = math.sqrt((1 - a) / a), math.sqrt((1 - a_next) / a_next)
-        up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2)) / sigma
-        down = math.sqrt(sigma_next**2 - up**2)
-        scaled = x0 + (x / math.sqrt(a) - x0) * (down / sigma)
-        if up > 0:
-            scaled = scaled + up * noise()
+        sigma_next = math.sqrt((1 - a_next) / a_next)
+        r = sigma_next**2 * a / (1 - a)
+        # x / sqrt(a) is the image in units where the signal has size 1 and the noise size sigma
+        scaled = (1 - r) * x0 + sigma_next**2 * math.sqrt(a) / (1 - a) * x
+        if a_next < 1:
+            scaled = scaled + sigma_next * math.sqrt(1 - r) * noise()
         x = math.sqrt(a_next) * scaled
         _report(callback, i, t, x, x0)
     return x
@@ -151,14 +167,15 @@ def dpm_solver_pp_2m(
 ) -> Any:
     """DPM-Solver++(2M), second-order multistep (Lu et al. 2022b, algorithm 2); draws no `noise`.
 
-    The last step, to a clean image, is the prediction itself.
+    The last step, to a clean image, is the prediction itself. From pure noise (alpha_bar 0) h is infinite, and this
+    step and the one after it are of first order.
     """
     del noise
     previous, h_previous = None, 0.0
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
         if a_next < 1:
-            h = 0.5 * (math.log(a_next / (1 - a_next)) - math.log(a / (1 - a)))
+            h = 0.5 * (_log_snr(a_next) - _log_snr(a))
             slope = x0 if previous is None else x0 + h / (2 * h_previous) * (x0 - previous)
             x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * slope
             previous, h_previous = x0, h

@@ -19,12 +19,17 @@ BETA_START, BETA_END = 1e-4, 0.02  # Ho et al. 2020, section 4; kept for any T, 
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps from being singular
 
 
-def betas(schedule: str, timesteps: int) -> Array:
-    """beta of a named schedule, float64 [T], each in (0, 1).
+def betas(schedule: str, timesteps: int, zero_terminal_snr: bool = False) -> Array:
+    """beta of a named schedule, float64 [T], each in (0, 1); the last is 1 with `zero_terminal_snr`.
 
     `linear`: Ho et al. 2020. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the schedule of that
     name in diffusers (a logistic ramp over [-6, 6]). Raises `ValueError` for another name.
     """
+    beta = _named(schedule, timesteps)
+    return rescaled_to_zero_snr(beta) if zero_terminal_snr else beta
+
+
+def _named(schedule: str, timesteps: int) -> Array:
     if schedule == "linear":
         return np.linspace(BETA_START, BETA_END, timesteps)
     if schedule == "cosine":
@@ -37,11 +42,27 @@ def betas(schedule: str, timesteps: int) -> Array:
     raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 
 
+def rescaled_to_zero_snr(beta: Array) -> Array:
+    """Shift and scale sqrt(alpha_bar) so that it keeps its first value and ends at 0: x_T is pure noise.
+
+    Lin et al. 2024, algorithm 1. float64 [T] -> float64 [T], T at least 2; the last beta is exactly 1.
+    """
+    root = np.sqrt(alpha_bar(beta))
+    level = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.concatenate([beta[:1], 1 - level[1:] / level[:-1]])
+
+
 def alpha_bar(beta: Array) -> Array:
-    """Share of the signal's variance that is left, float64 [T], falling from nearly 1 towards 0."""
+    """Share of the signal's variance that is left, float64 [T], falling from nearly 1 towards (or to) 0."""
     return np.cumprod(1 - beta, dtype=np.float64)
 
 
+def snr(alpha_bar: Array) -> Array:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 [T] (Kingma et al. 2021, eq. 2)."""
+    return alpha_bar / (1 - alpha_bar)
+
+
 def log_snr(alpha_bar: Array) -> Array:
-    """log(alpha_bar / (1 - alpha_bar)), float64 [T], natural logarithm (Kingma et al. 2021, eq. 3)."""
-    return np.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar), dtype=np.float64)
+    """Natural logarithm of `snr`, float64 [T] (Kingma et al. 2021, eq. 3); minus infinity where alpha_bar is 0."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar), dtype=np.float64)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where asked for."""
 
+    recompute = False
+    """Keep a block's input alone and compute the rest again when the gradient needs it (Chen et al. 2016)."""
+
     def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool) -> None:
         super().__init__()
         groups = config.norm_num_groups
@@ -166,6 +170,11 @@ class Level(nn.Module):
         self.has_attention = attention
 
     def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, i, x, embedding, use_reentrant=False)
+        return self._block(i, x, embedding)
+
+    def _block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.resnets[i](x, embedding)
         return self.attentions[i](x) if self.has_attention else x
 
@@ -255,6 +264,12 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.recompute = on
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))

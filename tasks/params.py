@@ -148,7 +148,27 @@ class ModelParams(Section):
 class DiffusionParams(Section):
     schedule: Literal["linear", "cosine", "sigmoid"]
     timesteps: Annotated[int, Field(ge=2)]
-    prediction: Literal["epsilon", "v_prediction"]
+    prediction: Literal["epsilon", "sample", "v_prediction"]
+    """What the network outputs: the noise, the clean image, or v; diffusers' names."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
+    loss_weighting: Literal["plain", "min_snr"] = "plain"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Read by loss_weighting 'min_snr' alone; 5 is the paper's (Hang et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionParams:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr makes the last timestep pure noise, which says nothing of the image; "
+                "set diffusion.prediction to 'v_prediction' or 'sample', or diffusion.zero_terminal_snr to false"
+            )
+        if self.zero_terminal_snr and self.loss_weighting == "min_snr":
+            raise ValueError(
+                f"diffusion.loss_weighting 'min_snr' forbids {self.prediction!r} with diffusion.zero_terminal_snr: the "
+                "last timestep, where sampling begins, would weigh nothing; set diffusion.loss_weighting to 'plain'"
+            )
+        return self
 
 
 class TrainParams(Section):

@@ -91,6 +91,7 @@ class Run:
     batches: Batches
     held_out: Batches
     alpha_bar: torch.Tensor
+    loss_weights: torch.Tensor
     diffusion: DiffusionParams
     params: TrainParams
     folder: Path
@@ -129,7 +130,7 @@ def _fit(run: Run, live: tracking.TrainingRun | None, asked: list[int]) -> None:
             with accelerator.accumulate(run.module), accelerator.autocast():
                 output = run.module(diffusion.add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
                 target = diffusion.target(run.diffusion.prediction, batch.x0, batch.eps, a)
-                loss = diffusion.squared_error(output, target).mean()
+                loss = (run.loss_weights[batch.t] * diffusion.squared_error(output, target)).mean()
                 accelerator.backward(loss)
             run.losses.append(loss.detach())
 
@@ -212,7 +213,7 @@ def _held_out_loss(run: Run) -> float:
         a = run.alpha_bar[batch.t]
         output = run.unet(diffusion.add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
         target = diffusion.target(run.diffusion.prediction, batch.x0, batch.eps, a)
-        return diffusion.squared_error(output, target).mean().item()
+        return (run.loss_weights[batch.t] * diffusion.squared_error(output, target)).mean().item()
 
 
 def _sample_grid(run: Run) -> Path:
@@ -341,6 +342,7 @@ def _prepare(
     from accelerate import Accelerator
 
     from models import schedules
+    from models.diffusion import loss_weights
     from models.ema import EMA
     from models.unet import UNet
     from tasks.batches import Batches
@@ -360,6 +362,9 @@ def _prepare(
             latents.load_latents(data, split), timesteps=diffusion.timesteps, device=accelerator.device, **options
         )
 
+    levels = torch.from_numpy(
+        schedules.alpha_bar(schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr))
+    )
     held_out = min(HELD_OUT_SAMPLES, index["splits"]["test"]["count"])
     module, prepared = accelerator.prepare(unet, optimizer)
     run = Run(
@@ -379,10 +384,9 @@ def _prepare(
             processes=accelerator.num_processes,
         ),
         held_out=batches("test", batch_size=held_out, condition_dropout=0.0, horizontal_flip=False, seed=0),
-        alpha_bar=torch.tensor(
-            schedules.alpha_bar(schedules.betas(diffusion.schedule, diffusion.timesteps)),
-            dtype=torch.float32,
-            device=accelerator.device,
+        alpha_bar=levels.float().to(accelerator.device),
+        loss_weights=loss_weights(diffusion.loss_weighting, diffusion.prediction, levels, diffusion.min_snr_gamma).to(
+            accelerator.device
         ),
         diffusion=diffusion,
         params=params,
@@ -486,7 +490,8 @@ def _write_pipeline(pipeline: Path, run: Run, index: dict[str, Any], facts: dict
         weights["class_embedding.weight"] = run.batches.prompts
         unet = UNet(replace(unet.config, conditions=len(index["classes"]) + 1, embedded=False))
     with atomic.writing_folder(pipeline) as folder:
-        save_pipeline(folder, unet, weights, betas(run.diffusion.schedule, run.diffusion.timesteps), info)
+        chosen = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
+        save_pipeline(folder, unet, weights, chosen, info)
 
 
 def _launch() -> None:

@@ -224,10 +224,12 @@ def _forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles
 
     times, index = _forward_times(model), _choose(held_out, FORWARD_ROWS)[-1]
     names = list(schedules.SCHEDULES)
-    levels = [schedules.alpha_bar(schedules.betas(name, model.timesteps)) for name in names]
+    own = model.info["schedule"]
+    betas = [model.betas if name == own else schedules.betas(name, model.timesteps) for name in names]
+    levels = [schedules.alpha_bar(beta) for beta in betas]
     strips = [_noised(held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
     columns = ["image", *(f"t = {t}" for t in times)]
-    return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(model.info["schedule"]))
+    return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own))
 
 
 def _class_name(model: Pipeline, label: int) -> str:
@@ -298,7 +300,7 @@ def _charts(model: Pipeline, training: Path) -> dict[str, Any]:
 
     curves = {}
     for name in noise.SCHEDULES:
-        betas = noise.betas(name, model.timesteps)
+        betas = model.betas if name == model.info["schedule"] else noise.betas(name, model.timesteps)
         alpha_bar = noise.alpha_bar(betas)
         curves[name] = {"beta": betas, "alpha_bar": alpha_bar, "log_snr": noise.log_snr(alpha_bar)}
     return {
@@ -357,7 +359,7 @@ def _facts(model: Pipeline, params: VisualizeParams) -> list[tuple[str, str]]:
         ("Images", f"{model.size} × {model.size}, {'grey' if model.channels == 1 else 'RGB'}"),
         ("Condition", model.conditioning),
         ("Schedule", f"{model.info['schedule']}, T = {model.timesteps}"),
-        ("Prediction", {"epsilon": "noise ε", "v_prediction": "v"}[model.prediction]),
+        ("Prediction", {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}[model.prediction]),
         ("Drawn with", report_tables.sampler_name(params.sampler, params.steps)),
     ]
 
