@@ -137,7 +137,8 @@ def main() -> int:
         where = f"in stage '{failed[0]}'" if failed else "before a stage began"
         print(f"repro: stopped {where}; the reason is above, and the same command goes on from here", file=sys.stderr)
         return 1
-    print_results(chain)
+    if chain.registered:
+        print_results(chain)
     return 0
 
 
@@ -176,8 +177,11 @@ def passed_on(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def print_times(chain: Chain, seconds: float, memory: Memory) -> None:
+    """The stages that were reached, and after a failure those that were not; nothing of what was not asked for."""
+    failed = any(stage.result == "FAILED" for stage in chain.stages.values())
+    shown = {name: stage for name, stage in chain.stages.items() if failed or stage.result != "not reached"}
     print(f"\n{'stage':<12}{'result':<14}{'seconds':>8}")
-    for name, stage in chain.stages.items():
+    for name, stage in shown.items():
         print(f"{name:<12}{stage.result:<14}{f'{stage.seconds:.1f}' if stage.seconds else '':>8}")
     print(f"{'in all':<26}{seconds:>8.1f}")
     shared = "shared pages counted once" if memory.kind == "pss" else "without shared pages"

@@ -58,6 +58,16 @@ def test_the_stage_that_ran_last_is_the_one_that_failed():
     assert chain.stages["ingest"].result == "cached"
 
 
+@pytest.mark.parametrize(
+    ("result", "shown"), [("ran", ["download", "ingest"]), ("FAILED", ["download", "ingest", "train"])]
+)
+def test_the_table_of_times_leaves_out_what_was_not_asked_for(result, shown, capsys):
+    reached = {"download": wrapper.Stage("unchanged"), "ingest": wrapper.Stage(result, 2.0)}
+    wrapper.print_times(wrapper.Chain({**reached, "train": wrapper.Stage()}), 3.0, wrapper.Memory(os.getpid()))
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[2 : 2 + len(shown)]] == shown and rows[2 + len(shown)].startswith("in all")
+
+
 def test_memory_is_that_of_the_whole_tree():
     """A child that holds 200 MB, under a parent that holds nothing."""
     child = "block = bytearray(b'x' * 200_000_000); print('held', flush=True); import time; time.sleep(60)"
