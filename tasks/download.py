@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from tasks import archives, atomic, cifar, digits, fetch, folder, stage, workspace
+from tasks import archives, atomic, cifar, digits, fetch, folder, hub, hub_tables, stage, workspace
 from tasks.params import DownloadParams
 from tasks.source import read_manifest, write_manifest
+from tasks.stage import StageError
 
 
 def download(raw: Path, params: DownloadParams) -> None:
     """Fetch the source as published into data/raw, verify its checksum and write a manifest beside it."""
     with atomic.writing_folder(raw) as target:
-        write_manifest(target, params.source, _bring(target, params), params.licence)
+        origin, details = _bring(target, params)
+        write_manifest(target, params.source, origin, params.licence, details)
     manifest = read_manifest(raw)
-    print(f"download: {manifest['file']}, {manifest['size']} bytes from {manifest['origin']}")
+    size = sum(file["size"] for file in manifest["files"])
+    print(f"download: {len(manifest['files'])} files, {size} bytes from {manifest['origin']}")
 
 
-def _bring(target: Path, params: DownloadParams) -> str:
-    """Put the one published file into `target`; returns where it came from, without anything private."""
-    if params.source == "digits":
-        digits.copy(target)
-        return digits.ORIGIN
-    if params.source == "cifar10":
-        return cifar.copy(target, params)
+def _bring(target: Path, params: DownloadParams) -> tuple[str, dict[str, Any]]:
+    """Put the published files into `target`; returns where they came from, without anything private, and details."""
+    match params.source:
+        case "digits":
+            digits.copy(target)
+            return digits.ORIGIN, {}
+        case "cifar10":
+            return cifar.copy(target, params), {}
+        case "hub":
+            origin = hub.copy(target, params)
+            _require_count(hub_tables.count_rows(sorted(target.rglob("*.parquet"))), params)
+            return origin, params.columns.model_dump(mode="json")
+    return _own_images(target, params), {}
+
+
+def _require_count(found: int, params: DownloadParams) -> None:
+    if params.images is not None and found != params.images:
+        raise StageError(
+            f"{params.hub.repo} holds {found} images and not {params.images}, so it is another data set or a part of "
+            "one; correct download.hub or download.images"
+        )
+
+
+def _own_images(target: Path, params: DownloadParams) -> str:
     if params.url is None:
         path = Path(params.path)
         folder.copy(path, target)

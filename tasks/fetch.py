@@ -6,11 +6,9 @@ an accident, from whichever mirror answers. The file gets its real name when its
 
 from __future__ import annotations
 
-import ipaddress
 import shutil
-import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
-from tasks import atomic, locks
+from tasks import addresses, atomic, locks
 from tasks.source import require_space, sha256_of
 from tasks.stage import StageError
 
@@ -36,6 +34,18 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 class MirrorError(Exception):
     """This address will not give the file; another may. The message says why."""
 
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class AccessError(StageError):
+    """The last address answered that the file is not for us (401 or 403)."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -45,6 +55,8 @@ class Limits:
     deadline: float
     """Of `time.monotonic()`, in seconds."""
     allow_private_addresses: bool
+    headers: Mapping[str, str]
+    """Sent to the host of the address itself, and never to another to which it redirects."""
 
 
 def fetch(
@@ -56,27 +68,44 @@ def fetch(
     max_bytes: int,
     timeout_seconds: float,
     allow_private_addresses: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> str:
     """Bring the file with this `sha256` to `target` from the first of `urls` that gives it; returns that address.
 
-    `partial` is a folder for what has arrived so far. Raises `StageError` where no address gives the
-    file within `timeout_seconds` and `max_bytes`, or where one leads to a private address.
+    `partial` is a folder for what has arrived so far; `headers`, such as a token, go to the hosts of
+    `urls` alone. Raises `AccessError` where the last of them answers 401 or 403, and `StageError` where
+    none gives the file within `timeout_seconds` and `max_bytes`, or one leads to a private address.
     """
-    limits = Limits(max_bytes, time.monotonic() + timeout_seconds, allow_private_addresses)
+    limits = Limits(max_bytes, time.monotonic() + timeout_seconds, allow_private_addresses, headers or {})
     part = partial / f"{sha256}.part"
-    refusals = []
+    refusals, status = [], None
     with locks.exclusive(partial / f"{sha256}.lock"):
         for url in urls:
             try:
                 _complete(url, part, sha256, limits)
             except MirrorError as error:
                 refusals.append(f"{shown(url)}: {error}")
+                status = error.status
                 continue
             require_space(target.parent, part.stat().st_size)
             with atomic.writing(target) as temporary:
                 shutil.move(part, temporary)
             return shown(url)
-    raise StageError(f"could not fetch {'; nor '.join(refusals)}; mend that, then run the same command again")
+    sentence = f"could not fetch {'; nor '.join(refusals)}; mend that, then run the same command again"
+    raise AccessError(sentence, status) if status in (401, 403) else StageError(sentence)
+
+
+def require_allowed(url: str, allow_private_addresses: bool) -> None:
+    """Raise `StageError` where `url` is no http(s) address, or lies at a private address that nobody allowed.
+
+    For addresses that another client will ask: it looks the name up again, so this screens and does not pin.
+    """
+    import httpx
+
+    try:
+        _screened(httpx.URL(url), Limits(0, 0, allow_private_addresses, {}))
+    except MirrorError as error:
+        raise StageError(str(error)) from None
 
 
 def shown(url: str) -> str:
@@ -135,7 +164,8 @@ def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
             # Nothing lies behind `start`: all is here, or the checksum will show that it is not.
             return True
         if response.status_code not in (200, 206):
-            raise MirrorError(f"the server answered {response.status_code} {response.reason_phrase}")
+            answer = f"the server answered {response.status_code} {response.reason_phrase}"
+            raise MirrorError(answer, response.status_code)
         if response.status_code == 200 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             if response.status_code == 206:
                 part.unlink(missing_ok=True)
@@ -179,10 +209,11 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
     """The streamed answer to a GET, behind at most five redirects, each of which is screened as the first was."""
     import httpx
 
-    here = httpx.URL(url)
+    here = first = httpx.URL(url)
     for _ in range(MAX_REDIRECTS + 1):
         with _client(here) as client:
-            response = _send(client, here, headers, limits)
+            private = limits.headers if (here.scheme, here.netloc) == (first.scheme, first.netloc) else {}
+            response = _send(client, here, {**headers, **private}, limits)
             try:
                 if not response.has_redirect_location:
                     if response.status_code in RETRIED:
@@ -213,7 +244,8 @@ def _client(url: httpx.URL) -> httpx.Client:
     return httpx.Client(
         proxy=_proxy(url),
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-        verify=httpx.create_ssl_context(),  # heeds SSL_CERT_FILE
+        # Heeds SSL_CERT_FILE; reading all those certificates takes longer than many a file.
+        verify=httpx.create_ssl_context() if url.scheme == "https" else False,
         trust_env=False,  # which would also send what is in ~/.netrc
     )
 
@@ -226,10 +258,10 @@ def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits:
     """
     import httpx
 
-    addresses = _screened(url, limits)
+    screened = _screened(url, limits)
     if _proxy(url):
         return client.send(client.build_request("GET", url, headers=headers), stream=True, follow_redirects=False)
-    for number, address in enumerate(addresses, 1):
+    for number, address in enumerate(screened, 1):
         request = client.build_request(
             "GET",
             url.copy_with(host=address),
@@ -239,7 +271,7 @@ def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits:
         try:
             return client.send(request, stream=True, follow_redirects=False)
         except (httpx.ConnectError, httpx.ConnectTimeout):
-            if number == len(addresses):
+            if number == len(screened):
                 raise
     raise MirrorError(f"{url.host} has no address")
 
@@ -249,24 +281,11 @@ def _screened(url: httpx.URL, limits: Limits) -> list[str]:
     if url.scheme not in ("http", "https") or not url.host:
         raise StageError(f"{shown(str(url))} is no http(s) address; correct download.url")
     try:
-        found = socket.getaddrinfo(
-            url.host, url.port or (443 if url.scheme == "https" else 80), type=socket.SOCK_STREAM
-        )
+        found = addresses.lookup(url.host, url.port or (443 if url.scheme == "https" else 80))
     except OSError as error:
         if _proxy(url):
             return []  # behind some proxies names are the proxy's business alone
         raise MirrorError(f"{url.host} cannot be found ({error.strerror or error}); is there a network?") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    for address in addresses:
-        if not limits.allow_private_addresses and not _is_public(address):
-            raise StageError(
-                f"{url.host} is at the private address {address}; "
-                "set download.allow_private_addresses to true if that is meant"
-            )
-    return addresses
-
-
-def _is_public(address: str) -> bool:
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    parsed = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None) or parsed
-    return parsed.is_global and not parsed.is_multicast
+    if not limits.allow_private_addresses:
+        addresses.require_public(url.host, found)
+    return found

@@ -18,19 +18,8 @@ from pathlib import Path, PurePosixPath
 from tasks import archives, captions, decoding
 from tasks.archives import Member
 from tasks.quarantine import NO_IMAGE_FILE
-from tasks.source import Entry, Problem, Source, require_space
+from tasks.source import SPLITS, Entry, Problem, Source, require_space, settle_splits
 from tasks.stage import StageError
-
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-}
 
 
 @dataclass(frozen=True)
@@ -96,23 +85,15 @@ def _entries(
 
 
 def _places(images: list[str]) -> dict[str, Place]:
-    """Published splits and folders of image paths.
-
-    Where only one split is published there is nothing held out, so the key hash decides, as it does
-    for images outside of the split folders. Without `test`, `val` is the held-out split.
-    """
+    """Published splits and folders of image paths."""
     found = {}
     for name in images:
         parents = PurePosixPath(name).parts[:-1]
         split = next((SPLITS[part.lower()] for part in parents if part.lower() in SPLITS), None)
         folder = parents[-1] if parents and parents[-1].lower() not in SPLITS else None
         found[name] = Place(split, folder)
-    splits = {place.split for place in found.values() if place.split}
-    held_out = "test" if "test" in splits else "val"
-    if not {"train", held_out} <= splits:
-        return {name: Place(None, place.folder) for name, place in found.items()}
-    renamed = {"train": "train", held_out: "test", "val": "test" if held_out == "val" else "val", None: None}
-    return {name: Place(renamed[place.split], place.folder) for name, place in found.items()}
+    settled = settle_splits({place.split for place in found.values()})
+    return {name: Place(settled[place.split], place.folder) for name, place in found.items()}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

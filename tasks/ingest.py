@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, stage
+from tasks import atomic, cifar, decoding, digits, folder, hub_tables, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -25,7 +25,7 @@ CHUNK_BYTES = 16 << 20
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
     """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
     manifest = read_manifest(raw)
-    source = _open(manifest["source"], raw / manifest["file"], params)
+    source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
     with atomic.writing_folder(images) as rows, atomic.writing_folder(quarantine) as aside:
         writer, quarantined = Writer(rows, params.shards), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
@@ -49,15 +49,18 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         print(f"ingest: {source.unmatched_captions} captions name no image")
 
 
-def _open(name: str, file: Path, params: IngestParams) -> Source:
-    match name:
+def _open(manifest: dict[str, Any], files: dict[str, Path], params: IngestParams) -> Source:
+    first = next(iter(files.values()))
+    match manifest["source"]:
         case "digits":
-            return digits.read(file)
+            return digits.read(first)
         case "cifar10":
-            return cifar.read(file)
+            return cifar.read(first)
         case "folder":
-            return folder.read(file, params.max_image_bytes)
-    raise StageError(f"data/raw comes from the unknown source '{name}'; run 'dvc repro -f download'")
+            return folder.read(first, params.max_image_bytes)
+        case "hub":
+            return hub_tables.read(files, manifest["details"], params.max_image_bytes)
+    raise StageError(f"data/raw comes from the unknown source '{manifest['source']}'; run 'dvc repro -f download'")
 
 
 def _nothing_readable(manifest: dict[str, Any], reasons: dict[str, int]) -> str:
@@ -76,7 +79,7 @@ def _published(entry: Entry, source: Source, params: IngestParams) -> dict[str, 
         name = source.classes[entry.label].replace("_", " ")
         captions = [template.format(name) for template in params.caption_templates]
     split = entry.split or split_of(entry.key, params.held_out_fraction)
-    return {"key": entry.key, "label": entry.label, "captions": captions, "split": split, "safety": None}
+    return {"key": entry.key, "label": entry.label, "captions": captions, "split": split, "safety": entry.safety}
 
 
 def _examined(entries: Iterator[Entry], params: IngestParams) -> Iterator[tuple[Entry, dict[str, Any] | Problem]]:

@@ -32,8 +32,29 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class HubParams(Section):
+    """A data set on the Hugging Face hub."""
+
+    repo: str | None = None
+    """Such as 'uoft-cs/cifar10'."""
+    revision: str | None = None
+    """A commit; anything else is looked up and answered with the commit to pin."""
+    files: str = "*.parquet"
+    """Pattern of the paths that are wanted; `*` stands for any characters, '/' included."""
+
+
+class ColumnsParams(Section):
+    """Columns of the hub's tables; what is null or empty is found by the kind and the usual names of columns."""
+
+    image: str | None = None
+    label: str | None = None
+    captions: tuple[str, ...] = Field(default=(), strict=False)
+    classes: tuple[str, ...] = Field(default=(), strict=False)
+    """Names of the labels, in their order, where the tables do not name them."""
+
+
 class DownloadParams(Section):
-    source: Literal["digits", "cifar10", "folder"]
+    source: Literal["digits", "cifar10", "folder", "hub"]
     path: str = NO_LOCAL_SOURCE
     """Local folder, zip or tar of source `folder`; a DVC dependency, so an edit is seen."""
     url: str | None = None
@@ -44,9 +65,19 @@ class DownloadParams(Section):
     max_bytes: PositiveInt = 20_000_000_000
     timeout_seconds: PositiveInt = 3600
     licence: str = "unknown"
+    images: PositiveInt | None = None
+    """Number of images that the source must hold; null takes any."""
+    hub: HubParams = HubParams()
+    columns: ColumnsParams = ColumnsParams()
 
     @model_validator(mode="after")
     def _check(self) -> DownloadParams:
+        if self.source == "hub" and self.hub.repo is None:
+            raise ValueError("download.source is 'hub', so set download.hub.repo, such as 'uoft-cs/cifar10'")
+        if self.source != "hub" and (self.hub != HubParams() or self.columns != ColumnsParams()):
+            raise ValueError("download.hub and download.columns are only read by download.source 'hub'; reset them")
+        if self.source != "hub" and self.images is not None:
+            raise ValueError("download.images is only read by download.source 'hub'; set it to null")
         local = self.path != NO_LOCAL_SOURCE
         if self.source == "folder" and local == (self.url is not None):
             raise ValueError(
@@ -57,8 +88,8 @@ class DownloadParams(Section):
             raise ValueError(
                 f"download.path is only read by download.source 'folder'; set it back to '{NO_LOCAL_SOURCE}'"
             )
-        if self.source == "digits" and self.url is not None:
-            raise ValueError("download.url is not read by download.source 'digits'; remove it")
+        if self.source in ("digits", "hub") and self.url is not None:
+            raise ValueError(f"download.url is not read by download.source '{self.source}'; remove it")
         if self.source == "folder" and self.url is not None and self.sha256 is None:
             raise ValueError("download.url needs download.sha256, so that the same bytes come every time")
         if self.sha256 is not None and (self.source != "folder" or self.url is None):

@@ -71,11 +71,15 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
 def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import ConfigCompositionException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    with initialize_config_dir(str(PRESETS), version_base="1.3"):
-        config = hydra_compose(name, [f"{part}={choice}" for part, choice in chosen.items()])
+    try:
+        with initialize_config_dir(str(PRESETS), version_base="1.3"):
+            config = hydra_compose(name, [f"{part}={choice}" for part, choice in chosen.items()])
+    except ConfigCompositionException:
+        raise PresetError(f"preset '{name}' lets nobody choose its {' or '.join(chosen)}; leave that out") from None
     OmegaConf.set_struct(config, False)  # an unknown key is for tasks.params to refuse, which knows what was meant
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))

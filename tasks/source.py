@@ -13,8 +13,19 @@ from typing import Any
 from tasks import atomic
 from tasks.stage import StageError
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1 << 20
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
+"""Names under which splits are published -> the splits known here."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Entry:
     split: str | None = None
     """The published split; None where the source publishes none."""
     problem: Problem | None = None
+    safety: str | None = None
+    """What the source says about how safe the picture is to show; None where it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +85,28 @@ def require_space(folder: Path, size: int) -> None:
         )
 
 
-def write_manifest(raw: Path, source: str, origin: str, licence: str) -> None:
-    """Record the one file in `raw`: its name, size and sha256, and where it came from."""
-    (file,) = (path for path in raw.iterdir() if path.is_file())
+def settle_splits(published: set[str | None]) -> dict[str | None, str | None]:
+    """What each published split becomes, None standing for "the key hash decides".
+
+    Where only one split is published there is nothing held out, so the key hash decides, as it does
+    for images outside of the split folders. Without `test`, `val` is the held-out split.
+    """
+    held_out = "test" if "test" in published else "val"
+    if not {"train", held_out} <= published:
+        return dict.fromkeys(published)
+    return {"train": "train", held_out: "test", "val": "test" if held_out == "val" else "val", None: None}
+
+
+def write_manifest(raw: Path, source: str, origin: str, licence: str, details: dict[str, Any] | None = None) -> None:
+    """Record the files in `raw`, with size and sha256, and where they came from.
+
+    `details` is what else the source wants to be known: counts of what it left out, names of columns.
+    """
+    files = [
+        {"name": path.relative_to(raw).as_posix(), "size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(raw.rglob("*"))
+        if path.is_file()
+    ]
     atomic.write_json(
         raw / "manifest.json",
         {
@@ -82,19 +114,21 @@ def write_manifest(raw: Path, source: str, origin: str, licence: str) -> None:
             "source": source,
             "origin": origin,
             "licence": licence,
-            "file": file.name,
-            "size": file.stat().st_size,
-            "sha256": sha256_of(file),
+            "files": files,
+            "details": details or {},
         },
     )
 
 
 def read_manifest(raw: Path) -> dict[str, Any]:
-    """The manifest of `data/raw/`. Raises `StageError` where it is missing or its file is."""
+    """The manifest of `data/raw/`. Raises `StageError` where it, or a file of it, is missing or of another format."""
     try:
         manifest: dict[str, Any] = json.loads((raw / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{raw} holds no manifest.json; run 'dvc repro download'") from None
-    if not (raw / manifest["file"]).is_file():
-        raise StageError(f"{raw / manifest['file']} is missing; run 'dvc repro -f download'")
+    if manifest.get("format") != FORMAT:
+        raise StageError(f"{raw} has format {manifest.get('format')}, not {FORMAT}; run 'dvc repro -f download'")
+    for file in manifest["files"]:
+        if not (raw / file["name"]).is_file():
+            raise StageError(f"{raw / file['name']} is missing; run 'dvc repro -f download'")
     return manifest

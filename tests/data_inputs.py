@@ -2,13 +2,14 @@
 
 import hashlib
 import io
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -90,6 +91,10 @@ class Site:
     ranges: bool = True
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and Range header of each request."""
+    refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Path -> status and headers for whoever does not send `Authorization: Bearer right`."""
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Authorization header of each request."""
 
 
 @contextmanager
@@ -99,6 +104,14 @@ def serving(certificate: Path | None = None) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             site.requests.append((self.path, self.headers["Range"]))
+            site.tokens.append((self.path, self.headers["Authorization"]))
+            if self.path in site.refusals and self.headers["Authorization"] != "Bearer right":
+                status, headers = site.refusals[self.path]
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return
             if self.path in site.redirects:
                 self.send_response(302)
                 self.send_header("Location", site.redirects[self.path])
@@ -137,3 +150,59 @@ def serving(certificate: Path | None = None) -> Iterator[Site]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@dataclass
+class Relay:
+    """A wire to a server on 127.0.0.1 that breaks."""
+
+    port: int
+    cuts: list[int]
+    """Bytes of the answers after which the next connections break, one each."""
+
+
+@contextmanager
+def cutting(address: str, cuts: list[int]) -> Iterator[Relay]:
+    """A `Relay` to the server at `address` for the length of the block; it breaks as many connections as `cuts` say.
+
+    An answer that is over before its cut leaves the cut to the next connection.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    relay = Relay(listener.getsockname()[1], list(cuts))
+    upstream = ("127.0.0.1", int(address.rpartition(":")[2]))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def carry(client: socket.socket) -> None:
+        with client, socket.create_connection(upstream) as server, suppress(OSError):
+            threading.Thread(target=pump, args=(client, server), daemon=True).start()
+            seen = 0
+            while data := server.recv(4096):
+                seen += len(data)
+                if relay.cuts and seen >= relay.cuts[0]:
+                    client.sendall(data[: len(data) - (seen - relay.cuts.pop(0))])
+                    client.shutdown(socket.SHUT_RDWR)
+                    server.shutdown(socket.SHUT_RDWR)
+                    return
+                client.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=carry, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield relay
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def random_cuts(size: int, count: int = 20) -> list[int]:
+    """Places at which `count` broken connections get through less than an answer of `size` bytes between them."""
+    return np.random.default_rng(0).integers(3000, size // (count + 1), count).tolist()

@@ -29,7 +29,10 @@ def folder(tmp_path):
 
 
 def manifest(raw):
-    return json.loads((raw / "manifest.json").read_text())
+    """The manifest, with what it says about its one file."""
+    said = json.loads((raw / "manifest.json").read_text())
+    (file,) = said["files"]
+    return said | file
 
 
 def test_the_manifest_describes_the_one_file(folder, tmp_path):
@@ -84,7 +87,7 @@ def test_a_tar_is_known_by_its_content(tmp_path):
     with tarfile.open(path, "w:gz") as archive:
         archive.add(write_tree(tmp_path / "pictures", FILES), "pictures")
     download(tmp_path / "raw", folder_params(path))
-    assert manifest(tmp_path / "raw")["file"] == "images.tar"
+    assert manifest(tmp_path / "raw")["name"] == "images.tar"
 
 
 def test_an_archive_behind_an_address(tmp_path, monkeypatch):

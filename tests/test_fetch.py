@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import socket
 import time
 
 import pytest
@@ -11,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from tasks import fetch
+from tasks import addresses, fetch
 from tasks.stage import StageError
-from tests.data_inputs import serving
+from tests.data_inputs import cutting, random_cuts, serving
 
 DATA = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -56,6 +57,16 @@ def test_a_server_that_cuts_connections_is_asked_for_the_rest(site, get, tmp_pat
     starts = [int(asked[6:-1]) if asked else 0 for _, asked in site.requests]
     assert len(starts) > 3
     assert starts == sorted(set(starts)), "each request begins where the one before ended"
+
+
+def test_twenty_connections_that_break_at_random_places(site, get, tmp_path):
+    site.files["/a"] = DATA
+    with cutting(site.address, random_cuts(len(DATA))) as relay:
+        get(f"http://127.0.0.1:{relay.port}/a")
+        assert not relay.cuts
+    assert (tmp_path / "file").read_bytes() == DATA
+    starts = [int(asked[6:-1]) if asked else 0 for _, asked in site.requests]
+    assert len(starts) == 21 and starts == sorted(set(starts))
 
 
 def test_what_arrived_before_an_accident_is_kept_for_the_next_run(site, get, tmp_path):
@@ -147,8 +158,8 @@ def test_private_addresses_are_refused(get, host):
 
 def test_a_redirect_to_a_private_address_is_refused(site, get, monkeypatch):
     site.redirects["/a"] = "http://10.0.0.1/secret"
-    public = fetch._is_public
-    monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1" or public(address))
+    public = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or public(address))
     with pytest.raises(StageError, match=r"private address 10\.0\.0\.1"):
         get(f"{site.address}/a", allow_private_addresses=False)
 
@@ -174,16 +185,16 @@ def test_no_second_look_up_can_name_another_address(site, get, tmp_path, monkeyp
         asked.append(host)
         return [(2, 1, 6, "", ("127.0.0.1" if len(asked) == 1 else "127.0.0.2", port))]
 
-    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     client_connects = []
-    connect = fetch.socket.create_connection
+    connect = socket.create_connection
 
     def record(address, *others, **named):
         client_connects.append(address[0])
         monkeypatch.undo()
         return connect(address, *others, **named)
 
-    monkeypatch.setattr(fetch.socket, "create_connection", record)
+    monkeypatch.setattr(socket, "create_connection", record)
     get(f"http://example.org:{port}/a")
     assert asked == ["example.org"]
     assert client_connects == ["127.0.0.1"]
@@ -217,8 +228,8 @@ def certificate(tmp_path_factory):
 
 def test_the_certificate_is_that_of_the_host_and_not_of_the_address(get, tmp_path, monkeypatch, certificate):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    resolve = fetch.socket.getaddrinfo
-    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda _, *others, **named: resolve("127.0.0.1", *others, **named))
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *others, **named: resolve("127.0.0.1", *others, **named))
     with serving(certificate) as site:
         site.files["/a"] = DATA
         port = site.address.rpartition(":")[2]
@@ -236,6 +247,15 @@ def test_secrets_in_an_address_are_not_repeated(site, get):
         get(private)
     assert "secret" not in str(refused.value)
     assert "password" not in str(refused.value)
+
+
+def test_headers_go_to_the_host_that_was_asked_and_to_no_other(site, get, tmp_path):
+    with serving() as other:
+        other.files["/there"] = DATA
+        site.redirects |= {"/a": "/b", "/b": f"{other.address}/there"}
+        get(f"{site.address}/a", headers={"Authorization": "Bearer right"})
+        assert site.tokens == [("/a", "Bearer right"), ("/b", "Bearer right")]
+        assert other.tokens == [("/there", None)]
 
 
 def test_no_space_left_is_said_before_anything_comes(site, get, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tasks import params, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = f"download.path={ROOT / 'tests'}"
-SAID_BY_A_PERSON = {"cifar10_tiny": [PATH], "folder": [PATH]}
+SAID_BY_A_PERSON = {"cifar10_tiny": [PATH], "folder": [PATH], "hub": ["download.hub.repo=owner/name"]}
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder"} == set(preset.names())
+    assert {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"} == set(preset.names())
 
 
 @pytest.mark.parametrize("name", preset.names())
@@ -65,6 +65,12 @@ def test_overrides_of_values_and_of_parts():
     assert document["model"]["block_out_channels"] == [16, 32]
 
 
+@pytest.mark.parametrize("source", preset.parts()["source"])
+def test_every_source_of_the_hub_is_valid(source):
+    document = preset.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
+    assert document["download"]["source"] == "hub"
+
+
 def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
     (tmp_path / "my pictures (1)").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -82,6 +88,8 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["digits", "train"], "'train' is no override"),
         (["digits", "model.attention=["], "the overrides cannot be read"),
         (["digits", "conditioning=labels"], "there is no conditioning 'labels'; did you mean 'label'?"),
+        (["digits", "source=celebahq"], "preset 'digits' lets nobody choose its source"),
+        (["hub"], "set download.hub.repo"),
         (["digits_ddpm", "evaluate.guidance_scale=2.0"], "guidance needs a condition"),
         (["folder"], "set either download.path"),
         (["folder", "download.path=/nowhere/at/all"], "download.path '/nowhere/at/all' does not exist"),
