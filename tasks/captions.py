@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -38,7 +39,7 @@ class Captions:
 
 def is_table(name: str) -> bool:
     """Whether a file may hold captions, by its name."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_damaged(text: str) -> bool:
@@ -55,7 +56,7 @@ def read(tables: Iterable[tuple[Member, bytes | Problem]], images: list[str]) ->
     whole = set(images)
     by_name: dict[str, list[str]] = {}
     for path in images:
-        by_name.setdefault(PurePosixPath(path).name, []).append(path)
+        by_name.setdefault(posixpath.basename(path), []).append(path)
     captions = Captions()
     for member, content in tables:
         if isinstance(content, Problem):

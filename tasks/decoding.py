@@ -114,13 +114,13 @@ def perceptual_hashes(thumbnails: np.ndarray) -> list[str]:
     """uint8 [n, 32, 32] -> n hashes of 16 hexadecimal digits; similar pictures differ in few bits.
 
     The pHash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010):
-    the signs, about their median, of the 8x8 lowest DCT-II frequencies. The transform is done in
-    integers, so the same picture has the same hash on every machine.
+    the signs, about their median, of the 8x8 lowest DCT-II frequencies. The numbers are whole and
+    stay below 2^53, so float64 is exact and the same picture has the same hash on every machine.
     """
     import numpy as np
 
     basis = _integer_cosines()
-    low = basis @ thumbnails.astype(np.int64) @ basis.T
+    low = basis @ (thumbnails.astype(np.float64) @ basis.T)
     coefficients = low.reshape(len(thumbnails), 64)
     bits = coefficients > np.median(coefficients, axis=1, keepdims=True)
     return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
@@ -128,8 +128,8 @@ def perceptual_hashes(thumbnails: np.ndarray) -> list[str]:
 
 @functools.cache
 def _integer_cosines() -> np.ndarray:
-    """int64 [8, 32]: the 8 lowest DCT-II basis functions over 32 samples, scaled by 4096 and rounded."""
+    """float64 [8, 32]: the 8 lowest DCT-II basis functions over 32 samples, scaled by 4096 and rounded."""
     import numpy as np
 
     frequency, sample = np.arange(8)[:, None], np.arange(HASH_SIDE)[None]
-    return np.rint(4096 * np.cos(np.pi * frequency * (2 * sample + 1) / (2 * HASH_SIDE))).astype(np.int64)
+    return np.rint(4096 * np.cos(np.pi * frequency * (2 * sample + 1) / (2 * HASH_SIDE)))

@@ -9,11 +9,12 @@ What the names say:
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tasks import archives, captions, decoding
 from tasks.archives import Member
@@ -88,7 +89,7 @@ def _places(images: list[str]) -> dict[str, Place]:
     """Published splits and folders of image paths."""
     found = {}
     for name in images:
-        parents = PurePosixPath(name).parts[:-1]
+        parents = name.split("/")[:-1]
         split = next((SPLITS[part.lower()] for part in parents if part.lower() in SPLITS), None)
         folder = parents[-1] if parents and parents[-1].lower() not in SPLITS else None
         found[name] = Place(split, folder)
@@ -104,7 +105,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _suffix(member: Member) -> str:
-    return PurePosixPath(member.name).suffix.lower()
+    return posixpath.splitext(member.name)[1].lower()
 
 
 def _is_image(member: Member) -> bool:

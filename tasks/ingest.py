@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
+import multiprocessing
+import signal
+import sys
+import time
+import unicodedata
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -20,33 +29,49 @@ from tasks.stage import StageError
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
+CEILING_CHUNKS = 16
+"""Chunks that are decoded a second time, to say what the stage could reach at best; of a smaller source, none."""
+
+Finding: TypeAlias = "dict[str, Any] | Problem"
+"""The columns that follow from the bytes of a picture, or why there are none."""
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
     """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
+    started = time.perf_counter()
     manifest = read_manifest(raw)
     source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
-    with atomic.writing_folder(images) as rows, atomic.writing_folder(quarantine) as aside:
+    origin, captions = _origin(manifest), _class_captions(source.classes, params)
+    with (
+        atomic.writing_folder(images) as rows,
+        atomic.writing_folder(quarantine) as aside,
+        _decoders(params) as pool,
+        _no_search_for_cycles(),
+    ):
         writer, quarantined = Writer(rows, params.shards), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
-        for entry, finding in _examined(source.entries, params):
+        sample: list[list[bytes]] = []
+        for entry, finding in _examined(source.entries, len(source.classes), pool, params, sample):
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
             else:
-                writer.add(finding | _published(entry, source, params) | _origin(manifest))
+                writer.add({**finding, **_published(entry, captions, params), **origin})
             progress.update()
         progress.close()
         reasons = quarantined.close()
         counts = {"inputs": writer.rows + sum(reasons.values()), "quarantined": reasons}
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))
-        index = writer.close() | counts | _origin(manifest)
+        index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
+        speed = _speed(counts["inputs"], time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
     if source.unmatched_captions:
         print(f"ingest: {source.unmatched_captions} captions name no image")
+    if speed:
+        print(speed)
 
 
 def _open(manifest: dict[str, Any], files: dict[str, Path], params: IngestParams) -> Source:
@@ -72,31 +97,110 @@ def _origin(manifest: dict[str, Any]) -> dict[str, str]:
     return {"licence": manifest["licence"], "source": manifest["source"]}
 
 
-def _published(entry: Entry, source: Source, params: IngestParams) -> dict[str, Any]:
+def _class_captions(classes: list[str], params: IngestParams) -> list[list[str]]:
+    """For each class the captions that its name gives."""
+    names = [name.replace("_", " ") for name in classes]
+    return [[template.format(name) for template in params.caption_templates] for name in names]
+
+
+def _published(entry: Entry, captions: list[list[str]], params: IngestParams) -> dict[str, Any]:
     """What the source says about an entry, completed: the split by key hash, the captions from the class name."""
-    captions = list(entry.captions)
-    if not captions and entry.label is not None:
-        name = source.classes[entry.label].replace("_", " ")
-        captions = [template.format(name) for template in params.caption_templates]
+    own = list(entry.captions) or (captions[entry.label] if entry.label is not None else [])
     split = entry.split or split_of(entry.key, params.held_out_fraction)
-    return {"key": entry.key, "label": entry.label, "captions": captions, "split": split, "safety": entry.safety}
+    return {"key": entry.key, "label": entry.label, "captions": own, "split": split, "safety": entry.safety}
 
 
-def _examined(entries: Iterator[Entry], params: IngestParams) -> Iterator[tuple[Entry, dict[str, Any] | Problem]]:
-    """Every entry with what its bytes show, in the order given; decoded by `params.workers` threads.
+@contextmanager
+def _decoders(params: IngestParams) -> Iterator[ProcessPoolExecutor]:
+    """`params.workers` processes that decode: of a small picture's time most is Python's own, under its lock.
 
-    Decoding and hashing leave Python's lock, so threads share the cores, and no process outlives
-    the stage. At most two chunks per worker are in memory.
+    They are forked where that is safe, which costs nothing, and end with the stage, however that ends.
     """
-    waiting: deque[tuple[list[Entry], Future[list[dict[str, Any] | Problem]]]] = deque()
-    with ThreadPoolExecutor(params.workers) as pool:
-        for chunk in _chunks(entries):
-            waiting.append((chunk, pool.submit(_examine, chunk, params)))
-            if len(waiting) >= 2 * params.workers:
-                done, future = waiting.popleft()
-                yield from zip(done, future.result(), strict=True)
-        for done, future in waiting:
-            yield from zip(done, future.result(), strict=True)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(params.workers, context, _begin_decoder)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise StageError(
+            "a process that decodes pictures was killed, as a machine without memory does; lower ingest.workers or "
+            "ingest.max_pixels"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Rows hold no cycles, and looking for some among hundreds of thousands takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _begin_decoder() -> None:
+    """In a new process: the stage hears the signals and ends it; should the stage be killed, it goes too."""
+    gc.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _examined(
+    entries: Iterator[Entry],
+    classes: int,
+    pool: ProcessPoolExecutor,
+    params: IngestParams,
+    sample: list[list[bytes]],
+) -> Iterator[tuple[Entry, Finding]]:
+    """Every entry with what its bytes show, in the order given. At most three chunks per worker are in memory.
+
+    The bytes of the first chunks stay in `sample`.
+    """
+    waiting: deque[tuple[list[Entry], list[Problem | None], Future[list[Finding]]]] = deque()
+    for chunk in _chunks(entries):
+        problems = [_problem(entry, classes) for entry in chunk]
+        data = [entry.data for entry, problem in zip(chunk, problems, strict=True) if entry.data and not problem]
+        if len(sample) < CEILING_CHUNKS:
+            sample.append(data)
+        waiting.append((chunk, problems, pool.submit(_examine, data, params.max_pixels)))
+        if len(waiting) >= 3 * params.workers:
+            yield from _joined(*waiting.popleft())
+    while waiting:
+        yield from _joined(*waiting.popleft())
+
+
+def _joined(
+    chunk: list[Entry], problems: list[Problem | None], future: Future[list[Finding]]
+) -> Iterator[tuple[Entry, Finding]]:
+    findings = iter(future.result())
+    for entry, problem in zip(chunk, problems, strict=True):
+        finding = problem or next(findings)
+        yield entry, finding if isinstance(finding, Problem) else {**finding, "image": entry.data}
+
+
+def _problem(entry: Entry, classes: int) -> Problem | None:
+    """What is wrong with an entry before its picture is opened."""
+    if entry.problem:
+        return entry.problem
+    if entry.data is None:
+        return Problem("not read", "the source gave no bytes")
+    if not entry.data:
+        return Problem("zero bytes", "the file is empty")
+    if entry.label is not None and not (isinstance(entry.label, int) and 0 <= entry.label < classes):
+        return Problem("label out of range", f"the label {entry.label} names none of the {classes} classes")
+    for text in entry.captions:
+        if not text.isprintable() and any(_is_control(character) for character in text):
+            return Problem("control characters in a caption", ascii(text)[:200])
+    return None
+
+
+def _is_control(character: str) -> bool:
+    """Whether a character is no text: control codes but tab and line ends, surrogates, unassigned code points."""
+    return character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs", "Cn")
 
 
 def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -112,20 +216,21 @@ def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _examine(chunk: list[Entry], params: IngestParams) -> list[dict[str, Any] | Problem]:
-    """The columns that follow from the bytes of each entry, or why there are none."""
+def _examine(pictures: list[bytes], max_pixels: int) -> list[Finding]:
+    """Encoded pictures -> what their bytes show."""
     import numpy as np
 
-    findings: list[dict[str, Any] | Problem] = []
+    findings: list[Finding] = []
     thumbnails = []
-    for entry in chunk:
-        finding = _decode(entry, params)
-        if isinstance(finding, Problem):
-            findings.append(finding)
+    for data in pictures:
+        try:
+            picture = decoding.open_image(data, max_pixels)
+            thumbnails.append(decoding.thumbnail(picture))
+        except decoding.UnreadableError as unreadable:
+            findings.append(Problem(unreadable.reason, unreadable.detail))
             continue
-        row, thumbnail = finding
-        findings.append(row)
-        thumbnails.append(thumbnail)
+        digest = hashlib.sha256(data).hexdigest()
+        findings.append({"width": picture.width, "height": picture.height, "mode": picture.mode, "sha256": digest})
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
     for found in findings:
         if not isinstance(found, Problem):
@@ -133,22 +238,24 @@ def _examine(chunk: list[Entry], params: IngestParams) -> list[dict[str, Any] | 
     return findings
 
 
-def _decode(entry: Entry, params: IngestParams) -> tuple[dict[str, Any], Any] | Problem:
-    if entry.problem or entry.data is None:
-        return entry.problem or Problem("not read", "the source gave no bytes")
-    try:
-        picture = decoding.open_image(entry.data, params.max_pixels)
-        thumbnail = decoding.thumbnail(picture)
-    except decoding.UnreadableError as unreadable:
-        return Problem(unreadable.reason, unreadable.detail)
-    row = {
-        "image": entry.data,
-        "width": picture.width,
-        "height": picture.height,
-        "mode": picture.mode,
-        "sha256": hashlib.sha256(entry.data).hexdigest(),
-    }
-    return row, thumbnail
+def _speed(
+    count: int, seconds: float, pool: ProcessPoolExecutor, sample: list[list[bytes]], params: IngestParams
+) -> str | None:
+    """How fast the stage was beside its ceiling: all workers decoding and hashing, and nothing else going on."""
+    if len(sample) < CEILING_CHUNKS:
+        return None
+    spent = sum(pool.map(_seconds_of, sample, [params.max_pixels] * len(sample)))
+    ceiling = params.workers * sum(map(len, sample)) / spent
+    return (
+        f"ingest: {count / seconds:,.0f} img/s, {count / seconds / ceiling:.0%} of the ceiling of {ceiling:,.0f} img/s "
+        f"({params.workers} workers that only decode and hash)"
+    )
+
+
+def _seconds_of(pictures: list[bytes], max_pixels: int) -> float:
+    started = time.perf_counter()
+    _examine(pictures, max_pixels)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
