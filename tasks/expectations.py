@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ NO_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 class Gate:
     """One expectation about a table, and what its failure means."""
 
+    check: str
+    """What it belongs to, such as "size"; the severity is decided by it."""
     type: str
     """Name of the expectation, such as "ExpectColumnValuesToBeBetween"."""
     arguments: dict[str, Any]
@@ -49,8 +52,11 @@ class Finding:
     """Keys of the first of them."""
 
 
-def judge(tables: list[Table], docs: Path) -> list[Finding]:
-    """Run every gate over its table and write the Data Docs site into the folder `docs` (`index.html` is its door)."""
+def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> list[Finding]:
+    """Run every gate over its table and write the Data Docs site into the folder `docs` (`index.html` is its door).
+
+    The pages show the checks in `warn_only` with the severity "warning", the others with "critical".
+    """
     os.environ["GX_ANALYTICS_ENABLED"] = "False"
     import great_expectations as gx
     from great_expectations.core.run_identifier import RunIdentifier
@@ -65,7 +71,8 @@ def judge(tables: list[Table], docs: Path) -> list[Finding]:
         batches = source.add_dataframe_asset(table.name).add_batch_definition_whole_dataframe("all")
         suite = context.suites.add(gx.ExpectationSuite(name=table.name))
         for gate in table.gates:
-            suite.add_expectation(getattr(gx.expectations, gate.type)(**gate.arguments))
+            severity = "warning" if gate.check in warn_only else "critical"
+            suite.add_expectation(getattr(gx.expectations, gate.type)(**gate.arguments, severity=severity))
         definition = gx.ValidationDefinition(name=table.name, data=batches, suite=suite)
         result = context.validation_definitions.add(definition).run(
             batch_parameters={"dataframe": table.frame},

@@ -174,6 +174,13 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
     return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
 
 
+def schema_of(shard: Path) -> pa.Schema:
+    """Columns that a shard has, which should be those of `schema`."""
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(shard)
+
+
 def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     """One split of an images folder -> pixels, labels and captions, sorted by key.
 

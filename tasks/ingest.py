@@ -9,7 +9,6 @@ import multiprocessing
 import signal
 import sys
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +25,7 @@ from tasks.images import Writer, split_of
 from tasks.params import IngestParams
 from tasks.source import Entry, Problem, Source, read_manifest
 from tasks.stage import StageError
+from tasks.writing_systems import is_control
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
@@ -193,14 +193,9 @@ def _problem(entry: Entry, classes: int) -> Problem | None:
     if entry.label is not None and not (isinstance(entry.label, int) and 0 <= entry.label < classes):
         return Problem("label out of range", f"the label {entry.label} names none of the {classes} classes")
     for text in entry.captions:
-        if not text.isprintable() and any(_is_control(character) for character in text):
+        if not text.isprintable() and any(map(is_control, text)):
             return Problem("control characters in a caption", ascii(text)[:200])
     return None
-
-
-def _is_control(character: str) -> bool:
-    """Whether a character is no text: control codes but tab and line ends, surrogates, unassigned code points."""
-    return character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs", "Cn")
 
 
 def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:

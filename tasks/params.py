@@ -118,6 +118,17 @@ class IngestParams(Section):
         return self
 
 
+Check = Literal[
+    "schema", "rows", "keys", "size", "aspect", "mode", "splits", "hashes", "licence", "origin", "safety",
+    "decodability", "duplicates", "leaks", "near_duplicates", "near_leaks", "labels", "class_size", "drift",
+    "captions", "caption_length", "caption_characters", "caption_script",
+]  # fmt: skip
+Script = Literal[
+    "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "TAMIL", "THAI",
+    "HANGUL", "HIRAGANA", "KATAKANA", "CJK",
+]  # fmt: skip
+
+
 class ValidateParams(Section):
     min_images: PositiveInt
     min_side: PositiveInt
@@ -125,7 +136,19 @@ class ValidateParams(Section):
     max_quarantined_fraction: Fraction
     min_images_per_class: Annotated[int, Field(ge=0)]
     max_caption_characters: PositiveInt = 2000
+    caption_scripts: tuple[Script, ...] = Field(default=("LATIN",), strict=False)
+    """Scripts in which captions are expected, named as Unicode names their letters."""
     max_duplicate_fraction: Fraction = 0.05
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=6)] = 3
+    """Pictures whose perceptual hashes of 64 bits differ in at most so many are near duplicates."""
+    max_label_drift: Fraction = 0.1
+    """Share of the images that may lie in other classes than in the accepted version in `baseline`."""
+    baseline: str = "baseline.json"
+    """A copy of the data/accepted.json of an earlier version, kept in Git: what `drift` compares with."""
+    warn_only: tuple[Check, ...] = Field(
+        default=("near_duplicates", "near_leaks", "drift", "caption_script"), strict=False
+    )
+    """Checks that are reported and stop nothing; every other one stops the chain."""
 
 
 class ImageParams(Section):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import yaml
 
 from tasks import preset
@@ -68,6 +69,26 @@ def run_stage(stage: str, *paths: Path, params: Path) -> subprocess.CompletedPro
     """A stage through its real entry point."""
     command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def run_and_measure(stage: str, *paths: Path, params: Path) -> tuple[subprocess.CompletedProcess[str], int]:
+    """A stage through its real entry point, and the most memory in bytes that it and its processes held at once."""
+    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        watched, peak, finished = psutil.Process(process.pid), [0], threading.Event()
+
+        def watch() -> None:
+            while not finished.wait(0.05):
+                with suppress(psutil.Error):
+                    family = [watched, *watched.children(recursive=True)]
+                    peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        out, err = process.communicate()
+        finished.set()
+        watcher.join()
+    return subprocess.CompletedProcess(command, process.returncode, out, err), peak[0]
 
 
 def write_params(path: Path, **sections: dict[str, object]) -> Path:

@@ -1,22 +1,41 @@
 """The stage `validate`: good data passes, each kind of bad data fails by name, and then nothing after it starts."""
 
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tasks import quarantine
 from tasks.download import download
+from tasks.images import schema
 from tasks.ingest import ingest
 from tasks.params import ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
-from tests.data_inputs import ROOT, contents, folder_params, ingest_params, picture, run_stage, write_params, write_tree
+from tests.data_inputs import (
+    ROOT,
+    contents,
+    folder_params,
+    ingest_params,
+    picture,
+    run_and_measure,
+    run_stage,
+    write_params,
+    write_tree,
+)
 
 CLASSED = {
     f"{split}/{name}/{seed}.png": picture(seed + 100 * position)
@@ -39,14 +58,30 @@ def gates(**others):
     return ValidateParams.model_validate(values | others)
 
 
+def rewrite(images, change):
+    """Replace a column of every row of the shard: what no source of ours writes, but a damaged one might."""
+    name, values = change
+    path = images / "shard-0.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    if values is None:
+        table = table.remove_column(place)
+    else:
+        table = table.set_column(place, name, pa.array([values(row) for row in table.to_pylist()]))
+        table = table.cast(schema()) if name != "width" else table
+    pq.write_table(table, path)
+
+
 @pytest.fixture
 def judged(tmp_path):
     """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
 
-    def call(files, licence="mine", **limits):
+    def call(files, licence="mine", change=None, **limits):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
         ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        if change:
+            rewrite(tmp_path / "images", change)
         (tmp_path / "accepted.json").unlink(missing_ok=True)
         try:
             paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
@@ -71,7 +106,7 @@ def test_the_data_docs_show_every_gate(tmp_path, judged):
     assert judged(CLASSED) is None
     assert (tmp_path / "report" / "index.html").is_file()
     pages = [path.read_text() for path in (tmp_path / "report" / "validations").rglob("*.html")]
-    assert len(pages) == 3
+    assert len(pages) == 4
     assert any("aspect_ratio" in page for page in pages)
 
 
@@ -90,6 +125,14 @@ def with_captions(text):
 def every_caption(special):
     lines = [f"{name},{special if name == 'train/cat/3.png' else 'a thing'}" for name in CLASSED]
     return "image,caption\n" + "\n".join(lines)
+
+
+def near(seed):
+    """Almost `picture(seed)`: another file whose perceptual hash is the same or a bit apart."""
+    image = PIL.Image.open(io.BytesIO(picture(seed))).convert("RGB")
+    file = io.BytesIO()
+    image.point(lambda value: max(0, value - 2)).save(file, "PNG")
+    return file.getvalue()
 
 
 CASES = {
@@ -124,6 +167,57 @@ CASES = {
     ),
     "a long caption": (with_captions(every_caption("x" * 3000)), {}, "max_caption_characters", "train/cat/3.png"),
     "no caption": (with_captions(every_caption("")), {}, "no caption", "train/cat/3.png"),
+    "near repeats": (
+        CLASSED | {f"train/cat/near{seed}.png": near(seed) for seed in range(8)},
+        {"warn_only": []},
+        "nearly repeat another",
+        "train/cat/near0.png",
+    ),
+    "near leaks": (
+        CLASSED | {f"test/cat/near{seed}.png": near(seed) for seed in range(8)},
+        {"warn_only": []},
+        "nearly the same was trained on",
+        "test/cat/near0.png",
+    ),
+    "another script": (with_captions(every_caption("кошка (cat)")), {"warn_only": []}, "LATIN", "train/cat/3.png"),
+    "unsafe": (
+        CLASSED,
+        {"change": ("safety", lambda row: "unsafe" if row["key"] == "train/cat/3.png" else "safe")},
+        "not marked safe",
+        "train/cat/3.png",
+    ),
+    "safety unknown": (
+        CLASSED,
+        {"change": ("safety", lambda row: None if row["key"] == "train/cat/3.png" else "safe")},
+        "not marked safe",
+        "train/cat/3.png",
+    ),
+    "no origin": (CLASSED, {"change": ("source", lambda row: "")}, "no origin", "test/cat/0.png"),
+    "labels that are not there": (
+        CLASSED,
+        {"change": ("label", lambda row: 7 if row["key"] == "train/owl/3.png" else row["label"])},
+        "labels name no class",
+        "train/owl/3.png",
+    ),
+    "labels that are NaN": (
+        CLASSED,
+        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"])},
+        "no class folder",
+        "train/owl/3.png",
+    ),
+    "a column gone": (CLASSED, {"change": ("phash", None)}, "columns of the shards", "shard-0.parquet: phash"),
+    "a column of another type": (
+        CLASSED,
+        {"change": ("width", lambda row: float("nan"))},
+        "columns of the shards",
+        "shard-0.parquet: width",
+    ),
+    "hashes that are none": (
+        CLASSED,
+        {"change": ("phash", lambda row: "0" if row["key"] == "train/owl/3.png" else row["phash"])},
+        "hashes are damaged",
+        "train/owl/3.png",
+    ),
     "no test split": ({"one.png": picture(1)}, {"min_images": 1}, "a split is empty", None),
 }
 
@@ -138,6 +232,49 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert said.count("validate.") <= 2, "one gate fails, not a crowd of them"
     assert not (tmp_path / "accepted.json").exists()
     assert (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("case", ["near repeats", "near leaks", "another script"])
+def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case):
+    files, _, complaint, offender = CASES[case]
+    assert judged(files) is None
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
+    assert complaint in said
+    assert offender in said
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    (failed,) = [finding for finding in findings if not finding["success"]]
+    assert (failed["severity"], failed["offenders"][0]) == ("warning", offender)
+    assert {finding["severity"] for finding in findings} == {"warning", "failure"}
+
+
+def test_a_failure_may_be_made_a_warning(judged):
+    assert "min_side" in judged(CLASSED, min_side=100)
+    assert judged(CLASSED, min_side=100, warn_only=["size"]) is None
+
+
+def test_labels_are_weighed_against_the_version_accepted_before(tmp_path, judged):
+    """The baseline is a file that a person copies and commits: the same files give the same verdict."""
+    assert judged(CLASSED) is None
+    baseline = tmp_path / "baseline.json"
+    shutil.copy(tmp_path / "accepted.json", baseline)
+    limits = {"baseline": str(baseline), "warn_only": [], "max_label_drift": 0.1}
+    assert judged(CLASSED, **limits) is None
+    grown = CLASSED | {f"train/cat/new{seed}.png": picture(900 + seed) for seed in range(20)}
+    said = judged(grown, **limits)
+    assert "the label balance moved by 19.6%" in said  # cats: 16 of 48, then 36 of 68
+    assert "cat 33.3% to 52.9%" in said
+    assert judged(grown, **limits | {"max_label_drift": 0.2}) is None
+    assert judged(grown, **limits | {"warn_only": ["drift"]}) is None
+    shutil.copy(tmp_path / "accepted.json", baseline)
+    assert judged(grown, **limits) is None
+    baseline.write_text(json.dumps(json.loads(baseline.read_text()) | {"source": "another"}))
+    assert judged(CLASSED, **limits) is None, "another source has another balance"
+
+
+@pytest.mark.parametrize("text", ["[]", "no JSON", '{"labels": {"cat": "many"}}'])
+def test_a_baseline_that_cannot_be_read_is_no_baseline(tmp_path, judged, text):
+    (tmp_path / "baseline.json").write_text(text)
+    assert "validate.baseline" in judged(CLASSED, baseline=str(tmp_path / "baseline.json"))
 
 
 def test_no_licence_is_no_answer(judged):
@@ -180,7 +317,7 @@ def test_through_the_entry_point_nothing_after_it_runs(tmp_path):
 
 def test_dvc_trains_nothing_on_refused_data(tmp_path):
     """A later stage asked for by name in a clone: DVC stops at the failed gate."""
-    for name in ("dvc.yaml", "requirements.lock"):
+    for name in ("dvc.yaml", "requirements.lock", "baseline.json"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("tasks", "models", "flows"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -210,3 +347,45 @@ def test_every_stage_behind_it_depends_on_the_verdict():
 
     for name in names[names.index("validate") + 1 :]:
         assert "validate" in needs(name), name
+
+
+def write_metadata(root, count):
+    """A normal form of `count` rows in 16 shards, 1% of them repeating another, with pictures of a byte."""
+    random = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "aside").mkdir()
+    quarantine.Writer(root / "aside").close()
+    each, shards = count // 16, [f"shard-{number:x}.parquet" for number in range(16)]
+    for number, shard in enumerate(shards):
+        ids = range(number * each, (number + 1) * each)
+        columns = {
+            "key": [f"images/{i:08d}.jpg" for i in ids],
+            "image": [b"x"] * each,
+            "width": random.integers(256, 512, each),
+            "height": random.integers(256, 512, each),
+            "mode": ["RGB"] * each,
+            "label": random.integers(0, 10, each),
+            "captions": [[f"a photo, number {i}, of something", f"another of {i}"] for i in ids],
+            "split": random.choice(["train", "test"], each, p=[0.9, 0.1]).tolist(),
+            "sha256": [hashlib.sha256(str(i - i % 100 if i % 100 == 1 else i).encode()).hexdigest() for i in ids],
+            "phash": [f"{value:016x}" for value in random.integers(0, 2**63, each).tolist()],
+            "safety": ["safe"] * each,
+            "licence": ["CC0-1.0"] * each,
+            "source": ["hub"] * each,
+        }
+        pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
+    index = {"format": 1, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
+    (root / "images" / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.slow
+def test_a_million_rows_in_under_a_minute_and_little_memory(tmp_path):
+    write_metadata(tmp_path, 1_000_000)
+    params = write_params(tmp_path / "params.yaml", validate={"max_duplicate_fraction": 0.02})
+    started = time.monotonic()
+    paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
+    done, peak = run_and_measure("validate", *paths, params=params)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 60
+    assert peak < 1.5 * 2**30
