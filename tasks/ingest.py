@@ -59,14 +59,15 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             progress.update()
         progress.close()
         reasons = quarantined.close()
-        counts = {"inputs": writer.rows + sum(reasons.values()), "quarantined": reasons}
+        inputs = writer.rows + sum(reasons.values())
+        counts = {"inputs": inputs, "quarantined": reasons}
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))
         index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
-        speed = _speed(counts["inputs"], time.perf_counter() - started, pool, sample, params)
+        speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
     if source.unmatched_captions:
         print(f"ingest: {source.unmatched_captions} captions name no image")
