@@ -51,7 +51,8 @@ class Entry:
     """The published split; None where the source publishes none."""
     problem: Problem | None = None
     safety: str | None = None
-    """What the source says about how safe the picture is to show; None where it says nothing."""
+    """"safe" or "unsafe" to show, as the source says (unsafe where it should say and does not); None where no picture
+    of it is judged. `validate` lets only "safe" pass in a source that judges."""
 
 
 @dataclass(frozen=True)
