@@ -1,27 +1,69 @@
-"""Exponential moving average of the weights, which is what samples are drawn from."""
+"""Moving averages of the weights, which are what samples are drawn from.
+
+A profile says how fast an average forgets, and is named by its one number:
+
+- `decay-0.999`: w <- 0.999 w + 0.001 theta, with a short memory at first;
+- `std-0.10`: a power law (Karras et al. 2024, section 3.1) whose relative width is 0.10, so the memory grows with
+  the run and no number needs to be changed for a longer one;
+- `gamma-6.94`: the same power law, named by its exponent.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+WIDEST_STD = 12**-0.5
+"""The relative width of the plain mean of all weights so far (gamma = 0); no power law is wider."""
 
-def decay_at(step: int, decay: float) -> float:
-    """Decay of the update after `step` (1-based): short memory at first, min(decay, (1 + s) / (10 + s))."""
-    return min(decay, (1 + step) / (10 + step))
+
+def decay_at(step: int, profile: str) -> float:
+    """Decay of the update after `step` (1-based) for a named profile.
+
+    `decay-b`: min(b, (1 + s) / (10 + s)). Power law: (1 - 1/s)^(gamma + 1), Karras et al. 2024, eq. 2. Raises
+    `ValueError` for another name.
+    """
+    kind, _, number = profile.partition("-")
+    value = float(number)
+    if kind == "decay":
+        return min(value, (1 + step) / (10 + step))
+    if kind == "gamma":
+        return power_law(step, value)
+    if kind == "std":
+        return power_law(step, gamma_of_std(value))
+    raise ValueError(f"unknown average {profile!r}; known: decay-0.999, std-0.10, gamma-6.94")
+
+
+def power_law(step: int, gamma: float) -> float:
+    """beta_gamma(t) = (1 - 1/t)^(gamma + 1) for t = `step` >= 1 (Karras et al. 2024, eq. 2)."""
+    return (1 - 1 / step) ** (gamma + 1)
+
+
+def gamma_of_std(std: float) -> float:
+    """The exponent whose profile has the relative width `std`, 0 < std < `WIDEST_STD`.
+
+    Inverts sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2) (Karras et al. 2024, eq. 3), that is
+    the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / std^2.
+    """
+    import numpy as np
+
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 class EMA:
-    """Averaged float32 copies of a module's parameters, under their names."""
+    """Averaged float32 copies of a module's parameters, under their names, by one `profile`."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, profile: str) -> None:
+        self.profile = profile
         self.names = [name for name, _ in module.named_parameters()]
         self.weights = [parameter.detach().float().clone() for parameter in module.parameters()]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, decay: float) -> None:
-        """weights <- decay * weights + (1 - decay) * parameters, in one fused call."""
-        torch._foreach_lerp_(self.weights, [parameter.float() for parameter in module.parameters()], 1 - decay)
+    def update(self, module: nn.Module, step: int) -> None:
+        """weights <- decay * weights + (1 - decay) * parameters after `step` (1-based), in one fused call."""
+        parameters = [parameter.float() for parameter in module.parameters()]
+        torch._foreach_lerp_(self.weights, parameters, 1 - decay_at(step, self.profile))
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.weights, strict=True))

@@ -1,21 +1,30 @@
-"""Batches drawn where the model is: the data set lies on the device as uint8 and a step gathers its rows.
+"""Batches drawn where the model is, from a data set that lies there as it is stored, or from its mapped shards.
 
 Every random choice of step s is a function of (seed, s, process) and of nothing that came before.
 A resumed run therefore needs no generator states: it draws the same batches, noise and dropout by
-knowing its step.
+knowing its step. Where the data lies decides nothing: both stores give the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tasks import latents
+
 if TYPE_CHECKING:
-    from tasks.latents import Latents
+    from collections.abc import Callable, Sequence
+
+SHARE = 0.3
+"""Of the free memory, what the data set may take under `auto`; network, activations and the rest need theirs."""
 
 
 def seed_for(*parts: int | str) -> int:
@@ -33,13 +42,113 @@ class Batch:
     t: Tensor
     condition: Tensor | None
 
+    def split(self, size: int) -> list[Batch]:
+        """The same samples in batches of at most `size`."""
+        count = len(self.t)
+        conditions = self.condition.split(size) if self.condition is not None else [None] * -(-count // size)
+        return [
+            Batch(*parts)
+            for parts in zip(self.x0.split(size), self.eps.split(size), self.t.split(size), conditions, strict=True)
+        ]
+
+
+class Store(Protocol):
+    """One split as it is stored: columns `pixels` uint8 [N, C, H, W], `labels` int64 [N], `embeddings` [N, K, E]."""
+
+    count: int
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of one row of each column."""
+
+    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Rows int64 [B] of every column, on the device; `following` says which will probably be asked for next."""
+        ...
+
+
+class Resident:
+    """The whole split on the device; a batch is one gather there."""
+
+    where = "on the device"
+
+    def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
+        self.columns = {
+            name: torch.from_numpy(np.concatenate([shard[name] for shard in shards])).to(device) for name in shards[0]
+        }
+        self.device = device
+        self.count = len(self.columns["pixels"])
+        self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
+
+    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+        del following
+        rows = rows.to(self.device, non_blocking=True)
+        return {name: column[rows] for name, column in self.columns.items()}
+
+
+class Streamed:
+    """Memory-mapped shards; the next batch is read from the disk while the device works on this one."""
+
+    where = "streamed"
+
+    def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
+        self.shards, self.device = shards, device
+        self.starts = np.cumsum([0, *(len(shard["pixels"]) for shard in shards)])
+        self.count = int(self.starts[-1])
+        self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[list[int], Future[dict[str, Tensor]]] | None = None
+
+    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        columns = ahead[1].result() if ahead and ahead[0] == rows.tolist() else self._read(rows)
+        then = following()
+        self._ahead = then.tolist(), self._reader.submit(self._read, then)
+        return {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
+
+    def _read(self, rows: Tensor) -> dict[str, Tensor]:
+        wanted = rows.numpy()
+        shard_of = np.searchsorted(self.starts, wanted, "right") - 1
+        columns = {
+            name: np.empty((len(wanted), *self.shapes[name]), column.dtype) for name, column in self.shards[0].items()
+        }
+        for number in np.unique(shard_of):
+            places = np.flatnonzero(shard_of == number)
+            for name, column in columns.items():
+                column[places] = self.shards[number][name][wanted[places] - self.starts[number]]
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
+
+
+def open_store(data: Path, split: str, where: str, device: torch.device) -> Store:
+    """The store of a split: `where` is device, stream, or auto, which compares its size with the free memory."""
+    shards = latents.open_shards(data, split)
+    size = sum(column.nbytes for shard in shards for column in shard.values())
+    fits = where == "device" or (where == "auto" and size <= SHARE * free_memory(device))
+    return Resident(shards, device) if fits else Streamed(shards, device)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free for this process where `device` keeps its tensors, as measured now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container may have less than its host
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
 
 class Batches:
-    """Draws the samples of a step for one of `processes`, `batch_size` in `parts` accumulation parts each."""
+    """Draws the samples of a step for one of `processes`, `batch_size` in `parts` accumulation parts each.
+
+    `prompts` float32 [classes + 1, E] end with the embedding that stands for no condition; `classes` is their
+    number, and the label of none.
+    """
 
     def __init__(
         self,
-        latents: Latents,
+        store: Store,
         *,
         batch_size: int,
         timesteps: int,
@@ -47,13 +156,16 @@ class Batches:
         horizontal_flip: bool,
         seed: int,
         device: torch.device,
+        classes: int = 0,
+        prompts: Tensor | None = None,
         parts: int = 1,
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.pixels = torch.from_numpy(latents.pixels).to(device)
-        self.condition, self.null = conditions_of(latents, device)
-        self.prompts = None if latents.prompts is None else torch.from_numpy(latents.prompts)
+        self.store = store
+        self.classes, self.prompts = classes, prompts
+        self.shape = store.shapes["pixels"]
+        self.null = torch.tensor(classes, device=device) if prompts is None else prompts[-1].to(device)
         self.size, self.parts, self.timesteps = batch_size // parts, parts, timesteps
         self.condition_dropout, self.horizontal_flip = condition_dropout, horizontal_flip
         self.seed, self.device = seed, device
@@ -63,50 +175,58 @@ class Batches:
     def draw(self, step: int, part: int = 0) -> Batch:
         """The batch of `step` (0-based) and `part`; the same arguments give the same tensors."""
         generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, "batch", step, part, self.process))
-        rows = self.rows(step, part)
-        x0 = self.pixels[rows].float() / 127.5 - 1
+        following = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
+        columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
+        x0 = columns["pixels"].float() / 127.5 - 1
+        count = len(x0)
         if self.horizontal_flip:
-            flipped = torch.rand(len(rows), generator=generator, device=self.device) < 0.5
+            flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
             x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
-        t = torch.randint(self.timesteps, (len(rows),), generator=generator, device=self.device)
+        t = torch.randint(self.timesteps, (count,), generator=generator, device=self.device)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
-        return Batch(x0, eps, t, self._condition(rows, generator))
+        return Batch(x0, eps, t, self._condition(columns, generator))
 
     def rows(self, step: int, part: int = 0) -> Tensor:
         """Indices int64 [B]: the next positions in one endless sequence of shuffled epochs, shared by all processes."""
-        count = len(self.pixels)
         position = ((step * self.parts + part) * self.processes + self.process) * self.size
         pieces, missing = [], self.size
         while missing:
-            epoch, offset = divmod(position, count)
+            epoch, offset = divmod(position, self.store.count)
             pieces.append(self._order_of(epoch)[offset : offset + missing])
             position, missing = position + len(pieces[-1]), missing - len(pieces[-1])
-        return torch.cat(pieces).to(self.device)
+        return torch.cat(pieces)
+
+    def conditions(self, count: int) -> Tensor | None:
+        """Conditions to draw `count` samples by: each class in turn, or the captions of the first images."""
+        if "embeddings" in self.store.shapes:
+            rows = torch.arange(count) % self.store.count
+            return self.store.gather(rows, lambda: rows)["embeddings"][:, 0]
+        if "labels" in self.store.shapes:
+            return torch.arange(count, device=self.device) % self.classes
+        return None
 
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.pixels), generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(self.store.count, generator=generator)
         return self._order
 
-    def _condition(self, rows: Tensor, generator: torch.Generator) -> Tensor | None:
+    def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
         from models.diffusion import drop_condition
 
-        if self.condition is None or self.null is None:
+        condition = columns.get("embeddings", columns.get("labels"))
+        if condition is None:
             return None
-        condition = self.condition[rows]
+        count = len(condition)
         if condition.ndim == 3:  # several captions a picture: one is drawn
-            pick = torch.randint(condition.shape[1], (len(rows),), generator=generator, device=self.device)
-            condition = condition[torch.arange(len(rows), device=self.device), pick]
-        dropped = torch.rand(len(rows), generator=generator, device=self.device) < self.condition_dropout
+            pick = torch.randint(condition.shape[1], (count,), generator=generator, device=self.device)
+            condition = condition[torch.arange(count, device=self.device), pick]
+        dropped = torch.rand(count, generator=generator, device=self.device) < self.condition_dropout
         return drop_condition(condition, self.null, dropped)
 
 
-def conditions_of(latents: Latents, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """(condition of each sample, null condition): labels int64 [N], embeddings float [N, K, E], or two Nones."""
-    if latents.embeddings is not None and latents.prompts is not None:
-        return torch.from_numpy(latents.embeddings).to(device), torch.from_numpy(latents.prompts[-1]).to(device)
-    if latents.labels is not None:
-        null = torch.tensor(latents.classes, dtype=torch.int64, device=device)
-        return torch.from_numpy(latents.labels).to(device), null
-    return None, None
+def conditioning_of(data: Path) -> dict[str, Any]:
+    """`classes` and `prompts` of a data set, as `Batches` takes them."""
+    index = latents.read_index(data)
+    prompts = latents.load_prompts(data)
+    return {"classes": len(index["classes"]), "prompts": None if prompts is None else torch.from_numpy(prompts)}

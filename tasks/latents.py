@@ -100,12 +100,9 @@ def read_index(path: Path) -> dict[str, Any]:
 def load_latents(path: Path, split: str) -> Latents:
     """One split of the model's inputs, read into memory. Raises `StageError` where there is no such split."""
     import numpy as np
-    from safetensors.numpy import load_file
 
     index = read_index(path)
-    if split not in index["splits"]:
-        raise StageError(f"{path} has no split '{split}', only {', '.join(index['splits'])}; see ingest")
-    parts = [load_file(path / shard["file"]) for shard in index["splits"][split]["shards"]]
+    parts = open_shards(path, split)
 
     def joined(name: str) -> np.ndarray | None:
         return np.concatenate([part[name] for part in parts]) if name in parts[0] else None
@@ -114,7 +111,40 @@ def load_latents(path: Path, split: str) -> Latents:
         pixels=np.concatenate([part["pixels"] for part in parts]),
         labels=joined("labels"),
         embeddings=joined("embeddings"),
-        prompts=load_file(path / PROMPTS)["embeddings"] if index["prompts_sha256"] else None,
+        prompts=load_prompts(path),
         classes=len(index["classes"]),
         keys_sha256=index["splits"][split]["keys_sha256"],
     )
+
+
+def load_prompts(path: Path) -> np.ndarray | None:
+    """Embeddings float32 [classes + 1, D] of what asks for each class, and of no condition; None without captions."""
+    from safetensors.numpy import load_file
+
+    return load_file(path / PROMPTS)["embeddings"] if read_index(path)["prompts_sha256"] else None
+
+
+def open_shards(path: Path, split: str) -> list[dict[str, np.ndarray]]:
+    """The tensors of each shard of a split, memory-mapped: what is not indexed is not read.
+
+    Raises `StageError` where there is no such split.
+    """
+    index = read_index(path)
+    if split not in index["splits"]:
+        raise StageError(f"{path} has no split '{split}', only {', '.join(index['splits'])}; see ingest")
+    return [_mapped(path / shard["file"]) for shard in index["splits"][split]["shards"]]
+
+
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """Tensors of a safetensors file without reading them: 8 bytes that give the header's length, JSON, the data."""
+    import numpy as np
+
+    kinds = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: np.memmap(file, kinds[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

@@ -8,6 +8,7 @@ shows before the first stage works. Nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,12 @@ Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
 # DVC wants every dependency to exist. A source that is not a local file names the lock file, which
 # pins the package that brings the digits and the client that fetches the rest.
 NO_LOCAL_SOURCE = "requirements.lock"
+NO_WARM_START = "requirements.lock"
+"""The same for `train.init_from`: what is there in any case, and says which torch trains."""
+
+AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
+"""Kinds of averages of the weights that `train.ema` may name, and what their number must stay below."""
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 class ParamsError(ValueError):
@@ -228,17 +235,32 @@ class DiffusionParams(Section):
 class TrainParams(Section):
     steps: PositiveInt
     batch_size: PositiveInt
+    """Images of one step of the optimizer, over all processes and accumulated parts."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lr_schedule: Literal["constant", "cosine"]
+    """After the warm-up: constant (then more steps only continue a run) or a half cosine down to 0."""
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(gt=0, lt=1)]
+    ema: tuple[str, ...] = Field(strict=False, min_length=1)
+    """Averages of the weights that the run keeps: decay-0.999, or a power law as std-0.10 or gamma-6.94."""
+    pipeline_ema: str
+    """Which of them goes into the pipeline; another choice later trains no step."""
     condition_dropout: Fraction
     """Probability of training a sample without its condition (classifier-free guidance)."""
     horizontal_flip: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass: less memory, a third more time."""
+    channels_last: bool = False
+    """Memory format of the convolutions; faster on GPUs with tensor cores in bf16 and fp16."""
+    compile: bool = False
+    """Let torch.compile translate the network: minutes before the first step, faster ones on a GPU."""
+    data_on_device: Literal["auto", "device", "stream"] = "auto"
+    """Keep the data set on the device, or gather each batch from memory-mapped shards; the batches are the same."""
+    init_from: str = NO_WARM_START
+    """A folder with a trained pipeline to take the first weights from; a DVC dependency."""
     seed: int = 0
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
@@ -249,6 +271,18 @@ class TrainParams(Section):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps} leaves nothing of train.steps {self.steps}; lower it"
+            )
+        for profile in self.ema:
+            kind, _, number = profile.partition("-")
+            if not (kind in AVERAGES and _NUMBER.fullmatch(number) and 0 < float(number) < AVERAGES[kind]):
+                raise ValueError(
+                    f"train.ema has {profile!r}; write decay-0.999 (below 1), std-0.10 (below 0.288) or gamma-6.94"
+                )
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError("train.ema names an average twice; remove one")
+        if self.pipeline_ema not in self.ema:
+            raise ValueError(
+                f"train.pipeline_ema {self.pipeline_ema!r} is not in train.ema; choose from {', '.join(self.ema)}"
             )
         return self
 

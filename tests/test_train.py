@@ -265,17 +265,16 @@ def test_diverging_loss_stops_the_run(tmp_path, migrated_database):
 
 
 class TestBatches:
-    def batches(self, tmp_path, **options):
+    def batches(self, tmp_path, where="auto", conditioning="label", **options):
         import torch
 
-        from tasks.batches import Batches
-        from tasks.latents import load_latents
+        from tasks.batches import Batches, conditioning_of, open_store
 
         if not (tmp_path / "latents").exists():
-            write_inputs(tmp_path)
+            write_inputs(tmp_path, conditioning)
         defaults = {"batch_size": 16, "timesteps": 50, "condition_dropout": 0.25, "horizontal_flip": False, "seed": 1}
-        latents = load_latents(tmp_path / "latents", "train")
-        return Batches(latents, device=torch.device("cpu"), **(defaults | options))
+        store = open_store(tmp_path / "latents", "train", where, torch.device("cpu"))
+        return Batches(store, device=torch.device("cpu"), **conditioning_of(tmp_path / "latents"), **defaults | options)
 
     def test_an_epoch_visits_every_image_once_across_processes(self, tmp_path):
         rows = [

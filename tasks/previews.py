@@ -1,0 +1,79 @@
+"""What is looked at while a network trains: losses on held-out samples, and grids of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks import atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.ema import EMA
+    from tasks.training_run import Run
+
+STEPS, COLUMNS, ROWS = 20, 10, 4
+SAMPLES = COLUMNS * ROWS
+
+
+def held_out_losses(run: Run) -> dict[str, float]:
+    """Loss of each average on held-out samples, with the same noise and timesteps every time."""
+    import torch
+
+    losses = {}
+    for name, average in run.averages.items():
+        with torch.inference_mode(), averaged(run.network, average):
+            parts = [run.objective(run.network, batch) for batch in run.held_out]
+        losses[f"held_out_loss/{name}"] = torch.cat(parts).mean().item()
+    return losses
+
+
+def sample_grid(run: Run) -> Path:
+    """Draw a few images from the first of the averages; kept beside the checkpoints as a PNG."""
+    import torch
+
+    from models import pictures, samplers
+    from models.pipeline import to_uint8
+
+    draw = samplers.SeededNoise(range(SAMPLES), run.batches.shape)
+    device = run.accelerator.device
+
+    def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
+        return run.network(x, torch.full((len(x),), t, device=device), condition)
+
+    condition = run.batches.conditions(SAMPLES)
+    denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition)
+    steps = min(STEPS, run.diffusion.timesteps)
+    with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
+        drawn = samplers.sample(
+            "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
+        )
+    path = grid_path(run.folder, run.step)
+    grid = pictures.grid(to_uint8(drawn.float().cpu().numpy()), COLUMNS)
+    atomic.write_bytes(path, pictures.png_bytes(grid))
+    return path
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    return folder / "samples" / f"step-{step:06d}.png"
+
+
+@contextmanager
+def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
+    """Exchange the weights for an average of them, and training mode for evaluation, for the length of the block."""
+    import torch
+
+    parameters = list(network.parameters())
+    trained = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average.weights)
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, trained)

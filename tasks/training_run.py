@@ -1,0 +1,325 @@
+"""A training run in memory: built from parameters, kept in a checkpoint, and restored from one.
+
+Batches, noise, dropout and learning rate follow from the step, so a checkpoint holds no generator states.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import checkpoint, latents, training_key, workspace
+from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
+from tasks.stage import StageError
+from tasks.training_log import Row, Tally
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from models.ema import EMA
+    from models.unet import UNet, UNetConfig
+    from tasks.batches import Batch, Batches
+
+HELD_OUT_SAMPLES = 512
+OPTIMIZER = "optimizer"
+
+
+@dataclass
+class Run:
+    """Everything the loop works on.
+
+    `network` is ours, `module` the same as accelerate (and torch.compile) wraps it for training; `objective` maps
+    (network, batch) to the loss of each sample [B], `alpha_bar` float64 [T] is the schedule.
+    """
+
+    accelerator: Accelerator
+    network: UNet
+    module: torch.nn.Module
+    objective: Callable[[Any, Batch], Tensor]
+    optimizer: Any
+    averages: dict[str, EMA]
+    batches: Batches
+    held_out: list[Batch]
+    alpha_bar: np.ndarray
+    diffusion: DiffusionParams
+    params: TrainParams
+    folder: Path
+    tally: Tally
+    step: int = 0
+    history: list[Row] = field(default_factory=list)
+
+
+def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionParams, params: TrainParams) -> None:
+    """Raise `StageError`, before data or weights are touched, where the parameters do not fit data and machine."""
+    count, processes = index["splits"]["train"]["count"], int(os.environ.get("WORLD_SIZE", "1"))
+    if params.batch_size > count:
+        raise StageError(
+            f"train.batch_size {params.batch_size} exceeds the {count} training images; lower it to {count} or less"
+        )
+    parts = processes * params.gradient_accumulation
+    if params.batch_size % parts:
+        raise StageError(
+            f"train.batch_size {params.batch_size} cannot be shared among {processes} processes in "
+            f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
+        )
+    if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
+        raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
+    if params.init_from != NO_WARM_START:
+        _check_warm_start(Path(params.init_from), network_config(index, model), diffusion)
+
+
+def _check_warm_start(folder: Path, config: UNetConfig, diffusion: DiffusionParams) -> None:
+    """Compare architecture and prediction by their small files; the weights are not read."""
+    weights = training_key.weights_of(folder)
+    described = weights.with_name("config.json")
+    if not (weights.is_file() and described.is_file()):
+        raise StageError(f"train.init_from {folder} holds no pipeline (no {weights.name} and config.json); correct it")
+    ours, theirs = config.to_diffusers(), json.loads(described.read_text(encoding="utf-8"))
+    shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
+    unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
+    if unlike:
+        told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
+        raise StageError(f"train.init_from {folder} is another network ({told}); set the section model to fit it")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        if predicts != diffusion.prediction:
+            raise StageError(
+                f"train.init_from {folder} predicts {predicts}, not {diffusion.prediction}; "
+                f"set diffusion.prediction to {predicts}"
+            )
+
+
+def prepare(
+    data: Path,
+    index: dict[str, Any],
+    facts: dict[str, Any],
+    model: ModelParams,
+    diffusion: DiffusionParams,
+    params: TrainParams,
+) -> Run:
+    """Build network, optimizer, averages and batches, and load the newest checkpoint of this trajectory into them."""
+    import torch
+    from accelerate import Accelerator
+
+    from models import schedules
+    from models.ema import EMA
+    from models.unet import UNet
+
+    if params.precision == "fp16" and not torch.cuda.is_available():
+        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+    accelerator = Accelerator(
+        mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
+    )
+    torch.manual_seed(params.seed)
+    network = UNet(network_config(index, model))
+    if params.init_from != NO_WARM_START:
+        _load_weights(network, Path(params.init_from))
+    network = network.to(accelerator.device, memory_format=_memory_format(params))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
+    )
+    module, prepared = accelerator.prepare(network, optimizer)
+    if params.gradient_checkpointing:
+        network.checkpoint_gradients()
+    levels = schedules.alpha_bar(
+        schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
+    )
+    batches, held_out = _batches(data, accelerator, diffusion, params)
+    run = Run(
+        accelerator=accelerator,
+        network=network,
+        module=torch.compile(module) if params.compile else module,
+        objective=Objective(diffusion, levels, accelerator.device),
+        optimizer=prepared,
+        averages={profile: EMA(network, profile) for profile in params.ema},
+        batches=batches,
+        held_out=held_out,
+        alpha_bar=levels,
+        diffusion=diffusion,
+        params=params,
+        folder=training_key.folder_of(workspace.scratch(), facts),
+        tally=Tally(diffusion.timesteps, accelerator.device),
+    )
+    if accelerator.is_main_process:
+        _say(run, index)
+    _continue(run, facts)
+    return run
+
+
+class Objective:
+    """What the network is trained for: (network, batch) -> the weighted loss of each sample, float32 [B]."""
+
+    def __init__(self, params: DiffusionParams, alpha_bar: Any, device: torch.device) -> None:
+        import torch
+
+        from models.diffusion import loss_weights
+
+        levels = torch.from_numpy(alpha_bar)
+        weights = loss_weights(params.loss_weighting, params.prediction, levels, params.min_snr_gamma)
+        self.prediction = params.prediction
+        self.alpha_bar, self.weights = levels.float().to(device), weights.to(device)
+
+    def __call__(self, network: Any, batch: Batch) -> Tensor:
+        from models import diffusion
+
+        a = self.alpha_bar[batch.t]
+        output = network(diffusion.add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
+        target = diffusion.target(self.prediction, batch.x0, batch.eps, a)
+        return self.weights[batch.t] * diffusion.squared_error(output, target)
+
+
+def network_config(index: dict[str, Any], model: ModelParams) -> UNetConfig:
+    """The network for a data set and the section `model`."""
+    from models.unet import UNetConfig
+
+    return UNetConfig(
+        size=index["size"],
+        channels=index["channels"],
+        conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0,
+        embedded=index["conditioning"] == "text",
+        **model.model_dump(),
+    )
+
+
+def architecture(config: UNetConfig) -> dict[str, Any]:
+    """What shapes the network, as JSON."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _load_weights(network: UNet, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    network.load_state_dict(load_file(training_key.weights_of(folder)))
+    print(f"train: starts from the weights in {folder}", flush=True)
+
+
+def _memory_format(params: TrainParams) -> Any:
+    import torch
+
+    return torch.channels_last if params.channels_last else torch.contiguous_format
+
+
+def _batches(
+    data: Path, accelerator: Accelerator, diffusion: DiffusionParams, params: TrainParams
+) -> tuple[Batches, list[Batch]]:
+    """The batches of training, and the one held-out draw that every measurement uses, in parts of a batch's size."""
+    from tasks.batches import Batches, conditioning_of, open_store
+
+    def batches(split: str, **options: Any) -> Batches:
+        store = open_store(data, split, params.data_on_device, accelerator.device)
+        options |= conditioning_of(data)
+        return Batches(store, timesteps=diffusion.timesteps, device=accelerator.device, **options)
+
+    train = batches(
+        "train",
+        batch_size=params.batch_size // accelerator.num_processes,
+        condition_dropout=params.condition_dropout,
+        horizontal_flip=params.horizontal_flip,
+        seed=params.seed,
+        parts=params.gradient_accumulation,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    count = min(HELD_OUT_SAMPLES, latents.read_index(data)["splits"]["test"]["count"])
+    held_out = batches("test", batch_size=count, condition_dropout=0.0, horizontal_flip=False, seed=0)
+    return train, held_out.draw(0).split(max(1, train.size))
+
+
+def _say(run: Run, index: dict[str, Any]) -> None:
+    parameters = sum(parameter.numel() for parameter in run.network.parameters())
+    print(
+        f"train: {parameters / 1e6:.2f} M parameters on {run.accelerator.device}, "
+        f"{index['splits']['train']['count']} images {index['channels']}x{index['size']}x{index['size']} "
+        f"{run.batches.store.where}",
+        flush=True,
+    )
+
+
+def _continue(run: Run, facts: dict[str, Any]) -> None:
+    """Load the newest checkpoint of this trajectory; where there is none, say what a start from scratch is due to."""
+    main = run.accelerator.is_main_process
+    found = checkpoint.load_newest(run.folder, run.params.steps, warn=main)
+    if found:
+        restore(run, found)
+    _require_same_step(run)
+    if not main:
+        return
+    if found:
+        print(f"train: continues at step {found.step} of {run.params.steps}", flush=True)
+    elif changed := training_key.changed_since(run.folder, facts):
+        print(f"train: starts anew: {changed}", flush=True)
+    training_key.write_trajectory(run.folder, facts)
+
+
+def _require_same_step(run: Run) -> None:
+    """Processes that found different checkpoints would train different weights."""
+    import torch
+
+    steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise StageError(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); "
+            "set AFTERIMAGE_SCRATCH to a folder that all machines share"
+        )
+
+
+def gathered(run: Run) -> Tensor:
+    """The tallies of all processes, [processes, ...]; each of them calls this."""
+    return run.accelerator.gather(run.tally.sums[None])
+
+
+def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
+    """All that determines the rest of the run, with what `gathered` says of the other processes."""
+    names = [name for name, _ in run.network.named_parameters()]
+    state = run.optimizer.state_dict()["state"]
+    scaler = run.accelerator.scaler
+    last = run.history[-1] if run.history else {"step": 0}
+    measured = last.get(f"held_out_loss/{run.params.pipeline_ema}") if last["step"] == run.step else None
+    return checkpoint.Checkpoint(
+        step=run.step,
+        network=architecture(run.network.config),
+        held_out_loss=measured,
+        tensors={
+            "model": _copies(run.network.state_dict()),
+            OPTIMIZER: _copies({f"{names[i]}/{key}": v for i, slots in state.items() for key, v in slots.items()}),
+            "tally": _copies({"sums": tallies}),
+            **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
+        },
+        extra={"history": run.history, "scaler": scaler.state_dict() if scaler else None},
+    )
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def restore(run: Run, found: checkpoint.Checkpoint) -> None:
+    """Put a checkpoint into a run that was just built."""
+    import torch
+
+    run.network.load_state_dict(found.tensors["model"])
+    for name, average in run.averages.items():
+        average.load_state_dict(found.tensors[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(run.network.named_parameters())
+    names = list(parameters)
+    for name, value in found.tensors[OPTIMIZER].items():
+        owner, key = name.rsplit("/", 1)
+        like = parameters[owner]
+        if value.shape == like.shape:  # in the parameter's own memory format, as the fused step expects
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value).detach()
+        state.setdefault(names.index(owner), {})[key] = value
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+    if run.accelerator.scaler and found.extra["scaler"]:
+        run.accelerator.scaler.load_state_dict(found.extra["scaler"])
+    run.tally.sums.copy_(found.tensors["tally"]["sums"][run.accelerator.process_index])
+    run.step, run.history = found.step, found.extra["history"]
