@@ -130,9 +130,7 @@ def prepare(
     module, prepared = accelerator.prepare(network, optimizer)
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
-    levels = schedules.alpha_bar(
-        schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
-    )
+    levels = schedules.alpha_bar(schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr))
     batches, held_out = _batches(data, accelerator, diffusion, params)
     run = Run(
         accelerator=accelerator,
