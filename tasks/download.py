@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks import archives, atomic, cifar, digits, fetch, folder, hub, hub_tables, stage, workspace
+from tasks import archives, atomic, cifar, digits, fetch, folder, hub, laion, picture_tables, stage, workspace
 from tasks.params import DownloadParams
 from tasks.source import read_manifest, write_manifest
 from tasks.stage import StageError
@@ -31,8 +31,10 @@ def _bring(target: Path, params: DownloadParams) -> tuple[str, dict[str, Any]]:
             return cifar.copy(target, params), {}
         case "hub":
             origin = hub.copy(target, params)
-            _require_count(hub_tables.count_rows(sorted(target.rglob("*.parquet"))), params)
-            return origin, params.columns.model_dump(mode="json")
+            _require_count(picture_tables.count_rows(sorted(target.rglob("*.parquet"))), params)
+            return origin, {"columns": params.columns.model_dump(mode="json")}
+        case "laion":
+            return laion.copy(target, params)
     return _own_images(target, params), {}
 
 

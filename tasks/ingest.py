@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, hub_tables, stage
+from tasks import atomic, cifar, decoding, digits, folder, picture_tables, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -84,8 +84,9 @@ def _open(manifest: dict[str, Any], files: dict[str, Path], params: IngestParams
             return cifar.read(first)
         case "folder":
             return folder.read(first, params.max_image_bytes)
-        case "hub":
-            return hub_tables.read(files, manifest["details"], params.max_image_bytes)
+        case "hub" | "laion":
+            tables = {name: file for name, file in files.items() if file.suffix == ".parquet"}
+            return picture_tables.read(tables, manifest["details"]["columns"], params.max_image_bytes)
     raise StageError(f"data/raw comes from the unknown source '{manifest['source']}'; run 'dvc repro -f download'")
 
 

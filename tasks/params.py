@@ -60,8 +60,45 @@ class ColumnsParams(Section):
     """Names of the labels, in their order, where the tables do not name them."""
 
 
+class LaionParams(Section):
+    """Which rows of a table of addresses are wanted, and how they are downloaded. A filter that is null is off."""
+
+    max_images: PositiveInt = 10_000
+    """The first rows that pass the filters, at most so many."""
+    min_side: PositiveInt | None = 256
+    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 2.0
+    min_similarity: float | None = 0.28
+    """Between picture and text, as published (CLIP)."""
+    max_watermark: Fraction | None = 0.5
+    max_unsafe: Fraction | None = 0.1
+    """A row whose `punsafe` is not known counts as unsafe."""
+    languages: tuple[str, ...] = Field(default=(), strict=False)
+    """Such as ['en', 'de']; empty takes all, and the English release has no such column."""
+    shorter_side: PositiveInt | None = None
+    """Larger pictures are brought down to it and saved as JPEG; null keeps the bytes as published."""
+    min_success_rate: Fraction = 0.5
+    """Share of the addresses that must give an image; 30 to 40 per cent are dead."""
+    processes: PositiveInt = 2
+    threads: PositiveInt = 16
+    """In each process: as many downloads at the same time."""
+    shard_size: PositiveInt = 1000
+    """Addresses in a shard; a shard that is complete is not downloaded again."""
+    seconds_per_wait: PositiveInt = 10
+    seconds_per_image: PositiveInt = 30
+    retries: Annotated[int, Field(ge=0)] = 1
+    max_image_bytes: PositiveInt = 20_000_000
+    max_pixels: PositiveInt = 50_000_000
+    user_agent: str | None = None
+    """A name by which sites may know and forbid this download."""
+    distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"
+    subjob_size: PositiveInt = 1000
+    """Shards of one job of `pyspark`."""
+    proxy_host: str = "127.0.0.1"
+    """Address of this machine at which the workers reach its filtering proxy."""
+
+
 class DownloadParams(Section):
-    source: Literal["digits", "cifar10", "folder", "hub"]
+    source: Literal["digits", "cifar10", "folder", "hub", "laion"]
     path: str = NO_LOCAL_SOURCE
     """Local folder, zip or tar of source `folder`; a DVC dependency, so an edit is seen."""
     url: str | None = None
@@ -76,33 +113,47 @@ class DownloadParams(Section):
     """Number of images that the source must hold; null takes any."""
     hub: HubParams = HubParams()
     columns: ColumnsParams = ColumnsParams()
+    laion: LaionParams = LaionParams()
 
     @model_validator(mode="after")
     def _check(self) -> DownloadParams:
-        if self.source == "hub" and self.hub.repo is None:
-            raise ValueError("download.source is 'hub', so set download.hub.repo, such as 'uoft-cs/cifar10'")
-        if self.source != "hub" and (self.hub != HubParams() or self.columns != ColumnsParams()):
-            raise ValueError("download.hub and download.columns are only read by download.source 'hub'; reset them")
-        if self.source != "hub" and self.images is not None:
-            raise ValueError("download.images is only read by download.source 'hub'; set it to null")
-        local = self.path != NO_LOCAL_SOURCE
-        if self.source == "folder" and local == (self.url is not None):
+        local, remote, named = self.path != NO_LOCAL_SOURCE, self.url is not None, self.hub.repo is not None
+        if self.source == "folder" and local == remote:
             raise ValueError(
                 "download.source is 'folder', so set either download.path (a local folder, zip or tar) "
                 "or download.url, and not both"
             )
-        if self.source != "folder" and local:
+        if self.source == "hub" and not named:
+            raise ValueError("download.source is 'hub', so set download.hub.repo, such as 'uoft-cs/cifar10'")
+        if self.source == "laion" and local == named:
             raise ValueError(
-                f"download.path is only read by download.source 'folder'; set it back to '{NO_LOCAL_SOURCE}'"
+                "download.source is 'laion', so set either download.path (local Parquet tables of addresses) "
+                "or download.hub.repo, and not both"
             )
-        if self.source in ("digits", "hub") and self.url is not None:
+        if self.source not in ("folder", "laion") and local:
+            raise ValueError(
+                "download.path is only read by download.source 'folder' and 'laion'; "
+                f"set it back to '{NO_LOCAL_SOURCE}'"
+            )
+        if self.source in ("digits", "hub", "laion") and remote:
             raise ValueError(f"download.url is not read by download.source '{self.source}'; remove it")
-        if self.source == "folder" and self.url is not None and self.sha256 is None:
+        if self.source == "folder" and remote and self.sha256 is None:
             raise ValueError("download.url needs download.sha256, so that the same bytes come every time")
-        if self.sha256 is not None and (self.source != "folder" or self.url is None):
+        if self.sha256 is not None and not (self.source == "folder" and remote):
             raise ValueError("download.sha256 is only read with source 'folder' and download.url; set it to null")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError("download.url must begin with http:// or https://")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> DownloadParams:
+        """A part that another source reads must be as it was: a value that nobody reads is a mistake."""
+        if self.source not in ("hub", "laion") and self.hub != HubParams():
+            raise ValueError("download.hub is only read by download.source 'hub' and 'laion'; reset it")
+        if self.source != "hub" and (self.columns != ColumnsParams() or self.images is not None):
+            raise ValueError("download.columns and download.images are only read by download.source 'hub'; reset them")
+        if self.source != "laion" and self.laion != LaionParams():
+            raise ValueError("download.laion is only read by download.source 'laion'; reset it")
         return self
 
 

@@ -112,6 +112,8 @@ class Site:
     ranges: bool = True
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and Range header of each request."""
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Path -> further headers of its answer."""
     refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
     """Path -> status and headers for whoever does not send `Authorization: Bearer right`."""
     tokens: list[tuple[str, str | None]] = field(default_factory=list)
@@ -150,6 +152,8 @@ def serving(certificate: Path | None = None) -> Iterator[Site]:
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             self.send_header("Content-Length", str(len(data) - start))
+            for name, value in site.headers.get(self.path, {}).items():
+                self.send_header(name, value)
             self.end_headers()
             end = len(data) if site.cut_after is None else start + site.cut_after
             self.wfile.write(data[start:end])

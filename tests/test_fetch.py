@@ -1,16 +1,10 @@
 """Fetching over http: resumed, bounded, verified, screened. Against a real server on this machine."""
 
-import datetime
 import hashlib
 import socket
 import time
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from tasks import addresses, fetch
 from tasks.stage import StageError
@@ -207,23 +201,6 @@ def test_a_proxy_of_the_environment_is_used(site, get, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == DATA
     with pytest.raises(StageError, match="private address"):
         get("http://10.0.0.1/a", allow_private_addresses=False)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A certificate for files.test that nobody but this test trusts, and its key, in one file."""
-    path = tmp_path_factory.mktemp("tls") / "files.test.pem"
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "files.test")])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("files.test")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(signed.public_bytes(Encoding.PEM) + private)
-    return path
 
 
 def test_the_certificate_is_that_of_the_host_and_not_of_the_address(get, tmp_path, monkeypatch, certificate):

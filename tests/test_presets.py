@@ -68,7 +68,7 @@ def test_overrides_of_values_and_of_parts():
 @pytest.mark.parametrize("source", preset.parts()["source"])
 def test_every_source_of_the_hub_is_valid(source):
     document = preset.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
-    assert document["download"]["source"] == "hub"
+    assert document["download"]["source"] in ("hub", "laion")
 
 
 def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Parquet tables of pictures, as the Hugging Face hub publishes them -> entries.
+"""Parquet tables of pictures, as the Hugging Face hub publishes them and `tasks.laion` writes them -> entries.
 
 A picture is the `bytes` of a struct (what `datasets` writes) or a binary column. The names of the classes
 and the kinds of the columns stand in the schema's metadata under "huggingface"; what does not stand
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Columns:
     captions: list[str]
     classes: list[str]
     """Empty where the schema names none."""
+    key: str | None = None
+    safety: str | None = None
 
 
 def count_rows(files: list[Path]) -> int:
@@ -47,13 +49,13 @@ def count_rows(files: list[Path]) -> int:
 def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Source:
     """Tables of one data set, by their published paths -> entries; pictures over `max_bytes` are not kept.
 
-    `wanted` may name the columns: `image`, `label`, `captions`, and `classes`. Raises `StageError` where there
-    is no such column, or no column of pictures.
+    `wanted` may name the columns `image`, `label`, `captions`, `key`, `safety`, and say `classes`.
+    Raises `StageError` where there is no such column, or no column of pictures.
     """
     files = list(tables.values())
     columns = _columns(_open(files[0]).schema_arrow, wanted)
     if columns.label and not columns.classes:
-        columns = Columns(columns.image, columns.label, columns.captions, _classes(files, columns.label))
+        columns = replace(columns, classes=_classes(files, columns.label))
     splits = {name: _split_of(name) for name in tables}
     settled = settle_splits(set(splits.values()))
     entries = (
@@ -93,7 +95,7 @@ def _columns(schema: pa.Schema, wanted: dict[str, Any]) -> Columns:
     if not captions:
         captions = [name for name in schema.names if name.lower() in CAPTION_NAMES and _is_caption(schema.field(name))]
     classes = list(wanted.get("classes") or ()) or list((features.get(label, {}) if label else {}).get("names") or ())
-    return Columns(image, label, captions, [str(name) for name in classes])
+    return Columns(image, label, captions, [str(name) for name in classes], wanted.get("key"), wanted.get("safety"))
 
 
 def _no_column(key: str, name: str, schema: pa.Schema) -> str:
@@ -159,11 +161,13 @@ def _split_of(name: str) -> str | None:
 
 def _entries(file: Path, name: str, columns: Columns, split: str | None, max_bytes: int) -> Iterator[Entry]:
     labels = {text: number for number, text in enumerate(columns.classes)}
-    read = list(dict.fromkeys([columns.image, *([columns.label] if columns.label else []), *columns.captions]))
+    single = [name for name in (columns.key, columns.image, columns.label, columns.safety) if name]
+    read = list(dict.fromkeys([*single, *columns.captions]))
     stem, row = PurePosixPath(name).with_suffix(""), 0
     for batch in _open(file).iter_batches(BATCH_ROWS, columns=read):
         for values in batch.to_pylist():
-            yield _entry(f"{stem}/{row:07d}", values, columns, labels, split, max_bytes)
+            key = values[columns.key] if columns.key else f"{stem}/{row:07d}"
+            yield _entry(key, values, columns, labels, split, max_bytes)
             row += 1
 
 
@@ -179,7 +183,8 @@ def _entry(
     elif size > max_bytes:
         problem, data = Problem("oversized", f"{size} bytes are over the limit of {max_bytes}"), None
     captions = [text for column in columns.captions for text in _texts(values[column])]
-    return Entry(key, data, size, label, tuple(captions), split, problem)
+    safety = values[columns.safety] if columns.safety else None
+    return Entry(key, data, size, label, tuple(captions), split, problem, safety)
 
 
 def _label(value: Any, columns: Columns, labels: dict[str, int]) -> tuple[int | None, Problem | None]:
