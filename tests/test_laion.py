@@ -223,7 +223,7 @@ def test_outcomes_are_told_apart(tmp_path):
         "opted out": 1,
         "success": 3,
     }
-    lines = list(csv.DictReader((raw / "outcomes.csv").open(encoding="utf-8", newline="")))
+    lines = list(csv.DictReader((raw / "outcomes.csv").read_text(encoding="utf-8").splitlines()))
     assert [line["key"] for line in lines] == [f"{row:09d}" for row in range(10)]
     assert lines[2]["outcome"] == "hash mismatch" and lines[2]["expected_hash"] == "0" * 32
     assert lines[3]["error"] == "HTTP Error 404: Not Found"
