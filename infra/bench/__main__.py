@@ -51,13 +51,12 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
         points=given.points or (5 if digits else 4),
         own_points=given.own_points or (20 if digits else 6),
         measure=quality.Measure(given.samples, given.sampler_steps, samplers),
-        overrides=tuple(given.set),
+        overrides=(*(["conditioning=none"] if given.unconditional else []), *given.set),
     )
     if not digits and given.cifar is None:
         raise StageError("there is no CIFAR-10 without --cifar; give a zip of JPEGs in class folders")
-    results.part(
-        f"quality_{given.data}", {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan)
-    )
+    name = f"quality_{given.data}{'_unconditional' if given.unconditional else ''}"
+    results.part(name, {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan))
 
 
 def _levers(given: argparse.Namespace, results: Results) -> None:
@@ -80,7 +79,14 @@ def _all(given: argparse.Namespace, results: Results) -> None:
     """Every part with its own defaults, the short ones first."""
     shared = ["--work", str(given.work), "--reports", str(given.reports), *(["--again"] if given.again else [])]
     archive = ["--cifar", str(given.cifar)] if given.cifar else []
-    parts = [["startup"], ["throughput", *archive], ["quality", "--data", DIGITS], ["sampling"], ["levers"]]
+    parts = [
+        ["startup"],
+        ["throughput", *archive],
+        ["quality"],
+        ["quality", "--unconditional"],
+        ["sampling"],
+        ["levers"],
+    ]
     parts += [["quality", "--data", "cifar", *archive]] if archive else []
     for part in parts:
         print(f"bench: {' '.join(part)}", flush=True)
@@ -129,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen = part("quality", _quality, "time until the distance that the reference loop ends with")
     archive(chosen)
     chosen.add_argument("--data", choices=[DIGITS, "cifar"], default=DIGITS, help="which data set")
+    chosen.add_argument("--unconditional", action="store_true", help="ours without labels, which the reference lacks")
     chosen.add_argument("--seeds", type=int, help="default: 3 for digits, 1 for cifar")
     chosen.add_argument("--steps", type=int, default=500, help="steps of the reference on digits")
     chosen.add_argument("--minutes", type=float, default=20, help="minutes of the reference on cifar")

@@ -116,7 +116,7 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> dict[str, Any]:
-    theirs = ["train.precision='no'", f"train.batch_size={PEER_BATCH}", f"train.seed={seed}"]
+    theirs = ["conditioning=none", "train.precision='no'", f"train.batch_size={PEER_BATCH}", f"train.seed={seed}"]
     steps = plan.steps
     if plan.minutes is not None:
         steps = _steps_in(60 * plan.minutes, "peer", plan, theirs, inputs)
@@ -168,7 +168,7 @@ def curve(
 ) -> dict[str, Any]:
     """Train to the end, or until `stop_at` is reached, and measure `points` times on the way. A finished run is kept
     in `work`, and asked for again it is read from there."""
-    name = key([side, params.model_dump(mode="json"), str(inputs.model), points, stop_at, scale.how.__dict__])
+    name = key([side, params.model_dump(mode="json"), str(inputs.data), points, stop_at, scale.how.__dict__])
     file, pipeline = work / "runs" / f"{name}.json", work / "runs" / f"{name}-pipeline"
     if not file.exists():
         atomic.write_json(

@@ -28,7 +28,7 @@ def write(folder: Path, parts: dict[str, Any]) -> None:
         }[kind](part)
         machine = part["machine"]
         texts.append(
-            f"## {name.replace('_', ', ', 1)}\n\n{table}\n\n"
+            f"## {name.replace('_', ', ')}\n\n{table}\n\n"
             f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']}, "
             f"torch {machine['torch']}.\n"
         )
