@@ -104,18 +104,18 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
 
 
 def _advance(run: Any, steps: int, params: Params) -> Block:
-    seconds, cpu = -time.perf_counter(), -time.process_time()
-    run.advance(steps)
-    _wait_for_device()
-    seconds, cpu = seconds + time.perf_counter(), cpu + time.process_time()
-    return Block(steps, steps * params.train.batch_size, seconds, cpu)
+    began, cpu_began = now()
+    ended, cpu_ended = run.advance(steps)
+    return Block(steps, steps * params.train.batch_size, ended - began, cpu_ended - cpu_began)
 
 
-def _wait_for_device() -> None:
+def now() -> tuple[float, float]:
+    """Wall-clock and CPU seconds of this process, after everything that a GPU has been given to do."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
@@ -126,7 +126,8 @@ def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
     from tasks.atomic import writing_folder
 
     own = params.diffusion
-    schedule = (own.schedule, own.timesteps) if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS)
+    named = (own.schedule, own.timesteps, own.zero_terminal_snr)
+    schedule = named if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS, False)
     conditional = run.config.conditions > 0
     info = {
         "conditioning": "label" if conditional else "none",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from infra.bench.contestant import now
 from infra.bench.inputs import Inputs
 from tasks.params import Params
 
@@ -27,11 +28,12 @@ class Ours:
         self.run = training_run.prepare(inputs.latents, index, facts, *sections)
         self.config = self.run.network.config
 
-    def advance(self, steps: int) -> None:
-        """Make `steps` optimizer steps."""
+    def advance(self, steps: int) -> tuple[float, float]:
+        """Make `steps` optimizer steps; returns the clocks after the last."""
         from tasks import train
 
         train.fit(self.run, None, [], until=self.run.step + steps)
+        return now()
 
     def averaged(self) -> dict[str, torch.Tensor]:
         return self.run.averages[self.run.params.pipeline_ema].state_dict()

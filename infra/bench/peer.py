@@ -96,10 +96,12 @@ class Peer:
         while True:
             yield from self.loader
 
-    def advance(self, steps: int) -> None:
-        """Make `steps` optimizer steps."""
+    def advance(self, steps: int) -> tuple[float, float]:
+        """Make `steps` optimizer steps; returns the clocks after the last."""
         import torch
         from torch.nn import functional as F
+
+        from infra.bench.contestant import now
 
         accelerator = self.accelerator
         self.model.train()
@@ -120,6 +122,7 @@ class Peer:
             self.ema.step(self.model.parameters())
             self.step += 1
             self.shown = {"loss": loss.detach().item(), "lr": self.schedule.get_last_lr()[0], "step": self.step}
+        return now()
 
     def averaged(self) -> dict[str, torch.Tensor]:
         names = [name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()]
