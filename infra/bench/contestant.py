@@ -30,6 +30,13 @@ class Block:
     seconds: float
     cpu_seconds: float
 
+    @property
+    def machine_seconds(self) -> float:
+        """What it takes with the machine to itself: on a CPU the work of all threads, shared by the cores."""
+        import torch
+
+        return self.seconds if torch.cuda.is_available() else self.cpu_seconds / torch.get_num_threads()
+
 
 class Contestant:
     """Starts the process, which builds the run; `close` it, or use it as a context."""

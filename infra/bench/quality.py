@@ -124,7 +124,7 @@ def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> dict[str, 
     target = peer["curve"][-1]
     mine = [f"train.seed={seed}"]
     if plan.minutes is not None:
-        mine += _of(_steps_in(plan.share * target["seconds"], "ours", plan, mine, inputs))
+        mine += _of(_steps_in(60 * plan.minutes * plan.share, "ours", plan, mine, inputs))
     ours = _run("ours", plan, mine, inputs, scale, stop_at=target["distance"])
     last = ours["curve"][-1]
     done = last["distance"] <= target["distance"]
@@ -144,13 +144,16 @@ def _of(steps: int) -> list[str]:
 
 
 def _steps_in(seconds: float, side: Side, plan: Plan, overrides: list[str], inputs: Inputs) -> int:
-    """Steps that a side makes in that time, from a short trial; kept, so that a run that was cut off finds itself."""
+    """Steps that a side makes in that time with the machine to itself, from a short trial.
+
+    Kept, so that a run that was cut off finds itself.
+    """
     file = plan.work / "runs" / f"steps-{key([side, plan.preset, seconds, overrides, plan.overrides])}.json"
     if not file.exists():
         params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides, "train.steps=1000000")
         with Contestant(side, params, inputs, plan.work / "scratch") as trial:
             trial.advance(CALIBRATION_STEPS // 4)
-            step = trial.advance(CALIBRATION_STEPS).seconds / CALIBRATION_STEPS
+            step = trial.advance(CALIBRATION_STEPS).machine_seconds / CALIBRATION_STEPS
         atomic.write_json(file, max(CALIBRATION_STEPS, round(seconds / step)))
     return int(json.loads(file.read_text(encoding="utf-8")))
 
