@@ -102,8 +102,9 @@ def test_a_distance_that_was_not_reached_is_said(tmp_path):
     curve = [{"step": 5, "seconds": 1.0, "cpu_seconds": 1.0, "distance": 9.0}]
     never = {"seed": 0, "target": 3.0, "ratio": None, "ratio_by_cpu_time": None}
     sides = {"peer": {"curve": curve}, "ours": {"curve": curve}}
-    machine = {"cpu": "a", "gpu": None, "cores": 2, "load": 0.1, "torch": "2"}
-    report.write(tmp_path, {"quality_digits": {"machine": machine, "floor": 1.0, "runs": [never | sides]}})
+    machine = {"cpu": "a", "gpu": None, "cores": 2, "torch": "2"}
+    part = {"machine": machine, "load": [0.1, 2.0], "floor": 1.0, "runs": [never | sides]}
+    report.write(tmp_path, {"quality_digits": part})
     assert "| 0 | 1.0 | 3.0 | not reached |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
 
 

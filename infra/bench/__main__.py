@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from infra.bench import levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
 from tasks.preset import PresetError
-from tasks.stage import StageError
+from tasks.stage import PREEMPTED, StageError
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # and with it the processes that were started
     # Before torch is loaded: threads that wait for each other sleep, as in the stages.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")

@@ -13,6 +13,8 @@ from infra.bench.quality import Measure, Scale, curve
 PRESET = "digits"
 LEVERS = (
     ("objective", "diffusion.prediction=epsilon"),
+    ("objective", "diffusion.prediction=sample"),
+    ("weighting", "diffusion.loss_weighting=min_snr"),
     ("schedule", "diffusion.schedule=linear"),
     ("schedule", "diffusion.schedule=sigmoid"),
     ("learning rate", "train.learning_rate=0.0001"),

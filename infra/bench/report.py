@@ -29,8 +29,8 @@ def write(folder: Path, parts: dict[str, Any]) -> None:
         machine = part["machine"]
         texts.append(
             f"## {name.replace('_', ', ')}\n\n{table}\n\n"
-            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']}, "
-            f"torch {machine['torch']}.\n"
+            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {part['load'][0]} before and "
+            f"{part['load'][1]} after, torch {machine['torch']}.\n"
         )
         if rows:
             atomic.write_text(details / f"{name}.csv", csv_text(rows))
@@ -43,7 +43,17 @@ Made = tuple[str, list[dict[str, Any]], Callable[[Any], None] | None]
 
 
 def _throughput(part: dict[str, Any]) -> Made:
-    titles = ["network", "parameters", "batch", "compared", "reference img/s", "ours img/s", "ratio", "by CPU time"]
+    titles = [
+        "network",
+        "parameters",
+        "batch",
+        "compared",
+        "reference img/s",
+        "ours img/s",
+        "ratio",
+        "by CPU time",
+        "ours of ceiling",
+    ]
     lines = [
         [
             f"`{row['network']}`",
@@ -54,10 +64,12 @@ def _throughput(part: dict[str, Any]) -> Made:
             row["ours_img_s"],
             f"{row['ratio']:.2f}",
             f"{row['ratio_by_cpu_time']:.2f}",
+            f"{row['ours_utilisation']:.0%}",
         ]
         for row in part["rows"]
     ]
-    return _table(titles, lines), part["rows"], None
+    ceilings = ", ".join(f"{flops / 1e12:.3g} in {name}" for name, flops in part["matmul_flops"].items())
+    return f"{_table(titles, lines)}\n\nCeiling, TFLOP/s of a matrix product: {ceilings}.", part["rows"], None
 
 
 def _quality(part: dict[str, Any]) -> Made:

@@ -38,13 +38,19 @@ class Results:
         if known.get("arguments") == arguments and not self.again:
             print(f"bench: {name} was measured with these arguments; --again measures anew", flush=True)
         else:
-            measured = {"arguments": arguments, "machine": machine(), **measure()}
-            atomic.write_json(self.file, {**self.all(), name: measured})
+            before, measured, after = load(), measure(), load()
+            kept = {"arguments": arguments, "machine": machine(), "load": [before, after], **measured}
+            atomic.write_json(self.file, {**self.all(), name: kept})
         report.write(self.folder, self.all())
 
 
+def load() -> float:
+    """How busy the machine is: runnable processes, mean of the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
 def machine() -> dict[str, Any]:
-    """What it was measured on, and how busy that was (runnable processes, mean of the last minute)."""
+    """What it was measured on."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -53,7 +59,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

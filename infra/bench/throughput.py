@@ -25,7 +25,7 @@ WARM_UP = 3
 """Steps before the clock: the first ones choose kernels and allocate memory."""
 PRECISIONS = ("no", "bf16")
 ON_CPU = ("digits:16", "digits:32", "cifar10_tiny:16", "cifar10_tiny:32", "cifar10_ddpm:16")
-ON_GPU = ("cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512")
+ON_GPU = ("cifar10_ddpm:16", "cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512")
 CEILING_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
