@@ -10,6 +10,7 @@ from infra.bench.results import csv_text
 from tasks import atomic
 
 QUALITY = "quality_"
+PRECISION = {"no": "float32", "bf16": "bfloat16"}
 NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM"}
 
 
@@ -68,7 +69,7 @@ def _throughput(part: dict[str, Any]) -> Made:
         ]
         for row in part["rows"]
     ]
-    ceilings = ", ".join(f"{flops / 1e12:.3g} in {name}" for name, flops in part["matmul_flops"].items())
+    ceilings = ", ".join(f"{flops / 1e12:.3g} in {PRECISION[name]}" for name, flops in part["matmul_flops"].items())
     return f"{_table(titles, lines)}\n\nCeiling, TFLOP/s of a matrix product: {ceilings}.", part["rows"], None
 
 

@@ -6,7 +6,6 @@ blocks, so that whatever else the machine does meets all of them. A ratio is the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ WARM_UP = 3
 PRECISIONS = ("no", "bf16")
 ON_CPU = ("digits:16", "digits:32", "cifar10_tiny:16", "cifar10_tiny:32", "cifar10_ddpm:16")
 ON_GPU = ("cifar10_ddpm:16", "cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512")
-CEILING_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,11 @@ class Plan:
 def measure(plan: Plan) -> dict[str, Any]:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = plan.cases or (ON_GPU if device == "cuda" else ON_CPU)
-    ceilings = {precision: matmul_flops(device, precision) for precision in PRECISIONS}
+    from models.flops import matmul_ceiling
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = plan.cases or (ON_GPU if device.type == "cuda" else ON_CPU)
+    ceilings = {"no": matmul_ceiling(device, torch.float32), "bf16": matmul_ceiling(device, torch.bfloat16)}
     rows = [row for case in cases for row in _case(plan, case, ceilings)]
     return {"rows": rows, "matmul_flops": ceilings}
 
@@ -126,33 +126,10 @@ def _ratio(theirs: list[Block], ours: list[Block], clock: Callable[[Block], floa
 def training_flops(params: Params) -> float:
     """Floating-point operations of forward and backward for one image, counted on tensors without content."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+    from models.flops import forward_flops
     from models.unet import UNet
 
     with torch.device("meta"):
-        unet = UNet(network(params))
-        x = torch.empty(1, params.image.channels, params.image.size, params.image.size)
-        with FlopCounterMode(display=False) as counter:
-            unet(x, torch.zeros(1, dtype=torch.int64)).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def matmul_flops(device: str, precision: str, seconds: float = 1.0) -> float:
-    """Operations per second of large square matrix products on this machine: what no training step can exceed.
-
-    float32 on a GPU is measured as torch runs it by default, without TF32.
-    """
-    import torch
-
-    side = CEILING_SIDE[device]
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = 0.0
-    end = time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < end:
-        began = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
-    return best
+        image = torch.empty(1, params.image.channels, params.image.size, params.image.size)
+        return 3 * forward_flops(UNet(network(params)), image, torch.zeros(1, dtype=torch.int64))
