@@ -58,6 +58,11 @@ def pack(folder: Path, target: Path) -> None:
     files = sorted(_files(folder))
     if not files:
         raise StageError(f"the folder {folder} is empty; put images into it, or point download.path elsewhere")
+    pack_files(files, target)
+
+
+def pack_files(files: list[tuple[str, Path]], target: Path) -> None:
+    """Pack files under those names, in that order, into an uncompressed zip; a symbolic link stays one."""
     require_space(target.parent, sum(path.lstat().st_size for _, path in files))
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, path in tqdm(files, "pack", unit="file", mininterval=1, dynamic_ncols=True, delay=1):
@@ -84,12 +89,12 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         for file in files + linked:
             path = Path(parent, file)
             if not file.startswith(".") and (path.is_symlink() or path.is_file()):
-                yield _text(path.relative_to(folder).as_posix()), path
+                yield text(path.relative_to(folder).as_posix()), path
 
 
-def _text(name: str) -> str:
+def text(name: str) -> str:
     """A file's name as text that can be written anywhere: bytes that are no UTF-8 are spelled out, as in "%udcff"."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\\", "%")
+    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\\", "%").replace("\0", "%00")
 
 
 def list_members(file: Path) -> list[Member]:
@@ -180,7 +185,7 @@ def _tar_list(file: Path) -> Iterator[Listed]:
                     problem = Problem("link", f"a link to {info.linkname}")
                 elif not info.isreg():
                     problem = Problem("special file", "a device or a pipe")
-                yield position, _text(info.name), info.size, problem
+                yield position, text(info.name), info.size, problem
     except DAMAGED as error:
         raise _damaged(file, error) from None
 

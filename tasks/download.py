@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks import archives, atomic, cifar, digits, fetch, folder, hub, laion, picture_tables, stage, workspace
+from tasks import archives, atomic, cifar, digits, fetch, folder, hub, laion, picture_tables, s3, stage, workspace
 from tasks.params import DownloadParams
 from tasks.source import read_manifest, write_manifest
 from tasks.stage import StageError
@@ -51,6 +51,8 @@ def _own_images(target: Path, params: DownloadParams) -> str:
         path = Path(params.path)
         folder.copy(path, target)
         return path.resolve().name
+    if params.url.startswith("s3://"):
+        return s3.copy(target, params)
     origin = fetch.fetch(
         [params.url],
         target / "images",

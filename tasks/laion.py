@@ -54,7 +54,7 @@ NEEDED = {
     "languages": ("language",),
 }
 """Columns without which a filter cannot work."""
-KEPT = ("row", "expected_hash", "unsafe")
+KEPT = ("row", "expected_hash")
 """Columns that go with each address through the download."""
 HASHES = {32: "md5", 64: "sha256"}
 BATCH_ROWS = 65_536
@@ -77,7 +77,7 @@ def copy(raw: Path, params: DownloadParams) -> tuple[str, dict[str, Any]]:
     filters = _filter_once(files, job, params.laion)
     kind = filters.pop("hash_kind")
     crawl.download(job / "urls", job / "shards", list(KEPT), kind, params)
-    outcomes = _collect(job / "shards", raw, kind)
+    outcomes = _collect(job / "shards", raw, kind, judged=params.laion.max_unsafe is not None)
     asked, succeeded = sum(outcomes.values()), outcomes.get("success", 0)
     if succeeded < params.laion.min_success_rate * asked:
         raise StageError(
@@ -130,8 +130,8 @@ def _filter_once(files: list[Path], job: Path, laion: LaionParams) -> dict[str, 
 def select(files: list[Path], urls: Path, laion: LaionParams) -> dict[str, Any]:
     """Tables as published -> tables of at most `laion.max_images` addresses in the folder `urls`, in the same order.
 
-    Columns: url, caption, row (its number), expected_hash, unsafe. Returns how many rows were read and kept, how
-    many each filter left out of those that reached it, and the kind of hash published.
+    Columns: url, caption, row (its number), expected_hash. Returns how many rows were read and kept, how many
+    each filter left out of those that reached it, and the kind of hash published.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -168,7 +168,7 @@ def schema() -> pa.Schema:
     import pyarrow as pa
 
     texts = [("url", pa.string()), ("caption", pa.string()), ("expected_hash", pa.string())]
-    return pa.schema([*texts, ("row", pa.int64()), ("unsafe", pa.float64())])
+    return pa.schema([*texts, ("row", pa.int64())])
 
 
 def _frames(files: list[Path], laion: LaionParams) -> Iterator[pd.DataFrame]:
@@ -284,8 +284,11 @@ def _unrepeated(frame: pd.DataFrame, seen: set[bytes], left_out: Counter[str]) -
     return frame[np.array(fresh, bool)]
 
 
-def _collect(shards: Path, raw: Path, kind: str) -> dict[str, int]:
-    """Shards of img2dataset -> tables of verified pictures and the list of outcomes in `raw`; returns their counts."""
+def _collect(shards: Path, raw: Path, kind: str, judged: bool) -> dict[str, int]:
+    """Shards of img2dataset -> tables of verified pictures and the list of outcomes in `raw`; returns their counts.
+
+    `judged`: whether the filters let only safe rows pass.
+    """
     import pyarrow.parquet as pq
 
     counts: Counter[str] = Counter()
@@ -297,23 +300,22 @@ def _collect(shards: Path, raw: Path, kind: str) -> dict[str, int]:
             found = [_outcome(row, kind) for row in rows.drop_columns(["jpg"]).to_pylist()]
             outcomes.writerows(found)
             counts.update(str(line[1]) for line in found)
-            pictures = _pictures(rows, [line[1] == "success" for line in found])
+            pictures = _pictures(rows, [line[1] == "success" for line in found], judged)
             pq.write_table(pictures, raw / f"pictures-{number:05d}.parquet", compression="none", row_group_size=64)
     return dict(sorted(counts.items()))
 
 
-def _pictures(rows: pa.Table, succeeded: list[bool]) -> pa.Table:
-    """The rows that gave a picture: key, picture, caption, and what the source says of its safety."""
+def _pictures(rows: pa.Table, succeeded: list[bool], judged: bool) -> pa.Table:
+    """The rows that gave a picture: key, picture, caption, and what is known of its safety."""
     import pyarrow as pa
 
     kept = rows.filter(pa.array(succeeded))
-    safety = [None if its is None or its != its else f"punsafe {its:.4f}" for its in kept["unsafe"].to_pylist()]
     return pa.table(
         {
             "key": pa.array([_key(row) for row in kept["row"].to_pylist()], pa.string()),
             "picture": kept["jpg"],
             "caption": kept["caption"],
-            "safety": pa.array(safety, pa.string()),
+            "safety": pa.array(["safe" if judged else None] * kept.num_rows, pa.string()),
         }
     )
 

@@ -50,6 +50,16 @@ class HubParams(Section):
     """Pattern of the paths that are wanted; `*` stands for any characters, '/' included."""
 
 
+class S3Params(Section):
+    """Access to `s3://` addresses; credentials come from the environment or the profile alone."""
+
+    endpoint_url: str | None = None
+    """Of a server that is compatible with S3; null takes AWS_ENDPOINT_URL, or Amazon's."""
+    anonymous: bool = False
+    """Ask without credentials, as public buckets allow."""
+    connections: PositiveInt = 8
+
+
 class ColumnsParams(Section):
     """Columns of the hub's tables; what is null or empty is found by the kind and the usual names of columns."""
 
@@ -102,15 +112,16 @@ class DownloadParams(Section):
     path: str = NO_LOCAL_SOURCE
     """Local folder, zip or tar of source `folder`; a DVC dependency, so an edit is seen."""
     url: str | None = None
-    """http(s) address of source `folder`, or a mirror to prefer for `cifar10`."""
+    """http(s) or s3:// address of source `folder` (an s3:// prefix ends in '/'), or a mirror for `cifar10`."""
     sha256: str | None = None
-    """Expected sha256 of the file behind `url`; required there, because a remote file can change."""
+    """Expected sha256 of the file behind `url`, or of the listing of an s3:// prefix, which the stage says."""
     allow_private_addresses: bool = False
     max_bytes: PositiveInt = 20_000_000_000
     timeout_seconds: PositiveInt = 3600
     licence: str = "unknown"
     images: PositiveInt | None = None
     """Number of images that the source must hold; null takes any."""
+    s3: S3Params = S3Params()
     hub: HubParams = HubParams()
     columns: ColumnsParams = ColumnsParams()
     laion: LaionParams = LaionParams()
@@ -137,17 +148,23 @@ class DownloadParams(Section):
             )
         if self.source in ("digits", "hub", "laion") and remote:
             raise ValueError(f"download.url is not read by download.source '{self.source}'; remove it")
-        if self.source == "folder" and remote and self.sha256 is None:
+        if self.source == "folder" and remote and self.sha256 is None and not self._is_prefix():
             raise ValueError("download.url needs download.sha256, so that the same bytes come every time")
         if self.sha256 is not None and not (self.source == "folder" and remote):
             raise ValueError("download.sha256 is only read with source 'folder' and download.url; set it to null")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError("download.url must begin with http:// or https://")
+        kinds = ("http://", "https://", "s3://") if self.source == "folder" else ("http://", "https://")
+        if self.url is not None and not self.url.startswith(kinds):
+            raise ValueError(f"download.url must begin with {' or '.join(kinds)}")
         return self
+
+    def _is_prefix(self) -> bool:
+        return self.url is not None and self.url.startswith("s3://") and self.url.endswith("/")
 
     @model_validator(mode="after")
     def _check_parts(self) -> DownloadParams:
         """A part that another source reads must be as it was: a value that nobody reads is a mistake."""
+        if not (self.url or "").startswith("s3://") and self.s3 != S3Params():
+            raise ValueError("download.s3 is only read with an s3:// address in download.url; reset it")
         if self.source not in ("hub", "laion") and self.hub != HubParams():
             raise ValueError("download.hub is only read by download.source 'hub' and 'laion'; reset it")
         if self.source != "hub" and (self.columns != ColumnsParams() or self.images is not None):

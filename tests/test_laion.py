@@ -172,7 +172,6 @@ def reported(path, rows):
     names = ["url", "caption", "expected_hash", "key", "status", "error_message", "md5", "jpg"]
     columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names[:-1]}
     columns["row"] = pa.array([row["row"] for row in rows], pa.int64())
-    columns["unsafe"] = pa.array([row.get("unsafe") for row in rows], pa.float64())
     columns |= {
         name: pa.nulls(len(rows), pa.int32()) for name in ("width", "height", "original_width", "original_height")
     }
@@ -200,7 +199,7 @@ def failed(row, error, status="failed_to_download"):
 
 def test_outcomes_are_told_apart(tmp_path):
     rows = [
-        fine(1, unsafe=0.0123),
+        fine(1),
         fine(0, expected_hash=md5_of(picture(0))),
         fine(2, expected_hash="0" * 32),
         failed(3, "HTTP Error 404: Not Found"),
@@ -214,7 +213,7 @@ def test_outcomes_are_told_apart(tmp_path):
     reported(tmp_path / "shards" / "00001.parquet", [fine(9)])
     raw = tmp_path / "raw"
     raw.mkdir()
-    counts = laion._collect(tmp_path / "shards", raw, "md5")
+    counts = laion._collect(tmp_path / "shards", raw, "md5", judged=True)
     assert counts == {
         "address refused": 2,
         "dead link": 2,
@@ -308,7 +307,7 @@ def check_the_whole(site, tmp_path, params):
     assert (index["rows"], index["quarantined"], index["source"]) == (31, {}, "laion")
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "images" / "shard-0.parquet").to_pylist()}
     assert rows["000000007"]["image"] == site.files["/7.jpg"]
-    assert (rows["000000007"]["captions"], rows["000000007"]["safety"]) == (["picture 7"], "punsafe 0.0100")
+    assert (rows["000000007"]["captions"], rows["000000007"]["safety"]) == (["picture 7"], "safe")
     assert not any(path.startswith("/latest") for path, _ in site.requests)
     assert not (tmp_path / "scratch" / "laion").exists()
 
