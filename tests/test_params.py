@@ -110,7 +110,7 @@ def test_a_mistake_in_the_last_section_stops_the_first_stage(tmp_path):
 def test_the_file_as_dvc_rewrites_it(tmp_path):
     """`dvc exp run -S` writes YAML 1.2, where `no` needs no quotes and 1e-05 no point."""
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    rewritten = text.replace("precision: 'no'", "precision: no").replace("learning_rate: 0.002", "learning_rate: 1e-05")
+    rewritten = text.replace("precision: 'no'", "precision: no").replace("learning_rate: 0.004", "learning_rate: 1e-05")
     assert rewritten.count("\n") == text.count("\n") and rewritten != text
     (tmp_path / "params.yaml").write_text(rewritten, encoding="utf-8")
     train = params.load(tmp_path / "params.yaml").train
