@@ -75,13 +75,13 @@ def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, mon
     arguments = ("throughput", "--cases", "digits:4", "--rounds", "2", "--block-seconds", "0.05", "--set", *TINY)
     first = run(work, tmp_path, monkeypatch, *arguments)
     rows = first["throughput"]["rows"]
-    assert [row["compared"] for row in rows] == ["both float32", "both bf16", "defaults: float32, ours float32"]
-    assert all(row["batch_size"] == 4 and row["ratio"] > 0 and 0 < row["ours_utilisation"] < 1 for row in rows)
+    assert [(row["peer_precision"], row["ours_precision"]) for row in rows] == [("no", "no"), ("bf16", "bf16")]
+    assert all(row["compared"] == "batch 4" and row["ratio"] > 0 and row["ours_utilisation"] > 0 for row in rows)
     capsys.readouterr()
     assert run(work, tmp_path, monkeypatch, *arguments) == first
     assert "was measured with these arguments" in capsys.readouterr().out
     assert f"| {rows[0]['ours_img_s']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
-    assert (tmp_path / "bench" / "throughput.csv").read_text(encoding="utf-8").count("\n") == 4
+    assert (tmp_path / "bench" / "throughput.csv").read_text(encoding="utf-8").count("\n") == 3
 
 
 def test_ours_stops_where_the_reference_ended(work, prepared, tmp_path, monkeypatch):

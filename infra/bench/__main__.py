@@ -130,9 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
     chosen = part("throughput", _throughput, "training images per second beside the reference loop")
     archive(chosen)
-    chosen.add_argument("--cases", nargs="*", default=[], metavar="PRESET:BATCH", help="default: what fits the machine")
+    chosen.add_argument("--cases", nargs="*", default=[], metavar="PRESET:BATCH", help="or PRESET:default")
     chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")
-    chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn of the slowest")
+    chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn")
 
     chosen = part("quality", _quality, "time until the distance that the reference loop ends with")
     archive(chosen)

@@ -59,8 +59,8 @@ def _throughput(part: dict[str, Any]) -> Made:
         [
             f"`{row['network']}`",
             f"{row['parameters'] / 1e6:.2f} M",
-            row["batch_size"],
             row["compared"],
+            " / ".join(dict.fromkeys(PRECISION[row[side]] for side in ("peer_precision", "ours_precision"))),
             row["peer_img_s"],
             row["ours_img_s"],
             f"{row['ratio']:.2f}",

@@ -1,35 +1,38 @@
 """Training images per second, ours beside the reference loop: same network, same batch, same pictures.
 
 For each network and batch size four runs stand ready, each side in float32 and in bfloat16, and take turns in short
-blocks, so that whatever else the machine does meets all of them. A ratio is the median over the rounds.
+blocks, so that whatever else the machine does meets all of them. A ratio is the median over the rounds. "As they come"
+is the reference with its default batch size in float32 against our preset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
 from infra.bench.contestant import Block, Contestant, Side
 from infra.bench.inputs import Inputs, parameters, prepare
-from infra.bench.peer import network
+from infra.bench.peer import DEFAULT_BATCH, network
 from tasks.params import Params
 
 WARM_UP = 3
 """Steps before the clock: the first ones choose kernels and allocate memory."""
 PRECISIONS = ("no", "bf16")
-ON_CPU = ("digits:16", "digits:32", "cifar10_tiny:16", "cifar10_tiny:32", "cifar10_ddpm:16")
-ON_GPU = ("cifar10_ddpm:16", "cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512")
+AS_THEY_COME = "default"
+ON_CPU = ("digits:32", "cifar10_tiny:16", "cifar10_tiny:64", "cifar10_tiny:default", "cifar10_ddpm:16")
+ON_GPU = ("cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512", "cifar10_ddpm:default")
+
+Runs: TypeAlias = "dict[tuple[Side, str], Params]"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: `cases` are "preset:batch size", none of them meaning those that fit the machine."""
+    """What to measure: `cases` are "preset:batch size" or "preset:default"; none means those that fit the machine."""
 
     work: Path
     archive: Path | None
@@ -52,75 +55,73 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of one network and batch size: one per precision, and one of the defaults of both sides."""
+    """Rows of one network: with a batch size, one of each precision and one of the defaults; else both as they come."""
     preset, batch = case.split(":")
-    own = parameters(preset, plan.archive, *plan.overrides).train.precision
-    runs: dict[tuple[Side, str], Params] = {}
-    for precision in PRECISIONS:
-        params = parameters(
-            preset,
-            plan.archive,
-            "conditioning=none",
-            f"train.batch_size={batch}",
-            f"train.precision='{precision}'",
-            "train.steps=1000000",
-            *plan.overrides,
-        )
-        runs |= {("peer", precision): params, ("ours", precision): params}
-    inputs = prepare(plan.work, params)
-    blocks, size = _take_turns(plan, case, runs, inputs)
-    flops = training_flops(params)
-
-    def row(what: str, peer: str, ours: str) -> dict[str, Any]:
-        theirs, mine = blocks["peer", peer], blocks["ours", ours]
-        return {
+    common = ["conditioning=none", "train.steps=1000000", *plan.overrides]
+    preferred = parameters(preset, plan.archive, *common)
+    own: str = preferred.train.precision
+    if batch == AS_THEY_COME:
+        theirs = [f"train.batch_size={DEFAULT_BATCH}", "train.precision='no'"]
+        runs: Runs = {("peer", "no"): parameters(preset, plan.archive, *common, *theirs), ("ours", own): preferred}
+        compared = [(f"as they come: batch {DEFAULT_BATCH}, ours {preferred.train.batch_size}", "no", own)]
+    else:
+        runs = {}
+        for precision in PRECISIONS:
+            chosen = [f"train.batch_size={batch}", f"train.precision='{precision}'"]
+            same = parameters(preset, plan.archive, *common, *chosen)
+            runs |= {("peer", precision): same, ("ours", precision): same}
+        compared = [(f"batch {batch}", precision, precision) for precision in PRECISIONS]
+        compared += [(f"batch {batch}", "no", own)] if own != "no" else []
+    blocks, size = _take_turns(plan, case, runs, prepare(plan.work, preferred))
+    flops = training_flops(preferred)
+    return [
+        {
             "network": preset,
             "parameters": size,
-            "batch_size": int(batch),
             "compared": what,
-            "peer_img_s": _rate(theirs, lambda block: block.seconds),
-            "ours_img_s": _rate(mine, lambda block: block.seconds),
-            "ratio": _ratio(theirs, mine, lambda block: block.seconds),
-            "ratio_by_cpu_time": _ratio(theirs, mine, lambda block: block.cpu_seconds),
-            "ours_utilisation": round(flops * _rate(mine, lambda block: block.seconds) / ceilings[ours], 3),
+            "peer_precision": theirs,
+            "ours_precision": mine,
+            **_rates(blocks["peer", theirs], blocks["ours", mine]),
+            "ours_utilisation": round(flops * _rate(blocks["ours", mine]) / ceilings[mine], 3),
         }
-
-    same = [
-        row("both float32" if precision == "no" else f"both {precision}", precision, precision)
-        for precision in PRECISIONS
+        for what, theirs, mine in compared
     ]
-    return [*same, row(f"defaults: float32, ours {'float32' if own == 'no' else own}", "no", own)]
 
 
-def _take_turns(
-    plan: Plan, case: str, runs: dict[tuple[Side, str], Params], inputs: Inputs
-) -> tuple[dict[tuple[Side, str], list[Block]], int]:
-    """Blocks of every run, of equally many steps each, and the number of parameters."""
+def _take_turns(plan: Plan, case: str, runs: Runs, inputs: Inputs) -> tuple[dict[tuple[Side, str], list[Block]], int]:
+    """Blocks of every run, each as long as `block_seconds` or a step, and the number of parameters."""
     with ExitStack() as stack:
         ready = {
             name: stack.enter_context(Contestant(name[0], params, inputs, plan.work / "scratch"))
             for name, params in runs.items()
         }
-        slowest = 0.0
-        for contestant in ready.values():
+        steps = {}
+        for name, contestant in ready.items():
             contestant.advance(WARM_UP)
-            slowest = max(slowest, contestant.advance(WARM_UP).seconds / WARM_UP)
-        steps = max(1, round(plan.block_seconds / slowest))
+            steps[name] = max(1, round(plan.block_seconds * WARM_UP / contestant.advance(WARM_UP).seconds))
         blocks: dict[tuple[Side, str], list[Block]] = {name: [] for name in ready}
         turns = [
             name for turn in range(plan.rounds) for name in (list(ready) if turn % 2 == 0 else list(reversed(ready)))
         ]
-        for name in tqdm(turns, f"throughput {case}, {steps} steps a block", unit="block", dynamic_ncols=True):
-            blocks[name].append(ready[name].advance(steps))
+        for name in tqdm(turns, f"throughput {case}", unit="block", dynamic_ncols=True):
+            blocks[name].append(ready[name].advance(steps[name]))
         return blocks, next(iter(ready.values())).parameters
 
 
-def _rate(blocks: list[Block], clock: Callable[[Block], float]) -> float:
-    return round(median(block.images / clock(block) for block in blocks), 2)
+def _rates(theirs: list[Block], ours: list[Block]) -> dict[str, float]:
+    """Medians over the rounds: images per second of both, how many times more ours makes, and that by CPU time."""
+    pairs = list(zip(theirs, ours, strict=True))
+    by_cpu = [(b.images / b.cpu_seconds) / (a.images / a.cpu_seconds) for a, b in pairs]
+    return {
+        "peer_img_s": round(_rate(theirs), 2),
+        "ours_img_s": round(_rate(ours), 2),
+        "ratio": round(median((b.images / b.seconds) / (a.images / a.seconds) for a, b in pairs), 3),
+        "ratio_by_cpu_time": round(median(by_cpu), 3),
+    }
 
 
-def _ratio(theirs: list[Block], ours: list[Block], clock: Callable[[Block], float]) -> float:
-    return round(median(clock(a) / clock(b) for a, b in zip(theirs, ours, strict=True)), 3)
+def _rate(blocks: list[Block]) -> float:
+    return median(block.images / block.seconds for block in blocks)
 
 
 def training_flops(params: Params) -> float:
