@@ -14,6 +14,8 @@ from typing import Any
 
 from tasks import atomic
 
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class Results:
@@ -27,7 +29,9 @@ class Results:
         return self.folder / "bench.json"
 
     def all(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        """The parts measured so far, by name; those of another format count as not measured."""
+        kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        return {name: part for name, part in kept.items() if part["format"] == FORMAT}
 
     def part(self, name: str, arguments: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         """Measure a part unless it was measured with these arguments already."""
@@ -39,7 +43,7 @@ class Results:
             print(f"bench: {name} was measured with these arguments; --again measures anew", flush=True)
         else:
             before, measured, after = load(), measure(), load()
-            kept = {"arguments": arguments, "machine": machine(), "load": [before, after], **measured}
+            kept = {"format": FORMAT, "arguments": arguments, "machine": machine(), "load": [before, after], **measured}
             atomic.write_json(self.file, {**self.all(), name: kept})
         report.write(self.folder, self.all())
 
