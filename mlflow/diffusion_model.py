@@ -26,7 +26,9 @@ class Request(pydantic.BaseModel):
     seed: Optional[int] = 0
     steps: Optional[int] = 20
     sampler: Optional[str] = "dpm_solver_pp_2m"
+    eta: Optional[float] = 0.0
     guidance: Optional[float] = 1.0
+    guidance_interval: Optional[list[float]] = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -62,7 +64,15 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
             raise ValueError("give label or prompt, not both")
         label = request.label if request.prompt is None else self.bundle.label_of(request.prompt)
         labels = None if label is None else [label]
-        images = self.bundle.sample([request.seed], labels, request.sampler, request.steps, request.guidance)
+        images = self.bundle.sample(
+            [request.seed],
+            labels,
+            request.sampler,
+            request.steps,
+            request.guidance,
+            request.eta,
+            request.guidance_interval,
+        )
         return self.sampler.png_bytes(images[0])
 
 

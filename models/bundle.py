@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .samplers import SAMPLERS, SeededNoise, denoiser, sample
+from .samplers import SAMPLERS, Interval, SeededNoise, denoiser, sample
 
-FORMAT = 1
+FORMAT = 2
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -62,19 +62,23 @@ class Bundle:
         sampler: str = "dpm_solver_pp_2m",
         steps: int = 20,
         guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        guidance_interval: Interval = None,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i] alone.
 
-        Raises `ValueError` for labels that do not fit, guidance without a condition, an unknown sampler
-        or a number of steps that the model does not have.
+        `eta` belongs to `ddim`; `guidance_interval` (low, high) limits guidance to these noise levels, see
+        `samplers.denoiser`. Raises `ValueError` for labels that do not fit, guidance without a condition, an
+        unknown sampler, an eta that it does not have, or a number of steps that the model does not have.
         """
         condition, null = self._condition(labels, len(seeds))
         if guidance_scale != 1.0 and condition is None:
             raise ValueError("guidance needs a conditional model; use guidance 1")
         info = self.info
-        denoise = denoiser(self.predict, info["prediction"], info["alpha_bar"], condition, null, guidance_scale)
+        levels = info["alpha_bar"]
+        denoise = denoiser(self.predict, info["prediction"], levels, condition, null, guidance_scale, guidance_interval)
         noise = SeededNoise(seeds, (info["channels"], info["size"], info["size"]))
-        return sample(sampler, denoise, noise, info["alpha_bar"], steps)
+        return sample(sampler, denoise, noise, levels, steps, eta=eta, variance=info["variance"])
 
     def _condition(self, labels: Sequence[int] | None, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         if self.info["conditioning"] == "none":
@@ -163,14 +167,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm_solver_pp_2m")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler 'ddim', 0 to 1")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is none; needs a conditional model")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide at"
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
     bundle = Bundle(Path(__file__).resolve().parent.parent)
     try:
         label = bundle.label_of(arguments.prompt) if arguments.prompt is not None else arguments.label
         labels = None if label is None else [label]
-        images = bundle.sample([arguments.seed], labels, arguments.sampler, arguments.steps, arguments.guidance)
+        images = bundle.sample(
+            [arguments.seed],
+            labels,
+            arguments.sampler,
+            arguments.steps,
+            arguments.guidance,
+            arguments.eta,
+            arguments.guidance_interval,
+        )
     except ValueError as error:
         parser.error(str(error))
     arguments.out.write_bytes(png_bytes(images[0]))

@@ -36,7 +36,7 @@ def loss_weights(weighting: str, prediction: str, alpha_bar: Tensor, gamma: floa
     """Factor of each timestep's squared error, float32 [T], from alpha_bar float [T].
 
     `plain`: 1, the error of the network's own output. `min_snr`: what makes that error, whatever the network
-    predicts, the error of x0 weighted by min(SNR, gamma) (Hang et al. 2023, section 3.4): the error of eps is SNR
+    predicts, the error of x0 weighted by min(SNR, gamma) (Hang et al. 2023): the error of eps is SNR
     times, that of v SNR + 1 times the error of x0. Raises `ValueError` for another weighting or prediction.
     """
     snr = alpha_bar.double() / (1 - alpha_bar.double())

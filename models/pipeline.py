@@ -32,6 +32,8 @@ class Pipeline:
     betas: schedules.Array
     info: dict[str, Any]
     device: str = "cpu"
+    variance: str = "fixed_small"
+    """Of the noise that `ddpm` adds; see `samplers.VARIANCES`."""
 
     @property
     def alpha_bar(self) -> schedules.Array:
@@ -91,40 +93,48 @@ class Pipeline:
         batch_size: int = 256,
         callback: samplers.Callback | None = None,
         progress: Callable[[int], object] | None = None,
+        eta: float = 0.0,
+        guidance_interval: samplers.Interval = None,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i].
 
         `callback(i, t, x, x0)` sees torch tensors after each step; `progress(n)` is told how many images
-        a finished batch held. Raises `ValueError` for guidance on an unconditional model, labels that do
-        not fit, an unknown sampler or too many steps.
+        a finished batch held. `eta` belongs to `ddim`; `guidance_interval` (low, high) limits guidance to these
+        noise levels, see `samplers.denoiser`. Raises `ValueError` for guidance on an unconditional model, labels
+        that do not fit, an unknown sampler, an eta it does not have, or too many steps.
         """
         if guidance_scale != 1.0 and self.conditioning == "none":
             raise ValueError("guidance needs a conditional model; use guidance_scale 1")
         batches = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
-            images = self._sample_batch(
-                seeds[part], labels[part] if labels is not None else None, sampler, steps, guidance_scale, callback
-            )
+            denoise = self._denoiser(labels[part] if labels is not None else None, guidance_scale, guidance_interval)
+            images = self._sample_batch(seeds[part], denoise, sampler, steps, callback, eta)
             batches.append(images)
             if progress:
                 progress(len(images))
         return np.concatenate(batches)
 
-    def _sample_batch(self, seeds: Any, labels: Any, sampler: str, steps: int, scale: float, callback: Any) -> Any:
+    def _denoiser(self, labels: Any, scale: float, interval: samplers.Interval) -> samplers.Denoise:
         import torch
-
-        draw = samplers.SeededNoise(seeds, (self.channels, self.size, self.size))
-        condition, null = self.condition(labels)
 
         def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
             return self.unet(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
 
-        alpha_bar = self.alpha_bar
-        denoise = samplers.denoiser(predict, self.prediction, alpha_bar, condition, null, scale)
+        condition, null = self.condition(labels)
+        return samplers.denoiser(predict, self.prediction, self.alpha_bar, condition, null, scale, interval)
+
+    def _sample_batch(self, seeds: Any, denoise: Any, sampler: str, steps: int, callback: Any, eta: float) -> Any:
+        import torch
+
+        draw = samplers.SeededNoise(seeds, (self.channels, self.size, self.size))
+
+        def noise() -> torch.Tensor:
+            return torch.from_numpy(draw()).to(self.device)
+
         with torch.inference_mode():
             images = samplers.sample(
-                sampler, denoise, lambda: torch.from_numpy(draw()).to(self.device), alpha_bar, steps, callback
+                sampler, denoise, noise, self.alpha_bar, steps, callback, eta=eta, variance=self.variance
             )
         return images.float().cpu().numpy()
 
@@ -137,6 +147,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [-1, 1]; inverse of `to_uint8` up to its rounding."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def scheduler_config(betas: schedules.Array, prediction: str) -> dict[str, Any]:
@@ -172,16 +186,28 @@ def save_pipeline(folder: Path, unet: UNet, weights: dict[str, torch.Tensor], be
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
-    """Read the layout. Raises `FileNotFoundError` when it is not one, `ValueError` for another format."""
-    from safetensors.torch import load_file
+    """Read a folder that `save_pipeline` wrote, or one of an unconditional `DDPMPipeline` or `DDIMPipeline` that
+    somebody published in diffusers format (`models.published`).
 
+    Raises `FileNotFoundError` when it is neither, `ValueError` in one sentence for another format or for what our
+    network and samplers cannot do.
+    """
+    from models import published
     from models.unet import UNet, UNetConfig
 
-    info = json.loads((folder / "afterimage.json").read_text(encoding="utf-8"))
-    if info["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {info['format']}, this version reads {FORMAT}; train it again")
-    unet = UNet(UNetConfig.from_diffusers(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))))
-    unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    unet_folder, scheduler_folder = published.parts(folder)
+    config = UNetConfig.from_diffusers(_read(unet_folder / "config.json"))
+    scheduler = published.read_scheduler(_read(scheduler_folder / "scheduler_config.json"))
+    if (folder / "afterimage.json").exists():
+        info = _read(folder / "afterimage.json")
+        if info["format"] != FORMAT:
+            raise ValueError(f"{folder} has format {info['format']}, this version reads {FORMAT}; train it again")
+    else:
+        info = {"format": FORMAT, **published.describe(unet_folder, config, scheduler)}
+    unet = UNet(config)
+    try:
+        unet.load_state_dict(published.read_weights(unet_folder))
+    except RuntimeError:  # names every tensor that does not fit
+        raise ValueError(f"the weights in {unet_folder} are not those of the network in its config.json") from None
     unet.eval().requires_grad_(False).to(device)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return Pipeline(unet, np.asarray(scheduler["trained_betas"], dtype=np.float64), info, device)
+    return Pipeline(unet, scheduler.betas, info, device, scheduler.variance)

@@ -20,6 +20,7 @@ Denoise: TypeAlias = Callable[[Any, int], Any]
 Noise: TypeAlias = Callable[[], Any]
 Levels: TypeAlias = "Sequence[float] | np.ndarray"
 Callback: TypeAlias = Callable[[int, int, Any, Any], None]
+Interval: TypeAlias = "Sequence[float] | None"
 
 
 class SeededNoise:
@@ -44,7 +45,8 @@ def trailing_timesteps(total: int, steps: int) -> list[int]:
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {total} timesteps")
-    return [round(total * (steps - i) / steps) - 1 for i in range(steps)]
+    # In the same arithmetic as diffusers, so that halves are rounded to the same side.
+    return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))[:steps]]
 
 
 def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
@@ -71,23 +73,36 @@ def denoiser(
     condition: Any = None,
     null_condition: Any = None,
     guidance_scale: float = 1.0,
+    guidance_interval: Interval = None,
 ) -> Denoise:
     """Wrap a network as `denoise(x, t) -> x0`, clipped to [-1, 1].
 
     `predict(x, t, condition)` is the network's raw output. With a `guidance_scale` w other than 1 the
     output is u + w (c - u), c conditional and u with `null_condition` (Ho & Salimans 2022, in the
-    parametrisation where w = 1 is no guidance). x0 is clipped before anything else is derived from it,
-    so the noise that a sampler infers stays consistent with it.
+    parametrisation where w = 1 is no guidance); with a `guidance_interval` (low, high) only where
+    low < sigma <= high, sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024), which also saves the
+    second evaluation elsewhere. x0 is clipped before anything else is derived from it, so the noise that a
+    sampler infers stays consistent with it. Raises `ValueError` for an empty interval.
     """
+    if guidance_interval is not None and (len(guidance_interval) != 2 or guidance_interval[0] >= guidance_interval[1]):
+        raise ValueError(f"guidance interval {list(guidance_interval)} is not two noise levels, the lower one first")
 
     def denoise(x: Any, t: int) -> Any:
-        output = predict(x, t, condition)
-        if guidance_scale != 1.0:
+        output, a = predict(x, t, condition), float(alpha_bar[t])
+        if guidance_scale != 1.0 and _within(guidance_interval, a):
             unguided = predict(x, t, null_condition)
             output = unguided + guidance_scale * (output - unguided)
-        return to_x0(prediction, output, x, float(alpha_bar[t])).clip(-1, 1)
+        return to_x0(prediction, output, x, a).clip(-1, 1)
 
     return denoise
+
+
+def _within(interval: Interval, a: float) -> bool:
+    """Whether the noise level at alpha_bar `a` lies in (low, high]; None is everywhere."""
+    if interval is None:
+        return True
+    sigma = math.sqrt((1 - a) / a) if a > 0 else math.inf
+    return interval[0] < sigma <= interval[1]
 
 
 def _pairs(alpha_bar: Levels, timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
@@ -106,16 +121,27 @@ def _report(callback: Callback | None, i: int, t: int, x: Any, x0: Any) -> None:
 
 
 def ddpm(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
+    denoise: Denoise,
+    x: Any,
+    noise: Noise,
+    alpha_bar: Levels,
+    timesteps: Sequence[int],
+    callback: Any = None,
+    variance: str = "fixed_small",
 ) -> Any:
-    """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6-7), also over a subset of timesteps."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 6-7), also over a subset of timesteps.
+
+    `variance` is one of `VARIANCES`, the two choices of section 3.2 there: that of the posterior q(x_s | x_t, x_0),
+    or the larger beta; the last step adds none. (With `fixed_small` this, `ddim` with eta 1 and `euler_ancestral`
+    are one process in three notations.)
+    """
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
         alpha = a / a_next
         beta = 1 - alpha
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a_next) / (1 - a) * x
         if a_next < 1:
-            x = x + math.sqrt((1 - a_next) / (1 - a) * beta) * noise()
+            x = x + math.sqrt(beta if variance == "fixed_large" else (1 - a_next) / (1 - a) * beta) * noise()
         _report(callback, i, t, x, x0)
     return x
 
@@ -191,14 +217,28 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "euler_ancestral": euler_ancestral,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
 }
+VARIANCES = ("fixed_small", "fixed_large")
 
 
-def sample(sampler: str, denoise: Denoise, noise: Noise, alpha_bar: Levels, steps: int, callback: Any = None) -> Any:
+def sample(
+    sampler: str,
+    denoise: Denoise,
+    noise: Noise,
+    alpha_bar: Levels,
+    steps: int,
+    callback: Any = None,
+    eta: float = 0.0,
+    variance: str = "fixed_small",
+) -> Any:
     """Draw clean images from pure noise: the first call of `noise` is x_T, later ones feed the sampler.
 
-    Raises `ValueError` for an unknown sampler or an impossible number of steps.
+    `eta` is read by `ddim` and `variance` by `ddpm`. Raises `ValueError` for an unknown sampler, an impossible
+    number of steps, or an `eta` that the sampler does not have.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= (1 if sampler == "ddim" else 0):
+        raise ValueError(f"eta {eta:g} does not fit sampler {sampler!r}; it is 0 to 1 for 'ddim' and 0 for the others")
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": eta}, "ddpm": {"variance": variance}}
     timesteps = trailing_timesteps(len(alpha_bar), steps)
-    return SAMPLERS[sampler](denoise, noise(), noise, alpha_bar, timesteps, callback)
+    return SAMPLERS[sampler](denoise, noise(), noise, alpha_bar, timesteps, callback, **own.get(sampler, {}))

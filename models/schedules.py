@@ -19,26 +19,33 @@ BETA_START, BETA_END = 1e-4, 0.02  # Ho et al. 2020, section 4; kept for any T, 
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps from being singular
 
 
-def betas(schedule: str, timesteps: int, zero_terminal_snr: bool = False) -> Array:
+def betas(
+    schedule: str,
+    timesteps: int,
+    zero_terminal_snr: bool = False,
+    start: float = BETA_START,
+    end: float = BETA_END,
+) -> Array:
     """beta of a named schedule, float64 [T], each in (0, 1); the last is 1 with `zero_terminal_snr`.
 
-    `linear`: Ho et al. 2020. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the schedule of that
-    name in diffusers (a logistic ramp over [-6, 6]). Raises `ValueError` for another name.
+    `linear`: Ho et al. 2020, from `start` to `end`. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the
+    schedule of that name in diffusers (a logistic ramp over [-6, 6], from `start` to `end`). Raises `ValueError`
+    for another name.
     """
-    beta = _named(schedule, timesteps)
+    beta = _named(schedule, timesteps, start, end)
     return rescaled_to_zero_snr(beta) if zero_terminal_snr else beta
 
 
-def _named(schedule: str, timesteps: int) -> Array:
+def _named(schedule: str, timesteps: int, start: float, end: float) -> Array:
     if schedule == "linear":
-        return np.linspace(BETA_START, BETA_END, timesteps)
+        return np.linspace(start, end, timesteps)
     if schedule == "cosine":
         edges = np.arange(timesteps + 1) / timesteps
         f = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
         return np.minimum(1 - f[1:] / f[:-1], BETA_MAX)
     if schedule == "sigmoid":
         ramp = np.linspace(-6, 6, timesteps)
-        return BETA_START + (BETA_END - BETA_START) / (1 + np.exp(-ramp))
+        return start + (end - start) / (1 + np.exp(-ramp))
     raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 
 

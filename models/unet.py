@@ -31,6 +31,13 @@ class UNetConfig:
     dropout: float = 0.0
     conditions: int = 0
     embedded: bool = False
+    # What published weights may have otherwise than ours.
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    """Time features are [cos, sin], not [sin, cos]."""
+    freq_shift: float = 0
+    downsample_padding: int = 1
+    """Around each image before it is halved; 0 pads one row below and one column to the right."""
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `config.json` of a diffusers `UNet2DModel` with the same architecture."""
@@ -47,41 +54,81 @@ class UNetConfig:
             "up_block_types": up,
             "layers_per_block": self.layers_per_block,
             "norm_num_groups": self.norm_num_groups,
-            "norm_eps": NORM_EPS,
+            "norm_eps": self.norm_eps,
             "attention_head_dim": self.attention_head_dim,
             "dropout": self.dropout,
-            "freq_shift": 0,
-            "flip_sin_to_cos": True,
+            "freq_shift": self.freq_shift,
+            "flip_sin_to_cos": self.flip_sin_to_cos,
+            "downsample_padding": self.downsample_padding,
             "class_embed_type": "identity" if self.embedded else None,
             "num_class_embeds": self.conditions or None,
         }
 
     @staticmethod
     def from_diffusers(config: dict[str, Any]) -> UNetConfig:
-        """Inverse of `to_diffusers`."""
+        """Inverse of `to_diffusers`, also for configurations of other makers; absent keys have diffusers' defaults.
+
+        Raises `ValueError` in one sentence for an architecture that this network does not have.
+        """
+        widths = tuple(config["block_out_channels"])
+        attention = tuple(name.startswith("Attn") for name in config["down_block_types"])
+        _refuse_other_architectures(config, attention)
         return UNetConfig(
             size=config["sample_size"],
             channels=config["in_channels"],
-            block_out_channels=tuple(config["block_out_channels"]),
-            attention=tuple(name.startswith("Attn") for name in config["down_block_types"]),
-            layers_per_block=config["layers_per_block"],
-            norm_num_groups=config["norm_num_groups"],
-            attention_head_dim=config["attention_head_dim"],
-            dropout=config["dropout"],
-            conditions=config["num_class_embeds"] or 0,
-            embedded=config["class_embed_type"] == "identity",
+            block_out_channels=widths,
+            attention=attention,
+            layers_per_block=config.get("layers_per_block", 2),
+            norm_num_groups=config.get("norm_num_groups", 32),
+            attention_head_dim=config.get("attention_head_dim", 8),
+            dropout=config.get("dropout", 0.0),
+            conditions=config.get("num_class_embeds") or 0,
+            embedded=config.get("class_embed_type") == "identity",
+            norm_eps=config.get("norm_eps", 1e-5),
+            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
+            freq_shift=config.get("freq_shift", 0),
+            downsample_padding=config.get("downsample_padding", 1),
         )
 
 
-NORM_EPS = 1e-5
+def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, ...]) -> None:
+    """Compare what a `UNet2DModel` can be and this network cannot."""
+    up = ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)]
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+    wanted: dict[str, Any] = {
+        "_class_name": ("UNet2DModel",),
+        "down_block_types": (down,),
+        "mid_block_type": ("UNetMidBlock2D",),
+        "up_block_types": (up,),
+        "out_channels": (config["in_channels"],),
+        "act_fn": ("silu",),
+        "add_attention": (True,),
+        "attn_norm_num_groups": (None,),
+        "center_input_sample": (False,),
+        "class_embed_type": (None, "identity"),
+        "downsample_padding": (0, 1),
+        "downsample_type": ("conv",),
+        "mid_block_scale_factor": (1,),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "upsample_type": ("conv",),
+    }
+    for key, known in wanted.items():
+        value = config.get(key, known[0])
+        if value not in known:
+            raise ValueError(f"the network's {key} is {value!r}; this U-Net knows {' and '.join(map(repr, known))}")
+    if not isinstance(config["sample_size"], int):
+        raise ValueError(f"the network's sample_size is {config['sample_size']!r}; this U-Net knows square images")
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """t [B] -> [cos, sin] features float32 [B, width] (Vaswani et al. 2017, section 3.5; base 10,000)."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * frequencies[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+def timestep_embedding(t: Tensor, config: UNetConfig) -> Tensor:
+    """t [B] -> sinusoidal features float32 [B, first width] (Vaswani et al. 2017, section 3.5; base 10,000)."""
+    half = config.block_out_channels[0] // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(exponents / (half - config.freq_shift))[None]
+    pair = (angles.cos(), angles.sin()) if config.flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(pair, dim=1)
 
 
 class TimeEmbedding(nn.Module):
@@ -99,13 +146,14 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around which the input is added; the time embedding enters between them."""
 
-    def __init__(self, inputs: int, outputs: int, embed: int, groups: int, dropout: float) -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, embed: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=NORM_EPS)
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(embed, outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -119,10 +167,10 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the H*W positions, with its input added."""
 
-    def __init__(self, width: int, head_dim: int | None, groups: int) -> None:
+    def __init__(self, config: UNetConfig, width: int) -> None:
         super().__init__()
-        self.heads = width // (head_dim or width)
-        self.group_norm = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.heads = width // (config.attention_head_dim or width)
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
@@ -138,12 +186,12 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(x if any(self.conv.padding) else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -163,10 +211,9 @@ class Level(nn.Module):
 
     def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool) -> None:
         super().__init__()
-        groups = config.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(n, width, embed, groups, config.dropout) for n in inputs)
+        self.resnets = nn.ModuleList(ResnetBlock(config, n, width, embed) for n in inputs)
         if attention:
-            self.attentions = nn.ModuleList(Attention(width, config.attention_head_dim, groups) for _ in inputs)
+            self.attentions = nn.ModuleList(Attention(config, width) for _ in inputs)
         self.has_attention = attention
 
     def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
@@ -182,7 +229,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
         super().__init__(config, inputs, width, embed, attention)
-        self.downsamplers = None if last else nn.ModuleList([Downsample(width)])
+        self.downsamplers = None if last else nn.ModuleList([Downsample(width, config.downsample_padding)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -209,9 +256,8 @@ class UpLevel(Level):
 class Middle(nn.Module):
     def __init__(self, config: UNetConfig, width: int, embed: int) -> None:
         super().__init__()
-        groups = config.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(width, width, embed, groups, config.dropout) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(width, config.attention_head_dim, groups)])
+        self.resnets = nn.ModuleList(ResnetBlock(config, width, width, embed) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(config, width)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, embedding))
@@ -253,7 +299,7 @@ class UNet(nn.Module):
                 below = width
             self.up_blocks.append(UpLevel(config, inputs, width, embed, config.attention[level], level == 0))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
         self._start_as_identity()
 
@@ -272,7 +318,7 @@ class UNet(nn.Module):
                 module.recompute = on
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        embedding = self.time_embedding(timestep_embedding(t, self.config).to(x.dtype))
         if condition is not None:
             embedding = embedding + (self.class_embedding(condition) if self.class_embedding else condition)
         x = self.conv_in(x)

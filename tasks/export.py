@@ -78,7 +78,8 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
         raise StageError(str(error)) from None
     names = ("conditioning", "classes", "channels", "size", "prediction", "null_label", "train_key")
     info = {name: trained.info[name] for name in names}
-    atomic.write_json(folder / "bundle.json", {"format": FORMAT, "alpha_bar": trained.alpha_bar.tolist(), **info})
+    constants = {"alpha_bar": trained.alpha_bar.tolist(), "variance": trained.variance}
+    atomic.write_json(folder / "bundle.json", {"format": FORMAT, **constants, **info})
     package = folder / PACKAGE
     package.mkdir()
     (package / "__init__.py").touch()
@@ -202,7 +203,7 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
         denoise = denoiser(engine.predict, trained.prediction, alpha_bar, condition, null, guidance_scale)
         noise = SeededNoise(seeds, (trained.channels, trained.size, trained.size))
-        return sample(sampler, denoise, noise, alpha_bar, steps)
+        return sample(sampler, denoise, noise, alpha_bar, steps, variance=trained.variance)
 
     decibel = _drawn_psnr(trained, draw, params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])

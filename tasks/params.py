@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
+NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
+"""(low, high] in sigma = sqrt((1 - alpha_bar) / alpha_bar), the size of the noise beside an image in [-1, 1]."""
 
 # DVC wants every dependency to exist. A source that is not a local file names the lock file, which
 # pins the package that brings the digits and the client that fetches the rest.
@@ -250,7 +252,7 @@ class EncodeParams(Section):
 class ModelParams(Section):
     """The U-Net; names and meanings are those of diffusers' `UNet2DModel`."""
 
-    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False)
+    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False, min_length=1)
     attention: tuple[bool, ...] = Field(strict=False)
     """One flag per resolution, highest first: self-attention there or not."""
     layers_per_block: PositiveInt
@@ -265,6 +267,11 @@ class ModelParams(Section):
             raise ValueError(
                 f"model.attention has {len(self.attention)} flags for {len(self.block_out_channels)} resolutions; "
                 "give one per entry of model.block_out_channels"
+            )
+        if self.block_out_channels[0] % 2:
+            raise ValueError(
+                f"the first of model.block_out_channels is {self.block_out_channels[0]}, but half of the time "
+                "embedding is sines and half cosines; make it even"
             )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
@@ -365,9 +372,26 @@ class JudgeParams(Section):
     seed: int = 1
 
 
+def _check_sampling(name: str, section: EvaluateParams | VisualizeParams, scales: tuple[float, ...]) -> None:
+    """What sampling with eta and an interval of guidance asks for, in the section `name`."""
+    if section.eta and section.sampler != "ddim":
+        raise ValueError(f"{name}.eta is only read by {name}.sampler 'ddim'; set it back to 0.0")
+    if section.guidance_interval is None:
+        return
+    low, high = section.guidance_interval
+    if low >= high:
+        raise ValueError(f"{name}.guidance_interval [{low:g}, {high:g}] is empty; give the lower noise level first")
+    if set(scales) == {1.0}:
+        raise ValueError(
+            f"{name}.guidance_interval limits guidance, and a scale of 1 is none; set it to null, or raise the scale"
+        )
+
+
 class EvaluateParams(Section):
     sampler: Sampler
     steps: PositiveInt
+    eta: Fraction = 0.0
+    """Noise of the sampler 'ddim': 0 draws the same image from the same noise, 1 is as random as 'ddpm'."""
     n_distance: PositiveInt
     """Samples in each seed block, drawn without guidance, for the distances."""
     n_accuracy: PositiveInt
@@ -377,17 +401,31 @@ class EvaluateParams(Section):
     n_ddpm: PositiveInt
     """Samples of the full ancestral sampler, for the grid."""
     guidance_scale: Annotated[float, Field(ge=1)]
+    guidance_interval: NoiseLevels | None = None
+    """Noise levels at which to guide (Kynkäänniemi et al. 2024); null is all."""
     seed_blocks: Annotated[int, Field(ge=2)] = 3
     batch_size: PositiveInt = 256
     seed: int = 1000
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateParams:
+        _check_sampling("evaluate", self, (self.guidance_scale,))
+        return self
 
 
 class VisualizeParams(Section):
     sampler: Sampler
     steps: PositiveInt
+    eta: Fraction = 0.0
     guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
+    guidance_interval: NoiseLevels | None = None
     columns: PositiveInt = 10
     seed: int = 7
+
+    @model_validator(mode="after")
+    def _check(self) -> VisualizeParams:
+        _check_sampling("visualize", self, self.guidance_scales)
+        return self
 
 
 class ExportParams(Section):

@@ -79,7 +79,9 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "fingerprint": fingerprint(measurement),
         "sampler": params.sampler,
         "steps": params.steps,
+        "eta": params.eta,
         "guidance_scale": params.guidance_scale,
+        "guidance_interval": params.guidance_interval and list(params.guidance_interval),
         "batch_size": params.batch_size,
     }
 
@@ -123,10 +125,11 @@ def draw(
     guidance_scale: float = UNGUIDED,
     block: int = 0,
 ) -> Draw:
-    """The first `count` images of a seed block, labels in a balanced cycle; sampler and steps are the protocol's
-    unless given."""
+    """The first `count` images of a seed block, labels in a balanced cycle; sampler, its eta and steps are the
+    protocol's unless a sampler is given."""
     from models.pipeline import to_uint8
 
+    eta = 0.0 if sampler else protocol["eta"]
     sampler, steps = sampler or protocol["sampler"], steps or protocol["steps"]
     facts = protocol["measurement"]
     first = facts["seed"] + block * BLOCK_STRIDE
@@ -149,6 +152,8 @@ def draw(
             guidance_scale,
             protocol["batch_size"],
             callback=lambda i, t, x, x0: bar.update(len(x)),
+            eta=eta,
+            guidance_interval=protocol["guidance_interval"],
         )
     return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started)
 
@@ -257,6 +262,7 @@ def summary(
         "sampler": protocol["sampler"],
         "steps": protocol["steps"],
         "guidance_scale": protocol["guidance_scale"],
+        **{name: protocol[name] for name in ("eta", "guidance_interval") if protocol[name]},
     }
 
 

@@ -59,11 +59,13 @@ def measures(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _protocol(metrics: dict[str, Any]) -> str:
     """How the numbers were drawn, in a sentence."""
-    drawn = (
-        f"Drawn with {sampler_name(metrics['sampler'], metrics['steps'])}, over {metrics['seed_blocks']} seed blocks"
-    )
+    sampler = sampler_name(metrics["sampler"], metrics["steps"])
+    sampler += f", η = {metrics['eta']:g}" if "eta" in metrics else ""
+    drawn = f"Drawn with {sampler}, over {metrics['seed_blocks']} seed blocks"
     distances = f"{metrics['n_samples']} samples each, without guidance, for the distances"
     guided = f"{metrics['n_samples_accuracy']} with guidance {metrics['guidance_scale']:g} for accuracy and CLIP score"
+    if "guidance_interval" in metrics:
+        guided += " at noise levels σ from {:g} to {:g}".format(*metrics["guidance_interval"])
     return f"{drawn}: {distances}{', ' + guided if metrics['n_samples_accuracy'] else ''}."
 
 

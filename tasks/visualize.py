@@ -155,7 +155,17 @@ def _draw(model: Pipeline, params: VisualizeParams) -> Drawn:
             start = SeededNoise(seeds, (model.channels, model.size, model.size))()
             path = Trajectory(start, _spread(params.steps, ANIMATION_FRAMES) if row == followed else ())
             rows.append(
-                model.sample(seeds, labels, params.sampler, params.steps, scale, len(seeds), _both(path, bar.update))
+                model.sample(
+                    seeds,
+                    labels,
+                    params.sampler,
+                    params.steps,
+                    scale,
+                    len(seeds),
+                    _both(path, bar.update),
+                    eta=params.eta,
+                    guidance_interval=params.guidance_interval,
+                )
             )
             if row == followed:
                 trajectory = path
@@ -229,7 +239,7 @@ def _forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles
     levels = [schedules.alpha_bar(beta) for beta in betas]
     strips = [_noised(held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
     columns = ["image", *(f"t = {t}" for t in times)]
-    return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own))
+    return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own) if own in names else None)
 
 
 def _class_name(model: Pipeline, label: int) -> str:

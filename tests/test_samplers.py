@@ -7,62 +7,144 @@ import pytest
 import torch
 
 from models import samplers, schedules
-from models.diffusion import add_noise, drop_condition, squared_error, target
+from models.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
 
 T = 1000
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", T))
 SHAPE = (2, 1, 8, 8)
 
 
-def network(x, t):
-    """A fixed smooth 'network' that depends on x and t, small enough to keep x_0 within [-1, 1]."""
-    return 0.3 * torch.tanh(x) + 0.1 * math.sin(t / 100)
+def x0_of(x, t):
+    """A fixed smooth 'network' that depends on x and t; its clean image stays within [-1, 1]."""
+    return 0.8 * torch.tanh(x + math.sin(t / 100))
 
 
-def scheduler_for(sampler):
+def output_of(prediction, x, t, levels):
+    """What that network would say in the parametrisation `prediction`."""
+    a, x0 = torch.tensor(levels[t]), x0_of(x, t)
+    eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+    return target(prediction, x0, eps, a[None]).float()
+
+
+def scheduler_for(sampler, levels_of, prediction):
     import diffusers
 
-    shared = {"num_train_timesteps": T, "beta_schedule": "linear", "timestep_spacing": "trailing"}
+    shared = {"num_train_timesteps": T, "timestep_spacing": "trailing", "prediction_type": prediction, **levels_of}
     if sampler == "ddpm":
-        return diffusers.DDPMScheduler(**shared, clip_sample=False, variance_type="fixed_small")
-    if sampler == "ddim":
-        return diffusers.DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=True)
-    return diffusers.DPMSolverMultistepScheduler(
-        **shared, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", lower_order_final=False
-    )
+        return diffusers.DDPMScheduler(**shared, clip_sample=True)
+    if sampler == "ddpm large":
+        return diffusers.DDPMScheduler(**shared, clip_sample=True, variance_type="fixed_large")
+    if sampler.startswith("ddim"):
+        return diffusers.DDIMScheduler(**shared, clip_sample=True)
+    if sampler == "euler_ancestral":
+        return diffusers.EulerAncestralDiscreteScheduler(**shared)
+    return diffusers.DPMSolverMultistepScheduler(**shared, algorithm_type="dpmsolver++", solver_order=2)
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddim", 50), ("dpm_solver_pp_2m", 20)])
-def test_whole_trajectory_equals_diffusers(sampler, steps, monkeypatch):
-    scheduler = scheduler_for(sampler)
+STEPS = {"ddpm": 100, "ddim": 50, "ddim eta 0.5": 50, "ddim eta 1": 50}
+STEPS |= {"euler_ancestral": 100, "dpm_solver_pp_2m": 20}
+OPTIONS = {"ddim eta 0.5": {"eta": 0.5}, "ddim eta 1": {"eta": 1.0}, "ddpm large": {"variance": "fixed_large"}}
+MODULES = {"ddpm": "ddpm", "ddim": "ddim", "euler": "euler_ancestral_discrete", "dpm": "dpmsolver_multistep"}
+
+
+def trajectory_of_diffusers(scheduler, sampler, output, draws, monkeypatch):
+    """x after each step, in units where signal and noise have variance 1; diffusers is fed our noise, in order."""
+    fed = iter(draws[1:])
+    name = MODULES[sampler.split()[0].split("_")[0]]
+    monkeypatch.setattr(f"diffusers.schedulers.scheduling_{name}.randn_tensor", lambda *_, **__: next(fed))
+    options = {**OPTIONS, "ddpm large": {}}.get(sampler, {})
+    if sampler.startswith("ddim"):
+        options = {**options, "use_clipped_model_output": True}
+    seen, x = [], draws[0]
+    if sampler == "euler_ancestral":  # its x is in units where the signal alone has variance 1
+        x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    for i, t in enumerate(scheduler.timesteps):
+        entering = scheduler.scale_model_input(x, t)
+        x = scheduler.step(output(entering, int(t)), t, x, **options).prev_sample
+        seen.append(x / (scheduler.sigmas[i + 1] ** 2 + 1) ** 0.5 if sampler == "euler_ancestral" else x)
+    return seen
+
+
+def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, steps=None):
+    scheduler = scheduler_for(sampler, levels_of, prediction)
+    steps = steps or STEPS[sampler]
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(SHAPE, generator=generator) for _ in range(steps + 1)]
-    x = theirs = draws[0]
-    fed = iter(draws[1:])
-    # diffusers draws its own noise; give it ours, in the same order
-    import diffusers.schedulers.scheduling_ddpm as module
-
-    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(fed))
-    expected = []
-    for t in scheduler.timesteps:
-        theirs = scheduler.step(network(theirs, int(t)), t, theirs).prev_sample
-        expected.append(theirs)
-
-    ours = []
-    noise = iter(draws[1:])
-    samplers.SAMPLERS[sampler](
-        lambda x, t: samplers.to_x0("epsilon", network(x, t), x, ALPHA_BAR[t]),
-        x,
-        lambda: next(noise),
-        ALPHA_BAR,
-        samplers.trailing_timesteps(T, steps),
-        lambda i, t, x, x0: ours.append(x),
+    expected = trajectory_of_diffusers(
+        scheduler, sampler, lambda x, t: output_of(prediction, x, t, levels), draws, monkeypatch
     )
-    assert [int(t) for t in scheduler.timesteps] == samplers.trailing_timesteps(T, steps)
-    # v_0 of the last steps is what is left of x_T after a division by alpha_bar: scale before comparing
-    scale = max(1.0, max(float(e.abs().max()) for e in expected))
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, expected, strict=True)) < 1e-4 * scale
+    ours, noise = [], iter(draws[1:])
+    chosen = samplers.trailing_timesteps(T, steps)
+    assert [int(t) for t in scheduler.timesteps] == chosen
+    samplers.SAMPLERS[sampler.split()[0]](
+        samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), prediction, levels),
+        draws[0],
+        lambda: next(noise),
+        levels,
+        chosen,
+        lambda i, t, x, x0: ours.append(x),
+        **OPTIONS.get(sampler, {}),
+    )
+    assert ours[0].dtype == expected[0].dtype == torch.float32
+    return max(float((a - b).abs().max()) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.parametrize("sampler", STEPS)
+def test_whole_trajectory_equals_diffusers(sampler, schedule, prediction, monkeypatch):
+    if (sampler, prediction) == ("euler_ancestral", "sample"):
+        pytest.skip("diffusers' Euler ancestral scheduler does not know x0 prediction")
+    betas = schedules.betas(schedule, T)
+    levels = schedules.alpha_bar(betas)
+    limit = 1e-4
+    if (sampler, schedule, prediction) == ("dpm_solver_pp_2m", "cosine", "epsilon"):
+        # One rounding of eps in float32 moves x0 by 1.2e-3 at this alpha_bar, and diffusers rounds once more.
+        limit = 2**-24 / math.sqrt(levels[-1])
+    assert largest_difference(sampler, prediction, levels, {"trained_betas": betas.tolist()}, monkeypatch) < limit
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm large"])
+def test_all_thousand_steps_of_the_paper_equal_diffusers(sampler, monkeypatch):
+    levels_of = {"beta_schedule": "linear"}
+    assert largest_difference(sampler, "epsilon", ALPHA_BAR, levels_of, monkeypatch, steps=1000) < 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+@pytest.mark.parametrize("sampler", STEPS)
+def test_whole_trajectory_from_pure_noise_equals_diffusers(sampler, prediction, monkeypatch):
+    """Zero terminal SNR; two of diffusers' schedulers take 2^-24 in the place of the last alpha_bar, 0."""
+    if (sampler, prediction) == ("euler_ancestral", "sample"):
+        pytest.skip("diffusers' Euler ancestral scheduler does not know x0 prediction")
+    levels = schedules.alpha_bar(schedules.betas("linear", T, zero_terminal_snr=True))
+    if sampler in ("euler_ancestral", "dpm_solver_pp_2m"):
+        levels[-1] = 2**-24
+    levels_of = {"beta_schedule": "linear", "rescale_betas_zero_snr": True}
+    assert largest_difference(sampler, prediction, levels, levels_of, monkeypatch) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_pure_noise_is_the_limit_of_almost_pure_noise(sampler):
+    def draw(last):
+        levels = schedules.alpha_bar(schedules.betas("cosine", T, zero_terminal_snr=True))
+        assert levels[-1] == 0
+        levels[-1] = last
+        noise = samplers.SeededNoise([1, 2], (1, 8, 8))
+        return samplers.sample(sampler, lambda x, t: 0.8 * np.tanh(x), noise, levels, 12)
+
+    assert np.isfinite(draw(0.0)).all()
+    assert np.abs(draw(0.0) - draw(1e-14)).max() < 1e-4
+
+
+@pytest.mark.parametrize("total", [100, 500, 777, 1000])
+def test_timesteps_are_those_of_diffusers(total):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(total, timestep_spacing="trailing")
+    for steps in (1, 2, 10, 15, 20, 50, total):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == samplers.trailing_timesteps(total, steps)
 
 
 def exact_gaussian(x, a_from, a_to, variance):
@@ -91,6 +173,34 @@ def test_order_of_convergence(sampler, order):
         return abs(seen[-2] - exact_gaussian(1.0, levels[chosen[0]], levels[chosen[-1]], variance))[0]
 
     assert math.log2(error(60) / error(30)) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral"])
+def test_order_of_convergence_with_fresh_noise(sampler):
+    """Halving the step halves the error of the variance: weak order 1, on Gaussian data where all variances are known.
+
+    Every step is linear, so x is followed exactly as its coefficients on independent unit normals.
+    """
+    variance = 0.3
+    levels = schedules.alpha_bar(schedules.betas("cosine", T))
+
+    def denoise(x, t):
+        a = levels[t]
+        return math.sqrt(a) * variance / (a * variance + 1 - a) * x
+
+    def error(stride):
+        chosen, seen = np.arange(949, 49, -stride), []
+        fresh = iter(np.eye(len(chosen) + 1))
+        options = {"eta": 1.0} if sampler == "ddim" else {}
+        x = math.sqrt(levels[chosen[0]] * variance + 1 - levels[chosen[0]]) * next(fresh)
+        samplers.SAMPLERS[sampler](
+            denoise, x, lambda: next(fresh), levels, chosen, lambda i, t, x, x0: seen.append(x), **options
+        )
+        wanted = levels[chosen[-1]] * variance + 1 - levels[chosen[-1]]
+        return abs((seen[-2] ** 2).sum() - wanted)
+
+    # 899 = 29 * 31 steps separate the first timestep from the last whatever the stride
+    assert math.log2(error(60) / error(30)) == pytest.approx(1, abs=0.35)
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
@@ -124,19 +234,98 @@ def test_guidance_moves_away_from_the_null_condition():
     assert denoise(x, 100) == pytest.approx(-math.sqrt(1 - a) * (0.1 + 3 * 0.1) / math.sqrt(a))
 
 
+def test_guidance_is_kept_to_its_noise_levels():
+    """Inside (low, high] the guided x0 and two evaluations of the network, outside the plain x0 and one."""
+    asked = []
+
+    def predict(x, t, condition):
+        asked.append(condition)
+        return 0 * x + condition
+
+    denoise = samplers.denoiser(predict, "sample", [0.9, 0.5, 0.1, 0.0], 0.2, 0.1, 3.0, guidance_interval=(0.5, 3.0))
+    sigmas = [1 / 3, 1.0, 3.0, math.inf]
+    drawn = [float(denoise(np.zeros((1, 1, 1, 1)), t)[0, 0, 0, 0]) for t in range(4)]
+    assert drawn == pytest.approx([0.4 if 0.5 < sigma <= 3.0 else 0.2 for sigma in sigmas])
+    assert asked == [0.2, 0.2, 0.1, 0.2, 0.1, 0.2]
+
+
+@pytest.mark.parametrize("interval", [(1.0, 1.0), (2.0, 1.0), (1.0,)])
+def test_an_empty_interval_of_guidance_is_refused(interval):
+    with pytest.raises(ValueError, match="is not two noise levels"):
+        samplers.denoiser(lambda x, t, c: x, "sample", ALPHA_BAR, 0.2, 0.1, 3.0, interval)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.1), ("ddim", -0.1), ("ddpm", 0.5)])
+def test_an_eta_that_the_sampler_does_not_have_is_refused(sampler, eta):
+    noise = samplers.SeededNoise([1], (1, 8, 8))
+    with pytest.raises(ValueError, match="it is 0 to 1 for 'ddim' and 0 for the others"):
+        samplers.sample(sampler, lambda x, t: x, noise, ALPHA_BAR, 5, eta=eta)
+
+
 @pytest.mark.parametrize("steps", [0, T + 1])
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"{steps} must lie between 1 and the model's 1000"):
         samplers.trailing_timesteps(T, steps)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_target_and_x0_are_inverse(prediction):
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("t", [0, 300, 900])
+def test_target_and_x0_are_inverse(prediction, t):
     torch.manual_seed(0)
-    x0, eps, t = torch.rand(SHAPE) * 2 - 1, torch.randn(SHAPE), 300
+    x0, eps = torch.rand(SHAPE) * 2 - 1, torch.randn(SHAPE)
     a = torch.full((2,), ALPHA_BAR[t], dtype=torch.float32)
     output = target(prediction, x0, eps, a)
     assert torch.allclose(samplers.to_x0(prediction, output, add_noise(x0, eps, a), ALPHA_BAR[t]), x0, atol=1e-5)
+
+
+def test_targets_in_numbers():
+    """a = 0.64: sqrt(a) = 0.8 and sqrt(1 - a) = 0.6."""
+    x0, eps, a = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0), torch.tensor([0.64])
+    assert add_noise(x0, eps, a).item() == pytest.approx(0.8 * 0.5 - 0.6)
+    assert target("epsilon", x0, eps, a).item() == -1
+    assert target("sample", x0, eps, a).item() == 0.5
+    assert target("v_prediction", x0, eps, a).item() == pytest.approx(-0.8 - 0.6 * 0.5)
+
+
+def test_the_image_in_pure_noise_follows_from_v_and_x0_alone():
+    x, output = np.ones((1, 1, 1, 1)), np.full((1, 1, 1, 1), 0.25)
+    assert samplers.to_x0("sample", output, x, 0.0) == 0.25
+    assert samplers.to_x0("v_prediction", output, x, 0.0) == -0.25
+    with pytest.raises(ValueError, match="says nothing of an image"):
+        samplers.to_x0("epsilon", output, x, 0.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weighs_the_error_of_x0(prediction):
+    """Whatever the network predicts, its weighted error is min(SNR, gamma) times the error of x0."""
+    torch.manual_seed(0)
+    levels = torch.tensor(ALPHA_BAR)
+    snr, gamma = levels / (1 - levels), 5.0
+    t = torch.tensor([0, 10, 100, 500, 999])
+    assert snr[t[0]] > gamma > snr[t[3]]
+    a = levels[t]
+    x0, wrong, eps = torch.rand(3, 5, 1, 4, 4, dtype=torch.float64)
+    x = add_noise(x0, eps, a)
+    # the output of a network that takes `wrong` for the image in x
+    wide = a[:, None, None, None]
+    output = target(prediction, wrong, (x - wide.sqrt() * wrong) / (1 - wide).sqrt(), a)
+    error = (output - target(prediction, x0, eps, a)).square().mean(dim=(1, 2, 3))
+    of_x0 = (wrong - x0).square().mean(dim=(1, 2, 3))
+    weighted = loss_weights("min_snr", prediction, levels, gamma)[t] * error
+    assert torch.allclose(weighted, snr[t].clamp(max=gamma) * of_x0, rtol=1e-5)
+
+
+def test_weights_in_numbers():
+    """SNR 1/9, 1, 4, 9 with gamma 5."""
+    levels = torch.tensor([0.1, 0.5, 0.8, 0.9], dtype=torch.float64)
+    assert loss_weights("plain", "epsilon", levels, 5.0).tolist() == [1, 1, 1, 1]
+    expected = {"epsilon": [1, 1, 1, 5 / 9], "sample": [1 / 9, 1, 4, 5], "v_prediction": [0.1, 0.5, 0.8, 0.5]}
+    for prediction, weights in expected.items():
+        assert loss_weights("min_snr", prediction, levels, 5.0).tolist() == pytest.approx(weights)
+    with pytest.raises(ValueError, match="unknown weighting 'snr'"):
+        loss_weights("snr", "epsilon", levels, 5.0)
+    with pytest.raises(ValueError, match="unknown prediction 'noise'"):
+        loss_weights("min_snr", "noise", levels, 5.0)
 
 
 def test_noising_keeps_unit_variance():

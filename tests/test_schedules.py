@@ -8,13 +8,35 @@ from models import schedules
 DIFFUSERS_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
 
-@pytest.mark.parametrize("timesteps", [10, 100, 1000])
+@pytest.mark.parametrize("timesteps", [2, 10, 100, 500, 777, 1000])
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_equals_diffusers(name, timesteps):
     from diffusers import DDPMScheduler
 
     expected = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS_NAME[name]).betas.numpy()
     assert np.abs(schedules.betas(name, timesteps) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("timesteps", [2, 100, 1000])
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_zero_terminal_snr_equals_diffusers(name, timesteps):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS_NAME[name], rescale_betas_zero_snr=True)
+    ours = schedules.alpha_bar(schedules.betas(name, timesteps, zero_terminal_snr=True))
+    assert np.abs(ours - scheduler.alphas_cumprod.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_zero_terminal_snr_shifts_and_scales_the_signal(name):
+    """The first level stays, the last is 0 exactly, and sqrt(alpha_bar) between them keeps its proportions."""
+    plain = np.sqrt(schedules.alpha_bar(schedules.betas(name, 1000)))
+    beta = schedules.betas(name, 1000, zero_terminal_snr=True)
+    rescaled = np.sqrt(schedules.alpha_bar(beta))
+    assert (rescaled[0], rescaled[-1], beta[-1]) == (pytest.approx(plain[0], abs=1e-12), 0, 1)
+    assert np.allclose(rescaled, (plain - plain[-1]) / (plain[0] - plain[-1]) * plain[0], atol=1e-12)
+    assert ((beta > 0) & (beta <= 1)).all()
+    assert schedules.log_snr(rescaled**2)[-1] == -np.inf
 
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
@@ -25,8 +47,9 @@ def test_signal_falls_all_the_way(name):
     assert (np.diff(schedules.log_snr(alpha_bar)) < 0).all()
 
 
-def test_log_snr_of_equal_parts_is_zero():
-    assert schedules.log_snr(np.array([0.5]))[0] == 0
+def test_snr_in_numbers():
+    assert schedules.snr(np.array([0.5, 0.8, 0.0])) == pytest.approx([1, 4, 0])
+    assert schedules.log_snr(np.array([0.5, 0.8])) == pytest.approx([0, np.log(4)])
 
 
 def test_unknown_schedule_is_named():

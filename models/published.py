@@ -1,0 +1,128 @@
+"""What others published in diffusers format, read as ours: an unconditional U-Net and the schedule it was trained on.
+
+What our network and samplers would not reproduce is refused in one sentence instead of drawn otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models import schedules
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.unet import UNetConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+"""diffusers' name of a schedule -> ours."""
+VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Layers of attention as the first versions of diffusers called them."""
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A `scheduler_config.json`: `schedule` is our name of the betas (or "trained"), `variance` as in `samplers`."""
+
+    betas: schedules.Array
+    schedule: str
+    prediction: str
+    variance: str
+
+
+def parts(folder: Path) -> tuple[Path, Path]:
+    """Folders of the network and of the scheduler: each its own, or everything in one as in the oldest repositories.
+
+    Raises `FileNotFoundError` for a folder that is no pipeline.
+    """
+    if (folder / "unet" / "config.json").exists():
+        return folder / "unet", folder / "scheduler"
+    if (folder / "config.json").exists() and (folder / "scheduler_config.json").exists():
+        return folder, folder
+    raise FileNotFoundError(2, "no pipeline in diffusers format", str(folder))
+
+
+def read_scheduler(config: dict[str, Any]) -> Scheduler:
+    """Raises `ValueError` for a scheduler that our samplers do not follow; absent keys have diffusers' defaults."""
+    wanted: dict[str, Any] = {
+        "_class_name": ("DDPMScheduler", "DDIMScheduler"),
+        "beta_schedule": tuple(SCHEDULES),
+        "clip_sample": (True,),
+        "clip_sample_range": (1.0,),
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "thresholding": (False,),
+        "variance_type": tuple(VARIANCES),
+    }
+    for key, known in wanted.items():
+        value = config.get(key, known[0])
+        if value not in known:
+            raise ValueError(f"the scheduler's {key} is {value!r}; these samplers know {', '.join(map(repr, known))}")
+    betas, name = _betas(config)
+    return Scheduler(
+        betas, name, config.get("prediction_type", "epsilon"), VARIANCES[config.get("variance_type", "fixed_small")]
+    )
+
+
+def _betas(config: dict[str, Any]) -> tuple[schedules.Array, str]:
+    timesteps = config.get("num_train_timesteps", 1000)
+    limits = config.get("beta_start", schedules.BETA_START), config.get("beta_end", schedules.BETA_END)
+    to_zero = config.get("rescale_betas_zero_snr", False)
+    if config.get("trained_betas") is None:
+        name = SCHEDULES[config.get("beta_schedule", "linear")]
+        return schedules.betas(name, timesteps, to_zero, *limits), name
+    betas = np.asarray(config["trained_betas"], dtype=np.float64)
+    if betas.shape != (timesteps,):
+        raise ValueError(f"the scheduler has {betas.size} trained_betas for {timesteps} num_train_timesteps")
+    known = (n for n in SCHEDULES.values() if np.allclose(schedules.betas(n, timesteps), betas, rtol=0, atol=1e-6))
+    return schedules.rescaled_to_zero_snr(betas) if to_zero else betas, next(known, "trained")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a network's folder, float32, under today's names. Raises `ValueError` for pickled weights."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).exists() and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder} holds its weights as a pickle, which could run code; let diffusers write them as safetensors "
+            "(DDPMPipeline.from_pretrained(...).save_pretrained(...)) where you trust their maker"
+        )
+    try:
+        loaded = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); fetch it again") from None
+    state = {}
+    for name, tensor in loaded.items():
+        for old, new in OLD_NAMES.items():
+            name = name.replace(old, new) if ".attentions." in name else name
+        state[name] = tensor.to(torch.float32)
+    return state
+
+
+def describe(folder: Path, config: UNetConfig, scheduler: Scheduler) -> dict[str, Any]:
+    """What `afterimage.json` would say of an unconditional network; its weights' sha256 stands for the training.
+
+    Raises `ValueError` for a class-conditional one, which does not say what its classes are.
+    """
+    if config.conditions or config.embedded:
+        raise ValueError("the network is class-conditional, and diffusers' format does not say what its classes are")
+    return {
+        "conditioning": "none",
+        "condition_source": "none",
+        "classes": [],
+        "channels": config.channels,
+        "size": config.size,
+        "timesteps": len(scheduler.betas),
+        "schedule": scheduler.schedule,
+        "prediction": scheduler.prediction,
+        "null_label": None,
+        "train_key": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+    }
