@@ -198,6 +198,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     unet_folder, scheduler_folder = published.parts(folder)
     config = UNetConfig.from_diffusers(_read(unet_folder / "config.json"))
     scheduler = published.read_scheduler(_read(scheduler_folder / "scheduler_config.json"))
+    weights = published.read_weights(unet_folder)
     if (folder / "afterimage.json").exists():
         info = _read(folder / "afterimage.json")
         if info["format"] != FORMAT:
@@ -206,7 +207,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
         info = {"format": FORMAT, **published.describe(unet_folder, config, scheduler)}
     unet = UNet(config)
     try:
-        unet.load_state_dict(published.read_weights(unet_folder))
+        unet.load_state_dict(weights)
     except RuntimeError:  # names every tensor that does not fit
         raise ValueError(f"the weights in {unet_folder} are not those of the network in its config.json") from None
     unet.eval().requires_grad_(False).to(device)

@@ -146,18 +146,26 @@ def test_registered_model_draws_what_pytorch_draws(work):
     work.register()
     model = loaded()
     (request_,) = model.metadata.signature.inputs.to_dict()
-    assert set(request_["properties"]) == {"label", "prompt", "seed", "steps", "sampler", "guidance"}
+    wishes = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval"}
+    assert set(request_["properties"]) == wishes
     requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
     assert all(line.split("==")[1][0].isdigit() for line in requirements)
+    wish = {"eta": 0.5, "guidance_interval": [0.1, 2.0]}
     first, second = model.predict(
         [
             {"prompt": "a cat", "seed": 5, "steps": 6, "sampler": "ddim", "guidance": 1.5},
-            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5},
+            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5} | wish,
         ]
     )
+    pipeline = load_pipeline(work.root / "outputs" / "pipeline")
     expected = to_uint8(
-        load_pipeline(work.root / "outputs" / "pipeline").sample([5, 6], [2, 2], "ddim", 6, guidance_scale=1.5)
+        np.concatenate(
+            [
+                pipeline.sample([5], [2], "ddim", 6, guidance_scale=1.5),
+                pipeline.sample([6], [2], "ddim", 6, guidance_scale=1.5, eta=0.5, guidance_interval=(0.1, 2.0)),
+            ]
+        )
     )
     for png, image in zip((first, second), expected, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
