@@ -1,16 +1,22 @@
-"""Zip and tar files whose content nobody vouches for: listed and streamed, never unpacked to the disk."""
+"""Zip and tar files whose content nobody vouches for: listed and streamed, never unpacked to the disk.
+
+A tar inside of them (a webdataset shard) is like a folder of its name; one inside of that is a file.
+"""
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,14 +27,15 @@ from tasks.stage import StageError
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 ENCRYPTED = 0x1
+SHARD = ".tar"
 
 
 @dataclass(frozen=True)
 class Member:
     """One file of an archive."""
 
-    position: int
-    """Its place in the archive; names may occur twice."""
+    position: tuple[int, ...]
+    """Its place in the archive, or that of its shard and its place in there; names may occur twice."""
     name: str
     """Path inside the archive, with '/' between its parts."""
     size: int
@@ -130,8 +137,12 @@ def read_members(file: Path, members: list[Member], max_bytes: int) -> Iterator[
     """
     if kind(file) == "zip":
         yield from _zip_read(file, sorted(members, key=lambda member: (member.name, member.position)), max_bytes)
-    else:
-        yield from _tar_read(file, {member.position: member for member in members}, max_bytes)
+        return
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            yield from _tar_read(archive, members, max_bytes)
+    except DAMAGED as error:
+        raise _damaged(file, error) from None
 
 
 def _refusal(member: Member, max_bytes: int) -> Problem | None:
@@ -140,68 +151,111 @@ def _refusal(member: Member, max_bytes: int) -> Problem | None:
     return member.problem
 
 
-Listed = tuple[int, str, int, Problem | None]
+Listed = tuple[tuple[int, ...], str, int, Problem | None]
 
 
 def _zip_list(file: Path) -> Iterator[Listed]:
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
+            for position, info in enumerate(archive.infolist()):
+                name, problem = info.filename.replace("\\", "/"), None
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    problem = Problem("link", "a symbolic link")
+                elif info.flag_bits & ENCRYPTED:
+                    problem = Problem("encrypted", "the archive needs a password")
+                listed = ((position,), name, info.file_size, problem)
+                if problem is None and _is_shard(name):
+                    yield from _shard_list(listed, partial(archive.open, info))
+                elif not info.is_dir():
+                    yield listed
     except DAMAGED as error:
         raise _damaged(file, error) from None
-    for position, info in enumerate(infos):
-        problem = None
-        if stat.S_ISLNK(info.external_attr >> 16):
-            problem = Problem("link", "a symbolic link")
-        elif info.flag_bits & ENCRYPTED:
-            problem = Problem("encrypted", "the archive needs a password")
-        if not info.is_dir():
-            yield position, info.filename.replace("\\", "/"), info.file_size, problem
 
 
 def _zip_read(file: Path, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-        for member in members:
-            refusal = _refusal(member, max_bytes)
-            if refusal:
-                yield member, refusal
+        for position, group in itertools.groupby(members, lambda member: member.position[0]):
+            inside = list(group)
+            if len(inside[0].position) > 1:
+                yield from _shard_read(archive.open(infos[position]), inside, max_bytes)
                 continue
-            try:
-                content: bytes | Problem = archive.read(infos[member.position])
-            except (*DAMAGED, NotImplementedError, RuntimeError) as error:
-                content = Problem("damaged in the archive", f"{type(error).__name__}: {error}")
-            yield member, content
+            for member in inside:
+                refusal = _refusal(member, max_bytes)
+                if refusal:
+                    yield member, refusal
+                    continue
+                try:
+                    content: bytes | Problem = archive.read(infos[position])
+                except (*DAMAGED, NotImplementedError, RuntimeError) as error:
+                    content = Problem("damaged in the archive", f"{type(error).__name__}: {error}")
+                yield member, content
 
 
 def _tar_list(file: Path) -> Iterator[Listed]:
     try:
         with tarfile.open(file, "r|*") as archive:
-            for position, info in enumerate(archive):
-                if info.isdir():
-                    continue
-                problem = None
-                if info.issym() or info.islnk():
-                    problem = Problem("link", f"a link to {info.linkname}")
-                elif not info.isreg():
-                    problem = Problem("special file", "a device or a pipe")
-                yield position, text(info.name), info.size, problem
+            for listed, info in _tar_infos(archive):
+                if listed[3] is None and _is_shard(listed[1]):
+                    yield from _shard_list(listed, partial(archive.extractfile, info))
+                else:
+                    yield listed
     except DAMAGED as error:
         raise _damaged(file, error) from None
 
 
-def _tar_read(file: Path, members: dict[int, Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
+def _tar_infos(archive: tarfile.TarFile) -> Iterator[tuple[Listed, tarfile.TarInfo]]:
+    for position, info in enumerate(archive):
+        if info.isdir():
+            continue
+        problem = None
+        if info.issym() or info.islnk():
+            problem = Problem("link", f"a link to {info.linkname}")
+        elif not info.isreg():
+            problem = Problem("special file", "a device or a pipe")
+        yield ((position,), text(info.name), info.size, problem), info
+
+
+def _tar_read(
+    archive: tarfile.TarFile, members: list[Member], max_bytes: int
+) -> Iterator[tuple[Member, bytes | Problem]]:
+    wanted: dict[int, list[Member]] = {}
+    for member in members:
+        wanted.setdefault(member.position[0], []).append(member)
+    for position, info in enumerate(archive):
+        inside = wanted.get(position, [])
+        if inside and len(inside[0].position) > 1:
+            yield from _shard_read(archive.extractfile(info), inside, max_bytes)
+            continue
+        for member in inside:
+            refusal = _refusal(member, max_bytes)
+            content = None if refusal else archive.extractfile(info)
+            yield member, refusal or (content.read() if content else Problem("special file", "no content"))
+
+
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith(SHARD)
+
+
+def _shard_list(shard: Listed, opened: Callable[[], Any]) -> list[Listed]:
+    """Files of a tar inside of an archive; the tar itself, with the reason, where it cannot be read to its end."""
+    position, name, size, _ = shard
     try:
-        with tarfile.open(file, "r|*") as archive:
-            for position, info in enumerate(archive):
-                if position not in members:
-                    continue
-                member = members[position]
-                refusal = _refusal(member, max_bytes)
-                content = None if refusal else archive.extractfile(info)
-                yield member, refusal or (content.read() if content else Problem("special file", "no content"))
-    except DAMAGED as error:
-        raise _damaged(file, error) from None
+        with opened() as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            return [
+                ((*position, *place), f"{name}/{path}", bytes_, problem)
+                for (place, path, bytes_, problem), _ in _tar_infos(archive)
+            ]
+    except (*DAMAGED, NotImplementedError, RuntimeError) as error:
+        return [(position, name, size, Problem("damaged in the archive", f"{type(error).__name__}: {error}"))]
+
+
+def _shard_read(stream: Any, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
+    inside = {member.position[1:]: member for member in members}
+    within = [replace(member, position=position) for position, member in inside.items()]
+    with stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member, content in _tar_read(archive, within, max_bytes):
+            yield inside[member.position], content
 
 
 def _damaged(file: Path, error: Exception) -> StageError:

@@ -4,7 +4,9 @@ What the names say:
 - folders named train, test or val (and their usual synonyms), in any case, are published splits;
 - otherwise the innermost folder is the class, where there are at least two different ones;
 - a table (.csv, .tsv) with a column of file names and a column of captions captions the images;
-  several lines for one image are several captions.
+  several lines for one image are several captions;
+- files beside an image under its name caption it and name its class (see `tasks.sidecars`);
+- webdataset shards (.tar) are looked into; train-000000.tar is a shard of the split train.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import archives, captions, decoding
+from tasks import archives, captions, decoding, sidecars
 from tasks.archives import Member
 from tasks.quarantine import NO_IMAGE_FILE
 from tasks.source import SPLITS, Entry, Problem, Source, require_space, settle_splits
@@ -29,7 +31,7 @@ class Place:
 
     split: str | None
     folder: str | None
-    """The innermost folder, unless it is a split."""
+    """The class: what a file beside the image says, or the innermost folder, unless it is a split or a shard."""
 
 
 def copy(path: Path, raw: Path) -> None:
@@ -56,8 +58,12 @@ def read(file: Path, max_bytes: int) -> Source:
     images = [member.name for member in members if _is_image(member)]
     tables = [member for member in members if captions.is_table(member.name) and not member.problem]
     captioned = captions.read(archives.read_members(file, tables, captions.MAX_BYTES) if tables else (), images)
-    inputs = [member for member in members if member.name not in captioned.tables]
-    places = _places(images)
+    around = sidecars.beside(members, images)
+    said = sidecars.read(archives.read_members(file, around, sidecars.MAX_BYTES) if around else (), images)
+    for image, texts in said.texts.items():
+        captioned.texts.setdefault(image, []).extend(texts)
+    inputs = [member for member in members if member.name not in captioned.tables | said.files]
+    places = _places(images, said.classes)
     folders = {place.folder for place in places.values() if place.folder}
     classes = sorted(folders, key=_natural) if len(folders) > 1 else []
     contents = archives.read_members(file, inputs, max_bytes)
@@ -85,16 +91,25 @@ def _entries(
         yield Entry(member.name, data, member.size, label, texts, place.split, problem)
 
 
-def _places(images: list[str]) -> dict[str, Place]:
-    """Published splits and folders of image paths."""
+def _places(images: list[str], classes: dict[str, str]) -> dict[str, Place]:
+    """Published splits and classes of image paths, the class by a file beside the image or by its folder."""
     found = {}
     for name in images:
         parents = name.split("/")[:-1]
-        split = next((SPLITS[part.lower()] for part in parents if part.lower() in SPLITS), None)
-        folder = parents[-1] if parents and parents[-1].lower() not in SPLITS else None
-        found[name] = Place(split, folder)
+        splits = [SPLITS.get(_split_word(part)) for part in parents]
+        innermost = parents[-1] if parents and not (splits[-1] or _is_shard(parents[-1])) else None
+        found[name] = Place(next(filter(None, splits), None), classes.get(name) or innermost)
     settled = settle_splits({place.split for place in found.values()})
     return {name: Place(settled[place.split], place.folder) for name, place in found.items()}
+
+
+def _is_shard(folder: str) -> bool:
+    return folder.lower().endswith(archives.SHARD)
+
+
+def _split_word(folder: str) -> str:
+    """What may name a split: a folder's name, or the first word of a shard's, such as train-000000.tar."""
+    return re.split(r"[-_.]", folder.lower())[0] if _is_shard(folder) else folder.lower()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
