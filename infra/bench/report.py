@@ -47,8 +47,8 @@ def _throughput(part: dict[str, Any]) -> Made:
     titles = [
         "network",
         "parameters",
-        "batch",
         "compared",
+        "precision",
         "reference img/s",
         "ours img/s",
         "ratio",
