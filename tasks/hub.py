@@ -72,6 +72,7 @@ def _hub() -> Any:
     import huggingface_hub
     import huggingface_hub.constants
 
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # where something else imported it before
     return huggingface_hub
 
 
