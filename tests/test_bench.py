@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from infra.bench import __main__ as bench
-from infra.bench import inputs, report, throughput
+from infra.bench import inputs, quality, report, throughput
 
 TINY = [
     "image.size=8",
@@ -69,6 +69,13 @@ def test_our_loop_in_blocks_is_our_loop(params, prepared, tmp_path, monkeypatch)
     for steps in (1, 4, 2):
         parts.advance(steps)
     assert all(torch.equal(a, b) for a, b in zip(whole.averaged().values(), parts.averaged().values(), strict=True))
+
+
+def test_the_floor_is_of_as_many_images_of_every_class():
+    labels = np.repeat([0, 1, 2], [50, 20, 30])
+    rows = quality.balanced(labels, 12)
+    assert len(set(rows)) == 12 and np.bincount(labels[rows]).tolist() == [4, 4, 4]
+    assert len(set(quality.balanced(labels, 500))) == 100
 
 
 def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, monkeypatch, capsys):

@@ -69,8 +69,8 @@ class Scale:
         self.device = best_device()
         self.judge = load_judge(inputs.judge, self.device)
         self.reference = self.judge.features(load_pixels(inputs.images, "test", params.image).pixels)
-        train = load_pixels(inputs.images, "train", params.image).pixels
-        self.floor = self._to_reference(train[:: max(1, len(train) // measure.samples)][: measure.samples])
+        train = load_pixels(inputs.images, "train", params.image)
+        self.floor = self._to_reference(train.pixels[balanced(train.labels, measure.samples)])
 
     def distance(self, pipeline: Path) -> float:
         """The lowest over the samplers: each side is drawn with the one that serves it."""
@@ -98,6 +98,21 @@ class Scale:
         from models.metrics import frechet_distance
 
         return float(f"{frechet_distance(self.judge.features(pixels), self.reference):.5g}")
+
+
+def balanced(labels: Any, count: int) -> Any:
+    """Rows of `count` of the images at random, of every class as many as there are: as the labels asked for are.
+
+    labels: int64 [N]; returns int64 [min(count, N)].
+    """
+    import numpy as np
+
+    order = np.random.default_rng(FIRST_SEED).permutation(len(labels))
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        its = labels[order] == label
+        turn[its] = np.arange(its.sum())
+    return order[np.argsort(turn, kind="stable")[:count]]
 
 
 def measure(plan: Plan) -> dict[str, Any]:
