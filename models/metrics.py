@@ -7,11 +7,16 @@ All arithmetic is in float64.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
+NEIGHBOURHOOD = 3
+"""Neighbours that set the size of a ball in precision and recall; the paper's choice."""
+BLOCK = 1024
+"""Rows of distances in memory at once."""
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
@@ -48,6 +53,39 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
         metric.update(torch.from_numpy(y), real=True)
         metric.update(torch.from_numpy(x), real=False)
         return float(metric.compute()[0])
+
+
+def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = NEIGHBOURHOOD) -> tuple[float, float]:
+    """Shares of samples [N, D] within the manifold of real images [M, D], and of those within the samples' own
+    (Kynkaanniemi et al. 2019, equations 1 and 2): precision says how lifelike, recall how varied.
+
+    The manifold of a set is the union of balls around its members, each up to its `k`-th nearest other member.
+    Raises ValueError for fewer than 2 images or different D.
+    """
+    x, y = _pair(features, reference)
+    return _within(x, y, k), _within(y, x, k)
+
+
+def _within(points: NDArray[np.float64], members: NDArray[np.float64], k: int) -> float:
+    """Share of points [N, D] in a ball around one of the members [M, D]."""
+    k = min(k, len(members) - 1)
+    radii = np.concatenate([np.partition(squares, k, axis=1)[:, k] for squares in _squares(members, members)])
+    return float(np.concatenate([np.any(squares <= radii, axis=1) for squares in _squares(points, members)]).mean())
+
+
+def nearest(queries: np.ndarray, candidates: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of each query [N, D] the nearest of the candidates [M, D]: its index int64 [N], and its distance float64 [N]."""
+    x, y = np.asarray(queries, np.float64), np.asarray(candidates, np.float64)
+    found = [(squares.argmin(1), squares.min(1)) for squares in _squares(x, y)]
+    return np.concatenate([index for index, _ in found]), np.sqrt(np.concatenate([square for _, square in found]))
+
+
+def _squares(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Squared distances of rows of x [N, D] to all rows of y [M, D], in blocks [<= BLOCK, M]; not negative."""
+    lengths = np.square(y).sum(1)
+    for start in range(0, len(x), BLOCK):
+        block = x[start : start + BLOCK]
+        yield np.maximum(np.square(block).sum(1)[:, None] + lengths - 2 * block @ y.T, 0)
 
 
 def inception_style_score(logits: np.ndarray) -> float:

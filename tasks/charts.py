@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,21 @@ def training(history: pd.DataFrame) -> Chart:
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
     return _render(draw, size=(10.4, 3.2), salt="training")
+
+
+def guidance(points: Sequence[tuple[float, float, float]], agreement: str) -> Chart:
+    """The curve of a sweep: (CLIP score or accuracy, Frechet distance, guidance scale) of each point, in its order."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _title(axes, "Fréchet distance", agreement)
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        _line(axes, x, y, 0, None, bold=True, marker="o")
+        for agreed, distance, scale in points:
+            axes.annotate(f"w = {scale:g}", (agreed, distance), (5, 5), textcoords="offset points", fontsize=8.5)
+        axes.margins(x=0.12, y=0.18)
+
+    return _render(draw, size=(7.2, 3.2), salt="guidance")
 
 
 def _title(axes: Axes, title: str, x_label: str) -> None:

@@ -1,10 +1,10 @@
-"""Stage `evaluate`: pipeline, judge, images -> metrics by a declared protocol, a table of samplers, grids."""
+"""Stage `evaluate`: pipeline, judge, images -> metrics by a declared protocol, tables and grids."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from tasks import atomic, protocol, stage
 from tasks.images import require_accepted
 from tasks.params import EvaluateParams
 from tasks.protocol import Draw, Scorer
+from tasks.stage import StageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
 """Samplers beside the protocol's own in the table, and their steps."""
 COLUMNS = ["sampler", "steps", "guidance_scale", "n", "seed_blocks"]
-COLUMNS += ["frechet_distance", "kid", "inception_style_score", "clip_score", "label_accuracy", "note"]
-IMAGES_PER_DIMENSION = 2
-"""A covariance of fewer images per feature dimension says little: such rows of the table leave distances empty."""
+COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
+COLUMNS += ["inception_style_score", "clip_score", "label_accuracy", "note"]
+SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "clip_score"]
+SWEEP_COLUMNS += ["label_accuracy", "note"]
+CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
+TIMESTEP_COLUMNS = ["timestep", "alpha_bar", "n", "squared_error", "psnr"]
+TIMESTEPS, N_TIMESTEP = 10, 128
+NEAREST = 10
 GRID_ROWS, GRID_SIDE, MAX_GRID_CLASSES, PLAIN_GRID_COLUMNS = 10, 80, 20, 8
 
 
@@ -38,7 +44,12 @@ def evaluate(
     params: EvaluateParams,
 ) -> None:
     """Sample by a declared protocol and measure: distances to the held-out images without guidance, label accuracy
-    and CLIP score with it, over several seed blocks, beside the floor; then compare samplers and draw grids."""
+    and CLIP score with it, over several seed blocks, beside the floor. Then compare samplers and guidance scales,
+    classes and timesteps, and draw grids.
+
+    Raises `StageError` before anything is drawn where there are too few images for the features, unless
+    `params.allow_small_n`.
+    """
     from models.judge import best_device, load_judge
     from models.pictures import save_png
     from models.pipeline import load_pipeline
@@ -48,17 +59,32 @@ def evaluate(
     model, scale = load_pipeline(pipeline, device), load_judge(judge, device)
     declared = protocol.declare(model, images, scale, params)
     scorer = Scorer(images, scale, declared)
+    few = scorer.small_n()
+    if few and not params.allow_small_n:
+        raise StageError(
+            f"there are {few}; raise evaluate.n_distance and hold out more images, or have the numbers say so: set "
+            "evaluate.allow_small_n to true"
+        )
     unguided, guided = protocol.draw_blocks(model, declared)
     measured = protocol.summary(unguided, guided, scorer, declared)
     others = list(_other_draws(model, declared, params))
+    swept = list(_sweep(model, declared, unguided[0], guided, params))
     grids = {"grid_unguided": unguided[0], "grid_ddpm": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         atomic.write_json(folder / "protocol.json", declared)
-        rows = _rows(unguided, guided, others, scorer, params.n_compare)
-        atomic.write_text(folder / "samplers.csv", _csv(rows))
+        rows = _rows(unguided, guided, others, scorer, params)
+        atomic.write_text(folder / "samplers.csv", _csv(COLUMNS, rows))
+        atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(model, scorer, params.seed)))
+        if swept:
+            sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
+            atomic.write_text(folder / "guidance.csv", _csv(SWEEP_COLUMNS, sweep_rows))
+        if guided and scorer.has_labels:
+            class_rows = _class_rows(unguided, guided, scorer, model.classes)
+            atomic.write_text(folder / "classes.csv", _csv(CLASS_COLUMNS, class_rows))
         for name, drawn in grids.items():
             save_png(picture(drawn, model.classes), folder / f"{name}.png")
-    atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others])})
+        save_png(nearest_picture(unguided[0], scorer), folder / "grid_nearest.png")
+    atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
     atomic.write_json(metrics, measured)
     _print(measured)
 
@@ -71,22 +97,81 @@ def _other_draws(model: Pipeline, declared: dict[str, Any], params: EvaluatePara
     yield protocol.draw(model, declared, params.n_ddpm, "ddpm", model.timesteps)
 
 
+def _sweep(
+    model: Pipeline, declared: dict[str, Any], unguided: Draw, guided: list[Draw], params: EvaluateParams
+) -> Iterator[Draw]:
+    """The first `n_sweep` images of the first seed block at each scale; what was drawn already is taken from there."""
+    for guidance_scale in params.guidance_sweep:
+        for drawn in (unguided, *guided[:1]):
+            if drawn.guidance_scale == guidance_scale and len(drawn.pixels) >= params.n_sweep:
+                yield drawn.first(params.n_sweep)
+                break
+        else:
+            yield protocol.draw(model, declared, params.n_sweep, guidance_scale=guidance_scale)
+
+
+def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> dict[str, Any]:
+    note = _too_few(len(drawn.pixels), scorer)
+    return {
+        "guidance_scale": drawn.guidance_scale,
+        "n": len(drawn.pixels),
+        "note": note,
+        **(scorer.distances(drawn.pixels) if not note or allow_small_n else {}),
+        **scorer.fit_to_labels(drawn.pixels, drawn.labels),
+    }
+
+
+def _class_rows(
+    unguided: list[Draw], guided: list[Draw], scorer: Scorer, classes: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Each class over all seed blocks: its guided images by accuracy and CLIP score, its unguided ones by distance
+    to the held-out images of the class. KID alone stands so few images."""
+    for label, name in enumerate(classes):
+        drawn, plain = (protocol.of_class(draws, label) for draws in (guided, unguided))
+        yield {
+            "class": name,
+            "n": len(drawn),
+            "n_unguided": len(plain),
+            **scorer.fit_to_labels(drawn, [label] * len(drawn)),
+            **scorer.class_distance(plain, label),
+        }
+
+
+def _timestep_rows(model: Pipeline, scorer: Scorer, seed: int) -> Iterator[dict[str, Any]]:
+    """How far the predicted clean image is from a held-out one, at timesteps spread over the schedule."""
+    import math
+
+    import numpy as np
+
+    from models.denoising import error_by_timestep
+
+    timesteps = sorted({round(t) for t in np.linspace(0, model.timesteps - 1, min(TIMESTEPS, model.timesteps))})
+    pixels, labels = scorer.held_out_for(model.conditioning != "none", N_TIMESTEP)
+    errors = error_by_timestep(model, pixels, labels, timesteps, seed) if len(pixels) else []
+    for t, error in zip(timesteps, errors, strict=False):
+        yield {
+            "timestep": t,
+            "alpha_bar": float(model.alpha_bar[t]),
+            "n": len(pixels),
+            "squared_error": error,
+            "psnr": 10 * math.log10(4 / error) if error > 0 else math.inf,  # the values span 2
+        }
+
+
 def _rows(
-    unguided: list[Draw], guided: list[Draw], others: list[Draw], scorer: Scorer, n_compare: int
+    unguided: list[Draw], guided: list[Draw], others: list[Draw], scorer: Scorer, params: EvaluateParams
 ) -> Iterator[dict[str, Any]]:
     """All seed blocks of the protocol's sampler, then its first images and the other samplers' from the same seeds."""
-    yield _row(unguided, scorer)
-    if guided:
-        yield _row(guided, scorer)
-    for drawn in (unguided[0].first(n_compare), *others):
-        yield _row([drawn], scorer)
+    for blocks in (unguided, guided, *([drawn] for drawn in (unguided[0].first(params.n_compare), *others))):
+        if blocks:
+            yield _row(blocks, scorer, params.allow_small_n)
 
 
-def _row(blocks: list[Draw], scorer: Scorer) -> dict[str, Any]:
+def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, Any]:
     drawn, count = blocks[0], len(blocks[0].pixels)
-    needed = IMAGES_PER_DIMENSION * scorer.dimensions
+    note = _too_few(count, scorer)
     scores = [scorer.fit_to_labels(block.pixels, block.labels) for block in blocks]
-    if count >= needed:
+    if not note or (allow_small_n and count > 1):
         scores = [
             {**score, **scorer.distances(block.pixels), **scorer.inception_style_score(block.pixels)}
             for score, block in zip(scores, blocks, strict=True)
@@ -98,14 +183,19 @@ def _row(blocks: list[Draw], scorer: Scorer) -> dict[str, Any]:
         "guidance_scale": drawn.guidance_scale,
         "n": count,
         "seed_blocks": len(blocks),
-        "note": "" if count >= needed else f"too few images for distances ({needed} needed)",
+        "note": note,
         **means,
     }
 
 
-def _csv(rows: Iterator[dict[str, Any]]) -> str:
+def _too_few(count: int, scorer: Scorer) -> str:
+    needed = protocol.IMAGES_PER_DIMENSION * scorer.dimensions
+    return "" if count >= needed else f"too few images for distances ({needed} needed)"
+
+
+def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()})
@@ -124,6 +214,19 @@ def picture(drawn: Draw, classes: list[str]) -> Image.Image:
     return grid(shown, len(classes), scale, column_titles=classes)
 
 
+def nearest_picture(drawn: Draw, scorer: Scorer) -> Image.Image:
+    """The images of a draw that come nearest to a training image, by features, above that image."""
+    import numpy as np
+
+    from models.pictures import grid
+
+    rows, distances = scorer.nearest_training(drawn.pixels)
+    chosen = np.argsort(distances, kind="stable")[:NEAREST]
+    both = np.concatenate([drawn.pixels[chosen], scorer.train.pixels[rows[chosen]]])
+    titles = [f"{distance:.2g}" for distance in distances[chosen]]
+    return grid(both, len(chosen), max(1, GRID_SIDE // both.shape[-1]), ["drawn", "training"], titles)
+
+
 def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:
     totals: dict[str, tuple[float, int]] = {}
     for drawn in draws:
@@ -137,15 +240,19 @@ def _print(measured: dict[str, Any]) -> None:
     beside = (
         ("frechet_distance", "frechet_distance_floor", "floor"),
         ("kid", "kid_floor", "floor"),
+        ("precision", "precision_floor", "floor"),
+        ("recall", "recall_floor", "floor"),
+        ("near_copies", "near_copies_real", "held-out images"),
         ("inception_style_score", "inception_style_score_real", "real"),
         ("clip_score", "clip_score_real", "real"),
         ("label_accuracy", "label_accuracy_real", "real"),
     )
+    few = f"; few images: {measured['small_n']}" if "small_n" in measured else ""
     for name, other, what in beside:
         if name in measured:
             print(
                 f"evaluate: {name} {measured[name]:.4g} +- {measured[f'{name}_spread']:.2g} "
-                f"({what} {measured[other]:.4g})"
+                f"({what} {measured[other]:.4g}){few}"
             )
 
 

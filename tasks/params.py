@@ -403,7 +403,13 @@ class EvaluateParams(Section):
     guidance_scale: Annotated[float, Field(ge=1)]
     guidance_interval: NoiseLevels | None = None
     """Noise levels at which to guide (Kynkäänniemi et al. 2024); null is all."""
-    seed_blocks: Annotated[int, Field(ge=2)] = 3
+    guidance_sweep: tuple[Annotated[float, Field(ge=1)], ...] = Field(default=(), strict=False)
+    """Guidance scales of the curve of distance against CLIP score; none for an unconditional model."""
+    n_sweep: PositiveInt = 128
+    """Samples at each of them."""
+    seed_blocks: Annotated[int, Field(ge=3)] = 3
+    allow_small_n: bool = False
+    """Measure distances over fewer than two images per feature dimension, and say so beside each number."""
     batch_size: PositiveInt = 256
     seed: int = 1000
 
@@ -476,11 +482,13 @@ class Params(Section):
                     f"{section}.steps {steps} exceeds diffusion.timesteps {self.diffusion.timesteps}; lower it"
                 )
         if self.codec.conditioning == "none" and (
-            self.evaluate.guidance_scale != 1 or set(self.visualize.guidance_scales) != {1.0}
+            self.evaluate.guidance_scale != 1
+            or set(self.visualize.guidance_scales) != {1.0}
+            or self.evaluate.guidance_sweep
         ):
             raise ValueError(
-                "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0 "
-                "and visualize.guidance_scales to [1.0]"
+                "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
+                "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
             )
         if self.codec.conditioning == "text" and self.codec.text_width != 4 * self.model.block_out_channels[0]:
             raise ValueError(

@@ -7,6 +7,7 @@ not in it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -31,6 +32,12 @@ FORMAT = 1
 BLOCK_STRIDE = 1_000_000
 """Distance between the first seeds of two seed blocks."""
 UNGUIDED = 1.0
+IMAGES_PER_DIMENSION = 2
+"""A covariance of fewer images per feature dimension says little."""
+SEARCHED = 20_000
+"""Training images among which copies are looked for, at most."""
+COPY_QUANTILE = 0.01
+"""A sample counts as a near copy where it comes nearer to a training image than this share of held-out images does."""
 
 
 class NotComparableError(StageError):
@@ -69,6 +76,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "floor": {"split": "train", "images": "as many, of the classes asked for, as far as there are"},
         "judge": judge.info["hashes"],
         "extractor": judge.kind,
+        "feature_dim": judge.info["feature_dim"],
         "image": judge.info["image"],
         "quantisation": "uint8",
         "labels": pipeline.classes if pipeline.conditioning == "label" else None,
@@ -158,6 +166,13 @@ def draw(
     return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started)
 
 
+def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:
+    """The images of all draws that were asked to show a class, uint8 [N, C, S, S]."""
+    import numpy as np
+
+    return np.concatenate([draw.pixels[np.asarray(draw.labels) == label] for draw in draws])
+
+
 def balanced_labels(count: int, classes: int) -> list[int]:
     """0, 1, ... classes - 1, 0, 1, ... of length `count`."""
     return [index % classes for index in range(count)]
@@ -186,10 +201,50 @@ class Scorer:
         from models import metrics
 
         features = self.judge.features(pixels)
+        precision, recall = metrics.precision_recall(features, self.reference)
         return {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
             "kid": metrics.kernel_distance(features, self.reference, self.facts["seed"]),
+            "precision": precision,
+            "recall": recall,
         }
+
+    @functools.cached_property
+    def searched(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Where copies are looked for: rows of `train` int64 [n], their features [n, D], and the distance that
+        `COPY_QUANTILE` of the held-out images stay below."""
+        import numpy as np
+
+        from models import metrics
+
+        count = len(self.train.pixels)
+        rows = np.sort(np.random.default_rng(self.facts["seed"]).permutation(count)[:SEARCHED])
+        features = self.judge.features(self.train.pixels[rows])
+        return rows, features, float(np.quantile(metrics.nearest(self.reference, features)[1], COPY_QUANTILE))
+
+    def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of uint8 images [N, C, S, S] the nearest training image by features: rows of `train` int64 [N], and
+        distances float64 [N]."""
+        from models import metrics
+
+        rows, features, _ = self.searched
+        index, distances = metrics.nearest(self.judge.features(pixels), features)
+        return rows[index], distances
+
+    def near_copies(self, pixels: np.ndarray) -> dict[str, float]:
+        """Share of uint8 images [N, C, S, S] that come suspiciously near to a training image."""
+        return {"near_copies": float((self.nearest_training(pixels)[1] < self.searched[2]).mean())}
+
+    def small_n(self) -> str | None:
+        """Why the distances would say little, or None: too few images on a side for the features' dimension."""
+        needed = IMAGES_PER_DIMENSION * self.dimensions
+        drawn, real = self.facts["n_distance"], len(self.reference)
+        if min(drawn, real) >= needed:
+            return None
+        return (
+            f"{drawn} samples and {real} held-out images for features of {self.dimensions} dimensions, which need "
+            f"{needed} of each"
+        )
 
     def stand_ins(self, block: int) -> np.ndarray:
         """Training images in the place of a block's draw: as many, of the same classes, none twice.
@@ -206,6 +261,33 @@ class Scorer:
         wanted = np.bincount(balanced_labels(count, len(classes)), minlength=len(classes))
         rows = [order[labels == label][:number] for label, number in enumerate(wanted)]
         return self.train.pixels[np.concatenate(rows)]
+
+    @property
+    def has_labels(self) -> bool:
+        return bool((self.held_out.labels >= 0).any())
+
+    def held_out_for(self, conditional: bool, count: int) -> tuple[np.ndarray, list[int] | None]:
+        """At most `count` held-out images spread over the split, uint8 [n, C, S, S], and for a conditional model
+        the labels that go with them; those without one are left out then."""
+        import numpy as np
+
+        known = np.flatnonzero(self.held_out.labels >= 0) if conditional else np.arange(len(self.held_out.pixels))
+        rows = known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
+        return self.held_out.pixels[rows], self.held_out.labels[rows].tolist() if conditional else None
+
+    def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
+        """KID of uint8 images [N, C, S, S] to the held-out images of a class, and that of as many training images
+        of it; nothing where there are fewer than two of any."""
+        from models import metrics
+
+        reference = self.reference[self.held_out.labels == label]
+        stand_ins = self.train.pixels[self.train.labels == label][: len(pixels)]
+        if min(len(reference), len(pixels), len(stand_ins)) < 2:
+            return {}
+        return {
+            name: metrics.kernel_distance(self.judge.features(images), reference, self.facts["seed"])
+            for name, images in (("kid", pixels), ("kid_floor", stand_ins))
+        }
 
     def inception_style_score(self, pixels: np.ndarray) -> dict[str, float]:
         from models import metrics
@@ -231,7 +313,7 @@ class Scorer:
     def real(self) -> dict[str, float]:
         """The same scores of the held-out images."""
         known = self.held_out.labels >= 0
-        scores = self.inception_style_score(self.held_out.pixels)
+        scores = self.inception_style_score(self.held_out.pixels) | {"near_copies": COPY_QUANTILE}
         if known.any():
             scores |= self.fit_to_labels(self.held_out.pixels[known], self.held_out.labels[known].tolist())
         return scores
@@ -243,7 +325,10 @@ def summary(
     """Flat metrics of the draws of all seed blocks: mean, `_spread` (sample standard deviation over the blocks),
     `_floor` (training images in the model's place) and `_real` (held-out images in the model's place)."""
     facts = protocol["measurement"]
-    blocks = [scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) for draw in unguided]
+    blocks = [
+        scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
+        for draw in unguided
+    ]
     fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
     stand_ins = [scorer.stand_ins(block) for block in range(facts["seed_blocks"])]
     floors = [scorer.distances(pixels) for pixels in stand_ins]
@@ -256,6 +341,8 @@ def summary(
         "n_samples_accuracy": facts["n_accuracy"] if guided else 0,
         "n_reference": facts["reference"]["images"],
         "n_floor": len(stand_ins[0]),
+        "n_searched": len(scorer.searched[0]),
+        **({"small_n": scorer.small_n()} if scorer.small_n() else {}),
         "seed_blocks": facts["seed_blocks"],
         "extractor": facts["extractor"],
         "fingerprint": protocol["fingerprint"],

@@ -73,6 +73,19 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table under the measures: a heading, what it says, a chart above it where there is one, and its notes."""
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[tuple[str, str]] = ()
+    chart_svg: str | None = None
+    chart_label: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the page shows. `*_svg` are `<svg>` elements, trusted as they stand; all other text is escaped."""
 
@@ -88,10 +101,10 @@ class Report:
     samples: Tiles
     metrics: Sequence[Metric]
     not_applicable: Sequence[tuple[str, str]]
+    few_images: str
+    """Why the distances say little; empty where they do not."""
     protocol: str
-    sampler_columns: Sequence[str]
-    sampler_rows: Sequence[Sequence[str]]
-    sampler_notes: Sequence[tuple[str, str]]
+    tables: Sequence[Table]
     evaluation_grids: Sequence[Picture]
     forward: Tiles
     schedules_svg: str

@@ -6,14 +6,20 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from tasks.report_page import Headline, Metric, Picture
+from tasks.report_page import Headline, Metric, Picture, Table
 
 MEASURES = {
     "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
     "kid": ("KID", "kernel distance: the same question without assuming a Gaussian; lower is better"),
+    "precision": ("Precision", "share of the samples that look real; higher is better"),
+    "recall": ("Recall", "share of the real images that the samples cover; higher is better"),
     "inception_style_score": ("Inception-style score", "clear and varied classes; higher is better"),
     "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
     "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
+    "near_copies": (
+        "Near copies",
+        "share of the samples nearer to a training image than all but 1 % of held-out images are; lower is better",
+    ),
 }
 HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
 """What one wants to see first, where it was measured."""
@@ -25,10 +31,34 @@ SAMPLER_COLUMNS = {
     "seed_blocks": "Blocks",
     "frechet_distance": "Fréchet",
     "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
     "inception_style_score": "Inception",
     "label_accuracy": "Accuracy",
     "clip_score": "CLIP",
 }
+SWEEP_COLUMNS = {"guidance_scale": "Guidance", "n": "n"} | {
+    name: SAMPLER_COLUMNS[name]
+    for name in ("frechet_distance", "kid", "precision", "recall", "label_accuracy", "clip_score")
+}
+CLASS_COLUMNS = {
+    "class": "Class",
+    "n": "n, guided",
+    "label_accuracy": "Accuracy",
+    "clip_score": "CLIP",
+    "n_unguided": "n, unguided",
+    "kid": "KID",
+    "kid_floor": "KID floor",
+}
+TIMESTEP_COLUMNS = {
+    "timestep": "t",
+    "alpha_bar": "Signal left",
+    "n": "n",
+    "squared_error": "Squared error",
+    "psnr": "PSNR, dB",
+}
+SHARES = ("label_accuracy", "precision", "recall", "near_copies")
+WHOLE = ("steps", "n", "n_unguided", "seed_blocks", "timestep")
 SAMPLERS = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -54,6 +84,7 @@ def measures(metrics: dict[str, Any]) -> dict[str, Any]:
             for key, reason in sorted(metrics["not_applicable"].items())
         ],
         "protocol": _protocol(metrics),
+        "few_images": metrics.get("small_n", ""),
     }
 
 
@@ -104,31 +135,82 @@ def _spread(key: str, name: str, metrics: dict[str, Any]) -> str:
 
 
 def _number(key: str, value: float, digits: int = 3) -> str:
-    text = f"{100 * value:.1f} %" if key == "label_accuracy" else f"{value:.{digits}g}"
+    text = f"{100 * value:.1f} %" if key in SHARES else f"{value:.{digits}g}"
     return text.replace("-", "−")
 
 
-def sampler_table(path: Path) -> dict[str, Any]:
-    """`samplers.csv` -> the columns that hold anything, in the order of `SAMPLER_COLUMNS`, with readable
-    names, and the rows' notes."""
+def tables(evaluation: Path) -> list[Table]:
+    """The tables that `evaluate` wrote, those that there are."""
+    found = [_sampler_table(evaluation / "samplers.csv")]
+    if (evaluation / "guidance.csv").exists():
+        found.append(_guidance_table(evaluation / "guidance.csv"))
+    if (evaluation / "classes.csv").exists():
+        text = (
+            "All seed blocks together. Accuracy and CLIP score of the guided images; KID of the unguided ones to the "
+            "held-out images of their class, beside that of as many training images."
+        )
+        columns, rows = _cells(_read(evaluation / "classes.csv"), CLASS_COLUMNS)
+        found.append(Table("By class", text, columns, rows))
+    if (evaluation / "timesteps.csv").exists():
+        text = (
+            "Held-out images with noise of timestep t added, and how far the clean image that the model predicts is "
+            "from them. The last timesteps are guesswork, for every model."
+        )
+        columns, rows = _cells(_read(evaluation / "timesteps.csv"), TIMESTEP_COLUMNS)
+        found.append(Table("By timestep", text, columns, rows))
+    return found
+
+
+def _sampler_table(path: Path) -> Table:
+    rows = _read(path)
+    text = (
+        "The same weights, drawn with different samplers, numbers of steps and guidance. Distances of rows with "
+        "unequal n do not compare: fewer images, larger distance."
+    )
+    notes = [(sampler_name(row["sampler"], int(row["steps"])), row["note"]) for row in rows if row.get("note")]
+    return Table("Samplers compared", text, *_cells(rows, SAMPLER_COLUMNS), notes)
+
+
+def _guidance_table(path: Path) -> Table:
+    """With the curve of distance against agreement, where both were measured."""
+    from tasks import charts
+
+    rows = _read(path)
+    agreement = next((name for name in ("clip_score", "label_accuracy") if any(row[name] for row in rows)), None)
+    points = [
+        (float(row[agreement]), float(row["frechet_distance"]), float(row["guidance_scale"]))
+        for row in rows
+        if agreement and row[agreement] and row["frechet_distance"]
+    ]
+    text = (
+        "Stronger guidance w makes images agree better with what was asked for and, from some point on, less like real "
+        "ones as a whole: the way down and to the right is better. One seed block."
+    )
+    notes = [(f"w = {float(row['guidance_scale']):g}", row["note"]) for row in rows if row.get("note")]
+    title, (columns, cells) = "Guidance", _cells(rows, SWEEP_COLUMNS)
+    if len(points) < 2 or agreement is None:
+        return Table(title, text, columns, cells, notes)
+    label = f"Fréchet distance against {MEASURES[agreement][0]}, one point for each guidance scale"
+    return Table(title, text, columns, cells, notes, charts.guidance(points, MEASURES[agreement][0]).svg, label)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    keys = [key for key in SAMPLER_COLUMNS if any(row.get(key) for row in rows)]
+        return list(csv.DictReader(file))
+
+
+def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """The columns that hold anything, in the order of `known`, by their readable names; and the rows."""
+    keys = [key for key in known if any(row.get(key) for row in rows)]
 
     def cell(key: str, text: str) -> str:
-        if key == "sampler":
+        if key in ("sampler", "class"):
             return SAMPLERS.get(text, text)
-        if not text or key in ("steps", "n", "seed_blocks"):
+        if not text or key in WHOLE:
             return text or "–"
         return _number(key, float(text))
 
-    return {
-        "sampler_columns": [SAMPLER_COLUMNS[key] for key in keys],
-        "sampler_rows": [[cell(key, row[key]) for key in keys] for row in rows],
-        "sampler_notes": [
-            (sampler_name(row["sampler"], int(row["steps"])), row["note"]) for row in rows if row.get("note")
-        ],
-    }
+    return [known[key] for key in keys], [[cell(key, row[key]) for key in keys] for row in rows]
 
 
 def grids(evaluation: Path, metrics: dict[str, Any]) -> list[Picture]:
@@ -138,6 +220,7 @@ def grids(evaluation: Path, metrics: dict[str, Any]) -> list[Picture]:
         "grid_unguided": f"{own}, without guidance",
         "grid_guided": f"{own}, guidance {metrics['guidance_scale']:g}",
         "grid_ddpm": "DDPM over all timesteps, without guidance",
+        "grid_nearest": "The samples nearest to a training image by their features, and that image below",
     }
     return [
         Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")

@@ -89,7 +89,7 @@ def visualize(
         progress=_progress(training / "samples"),
         neighbours=neighbours,
         **report_tables.measures(measured),
-        **report_tables.sampler_table(evaluation / "samplers.csv"),
+        tables=report_tables.tables(evaluation),
         evaluation_grids=report_tables.grids(evaluation, measured),
         provenance=_provenance(model, measured),
     )

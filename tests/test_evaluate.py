@@ -16,6 +16,7 @@ from tasks import measures, protocol
 from tasks.evaluate import evaluate, picture
 from tasks.images import load_pixels
 from tasks.params import EvaluateParams
+from tasks.stage import StageError
 from tests import judge_inputs
 from tests.data_inputs import contents
 
@@ -27,7 +28,9 @@ PARAMS = EvaluateParams(
     n_compare=80,
     n_ddpm=7,
     guidance_scale=2.0,
-    seed_blocks=2,
+    seed_blocks=3,
+    guidance_sweep=(1.0, 2.0, 4.0),
+    n_sweep=70,
     batch_size=64,
     seed=5,
 )
@@ -71,7 +74,7 @@ def evaluated(tree, tmp_path_factory):
     return run(tree, tmp_path_factory.mktemp("evaluated"))
 
 
-def run(tree, out):
+def run(tree, out, params=PARAMS):
     evaluate(
         tree / "outputs" / "pipeline",
         tree / "data" / "images",
@@ -80,13 +83,13 @@ def run(tree, out):
         out / "metrics.json",
         out / "evaluation",
         out / "timing" / "evaluate.json",
-        PARAMS if load_pipeline(tree / "outputs" / "pipeline").conditioning != "none" else unguided(PARAMS),
+        params if load_pipeline(tree / "outputs" / "pipeline").conditioning != "none" else unguided(params),
     )
     return out
 
 
 def unguided(params):
-    return params.model_copy(update={"guidance_scale": 1.0})
+    return params.model_copy(update={"guidance_scale": 1.0, "guidance_sweep": ()})
 
 
 def read(path):
@@ -131,12 +134,12 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
     scorer = protocol.Scorer(images, judge, declared)
     labels = [index % 3 for index in range(PARAMS.n_distance)]
     values = []
-    for block in range(2):
+    for block in range(3):
         seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
         drawn = to_uint8(pipeline.sample(seeds, labels, "dpm_solver_pp_2m", 3))
         values.append(scorer.distances(drawn)["frechet_distance"])
     assert measured["frechet_distance"] == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
-    assert measured["frechet_distance_spread"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), rel=0.05)
+    assert measured["frechet_distance_spread"] == pytest.approx(np.std(values, ddof=1), rel=0.05)
 
 
 def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
@@ -161,8 +164,9 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
         return protocol.declare(pipeline, tree / "data" / "images", judge, params)["fingerprint"]
 
     same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_ddpm": 2}
+    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True}
     assert {of(**{name: value}) for name, value in same.items()} == {of()}
-    other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 3, "seed": 6}
+    other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
     assert len({of(), *(of(**{name: value}) for name, value in other.items())}) == 1 + len(other)
 
 
@@ -223,9 +227,16 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     assert set(measured["not_applicable"]) == {"label_accuracy", "clip_score"}
     assert not {name for name in measured if name.startswith(("label_accuracy", "clip_score"))}
     assert measured["n_samples_accuracy"] == 0
-    assert measures.names(measured) == ["frechet_distance", "inception_style_score", "kid"]
-    pictures = {path.name for path in (tmp_path / "out" / "evaluation").glob("*.png")}
-    assert pictures == {"grid_unguided.png", "grid_ddpm.png"}
+    distances = ["frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
+    assert measures.names(measured) == distances
+    assert {path.name for path in (tmp_path / "out" / "evaluation").iterdir()} == {
+        "grid_unguided.png",
+        "grid_ddpm.png",
+        "grid_nearest.png",
+        "protocol.json",
+        "samplers.csv",
+        "timesteps.csv",
+    }
 
 
 def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
@@ -233,7 +244,7 @@ def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
     judge_inputs.run_judge(tmp_path)
     judge_inputs.write_pipeline(tmp_path, classes=[])
     measured = read(run(tmp_path, tmp_path / "out") / "metrics.json")
-    assert measures.names(measured) == ["frechet_distance", "kid"]
+    assert measures.names(measured) == ["frechet_distance", "kid", "near_copies", "precision", "recall"]
     assert set(measured["not_applicable"]) == {"inception_style_score", "label_accuracy", "clip_score"}
     assert measured["extractor"] == "self_supervised"
 
@@ -257,11 +268,13 @@ def test_clip_score_needs_captions(tmp_path, captions, reason):
 
 def test_metrics_are_flat_and_complete(evaluated):
     measured = read(evaluated / "metrics.json")
-    means = {"frechet_distance", "kid", "inception_style_score", "clip_score", "label_accuracy"}
+    distances = {"frechet_distance", "kid", "precision", "recall"}
+    beside_real = {"inception_style_score", "clip_score", "label_accuracy", "near_copies"}
+    means = distances | beside_real
     spreads = {f"{name}_spread" for name in means}
-    floors = {f"{name}_floor{part}" for name in ("frechet_distance", "kid") for part in ("", "_spread")}
-    real = {f"{name}_real" for name in ("inception_style_score", "clip_score", "label_accuracy")}
-    counts = {"n_samples", "n_samples_accuracy", "n_reference", "n_floor", "seed_blocks", "steps"}
+    floors = {f"{name}_floor{part}" for name in distances for part in ("", "_spread")}
+    real = {f"{name}_real" for name in beside_real}
+    counts = {"n_samples", "n_samples_accuracy", "n_reference", "n_floor", "n_searched", "seed_blocks", "steps"}
     assert set(measured) == means | spreads | floors | real | counts | {
         "not_applicable",
         "extractor",
@@ -277,8 +290,8 @@ def test_metrics_are_flat_and_complete(evaluated):
 def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_misleads(evaluated):
     rows = table(evaluated / "evaluation" / "samplers.csv")
     assert [(row["sampler"], row["steps"], row["guidance_scale"], row["n"], row["seed_blocks"]) for row in rows] == [
-        ("dpm_solver_pp_2m", "3", "1.0", "150", "2"),
-        ("dpm_solver_pp_2m", "3", "2.0", "60", "2"),
+        ("dpm_solver_pp_2m", "3", "1.0", "150", "3"),
+        ("dpm_solver_pp_2m", "3", "2.0", "60", "3"),
         ("dpm_solver_pp_2m", "3", "1.0", "80", "1"),
         ("ddim", "30", "1.0", "80", "1"),
         ("ddpm", "30", "1.0", "7", "1"),
@@ -290,6 +303,69 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
     assert [row["frechet_distance"] + row["kid"] + row["inception_style_score"] for row in small] == ["", ""]
     assert {row["note"] for row in small} == {"too few images for distances (64 needed)"}
     assert all(row["label_accuracy"] and row["clip_score"] for row in rows)
+
+
+def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp_path, monkeypatch):
+    few = PARAMS.model_copy(update={"n_distance": 40})
+    monkeypatch.setattr(protocol, "draw", lambda *_, **__: pytest.fail("drew"))
+    with pytest.raises(
+        StageError, match=r"40 samples and 134 held-out .* 32 dimensions, which need 64 of each; .*small"
+    ):
+        run(tree, tmp_path, few)
+
+
+def test_few_images_are_measured_on_request_and_say_so(tree, tmp_path, capsys):
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"n_distance": 40, "allow_small_n": True}))
+    assert "32 dimensions" in read(out / "metrics.json")["small_n"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "evaluate: frechet_distance" in line]
+    assert printed and all("few images: 40 samples" in line for line in printed)
+    assert all(row["frechet_distance"] for row in table(out / "evaluation" / "samplers.csv"))
+
+
+def test_the_sweep_shows_distance_and_agreement_at_each_guidance_scale(evaluated):
+    rows = table(evaluated / "evaluation" / "guidance.csv")
+    assert [(row["guidance_scale"], row["n"]) for row in rows] == [("1.0", "70"), ("2.0", "70"), ("4.0", "70")]
+    assert all(row["frechet_distance"] and row["clip_score"] and row["label_accuracy"] for row in rows)
+    assert len({row["frechet_distance"] for row in rows}) == 3
+
+
+def test_what_the_sweep_needs_and_was_drawn_already_is_not_drawn_again(tree, tmp_path, monkeypatch):
+    drawn, real = [], protocol.draw
+
+    def counted(*arguments, **options):
+        drawn.append(options.get("guidance_scale", 1.0))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(protocol, "draw", counted)
+    params = PARAMS.model_copy(update={"guidance_sweep": (1.0, 2.0, 4.0), "n_sweep": 60})
+    rows = table(run(tree, tmp_path, params) / "evaluation" / "guidance.csv")
+    assert drawn.count(4.0) == 1 and drawn.count(2.0) == 3
+    assert {row["note"] for row in rows} == {"too few images for distances (64 needed)"}
+
+
+def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
+    rows = table(evaluated / "evaluation" / "classes.csv")
+    assert [(row["class"], row["n"], row["n_unguided"]) for row in rows] == [
+        (name, "60", "150") for name in judge_inputs.CLASSES
+    ]
+    measured = read(evaluated / "metrics.json")
+    assert np.mean([float(row["label_accuracy"]) for row in rows]) == pytest.approx(
+        measured["label_accuracy"], abs=1e-5
+    )
+    assert all(float(row["kid"]) > float(row["kid_floor"]) for row in rows)
+    steps = table(evaluated / "evaluation" / "timesteps.csv")
+    assert [row["timestep"] for row in steps][:: len(steps) - 1] == ["0", "29"]
+    assert float(steps[0]["squared_error"]) < float(steps[-1]["squared_error"])
+    assert float(steps[0]["psnr"]) == pytest.approx(10 * np.log10(4 / float(steps[0]["squared_error"])), rel=1e-4)
+
+
+def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    scorer = protocol.Scorer(images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    rows, distances = scorer.nearest_training(scorer.train.pixels[:40])
+    assert rows.tolist() == list(range(40)) and distances.max() < 1e-3
+    assert scorer.near_copies(scorer.train.pixels[:40]) == {"near_copies": 1.0}
+    assert scorer.near_copies(scorer.held_out.pixels)["near_copies"] <= 0.02
 
 
 def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
@@ -310,6 +386,7 @@ def test_a_rerun_gives_the_same_bytes_and_only_timing_holds_times(tree, evaluate
     assert set(seconds) == {
         "dpm_solver_pp_2m, 3 steps, guidance 1",
         "dpm_solver_pp_2m, 3 steps, guidance 2",
+        "dpm_solver_pp_2m, 3 steps, guidance 4",
         "ddim, 30 steps, guidance 1",
         "ddpm, 30 steps, guidance 1",
     }

@@ -55,6 +55,19 @@ def test_frechet_distance_equals_torchmetrics(n, m, dimensions):
     )
 
 
+def test_the_frechet_distance_of_torchmetrics_equals_scipy():
+    """On the features of a network, as torchmetrics accumulates them in batches."""
+    x, y = features(900, 64, 21).astype(np.float32), features(700, 64, 22, scale=1.1, shift=0.2).astype(np.float32)
+    metric = FrechetInceptionDistance(Passthrough(64)).set_dtype(torch.float64)
+    for batch in np.array_split(y, 7):
+        metric.update(torch.from_numpy(batch.astype(np.float64)), real=True)
+    for batch in np.array_split(x, 9):
+        metric.update(torch.from_numpy(batch.astype(np.float64)), real=False)
+    by_scipy = frechet_by_scipy(x.astype(np.float64), y.astype(np.float64))
+    assert float(metric.compute()) == pytest.approx(by_scipy, rel=1e-6)
+    assert metrics.frechet_distance(x, y) == pytest.approx(by_scipy, rel=1e-6)
+
+
 def test_frechet_distance_with_fewer_images_than_dimensions_is_that_in_the_space_they_span():
     x, y = features(30, 12, 5), features(20, 12, 6, shift=1.0)
     rotation = np.linalg.qr(np.random.default_rng(14).normal(size=(200, 200)))[0][:12]
@@ -113,6 +126,37 @@ def test_distances_refuse_what_has_none(distance):
         distance(np.zeros((1, 4)), np.zeros((5, 4)))
     with pytest.raises(ValueError, match="must be"):
         distance(np.zeros((5, 4)), np.zeros((5, 3)))
+
+
+def manifold_by_hand(points, members, k):
+    """Kynkaanniemi et al. 2019, equation 1: a point is inside where it is no farther from some member than that
+    member's k-th neighbour."""
+    radii = [np.sort([np.linalg.norm(member - other) for other in members])[k] for member in members]
+    return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(members, radii, strict=True)) for p in points])
+
+
+def test_precision_and_recall_by_hand():
+    x, y = features(60, 3, 23), features(50, 3, 24, scale=1.4, shift=0.3)
+    expected = manifold_by_hand(x, y, 3), manifold_by_hand(y, x, 3)
+    assert metrics.precision_recall(x, y) == pytest.approx(expected, abs=1e-12)
+    assert 0.1 < expected[1] < expected[0] < 1
+
+
+def test_precision_sees_what_is_unreal_and_recall_what_is_missing():
+    real = features(400, 4, 25)
+    few = real[:8] + 1e-6
+    assert metrics.precision_recall(few, real)[0] == 1
+    assert metrics.precision_recall(few, real)[1] < 0.8
+    assert metrics.precision_recall(real + 100, real) == (0, 0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+
+
+def test_the_nearest_by_brute_force_over_several_blocks():
+    x, y = features(2500, 3, 26), features(300, 3, 27)
+    index, distance = metrics.nearest(x, y)
+    everything = np.linalg.norm(x[:, None] - y[None], axis=2)
+    assert np.array_equal(index, everything.argmin(1))
+    assert distance == pytest.approx(everything.min(1), rel=1e-6)
 
 
 def test_inception_style_score_lies_between_one_and_the_number_of_classes():

@@ -365,7 +365,8 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
         n_compare=2,
         n_ddpm=2,
         guidance_scale=1.5,
-        seed_blocks=2,
+        seed_blocks=3,
+        allow_small_n=True,
     )
     declared = protocol.declare(pipeline, data, load_judge(folder), params)
     same_weights = protocol.measure(pipeline, data, load_judge(folder), declared)
