@@ -145,7 +145,8 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, seed: int) -> Iterator[dict[
 
     from models.denoising import error_by_timestep
 
-    timesteps = sorted({round(t) for t in np.linspace(0, model.timesteps - 1, min(TIMESTEPS, model.timesteps))})
+    seen = int((model.alpha_bar > 0).sum())  # of pure noise, where the last timestep is that, there is no image to tell
+    timesteps = sorted({round(t) for t in np.linspace(0, seen - 1, min(TIMESTEPS, seen))})
     pixels, labels = scorer.held_out_for(model.conditioning != "none", N_TIMESTEP)
     errors = error_by_timestep(model, pixels, labels, timesteps, seed) if len(pixels) else []
     for t, error in zip(timesteps, errors, strict=False):
