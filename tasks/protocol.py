@@ -85,6 +85,8 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
     return {
         "measurement": measurement,
         "fingerprint": fingerprint(measurement),
+        "space": "pixels" if pipeline.info.get("latent") is None else "latents",
+        "conditioning": pipeline.info.get("condition_source", pipeline.conditioning),
         "sampler": params.sampler,
         "steps": params.steps,
         "eta": params.eta,

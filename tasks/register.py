@@ -45,20 +45,22 @@ def register(
     training: Path,
     metrics: Path,
     evaluation: Path,
+    timing: Path,
     export: Path,
     params: RegisterParams,
 ) -> None:
     """Find or create run and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
 
-    `training`, `metrics`, `evaluation` and `export` are the reports of those stages; what MLflow lacks of them
-    is replayed. `judge` and `data` (images) serve to measure a champion whose numbers were taken another way.
+    `training`, `metrics`, `evaluation` (and its `timing`) and `export` are the reports of those stages; what MLflow
+    lacks of them is replayed. `judge` and `data` (images) serve to measure a champion whose numbers were taken another
+    way.
     """
     client = tracking.connect()
     measured = _read(metrics)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)
         version = _model_version(client, params.model_name, model, measured, trained, read_index(data)["sha256"])
-        _evaluation_run(client, training, metrics, evaluation, export, trained, version)
+        _evaluation_run(client, training, metrics, evaluation, (timing, export), trained, version)
         # The SQL stores give version numbers as int here and str there.
         aliases = {name: int(v) for name, v in client.get_registered_model(params.model_name).aliases.items()}
         champion = aliases.get(CHAMPION)
@@ -122,11 +124,12 @@ def _evaluation_run(
     training: Path,
     metrics: Path,
     evaluation: Path,
-    export: Path,
+    beside: tuple[Path, ...],
     parent: Run,
     version: ModelVersion,
 ) -> None:
-    """The nested run of this evaluation: its protocol as parameters, its numbers, tables and grids."""
+    """The nested run of this evaluation: its protocol as parameters, its numbers, tables and grids, and the files
+    `beside` it as they are."""
     facts, measured, protocol = _read(training / "run.json"), _read(metrics), _read(evaluation / "protocol.json")
     identity = json.dumps([facts["train_key"], protocol, measured], sort_keys=True)
     run = tracking.find_or_create_run(
@@ -144,8 +147,8 @@ def _evaluation_run(
     missing = {name: value for name, value in measures.values(measured).items() if name not in run.data.metrics}
     client.log_batch(run_id, metrics=tracking.points(0, missing, model_id=version.tags[LOGGED_MODEL]))
     client.log_artifacts(run_id, str(evaluation), "evaluation")
-    client.log_artifact(run_id, str(metrics))
-    client.log_artifact(run_id, str(export))
+    for file in (metrics, *beside):
+        client.log_artifact(run_id, str(file))
     client.set_terminated(run_id, "FINISHED")
 
 

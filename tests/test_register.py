@@ -49,7 +49,8 @@ class Workspace:
     def paths(self) -> list[Path]:
         outputs, reports = self.root / "outputs", self.root / "reports"
         inputs = [outputs / "model", outputs / "judge", self.root / "data" / "images", reports / "train"]
-        return [*inputs, reports / "metrics.json", reports / "evaluation", reports / "export.json"]
+        evaluation = [reports / "evaluation", reports / "timing" / "evaluate.json"]
+        return [*inputs, reports / "metrics.json", *evaluation, reports / "export.json"]
 
     @property
     def aliases(self) -> dict[str, int]:
