@@ -9,6 +9,7 @@ import itertools
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from tasks.stage import StageError
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 ENCRYPTED = 0x1
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""What stands before a member of a zip: magic, then among others the lengths of its name and extra field."""
 SHARD = ".tar"
 
 
@@ -173,7 +176,7 @@ def _zip_list(file: Path) -> Iterator[Listed]:
 
 
 def _zip_read(file: Path, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
         infos = archive.infolist()
         for position, group in itertools.groupby(members, lambda member: member.position[0]):
             inside = list(group)
@@ -186,10 +189,31 @@ def _zip_read(file: Path, members: list[Member], max_bytes: int) -> Iterator[tup
                     yield member, refusal
                     continue
                 try:
-                    content: bytes | Problem = archive.read(infos[position])
+                    content: bytes | Problem = _zip_content(archive, raw, infos[position])
                 except (*DAMAGED, NotImplementedError, RuntimeError) as error:
                     content = Problem("damaged in the archive", f"{type(error).__name__}: {error}")
                 yield member, content
+
+
+def _zip_content(archive: zipfile.ZipFile, raw: BinaryIO, info: zipfile.ZipInfo) -> bytes:
+    """What `archive.read(info)` gives; of a stored or deflated member from `raw`, the same file, in a third of the
+    time, which counts where pictures are small."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return archive.read(info)
+    raw.seek(info.header_offset)
+    header = raw.read(LOCAL_HEADER.size)
+    if len(header) < LOCAL_HEADER.size:
+        raise zipfile.BadZipFile("the archive ends within a header")
+    magic, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    if magic != b"PK\x03\x04":
+        raise zipfile.BadZipFile("no header where the archive's list says")
+    raw.seek(name_length + extra_length, os.SEEK_CUR)
+    content = raw.read(info.compress_size)
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size + 1)
+    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+        raise zipfile.BadZipFile("the checksum is not that of the archive's list")
+    return content
 
 
 def _tar_list(file: Path) -> Iterator[Listed]:

@@ -31,8 +31,8 @@ STABLE_DIFFUSION_SIDE = 512
 """Text to image in latents, from this resolution on, is called the Stable Diffusion class."""
 READING = (
     "FID is the Fréchet distance in the features named; those of a network trained on the data itself (`classifier`, "
-    "`clip`, `self_supervised`) do not compare with published values. The floor is the distance of real training images "
-    "to the same held-out ones. Rows with different fingerprints were measured differently."
+    "`clip`, `self_supervised`) do not compare with published values. The floor is the distance of real training "
+    "images to the same held-out ones. Rows with different fingerprints were measured differently."
 )
 COLUMNS = {
     "goal": "Goal",

@@ -120,7 +120,9 @@ class Writer:
             self._files[shard] = pq.ParquetWriter(
                 self.folder / f"shard-{shard}.parquet", schema(), compression=compression, use_dictionary=dictionary
             )
-        self._files[shard].write_table(pa.Table.from_pylist(self._pending.pop(shard), schema()))
+        rows = self._pending.pop(shard)
+        columns = [pa.array([row[field.name] for row in rows], field.type) for field in schema()]
+        self._files[shard].write_table(pa.table(columns, schema=schema()))
         self._bytes[shard] = 0
 
     def close(self) -> dict[str, Any]:
