@@ -17,7 +17,8 @@ import pydantic
 # MLflow makes the model's signature of these annotations and wants to see `Optional` spelled out.
 # ruff: noqa: UP045
 class Request(pydantic.BaseModel):
-    """One image. A class-conditional model wants `label`, or a `prompt` that names one class; another neither."""
+    """One image. A class-conditional model wants `label`, or a `prompt` that names one class, a text-conditional one a
+    `prompt`; another neither."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -60,18 +61,15 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         return [self._draw(request) for request in model_input]
 
     def _draw(self, request: Request) -> bytes:
-        if request.label is not None and request.prompt is not None:
-            raise ValueError("give label or prompt, not both")
-        label = request.label if request.prompt is None else self.bundle.label_of(request.prompt)
-        labels = None if label is None else [label]
+        wish = self.bundle.wish(request.label, request.prompt)
         images = self.bundle.sample(
             [request.seed],
-            labels,
-            request.sampler,
-            request.steps,
-            request.guidance,
-            request.eta,
-            request.guidance_interval,
+            sampler=request.sampler,
+            steps=request.steps,
+            guidance_scale=request.guidance,
+            eta=request.eta,
+            guidance_interval=request.guidance_interval,
+            **wish,
         )
         return self.sampler.png_bytes(images[0])
 

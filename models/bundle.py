@@ -1,4 +1,4 @@
-"""Draw images from the exported ONNX network with NumPy and ONNX Runtime alone.
+"""Draw images from the exported ONNX network with NumPy and ONNX Runtime alone (and `tokenizers`, for text).
 
 This file and `samplers.py` are copied as they stand into the bundle, as the package `afterimage_bundle`
 beside `unet.onnx` and `bundle.json`. There, without PyTorch and without this project:
@@ -39,20 +39,37 @@ class Bundle:
             raise ValueError(f"{folder} has format {self.info['format']}, this version reads {FORMAT}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            str(folder / "unet.onnx"), options, providers=list(providers or usable_providers())
+        use = list(providers or usable_providers())
+
+        def session(name: str) -> Any:
+            file = folder / f"{name}.onnx"
+            return onnxruntime.InferenceSession(str(file), options, providers=use) if file.exists() else None
+
+        self.session, self.decoder, self.text_encoder = map(session, ("unet", "decoder", "text_encoder"))
+        self.tokenizer = self._load_tokenizer(folder) if self.text_encoder else None
+
+    def _load_tokenizer(self, folder: Path) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        text = self.info["text"]
+        tokenizer.enable_truncation(text["length"])
+        tokenizer.enable_padding(
+            pad_id=text["pad"], pad_token=tokenizer.id_to_token(text["pad"]), length=text["length"]
         )
+        return tokenizer
 
     @property
     def providers(self) -> list[str]:
         """What ONNX Runtime really uses, first choice first."""
         return self.session.get_providers()
 
-    def predict(self, x: np.ndarray, t: int, label: np.ndarray | None = None) -> np.ndarray:
-        """The network's raw output: x float32 [N, C, H, W], one timestep, label int64 [N] -> float32 [N, C, H, W]."""
+    def predict(self, x: np.ndarray, t: int, condition: np.ndarray | None = None) -> np.ndarray:
+        """The network's raw output: x float32 [N, C, H, W], one timestep, condition int64 [N] (labels) or float32
+        [N, L, D] (embedded text) -> float32 [N, C, H, W]."""
         feed = {"sample": x, "timestep": np.full(len(x), t, np.int64)}
-        if label is not None:
-            feed["label"] = label
+        if condition is not None:
+            feed[self.info["conditioning"]] = condition
         return self.session.run(["output"], feed)[0]
 
     def sample(
@@ -64,35 +81,65 @@ class Bundle:
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         guidance_interval: Interval = None,
+        prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i] alone.
+        """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i] (or, of a
+        text-conditional model, prompts[i]) alone.
 
         `eta` belongs to `ddim`; `guidance_interval` (low, high) limits guidance to these noise levels, see
         `samplers.denoiser`. Raises `ValueError` for labels that do not fit, guidance without a condition, an
         unknown sampler, an eta that it does not have, or a number of steps that the model does not have.
         """
-        condition, null = self._condition(labels, len(seeds))
+        condition, null = self._condition(labels, prompts, len(seeds))
         if guidance_scale != 1.0 and condition is None:
             raise ValueError("guidance needs a conditional model; use guidance 1")
         info = self.info
-        levels = info["alpha_bar"]
-        denoise = denoiser(self.predict, info["prediction"], levels, condition, null, guidance_scale, guidance_interval)
-        noise = SeededNoise(seeds, (info["channels"], info["size"], info["size"]))
-        return sample(sampler, denoise, noise, levels, steps, eta=eta, variance=info["variance"])
+        clip, levels = info["latent"] is None, info["alpha_bar"]
+        denoise = denoiser(
+            self.predict, info["prediction"], levels, condition, null, guidance_scale, guidance_interval, clip
+        )
+        channels, size = info["latent"] or (info["channels"], info["size"])
+        noise = SeededNoise(seeds, (channels, size, size))
+        drawn = sample(sampler, denoise, noise, levels, steps, eta=eta, variance=info["variance"])
+        return self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn
 
-    def _condition(self, labels: Sequence[int] | None, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def embed(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts -> float32 [N, L, D]. Raises `ValueError` where the model knows no text."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this model knows classes and no text; give labels")
+        ids = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))], np.int64)
+        return self.text_encoder.run(["output"], {"ids": ids})[0]
+
+    def _condition(
+        self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         if self.info["conditioning"] == "none":
-            if labels is not None:
+            if labels is not None or prompts is not None:
                 raise ValueError("this model is unconditional; ask for images without a label")
             return None, None
+        if prompts is not None:
+            embedded = self.embed([*prompts, ""])
+            return embedded[:-1], np.repeat(embedded[-1:], len(embedded) - 1, axis=0)
         classes = self.info["classes"]
         if labels is None or len(labels) != count:
             raise ValueError(f"this model needs a label for each image: 0 to {len(classes) - 1} ({', '.join(classes)})")
         # The index after the last class is the null condition: an image of no class in particular.
-        if min(labels) < 0 or max(labels) > self.info["null_label"]:
+        if min(labels) < 0 or max(labels) > len(classes):
             raise ValueError(f"labels must lie between 0 and {len(classes) - 1} ({', '.join(classes)})")
+        if self.info["conditioning"] == "text":
+            return self._condition(None, [[*self.info["prompts"], ""][label] for label in labels], count)
         wanted = np.asarray(labels, np.int64)
         return wanted, np.full_like(wanted, self.info["null_label"])
+
+    def wish(self, label: int | None, prompt: str | None) -> dict[str, Any]:
+        """What `sample` is asked for one image by a label or a prompt: a text-conditional model reads the prompt, one
+        of classes takes the class that it names. Raises `ValueError` where both are given or the class is unclear."""
+        if label is not None and prompt is not None:
+            raise ValueError("give label or prompt, not both")
+        if prompt is not None and self.info["conditioning"] == "text":
+            return {"prompts": [prompt]}
+        wanted = self.label_of(prompt) if prompt is not None else label
+        return {} if wanted is None else {"labels": [wanted]}
 
     def label_of(self, prompt: str) -> int:
         """The class whose name stands in `prompt` as whole words, whatever their case.
@@ -163,7 +210,7 @@ def main() -> None:
     """Draw one image from the bundle that this package lies in."""
     parser = argparse.ArgumentParser(prog="python -m afterimage_bundle.bundle", description=main.__doc__)
     parser.add_argument("--label", type=int, help="class index")
-    parser.add_argument("--prompt", help="text that names one class, instead of --label")
+    parser.add_argument("--prompt", help="text, or for a model of classes text that names one, instead of --label")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm_solver_pp_2m")
     parser.add_argument("--steps", type=int, default=20)
@@ -176,16 +223,15 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = Bundle(Path(__file__).resolve().parent.parent)
     try:
-        label = bundle.label_of(arguments.prompt) if arguments.prompt is not None else arguments.label
-        labels = None if label is None else [label]
+        wish = bundle.wish(arguments.label, arguments.prompt)
         images = bundle.sample(
             [arguments.seed],
-            labels,
-            arguments.sampler,
-            arguments.steps,
-            arguments.guidance,
-            arguments.eta,
-            arguments.guidance_interval,
+            sampler=arguments.sampler,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            eta=arguments.eta,
+            guidance_interval=arguments.guidance_interval,
+            **wish,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -41,18 +41,19 @@ def _errors(
     """The errors of one batch at each timestep, summed over its images, float64 [T]."""
     import torch
 
-    clean = torch.from_numpy(from_uint8(pixels)).to(pipeline.device)
+    images, clean = torch.from_numpy(from_uint8(pixels)).to(pipeline.device), pipeline.encode(pixels)
     noise = torch.from_numpy(samplers.SeededNoise(range(seed, seed + len(clean)), clean.shape[1:])()).to(clean.device)
     condition, null = pipeline.condition(labels)
 
     def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
         return pipeline.unet(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
 
-    denoise = samplers.denoiser(predict, pipeline.prediction, pipeline.alpha_bar, condition, null)
+    clip = pipeline.autoencoder is None
+    denoise = samplers.denoiser(predict, pipeline.prediction, pipeline.alpha_bar, condition, null, clip=clip)
     errors = []
     with torch.inference_mode():
         for t in timesteps:
             a = float(pipeline.alpha_bar[t])
-            predicted = denoise(a**0.5 * clean + (1 - a) ** 0.5 * noise, t)
-            errors.append(float((predicted - clean).double().square().mean(dim=(1, 2, 3)).sum()))
+            predicted = pipeline.decode(denoise(a**0.5 * clean + (1 - a) ** 0.5 * noise, t))
+            errors.append(float((predicted - images).double().square().mean(dim=(1, 2, 3)).sum()))
     return np.asarray(errors)

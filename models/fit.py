@@ -15,6 +15,12 @@ Progress: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the range of steps, as `tqdm` does."""
 
 
+PEAK_LEARNING_RATE = 3e-3
+WARM_UP = 0.2
+"""Share of the steps in which the learning rate rises; then it falls to zero."""
+WEIGHT_DECAY = 0.02
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How long, on what and from which seed a network is trained."""
@@ -26,14 +32,11 @@ class Recipe:
     """Mirror half of the images at random."""
     device: str = "cpu"
     progress: Progress = iter
+    learning_rate: float = PEAK_LEARNING_RATE
+    """At its peak."""
 
 
 Network = TypeVar("Network", bound="torch.nn.Module")
-
-PEAK_LEARNING_RATE = 3e-3
-WARM_UP = 0.2
-"""Share of the steps in which the learning rate rises; then it falls to zero."""
-WEIGHT_DECAY = 0.02
 
 
 def seeded(build: Callable[[], Network], seed: int) -> Network:
@@ -60,7 +63,7 @@ def fit(
 
     network.train()
     steps = recipe.steps
-    optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     rise = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))

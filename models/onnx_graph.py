@@ -1,4 +1,4 @@
-"""The U-Net as an ONNX graph: float32, any batch size, the same bytes every time."""
+"""The U-Net as an ONNX graph, and what stands around it: float32, any batch size, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -6,28 +6,53 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     import onnx
-    import torch
 
     from models.pipeline import Pipeline
 
-INPUTS = ("sample", "timestep", "label")
+INPUTS = ("sample", "timestep", "label", "text")
 OUTPUT = "output"
 EXAMPLE_BATCH = 2
 """A batch of 1 can be taken for a constant, whatever is declared dynamic."""
 
 
 def to_onnx(pipeline: Pipeline, opset: int) -> bytes:
-    """Serialised graph with inputs `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, where
-    the model is class-conditional, `label` int64 [batch]; output `output` float32 [batch, C, H, W].
+    """Serialised graph with inputs `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, where the model
+    is conditional, `label` int64 [batch] or `text` float32 [batch, L, D]; output `output` float32 [batch, C, H, W].
 
     Raises `ValueError` for a model conditioned on anything else, `RuntimeError` where the exporter
     fixed the batch size.
     """
-    if pipeline.conditioning not in ("none", "label"):
+    if pipeline.conditioning not in ("none", "label", "text"):
         raise ValueError(f"a model conditioned on {pipeline.conditioning!r} has no ONNX form here; use none or label")
-    graph = _traced(pipeline, opset)
+    names = [*INPUTS[:2], *([pipeline.conditioning] if pipeline.conditioning != "none" else [])]
+    return _graph(pipeline.unet, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
+
+
+def decoder_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
+    """Graph from latents to images: `latent` float32 [batch, k, s, s] -> `output` float32 [batch, C, H, W]."""
+    latent = torch.zeros(EXAMPLE_BATCH, *pipeline.input_shape)
+    return _graph(_Decoder(pipeline.autoencoder), (latent,), ["latent"], opset)
+
+
+def text_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
+    """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]."""
+    assert pipeline.text is not None, "asked for a text-conditional model alone"
+    return _graph(_Hidden(pipeline.text.model), (pipeline.text.token_ids([""] * EXAMPLE_BATCH),), ["ids"], opset)
+
+
+def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
+    """Zeros in the shapes and dtypes of the network's inputs."""
+    inputs = (torch.zeros(batch, *pipeline.input_shape), torch.zeros(batch, dtype=torch.int64))
+    condition, _ = pipeline.condition(None if pipeline.conditioning == "none" else [0] * batch)
+    return inputs if condition is None else (*inputs, torch.zeros_like(condition))
+
+
+def _graph(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> bytes:
+    graph = _traced(module, inputs, names, opset)
     for value in [*graph.graph.input, *graph.graph.output]:
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise RuntimeError(f"the exporter fixed the batch size of {value.name!r}")
@@ -35,30 +60,18 @@ def to_onnx(pipeline: Pipeline, opset: int) -> bytes:
     return graph.SerializeToString(deterministic=True)
 
 
-def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
-    """Zeros in the shapes and dtypes of the network's inputs."""
-    import torch
-
-    x = torch.zeros(batch, pipeline.channels, pipeline.size, pipeline.size)
-    indices = torch.zeros(batch, dtype=torch.int64)
-    return (x, indices, indices.clone()) if pipeline.conditioning == "label" else (x, indices)
-
-
-def _traced(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
-    import torch
-
-    inputs = example_inputs(pipeline, EXAMPLE_BATCH)
+def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> onnx.ModelProto:
     batch = torch.export.Dim("batch")
     # It reports the operators of packages that are not here, and the axis that inputs share.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            pipeline.unet,
+            module,
             inputs,
             dynamo=True,
             opset_version=opset,
-            input_names=list(INPUTS[: len(inputs)]),
+            input_names=names,
             output_names=[OUTPUT],
             dynamic_shapes=tuple({0: batch} for _ in inputs),
             verbose=False,
@@ -81,3 +94,25 @@ def _strip(graph: onnx.ModelProto) -> None:
             clear(message)
             message.doc_string = ""
     del graph.graph.value_info[:]
+
+
+class _Decoder(torch.nn.Module):
+    """Latents as the network sees them -> images."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder, self.factor = autoencoder, autoencoder.config.scaling_factor
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.decode(latent / self.factor, return_dict=False)[0]
+
+
+class _Hidden(torch.nn.Module):
+    """Token ids -> the text encoder's last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids).last_hidden_state

@@ -49,12 +49,13 @@ def parts(folder: Path) -> tuple[Path, Path]:
     raise FileNotFoundError(2, "no pipeline in diffusers format", str(folder))
 
 
-def read_scheduler(config: dict[str, Any]) -> Scheduler:
-    """Raises `ValueError` for a scheduler that our samplers do not follow; absent keys have diffusers' defaults."""
+def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
+    """`clips` is whether x0 has bounds, as pixels do. Raises `ValueError` for a scheduler that our samplers do not
+    follow; absent keys have diffusers' defaults."""
     wanted: dict[str, Any] = {
         "_class_name": ("DDPMScheduler", "DDIMScheduler"),
         "beta_schedule": tuple(SCHEDULES),
-        "clip_sample": (True,),
+        "clip_sample": (clips,),
         "clip_sample_range": (1.0,),
         "prediction_type": ("epsilon", "sample", "v_prediction"),
         "thresholding": (False,),

@@ -74,8 +74,9 @@ def denoiser(
     null_condition: Any = None,
     guidance_scale: float = 1.0,
     guidance_interval: Interval = None,
+    clip: bool = True,
 ) -> Denoise:
-    """Wrap a network as `denoise(x, t) -> x0`, clipped to [-1, 1].
+    """Wrap a network as `denoise(x, t) -> x0`, clipped to [-1, 1] unless told not to (latents have no bounds).
 
     `predict(x, t, condition)` is the network's raw output. With a `guidance_scale` w other than 1 the
     output is u + w (c - u), c conditional and u with `null_condition` (Ho & Salimans 2022, in the
@@ -92,7 +93,8 @@ def denoiser(
         if guidance_scale != 1.0 and _within(guidance_interval, a):
             unguided = predict(x, t, null_condition)
             output = unguided + guidance_scale * (output - unguided)
-        return to_x0(prediction, output, x, a).clip(-1, 1)
+        x0 = to_x0(prediction, output, x, a)
+        return x0.clip(-1, 1) if clip else x0
 
     return denoise
 

@@ -1,85 +1,85 @@
-"""The text encoder that conditions a model: caption -> embedding. It is trained on the data set's own captions.
+"""The text encoder that conditions a model: captions -> token sequences. Trained on the data set's own captions, or
+published; in either case transformers' `CLIPTextModel` and `CLIPTokenizer`, as Stable Diffusion has them.
 
 It belongs to the model. The CLIP that scores samples (`models/judge.py`) is another one with a seed of its own, so
 that what draws and what measures never share weights.
+
+Legend: U captions, L tokens of each (padded), D width of a token's embedding.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from models.clip import EMBED, TEXT_HEADS, TEXT_LAYERS, TEXT_WIDTH, TextTower, tokenize, train_clip
-from models.fit import Recipe
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-WEIGHTS, TOKENIZER = "text_encoder.safetensors", "tokenizer.json"
-ENCODE_BATCH = 1024
+APPLY_BATCH = 64
 
 
-class TextEncoder(nn.Module):
-    """Token ids, int64 [U, L], padded with 0 -> conditions, float [U, width], each number of variance about 1.
+@dataclass(frozen=True)
+class TextEncoder:
+    """A `CLIPTextModel` in evaluation mode and its tokenizer."""
 
-    The embedding of length 1 that contrastive training made passes through a fixed random map to the model's width.
+    model: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+    @property
+    def length(self) -> int:
+        """L: the tokens that every caption is padded or cut to."""
+        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> int64 [U, L]."""
+        padded = self.tokenizer(
+            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="np"
+        )
+        return torch.from_numpy(np.asarray(padded["input_ids"], np.int64))
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> float32 [U, L, D], as a Stable Diffusion pipeline does it; the empty text stands for none.
+
+        A batch is always filled up to the same size, so that a caption's embedding does not depend on its company.
+        """
+        parts = []
+        for start in range(0, len(captions), APPLY_BATCH):
+            some = list(captions[start : start + APPLY_BATCH])
+            ids = self.token_ids(some + [""] * (APPLY_BATCH - len(some)))
+            with torch.inference_mode():
+                hidden = self.model(ids.to(self.model.device)).last_hidden_state
+            parts.append(hidden[: len(some)].float().cpu())
+        return torch.cat(parts)
+
+
+def save_text_encoder(folder: Path, encoder: TextEncoder) -> None:
+    """Write `text_encoder/` and `tokenizer/` in transformers' layout into an existing folder."""
+    encoder.model.save_pretrained(folder / "text_encoder")
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    for file in (folder / "text_encoder" / "config.json", folder / "tokenizer" / "tokenizer_config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("_name_or_path", "name_or_path", "local_files_only", "is_local"):
+            config.pop(key, None)  # where it was loaded from is this machine's business
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_text_encoder(folder: Path, device: str = "cpu") -> TextEncoder:
+    """Read `text_encoder/` and `tokenizer/`, weights from safetensors alone, in float32.
+
+    Raises `FileNotFoundError` where one is missing.
     """
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    def __init__(self, words: int, width: int) -> None:
-        super().__init__()
-        self.text = TextTower(words, TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS)
-        self.text_projection = nn.Linear(TEXT_WIDTH, EMBED, bias=False)
-        self.register_buffer("widen", torch.zeros(EMBED, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.normalize(self.text_projection(self.text(ids)), dim=-1) @ self.widen
-
-
-def train_text_encoder(
-    pixels: np.ndarray, captions: Sequence[Sequence[str]], width: int, recipe: Recipe
-) -> tuple[TextEncoder, Tokenizer]:
-    """Train on uint8 images [N, C, S, S] with at least one caption each; the same recipe gives the same weights."""
-    clip, tokenizer = train_clip(pixels, captions, recipe)
-    encoder = TextEncoder(tokenizer.get_vocab_size(), width)
-    encoder.text.load_state_dict(clip.text.state_dict())
-    encoder.text_projection.load_state_dict(clip.text_projection.state_dict())
-    encoder.widen.copy_(torch.randn(EMBED, width, generator=torch.Generator().manual_seed(recipe.seed)))
-    return encoder.eval(), tokenizer
-
-
-def encode_captions(encoder: TextEncoder, tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
-    """Captions -> conditions, float32 [U, width]; the empty text stands for none."""
-    parts = []
-    for start in range(0, len(captions), ENCODE_BATCH):
-        ids = torch.from_numpy(tokenize(tokenizer, captions[start : start + ENCODE_BATCH]))
-        with torch.inference_mode():
-            parts.append(encoder(ids).numpy())
-    return np.concatenate(parts)
-
-
-def save_text_encoder(folder: Path, encoder: TextEncoder, tokenizer: Tokenizer) -> None:
-    """Write weights and tokenizer into an existing folder."""
-    from safetensors.torch import save_file
-
-    save_file(encoder.state_dict(), folder / WEIGHTS)
-    tokenizer.save(str(folder / TOKENIZER))
-
-
-def load_text_encoder(folder: Path) -> tuple[TextEncoder, Tokenizer]:
-    """Read what `save_text_encoder` wrote. Raises `FileNotFoundError` where there is none."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    if not (folder / WEIGHTS).exists():
-        raise FileNotFoundError(folder / WEIGHTS)
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    state = load_file(folder / WEIGHTS)
-    encoder = TextEncoder(tokenizer.get_vocab_size(), state["widen"].shape[1])
-    encoder.load_state_dict(state)
-    return encoder.eval(), tokenizer
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(folder / part)
+    model = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return TextEncoder(model.eval().requires_grad_(False).to(device), tokenizer)

@@ -35,7 +35,7 @@ def seed_for(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's draw: `x0` and `eps` float32 [B, C, H, W], `t` int64 [B], `condition` int64 [B] or float [B, E]."""
+    """One step's draw: `x0` and `eps` float32 [B, C, H, W], `t` int64 [B], `condition` int64 [B] or float [B, L, D]."""
 
     x0: Tensor
     eps: Tensor
@@ -53,7 +53,8 @@ class Batch:
 
 
 class Store(Protocol):
-    """One split as it is stored: columns `pixels` uint8 [N, C, H, W], `labels` int64 [N], `embeddings` [N, K, E]."""
+    """One split as it is stored: columns `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W];
+    `labels` int64 [N], or `captions` int32 [N, K]. Or all texts: one column `embeddings` bfloat16 [U, L, D]."""
 
     count: int
     where: str
@@ -72,10 +73,10 @@ class Resident:
 
     def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
         self.columns = {
-            name: torch.from_numpy(np.concatenate([shard[name] for shard in shards])).to(device) for name in shards[0]
+            name: latents.as_tensor(np.concatenate([shard[name] for shard in shards])).to(device) for name in shards[0]
         }
         self.device = device
-        self.count = len(self.columns["pixels"])
+        self.count = sum(len(next(iter(shard.values()))) for shard in shards)
         self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ class Streamed:
 
     def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
         self.shards, self.device = shards, device
-        self.starts = np.cumsum([0, *(len(shard["pixels"]) for shard in shards)])
+        self.starts = np.cumsum([0, *(len(next(iter(shard.values()))) for shard in shards)])
         self.count = int(self.starts[-1])
         self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -114,13 +115,22 @@ class Streamed:
             places = np.flatnonzero(shard_of == number)
             for name, column in columns.items():
                 column[places] = self.shards[number][name][wanted[places] - self.starts[number]]
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        tensors = {name: latents.as_tensor(column) for name, column in columns.items()}
         return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
 
 def open_store(data: Path, split: str, where: str, device: torch.device) -> Store:
     """The store of a split: `where` is device, stream, or auto, which compares its size with the free memory."""
-    shards = latents.open_shards(data, split)
+    return _store(latents.open_shards(data, split), where, device)
+
+
+def open_texts(data: Path, where: str, device: torch.device) -> Store | None:
+    """The store of all captions' embeddings; None where captions do not condition the model."""
+    shards = latents.open_texts(data)
+    return _store(shards, where, device) if shards else None
+
+
+def _store(shards: Sequence[dict[str, np.ndarray]], where: str, device: torch.device) -> Store:
     size = sum(column.nbytes for shard in shards for column in shard.values())
     fits = where == "device" or (where == "auto" and size <= SHARE * free_memory(device))
     return Resident(shards, device) if fits else Streamed(shards, device)
@@ -142,8 +152,8 @@ def free_memory(device: torch.device) -> float:
 class Batches:
     """Draws the samples of a step for one of `processes`, `batch_size` in `parts` accumulation parts each.
 
-    `prompts` float32 [classes + 1, E] end with the embedding that stands for no condition; `classes` is their
-    number, and the label of none.
+    `texts` are the embeddings that captions point to and `null_text` [L, D] stands for no condition; `classes` is
+    the number of labels, and the label of none.
     """
 
     def __init__(
@@ -157,15 +167,16 @@ class Batches:
         seed: int,
         device: torch.device,
         classes: int = 0,
-        prompts: Tensor | None = None,
+        texts: Store | None = None,
+        null_text: Tensor | None = None,
         parts: int = 1,
         process: int = 0,
         processes: int = 1,
     ) -> None:
         self.store = store
-        self.classes, self.prompts = classes, prompts
-        self.shape = store.shapes["pixels"]
-        self.null = torch.tensor(classes, device=device) if prompts is None else prompts[-1].to(device)
+        self.classes, self.texts = classes, texts
+        self.shape = store.shapes["pixels"] if "pixels" in store.shapes else store.shapes["mean"][1:]
+        self.null = torch.tensor(classes, device=device) if null_text is None else null_text.to(device)
         self.size, self.parts, self.timesteps = batch_size // parts, parts, timesteps
         self.condition_dropout, self.horizontal_flip = condition_dropout, horizontal_flip
         self.seed, self.device = seed, device
@@ -177,14 +188,24 @@ class Batches:
         generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, "batch", step, part, self.process))
         following = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
-        x0 = columns["pixels"].float() / 127.5 - 1
+        x0 = self._images(columns, generator)
         count = len(x0)
-        if self.horizontal_flip:
-            flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
-            x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
         t = torch.randint(self.timesteps, (count,), generator=generator, device=self.device)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
         return Batch(x0, eps, t, self._condition(columns, generator))
+
+    def _images(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Pixels in [-1, 1], or latents drawn from their posterior; half of them mirrored where that is wanted."""
+        count = len(next(iter(columns.values())))
+        flipped = torch.zeros(count, dtype=torch.bool, device=self.device)
+        if self.horizontal_flip:
+            flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
+        if "pixels" in columns:
+            x0 = columns["pixels"].float() / 127.5 - 1
+            return torch.where(flipped[:, None, None, None], x0.flip(3), x0) if self.horizontal_flip else x0
+        rows = torch.arange(count, device=self.device)
+        mean, std = (columns[name][rows, flipped.long()].float() for name in ("mean", "std"))
+        return mean + std * torch.randn(mean.shape, generator=generator, device=self.device)
 
     def rows(self, step: int, part: int = 0) -> Tensor:
         """Indices int64 [B]: the next positions in one endless sequence of shuffled epochs, shared by all processes."""
@@ -198,12 +219,19 @@ class Batches:
 
     def conditions(self, count: int) -> Tensor | None:
         """Conditions to draw `count` samples by: each class in turn, or the captions of the first images."""
-        if "embeddings" in self.store.shapes:
+        if self.texts is not None:
             rows = torch.arange(count) % self.store.count
-            return self.store.gather(rows, lambda: rows)["embeddings"][:, 0]
+            captions = self.store.gather(rows, lambda: rows)["captions"]
+            return self._embeddings(captions[:, 0])
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.classes
         return None
+
+    def _embeddings(self, rows: Tensor) -> Tensor:
+        """Rows int [B] of the texts -> float32 [B, L, D] on the device."""
+        assert self.texts is not None, "asked for by captions"
+        wanted = rows.long().cpu()
+        return self.texts.gather(wanted, lambda: wanted)["embeddings"].float()
 
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
@@ -214,19 +242,25 @@ class Batches:
     def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
         from models.diffusion import drop_condition
 
-        condition = columns.get("embeddings", columns.get("labels"))
-        if condition is None:
+        if self.texts is not None:  # several captions a picture: one is drawn
+            captions = columns["captions"]
+            draw = torch.rand(len(captions), generator=generator, device=self.device)
+            pick = (draw * (captions >= 0).sum(1)).long()
+            condition = self._embeddings(captions.gather(1, pick[:, None])[:, 0])
+        elif "labels" in columns:
+            condition = columns["labels"]
+        else:
             return None
         count = len(condition)
-        if condition.ndim == 3:  # several captions a picture: one is drawn
-            pick = torch.randint(condition.shape[1], (count,), generator=generator, device=self.device)
-            condition = condition[torch.arange(count, device=self.device), pick]
         dropped = torch.rand(count, generator=generator, device=self.device) < self.condition_dropout
         return drop_condition(condition, self.null, dropped)
 
 
-def conditioning_of(data: Path) -> dict[str, Any]:
-    """`classes` and `prompts` of a data set, as `Batches` takes them."""
-    index = latents.read_index(data)
+def conditioning_of(data: Path, where: str, device: torch.device) -> dict[str, Any]:
+    """`classes`, `texts` and `null_text` of a data set, as `Batches` takes them."""
     prompts = latents.load_prompts(data)
-    return {"classes": len(index["classes"]), "prompts": None if prompts is None else torch.from_numpy(prompts)}
+    return {
+        "classes": len(latents.read_index(data)["classes"]),
+        "texts": open_texts(data, where, device),
+        "null_text": None if prompts is None else prompts[-1].float(),
+    }

@@ -1,68 +1,263 @@
-"""The stage `codec`: what stands between images and the model's inputs."""
+"""The stage `codec`: what stands between images and the model's inputs.
+
+outputs/codec/codec.json             what the other stages must know
+outputs/codec/vae/                   the autoencoder, diffusers layout
+outputs/codec/{text_encoder,tokenizer}/    transformers layout
+outputs/codec/quality.json           what it does on held-out images
+outputs/codec/reconstructions.png    held-out images, each above what is left of it
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, stage
-from tasks.images import load_pixels, read_index, require_accepted
-from tasks.params import CodecParams, ImageParams
+from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
 
-FORMAT = 1
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.text_encoder import TextEncoder
+
+FORMAT = 2
+MEASURED_IMAGES = 1024
+"""Training images over which the scaling of the latents is measured."""
+PROMPTS = 64
+"""Held-out captions that stand for what may be asked of a model of captions without classes."""
+JUDGED_IMAGES, SHOWN_IMAGES, SHOWN_PIXELS = 512, 10, 64
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:
-    """Describe the model's inputs: pixels as they are (identity), and the condition that goes with them.
+    """Make what turns images and captions into the model's inputs, and measure on held-out images what it loses.
 
-    Conditioning `text` trains a text encoder on the captions; samples are then asked for by class prompts.
+    Images: pixels as they are (identity), or the latents of an autoencoder, published or trained here. Conditions:
+    none, the label, or the token sequence of a text encoder, published or trained here on the captions.
     """
     require_accepted(accepted)
     classes = read_index(images)["classes"]
-    if params.conditioning != "none" and not classes:
+    if params.conditioning == "label" and not classes:
         raise StageError(
-            f"codec.conditioning is '{params.conditioning}', but the images have no classes; set it to 'none', "
-            "or sort the images into one folder per class"
+            "codec.conditioning is 'label', but the images have no classes; set it to 'none', or sort the images into "
+            "one folder per class"
         )
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": params.kind,
+        "conditioning": params.conditioning,
+        "size": image.size,
+        "channels": image.channels,
+        "classes": classes if params.conditioning != "none" else [],
+    }
+    quality: dict[str, float] = {}
     with atomic.writing_folder(outputs) as folder:
-        document = {
-            "format": FORMAT,
-            "kind": params.kind,
-            "conditioning": params.conditioning,
-            "size": image.size,
-            "channels": image.channels,
-            "classes": classes if params.conditioning != "none" else [],
-        }
+        if params.kind == "autoencoder" or params.conditioning == "text":
+            train, held_out = (load_pixels(images, split, image) for split in ("train", "test"))
+        if params.kind == "autoencoder":
+            document["autoencoder"] = _autoencoder(train, held_out, folder, params, quality)
         if params.conditioning == "text":
-            document["prompts"] = _text_encoder(images, folder, len(classes), params, image)
+            document |= _text(train, held_out, folder, len(classes), params, quality)
         atomic.write_json(folder / "codec.json", document)
-    print(f"codec: {params.kind} on {image.channels}x{image.size}x{image.size}, conditioning {params.conditioning}")
+        atomic.write_json(folder / "quality.json", quality)
+    form = f"{image.channels}x{image.size}x{image.size}"
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    print(f"codec: {params.kind} on {form}, conditioning {params.conditioning}{'; ' if measured else ''}{measured}")
 
 
-def _text_encoder(images: Path, folder: Path, classes: int, params: CodecParams, image: ImageParams) -> list[str]:
-    """Train the text encoder into `folder`; returns the prompt of each class: its alphabetically first caption."""
-    from functools import partial
+def _autoencoder(
+    train: Samples, held_out: Samples, folder: Path, params: CodecParams, quality: dict[str, float]
+) -> dict[str, Any]:
+    """Write `vae/` with its scaling, and what it does to held-out images; returns what codec.json says about it."""
+    from models import autoencoder
+    from models import autoencoder_training as training
 
+    network = _trained(train, params) if params.autoencoder.weights is None else _published(params.autoencoder)
+    _require_fits(network, train, params.autoencoder)
+    # Evenly spread, so that a data set sorted by class is measured over all of its classes.
+    some = train.pixels[:: max(1, len(train.pixels) // MEASURED_IMAGES)][:MEASURED_IMAGES]
+    mean, std = training.measure_scaling(network, some)
+    if params.autoencoder.scaling == "measured":
+        try:
+            training.fold_scaling(network, mean, std)
+        except ValueError as error:
+            raise StageError(f"{error}; set codec.autoencoder.scaling to 'published'") from None
+    judged = held_out.pixels[:JUDGED_IMAGES]
+    reconstructed = autoencoder.reconstruct(network, judged)
+    measured = training.quality(judged, reconstructed)
+    quality |= {f"autoencoder_{name}": _rounded(value) for name, value in measured.items()}
+    _picture(judged, reconstructed, folder / "reconstructions.png")
+    return {
+        "sha256": autoencoder.save_autoencoder(folder / "vae", network),
+        "channels": network.config.latent_channels,
+        "size": held_out.pixels.shape[-1] // _factor(network),
+        "scaling": params.autoencoder.scaling,
+        # Of the latents that the network gives without it, over the training images.
+        "measured_mean": [_rounded(value) for value in mean.tolist()],
+        "measured_std": [_rounded(value) for value in std.tolist()],
+    }
+
+
+def _trained(train: Samples, params: CodecParams) -> Any:
+    from models.autoencoder_training import AutoencoderConfig, train_autoencoder
+    from models.fit import Recipe
+
+    wanted = params.autoencoder
+    config = AutoencoderConfig(
+        channels=train.pixels.shape[1],
+        latent_channels=wanted.latent_channels,
+        widths=wanted.widths,
+        layers_per_block=wanted.layers_per_block,
+        reconstruction=wanted.reconstruction,
+        edge_weight=wanted.edge_weight,
+        kl_weight=wanted.kl_weight,
+    )
+    recipe = Recipe(
+        wanted.steps, wanted.batch_size, params.seed, wanted.horizontal_flip, _device(), _bar("autoencoder")
+    )
+    return train_autoencoder(train.pixels, config, recipe)
+
+
+def _published(params: AutoencoderParams) -> Any:
+    from models.autoencoder import load_autoencoder
+    from tasks import weights
+
+    assert params.weights is not None and params.pin is not None, "the parameters were checked"
+    folder = weights.part(weights.bring(params.weights, params.pin, ("vae",)), "vae")
+    try:
+        return load_autoencoder(folder, _device())
+    except (OSError, ValueError) as error:
+        raise StageError(f"codec.autoencoder.weights '{params.weights}': {error}") from None
+
+
+def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> None:
+    """Published weights must have the shape that the parameters state, on which the model's shape was checked."""
+    config, given = network.config, "codec.autoencoder.weights"
+    if config.in_channels != train.pixels.shape[1]:
+        raise StageError(
+            f"{given} are for {config.in_channels} channels and image.channels is {train.pixels.shape[1]}; change that"
+        )
+    if config.latent_channels != params.latent_channels:
+        raise StageError(
+            f"{given} make {config.latent_channels} latent channels; set codec.autoencoder.latent_channels"
+        )
+    if _factor(network) != 2 ** (len(params.widths) - 1):
+        raise StageError(
+            f"{given} make a side {_factor(network)} times smaller, and codec.autoencoder.widths says "
+            f"{2 ** (len(params.widths) - 1)} times; state the widths of the weights"
+        )
+
+
+def _factor(network: Any) -> int:
+    """How many times smaller than an image its latent is."""
+    widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
+    return 2 ** (len(widths) - 1)
+
+
+def _picture(images: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
+    import numpy as np
+
+    from models import pictures
+
+    count = min(SHOWN_IMAGES, len(images))
+    scale = max(1, round(SHOWN_PIXELS / images.shape[-1]))
+    pairs = np.concatenate([images[:count], reconstructed[:count]])
+    pictures.save_png(pictures.grid(pairs, count, scale, ["image", "decoded"]), path)
+
+
+def _text(
+    train: Samples, held_out: Samples, folder: Path, classes: int, params: CodecParams, quality: dict[str, float]
+) -> dict[str, Any]:
+    """Write `text_encoder/` and `tokenizer/`; returns what codec.json says about them, and the prompts by which samples
+    are asked for: one of each class, or where there are none captions of held-out images."""
+    from models.text_encoder import save_text_encoder
+
+    for samples in (train, held_out):
+        without = [key for key, captions in zip(samples.keys, samples.captions, strict=True) if not captions]
+        if without:
+            raise StageError(
+                f"codec.conditioning is 'text', but {len(without)} images have no caption ({', '.join(without[:3])}); "
+                "add them, set ingest.caption_templates, or use conditioning 'label'"
+            )
+    encoder = _published_text(params) if params.text.weights else _trained_text(train, held_out, params, quality)
+    save_text_encoder(folder, encoder)
+    prompts = _class_prompts(train, classes) if classes else _some_captions(held_out)
+    text = {"sha256": _hash(folder), "width": encoder.model.config.hidden_size, "length": encoder.length}
+    return {"text": text, "prompts": prompts}
+
+
+def _class_prompts(samples: Samples, classes: int) -> list[str]:
+    """The alphabetically first caption of each class."""
+    labelled = list(zip(samples.labels, samples.captions, strict=True))
+    return [min(text for label, texts in labelled if label == c for text in texts) for c in range(classes)]
+
+
+def _some_captions(samples: Samples) -> list[str]:
+    """The first captions of images that are evenly spread over the split, each once."""
+    step = max(1, len(samples.captions) // PROMPTS)
+    return list(dict.fromkeys(captions[0] for captions in samples.captions[::step]))[:PROMPTS]
+
+
+def _trained_text(train: Samples, held_out: Samples, params: CodecParams, quality: dict[str, float]) -> TextEncoder:
+    from models.fit import Recipe
+    from models.text_training import TextConfig, retrieval_accuracy, train_text_encoder
+
+    wanted = params.text
+    config = TextConfig(wanted.width, wanted.layers, wanted.length, wanted.words)
+    recipe = Recipe(wanted.steps, seed=params.seed, device=_device(), progress=_bar("text encoder"))
+    encoder, pair = train_text_encoder(train.pixels, train.captions, config, recipe)
+    try:
+        accuracy, offered = retrieval_accuracy(pair, encoder, held_out.pixels, held_out.captions, params.seed)
+    except ValueError:
+        return encoder  # one caption for all: there is nothing to measure
+    quality |= {"text_retrieval_accuracy": _rounded(accuracy), "text_retrieval_chance": _rounded(1 / offered)}
+    return encoder
+
+
+def _published_text(params: CodecParams) -> TextEncoder:
+    from models.text_encoder import load_text_encoder
+    from tasks import weights
+
+    assert params.text.weights is not None and params.text.pin is not None, "the parameters were checked"
+    folder = weights.bring(params.text.weights, params.text.pin, ("text_encoder", "tokenizer"))
+    try:
+        encoder = load_text_encoder(folder, _device())
+    except (OSError, ValueError) as error:
+        raise StageError(f"codec.text.weights '{params.text.weights}': {error}") from None
+    found = {"width": encoder.model.config.hidden_size, "length": encoder.length}
+    for name, value in found.items():
+        if getattr(params.text, name) != value:
+            raise StageError(f"codec.text.weights have {name} {value}; set codec.text.{name} to it")
+    return encoder
+
+
+def _hash(folder: Path) -> str:
+    """sha256 over text encoder and tokenizer."""
+    import hashlib
+
+    from models.autoencoder import seal
+
+    return hashlib.sha256((seal(folder / "text_encoder") + seal(folder / "tokenizer")).encode()).hexdigest()
+
+
+def _rounded(value: float) -> float:
+    """To six digits: more are noise of the order of summation."""
+    return float(f"{value:.6g}")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _bar(what: str) -> Callable[..., Any]:
     from tqdm import tqdm
 
-    from models.fit import Recipe
-    from models.text_encoder import save_text_encoder, train_text_encoder
-
-    samples = load_pixels(images, "train", image)
-    without = [key for key, captions in zip(samples.keys, samples.captions, strict=True) if not captions]
-    if without:
-        raise StageError(
-            f"codec.conditioning is 'text', but {len(without)} images have no caption ({', '.join(without[:3])}); "
-            "add them, set ingest.caption_templates, or use conditioning 'label'"
-        )
-    progress = partial(tqdm, desc="codec: text encoder", unit="step", mininterval=1, dynamic_ncols=True)
-    recipe = Recipe(params.text_steps, seed=params.seed, progress=progress)
-    encoder, tokenizer = train_text_encoder(samples.pixels, samples.captions, params.text_width, recipe)
-    save_text_encoder(folder, encoder, tokenizer)
-    return [
-        min(text for label, texts in zip(samples.labels, samples.captions, strict=True) if label == c for text in texts)
-        for c in range(classes)
-    ]
+    return partial(tqdm, desc=f"codec: {what}", unit="step", mininterval=1, dynamic_ncols=True)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,331 @@
-"""The stage `encode`: images -> the model's inputs under the codec."""
+"""The stage `encode`: images -> the model's inputs under the codec, captions -> embeddings."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tasks import atomic, stage
-from tasks.images import load_pixels, read_index, require_accepted
-from tasks.latents import Latents, keys_hash, write_index, write_split
+from tqdm import tqdm
+
+from tasks import atomic, decoding, locks, stage, workspace
+from tasks.blocks import Blocks
+from tasks.images import load_pixels, read_columns, read_encoded, require_accepted
+from tasks.latents import keys_hash, write_index, write_prompts, write_shards
 from tasks.params import EncodeParams, ImageParams
+from tasks.source import require_space
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
-Embed: TypeAlias = "Callable[[list[list[str]]], np.ndarray]"
+BATCH = 16
+"""Images that the autoencoder sees at once, always: its sums depend on the shape of a batch."""
+CHUNK = 4 * BATCH
+CEILING_CHUNKS = 2
+"""Chunks per worker over which decoding alone and encoding alone are timed."""
+TEXT_BLOCK = 4096
+BFLOAT16_BYTES = 2
+TRANSFORM_CODE = ("tasks/decoding.py", "models/autoencoder.py")
+
+Chunk: TypeAlias = "list[tuple[str, bytes, int]]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `encode` must know of an image besides its pixels."""
+
+    key: str
+    sha256: str
+    label: int
+    captions: list[str]
 
 
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
-    """Turn every image into what the model reads: pixels at the codec's size, with the label or the embeddings of its
-    captions where those condition the model."""
+    """Turn every image into what the model reads: pixels at the codec's size, or the mean and standard deviation of
+    its latent; with the label, or the embeddings of its captions where those condition the model.
+
+    Latents and embeddings are kept in the scratch folder by the content that they were made of: only what is new is
+    computed, and a killed run goes on where it was. Says so where a change of codec or transform makes all of it new.
+    """
     require_accepted(accepted)
     description = json.loads((codec / "codec.json").read_text(encoding="utf-8"))
-    form = ImageParams(size=description["size"], channels=description["channels"])
-    embed = _embedder(codec) if description["conditioning"] == "text" else None
-    with atomic.writing_folder(latents) as folder:
-        splits = {}
-        for split in read_index(images)["splits"]:
-            samples = load_pixels(images, split, form)
-            inputs = Latents(
-                pixels=samples.pixels,
-                labels=samples.labels if description["conditioning"] == "label" else None,
-                embeddings=embed(samples.captions) if embed else None,
-                prompts=None,
-                classes=len(description["classes"]),
-                keys_sha256=keys_hash(samples.keys),
-            )
-            splits[split] = write_split(folder, split, inputs, params.shard_size)
-        write_index(folder, description, splits, _prompts(embed, description) if embed else None)
+    rows = _rows(images)
+    _print_disk_cost(description, params, rows, latents)
+    with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
+        blocks = _encoded_images(images, codec, description, rows, params)
+        texts = _Texts(codec, description, rows) if description["conditioning"] == "text" else None
+        splits = {
+            split: _write_split(folder, split, its, images, description, blocks, texts, params)
+            for split, its in rows.items()
+        }
+        if texts:
+            write_index(folder, description, splits, texts.write(folder, params), texts.write_prompts(folder))
+        else:
+            write_index(folder, description, splits)
     print("encode:", ", ".join(f"{entry['count']} {split}" for split, entry in splits.items()))
 
 
-def _embedder(codec: Path) -> Embed:
-    """Captions of each image -> embeddings float32 [N, K, D]; who has fewer than K captions has them repeated."""
+def _rows(images: Path) -> dict[str, list[Row]]:
+    """Split -> its images, sorted by key."""
+    table = read_columns(images, ["key", "split", "sha256", "label", "captions"]).to_pylist()
+    rows: dict[str, list[Row]] = {}
+    for row in sorted(table, key=lambda row: row["key"]):
+        label = -1 if row["label"] is None else row["label"]
+        rows.setdefault(row["split"], []).append(Row(row["key"], row["sha256"], label, row["captions"]))
+    return dict(sorted(rows.items()))
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    rows: list[Row],
+    images: Path,
+    description: dict[str, Any],
+    blocks: Blocks | None,
+    texts: _Texts | None,
+    params: EncodeParams,
+) -> dict[str, Any]:
     import numpy as np
 
-    from models.text_encoder import encode_captions, load_text_encoder
+    form = ImageParams(size=description["size"], channels=description["channels"])
+    pixels = None if blocks else load_pixels(images, split, form).pixels
 
-    encoder, tokenizer = load_text_encoder(codec)
+    def tensors(part: slice) -> dict[str, Any]:
+        some = rows[part]
+        inputs: dict[str, Any] = blocks.take([row.sha256 for row in some]) if blocks else {}
+        if pixels is not None:
+            inputs["pixels"] = pixels[part]
+        if description["conditioning"] == "label":
+            inputs["labels"] = np.array([row.label for row in some], np.int64)
+        if texts:
+            inputs["captions"] = texts.places(some)
+        return inputs
 
-    def embed(captions: list[list[str]]) -> np.ndarray:
-        distinct = sorted({text for texts in captions for text in texts})
-        place = {text: i for i, text in enumerate(distinct)}
-        most = max(map(len, captions))
-        rows = [[place[texts[k % len(texts)]] for k in range(most)] for texts in captions]
-        return encode_captions(encoder, tokenizer, distinct)[np.asarray(rows)]
-
-    return embed
+    shards = write_shards(folder, split, len(rows), tensors, params.shard_size)
+    return {"count": len(rows), "keys_sha256": keys_hash([row.key for row in rows]), "shards": shards}
 
 
-def _prompts(embed: Embed, description: dict[str, Any]) -> np.ndarray:
-    """Embeddings float32 [classes + 1, D] of the class prompts, the empty text last."""
-    return embed([[prompt] for prompt in [*description["prompts"], ""]])[:, 0]
+def _print_disk_cost(description: dict[str, Any], params: EncodeParams, rows: dict[str, list[Row]], out: Path) -> None:
+    """Say what 100,000 images take, before anything is computed. Raises `StageError` where they do not fit."""
+    count = sum(map(len, rows.values()))
+    latent, text = description.get("autoencoder"), description.get("text")
+    if latent:
+        numbers = 2 * (1 + params.horizontal_flip) * latent["channels"] * latent["size"] ** 2
+        each = numbers * BFLOAT16_BYTES
+    else:
+        each = description["channels"] * description["size"] ** 2
+    captions = len({text for its in rows.values() for row in its for text in row.captions}) if text else 0
+    caption = text["length"] * text["width"] * BFLOAT16_BYTES if text else 0
+    line = f"encode: 100,000 images take {each / 10:,.1f} MB"
+    if text:
+        line += f", 100,000 different captions {caption / 10:,.1f} MB"
+    kept = each * count * (latent is not None) + caption * captions
+    print(line + (", and as much in the scratch folder" if kept else ""), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_space(out.parent, each * count + caption * captions + kept)
+
+
+def _encoded_images(
+    images: Path, codec: Path, description: dict[str, Any], rows: dict[str, list[Row]], params: EncodeParams
+) -> Blocks | None:
+    """The latents of all images, computed where they are new; None under the identity codec."""
+    if not description.get("autoencoder"):
+        return None
+    recipe = {
+        "size of the images": [description["channels"], description["size"]],
+        "autoencoder": description["autoencoder"]["sha256"],
+        "mirrored copies": params.horizontal_flip,
+        "code of the transform": _code_hash(),
+    }
+    blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
+    hashes = [row.sha256 for its in rows.values() for row in its]
+    changed = blocks.changes()
+    if changed:
+        print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
+    blocks.open()
+    missing = blocks.missing(hashes)
+    print(f"encode: {len(missing)} images to encode, {len(set(hashes)) - len(missing)} known", flush=True)
+    if missing:
+        _encode_missing(images, codec, description, missing, blocks, params)
+    blocks.forget(hashes)
+    return blocks
+
+
+def _code_hash() -> str:
+    root = Path(__file__).parent.parent
+    return hashlib.sha256(b"".join((root / name).read_bytes() for name in TRANSFORM_CODE)).hexdigest()
+
+
+def _encode_missing(
+    images: Path, codec: Path, description: dict[str, Any], missing: list[str], blocks: Blocks, params: EncodeParams
+) -> None:
+    """Decode and encode in threads, which leave Python's lock for both; each chunk is kept as soon as it is done."""
+    import torch
+
+    from models.autoencoder import load_autoencoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = load_autoencoder(codec / "vae", device)
+    form = ImageParams(size=description["size"], channels=description["channels"])
+
+    def work(chunk: Chunk) -> tuple[Chunk, dict[str, torch.Tensor]]:
+        return chunk, encode_pixels(network, decode_chunk(chunk, form), params.horizontal_flip)
+
+    threads = torch.get_num_threads()
+    # One thread for each worker's arithmetic: no sum is divided differently on another machine.
+    with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        sample: list[Chunk] = []
+        started = time.perf_counter()
+        with tqdm(total=len(missing), desc="encode", unit="img", mininterval=1, dynamic_ncols=True) as bar:
+            for chunk, tensors in _in_order(pool, work, _chunks(images, missing), 2 * params.workers):
+                blocks.add([sha256 for sha256, _, _ in chunk], tensors)
+                bar.update(len(chunk))
+                if len(sample) < CEILING_CHUNKS * params.workers and len(chunk) == CHUNK:
+                    sample.append(chunk)
+        rate = len(missing) / (time.perf_counter() - started)
+        if len(sample) == CEILING_CHUNKS * params.workers:
+            _print_ceilings(pool, sample, network, form, params.horizontal_flip, rate, device)
+    torch.set_num_threads(threads)
+
+
+def decode_chunk(chunk: Chunk, form: ImageParams) -> np.ndarray:
+    """(sha256, encoded bytes, number of pixels) of images -> uint8 [n, channels, size, size]."""
+    import numpy as np
+
+    # Ingest opened these bytes under `ingest.max_pixels`: what it let through is read whatever its size.
+    pictures = (decoding.open_image(data, max_pixels=pixels) for _, data, pixels in chunk)
+    return np.stack([decoding.to_square(picture, form.size, form.channels) for picture in pictures])
+
+
+def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
+    """uint8 [n, C, S, S] -> `mean` and `std` bfloat16 [n, V, k, s, s], V = 2 with mirror images, else 1.
+
+    Every batch has the same shape, so that an image's latent depends neither on its neighbours nor on how many.
+    """
+    import numpy as np
+    import torch
+
+    from models import autoencoder
+
+    views = [pixels, pixels[..., ::-1]] if mirrored else [pixels]
+    means, deviations = [], []
+    for view in views:
+        whole = np.concatenate([view, np.repeat(view[-1:], -len(view) % BATCH, axis=0)])
+        parts = [autoencoder.encode(network, whole[start : start + BATCH]) for start in range(0, len(whole), BATCH)]
+        mean, std = (torch.cat(tensors)[: len(view)].to(torch.bfloat16).cpu() for tensors in zip(*parts, strict=True))
+        means.append(mean)
+        deviations.append(std)
+    return {"mean": torch.stack(means, dim=1), "std": torch.stack(deviations, dim=1)}
+
+
+def _chunks(images: Path, missing: list[str]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    for item in read_encoded(images, set(missing)):
+        chunk.append(item)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """`work` of each item, in the order of the items, with at most `ahead` of them in memory."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
+
+
+def _print_ceilings(
+    pool: ThreadPoolExecutor,
+    sample: list[Chunk],
+    network: Any,
+    form: ImageParams,
+    mirrored: bool,
+    rate: float,
+    device: str,
+) -> None:
+    """Time decoding alone and encoding alone with the same workers, and print the rate beside what they allow."""
+    started = time.perf_counter()
+    decoded = list(pool.map(lambda chunk: decode_chunk(chunk, form), sample))
+    between = time.perf_counter()
+    list(pool.map(lambda pixels: encode_pixels(network, pixels, mirrored), decoded))
+    ended = time.perf_counter()
+    count = sum(map(len, sample))
+    decode, encoder = count / (between - started), count / (ended - between)
+    # On a CPU both share the cores; on a GPU the slower of the two sets the pace.
+    allowed = 1 / (1 / decode + 1 / encoder) if device == "cpu" else min(decode, encoder)
+    print(
+        f"encode: {rate:,.0f} img/s; decoding alone {decode:,.0f}, the encoder alone {encoder:,.0f} img/s: "
+        f"{rate / allowed:.0%} of what the two allow"
+    )
+
+
+class _Texts:
+    """Every caption once, in alphabetical order, with its embedding found or computed."""
+
+    def __init__(self, codec: Path, description: dict[str, Any], rows: dict[str, list[Row]]) -> None:
+        self.prompts = [*description["prompts"], ""]
+        self.distinct = sorted({text for its in rows.values() for row in its for text in row.captions})
+        self.place = {text: number for number, text in enumerate(self.distinct)}
+        self.most = max((len(row.captions) for its in rows.values() for row in its), default=0)
+        self.blocks = Blocks(workspace.scratch() / "encode" / "texts", {"text encoder": description["text"]["sha256"]})
+        self._compute(codec)
+
+    def _compute(self, codec: Path) -> None:
+        import torch
+
+        from models.text_encoder import load_text_encoder
+
+        wanted = {_text_hash(text): text for text in [*self.distinct, *self.prompts]}
+        if self.blocks.changes():
+            print("encode: the text encoder changed since the last time; all captions are embedded anew", flush=True)
+        self.blocks.open()
+        missing = self.blocks.missing(wanted)
+        if missing:
+            encoder = load_text_encoder(codec, "cuda" if torch.cuda.is_available() else "cpu")
+            starts = range(0, len(missing), TEXT_BLOCK)
+            for start in tqdm(starts, desc="encode: captions", mininterval=1, dynamic_ncols=True, delay=2):
+                keys = missing[start : start + TEXT_BLOCK]
+                embedded = encoder.encode([wanted[key] for key in keys])
+                self.blocks.add(keys, {"embeddings": embedded.to(torch.bfloat16)})
+        self.blocks.forget(wanted)
+
+    def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.blocks.take([_text_hash(text) for text in texts])["embeddings"]
+
+    def places(self, rows: list[Row]) -> np.ndarray:
+        """int32 [n, K]: each image's captions as rows of the texts, -1 after them."""
+        import numpy as np
+
+        places = np.full((len(rows), self.most), -1, np.int32)
+        for place, row in zip(places, rows, strict=True):
+            place[: len(row.captions)] = [self.place[text] for text in row.captions]
+        return places
+
+    def write(self, folder: Path, params: EncodeParams) -> list[dict[str, str]]:
+        def rows(part: slice) -> dict[str, Any]:
+            return {"embeddings": self._embeddings(self.distinct[part])}
+
+        return write_shards(folder, "texts", len(self.distinct), rows, params.shard_size)
+
+    def write_prompts(self, folder: Path) -> str:
+        return write_prompts(folder, self._embeddings(self.prompts))
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 if __name__ == "__main__":

@@ -70,14 +70,20 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
     from models.bundle import FORMAT
-    from models.onnx_graph import to_onnx
+    from models.onnx_graph import decoder_to_onnx, text_to_onnx, to_onnx
 
     try:
         (folder / "unet.onnx").write_bytes(to_onnx(trained, params.opset))
     except ValueError as error:
         raise StageError(str(error)) from None
-    names = ("conditioning", "classes", "channels", "size", "prediction", "null_label", "train_key")
-    info = {name: trained.info[name] for name in names}
+    names = ("conditioning", "classes", "prompts", "channels", "size", "latent", "prediction", "train_key")
+    info: dict[str, Any] = {name: trained.info[name] for name in (*names, "null_label")}
+    if trained.autoencoder is not None:
+        (folder / "decoder.onnx").write_bytes(decoder_to_onnx(trained, params.opset))
+    if trained.text is not None:
+        (folder / "text_encoder.onnx").write_bytes(text_to_onnx(trained, params.opset))
+        (folder / "tokenizer.json").write_text(trained.text.tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+        info["text"] = {"length": trained.text.length, "pad": trained.text.tokenizer.pad_token_id}
     constants = {"alpha_bar": trained.alpha_bar.tolist(), "variance": trained.variance}
     atomic.write_json(folder / "bundle.json", {"format": FORMAT, **constants, **info})
     package = folder / PACKAGE
@@ -129,14 +135,15 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str
 
 
 def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Standard normal x float32 [batch, C, H, W], and labels int64 [batch] that go through all conditions."""
+    """Standard normal x float32 [batch, *input_shape], and a condition that goes through all labels or prompts."""
     import numpy as np
 
-    shape = (batch, trained.channels, trained.size, trained.size)
-    x = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    x = np.random.default_rng(seed).standard_normal((batch, *trained.input_shape), dtype=np.float32)
     if trained.conditioning == "none":
         return x, None
-    return x, np.arange(batch, dtype=np.int64) * 3 % (len(trained.classes) + 1)
+    condition, _ = trained.condition([row * 3 % (len(trained.classes) + 1) for row in range(batch)])
+    assert condition is not None, "the model is conditional"
+    return x, condition.cpu().numpy()
 
 
 def _torch_predict(trained: Pipeline) -> Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]:
@@ -163,7 +170,7 @@ def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int)
     from models.samplers import SAMPLERS
 
     seeds = range(seed, seed + DRAWN_IMAGES)
-    conditional = trained.conditioning == "label"
+    conditional = trained.conditioning != "none"
     labels = [i % len(trained.classes) for i in range(DRAWN_IMAGES)] if conditional else None
     settings: dict[str, Any] = {
         "steps": min(DRAWN_STEPS, trained.timesteps),
@@ -189,6 +196,8 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
     from models.samplers import SeededNoise, denoiser, sample
 
     reason = tensorrt_engine.unavailable_because()
+    if trained.conditioning == "text" or trained.autoencoder is not None:
+        reason = "engines are built for pixels and labels alone"
     if reason:
         return None, {"built": False, "reason": reason}
     name = hashlib.sha256(graph.read_bytes() + tensorrt_engine.identity().encode()).hexdigest()[:16]
@@ -202,7 +211,7 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
     def draw(seeds: Any, labels: Any, sampler: str, steps: int, guidance_scale: float) -> np.ndarray:
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
         denoise = denoiser(engine.predict, trained.prediction, alpha_bar, condition, null, guidance_scale)
-        noise = SeededNoise(seeds, (trained.channels, trained.size, trained.size))
+        noise = SeededNoise(seeds, trained.input_shape)
         return sample(sampler, denoise, noise, alpha_bar, steps, variance=trained.variance)
 
     decibel = _drawn_psnr(trained, draw, params.seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,6 +209,24 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
             labels[place] = row["label"]
         captions[place] = row["captions"]
     return Samples(pixels, labels, captions, keys)
+
+
+def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes, int]]:
+    """(sha256, encoded picture, number of its pixels) of the images with a sha256 in `wanted`, each content once."""
+    import pyarrow.parquet as pq
+
+    left = set(wanted)
+    for shard in read_index(images)["shards"]:
+        file = pq.ParquetFile(images / shard)
+        for group in range(file.num_row_groups):
+            if left.isdisjoint(file.read_row_group(group, columns=["sha256"]).column(0).to_pylist()):
+                continue
+            columns = ["sha256", "image", "width", "height"]
+            for batch in file.iter_batches(256, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    if row["sha256"] in left:
+                        left.remove(row["sha256"])
+                        yield row["sha256"], row["image"], row["width"] * row["height"]
 
 
 def _rows(images: Path, split: str) -> Iterator[dict[str, Any]]:

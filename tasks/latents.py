@@ -1,17 +1,21 @@
 """The form of the model's inputs: safetensors shards per split, and an index.
 
-    data/latents/train-00000.safetensors    pixels uint8 [n, C, H, W], labels int64 [n], embeddings float32 [n, K, D]
-    data/latents/prompts.safetensors        embeddings float32 [classes + 1, D]: the class prompts, then the empty text
-    data/latents/index.json                 counts, shards, codec, conditioning, digest
+    data/latents/train-00000.safetensors   pixels uint8 [n, C, S, S], or mean and std bfloat16 [n, V, k, s, s];
+                                           labels int64 [n], or captions int32 [n, K]: rows of the texts, -1 after them
+    data/latents/texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
+    data/latents/prompts.safetensors       embeddings bfloat16 [classes + 1, L, D]: class prompts, then the empty text
+    data/latents/index.json                counts, shards, codec, conditioning, scaling, digest
 
-Under the identity codec the inputs are the pixels themselves. Labels and embeddings are there
-where the conditioning needs them.
+Under the identity codec the inputs are the pixels themselves; under an autoencoder the mean and standard deviation of
+its posterior, from which training draws, V = 2 with a mirrored copy. They are in the model's units: nothing is to be
+scaled any more. Labels and captions are there where the conditioning needs them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,27 +26,40 @@ from tasks.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
-FORMAT = 1
+FORMAT = 2
 PROMPTS = "prompts.safetensors"
+BFLOAT16 = "int16"
+"""How a shard's bfloat16 is mapped."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """One split of the model's inputs, sorted by key."""
+    """One split of the model's inputs, sorted by key: pixels, or mean and std."""
 
-    pixels: np.ndarray
-    """uint8 [N, C, H, W]"""
-    labels: np.ndarray | None
-    """int64 [N], 0 to the number of classes - 1"""
-    embeddings: np.ndarray | None
-    """float32 [N, K, D]: K captions for each image"""
-    prompts: np.ndarray | None
-    """float32 [classes + 1, D]: what asks for each class, and the empty text that stands for no condition"""
     classes: int
     """Number of classes, which is also the label that stands for "no condition"; 0 without labels."""
     keys_sha256: str
     """Hash of the images' keys, in order."""
+    pixels: np.ndarray | None = None
+    """uint8 [N, C, S, S]"""
+    mean: torch.Tensor | None = None
+    """bfloat16 [N, V, k, s, s]: of the image, and where V is 2 of its mirror image"""
+    std: torch.Tensor | None = None
+    labels: np.ndarray | None = None
+    """int64 [N], 0 to the number of classes - 1"""
+    captions: np.ndarray | None = None
+    """int32 [N, K]: rows of `texts`; who has fewer than K captions has -1 after them"""
+    texts: torch.Tensor | None = None
+    """bfloat16 [U, L, D]: every caption once"""
+    prompts: torch.Tensor | None = None
+    """bfloat16 [classes + 1, L, D]: what asks for each class, and the empty text that stands for no condition"""
+
+    @property
+    def count(self) -> int:
+        inputs = self.mean if self.pixels is None else self.pixels
+        return 0 if inputs is None else len(inputs)
 
 
 def keys_hash(keys: list[str]) -> str:
@@ -50,44 +67,66 @@ def keys_hash(keys: list[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode("utf-8")).hexdigest()
 
 
-def write_split(folder: Path, split: str, latents: Latents, shard_size: int) -> dict[str, Any]:
-    """Write the shards of one split into `folder` (a temporary one); returns its entry for the index."""
-    from safetensors.numpy import save
+def write_shards(
+    folder: Path, name: str, count: int, rows: Callable[[slice], dict[str, Any]], shard_size: int
+) -> list[dict[str, str]]:
+    """Write `count` rows as shards of `folder` (a temporary one); returns their entries for the index.
 
-    count = len(latents.pixels)
-    tensors = {"pixels": latents.pixels, "labels": latents.labels, "embeddings": latents.embeddings}
+    `rows(part)` gives the tensors, or NumPy arrays, of those rows; only one shard of them is in memory.
+    """
+    import torch
+    from safetensors.torch import save
+
     shards = []
     for number, start in enumerate(range(0, count, shard_size)):
-        name = f"{split}-{number:05d}.safetensors"
-        part = {key: tensor[start : start + shard_size] for key, tensor in tensors.items() if tensor is not None}
-        (folder / name).write_bytes(save(part))  # an ordinary write: a full disk is an OSError as everywhere
-        shards.append({"file": name, "sha256": sha256_of(folder / name)})
-    return {"count": count, "keys_sha256": latents.keys_sha256, "shards": shards}
+        file = folder / f"{name}-{number:05d}.safetensors"
+        part = rows(slice(start, min(start + shard_size, count)))
+        tensors = {key: torch.as_tensor(value).contiguous() for key, value in part.items() if value is not None}
+        file.write_bytes(save(tensors))  # an ordinary write: a full disk is an OSError as everywhere
+        shards.append({"file": file.name, "sha256": sha256_of(file)})
+    return shards
 
 
-def write_index(folder: Path, codec: dict[str, Any], splits: dict[str, Any], prompts: np.ndarray | None) -> None:
-    """Write `index.json` (and the prompts' embeddings) last; its digest covers codec and content."""
-    from safetensors.numpy import save
+def write_prompts(folder: Path, embeddings: torch.Tensor) -> str:
+    """Write the embeddings of the class prompts and the empty text; returns the sha256 of the file."""
+    from safetensors.torch import save
 
-    if prompts is not None:
-        (folder / PROMPTS).write_bytes(save({"embeddings": prompts}))
+    (folder / PROMPTS).write_bytes(save({"embeddings": embeddings.contiguous()}))
+    return sha256_of(folder / PROMPTS)
+
+
+def write_index(
+    folder: Path,
+    codec: dict[str, Any],
+    splits: dict[str, Any],
+    texts: list[dict[str, str]] | None = None,
+    prompts_sha256: str | None = None,
+) -> None:
+    """Write `index.json` last; its digest covers codec and content. `channels` and `size` are those of the inputs."""
+    latent = codec.get("autoencoder")
     index = {
         "format": FORMAT,
         "codec": codec["kind"],
         "conditioning": codec["conditioning"],
-        "channels": codec["channels"],
-        "size": codec["size"],
+        "channels": latent["channels"] if latent else codec["channels"],
+        "size": latent["size"] if latent else codec["size"],
+        "image": {"channels": codec["channels"], "size": codec["size"]},
+        "autoencoder": latent,
         "classes": codec["classes"],
+        "text": codec.get("text"),
+        "prompts": codec.get("prompts"),
         "splits": splits,
-        "prompts_sha256": None if prompts is None else sha256_of(folder / PROMPTS),
+        "texts": texts,
+        "prompts_sha256": prompts_sha256,
     }
     canonical = json.dumps(index, sort_keys=True).encode("utf-8")
     atomic.write_json(folder / "index.json", index | {"digest": hashlib.sha256(canonical).hexdigest()})
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """`index.json`: format, codec, conditioning, channels, size, classes, splits {name: count, keys_sha256, shards},
-    digest. Raises `StageError` where it is missing or of another format."""
+    """`index.json`: format, codec, conditioning, channels, size, image, autoencoder, classes, text, prompts,
+    splits {name: count, keys_sha256, shards}, texts, digest. Raises `StageError` where it is missing or of another
+    format."""
     try:
         index: dict[str, Any] = json.loads((path / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,30 +141,34 @@ def load_latents(path: Path, split: str) -> Latents:
     import numpy as np
 
     index = read_index(path)
-    parts = open_shards(path, split)
-
-    def joined(name: str) -> np.ndarray | None:
-        return np.concatenate([part[name] for part in parts]) if name in parts[0] else None
-
+    parts, texts = open_shards(path, split), open_texts(path)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Latents(
-        pixels=np.concatenate([part["pixels"] for part in parts]),
-        labels=joined("labels"),
-        embeddings=joined("embeddings"),
+        pixels=columns.get("pixels"),
+        mean=as_tensor(columns["mean"]) if "mean" in columns else None,
+        std=as_tensor(columns["std"]) if "std" in columns else None,
+        labels=columns.get("labels"),
+        captions=columns.get("captions"),
+        texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if texts else None,
         prompts=load_prompts(path),
         classes=len(index["classes"]),
         keys_sha256=index["splits"][split]["keys_sha256"],
     )
 
 
-def load_prompts(path: Path) -> np.ndarray | None:
-    """Embeddings float32 [classes + 1, D] of what asks for each class, and of no condition; None without captions."""
-    from safetensors.numpy import load_file
+def load_prompts(path: Path) -> torch.Tensor | None:
+    """Embeddings bfloat16 [classes + 1, L, D] of what asks for each class, and of no condition; None without text."""
+    return as_tensor(_mapped(path / PROMPTS)["embeddings"]) if read_index(path)["prompts_sha256"] else None
 
-    return load_file(path / PROMPTS)["embeddings"] if read_index(path)["prompts_sha256"] else None
+
+def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
+    """`embeddings` of the captions, to whose rows `captions` points, memory-mapped by shard; empty without text."""
+    return [_mapped(path / shard["file"]) for shard in read_index(path)["texts"] or []]
 
 
 def open_shards(path: Path, split: str) -> list[dict[str, np.ndarray]]:
-    """The tensors of each shard of a split, memory-mapped: what is not indexed is not read.
+    """The tensors of each shard of a split, memory-mapped: what is not indexed is not read. `as_tensor` makes torch's
+    of their rows.
 
     Raises `StageError` where there is no such split.
     """
@@ -139,7 +182,14 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file without reading them: 8 bytes that give the header's length, JSON, the data."""
     import numpy as np
 
-    kinds = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+    kinds: dict[str, Any] = {
+        "U8": np.uint8,
+        "I32": np.int32,
+        "I64": np.int64,
+        "F16": np.float16,
+        "F32": np.float32,
+        "BF16": BFLOAT16,
+    }
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -148,3 +198,11 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """An array of a shard -> a tensor of its own; 16-bit integers are the bits of bfloat16, which NumPy lacks."""
+    import torch
+
+    tensor = torch.tensor(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ def model_card(
 
 
 def _front_matter(data: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    kind = "unconditional-image-generation" if info["conditioning"] == "none" else "class-conditional-image-generation"
+    kinds = {"none": "unconditional-image-generation", "label": "class-conditional-image-generation"}
+    kind = kinds.get(info["conditioning"], "text-to-image")
     return f"---\nlibrary_name: diffusers\ntags: [diffusion, {kind}, onnx]\ndatasets: [{data['source']}]\n---"
 
 
@@ -41,16 +43,22 @@ def _summary(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     )
     if info["conditioning"] == "label":
         text += f" It is asked for one of {len(info['classes'])} classes: {', '.join(info['classes'])}."
+    if info["conditioning"] == "text":
+        text += f" It is asked for by text, such as '{info['prompts'][0]}'."
+    if info["latent"]:
+        text += f" It draws latents of {info['latent'][0]} x {info['latent'][1]} x {info['latent'][1]} numbers."
     return text
 
 
 def _use(info: Mapping[str, Any]) -> str:
-    wish = f" --prompt '{info['classes'][0]}' --guidance 1.5" if info["conditioning"] == "label" else ""
-    request = f"'prompt': '{info['classes'][0]}', " if info["conditioning"] == "label" else ""
+    asked = next(iter(info["prompts"] or info["classes"]), None) if info["conditioning"] != "none" else None
+    wish = f" --prompt {shlex.quote(asked)} --guidance 1.5" if asked else ""
+    request = f"'prompt': {asked!r}, " if asked else ""
+    tokenizers = ", and `tokenizers`" if info["conditioning"] == "text" else ""
     lines = [
         "## How to use it",
         "",
-        "Without PyTorch, from the folder `onnx/` (needs `numpy`, `onnxruntime` and `pillow`):",
+        f"Without PyTorch, from the folder `onnx/` (needs `numpy`, `onnxruntime` and `pillow`{tokenizers}):",
         "",
         f"    python -m afterimage_bundle.bundle --seed 0{wish} --out image.png",
         "",
@@ -60,10 +68,11 @@ def _use(info: Mapping[str, Any]) -> str:
         f"    png = model.predict([{{{request}'seed': 0}}])[0]",
         "",
     ]
-    if info["conditioning"] == "none":
+    if (info["conditioning"] == "none") == (info["latent"] is None) and info["conditioning"] != "label":
         lines += ["With diffusers: `DiffusionPipeline.from_pretrained('pipeline')`."]
     else:
-        lines += ["With diffusers, by component: `UNet2DModel.from_pretrained('pipeline', subfolder='unet')`."]
+        network = "UNet2DConditionModel" if info["conditioning"] == "text" else "UNet2DModel"
+        lines += [f"With diffusers, by component: `{network}.from_pretrained('pipeline', subfolder='unet')`."]
     return "\n".join(lines)
 
 
@@ -113,7 +122,7 @@ def _training(training: Mapping[str, Any], info: Mapping[str, Any]) -> str:
 
 
 def _limits(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    classes = "" if info["conditioning"] == "none" else " A prompt only picks the class whose name it contains."
+    classes = " A prompt only picks the class whose name it contains." if info["conditioning"] == "label" else ""
     return (
         "## Limits\n\n"
         f"It knows `{data['source']}` and nothing else: what is rare or absent there it draws badly or not at all, and "

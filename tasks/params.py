@@ -235,34 +235,123 @@ class ImageParams(Section):
     channels: Literal[1, 3]
 
 
+class AutoencoderParams(Section):
+    """Read by codec.kind 'autoencoder' alone: a published network, or the shape and training of one made here."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix in diffusers' layout; null trains one here."""
+    pin: str | None = None
+    """What keeps `weights` the same: the commit of a hub repository, or the sha256 of the weights' file."""
+    scaling: Literal["measured", "published"] = "measured"
+    """Per channel on these images and folded into the weights, or the one factor that came with `weights`."""
+    latent_channels: PositiveInt = 4
+    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 48), strict=False, min_length=2)
+    """One per resolution, highest first; each but the last halves the side."""
+    layers_per_block: PositiveInt = 1
+    reconstruction: Literal["l1", "l2"] = "l1"
+    edge_weight: Annotated[float, Field(ge=0)] = 0.5
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 16
+    horizontal_flip: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderParams:
+        _require_pin("codec.autoencoder", self.weights, self.pin)
+        if self.scaling == "published" and self.weights is None:
+            raise ValueError(
+                "codec.autoencoder.scaling 'published' needs codec.autoencoder.weights; an autoencoder that is "
+                "trained here has its scaling 'measured'"
+            )
+        if any(width % 8 for width in self.widths):
+            raise ValueError(f"codec.autoencoder.widths {list(self.widths)} must be multiples of 8")
+        return self
+
+
+class TextParams(Section):
+    """Read by codec.conditioning 'text' alone: a published CLIP text encoder, or one trained here on the captions."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with text_encoder/ and tokenizer/; null trains one."""
+    pin: str | None = None
+    width: PositiveInt = 64
+    layers: PositiveInt = 2
+    length: Annotated[int, Field(ge=4)] = 32
+    """Tokens of a caption; longer ones are cut."""
+    words: Annotated[int, Field(ge=600)] = 2048
+    """Most entries of the vocabulary."""
+    steps: PositiveInt = 300
+
+    @model_validator(mode="after")
+    def _check(self) -> TextParams:
+        _require_pin("codec.text", self.weights, self.pin)
+        if self.width % 16:
+            raise ValueError(f"codec.text.width {self.width} must be a multiple of 16, the width of a head")
+        return self
+
+
+def _require_pin(where: str, weights: str | None, pin: str | None) -> None:
+    if pin is not None and weights is None:
+        raise ValueError(f"{where}.pin pins {where}.weights, which is null; set both or neither")
+    if weights is not None and pin is None:
+        raise ValueError(
+            f"{where}.weights needs {where}.pin, so that the same weights come every time: the commit of a hub "
+            "repository, or the sha256 of the weights' file in a folder or on S3"
+        )
+
+
 class CodecParams(Section):
-    kind: Literal["identity"]
+    kind: Literal["identity", "autoencoder"]
+    """What the model sees of an image: its pixels, or latents."""
     conditioning: Literal["none", "label", "text"]
-    text_steps: PositiveInt = 300
-    """Contrastive training steps of the text encoder; read by conditioning 'text' alone."""
-    text_width: PositiveInt = 64
+    autoencoder: AutoencoderParams = AutoencoderParams()
+    text: TextParams = TextParams()
     seed: int = 0
 
 
 class EncodeParams(Section):
     shard_size: PositiveInt = 16384
     """Images in one safetensors shard."""
+    horizontal_flip: bool = False
+    """Encode each image a second time, mirrored; `train.horizontal_flip` draws one of the two. Latents only: pixels
+    are mirrored as they are drawn."""
+    workers: PositiveInt = 2
+    """Processes that decode and, on a CPU, encode. They decide no byte."""
 
 
 class ModelParams(Section):
-    """The U-Net; names and meanings are those of diffusers' `UNet2DModel`."""
+    """The U-Net; names and meanings are those of diffusers' `UNet2DModel`, and for text those of its
+    `UNet2DConditionModel`."""
 
     block_out_channels: tuple[PositiveInt, ...] = Field(strict=False, min_length=1)
     attention: tuple[bool, ...] = Field(strict=False)
-    """One flag per resolution, highest first: self-attention there or not."""
+    """One flag per resolution, highest first: self-attention there or not, for text also attention to it."""
     layers_per_block: PositiveInt
     norm_num_groups: PositiveInt
     attention_head_dim: PositiveInt | None
     """Channels per head; null is one head over all channels."""
     dropout: Fraction = 0.0
+    heads: PositiveInt | None = None
+    """Text only: heads at every resolution, in place of `attention_head_dim`."""
+    transformer_layers: tuple[PositiveInt, ...] | None = Field(default=None, strict=False)
+    """Text only: transformer blocks at each resolution; null is one."""
+    linear_projection: bool = False
+    """Text only: Stable Diffusion 2's and XL's way into a transformer."""
+    lora_rank: PositiveInt | None = None
+    """Text only: train low-rank additions of this rank to what `train.init_from` gives; null trains all weights."""
+
+    @property
+    def text_only(self) -> dict[str, Any]:
+        """What only the text-conditional network has, where it is set."""
+        names = ("heads", "transformer_layers", "linear_projection", "lora_rank")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @model_validator(mode="after")
     def _check(self) -> ModelParams:
+        if self.heads is not None and self.attention_head_dim is not None:
+            raise ValueError("model.heads stands in place of model.attention_head_dim; set one of them to null")
+        if self.transformer_layers is not None and len(self.transformer_layers) != len(self.block_out_channels):
+            raise ValueError("model.transformer_layers needs one number per entry of model.block_out_channels")
         if len(self.attention) != len(self.block_out_channels):
             raise ValueError(
                 f"model.attention has {len(self.attention)} flags for {len(self.block_out_channels)} resolutions; "
@@ -278,6 +367,8 @@ class ModelParams(Section):
                 raise ValueError(f"model.norm_num_groups {self.norm_num_groups} does not divide the width {width}")
             if self.attention_head_dim and width % self.attention_head_dim:
                 raise ValueError(f"model.attention_head_dim {self.attention_head_dim} does not divide {width}")
+            if self.heads and width % self.heads:
+                raise ValueError(f"model.heads {self.heads} does not divide the width {width}")
         return self
 
 
@@ -470,12 +561,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Params:
-        downsamplings = 2 ** (len(self.model.block_out_channels) - 1)
-        if self.image.size % downsamplings:
-            raise ValueError(
-                f"image.size {self.image.size} cannot be halved {len(self.model.block_out_channels) - 1} times; "
-                f"use a multiple of {downsamplings} or fewer model.block_out_channels"
-            )
+        self._check_sides()
+        if self.codec.conditioning != "text" and self.model.text_only:
+            name = next(iter(self.model.text_only))
+            raise ValueError(f"model.{name} belongs to codec.conditioning 'text'; set it to null (or false)")
+        if self.model.lora_rank and self.train.init_from == NO_WARM_START:
+            raise ValueError("model.lora_rank adds to trained weights; name a pipeline in train.init_from")
         for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
             if steps > self.diffusion.timesteps:
                 raise ValueError(
@@ -490,11 +581,6 @@ class Params(Section):
                 "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
                 "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
             )
-        if self.codec.conditioning == "text" and self.codec.text_width != 4 * self.model.block_out_channels[0]:
-            raise ValueError(
-                f"codec.text_width {self.codec.text_width} must be 4 times the first of model.block_out_channels; "
-                f"set it to {4 * self.model.block_out_channels[0]}"
-            )
         if self.codec.conditioning != "none" and self.train.condition_dropout == 0 and self.evaluate.guidance_scale > 1:
             raise ValueError(
                 "evaluate.guidance_scale above 1 needs a model trained without its condition now and then; "
@@ -503,6 +589,33 @@ class Params(Section):
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         return self
+
+    def _check_sides(self) -> None:
+        """Both networks halve what they get a number of times, and mirrored latents are made before they are drawn."""
+        side, what = self.image.size, "image.size"
+        if self.codec.kind == "autoencoder":
+            halvings = len(self.codec.autoencoder.widths) - 1
+            if side % 2**halvings:
+                raise ValueError(
+                    f"image.size {side} cannot be halved {halvings} times; use a multiple of {2**halvings} or fewer "
+                    "codec.autoencoder.widths"
+                )
+            side, what = side // 2**halvings, f"the side of the latents (image.size {side} halved {halvings} times),"
+        halvings = len(self.model.block_out_channels) - 1
+        if side % 2**halvings:
+            raise ValueError(
+                f"{what} {side} cannot be halved {halvings} times; "
+                f"use a multiple of {2**halvings} or fewer model.block_out_channels"
+            )
+        if self.codec.kind == "autoencoder" and self.train.horizontal_flip != self.encode.horizontal_flip:
+            raise ValueError(
+                "train.horizontal_flip draws the mirrored latents that encode.horizontal_flip makes; "
+                "set both or neither"
+            )
+        if self.codec.kind == "identity" and self.encode.horizontal_flip:
+            raise ValueError(
+                "encode.horizontal_flip is for latents; pixels are mirrored as they are drawn, by train.horizontal_flip"
+            )
 
     def section(self, kind: type[Section]) -> Any:
         """The one section of type `kind`."""

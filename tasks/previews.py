@@ -35,7 +35,7 @@ def sample_grid(run: Run) -> Path:
     """Draw a few images from the first of the averages; kept beside the checkpoints as a PNG."""
     import torch
 
-    from models import pictures, samplers
+    from models import autoencoder, pictures, samplers
     from models.pipeline import to_uint8
 
     draw = samplers.SeededNoise(range(SAMPLES), run.batches.shape)
@@ -45,12 +45,15 @@ def sample_grid(run: Run) -> Path:
         return run.network(x, torch.full((len(x),), t, device=device), condition)
 
     condition = run.batches.conditions(SAMPLES)
-    denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition)
+    clip = run.autoencoder is None
+    denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition, clip=clip)
     steps = min(STEPS, run.diffusion.timesteps)
     with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
         drawn = samplers.sample(
             "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
         )
+    if run.autoencoder is not None:
+        drawn = autoencoder.decode(run.autoencoder, drawn)
     path = grid_path(run.folder, run.step)
     grid = pictures.grid(to_uint8(drawn.float().cpu().numpy()), COLUMNS)
     atomic.write_bytes(path, pictures.png_bytes(grid))

@@ -79,8 +79,8 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "feature_dim": judge.info["feature_dim"],
         "image": judge.info["image"],
         "quantisation": "uint8",
-        "labels": pipeline.classes if pipeline.conditioning == "label" else None,
-        "prompts": judge.prompts,
+        "labels": pipeline.classes if pipeline.conditioning != "none" else None,
+        "prompts": pipeline.prompts or judge.prompts,
     }
     return {
         "measurement": measurement,
@@ -192,7 +192,8 @@ class Scorer:
         self.held_out = load_pixels(images, "test", size)
         self.train = load_pixels(images, "train", size)
         self.reference = judge.features(self.held_out.pixels)
-        self.prompts = judge.clip_text_embeds(judge.prompts) if judge.clip is not None and judge.prompts else None
+        prompts = facts["prompts"]
+        self.prompts = judge.clip_text_embeds(prompts) if judge.clip is not None and prompts else None
 
     @property
     def dimensions(self) -> int:
@@ -257,7 +258,7 @@ class Scorer:
 
         count, classes = self.facts["n_distance"], self.facts["labels"]
         order = np.random.default_rng((self.facts["seed"], block)).permutation(len(self.train.pixels))
-        if classes is None:
+        if classes is None or (self.train.labels < 0).all():
             return self.train.pixels[order[:count]]
         labels = self.train.labels[order]
         wanted = np.bincount(balanced_labels(count, len(classes)), minlength=len(classes))
@@ -318,7 +319,17 @@ class Scorer:
         scores = self.inception_style_score(self.held_out.pixels) | {"near_copies": COPY_QUANTILE}
         if known.any():
             scores |= self.fit_to_labels(self.held_out.pixels[known], self.held_out.labels[known].tolist())
+        elif self.prompts is not None:
+            scores |= self._fit_to_own_captions()
         return scores
+
+    def _fit_to_own_captions(self) -> dict[str, float]:
+        """CLIP score of the held-out images with their first captions, where no classes stand for them."""
+        from models import metrics
+
+        captioned = [row for row, captions in enumerate(self.held_out.captions) if captions]
+        texts = self.judge.clip_text_embeds([self.held_out.captions[row][0] for row in captioned])
+        return {"clip_score": metrics.clip_score(self.judge.clip_image_embeds(self.held_out.pixels[captioned]), texts)}
 
 
 def summary(
@@ -388,7 +399,7 @@ def _not_applicable(scorer: Scorer, facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _require_pipeline(pipeline: Pipeline, facts: dict[str, Any]) -> None:
-    labels = pipeline.classes if pipeline.conditioning == "label" else None
+    labels = pipeline.classes if pipeline.conditioning != "none" else None
     if labels != facts["labels"]:
         raise NotComparableError("the model draws other classes than the protocol asks for; measure it by its own")
     if {"size": pipeline.size, "channels": pipeline.channels} != facts["image"]:

@@ -220,15 +220,16 @@ def _log_model(model_id: str, name: str, model: Path) -> None:
     """Store the model's files and its code in the place that MLflow keeps for `model_id`."""
     import mlflow
 
-    conditional = _read(model / model_folder.BUNDLE / "bundle.json")["conditioning"] == "label"
-    example = {"label": 0, "seed": 0, "guidance": 1.5} if conditional else {"seed": 0}
+    conditioning = _read(model / model_folder.BUNDLE / "bundle.json")["conditioning"]
+    needed = [*REQUIREMENTS, *(["tokenizers"] if conditioning == "text" else [])]
+    example = {"label": 0, "seed": 0, "guidance": 1.5} if conditioning != "none" else {"seed": 0}
     mlflow.pyfunc.log_model(
         name=name,
         model_id=model_id,
         python_model=str(CODE),
         artifacts={"model": str(model)},
         input_example=[example],
-        pip_requirements=[f"{package}=={_installed(package)}" for package in REQUIREMENTS],
+        pip_requirements=[f"{package}=={_installed(package)}" for package in needed],
     )
 
 

@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,7 @@ def train(
     Writes averaged weights in diffusers layout to `pipeline`, and the loss history, sample grids and the
     parameters of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
+    from models.autoencoder import load_autoencoder
     from tasks import training_run
 
     verdict = images.require_accepted(accepted)
@@ -61,6 +61,8 @@ def train(
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # never two runs at once
             tracking.connect()
         run = training_run.prepare(data, index, facts, model, diffusion, params)
+        if index["autoencoder"]:
+            run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None
         if first:
             live = stack.enter_context(tracking.training_run(facts["train_key"], facts["params"], dataset))
@@ -71,7 +73,7 @@ def train(
         if live is None:
             return
         _write_report(report, run, history, facts, dataset)
-        _write_pipeline(pipeline, run, index, facts)
+        _write_pipeline(pipeline, codec, run, index, facts)
         live.artifact(report / "history.csv", "train")
     print(f"train: {run.params.steps} steps, loss {history[-1]['loss']:.4f}, key {facts['train_key'][:12]}")
 
@@ -241,34 +243,29 @@ def _compared(run: Run, history: list[Row]) -> dict[str, float]:
     return {name: history[-1][f"held_out_loss/{name}"] for name in run.params.ema}
 
 
-def _write_pipeline(pipeline: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
+def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
     from models.pipeline import save_pipeline
     from models.schedules import betas
-    from models.unet import UNet
+    from models.text_unet import merged
 
-    conditional = index["conditioning"] != "none"
     info = {
-        "conditioning": "label" if conditional else "none",
-        "condition_source": index["conditioning"],
-        "classes": index["classes"],
-        "channels": index["channels"],
-        "size": index["size"],
+        "conditioning": index["conditioning"],
+        "classes": index["classes"] or index["prompts"] or [],
+        "prompts": index["prompts"],
+        "channels": index["image"]["channels"],
+        "size": index["image"]["size"],
+        "latent": [index["channels"], index["size"]] if index["autoencoder"] else None,
         "timesteps": run.diffusion.timesteps,
         "schedule": run.diffusion.schedule,
         "prediction": run.diffusion.prediction,
-        "null_label": len(index["classes"]) if conditional else None,
+        "null_label": len(index["classes"]) if index["conditioning"] == "label" else None,
         "train_key": facts["train_key"],
     }
-    weights = {
-        name: value.cpu().contiguous() for name, value in run.averages[run.params.pipeline_ema].state_dict().items()
-    }
-    unet = run.network
-    if index["conditioning"] == "text":  # what was learned for captions serves by class: its prompts make the table
-        weights["class_embedding.weight"] = run.batches.prompts
-        unet = UNet(replace(unet.config, conditions=len(index["classes"]) + 1, embedded=False))
+    average = run.averages[run.params.pipeline_ema].state_dict()
+    weights = {name: value.cpu().contiguous() for name, value in merged(average).items()}
     with atomic.writing_folder(pipeline) as folder:
         levels = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
-        save_pipeline(folder, unet, weights, levels, info)
+        save_pipeline(folder, run.network, weights, levels, info, codec)
 
 
 def _launch() -> None:

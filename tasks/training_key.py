@@ -15,6 +15,7 @@ from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParam
 FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from"}
 CODE = {
     "unet.py",
+    "text_unet.py",
     "diffusion.py",
     "ema.py",
     "schedules.py",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.ema import EMA
-    from models.unet import UNet, UNetConfig
+    from models.network import Network, NetworkConfig
     from tasks.batches import Batch, Batches
 
 HELD_OUT_SAMPLES = 512
@@ -41,7 +41,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    network: UNet
+    network: Network
     module: torch.nn.Module
     objective: Callable[[Any, Batch], Tensor]
     optimizer: Any
@@ -53,6 +53,8 @@ class Run:
     params: TrainParams
     folder: Path
     tally: Tally
+    autoencoder: Any = None
+    """What turns drawn latents into images; None where the network draws pixels."""
     step: int = 0
     history: list[Row] = field(default_factory=list)
 
@@ -76,13 +78,15 @@ def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionPa
         _check_warm_start(Path(params.init_from), network_config(index, model), diffusion)
 
 
-def _check_warm_start(folder: Path, config: UNetConfig, diffusion: DiffusionParams) -> None:
+def _check_warm_start(folder: Path, config: NetworkConfig, diffusion: DiffusionParams) -> None:
     """Compare architecture and prediction by their small files; the weights are not read."""
     weights = training_key.weights_of(folder)
     described = weights.with_name("config.json")
     if not (weights.is_file() and described.is_file()):
         raise StageError(f"train.init_from {folder} holds no pipeline (no {weights.name} and config.json); correct it")
-    ours, theirs = config.to_diffusers(), json.loads(described.read_text(encoding="utf-8"))
+    from models.network import config_of
+
+    ours, theirs = config.to_diffusers(), config_of(json.loads(described.read_text(encoding="utf-8"))).to_diffusers()
     shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
     unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
     if unlike:
@@ -112,7 +116,7 @@ def prepare(
 
     from models import schedules
     from models.ema import EMA
-    from models.unet import UNet
+    from models.network import build
 
     if params.precision == "fp16" and not torch.cuda.is_available():
         raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
@@ -120,7 +124,7 @@ def prepare(
         mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
     )
     torch.manual_seed(params.seed)
-    network = UNet(network_config(index, model))
+    network = build(network_config(index, model))
     if params.init_from != NO_WARM_START:
         _load_weights(network, Path(params.init_from))
     network = network.to(accelerator.device, memory_format=_memory_format(params))
@@ -175,28 +179,29 @@ class Objective:
         return self.weights[batch.t] * diffusion.squared_error(output, target)
 
 
-def network_config(index: dict[str, Any], model: ModelParams) -> UNetConfig:
+def network_config(index: dict[str, Any], model: ModelParams) -> NetworkConfig:
     """The network for a data set and the section `model`."""
+    from models.text_unet import TextUNetConfig
     from models.unet import UNetConfig
 
-    return UNetConfig(
-        size=index["size"],
-        channels=index["channels"],
-        conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0,
-        embedded=index["conditioning"] == "text",
-        **model.model_dump(),
-    )
+    form = {"size": index["size"], "channels": index["channels"]}
+    if index["conditioning"] == "text":
+        return TextUNetConfig(**form, cross_attention_dim=index["text"]["width"], **model.model_dump())
+    shared = {name: value for name, value in model.model_dump().items() if name in UNetConfig.__dataclass_fields__}
+    return UNetConfig(**form, conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0, **shared)
 
 
-def architecture(config: UNetConfig) -> dict[str, Any]:
+def architecture(config: NetworkConfig) -> dict[str, Any]:
     """What shapes the network, as JSON."""
     return json.loads(json.dumps(asdict(config)))
 
 
-def _load_weights(network: UNet, folder: Path) -> None:
+def _load_weights(network: Network, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    network.load_state_dict(load_file(training_key.weights_of(folder)))
+    from models.network import load_weights
+
+    load_weights(network, load_file(training_key.weights_of(folder)))
     print(f"train: starts from the weights in {folder}", flush=True)
 
 
@@ -214,7 +219,7 @@ def _batches(
 
     def batches(split: str, **options: Any) -> Batches:
         store = open_store(data, split, params.data_on_device, accelerator.device)
-        options |= conditioning_of(data)
+        options |= conditioning_of(data, params.data_on_device, accelerator.device)
         return Batches(store, timesteps=diffusion.timesteps, device=accelerator.device, **options)
 
     train = batches(

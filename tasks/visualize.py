@@ -16,6 +16,7 @@ from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from models.pipeline import Pipeline
     from tasks.images import Samples
@@ -107,9 +108,11 @@ def _device() -> str:
 class Trajectory:
     """Sampler callback that keeps some steps: t, and uint8 [K, C, H, W] of x_t and of the predicted x_0."""
 
-    x: np.ndarray
+    x: torch.Tensor
     """x_t before the next step; at first the noise from which sampling starts."""
     kept: Sequence[int]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    """From what the network sees to images."""
     times: list[int] = field(default_factory=list)
     noisy: list[np.ndarray] = field(default_factory=list)
     predicted: list[np.ndarray] = field(default_factory=list)
@@ -119,9 +122,9 @@ class Trajectory:
 
         if i in self.kept:
             self.times.append(t)
-            self.noisy.append(to_uint8(self.x))
-            self.predicted.append(to_uint8(x0.float().cpu().numpy()))
-        self.x = x.float().cpu().numpy()
+            for pictures, seen in ((self.noisy, self.x), (self.predicted, x0)):
+                pictures.append(to_uint8(self.decode(seen).float().cpu().numpy()))
+        self.x = x
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Drawn:
 def _draw(model: Pipeline, params: VisualizeParams) -> Drawn:
     """Samples by class and guidance, and the steps of one row on the way: that of the middle guidance."""
     import numpy as np
+    import torch
 
     from models.pipeline import to_uint8
     from models.samplers import SeededNoise
@@ -152,8 +156,9 @@ def _draw(model: Pipeline, params: VisualizeParams) -> Drawn:
         for row, scale in enumerate(scales):
             # The same seeds in every row of a conditional model: a column differs by its guidance alone.
             seeds = [params.seed + column + (0 if conditional else row * params.columns) for column in columns]
-            start = SeededNoise(seeds, (model.channels, model.size, model.size))()
-            path = Trajectory(start, _spread(params.steps, ANIMATION_FRAMES) if row == followed else ())
+            start = torch.from_numpy(SeededNoise(seeds, model.input_shape)()).to(model.device)
+            kept = _spread(params.steps, ANIMATION_FRAMES) if row == followed else ()
+            path = Trajectory(start, kept, model.decode)
             rows.append(
                 model.sample(
                     seeds,
@@ -197,16 +202,18 @@ def _choose(held_out: Samples, count: int) -> list[int]:
     return [int((held_out.labels == label).argmax()) for label in wanted]
 
 
-def _noised(pixels: np.ndarray, alpha_bar: np.ndarray, times: Sequence[int], seed: int) -> np.ndarray:
+def _noised(model: Pipeline, pixels: np.ndarray, alpha_bar: np.ndarray, times: Sequence[int], seed: int) -> np.ndarray:
     """x_t of uint8 [C, H, W] at each of `times`, the clean image first: uint8 [1 + len(times), C, H, W]."""
     import numpy as np
+    import torch
 
-    from models.pipeline import from_uint8, to_uint8
+    from models.pipeline import to_uint8
     from models.samplers import SeededNoise
 
-    clean, noise = from_uint8(pixels), SeededNoise([seed], pixels.shape)()[0]
-    steps = [np.sqrt(alpha_bar[t]) * clean + np.sqrt(1 - alpha_bar[t]) * noise for t in times]
-    return np.concatenate([pixels[None], to_uint8(np.stack(steps))])
+    clean = model.encode(pixels[None])
+    noise = torch.from_numpy(SeededNoise([seed], model.input_shape)()).to(clean.device)
+    steps = [float(np.sqrt(alpha_bar[t])) * clean + float(np.sqrt(1 - alpha_bar[t])) * noise for t in times]
+    return np.concatenate([pixels[None], to_uint8(model.decode(torch.cat(steps)).float().cpu().numpy())])
 
 
 def _forward_times(model: Pipeline) -> list[int]:
@@ -218,7 +225,7 @@ def _forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
 
     times, chosen = _forward_times(model), _choose(held_out, FORWARD_ROWS)
     alpha_bar = model.alpha_bar
-    strips = [_noised(held_out.pixels[index], alpha_bar, times, seed + row) for row, index in enumerate(chosen)]
+    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed + row) for row, index in enumerate(chosen)]
     return Tiles(
         np.stack(strips),
         [_class_name(model, int(held_out.labels[index])) for index in chosen],
@@ -237,7 +244,7 @@ def _forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles
     own = model.info["schedule"]
     betas = [model.betas if name == own else schedules.betas(name, model.timesteps) for name in names]
     levels = [schedules.alpha_bar(beta) for beta in betas]
-    strips = [_noised(held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
+    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
     columns = ["image", *(f"t = {t}" for t in times)]
     return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own) if own in names else None)
 
@@ -357,7 +364,8 @@ def _frames(trajectory: Trajectory, names: Sequence[str]) -> list[Any]:
 
 
 def _title(model: Pipeline) -> str:
-    kind = f"{len(model.classes)} classes" if model.conditioning == "label" else "unconditional"
+    kinds = {"none": "unconditional", "label": f"{len(model.classes)} classes", "text": "drawn from text"}
+    kind = kinds[model.conditioning]
     colour = "grey" if model.channels == 1 else "colour"
     return f"A diffusion model of {model.size} × {model.size} {colour} images, {kind}"
 
@@ -367,6 +375,7 @@ def _facts(model: Pipeline, params: VisualizeParams) -> list[tuple[str, str]]:
     return [
         ("Network", f"U-Net, {weights / 1e6:.2f} M weights"),
         ("Images", f"{model.size} × {model.size}, {'grey' if model.channels == 1 else 'RGB'}"),
+        *([("Drawn as", f"latents, {' × '.join(map(str, model.input_shape))}")] if model.autoencoder else []),
         ("Condition", model.conditioning),
         ("Schedule", f"{model.info['schedule']}, T = {model.timesteps}"),
         ("Prediction", {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}[model.prediction]),

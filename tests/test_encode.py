@@ -17,6 +17,11 @@ from tests.data_inputs import contents, folder_params, ingest_params, picture, w
 FORM = ImageParams(size=8, channels=3)
 
 
+@pytest.fixture(autouse=True)
+def _scratch(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+
+
 @pytest.fixture
 def encoded(tmp_path):
     """Encode files under the identity codec; returns the folder of the latents."""
@@ -54,7 +59,7 @@ def test_the_inputs_are_the_pixels_and_labels_of_the_images(tmp_path, encoded):
         its = latents.load_latents(path, split)
         assert np.array_equal(its.pixels, samples.pixels)
         assert np.array_equal(its.labels, samples.labels)
-        assert its.embeddings is None
+        assert its.captions is None and its.mean is None
         assert its.classes == 2
         assert its.keys_sha256 == latents.keys_hash(samples.keys)
         assert index["splits"][split]["count"] == len(samples.keys)

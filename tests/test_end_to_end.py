@@ -98,9 +98,11 @@ def test_what_dvc_users_expect_works(tree):
     run(tree, "dvc", "plots", "show")
     page = (tree / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "reports_figures_samples.png" in page and "Training loss by step" in page
+    before = yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8"))["train"]["learning_rate"]
     change(tree, "train", "learning_rate", 0.005)
     differences = json.loads(run(tree, "dvc", "params", "diff", "--json"))
-    assert differences["params.yaml"] == {"train.learning_rate": {"old": 0.002, "new": 0.005, "diff": 0.003}}
+    assert list(differences["params.yaml"]) == ["train.learning_rate"]
+    assert differences["params.yaml"]["train.learning_rate"]["old"] == before != 0.005
 
 
 # A changed parameter -> the stages that read it. Each of them, and what depends on its outs, is what runs again.

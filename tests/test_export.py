@@ -82,7 +82,7 @@ def test_a_second_export_gives_the_same_bytes(tree):
 def test_a_batch_that_the_exporter_fixed_is_noticed(tree, monkeypatch):
     fixed = onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    monkeypatch.setattr(onnx_graph, "_traced", lambda pipeline, opset: fixed)
+    monkeypatch.setattr(onnx_graph, "_traced", lambda *_: fixed)
     with pytest.raises(RuntimeError, match="fixed the batch size of 'sample'"):
         onnx_graph.to_onnx(load_pipeline(tree / "outputs" / "pipeline"), PARAMS.opset)
 
@@ -151,9 +151,9 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
 
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
     trained = load_pipeline(tree / "outputs" / "pipeline")
-    text = dataclasses.replace(trained, info={**trained.info, "conditioning": "text"})
-    with pytest.raises(ValueError, match="text"):
-        onnx_graph.to_onnx(text, PARAMS.opset)
+    other = dataclasses.replace(trained, info={**trained.info, "conditioning": "style"})
+    with pytest.raises(ValueError, match="style"):
+        onnx_graph.to_onnx(other, PARAMS.opset)
 
 
 @pytest.mark.parametrize(

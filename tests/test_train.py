@@ -20,28 +20,41 @@ KILLED = -signal.SIGKILL
 
 def write_inputs(folder: Path, conditioning: str = "label", count: int = 96) -> None:
     """Latents, codec and verdict of a tiny data set, in the forms that the stages before write."""
+    import torch
+
     from tasks import atomic, latents
 
     rng = np.random.default_rng(0)
     classes = [] if conditioning == "none" else ["light", "dark"]
     codec = {"kind": "identity", "conditioning": conditioning, "size": 8, "channels": 1, "classes": classes}
 
-    def split(n):
+    def split(name, n):
         labels = rng.integers(0, 2, n)
         pixels = (rng.integers(0, 100, (n, 1, 8, 8)) + 150 * (1 - labels)[:, None, None, None]).astype(np.uint8)
-        embeddings = rng.standard_normal((n, 3, 32)).astype(np.float32) if conditioning == "text" else None
-        prompts = rng.standard_normal((3, 32)).astype(np.float32) if conditioning == "text" else None
-        return latents.Latents(
-            pixels, labels if conditioning == "label" else None, embeddings, prompts, len(classes), "keys"
+        columns = {"pixels": pixels}
+        if conditioning == "label":
+            columns["labels"] = labels
+        if conditioning == "text":
+            columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
+            columns["captions"][:, 0] = labels
+        shards = latents.write_shards(
+            folder / "latents", name, n, lambda part: {key: column[part] for key, column in columns.items()}, 1000
         )
+        return {"count": n, "keys_sha256": "keys", "shards": shards}
 
     (folder / "latents").mkdir(parents=True)
-    train, test = split(count), split(32)
-    splits = {
-        name: latents.write_split(folder / "latents", name, part, 1000)
-        for name, part in {"train": train, "test": test}.items()
-    }
-    latents.write_index(folder / "latents", codec, splits, train.prompts)
+    splits = {"train": split("train", count), "test": split("test", 32)}
+    texts = prompts = None
+    if conditioning == "text":
+        embeddings = torch.from_numpy(rng.standard_normal((4, 5, 32))).to(torch.bfloat16)
+        texts = latents.write_shards(
+            folder / "latents", "texts", 4, lambda part: {"embeddings": embeddings[part]}, 1000
+        )
+        prompts = latents.write_prompts(
+            folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
+        )
+        codec |= {"text": {"width": 32, "length": 5}, "prompts": ["a light", "a dark"]}
+    latents.write_index(folder / "latents", codec, splits, texts, prompts)
     atomic.write_json(folder / "codec" / "codec.json", {"format": 1, **codec})
     atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
 
@@ -50,7 +63,6 @@ def write_params(folder: Path, conditioning: str = "label", **train) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["image"] = {"size": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
-    document["codec"]["text_width"] = 32
     if conditioning == "none":
         document["evaluate"]["guidance_scale"] = 1.0
         document["visualize"]["guidance_scales"] = [1.0]
@@ -224,10 +236,10 @@ def test_other_conditionings_train(tmp_path, migrated_database, conditioning):
     done = run(tmp_path, migrated_database)
     assert done.returncode == 0, done.stderr
     info = json.loads((tmp_path / "pipeline" / "afterimage.json").read_text())
-    assert info["condition_source"] == conditioning
+    assert info["conditioning"] == conditioning
     assert (tmp_path / "pipeline" / "model_index.json").exists() == (conditioning == "none")
-    labels = None if conditioning == "none" else [0, 1]
-    assert load_pipeline(tmp_path / "pipeline").sample([1, 2], labels, steps=5).shape == (2, 1, 8, 8)
+    if conditioning == "none":
+        assert load_pipeline(tmp_path / "pipeline").sample([1, 2], steps=5).shape == (2, 1, 8, 8)
 
 
 def test_unconditional_pipeline_runs_in_diffusers(tmp_path, migrated_database):
@@ -273,8 +285,10 @@ class TestBatches:
         if not (tmp_path / "latents").exists():
             write_inputs(tmp_path, conditioning)
         defaults = {"batch_size": 16, "timesteps": 50, "condition_dropout": 0.25, "horizontal_flip": False, "seed": 1}
-        store = open_store(tmp_path / "latents", "train", where, torch.device("cpu"))
-        return Batches(store, device=torch.device("cpu"), **conditioning_of(tmp_path / "latents"), **defaults | options)
+        device = torch.device("cpu")
+        given = conditioning_of(tmp_path / "latents", where, device)
+        store = open_store(tmp_path / "latents", "train", where, device)
+        return Batches(store, device=device, **given, **defaults | options)
 
     def test_an_epoch_visits_every_image_once_across_processes(self, tmp_path):
         rows = [

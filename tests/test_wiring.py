@@ -140,3 +140,22 @@ def test_import_linter_knows_every_stage():
     ]
     independent = next(contract["modules"] for contract in contracts if contract["type"] == "independence")
     assert sorted(independent) == sorted(f"tasks.{name}" for name in STAGES)
+
+
+def test_what_measures_has_no_part_in_what_is_drawn():
+    """Another judge re-encodes and retrains nothing: neither its files, nor its parameters, nor its networks lead
+    to the pipeline."""
+    needed, waiting = set(), ["train"]
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        waiting += [
+            other for other in STAGES if other not in needed and set(outs_of(other)) & set(paths(STAGES[name]["deps"]))
+        ]
+    assert {"codec", "encode"} <= needed and "judge" not in needed
+    sections = {section for name in needed for section in STAGES[name].get("params", [])}
+    assert "judge" not in sections and "codec" in sections
+    code = {path for name in needed for path in paths(STAGES[name]["deps"])}
+    assert not {"tasks/judge.py", "models/judge.py", "models/metrics.py"} & code
+    for name in ("encode", "train"):  # the codec trains with the same small building blocks, and is the last to
+        assert not {"models/clip.py", "models/classifier.py", "models/fit.py"} & set(paths(STAGES[name]["deps"]))

@@ -1,0 +1,147 @@
+"""Training a text encoder contrastively on a data set's captions (Radford et al. 2021), with a tokenizer learned there.
+
+Legend: B images, U captions, L tokens of each (padded), D width of a token's embedding, E of the shared space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.classifier import Backbone, apply, shift_and_flip, to_input
+from models.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
+from models.fit import Recipe, fit, seeded
+from models.text_encoder import APPLY_BATCH, TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+HEAD_DIM = 16
+OFFERED = 10
+"""Captions offered for each image when retrieval is measured, one of them its own."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`width` D, a multiple of 16; `length` L; `words` is the most entries that the vocabulary may have."""
+
+    width: int
+    layers: int
+    length: int
+    words: int
+
+
+class Towers(nn.Module):
+    """An image tower and a text tower into one space of dimension E (Radford et al. 2021)."""
+
+    def __init__(self, channels: int, size: int, text: CLIPTextModel) -> None:
+        super().__init__()
+        self.image, self.text = Backbone(channels, size), text
+        self.image_projection = nn.Linear(self.image.features, EMBED, bias=False)
+        self.text_projection = nn.Linear(text.config.hidden_size, EMBED, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(1 / FIRST_TEMPERATURE).log())
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """float [B, C, S, S] in [-1, 1] -> [B, E] of length 1."""
+        return F.normalize(self.image_projection(self.image(images)), dim=-1)
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """int64 [U, L] -> [U, E] of length 1."""
+        return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
+
+
+def train_text_encoder(
+    pixels: np.ndarray, captions: Sequence[Sequence[str]], config: TextConfig, recipe: Recipe
+) -> tuple[TextEncoder, Towers]:
+    """Train on uint8 images [N, C, S, S] with at least one caption each; the same recipe gives the same weights.
+
+    Returns the encoder and, for `retrieval_accuracy`, the towers that it was trained in.
+    """
+    distinct, own = own_captions(captions)
+    tokenizer = make_tokenizer(distinct, config)
+    pair = seeded(lambda: Towers(pixels.shape[1], pixels.shape[2], _tower(config, tokenizer)), recipe.seed)
+    pair.to(recipe.device)
+    ids = TextEncoder(pair.text, tokenizer).token_ids(distinct)
+    counts = torch.from_numpy((own >= 0).sum(1))
+
+    def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
+        choice = (torch.rand(len(rows), generator=generator) * counts[rows]).long().numpy()
+        drawn = np.unique(own[rows, choice])
+        matches = torch.from_numpy((own[rows][:, :, None] == drawn).any(1)).to(recipe.device)
+        scale = pair.log_scale.exp().clamp(max=MAX_SCALE)
+        similarity = pair.embed_images(images) @ pair.embed_text(ids[drawn].to(recipe.device)).T
+        return contrastive_loss(scale * similarity, matches)
+
+    fit(pair, loss, len(pixels), recipe)
+    return TextEncoder(pair.text, tokenizer), pair
+
+
+def _tower(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.width // HEAD_DIM,
+            max_position_embeddings=config.length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_tokenizer(captions: Sequence[str], config: TextConfig) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4) with pairs learned from `captions`.
+
+    Every byte is in the vocabulary, inside a word and at its end: any text can be encoded.
+    """
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.words,
+        # Ends of words are named beforehand: learned, they would be numbered in another order each time.
+        special_tokens=[BEGIN, END, *(f"{byte}</w>" for byte in alphabet)],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner = Tokenizer.from_str(CLIPTokenizer().backend_tokenizer.to_str())
+    learner.train_from_iterator(captions, trainer)
+    learned: dict[str, Any] = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=config.length)
+
+
+def retrieval_accuracy(
+    pair: Towers, encoder: TextEncoder, pixels: np.ndarray, captions: Sequence[Sequence[str]], seed: int
+) -> tuple[float, int]:
+    """Share of images uint8 [N, C, S, S] to which their first caption is nearer than each of `OFFERED` - 1 others,
+    drawn from those that belong to other images; and how many were offered, fewer where there are fewer."""
+    distinct, own = own_captions(captions)
+    offered = min(OFFERED, len(distinct) - max(map(len, captions)) + 1)
+    if offered < 2:
+        raise ValueError("all images share their captions, so there is nothing to tell apart")
+    random = np.random.default_rng(seed)
+    others = np.stack(
+        [random.choice(np.setdiff1d(np.arange(len(distinct)), row), offered - 1, replace=False) for row in own]
+    )
+    images = apply(pair.embed_images, pixels, str(encoder.model.device))
+    with torch.inference_mode():
+        ids = encoder.token_ids(distinct).to(encoder.model.device)
+        texts = torch.cat([pair.embed_text(some) for some in ids.split(APPLY_BATCH)]).cpu().numpy()
+    return choice_accuracy(images, texts, own[:, 0], others), offered

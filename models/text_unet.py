@@ -1,0 +1,160 @@
+"""The text-conditional network: diffusers' `UNet2DConditionModel`, from tiny to Stable Diffusion XL, called as ours is.
+
+It is theirs so that image-to-image, inpainting, ControlNet and adapters run on what is trained here. Legend: B batch,
+C channels, H x W the side of an image or latent, L tokens, D width of their embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class TextUNetConfig:
+    """What shapes the network. `attention` says at which resolutions it looks at the text, highest first; heads are
+    `heads` everywhere, or as many as there are `attention_head_dim` channels (one where both are None)."""
+
+    size: int
+    channels: int
+    cross_attention_dim: int
+    block_out_channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    attention_head_dim: int | None = None
+    heads: int | None = None
+    transformer_layers: tuple[int, ...] | None = None
+    """Transformer blocks at each resolution; None is one everywhere."""
+    linear_projection: bool = False
+    dropout: float = 0.0
+    lora_rank: int | None = None
+    """Train low-rank additions to the attention's matrices (Hu et al. 2021) and nothing else."""
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `config.json` of the network."""
+        heads = [self.heads or width // (self.attention_head_dim or width) for width in self.block_out_channels]
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "_diffusers_version": "0.42.1",
+            "sample_size": self.size,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "cross_attention_dim": self.cross_attention_dim,
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["CrossAttnDownBlock2D" if flag else "DownBlock2D" for flag in self.attention],
+            "up_block_types": ["CrossAttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(self.attention)],
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups,
+            "attention_head_dim": heads,  # diffusers' name for the number of heads
+            "transformer_layers_per_block": list(self.transformer_layers or [1] * len(self.attention)),
+            "use_linear_projection": self.linear_projection,
+            "dropout": self.dropout,
+        }
+
+    @staticmethod
+    def from_diffusers(config: dict[str, Any]) -> TextUNetConfig:
+        """Inverse of `to_diffusers`, without what was only for training."""
+        heads = config["attention_head_dim"]
+        widths = tuple(config["block_out_channels"])
+        layers = config.get("transformer_layers_per_block", 1)
+        heads = [heads] * len(widths) if isinstance(heads, int) else heads
+        per_head = {width // count for width, count in zip(widths, heads, strict=True)}
+        return TextUNetConfig(
+            size=config["sample_size"],
+            channels=config["in_channels"],
+            cross_attention_dim=config["cross_attention_dim"],
+            block_out_channels=widths,
+            attention=tuple(name.startswith("CrossAttn") for name in config["down_block_types"]),
+            layers_per_block=config["layers_per_block"],
+            norm_num_groups=config["norm_num_groups"],
+            attention_head_dim=per_head.pop() if len(per_head) == 1 else None,
+            heads=heads[0] if len(set(heads)) == 1 else None,
+            transformer_layers=tuple([layers] * len(widths) if isinstance(layers, int) else layers),
+            linear_projection=config.get("use_linear_projection", False),
+            dropout=config.get("dropout", 0.0),
+        )
+
+
+class TextUNet(nn.Module):
+    """x_t [B, C, H, W], t int64 [B], token embeddings float [B, L, D] -> the network's output [B, C, H, W]."""
+
+    def __init__(self, config: TextUNetConfig) -> None:
+        from diffusers import UNet2DConditionModel
+
+        super().__init__()
+        self.config = config
+        arguments = {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
+        network = UNet2DConditionModel(**arguments)
+        nn.init.zeros_(network.conv_out.weight)  # as our own network starts: its first prediction is 0
+        nn.init.zeros_(network.conv_out.bias)
+        if config.lora_rank:
+            _add_lora(network, config.lora_rank)
+        # Its parts become ours under their own names, and it stays out of sight: weights bear diffusers' names.
+        self.__dict__["network"] = network
+        for name, part in network.named_children():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.network(x, t, condition.to(x.dtype), return_dict=False)[0]
+
+    def checkpoint_gradients(self) -> None:
+        """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
+        self.network.enable_gradient_checkpointing()
+
+    def load_published(self, weights: Mapping[str, Tensor]) -> None:
+        """Load diffusers' weights, around which the low-rank additions stay as they are. Raises `RuntimeError` where
+        a name or shape differs."""
+        named = {
+            _around(name, self.config.lora_rank is not None and _is_target(name)): value
+            for name, value in weights.items()
+        }
+        missing, unexpected = self.load_state_dict(named, strict=False)
+        missing = [name for name in missing if ".lora_" not in name]
+        if missing or unexpected:
+            raise RuntimeError(f"weights are of another network: {[*missing, *unexpected][:3]}")
+
+
+def _add_lora(network: Any, rank: int) -> None:
+    from peft import LoraConfig
+
+    network.requires_grad_(False)
+    network.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS), ADAPTER
+    )
+
+
+def _is_target(name: str) -> bool:
+    owner = name.rsplit(".", 1)[0]
+    return any(owner.endswith(f".{target}") for target in LORA_TARGETS)
+
+
+def _around(name: str, wrapped: bool) -> str:
+    owner, _, kind = name.rpartition(".")
+    return f"{owner}.base_layer.{kind}" if wrapped else name
+
+
+def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with low-rank additions -> those of the plain network: W + B A (Hu et al. 2021, eq. 3; alpha = rank)."""
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if name.endswith(f".lora_A.{ADAPTER}.weight"):
+            owner = name.removesuffix(f".lora_A.{ADAPTER}.weight")
+            up = weights[f"{owner}.lora_B.{ADAPTER}.weight"]
+            plain[f"{owner}.weight"] = plain[f"{owner}.weight"] + (up.float() @ down.float()).to(up.dtype)
+    return plain
+
+
+def parameter_count(config: TextUNetConfig) -> int:
+    """Number of weights, found without memory for one."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in TextUNet(config).parameters())

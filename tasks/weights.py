@@ -1,0 +1,106 @@
+"""Published weights on this disk: from a hub repository, a local folder or S3, pinned to one content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+
+from tasks import atomic, locks, workspace
+from tasks.source import sha256_of
+from tasks.stage import StageError
+
+KEPT = (".json", ".safetensors", ".txt", ".model")
+"""Suffixes of the files that are brought: never a pickle, never code."""
+COMMIT_DIGITS = 40
+
+
+def bring(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
+    """The folder of a model in diffusers' or transformers' layout, `parts` naming the subfolders that are needed.
+
+    `weights` is s3://bucket/prefix, a hub repository (then `pin` is its commit) or a local folder (then, as for S3,
+    `pin` is the sha256 of the one .safetensors file in the first of `parts`, or in the folder itself). Raises
+    `StageError` where it cannot be had or is not what `pin` says.
+    """
+    if weights.startswith("s3://"):
+        folder = _from_s3(weights, pin, parts)
+    elif len(pin) == COMMIT_DIGITS:
+        return _from_hub(weights, pin, parts)
+    else:
+        folder = Path(weights).expanduser()
+        if not folder.is_dir():
+            raise StageError(f"the weights '{weights}' are no folder here; correct the path, or pin a hub repository")
+    _require_pin(folder, pin, parts)
+    return folder
+
+
+def part(folder: Path, name: str) -> Path:
+    """The component `name` of a model folder: its subfolder, or the folder itself where it holds nothing else."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _require_pin(folder: Path, pin: str, parts: tuple[str, ...]) -> None:
+    where = part(folder, parts[0])
+    files = sorted(where.glob("*.safetensors"))
+    if len(files) != 1:
+        raise StageError(f"{where} holds {len(files)} .safetensors files; give a folder with exactly one")
+    found = sha256_of(files[0])
+    if found != pin:
+        raise StageError(
+            f"the sha256 of {files[0]} is {found} and not the pinned {pin}; correct the pin or the weights"
+        )
+
+
+def _wanted(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a file, by its path inside of the model folder, belongs to what is asked for."""
+    path = PurePosixPath(name)
+    return path.suffix in KEPT and ".." not in path.parts and (len(path.parts) == 1 or path.parts[0] in parts)
+
+
+def _from_hub(repository: str, commit: str, parts: tuple[str, ...]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [f"{folder}*{suffix}" for folder in ("", *(f"{name}/" for name in parts)) for suffix in KEPT]
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        remedy = "accept its terms on the hub and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        remedy = "correct the name, or set HF_TOKEN where it is private"
+    except errors.RevisionNotFoundError:
+        remedy = f"it has no commit {commit}; correct the pin"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        remedy = (
+            f"the hub cannot be reached ({type(error).__name__}); set HF_ENDPOINT to a mirror, or name a local folder"
+        )
+    except errors.HfHubHTTPError as error:
+        remedy = f"the hub answered {error.response.status_code}; try again, or set HF_ENDPOINT to a mirror"
+    raise StageError(f"could not bring the weights '{repository}': {remedy}")
+
+
+def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
+    """Bring the files below an s3:// prefix into the scratch folder, once; AWS_ENDPOINT_URL names another server."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    prefix = prefix.rstrip("/") + "/" if prefix else ""
+    folder = workspace.scratch() / "weights" / hashlib.sha256(f"{address} {pin}".encode()).hexdigest()[:16]
+    with locks.exclusive(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return folder
+        try:
+            client = boto3.client("s3")
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+            names = [name for name in (key.removeprefix(prefix) for key in keys) if _wanted(name, parts)]
+            if not names:
+                raise StageError(f"{address} holds no weights; give the prefix below which model files lie")
+            with atomic.writing_folder(folder) as temporary:
+                for name in names:
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    client.download_file(bucket, prefix + name, str(temporary / name))
+        except (BotoCoreError, ClientError) as error:
+            raise StageError(
+                f"could not bring {address}: {error}; check the address, the credentials and AWS_ENDPOINT_URL"
+            ) from None
+    return folder

@@ -1,0 +1,244 @@
+"""Text to image in latents: from captioned pictures to a pipeline that diffusers loads, and a bundle without it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.pipeline import load_pipeline, to_uint8
+from models.text_unet import TextUNet, TextUNetConfig, merged, parameter_count
+from tasks import atomic
+from tasks.codec import codec
+from tasks.download import download
+from tasks.encode import encode
+from tasks.export import export
+from tasks.ingest import ingest
+from tasks.params import (
+    AutoencoderParams,
+    CodecParams,
+    DiffusionParams,
+    EncodeParams,
+    ExportParams,
+    ImageParams,
+    ModelParams,
+    TextParams,
+    TrainParams,
+)
+from tasks.train import train
+from tests.data_inputs import folder_params, ingest_params, picture, write_tree
+
+FILES = {f"{seed:02d}.png": picture(seed, (16, 16)) for seed in range(48)}
+LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
+CODEC = CodecParams(
+    kind="autoencoder",
+    conditioning="text",
+    autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8, horizontal_flip=True),
+    text=TextParams(steps=3, width=32, length=8, words=600),
+)
+MODEL = ModelParams(
+    block_out_channels=(8, 16), attention=(False, True), layers_per_block=1, norm_num_groups=4, attention_head_dim=8
+)
+DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_prediction")
+
+
+def train_params(**others) -> TrainParams:
+    given = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
+    given |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
+    return TrainParams.model_validate({**DEFAULTS, **given, **others})
+
+
+def defaults() -> dict:
+    from tasks.preset import compose
+
+    return compose("digits", [])["train"]
+
+
+DEFAULTS = defaults()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, migrated_database):
+    """The folder in which the stages from `download` to `export` have run."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("text-to-image")
+    with pytest.MonkeyPatch.context() as patch:
+        shutil.copy(migrated_database, root / "mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+        patch.setenv("AFTERIMAGE_SCRATCH", str(root / "scratch"))
+        patch.chdir(root)
+        (root / "requirements.lock").touch()
+        source = write_tree(root / "in", FILES | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
+        download(root / "raw", folder_params(source))
+        ingest(root / "raw", root / "images", root / "aside", ingest_params())
+        atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
+        codec(root / "images", root / "accepted.json", root / "codec", CODEC, ImageParams(size=16, channels=3))
+        encode(
+            root / "images",
+            root / "accepted.json",
+            root / "codec",
+            root / "latents",
+            EncodeParams(shard_size=20, horizontal_flip=True),
+        )
+        run_train(root, "pipeline")
+        export(
+            root / "pipeline",
+            root / "accepted.json",
+            root / "onnx",
+            root / "export.json",
+            root / "latency.json",
+            ExportParams(latency_batches=(1,)),
+        )
+    return root
+
+
+def run_train(root, name, model=MODEL, **others):
+    train(
+        root / "latents",
+        root / "codec",
+        root / "accepted.json",
+        root / name,
+        root / f"report-{name}",
+        model,
+        DIFFUSION,
+        train_params(**others),
+    )
+
+
+def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
+    model = load_pipeline(tree / "pipeline")
+    assert (model.size, model.channels, model.input_shape) == (16, 3, (2, 8, 8))
+    draw = {"steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
+    bright, dark = (model.sample([5], prompts=[f"{word} picture of thing 1"], **draw) for word in ("bright", "dark"))
+    assert bright.shape == (1, 3, 16, 16)
+    assert not np.array_equal(bright, dark)
+    assert np.array_equal(bright, model.sample([5], prompts=["bright picture of thing 1"], **draw))
+    by_label = model.sample([5], [0], **draw)
+    assert np.array_equal(by_label, model.sample([5], prompts=[model.prompts[0]], **draw))
+    with pytest.raises(ValueError, match="a prompt, for each image"):
+        model.sample([5], **draw)
+
+
+def test_diffusers_loads_it_whole_and_draws_the_same(tree):
+    """`DiffusionPipeline.from_pretrained` alone: our DDIM and theirs give the same picture from the same noise."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from models.samplers import SeededNoise
+
+    theirs = DiffusionPipeline.from_pretrained(tree / "pipeline", local_files_only=True)
+    assert type(theirs).__name__ == "StableDiffusionPipeline"
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
+    noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
+    prompt = "dark picture of thing 2"
+    given = theirs(
+        prompt, height=16, width=16, num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="np", eta=0.0
+    ).images[0]
+    ours = load_pipeline(tree / "pipeline").sample([7], prompts=[prompt], sampler="ddim", steps=5, guidance_scale=3.0)
+    assert np.abs(given.transpose(2, 0, 1) - np.clip((ours[0] + 1) / 2, 0, 1)).max() < 1e-4
+
+
+def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
+    from models.bundle import Bundle
+
+    bundle = Bundle(tree / "onnx")
+    prompts = ["bright picture of thing 3", "something never seen"]
+    draw = {"steps": 4, "guidance_scale": 2.0, "sampler": "dpm_solver_pp_2m", "prompts": prompts}
+    ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
+    assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
+    assert bundle.wish(None, "anything at all") == {"prompts": ["anything at all"]}
+    assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
+
+
+def test_training_draws_another_caption_and_mirror_each_epoch(tree):
+    from tasks.batches import Batches, conditioning_of, open_store
+
+    device = torch.device("cpu")
+    given = conditioning_of(tree / "latents", "device", device)
+    common = {"batch_size": 36, "timesteps": 20, "seed": 0, "device": device, **given}
+    store = open_store(tree / "latents", "train", "device", device)
+    plain = Batches(store, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
+    dropped = Batches(store, condition_dropout=1.0, horizontal_flip=True, **common).draw(0)
+    assert plain.x0.shape == (36, 2, 8, 8) and plain.condition.shape == (36, 8, 32)
+    assert torch.equal(dropped.condition, given["null_text"].expand(36, 8, 32))
+    streamed = open_store(tree / "latents", "train", "stream", device)
+    again = Batches(streamed, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
+    assert torch.equal(plain.x0, again.x0) and torch.equal(plain.condition, again.condition)
+    assert len({tuple(row) for row in plain.condition.flatten(1).tolist()}) > 1
+
+
+def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree / 'mlflow.db'}")
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))
+    monkeypatch.chdir(tree)
+    run_train(tree, "adapted", MODEL.model_copy(update={"lora_rank": 2}), init_from="pipeline", learning_rate=0.5)
+    before, after = (load_pipeline(tree / name).unet.state_dict() for name in ("pipeline", "adapted"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".attn" in name and name.endswith(".weight") for name in changed)
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 2, name
+
+
+def test_low_rank_additions_start_at_nothing_and_merge_exactly():
+    torch.manual_seed(0)
+    config = TextUNetConfig(8, 2, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
+    plain = TextUNet(config)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    from dataclasses import replace
+
+    network = TextUNet(replace(config, lora_rank=2))
+    network.load_published(plain.state_dict())
+    inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 9]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.allclose(network(*inputs), plain(*inputs), atol=1e-6)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert not torch.allclose(network(*inputs), plain(*inputs), atol=1e-3)
+        again = TextUNet(config)
+        again.load_state_dict(merged(network.state_dict()))
+        assert torch.allclose(again(*inputs), network(*inputs), atol=1e-5)
+    assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "published"),
+    [
+        (
+            "Stable Diffusion 1.5",
+            {"cross_attention_dim": 768, "heads": 8, "block_out_channels": (320, 640, 1280, 1280)},
+            859_520_964,
+        ),
+        (
+            "Stable Diffusion 2.1",
+            {
+                "cross_attention_dim": 1024,
+                "attention_head_dim": 64,
+                "block_out_channels": (320, 640, 1280, 1280),
+                "linear_projection": True,
+            },
+            865_910_724,
+        ),
+    ],
+)
+def test_the_published_sizes_on_the_meta_device(name, shape, published):
+    config = TextUNetConfig(
+        size=64,
+        channels=4,
+        attention=(True, True, True, False),
+        layers_per_block=2,
+        norm_num_groups=32,
+        **shape,
+    )
+    assert parameter_count(config) == published, name
+    assert TextUNetConfig.from_diffusers(config.to_diffusers()).to_diffusers() == config.to_diffusers()
+
+
+def test_pictures_are_pictures(tree):
+    grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
+    assert grid and grid[0].read_bytes().startswith(b"\x89PNG")
+    drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], steps=2))
+    assert drawn.shape == (1, 3, 16, 16)
