@@ -1,279 +1,305 @@
-"""Training: exact resume, what names a run, the batches, and what ends in the pipeline."""
+"""Training: what names a run, what it leaves behind, what it refuses, the batches, the averages."""
 
-import hashlib
+import csv
 import json
-import os
+import math
 import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-ROOT = Path(__file__).parent.parent
-KILLED = -signal.SIGKILL
+from tasks.stage import StageError
+from tests.train_inputs import checkpoints, results, train_here, write_inputs, write_params
 
-
-def write_inputs(folder: Path, conditioning: str = "label", count: int = 96) -> None:
-    """Latents, codec and verdict of a tiny data set, in the forms that the stages before write."""
-    import torch
-
-    from tasks import atomic, latents
-
-    rng = np.random.default_rng(0)
-    classes = [] if conditioning == "none" else ["light", "dark"]
-    codec = {"kind": "identity", "conditioning": conditioning, "size": 8, "channels": 1, "classes": classes}
-
-    def split(name, n):
-        labels = rng.integers(0, 2, n)
-        pixels = (rng.integers(0, 100, (n, 1, 8, 8)) + 150 * (1 - labels)[:, None, None, None]).astype(np.uint8)
-        columns = {"pixels": pixels}
-        if conditioning == "label":
-            columns["labels"] = labels
-        if conditioning == "text":
-            columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
-            columns["captions"][:, 0] = labels
-        shards = latents.write_shards(
-            folder / "latents", name, n, lambda part: {key: column[part] for key, column in columns.items()}, 1000
-        )
-        return {"count": n, "keys_sha256": "keys", "shards": shards}
-
-    (folder / "latents").mkdir(parents=True)
-    splits = {"train": split("train", count), "test": split("test", 32)}
-    texts = prompts = None
-    if conditioning == "text":
-        embeddings = torch.from_numpy(rng.standard_normal((4, 5, 32))).to(torch.bfloat16)
-        texts = latents.write_shards(
-            folder / "latents", "texts", 4, lambda part: {"embeddings": embeddings[part]}, 1000
-        )
-        prompts = latents.write_prompts(
-            folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
-        )
-        codec |= {"text": {"width": 32, "length": 5}, "prompts": ["a light", "a dark"]}
-    latents.write_index(folder / "latents", codec, splits, texts, prompts)
-    atomic.write_json(folder / "codec" / "codec.json", {"format": 1, **codec})
-    atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
+SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
+WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
-def write_params(folder: Path, conditioning: str = "label", **train) -> None:
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    document["image"] = {"size": 8, "channels": 1}
-    document["codec"]["conditioning"] = conditioning
-    if conditioning == "none":
-        document["evaluate"]["guidance_scale"] = 1.0
-        document["visualize"]["guidance_scales"] = [1.0]
-    document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
-    document["diffusion"]["timesteps"] = 50
-    document["evaluate"]["steps"] = document["visualize"]["steps"] = 10
-    document["train"] |= {
-        "steps": 60,
-        "batch_size": 16,
-        "warmup_steps": 5,
-        "log_every": 7,
-        "checkpoint_every": 10,
-        "sample_every": 25,
-    } | train
-    (folder / "params.yaml").write_text(yaml.safe_dump(document))
+@pytest.fixture
+def trained(tmp_path, monkeypatch, migrated_database):
+    """Call it with parameters of `train` to run a training; gives its folder."""
+
+    def call(folder: Path = tmp_path, conditioning: str = "label", **train) -> Path:
+        if not (folder / "latents").exists():
+            folder.mkdir(exist_ok=True)
+            write_inputs(folder, conditioning)
+        write_params(folder, conditioning, **SHORT | train)
+        train_here(folder, monkeypatch, migrated_database)
+        return folder
+
+    return call
 
 
-def command(folder: Path) -> list[str]:
-    paths = ["latents", "codec", "accepted.json", "pipeline", "report"]
-    arguments = [str(folder / path) for path in paths]
-    return [sys.executable, "-m", "tasks.train", *arguments, "--params", str(folder / "params.yaml")]
+def history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "report" / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def environment(folder: Path, database: Path) -> dict[str, str]:
-    """A scratch folder of its own and the migrated MLflow database of the session, copied."""
-    uri = folder / "mlflow.db"
-    if not uri.exists():
-        uri.write_bytes(database.read_bytes())
-    return os.environ | {
-        "AFTERIMAGE_SCRATCH": str(folder / "scratch"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{uri}",
-        "OMP_NUM_THREADS": "1",
-    }
+def test_longer_constant_run_continues_a_shorter_one(trained, tmp_path, capsys):
+    """Also its history, although the shorter run ended between two rows and closed with one of its own."""
+    options = {"lr_schedule": "constant", "log_every": 7, "sample_every": 21}
+    whole = trained(tmp_path / "whole", steps=24, **options)
+    parts = trained(tmp_path / "parts", steps=10, **options)
+    assert [row["step"] for row in history(parts)] == ["7", "10"]
+    trained(parts, steps=24, **options)
+    assert "continues at step 10 of 24" in capsys.readouterr().out
+    assert [row["step"] for row in history(parts)] == ["7", "14", "21", "24"]
+    assert results(whole) == results(parts)
 
 
-def run(folder: Path, database: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(folder), cwd=ROOT, env=environment(folder, database), capture_output=True, text=True, timeout=300
-    )
+def test_a_changed_parameter_starts_anew_and_says_which(trained, capsys):
+    folder = trained()
+    assert "starts anew" not in capsys.readouterr().out
+    trained(learning_rate=0.001, log_every=4)
+    said = capsys.readouterr().out
+    assert "continues" not in said
+    (line,) = re.findall(r"starts anew: (.*)", said)
+    assert line.startswith("train.learning_rate 0.002 -> 0.001; the checkpoints made before that stay in ")
+    assert Path(line.rsplit(" ", 1)[1]).parent == folder / "scratch" / "train"
+    trained(learning_rate=0.001, log_every=5, data_on_device="stream")
+    assert "continues at step 12 of 12" in capsys.readouterr().out
 
 
-def results(folder: Path) -> dict[str, str]:
-    files = sorted(path for part in ("pipeline", "report") for path in (folder / part).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, migrated_database):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_inputs(folder)
-    write_params(folder)
-    done = run(folder, migrated_database)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def copy_of(undisturbed: Path, folder: Path) -> None:
-    import shutil
-
-    for name in ("latents", "codec"):
-        shutil.copytree(undisturbed / name, folder / name)
-    for name in ("accepted.json", "params.yaml"):
-        shutil.copy(undisturbed / name, folder / name)
-
-
-def kill_when(process: subprocess.Popen, happens) -> None:
-    """kill -9 as soon as `happens()`, unless the process ends before."""
-    while process.poll() is None and not happens():
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-
-
-def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
-    copy_of(undisturbed, tmp_path)
-    checkpoints = tmp_path / "scratch" / "train"
-
-    def writes_a_checkpoint():
-        return any(checkpoints.glob("*/.step-*.tmp"))
-
-    def has(step):
-        return lambda: any(checkpoints.glob(f"*/step-{step:08d}/manifest.json"))
-
-    codes = []
-    for moment in (writes_a_checkpoint, has(10), writes_a_checkpoint, has(30), has(40)):
-        process = subprocess.Popen(
-            command(tmp_path),
-            cwd=ROOT,
-            env=environment(tmp_path, migrated_database),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        kill_when(process, moment)
-        codes.append(process.returncode)
-    assert codes == [KILLED] * 5
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 0, done.stderr
-    assert "continues at step" in done.stdout
-    assert results(tmp_path) == results(undisturbed)
-
-
-def test_sigterm_saves_and_leaves_with_its_own_code(undisturbed, tmp_path, migrated_database):
-    copy_of(undisturbed, tmp_path)
-    process = subprocess.Popen(
-        command(tmp_path),
-        cwd=ROOT,
-        env=environment(tmp_path, migrated_database),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not any((tmp_path / "scratch" / "train").glob("*/step-00000010/manifest.json")):
-        time.sleep(0.005)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
-    assert "the same command continues" in output
-    done = run(tmp_path, migrated_database)
-    assert int(re.search(r"continues at step (\d+)", done.stdout)[1]) > 10
-    assert results(tmp_path) == results(undisturbed)
-
-
-def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_database):
-    import shutil
-
-    copy_of(undisturbed, tmp_path)
-    shutil.copytree(undisturbed / "scratch", tmp_path / "scratch")
-    newest = sorted((tmp_path / "scratch" / "train").glob("*/step-*"))[-1] / "model.safetensors"
-    damaged = bytearray(newest.read_bytes())
-    damaged[-1] ^= 1
-    newest.write_bytes(damaged)
-    done = run(tmp_path, migrated_database)
-    assert "step-00000060 is damaged" in done.stderr
-    assert "continues at step 50 of 60" in done.stdout
-    assert results(tmp_path) == results(undisturbed)
-
-
-def test_longer_constant_run_continues_a_shorter_one(undisturbed, tmp_path, migrated_database):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        folder.mkdir()
-        copy_of(undisturbed, folder)
-    write_params(whole, lr_schedule="constant", steps=20)
-    write_params(parts, lr_schedule="constant", steps=10)
-    for folder in (whole, parts):
-        assert run(folder, migrated_database).returncode == 0
-    write_params(parts, lr_schedule="constant", steps=20)
-    done = run(parts, migrated_database)
-    assert "continues at step 10 of 20" in done.stdout
-    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
-    assert results(whole)[weights] == results(parts)[weights]
-
-
-def test_another_learning_rate_starts_anew(undisturbed, tmp_path, migrated_database):
-    import shutil
-
-    copy_of(undisturbed, tmp_path)
-    shutil.copytree(undisturbed / "scratch", tmp_path / "scratch")
-    write_params(tmp_path, steps=10, warmup_steps=2, learning_rate=0.001)
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 0, done.stderr
-    assert "continues" not in done.stdout
+def test_another_average_for_the_pipeline_trains_no_step(trained, tmp_path, capsys):
+    first = trained(ema=["decay-0.9", "std-0.10", "gamma-6.94"], pipeline_ema="decay-0.9")
+    before = results(first)
+    losses = json.loads((first / "report" / "run.json").read_text())["averages"]
+    assert set(losses) == {"decay-0.9", "std-0.10", "gamma-6.94"}
+    rows = history(first)
+    assert float(rows[-1]["held_out_loss"]) == losses["decay-0.9"]
+    assert float(rows[-1]["held_out_loss/std-0.10"]) == losses["std-0.10"]
+    trained(ema=["decay-0.9", "std-0.10", "gamma-6.94"], pipeline_ema="std-0.10")
+    assert "continues at step 12 of 12" in capsys.readouterr().out
+    after = results(first)
+    assert after[WEIGHTS] != before[WEIGHTS]
+    assert after["step-00000012/std-0.10.safetensors"] == after[WEIGHTS] or after["step-00000012/manifest.json"]
+    assert float(history(first)[-1]["held_out_loss"]) == losses["std-0.10"]
+    whole = trained(tmp_path / "whole", ema=["decay-0.9", "std-0.10", "gamma-6.94"], pipeline_ema="std-0.10")
+    assert results(whole) | {"step-00000012/manifest.json": ""} == after | {"step-00000012/manifest.json": ""}
 
 
 @pytest.mark.parametrize("conditioning", ["none", "text"])
-def test_other_conditionings_train(tmp_path, migrated_database, conditioning):
+def test_other_conditionings_train(trained, conditioning):
     from models.pipeline import load_pipeline
 
-    write_inputs(tmp_path, conditioning)
-    write_params(tmp_path, conditioning, steps=8, warmup_steps=2)
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 0, done.stderr
-    info = json.loads((tmp_path / "pipeline" / "afterimage.json").read_text())
+    folder = trained(conditioning=conditioning)
+    info = json.loads((folder / "pipeline" / "afterimage.json").read_text())
     assert info["conditioning"] == conditioning
-    assert (tmp_path / "pipeline" / "model_index.json").exists() == (conditioning == "none")
+    assert (folder / "pipeline" / "model_index.json").exists() == (conditioning == "none")
     if conditioning == "none":
-        assert load_pipeline(tmp_path / "pipeline").sample([1, 2], steps=5).shape == (2, 1, 8, 8)
+        assert load_pipeline(folder / "pipeline").sample([1, 2], steps=5).shape == (2, 1, 8, 8)
 
 
-def test_unconditional_pipeline_runs_in_diffusers(tmp_path, migrated_database):
+def test_unconditional_pipeline_runs_in_diffusers(trained):
     import torch
     from diffusers import DDPMPipeline
 
     from models.pipeline import load_pipeline
 
-    write_inputs(tmp_path, "none")
-    write_params(tmp_path, "none", steps=8, warmup_steps=2)
-    assert run(tmp_path, migrated_database).returncode == 0
-    theirs = DDPMPipeline.from_pretrained(str(tmp_path / "pipeline"))
+    folder = trained(conditioning="none")
+    theirs = DDPMPipeline.from_pretrained(str(folder / "pipeline"))
     drawn = theirs(batch_size=2, num_inference_steps=10, output_type="np", generator=torch.Generator().manual_seed(0))
     assert drawn.images.shape == (2, 8, 8, 1)
-    ours = load_pipeline(tmp_path / "pipeline")
+    ours = load_pipeline(folder / "pipeline")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 40])
     assert torch.allclose(ours.unet(x, t), theirs.unet(x, t).sample, atol=1e-5)
 
 
-def test_batch_larger_than_the_data_is_refused(tmp_path, migrated_database):
-    write_inputs(tmp_path, count=12)
-    write_params(tmp_path)
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 1
-    assert "train.batch_size 16 exceeds the 12 training images; lower it" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_every_way_to_save_memory_or_time_trains_the_same(trained, tmp_path):
+    """Accumulated parts draw noise of their own, so they are compared with themselves."""
+    plain = trained(tmp_path / "plain", dropout=0.2, data_on_device="device")
+    for name, options in {
+        "streamed": {"data_on_device": "stream"},
+        "recomputed": {"gradient_checkpointing": True},
+    }.items():
+        other = trained(tmp_path / name, dropout=0.2, **options)
+        assert results(other)[WEIGHTS] == results(plain)[WEIGHTS], name
+    last = trained(tmp_path / "channels_last", dropout=0.2, channels_last=True)
+    assert float(history(last)[-1]["loss"]) == pytest.approx(float(history(plain)[-1]["loss"]), rel=1e-3)
 
 
-def test_diverging_loss_stops_the_run(tmp_path, migrated_database):
-    write_inputs(tmp_path)
-    write_params(tmp_path, learning_rate=0.99, clip_norm=1e30, warmup_steps=0, weight_decay=1e30)
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 1
-    assert re.search(r"the loss is (nan|inf) at step \d+; lower train.learning_rate", done.stderr)
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}, {"gradient_accumulation": 4}])
+def test_resume_is_exact_in_other_modes(trained, tmp_path, options):
+    """A run that lost its last checkpoint makes it again; the mode is the only thing that differs."""
+    folder = trained(dropout=0.2, **options)
+    whole = results(folder)
+    newest = checkpoints(folder / "scratch")[-1]
+    shutil.rmtree(newest)
+    trained(dropout=0.2, **options)
+    assert results(folder) == whole
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(trained, tmp_path):
+    """Under a learning rate so high that the averages soon get worse."""
+    folder = trained(steps=60, sample_every=6, learning_rate=0.05, clip_norm=100.0, lr_schedule="constant")
+    rows = {int(row["step"]): float(row["held_out_loss"]) for row in history(folder) if row["held_out_loss"]}
+    best = min(rows, key=lambda step: rows[step])
+    assert best < 54, "the learning rate was not high enough to show anything"
+    assert [int(path.name[5:]) for path in checkpoints(folder / "scratch")] == [best, 54, 60]
+
+
+class TestRefused:
+    def test_batch_larger_than_the_data(self, trained, tmp_path):
+        write_inputs(tmp_path, count=12)
+        with pytest.raises(StageError, match=r"train.batch_size 16 exceeds the 12 training images; lower it"):
+            trained()
+        assert not (tmp_path / "scratch").exists()
+
+    def test_batch_that_processes_cannot_share(self, trained, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        with pytest.raises(StageError, match="cannot be shared among 3 processes in 1 accumulated parts; make it a mu"):
+            trained()
+
+    def test_fp16_without_a_gpu(self, trained):
+        with pytest.raises(StageError, match="'fp16' needs a GPU; use 'bf16' or 'no'"):
+            trained(precision="fp16")
+
+    def test_a_checkpoint_of_another_network(self, trained):
+        folder = trained()
+        newest = checkpoints(folder / "scratch")[-1]
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["network"]["layers_per_block"] = 3
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(StageError, match=r"was made by another network \(layers_per_block 3 -> 1\); remove that"):
+            trained()
+
+    def test_a_loss_that_is_no_number(self, trained):
+        with pytest.raises(StageError, match=r"is (nan|inf) at step \d+; lower train.learning_rate .*no checkpoint"):
+            trained(learning_rate=0.99, clip_norm=1e30, warmup_steps=0, weight_decay=1e30)
+
+    def test_a_loss_that_explodes(self, tmp_path):
+        from tasks.training_log import refuse_divergence
+
+        for step in (30, 60):
+            (tmp_path / f"step-{step:08d}").mkdir()
+        usual = [{"step": 10 * n, "loss": 0.1 + 0.02 * (n % 2)} for n in range(1, 6)]
+        one_bad_row = [*usual, {"step": 60, "loss": 5.0}, {"step": 70, "loss": 0.1}]
+        for end in range(1, len(one_bad_row) + 1):
+            refuse_divergence(one_bad_row[:end], tmp_path)
+        exploded = [*usual, *({"step": step, "loss": 5.0} for step in (60, 70, 80))]
+        refuse_divergence(exploded[:-1], tmp_path)
+        with pytest.raises(StageError, match=r"exploded: 5 at step 80, 42 times .*checkpoint is \S+step-00000030\)"):
+            refuse_divergence(exploded, tmp_path)
+
+
+class TestWarmStart:
+    def test_first_weights_are_those_of_the_pipeline(self, trained, tmp_path, capsys):
+        """With a learning rate of nearly nothing they stay what they were."""
+        from safetensors.torch import load_file
+
+        first = trained(tmp_path / "first")
+        quiet = {"learning_rate": 1e-12, "weight_decay": 0.0, "init_from": str(first / "pipeline")}
+        second = trained(tmp_path / "second", **quiet)
+        assert f"starts from the weights in {first / 'pipeline'}" in capsys.readouterr().out
+        ours, theirs = (load_file(folder / WEIGHTS) for folder in (second, first))
+        assert all(np.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+    def test_other_weights_in_the_same_folder_make_another_run(self, trained, tmp_path, capsys):
+        first = trained(tmp_path / "first")
+        second = trained(tmp_path / "second", init_from=str(first / "pipeline"))
+        weights = first / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+        trained(second, init_from=str(first / "pipeline"))
+        assert "starts anew: data init_from; " in capsys.readouterr().out
+
+    def test_another_network_or_prediction_is_refused(self, trained, tmp_path):
+        first = trained(tmp_path / "first")
+        config = first / "pipeline" / "unet" / "config.json"
+        sound = config.read_text()
+        config.write_text(sound.replace('"layers_per_block": 1', '"layers_per_block": 2'))
+        options = {"init_from": str(first / "pipeline")}
+        with pytest.raises(StageError, match=r"is another network \(layers_per_block 2 -> 1\); set the section model"):
+            trained(tmp_path / "second", **options)
+        config.write_text(sound)
+        scheduler = first / "pipeline" / "scheduler" / "scheduler_config.json"
+        scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
+        with pytest.raises(StageError, match=r"predicts epsilon, not v_prediction; set diffusion.prediction"):
+            trained(tmp_path / "second", **options)
+        with pytest.raises(StageError, match=r"holds no pipeline .* correct it"):
+            trained(tmp_path / "second", init_from=str(tmp_path / "nowhere"))
+
+
+class TestAverages:
+    @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+    def test_exponents_of_the_paper(self, std, gamma):
+        from models.ema import gamma_of_std
+
+        assert gamma_of_std(std) == pytest.approx(gamma, abs=0.01)
+
+    def test_power_law_weighs_the_past_as_its_profile_says(self):
+        """The weight of step t in an average at T is proportional to t^gamma (Karras et al. 2024, eq. 1)."""
+        import torch
+
+        from models.ema import EMA
+
+        steps, gamma = 2000, 3.0
+        module = torch.nn.Linear(1, steps, bias=False)
+        average = EMA(module, f"gamma-{gamma}")
+        for step in range(1, steps + 1):
+            with torch.no_grad():
+                module.weight.zero_()[step - 1] = 1
+            average.update(module, step)
+        weights = average.state_dict()["weight"][:, 0].double().numpy()
+        assert weights.sum() == pytest.approx(1, abs=1e-4)
+        profile = np.arange(1, steps + 1) ** gamma
+        assert np.allclose(weights[500:], (profile / profile.sum())[500:], rtol=0.01)
+        centre = (weights * np.arange(1, steps + 1)).sum() / steps
+        width = math.sqrt((weights * (np.arange(1, steps + 1) / steps - centre) ** 2).sum())
+        assert width == pytest.approx(math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), rel=0.01)
+
+    def test_names_without_a_meaning(self):
+        from models.ema import decay_at
+
+        assert decay_at(10**6, "decay-0.999") == 0.999
+        assert decay_at(1, "decay-0.999") == pytest.approx(2 / 11)
+        with pytest.raises(ValueError, match="unknown average"):
+            decay_at(1, "mean-0.5")
+
+
+def test_losses_are_told_apart_by_timestep():
+    import torch
+
+    from tasks.training_log import Tally, bucket_names
+
+    tally = Tally(10, torch.device("cpu"))
+    tally.add_losses(torch.tensor([0, 2, 3, 9]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    tally.add_losses(torch.tensor([9]), torch.tensor([9.0]))
+    for norm in (2.0, math.inf, 4.0):
+        tally.add_gradient_norm(torch.tensor(norm))
+    assert bucket_names(10) == ["loss_t0_2", "loss_t3_4", "loss_t5_7", "loss_t8_9"]
+    expected = {"loss": 5.0, "loss_t0_2": 2.0, "loss_t3_4": 5.0, "loss_t8_9": 8.0, "grad_norm": 3.0}
+    assert tally.row(tally.sums) == expected
+
+
+def test_operations_of_a_network_are_counted():
+    """A 3x3 convolution over 8x8 pixels and attention over 16 tokens, by hand."""
+    import torch
+    from torch import nn
+
+    from models.flops import forward_flops, matmul_ceiling
+    from models.unet import Attention
+
+    convolution = forward_flops(nn.Conv2d(3, 5, 3, padding=1), torch.randn(4, 3, 8, 8))
+    assert convolution == 2 * 64 * 5 * 3 * 9
+    attention = forward_flops(Attention(8, 4, 4), torch.randn(2, 8, 4, 4))
+    assert attention == 2 * (4 * 16 * 8 * 8 + 2 * 16 * 16 * 8)
+    assert matmul_ceiling(torch.device("cpu"), torch.float32, 1) > 1e8
+
+
+@pytest.mark.gpu
+def test_fp16_resumes_with_its_loss_scale(trained, tmp_path):
+    folder = trained(precision="fp16")
+    extra = json.loads((checkpoints(folder / "scratch")[-1] / "extra.json").read_text())
+    assert extra["scaler"]["scale"] > 1
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_the_same(trained, tmp_path):
+    plain = trained(tmp_path / "plain")
+    compiled = trained(tmp_path / "compiled", compile=True)
+    assert float(history(compiled)[-1]["loss"]) == pytest.approx(float(history(plain)[-1]["loss"]), rel=1e-3)
 
 
 class TestBatches:
@@ -323,3 +349,27 @@ class TestBatches:
         epochs = [dropped(epoch) for epoch in range(20)]
         assert len({frozenset(epoch) for epoch in epochs}) == 20
         assert np.mean([len(epoch) for epoch in epochs]) / 96 == pytest.approx(0.25, abs=0.04)
+
+    @pytest.mark.parametrize("conditioning", ["none", "label", "text"])
+    def test_streamed_shards_draw_the_same_bits(self, tmp_path, conditioning):
+        import torch
+
+        write_inputs(tmp_path, conditioning, shard_size=17)
+        options = {"horizontal_flip": True, "parts": 2, "conditioning": conditioning}
+        kept, streamed = (self.batches(tmp_path, where, **options) for where in ("device", "stream"))
+        assert type(kept.store) is not type(streamed.store)
+        # in order, as training draws them, then as a resumed run and a measurement in between do
+        for step, part in [(0, 0), (0, 1), (1, 0), (1, 1), (9, 1), (3, 0), (10, 0)]:
+            a, b = kept.draw(step, part), streamed.draw(step, part)
+            for name in ("x0", "eps", "t", "condition"):
+                ours, theirs = getattr(a, name), getattr(b, name)
+                assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
+
+    def test_what_does_not_fit_is_streamed(self, tmp_path, monkeypatch):
+        from tasks import batches
+
+        write_inputs(tmp_path)
+        size = 96 * (64 + 8)
+        for free, where in ((size / batches.SHARE - 1, "streamed"), (size / batches.SHARE + 1, "on the device")):
+            monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
+            assert self.batches(tmp_path).store.where == where
