@@ -1,5 +1,9 @@
 """Our U-Net and diffusers' `UNet2DModel`: the same weights, the same output."""
 
+import inspect
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from models.unet import UNet, UNetConfig
 DIGITS = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, conditions=11)
 EMBEDDED = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, embedded=True)
 RGB = UNetConfig(16, 3, (16, 32), (True, False), 2, 4, None)
+PUBLISHED = replace(RGB, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
 CIFAR_PAPER = UNetConfig(32, 3, (128, 256, 256, 256), (False, True, False, False), 2, 32, None)
 
 
@@ -25,7 +30,9 @@ def condition_for(config: UNetConfig) -> torch.Tensor | None:
     return torch.tensor([0, 5, 10]) if config.conditions else None
 
 
-@pytest.mark.parametrize("config", [DIGITS, EMBEDDED, RGB], ids=["label", "embedding", "unconditional"])
+@pytest.mark.parametrize(
+    "config", [DIGITS, EMBEDDED, RGB, PUBLISHED], ids=["label", "embedding", "unconditional", "published"]
+)
 @pytest.mark.parametrize("direction", ["ours to diffusers", "diffusers to ours"])
 def test_same_output_as_diffusers(config, direction):
     from diffusers import UNet2DModel
@@ -45,7 +52,7 @@ def test_parameters_of_the_paper():
         assert sum(p.numel() for p in UNet(CIFAR_PAPER).parameters()) == 35_746_307
 
 
-@pytest.mark.parametrize("config", [DIGITS, EMBEDDED, CIFAR_PAPER])
+@pytest.mark.parametrize("config", [DIGITS, EMBEDDED, CIFAR_PAPER, PUBLISHED])
 def test_config_survives_the_round_trip(config):
     assert UNetConfig.from_diffusers(config.to_diffusers()) == config
 
@@ -59,3 +66,43 @@ def test_null_class_differs_from_a_class():
     network = randomised(UNet(DIGITS))
     x, t = torch.randn(1, 1, 16, 16), torch.tensor([10])
     assert not torch.allclose(network(x, t, torch.tensor([3])), network(x, t, torch.tensor([10])))
+
+
+def gradients(network: UNet, x: torch.Tensor, t: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Gradients of a loss, and the bytes that were kept to compute them."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    torch.manual_seed(1)  # of dropout
+    network.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = network(x, t).square().mean()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in network.parameters()], sum(kept.values())
+
+
+def test_recomputed_activations_give_the_same_gradients_for_less_memory():
+    network = randomised(UNet(replace(RGB, dropout=0.3))).train()
+    x, t = torch.randn(8, 3, 16, 16), torch.arange(8)
+    plain, kept = gradients(network, x, t)
+    network.checkpoint_gradients()
+    recomputed, kept_then = gradients(network, x, t)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert kept_then < 0.6 * kept
+    assert not torch.equal(plain[0], torch.zeros_like(plain[0]))
+
+
+def test_channels_last_changes_the_layout_alone():
+    network = randomised(UNet(DIGITS))
+    x, t, condition = torch.randn(3, 1, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 5, 10])
+    with torch.inference_mode():
+        expected = network(x, t, condition)
+        last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, condition)
+    assert torch.allclose(last, expected, atol=1e-5)
+
+
+def test_it_can_be_read_in_one_sitting():
+    assert len(inspect.getsource(sys.modules[UNet.__module__]).splitlines()) < 350
