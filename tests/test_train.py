@@ -117,7 +117,7 @@ def test_every_way_to_save_memory_or_time_trains_the_same(trained, tmp_path):
         other = trained(tmp_path / name, dropout=0.2, **options)
         assert results(other)[WEIGHTS] == results(plain)[WEIGHTS], name
     last = trained(tmp_path / "channels_last", dropout=0.2, channels_last=True)
-    assert float(history(last)[-1]["loss"]) == pytest.approx(float(history(plain)[-1]["loss"]), rel=1e-3)
+    assert float(history(last)[-1]["loss"]) == pytest.approx(float(history(plain)[-1]["loss"]), rel=5e-3)
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}, {"gradient_accumulation": 4}])
@@ -133,7 +133,7 @@ def test_resume_is_exact_in_other_modes(trained, tmp_path, options):
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(trained, tmp_path):
     """Under a learning rate so high that the averages soon get worse."""
-    folder = trained(steps=60, sample_every=6, learning_rate=0.05, clip_norm=100.0, lr_schedule="constant")
+    folder = trained(steps=60, sample_every=6, learning_rate=0.3, clip_norm=100.0, lr_schedule="constant")
     rows = {int(row["step"]): float(row["held_out_loss"]) for row in history(folder) if row["held_out_loss"]}
     best = min(rows, key=lambda step: rows[step])
     assert best < 54, "the learning rate was not high enough to show anything"
@@ -279,11 +279,12 @@ def test_operations_of_a_network_are_counted():
     from torch import nn
 
     from models.flops import forward_flops, matmul_ceiling
-    from models.unet import Attention
+    from models.unet import Attention, UNetConfig
 
+    config = UNetConfig(8, 1, (8,), (True,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
     convolution = forward_flops(nn.Conv2d(3, 5, 3, padding=1), torch.randn(4, 3, 8, 8))
     assert convolution == 2 * 64 * 5 * 3 * 9
-    attention = forward_flops(Attention(8, 4, 4), torch.randn(2, 8, 4, 4))
+    attention = forward_flops(Attention(config, 8), torch.randn(2, 8, 4, 4))
     assert attention == 2 * (4 * 16 * 8 * 8 + 2 * 16 * 16 * 8)
     assert matmul_ceiling(torch.device("cpu"), torch.float32, 1) > 1e8
 

@@ -65,6 +65,7 @@ def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":
         document["evaluate"]["guidance_scale"] = 1.0
+        document["evaluate"]["guidance_sweep"] = []
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
