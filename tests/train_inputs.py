@@ -36,6 +36,7 @@ def write_inputs(folder: Path, conditioning: str = "label", count: int = 96, sha
         if conditioning == "text":
             columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
             columns["captions"][:, 0] = labels
+            columns["captions"][:, 1:] = -np.sort(-columns["captions"][:, 1:])  # who has fewer has -1 at the end
         shards = latents.write_shards(
             folder / "latents", name, n, lambda part: {key: column[part] for key, column in columns.items()}, shard_size
         )
