@@ -220,7 +220,7 @@ class ValidateParams(Section):
     """Pictures whose perceptual hashes of 64 bits differ in at most so many are near duplicates."""
     max_label_drift: Fraction = 0.1
     """Share of the images that may lie in other classes than in the accepted version in `baseline`."""
-    baseline: str = "baseline.json"
+    baseline: str = "tasks/presets/accepted_digits.json"
     """A copy of the data/accepted.json of an earlier version, kept in Git: what `drift` compares with."""
     warn_only: tuple[Check, ...] = Field(
         default=("near_duplicates", "near_leaks", "drift", "caption_script"), strict=False
