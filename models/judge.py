@@ -4,6 +4,7 @@ there are captions.
     outputs/judge/judge.json                  what is there, and how good it is on held-out images
     outputs/judge/{classifier,clip,self_supervised}.safetensors
     outputs/judge/tokenizer.json              of the CLIP
+    outputs/judge/{extractor,pretrained_clip}/  published networks in their place, where those were asked for
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
     from models.classifier import Backbone, Classifier
     from models.clip import Clip
+    from models.pretrained import Extractor, PretrainedClip
     from models.selfsupervised import Encoder
 
 FORMAT = 1
+EXTRACTOR, PRETRAINED_CLIP = "extractor", "pretrained_clip"
+"""Folders of published networks."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Judge:
     tokenizer: Tokenizer | None = None
     encoder: Encoder | None = None
     device: str = "cpu"
+    extractor: Extractor | None = None
+    """Published, in the place of the networks trained here."""
+    pretrained_clip: PretrainedClip | None = None
+    """Published, in the place of `clip`."""
 
     @property
     def classes(self) -> list[str]:
@@ -49,8 +57,21 @@ class Judge:
 
     @property
     def kind(self) -> str:
-        """What extracts the features: "classifier", "clip" or "self_supervised"."""
+        """What extracts the features: "classifier", "clip" or "self_supervised", which are trained here, or
+        "pretrained inception", "pretrained clip" or "pretrained dinov2"."""
+        if self.extractor is not None:
+            return f"pretrained {self.extractor.name}"
         return "classifier" if self.classifier else "clip" if self.clip else "self_supervised"
+
+    @property
+    def dimensions(self) -> int:
+        """D of the features."""
+        return self.extractor.dimensions if self.extractor is not None else self.backbone.features
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether there is a CLIP of either kind."""
+        return self.clip is not None or self.pretrained_clip is not None
 
     @property
     def backbone(self) -> Backbone:
@@ -65,6 +86,8 @@ class Judge:
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 images -> float32 [N, D], what the distances compare."""
+        if self.extractor is not None:
+            return self.extractor.features(pixels)
         return self._apply(self.backbone, pixels)
 
     def class_logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -74,11 +97,15 @@ class Judge:
         return self._apply(self.classifier, pixels)
 
     def clip_image_embeds(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [N, E] of length 1. Raises ValueError where no CLIP was trained."""
+        """uint8 images -> float32 [N, E] of length 1. Raises ValueError where there is no CLIP."""
+        if self.pretrained_clip is not None:
+            return self.pretrained_clip.embed_images(pixels)
         return self._apply(self._clip().embed_images, pixels)
 
     def clip_text_embeds(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions -> float32 [N, E] of length 1. Raises ValueError where no CLIP was trained."""
+        """Captions -> float32 [N, E] of length 1. Raises ValueError where there is no CLIP."""
+        if self.pretrained_clip is not None:
+            return self.pretrained_clip.embed_texts(captions)
         import torch
 
         from models.clip import tokenize
@@ -108,7 +135,8 @@ def best_device() -> str:
 
 
 def save_judge(folder: Path, judge: Judge) -> None:
-    """Write into an existing empty `folder`; the caller makes it appear atomically.
+    """Write into an existing `folder` that holds nothing but the folders of published networks; the caller makes it
+    appear atomically.
 
     Adds to `judge.json` what extracts the features, their dimension, and the sha256 of each network's files,
     by which a measurement names its judge.
@@ -127,14 +155,26 @@ def save_judge(folder: Path, judge: Judge) -> None:
             if name == "clip":
                 content.update((folder / "tokenizer.json").read_bytes())
             hashes[name] = content.hexdigest()
+    for name in (EXTRACTOR, PRETRAINED_CLIP):
+        if (folder / name).is_dir():
+            hashes[name] = _content(folder / name)
     info = {
         **judge.info,
         "format": FORMAT,
         "features": judge.kind,
-        "feature_dim": judge.backbone.features,
+        "feature_dim": judge.dimensions,
+        "extractor": judge.extractor.name if judge.extractor else None,
         "hashes": hashes,
     }
     (folder / "judge.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _content(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's files."""
+    content = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        content.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return content.hexdigest()
 
 
 def load_judge(folder: Path, device: str = "cpu") -> Judge:
@@ -157,7 +197,17 @@ def load_judge(folder: Path, device: str = "cpu") -> Judge:
         clip = _load(Clip(channels, size, tokenizer.get_vocab_size()), folder / "clip.safetensors", device)
     if "self_supervised" in names:
         encoder = _load(Encoder(channels, size), folder / "self_supervised.safetensors", device)
-    return Judge(info, classifier, clip, tokenizer, encoder, device)
+    return Judge(info, classifier, clip, tokenizer, encoder, device, *load_published(folder, info["extractor"], device))
+
+
+def load_published(folder: Path, extractor: str | None, device: str) -> tuple[Extractor | None, PretrainedClip | None]:
+    """The published networks of a judge's folder. Raises ValueError in one sentence where one is another network."""
+    from models.pretrained import load_clip, load_extractor
+
+    return (
+        load_extractor(extractor, folder / EXTRACTOR, device) if extractor else None,
+        load_clip(folder / PRETRAINED_CLIP, device) if (folder / PRETRAINED_CLIP).is_dir() else None,
+    )
 
 
 def _load(network: Any, file: Path, device: str) -> Any:

@@ -23,9 +23,9 @@ COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
 """Samplers beside the protocol's own in the table, and their steps."""
 COLUMNS = ["sampler", "steps", "guidance_scale", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
-COLUMNS += ["inception_style_score", "clip_score", "label_accuracy", "note"]
-SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "clip_score"]
-SWEEP_COLUMNS += ["label_accuracy", "note"]
+COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
+SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "inception_score"]
+SWEEP_COLUMNS += ["clip_score", "label_accuracy", "note"]
 CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
 TIMESTEP_COLUMNS = ["timestep", "alpha_bar", "n", "squared_error", "psnr"]
 TIMESTEPS, N_TIMESTEP = 10, 128
@@ -244,6 +244,7 @@ def _print(measured: dict[str, Any]) -> None:
         ("precision", "precision_floor", "floor"),
         ("recall", "recall_floor", "floor"),
         ("near_copies", "near_copies_real", "held-out images"),
+        ("inception_score", "inception_score_floor", "floor"),
         ("inception_style_score", "inception_style_score_real", "real"),
         ("clip_score", "clip_score_real", "real"),
         ("label_accuracy", "label_accuracy_real", "real"),
@@ -251,9 +252,10 @@ def _print(measured: dict[str, Any]) -> None:
     few = f"; few images: {measured['small_n']}" if "small_n" in measured else ""
     for name, other, what in beside:
         if name in measured:
+            note = f"; {measured['clip_score_note']}" if name == "clip_score" and "clip_score_note" in measured else ""
             print(
                 f"evaluate: {name} {measured[name]:.4g} +- {measured[f'{name}_spread']:.2g} "
-                f"({what} {measured[other]:.4g}){few}"
+                f"({what} {measured[other]:.4g}){few}{note}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import stage
+from tasks import extractors, stage
 from tasks.images import Samples, load_pixels, read_index, require_accepted
 from tasks.params import ImageParams, JudgeParams
 
@@ -29,7 +29,8 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     """Train what measures, and nothing else: a classifier where there are labels, a CLIP where there are captions.
 
     Features for the distances come from the classifier; without labels from the CLIP's image tower; without
-    captions from a self-supervised encoder. Each is tested on the held-out images.
+    captions from a self-supervised encoder. Each is tested on the held-out images. Where `params.extractor` or
+    `params.clip` names a published network, it comes in their place.
     """
     from models.judge import save_judge
     from tasks.atomic import writing_folder
@@ -42,10 +43,27 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
             f"there are {len(train.keys)} training and {len(held_out.keys)} held-out images, and measuring needs two "
             "of each; add images or change ingest.held_out_fraction"
         )
-    trained = _train(train, classes, params, image)
-    info = {**trained.info, **_test(trained, held_out, params), "held_out_images": len(held_out.keys)}
     with writing_folder(folder) as temporary:
+        published = _place_published(temporary, params)  # before hours of training: it may not be there
+        trained = replace(_train(train, classes, params, image), **published)
+        info = {**trained.info, **_test(trained, held_out, params), "held_out_images": len(held_out.keys)}
         save_judge(temporary, replace(trained, info=info))
+
+
+def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
+    """Bring the published networks into `folder`; returns them as arguments of `Judge`."""
+    from models.judge import EXTRACTOR, PRETRAINED_CLIP, best_device, load_published
+
+    kind = params.extractor.kind if params.extractor.kind != "in_domain" else None
+    if kind:
+        extractors.place(params.extractor, folder / EXTRACTOR)
+    if params.clip.weights is not None:
+        extractors.place(params.clip, folder / PRETRAINED_CLIP)
+    try:
+        extractor, clip = load_published(folder, kind, best_device())
+    except ValueError as error:
+        raise stage.StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
+    return {"extractor": extractor, "pretrained_clip": clip}
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
@@ -66,9 +84,9 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     captions = [train.captions[row] for row in captioned]
     if len(set(train.labels[labelled].tolist())) > 1:
         classifier = train_classifier(train.pixels[labelled], train.labels[labelled], len(classes), recipe)
-    if len({tuple(sorted(texts)) for texts in captions}) > 1:
+    if params.clip.weights is None and len({tuple(sorted(texts)) for texts in captions}) > 1:
         clip, tokenizer = train_clip(train.pixels[captioned], captions, clip_recipe)
-    if classifier is None and clip is None:
+    if classifier is None and clip is None and params.extractor.kind == "in_domain":
         encoder = train_encoder(train.pixels, recipe)
     info = {
         "classes": classes,
@@ -91,7 +109,7 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
         logits = judge.class_logits(held_out.pixels[labelled])
         found["classifier_accuracy"] = accuracy(logits, held_out.labels[labelled])
     rows, texts, right, others = caption_choices(held_out, judge.prompts, params.seed)
-    if judge.clip is not None and rows:
+    if judge.reads_captions and rows:
         embeds = judge.clip_image_embeds(held_out.pixels[rows])
         found["clip_accuracy"] = choice_accuracy(embeds, judge.clip_text_embeds(texts), right, others)
         found["clip_choices"] = others.shape[1] + 1

@@ -453,7 +453,47 @@ class TrainParams(Section):
         return self
 
 
+class ExtractorParams(Section):
+    """What the features of the distances come from."""
+
+    kind: Literal["in_domain", "inception", "clip", "dinov2"] = "in_domain"
+    """`in_domain` is trained here on the data; the others are published, `inception` being that of the usual FID."""
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with safetensors; for `inception` also the file
+    pt_inception-2015-12-05-6726825d.pth itself or its http(s) address."""
+    pin: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ExtractorParams:
+        if self.kind == "in_domain" and self.weights is not None:
+            raise ValueError("judge.extractor.weights is not read by kind 'in_domain'; set it to null")
+        if self.kind != "in_domain" and self.weights is None:
+            source = {
+                "inception": "the file pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid",
+                "clip": "such as the hub's openai/clip-vit-base-patch32",
+                "dinov2": "such as the hub's facebook/dinov2-small",
+            }[self.kind]
+            raise ValueError(f"judge.extractor.kind '{self.kind}' needs judge.extractor.weights, {source}")
+        _require_pin("judge.extractor", self.weights, self.pin)
+        return self
+
+
+class ScoringClipParams(Section):
+    """The CLIP that scores how well images fit their captions."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with a published CLIP; null trains one on the captions."""
+    pin: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoringClipParams:
+        _require_pin("judge.clip", self.weights, self.pin)
+        return self
+
+
 class JudgeParams(Section):
+    extractor: ExtractorParams = ExtractorParams()
+    clip: ScoringClipParams = ScoringClipParams()
     classifier_steps: PositiveInt
     """Steps of the classifier, or of the self-supervised encoder where there are neither labels nor captions."""
     clip_steps: PositiveInt

@@ -40,6 +40,9 @@ COPY_QUANTILE = 0.01
 """A sample counts as a near copy where it comes nearer to a training image than this share of held-out images does."""
 
 
+CLIP_IS_CONDITION = "taken with the weights that condition the model, so it flatters"
+
+
 class NotComparableError(StageError):
     """A pipeline or judge that does not fit the protocol; the message is one sentence that says why."""
 
@@ -87,6 +90,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "fingerprint": fingerprint(measurement),
         "space": "pixels" if pipeline.info.get("latent") is None else "latents",
         "conditioning": pipeline.info.get("condition_source", pipeline.conditioning),
+        "clip_is_condition": _share_text_weights(pipeline, judge),
         "sampler": params.sampler,
         "steps": params.steps,
         "eta": params.eta,
@@ -94,6 +98,15 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "guidance_interval": params.guidance_interval and list(params.guidance_interval),
         "batch_size": params.batch_size,
     }
+
+
+def _share_text_weights(pipeline: Pipeline, judge: Judge) -> bool:
+    """Whether the published CLIP that scores is the one whose text encoder conditions the model: it would then be
+    asked whether the model did as it was told by the same."""
+    if pipeline.text is None or judge.pretrained_clip is None:
+        return False
+    told, asked = pipeline.text.model.get_input_embeddings().weight, judge.pretrained_clip.token_embeddings()
+    return told.shape == asked.shape and bool((told.float().cpu() == asked.float().cpu()).all())
 
 
 def fingerprint(measurement: dict[str, Any]) -> str:
@@ -193,7 +206,7 @@ class Scorer:
         self.train = load_pixels(images, "train", size)
         self.reference = judge.features(self.held_out.pixels)
         prompts = facts["prompts"]
-        self.prompts = judge.clip_text_embeds(prompts) if judge.clip is not None and prompts else None
+        self.prompts = judge.clip_text_embeds(prompts) if judge.reads_captions and prompts else None
 
     @property
     def dimensions(self) -> int:
@@ -205,12 +218,16 @@ class Scorer:
 
         features = self.judge.features(pixels)
         precision, recall = metrics.precision_recall(features, self.reference)
-        return {
+        found = {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
             "kid": metrics.kernel_distance(features, self.reference, self.facts["seed"]),
             "precision": precision,
             "recall": recall,
         }
+        extractor = self.judge.extractor
+        if extractor is not None and extractor.class_logits is not None:
+            found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
+        return found
 
     @functools.cached_property
     def searched(self) -> tuple[np.ndarray, np.ndarray, float]:
@@ -356,6 +373,7 @@ def summary(
         "n_floor": len(stand_ins[0]),
         "n_searched": len(scorer.searched[0]),
         **({"small_n": scorer.small_n()} if scorer.small_n() else {}),
+        **({"clip_score_note": CLIP_IS_CONDITION} if protocol["clip_is_condition"] else {}),
         "seed_blocks": facts["seed_blocks"],
         "extractor": facts["extractor"],
         "fingerprint": protocol["fingerprint"],
@@ -389,7 +407,7 @@ def _not_applicable(scorer: Scorer, facts: dict[str, Any]) -> dict[str, str]:
         reasons["inception_style_score"] = reasons["label_accuracy"] = (
             "the images have no labels to train a classifier on"
         )
-    if scorer.judge.clip is None:
+    if not scorer.judge.reads_captions:
         reasons["clip_score"] = "the images have no captions to train a CLIP on"
     elif scorer.prompts is None:
         reasons["clip_score"] = "the captions do not follow from the class that the model is asked for"

@@ -13,6 +13,7 @@ MEASURES = {
     "kid": ("KID", "kernel distance: the same question without assuming a Gaussian; lower is better"),
     "precision": ("Precision", "share of the samples that look real; higher is better"),
     "recall": ("Recall", "share of the real images that the samples cover; higher is better"),
+    "inception_score": ("Inception score", "clear and varied images, in the classes of ImageNet; higher is better"),
     "inception_style_score": ("Inception-style score", "clear and varied classes; higher is better"),
     "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
     "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
@@ -33,7 +34,8 @@ SAMPLER_COLUMNS = {
     "kid": "KID",
     "precision": "Precision",
     "recall": "Recall",
-    "inception_style_score": "Inception",
+    "inception_score": "IS",
+    "inception_style_score": "Inception-style",
     "label_accuracy": "Accuracy",
     "clip_score": "CLIP",
 }
@@ -103,6 +105,7 @@ def _protocol(metrics: dict[str, Any]) -> str:
 def _row(key: str, metrics: dict[str, Any]) -> Metric:
     reference = _reference(key, metrics)
     name, reading = MEASURES[key]
+    reading += f"; {metrics['clip_score_note']}" if key == "clip_score" and "clip_score_note" in metrics else ""
     return Metric(
         name,
         _number(key, metrics[key]),
