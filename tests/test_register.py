@@ -554,6 +554,7 @@ def test_card_of_an_unconditional_model_promises_no_prompt():
         "classes": [],
         "channels": 3,
         "size": 32,
+        "latent": None,
         "timesteps": 1000,
         "schedule": "linear",
         "prediction": "epsilon",
