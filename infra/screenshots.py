@@ -108,7 +108,8 @@ def mlflow_pages(server: str) -> tuple[dict[str, str], dict[str, str]]:
 def prefect_pages(server: str) -> dict[str, str]:
     """Names of the pictures -> addresses: the deployments, and the latest flow run."""
     pages = {"prefect-deployments": f"{server}/deployments"}
-    runs = _ask(f"{server}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    begun = {"start_time": {"is_null_": False}}  # the schedule's runs to come have none
+    runs = _ask(f"{server}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun})
     if runs:
         pages["prefect-run"] = f"{server}/runs/flow-run/{runs[0]['id']}"
     return pages
