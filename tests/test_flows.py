@@ -179,7 +179,8 @@ def test_a_line_is_passed_on_before_the_stage_ends() -> None:
 def flow_like(toy: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process that holds the workspace and runs the stage `sleeper`, as the flow does."""
     program = (
-        "import os, pathlib; from flows import clone, repro\n"
+        "import os, pathlib, signal; from flows import clone, repro\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs in the background ignores it
         "here = pathlib.Path.cwd()\n"
         "with clone.only_run(here, 'the first run', 0, print) as held:\n"
         "    repro.repro('sleeper', here, os.environ, print, held=held, wait_seconds=0)\n"

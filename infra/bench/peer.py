@@ -131,6 +131,7 @@ class Peer:
 
 def network(params: Params) -> Any:
     """The unconditional network of these parameters, a `UNetConfig`."""
-    from models.unet import UNetConfig
+    from tasks.training_run import network_config
 
-    return UNetConfig(size=params.image.size, channels=params.image.channels, **params.model.model_dump())
+    form = {"size": params.image.size, "channels": params.image.channels}
+    return network_config({**form, "conditioning": "none", "classes": []}, params.model)
