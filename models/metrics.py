@@ -55,6 +55,24 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
         return float(metric.compute()[0])
 
 
+def squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:
+    """The unbiased estimate that `kernel_distance` averages over subsets, once over all of [N, D] and [M, D]: for
+    sets so small that each is a subset of its own.
+
+    May be slightly negative. Raises ValueError for fewer than 2 images or different D.
+    """
+    x, y = _pair(features, reference)
+
+    def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    within = 0.0
+    for own in (x, y):
+        among = kernel(own, own)
+        within += float((among.sum() - np.trace(among)) / (len(own) * (len(own) - 1)))
+    return within - 2 * float(kernel(x, y).mean())
+
+
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = NEIGHBOURHOOD) -> tuple[float, float]:
     """Shares of samples [N, D] within the manifold of real images [M, D], and of those within the samples' own
     (Kynkaanniemi et al. 2019, equations 1 and 2): precision says how lifelike, recall how varied.

@@ -305,7 +305,7 @@ class Scorer:
         if min(len(reference), len(pixels), len(stand_ins)) < 2:
             return {}
         return {
-            name: metrics.kernel_distance(self.judge.features(images), reference, self.facts["seed"])
+            name: metrics.squared_mmd(self.judge.features(images), reference)
             for name, images in (("kid", pixels), ("kid_floor", stand_ins))
         }
 

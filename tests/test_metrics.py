@@ -102,6 +102,7 @@ def kernel_by_hand(x, y):
 def test_kernel_distance_equals_the_unbiased_estimate_by_hand():
     x, y = features(90, 10, 9), features(90, 10, 10, shift=0.3)  # of one size, so every subset is the whole
     assert metrics.kernel_distance(x, y) == pytest.approx(kernel_by_hand(x, y), rel=1e-9)
+    assert metrics.squared_mmd(x, y[:40]) == pytest.approx(kernel_by_hand(x, y[:40]), rel=1e-9)
 
 
 def test_kernel_distance_of_unequal_sizes_takes_subsets_by_the_seed_and_leaves_torch_alone():
@@ -120,7 +121,7 @@ def test_kernel_distance_is_unbiased():
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance])
+@pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance, metrics.squared_mmd])
 def test_distances_refuse_what_has_none(distance):
     with pytest.raises(ValueError, match="at least 2 images"):
         distance(np.zeros((1, 4)), np.zeros((5, 4)))
