@@ -621,11 +621,17 @@ class Params(Section):
                 "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
                 "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
             )
-        if self.codec.conditioning != "none" and self.train.condition_dropout == 0 and self.evaluate.guidance_scale > 1:
-            raise ValueError(
-                "evaluate.guidance_scale above 1 needs a model trained without its condition now and then; "
-                "set train.condition_dropout above 0"
-            )
+        guided = {
+            "evaluate.guidance_scale": (self.evaluate.guidance_scale,),
+            "evaluate.guidance_sweep": self.evaluate.guidance_sweep,
+            "visualize.guidance_scales": self.visualize.guidance_scales,
+        }
+        for key, scales in guided.items():
+            if self.train.condition_dropout == 0 and any(scale != 1 for scale in scales):
+                raise ValueError(
+                    f"{key} other than 1 needs a model trained without its condition now and then; "
+                    "set train.condition_dropout above 0"
+                )
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         return self
