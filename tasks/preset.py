@@ -129,8 +129,10 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write")
     arguments = parser.parse_args()
     if arguments.list:
+        widest = max(map(len, names()))
         for name in names():
-            print(f"{name:<14}{(PRESETS / name).with_suffix('.yaml').read_text(encoding='utf-8').splitlines()[0][2:]}")
+            purpose = (PRESETS / name).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()[0][2:]
+            print(f"{name:<{widest}}  {purpose}")
         return
     if arguments.name is None:
         parser.error("name a preset; --list shows them")

@@ -13,7 +13,12 @@ from tasks import params, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = f"download.path={ROOT / 'tests'}"
-SAID_BY_A_PERSON = {"cifar10_tiny": [PATH], "folder": [PATH], "hub": ["download.hub.repo=owner/name"]}
+OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"}
+PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd"}
+TINY = {f"{name}_tiny" for name in PICTURES}
+SAID_BY_A_PERSON = {"hub": ["download.hub.repo=owner/name"]} | {
+    name: [PATH] for name in {"cifar10_tiny", "folder", *TINY}
+}
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -22,7 +27,21 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"} == set(preset.names())
+    assert set(preset.names()) == OF_THE_README | PICTURES | TINY
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
+    large, tiny = preset.compose(name, []), preset.compose(f"{name}_tiny", [PATH])
+    for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
+        assert large[section][key] == tiny[section][key]
+    assert tiny["image"]["size"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None
+    assert tiny["train"]["steps"] <= 2000 and tiny["evaluate"]["allow_small_n"]
+
+
+def test_a_large_preset_takes_pictures_from_a_folder_instead():
+    document = preset.compose("celebahq_ddim64", ["source=folder", PATH])
+    assert (document["download"]["source"], document["download"]["hub"]["repo"]) == ("folder", None)
 
 
 @pytest.mark.parametrize("name", preset.names())
@@ -65,7 +84,7 @@ def test_overrides_of_values_and_of_parts():
     assert document["model"]["block_out_channels"] == [16, 32]
 
 
-@pytest.mark.parametrize("source", preset.parts()["source"])
+@pytest.mark.parametrize("source", sorted(set(preset.parts()["source"]) - {"folder"}))
 def test_every_source_of_the_hub_is_valid(source):
     document = preset.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
     assert document["download"]["source"] in ("hub", "laion")
