@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, latents, training_key, workspace
+from tasks import checkpoint, latents, memory, training_key, workspace
 from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
 from tasks.stage import StageError
 from tasks.training_log import Row, Tally
@@ -120,6 +120,7 @@ def prepare(
 
     if params.precision == "fp16" and not torch.cuda.is_available():
         raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+    memory.keep_freed()
     accelerator = Accelerator(
         mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
     )
