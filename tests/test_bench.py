@@ -78,6 +78,12 @@ def test_the_floor_is_of_as_many_images_of_every_class():
     assert len(set(quality.balanced(labels, 500))) == 100
 
 
+@pytest.mark.parametrize("case", sorted({*throughput.ON_CPU, *throughput.ON_GPU}))
+def test_every_case_of_throughput_is_a_valid_preset(case):
+    preset = case.split(":")[0]
+    assert inputs.parameters(preset, None, "conditioning=none").codec.conditioning == "none"
+
+
 def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, monkeypatch, capsys):
     arguments = ("throughput", "--cases", "digits:4", "--rounds", "2", "--block-seconds", "0.05", "--set", *TINY)
     first = run(work, tmp_path, monkeypatch, *arguments)

@@ -49,6 +49,7 @@ def parameters(preset: str, archive: Path | None, *overrides: str) -> Params:
     """Parameters of a preset. A CIFAR-10 preset reads `archive`, a zip of JPEGs in class folders; without one it gets
     the digits drawn as large and as colourful, which take as long to train on."""
     chosen = ["ingest.caption_templates=[]"]  # captions would have the judge train a CLIP that nothing here reads
+    chosen += ["evaluate.guidance_sweep=[]"]  # nothing here evaluates, and without a condition it cannot be
     if preset.startswith("cifar10") and archive:
         chosen += ["download.source=folder", f"download.path={archive}"]
     elif preset.startswith("cifar10"):
