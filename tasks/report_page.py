@@ -93,6 +93,8 @@ class Report:
     facts: Sequence[tuple[str, str]]
     conditional: bool
     prediction: str
+    min_snr_gamma: float | None
+    """Ceiling of the loss's weights; None where all timesteps weigh the same."""
     schedule: str
     sampler: str
     headlines: Sequence[Headline]

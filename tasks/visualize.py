@@ -77,6 +77,7 @@ def visualize(
         facts=_facts(model, params),
         conditional=model.conditioning != "none",
         prediction=model.prediction,
+        min_snr_gamma=_min_snr_gamma(training),
         schedule=model.info["schedule"],
         sampler=report_tables.sampler_name(params.sampler, params.steps),
         animation=animation,
@@ -381,6 +382,11 @@ def _facts(model: Pipeline, params: VisualizeParams) -> list[tuple[str, str]]:
         ("Prediction", {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}[model.prediction]),
         ("Drawn with", report_tables.sampler_name(params.sampler, params.steps)),
     ]
+
+
+def _min_snr_gamma(training: Path) -> float | None:
+    told = json.loads((training / "run.json").read_text(encoding="utf-8"))["params"]
+    return float(told["diffusion.min_snr_gamma"]) if told["diffusion.loss_weighting"] == "min_snr" else None
 
 
 def _progress(samples: Path) -> list[Picture]:

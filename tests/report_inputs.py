@@ -71,7 +71,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     (root / "data" / "accepted.json").write_text('{"verdict": "accepted"}')
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
-    _write_training(root / "reports" / "train", pixels, held_out_loss)
+    _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
     (root / "reports" / "metrics.json").write_text(json.dumps(METRICS))
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
@@ -133,7 +133,9 @@ def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
     save_pipeline(folder, unet, unet.state_dict(), schedules.betas(str(info["schedule"]), TIMESTEPS), info)
 
 
-def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool) -> None:
+def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weighting: str) -> None:
+    told = {"diffusion.loss_weighting": weighting, "diffusion.min_snr_gamma": 2.5}
+    (folder / "run.json").write_text(json.dumps({"params": told}))
     lines = ["step,loss,held_out_loss,learning_rate,grad_norm"]
     for step in range(10, 210, 10):
         held_out = f"{1.1 / step:.6f}" if held_out_loss and step % 50 == 0 else ""

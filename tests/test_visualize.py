@@ -228,6 +228,8 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
         "DPM-Solver++ 2M in 20 steps, without guidance",
         "0f" * 32,
         "step 200",
+        "error of the predicted v, weighted by timestep: it is the squared error of the clean image times min(SNR, γ)",
+        "where γ = 2.5",
     ):
         assert expected in text, expected
 
@@ -250,6 +252,7 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
     assert all(image["alt"].strip() for image in outline.images)
     strip = outline.tiles("Forward process: held-out images at growing timesteps")
     assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
+    assert "mean squared error of the predicted noise ε. Held-out" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])
