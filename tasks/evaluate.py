@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from models.pipeline import Pipeline
 
 COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
-"""Samplers beside the protocol's own in the table, and their steps."""
-COLUMNS = ["sampler", "steps", "guidance_scale", "n", "seed_blocks"]
+"""Samplers beside the protocol's own in the table, without added noise (eta 0), and their steps."""
+COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
 SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "inception_score"]
@@ -92,7 +92,7 @@ def evaluate(
 def _other_draws(model: Pipeline, declared: dict[str, Any], params: EvaluateParams) -> Iterator[Draw]:
     """The samplers of the table that the protocol does not use, one seed block each; the full DDPM comes last."""
     for sampler, steps in COMPARED.items():
-        if sampler != params.sampler:
+        if (sampler, 0.0) != (params.sampler, params.eta):
             yield protocol.draw(model, declared, params.n_compare, sampler, min(steps, model.timesteps))
     yield protocol.draw(model, declared, params.n_ddpm, "ddpm", model.timesteps)
 
@@ -181,6 +181,7 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, A
     return {
         "sampler": drawn.sampler,
         "steps": drawn.steps,
+        "eta": drawn.eta or "",
         "guidance_scale": drawn.guidance_scale,
         "n": count,
         "seed_blocks": len(blocks),
@@ -231,9 +232,8 @@ def nearest_picture(drawn: Draw, scorer: Scorer) -> Image.Image:
 def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:
     totals: dict[str, tuple[float, int]] = {}
     for drawn in draws:
-        name = f"{drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance_scale:g}"
-        seconds, count = totals.get(name, (0.0, 0))
-        totals[name] = (seconds + drawn.seconds, count + len(drawn.pixels))
+        seconds, count = totals.get(drawn.name, (0.0, 0))
+        totals[drawn.name] = (seconds + drawn.seconds, count + len(drawn.pixels))
     return {name: seconds / count for name, (seconds, count) in totals.items()}
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks import atomic, tracking
+from tasks.protocol import draw_name
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[dict[str, Any]]:
         "floor": run.data.metrics.get("frechet_distance_floor"),
     }
     for row in table:
-        name = f"{row['sampler']}, {row['steps']} steps, guidance {float(row['guidance_scale']):g}"
+        eta = float(row.get("eta") or 0)  # tables of earlier versions have no such column
+        name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta)
         yield {**row, **common, "seconds": seconds.get(name)}
 
 

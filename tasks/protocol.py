@@ -57,12 +57,22 @@ class Draw:
     labels: list[int] | None
     pixels: np.ndarray
     seconds: float
+    eta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return draw_name(self.sampler, self.steps, self.guidance_scale, self.eta)
 
     def first(self, count: int) -> Draw:
         """The draw of its first `count` seeds."""
         share = count / max(count, len(self.pixels))
         labels = self.labels[:count] if self.labels is not None else None
         return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
+
+
+def draw_name(sampler: str, steps: int, guidance_scale: float, eta: float) -> str:
+    """What distinguishes two draws of one model, in words; `eta` where it adds noise."""
+    return f"{sampler}{f' (eta {eta:g})' if eta else ''}, {steps} steps, guidance {guidance_scale:g}"
 
 
 def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluateParams) -> dict[str, Any]:
@@ -161,7 +171,7 @@ def draw(
     started = time.perf_counter()
     with tqdm(
         total=count * steps,
-        desc=f"draw: {sampler}, {steps} steps, guidance {guidance_scale:g}",
+        desc=f"draw: {draw_name(sampler, steps, guidance_scale, eta)}",
         unit="step",
         unit_scale=True,
         mininterval=1,
@@ -178,7 +188,7 @@ def draw(
             eta=eta,
             guidance_interval=protocol["guidance_interval"],
         )
-    return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started)
+    return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started, eta)
 
 
 def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:

@@ -27,6 +27,7 @@ HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
 SAMPLER_COLUMNS = {
     "sampler": "Sampler",
     "steps": "Steps",
+    "eta": "η",
     "guidance_scale": "Guidance",
     "n": "n",
     "seed_blocks": "Blocks",

@@ -305,6 +305,22 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
     assert all(row["label_accuracy"] and row["clip_score"] for row in rows)
 
 
+def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
+    noisy = {"sampler": "ddim", "steps": 30, "eta": 0.5, "n_sweep": 1, "guidance_sweep": (), "seed_blocks": 3}
+    out = run(tree, tmp_path, PARAMS.model_copy(update=noisy))
+    rows = table(out / "evaluation" / "samplers.csv")
+    compared = [row for row in rows if row["n"] == "80"]
+    assert [(row["sampler"], row["eta"]) for row in compared] == [
+        ("ddim", "0.5"),
+        ("ddim", ""),
+        ("dpm_solver_pp_2m", ""),
+    ]
+    assert compared[0]["frechet_distance"] != compared[1]["frechet_distance"]
+    assert {"ddim (eta 0.5), 30 steps, guidance 1", "ddim, 30 steps, guidance 1"} < set(
+        read(out / "timing" / "evaluate.json")["seconds_per_image"]
+    )
+
+
 def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp_path, monkeypatch):
     few = PARAMS.model_copy(update={"n_distance": 40})
     monkeypatch.setattr(protocol, "draw", lambda *_, **__: pytest.fail("drew"))
