@@ -30,6 +30,8 @@ BATCH = 16
 CHUNK = 4 * BATCH
 CEILING_CHUNKS = 2
 """Chunks per worker over which decoding alone and encoding alone are timed."""
+FED_AHEAD = 3
+"""Chunks that are with a GPU: one in work, the others ready for it."""
 TEXT_BLOCK = 4096
 BFLOAT16_BYTES = 2
 TRANSFORM_CODE = ("tasks/decoding.py", "models/autoencoder.py")
@@ -174,25 +176,62 @@ def _encode_missing(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_autoencoder(codec / "vae", device)
     form = ImageParams(size=description["size"], channels=description["channels"])
-
-    def work(chunk: Chunk) -> tuple[Chunk, dict[str, torch.Tensor]]:
-        return chunk, encode_pixels(network, decode_chunk(chunk, form), params.horizontal_flip)
-
     threads = torch.get_num_threads()
     # One thread for each worker's arithmetic: no sum is divided differently on another machine.
     with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        encoder = Encoder(pool, params.workers, network, form, params.horizontal_flip, device)
         sample: list[Chunk] = []
         started = time.perf_counter()
         with tqdm(total=len(missing), desc="encode", unit="img", mininterval=1, dynamic_ncols=True) as bar:
-            for chunk, tensors in _in_order(pool, work, _chunks(images, missing), 2 * params.workers):
+            for chunk, tensors in encoder.encoded(_chunks(images, missing)):
                 blocks.add([sha256 for sha256, _, _ in chunk], tensors)
                 bar.update(len(chunk))
                 if len(sample) < CEILING_CHUNKS * params.workers and len(chunk) == CHUNK:
                     sample.append(chunk)
         rate = len(missing) / (time.perf_counter() - started)
         if len(sample) == CEILING_CHUNKS * params.workers:
-            _print_ceilings(pool, sample, network, form, params.horizontal_flip, rate, device)
+            _print_ceilings(encoder, sample, rate)
     torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An autoencoder and what feeds it: `workers` threads of `pool`."""
+
+    pool: ThreadPoolExecutor
+    workers: int
+    network: Any
+    form: ImageParams
+    mirrored: bool
+    device: str
+
+    def encoded(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, dict[str, torch.Tensor]]]:
+        """Chunks with their latents, in order. On a CPU each worker decodes and encodes, so that no core waits for
+        another; before a GPU they only decode, and one more thread keeps it busy."""
+        if self.device == "cpu":
+            yield from _in_order(self.pool, lambda chunk: self._encode(self._decode(chunk)), chunks, 2 * self.workers)
+            return
+        with ThreadPoolExecutor(1) as feeder:
+            yield from _in_order(
+                feeder, self._encode, _in_order(self.pool, self._decode, chunks, 2 * self.workers), FED_AHEAD
+            )
+
+    def _decode(self, chunk: Chunk) -> tuple[Chunk, np.ndarray]:
+        return chunk, decode_chunk(chunk, self.form)
+
+    def _encode(self, decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
+        chunk, pixels = decoded
+        return chunk, encode_pixels(self.network, pixels, self.mirrored)
+
+    def ceilings(self, sample: list[Chunk]) -> tuple[float, float]:
+        """Images per second of decoding alone and of encoding alone, by whoever does either."""
+        started = time.perf_counter()
+        decoded = list(self.pool.map(self._decode, sample))
+        between = time.perf_counter()
+        list((self.pool.map if self.device == "cpu" else map)(self._encode, decoded))
+        ended = time.perf_counter()
+        count = sum(map(len, sample))
+        return count / (between - started), count / (ended - between)
 
 
 def decode_chunk(chunk: Chunk, form: ImageParams) -> np.ndarray:
@@ -247,27 +286,13 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Itera
         yield future.result()
 
 
-def _print_ceilings(
-    pool: ThreadPoolExecutor,
-    sample: list[Chunk],
-    network: Any,
-    form: ImageParams,
-    mirrored: bool,
-    rate: float,
-    device: str,
-) -> None:
-    """Time decoding alone and encoding alone with the same workers, and print the rate beside what they allow."""
-    started = time.perf_counter()
-    decoded = list(pool.map(lambda chunk: decode_chunk(chunk, form), sample))
-    between = time.perf_counter()
-    list(pool.map(lambda pixels: encode_pixels(network, pixels, mirrored), decoded))
-    ended = time.perf_counter()
-    count = sum(map(len, sample))
-    decode, encoder = count / (between - started), count / (ended - between)
+def _print_ceilings(encoder: Encoder, sample: list[Chunk], rate: float) -> None:
+    """Print the rate of the whole beside what its two halves allow."""
+    decode, encode = encoder.ceilings(sample)
     # On a CPU both share the cores; on a GPU the slower of the two sets the pace.
-    allowed = 1 / (1 / decode + 1 / encoder) if device == "cpu" else min(decode, encoder)
+    allowed = 1 / (1 / decode + 1 / encode) if encoder.device == "cpu" else min(decode, encode)
     print(
-        f"encode: {rate:,.0f} img/s; decoding alone {decode:,.0f}, the encoder alone {encoder:,.0f} img/s: "
+        f"encode: {rate:,.0f} img/s; decoding alone {decode:,.0f}, the encoder alone {encode:,.0f} img/s: "
         f"{rate / allowed:.0%} of what the two allow"
     )
 

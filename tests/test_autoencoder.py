@@ -106,13 +106,13 @@ class Chain:
     def __init__(self, folder, capsys):
         self.folder, self.capsys = folder, capsys
 
-    def make_codec(self, files=FILES, wanted=WANTED, conditioning="label"):
+    def make_codec(self, files=FILES, wanted=WANTED, conditioning="label", form=FORM):
         source = write_tree(self.folder / "in", files)
         download(self.folder / "raw", folder_params(source))
         ingest(self.folder / "raw", self.images, self.folder / "aside", ingest_params())
         atomic.write_json(self.folder / "accepted.json", {"verdict": "accepted"})
         params = CodecParams(kind="autoencoder", conditioning=conditioning, autoencoder=wanted)
-        codec(self.images, self.folder / "accepted.json", self.codec, params, FORM)
+        codec(self.images, self.folder / "accepted.json", self.codec, params, form)
 
     def encode(self, **params):
         """Encode, and return what it said."""
@@ -237,6 +237,43 @@ def test_neither_workers_nor_interruption_nor_history_change_a_byte(chain, tmp_p
     assert contents(chain.latents) == expected  # what was there stays until the new is whole
     assert "126 images to encode, 64 known" in chain.encode()
     assert contents(chain.latents) == expected
+
+
+def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
+    """Both ways of sharing the work, on this machine's processor."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tasks.encode import Encoder
+
+    chain.make_codec()
+    chunks = [[("hash", picture(seed, (20, 16)), 320)] * 3 for seed in range(9)]
+    network = autoencoder.load_autoencoder(chain.codec / "vae")
+    with ThreadPoolExecutor(2) as pool:
+        shared, fed = (
+            list(Encoder(pool, 2, network, FORM, False, device).encoded(iter(chunks))) for device in ("cpu", "cuda")
+        )
+    assert [chunk for chunk, _ in shared] == [chunk for chunk, _ in fed] == chunks
+    assert all(torch.equal(a["mean"], b["mean"]) for (_, a), (_, b) in zip(shared, fed, strict=True))
+
+
+@pytest.mark.slow
+def test_encoding_at_most_of_what_decoder_and_encoder_allow(chain, tmp_path, monkeypatch):
+    """80% of 1 / (1 / decode + 1 / encode) on a CPU, where both share the cores; on a GPU of the slower of the two.
+
+    The best of three runs counts: what else the machine does falls on one of the two and not on the other.
+    """
+    photos = {f"{seed}.jpg": picture(seed, (240, 200), "JPEG") for seed in range(1200)}
+    wanted = AutoencoderParams(steps=2)
+    chain.make_codec(photos, wanted, "none", ImageParams(size=64, channels=3))
+    shares = []
+    for turn in range(3):
+        monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / f"scratch-{turn}"))
+        said = chain.encode()
+        assert "1200 images to encode, 0 known" in said
+        shares.append(int(re.search(r"(\d+)% of what the two allow", said).group(1)))
+        if shares[-1] >= 80:
+            return
+    pytest.fail(f"{shares}% of what the two allow")
 
 
 def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from infra.bench import __main__ as bench
-from infra.bench import inputs, quality, report, throughput
+from infra.bench import encoding, inputs, quality, report, throughput
+from infra.bench.contestant import Block
 
 TINY = [
     "image.size=8",
@@ -125,6 +126,51 @@ def test_operations_of_the_papers_network():
     """6.1 G multiply-additions forward, as commonly counted for DDPM on CIFAR-10; training takes three times that."""
     flops = throughput.training_flops(inputs.parameters("cifar10_ddpm", None))
     assert flops == pytest.approx(3 * 2 * 6.1e9, rel=0.05)
+
+
+SMALL_LATENTS = [
+    "image.size=16",
+    "codec.autoencoder.widths=[8,16]",
+    "codec.text.width=16",
+    "codec.text.layers=1",
+    "model.block_out_channels=[8,16]",
+    "model.attention=[false,true]",
+    "model.norm_num_groups=4",
+    "train.warmup_steps=2",
+    "train.batch_size=8",
+    "validate.warn_only=[near_duplicates]",
+]
+
+
+def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
+    """Both sides of the measurement train on the same samples, up to the rounding to bfloat16 of what is stored."""
+    import torch
+
+    from infra.bench.ours import Ours
+
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path))
+    params = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["tiny"], *SMALL_LATENTS)
+    prepared = inputs.prepare(work, params)
+    stored = Ours(params, prepared).run.batches
+    online = encoding.online(stored, params, prepared)
+    for step in (0, 5):
+        a, b = stored.draw(step), online.draw(step)
+        assert torch.equal(a.t, b.t) and torch.equal(a.eps, b.eps)
+        assert torch.allclose(a.x0, b.x0, atol=0.03) and torch.allclose(a.condition, b.condition, atol=0.03)
+    assert not torch.allclose(stored.draw(0).x0, stored.draw(1).x0, atol=0.03)
+
+    arguments = ("encoding", "--cases", "tiny", "--rounds", "2", "--block-seconds", "0.05", "--set", *SMALL_LATENTS)
+    (row,) = run(work, tmp_path, monkeypatch, *arguments)["encoding"]["rows"]
+    assert row["latent"] == [4, 8, 8] and row["stored_ms"] > 0 and row["online_ms"] > 0 and row["encode_img_s"] > 0
+    assert f"| {row['online_ms']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+
+
+def test_encoding_breaks_even_where_it_has_cost_what_it_saved():
+    """An image: 20 ms a step without, 50 ms with encoding in it, and 60 ms to encode it once: two epochs."""
+    stored, online, once = Block(10, 100, 2.0, 2.0), Block(10, 100, 5.0, 4.0), Block(1, 50, 3.0, 3.0)
+    found = encoding.compared([stored, stored], [online, online], once)
+    assert (found["ratio"], found["ratio_by_cpu_time"], found["break_even_epoch"]) == (2.5, 2.0, 2.0)
+    assert encoding.compared([online], [stored], once)["break_even_epoch"] is None
 
 
 def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):

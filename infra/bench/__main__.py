@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from infra.bench import levers, quality, sampling, startup, throughput
+from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
 from tasks.preset import PresetError
@@ -72,6 +72,13 @@ def _sampling(given: argparse.Namespace, results: Results) -> None:
     results.part("sampling", plan.__dict__, lambda: sampling.measure(plan))
 
 
+def _encoding(given: argparse.Namespace, results: Results) -> None:
+    plan = encoding.Plan(
+        given.work, given.photos, tuple(given.cases), given.rounds, given.block_seconds, tuple(given.set)
+    )
+    results.part("encoding", plan.__dict__, lambda: encoding.measure(plan))
+
+
 def _startup(given: argparse.Namespace, results: Results) -> None:
     plan = startup.Plan(given.work, given.repeats, tuple(given.set))
     results.part("startup", plan.__dict__, lambda: startup.measure(plan))
@@ -84,6 +91,7 @@ def _all(given: argparse.Namespace, results: Results) -> None:
     parts = [
         ["startup"],
         ["throughput", *archive],
+        ["encoding"],
         ["quality"],
         ["quality", "--unconditional"],
         ["sampling"],
@@ -128,11 +136,19 @@ def _parser() -> argparse.ArgumentParser:
 
     archive(part("all", _all, "every part with its defaults", shows=False))
 
+    def turns(chosen: argparse.ArgumentParser) -> None:
+        chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")
+        chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn")
+
     chosen = part("throughput", _throughput, "training images per second beside the reference loop")
     archive(chosen)
     chosen.add_argument("--cases", nargs="*", default=[], metavar="PRESET:BATCH", help="or PRESET:default")
-    chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")
-    chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn")
+    turns(chosen)
+
+    chosen = part("encoding", _encoding, "a training step on stored latents beside one that encodes")
+    chosen.add_argument("--photos", type=Path, metavar="ZIP", help="captioned pictures, such as Flickr8k's")
+    chosen.add_argument("--cases", nargs="*", default=[], choices=list(encoding.CASES), help="default: all")
+    turns(chosen)
 
     chosen = part("quality", _quality, "time until the distance that the reference loop ends with")
     archive(chosen)

@@ -26,6 +26,7 @@ def write(folder: Path, parts: dict[str, Any]) -> None:
             "levers": _levers,
             "sampling": _sampling,
             "startup": _startup,
+            "encoding": _encoding,
         }[kind](part)
         machine = part["machine"]
         texts.append(
@@ -142,6 +143,41 @@ def _sampling(part: dict[str, Any]) -> Made:
         axes.legend()
 
     return _table(titles, lines), part["rows"], draw
+
+
+def _encoding(part: dict[str, Any]) -> Made:
+    titles = [
+        "case",
+        "image",
+        "latent",
+        "network",
+        "batch",
+        "precision",
+        "stored: ms a step",
+        "online: ms a step",
+        "ratio",
+        "by CPU time",
+        "encoding once: img/s",
+        "breaks even in epoch",
+    ]
+    lines = [
+        [
+            f"`{row['case']}`",
+            f"{row['image']}x{row['image']}",
+            "x".join(map(str, row["latent"])),
+            f"{row['parameters'] / 1e6:.2f} M",
+            row["batch"],
+            PRECISION[row["precision"]],
+            row["stored_ms"],
+            row["online_ms"],
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_by_cpu_time']:.2f}",
+            row["encode_img_s"],
+            "never" if row["break_even_epoch"] is None else row["break_even_epoch"],
+        ]
+        for row in part["rows"]
+    ]
+    return _table(titles, lines), [{**row, "latent": "x".join(map(str, row["latent"]))} for row in part["rows"]], None
 
 
 def _startup(part: dict[str, Any]) -> Made:

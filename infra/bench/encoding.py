@@ -1,0 +1,248 @@
+"""A training step on stored latents and embeddings, beside one that makes both itself: what `encode` is worth.
+
+Both sides are one run: the same network, optimizer and loop, drawing the same samples; only the stores under its
+batches are exchanged, in turns. The side that encodes as it goes has its pictures decoded, resized and in memory and
+its captions tokenized, and pays for neither; it encodes a batch at once, without gradients, in training's precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tqdm import tqdm
+
+from infra.bench.contestant import Block, now
+from infra.bench.inputs import Inputs, parameters, prepare
+from tasks.params import Params
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from infra.bench.ours import Ours
+    from models.text_encoder import TextEncoder
+    from tasks.batches import Batches
+
+Side: TypeAlias = Literal["stored", "online"]
+
+PRESET = "digits"
+WARM_UP = 3
+CASES = {
+    "tiny": (
+        "image.size=64",
+        "model.block_out_channels=[32,64,128]",
+        "model.attention=[false,true,true]",
+        "train.batch_size=16",
+    ),
+    "stable_diffusion_8th": (
+        "image.size=128",
+        "codec.autoencoder.widths=[16,32,64,64]",
+        "codec.autoencoder.layers_per_block=2",
+        "codec.text.width=96",
+        "codec.text.layers=12",
+        "codec.text.length=77",
+        "model.block_out_channels=[40,80,160,160]",
+        "model.attention=[true,true,true,false]",
+        "model.layers_per_block=2",
+        "model.attention_head_dim=null",
+        "model.heads=8",
+        "train.batch_size=8",
+    ),
+}
+"""What the small presets train at 64x64 by the autoencoder and text encoder that are the default; and Stable Diffusion
+1.5 with an eighth of its widths and a quarter of its sides, which leaves all proportions between its parts."""
+COMMON = (
+    "conditioning=text",
+    "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
+    "image.channels=3",
+    "codec.kind=autoencoder",
+    # How well they are trained is the same to the clock.
+    "codec.autoencoder.steps=10",
+    "codec.text.steps=10",
+    "train.steps=1000000",
+)
+PHOTOS = (
+    "download.source=folder",
+    "validate.min_images=100",
+    "validate.min_images_per_class=0",
+    "validate.max_aspect_ratio=4.0",
+    "validate.max_quarantined_fraction=0.1",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: `cases` are names in `CASES`, none means all of them. `photos` is a folder, zip or tar of
+    captioned pictures; without one it is the digits, drawn as large and as colourful, which take as long to encode."""
+
+    work: Path
+    photos: Path | None
+    cases: tuple[str, ...]
+    rounds: int
+    block_seconds: float
+    overrides: tuple[str, ...] = ()
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """One row for each case: milliseconds of a step of both sides, their ratio, the epoch that breaks even."""
+    source = [*PHOTOS, f"download.path={plan.photos}"] if plan.photos else []
+    rows = []
+    for case in plan.cases or CASES:
+        params = parameters(PRESET, None, *COMMON, *CASES[case], *source, *plan.overrides)
+        rows.append({"case": case, **_row(plan, params, prepare(plan.work, params))})
+        print(f"encoding: {told(rows[-1])}", flush=True)
+    return {"rows": rows}
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row in a sentence."""
+    even = row["break_even_epoch"]
+    return (
+        f"{row['case']}: {row['stored_ms']:.1f} ms a step on what is stored, {row['online_ms']:.1f} ms with "
+        f"encoding in it, {row['ratio']:.2f} times as long ({row['ratio_by_cpu_time']:.2f} by CPU time); "
+        f"encoding once breaks even {f'in epoch {even:.2f}' if even is not None else 'never'}"
+    )
+
+
+def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
+    from infra.bench.ours import Ours
+
+    os.environ["AFTERIMAGE_SCRATCH"] = str(plan.work / "scratch")
+    ours = Ours(params, inputs)
+    sides: dict[Side, Batches] = {"stored": ours.run.batches, "online": online(ours.run.batches, params, inputs)}
+    blocks = _take_turns(plan, ours, sides, params.train.batch_size)
+    once = _encode_once(params, inputs)
+    return {
+        "image": params.image.size,
+        "latent": list(ours.run.batches.shape),
+        "parameters": sum(weight.numel() for weight in ours.averaged().values()),
+        "batch": params.train.batch_size,
+        "precision": params.train.precision,
+        **compared(blocks["stored"], blocks["online"], once),
+    }
+
+
+def compared(stored: list[Block], online: list[Block], once: Block) -> dict[str, Any]:
+    """Medians over the rounds; `once` is the stage `encode` over all images.
+
+    To encode an image once costs as much as training saves on it in `break_even_epoch` epochs; None where it saves
+    nothing.
+    """
+    pairs = list(zip(stored, online, strict=True))
+    saved = median(b.seconds / b.images - a.seconds / a.images for a, b in pairs)
+    return {
+        "stored_ms": round(median(1000 * block.seconds / block.steps for block in stored), 2),
+        "online_ms": round(median(1000 * block.seconds / block.steps for block in online), 2),
+        "ratio": round(median((b.seconds / b.steps) / (a.seconds / a.steps) for a, b in pairs), 3),
+        "ratio_by_cpu_time": round(median((b.cpu_seconds / b.steps) / (a.cpu_seconds / a.steps) for a, b in pairs), 3),
+        "encode_img_s": round(once.images / once.seconds, 1),
+        "break_even_epoch": round(once.seconds / once.images / saved, 2) if saved > 0 else None,
+    }
+
+
+def _take_turns(plan: Plan, ours: Ours, sides: dict[Side, Batches], batch_size: int) -> dict[Side, list[Block]]:
+    def advance(side: Side, steps: int) -> Block:
+        ours.run.batches = sides[side]
+        began, cpu_began = now()
+        ended, cpu_ended = ours.advance(steps)
+        return Block(steps, steps * batch_size, ended - began, cpu_ended - cpu_began)
+
+    steps = {}
+    for side in sides:
+        advance(side, WARM_UP)
+        steps[side] = max(1, round(plan.block_seconds * WARM_UP / advance(side, WARM_UP).seconds))
+    blocks: dict[Side, list[Block]] = {side: [] for side in sides}
+    turns = [side for turn in range(plan.rounds) for side in (list(sides) if turn % 2 == 0 else list(reversed(sides)))]
+    for side in tqdm(turns, "encoding", unit="block", dynamic_ncols=True):
+        blocks[side].append(advance(side, steps[side]))
+    return blocks
+
+
+def _encode_once(params: Params, inputs: Inputs) -> Block:
+    """The stage as it runs on data that it has never seen."""
+    from tasks import latents
+    from tasks.encode import encode
+
+    before = os.environ["AFTERIMAGE_SCRATCH"]
+    with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
+        os.environ["AFTERIMAGE_SCRATCH"] = folder
+        try:
+            began, cpu_began = now()
+            encode(inputs.images, inputs.accepted, inputs.codec, Path(folder) / "latents", params.encode)
+            ended, cpu_ended = now()
+        finally:
+            os.environ["AFTERIMAGE_SCRATCH"] = before
+        images = sum(split["count"] for split in latents.read_index(Path(folder) / "latents")["splits"].values())
+    return Block(1, images, ended - began, cpu_ended - cpu_began)
+
+
+def online(stored: Batches, params: Params, inputs: Inputs) -> Batches:
+    """The same batches as `stored`, their latents and embeddings made of pixels and tokens as they are drawn."""
+    import torch
+
+    from models.autoencoder import load_autoencoder
+    from models.text_encoder import load_text_encoder
+
+    weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
+    autoencoder = load_autoencoder(inputs.codec / "vae", str(stored.device)).to(weights)
+    text = load_text_encoder(inputs.codec, str(stored.device))
+    text.model.to(weights)
+    batches = copy.copy(stored)
+    batches.store = EncodedOnline(inputs, params, autoencoder, stored.device)
+    batches.texts = EmbeddedOnline(inputs, text, stored.device)
+    return batches
+
+
+class EncodedOnline:
+    """A split as a `Store`: an autoencoder makes `mean` and `std` of decoded pictures whenever they are asked for."""
+
+    where = "encoded online"
+
+    def __init__(self, inputs: Inputs, params: Params, autoencoder: Any, device: torch.device) -> None:
+        from tasks import latents
+        from tasks.images import load_pixels
+
+        own = latents.load_latents(inputs.latents, "train")
+        assert own.mean is not None and own.std is not None and own.captions is not None, "text to image in latents"
+        self.pixels = load_pixels(inputs.images, "train", params.image).pixels
+        self.captions = latents.as_tensor(own.captions).to(device)
+        self.autoencoder = autoencoder
+        self.count = own.count
+        columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}
+
+    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+        from models.autoencoder import encode
+
+        del following
+        mean, std = encode(self.autoencoder, self.pixels[rows.numpy()])
+        return {"mean": mean[:, None], "std": std[:, None], "captions": self.captions[rows]}
+
+
+class EmbeddedOnline:
+    """All captions as a `Store`: a text encoder makes `embeddings` of tokens whenever they are asked for."""
+
+    where = "embedded online"
+
+    def __init__(self, inputs: Inputs, text: TextEncoder, device: torch.device) -> None:
+        from tasks.images import read_columns
+
+        captions = read_columns(inputs.images, ["captions"]).column(0).to_pylist()
+        self.tokens = text.token_ids(sorted({one for several in captions for one in several})).to(device)
+        self.model = text.model
+        self.count = len(self.tokens)
+        self.shapes: dict[str, tuple[int, ...]] = {"embeddings": (text.length, text.model.config.hidden_size)}
+
+    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        del following
+        with torch.inference_mode():
+            return {"embeddings": self.model(self.tokens[rows]).last_hidden_state}
