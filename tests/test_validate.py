@@ -112,10 +112,13 @@ def test_the_data_docs_show_every_gate(tmp_path, judged):
 
 def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged):
     assert judged(CLASSED) is None
-    verdict, pages = (tmp_path / "accepted.json").read_bytes(), set(contents(tmp_path / "report"))
+    verdict, pages = (tmp_path / "accepted.json").read_bytes(), contents(tmp_path / "report")
     assert judged(CLASSED) is None
     assert (tmp_path / "accepted.json").read_bytes() == verdict
-    assert set(contents(tmp_path / "report")) == pages
+    assert contents(tmp_path / "report") == pages
+    for page in (tmp_path / "report").rglob("*.html"):
+        (logo,) = re.findall(r'src="([^"]*logo-long.png[^"]*)"', page.read_text())
+        assert (page.parent / logo).is_file()
 
 
 def with_captions(text):

@@ -158,5 +158,6 @@ def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Call
     """kill -9 as soon as `happens()`, unless the process ends before."""
     while process.poll() is None and not happens():
         time.sleep(0.002)
-    (kill or process.kill)()
+    if process.poll() is None:
+        (kill or process.kill)()
     process.wait()
