@@ -20,7 +20,7 @@ import numpy as np
 
 from .samplers import SAMPLERS, Interval, SeededNoise, denoiser, sample
 
-FORMAT = 2
+FORMAT = 3
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -46,18 +46,19 @@ class Bundle:
             return onnxruntime.InferenceSession(str(file), options, providers=use) if file.exists() else None
 
         self.session, self.decoder, self.text_encoder = map(session, ("unet", "decoder", "text_encoder"))
-        self.tokenizer = self._load_tokenizer(folder) if self.text_encoder else None
+        self.tokenizers = self._load_tokenizers(folder) if self.text_encoder else []
 
-    def _load_tokenizer(self, folder: Path) -> Any:
+    def _load_tokenizers(self, folder: Path) -> list[Any]:
+        """One for each encoder, each with a padding of its own."""
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        text = self.info["text"]
-        tokenizer.enable_truncation(text["length"])
-        tokenizer.enable_padding(
-            pad_id=text["pad"], pad_token=tokenizer.id_to_token(text["pad"]), length=text["length"]
-        )
-        return tokenizer
+        text, tokenizers = self.info["text"], []
+        for suffix, pad in text["pads"].items():
+            tokenizer = Tokenizer.from_file(str(folder / f"tokenizer{suffix}.json"))
+            tokenizer.enable_truncation(text["length"])
+            tokenizer.enable_padding(pad_id=pad, pad_token=tokenizer.id_to_token(pad), length=text["length"])
+            tokenizers.append(tokenizer)
+        return tokenizers
 
     @property
     def providers(self) -> list[str]:
@@ -104,11 +105,20 @@ class Bundle:
         return self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts -> float32 [N, L, D]. Raises `ValueError` where the model knows no text."""
-        if self.text_encoder is None or self.tokenizer is None:
+        """Prompts -> float32 [N, L, D]; of two encoders [N, L + 1, D], whose last row holds the pooled embedding, then
+        sizes and crop. Raises `ValueError` where the model knows no text."""
+        if self.text_encoder is None:
             raise ValueError("this model knows classes and no text; give labels")
-        ids = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))], np.int64)
-        return self.text_encoder.run(["output"], {"ids": ids})[0]
+        feed = {
+            name: np.array([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))], np.int64)
+            for name, tokenizer in zip(("ids", "ids_2"), self.tokenizers, strict=False)
+        }
+        embedded: np.ndarray = self.text_encoder.run(["output"], feed)[0]
+        pooled = self.info["text"]["pooled"]
+        if pooled is not None:
+            embedded[[not prompt for prompt in prompts]] = 0  # the empty text stands for none
+            embedded[:, -1, pooled : pooled + len(self.info["text"]["sizes"])] = self.info["text"]["sizes"]
+        return embedded
 
     def _condition(
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from models.text_encoder import pack
+
 if TYPE_CHECKING:
     import onnx
 
@@ -39,9 +41,13 @@ def decoder_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
 
 
 def text_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
-    """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]."""
+    """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]; of two encoders with `ids_2`
+    and packed (`models/text_encoder.py`), [batch, L + 1, D]."""
     assert pipeline.text is not None, "asked for a text-conditional model alone"
-    return _graph(_Hidden(pipeline.text.model), (pipeline.text.token_ids([""] * EXAMPLE_BATCH),), ["ids"], opset)
+    towers = pipeline.text.towers
+    ids = tuple(tower.token_ids([""] * EXAMPLE_BATCH) for tower in towers)
+    module = _Hidden(*(tower.model for tower in towers)) if len(towers) == 1 else _Packed(*(t.model for t in towers))
+    return _graph(module, ids, ["ids", "ids_2"][: len(ids)], opset)
 
 
 def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
@@ -116,3 +122,14 @@ class _Hidden(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=ids).last_hidden_state
+
+
+class _Packed(torch.nn.Module):
+    """Token ids of two tokenizers -> the packed condition without sizes."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, ids: torch.Tensor, second_ids: torch.Tensor) -> torch.Tensor:
+        return pack(self.first, self.second, ids, second_ids)

@@ -1,8 +1,8 @@
 """A trained model on disk (diffusers layout) and in memory (ready to sample).
 
-`unet/` and `scheduler/` are what diffusers writes, and so are `vae/`, `text_encoder/` and `tokenizer/` where latents
-and captions are used, so the weights load there without this project; `afterimage.json` holds what diffusers has no
-place for.
+`unet/` and `scheduler/` are what diffusers writes, and so are `vae/`, `text_encoder/` and `tokenizer/` (of a second
+encoder with `_2` at their end) where latents and captions are used, so the weights load there without this project;
+`afterimage.json` holds what diffusers has no place for.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from models.network import Network
-    from models.text_encoder import TextEncoder
+    from models.text_encoder import AnyEncoder
 
 FORMAT = 2
-PARTS = ("vae", "text_encoder", "tokenizer")
+PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 """What the codec made and a pipeline carries with it."""
 
 
@@ -43,7 +43,7 @@ class Pipeline:
     variance: str = "fixed_small"
     """Of the noise that `ddpm` adds; see `samplers.VARIANCES`."""
     autoencoder: Any = None
-    text: TextEncoder | None = None
+    text: AnyEncoder | None = None
 
     @property
     def alpha_bar(self) -> schedules.Array:
@@ -74,6 +74,11 @@ class Pipeline:
         return channels, size, size
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """What a network of two text encoders is told: a picture that is as large as what is drawn, and not cropped."""
+        return self.size, self.size, 0, 0, self.size, self.size
+
+    @property
     def channels(self) -> int:
         return self.info["channels"]
 
@@ -93,7 +98,8 @@ class Pipeline:
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Labels, or for a text-conditional model prompts -> (condition, null condition): int64 [N] each, float32
-        [N, L, D] each, or two Nones. Raises `ValueError` where they and the model do not fit each other."""
+        [N, L, D] each (of two encoders packed, see `models/text_encoder.py`), or two Nones. Raises `ValueError` where
+        they and the model do not fit each other."""
         import torch
 
         if self.conditioning == "none":
@@ -114,6 +120,10 @@ class Pipeline:
             prompts = [[*(self.prompts or ()), ""][label] for label in wanted.tolist()]
         assert self.text is not None and prompts is not None, "just seen to"
         embedded = self.text.encode([*prompts, ""]).to(self.device)
+        if self.text.pooled is not None:
+            from models.text_encoder import with_sizes
+
+            embedded = with_sizes(embedded, self.text.pooled, torch.tensor(self.sizes))
         return embedded[:-1], embedded[-1:].expand_as(embedded[:-1])
 
     def encode(self, pixels: np.ndarray) -> torch.Tensor:
@@ -262,18 +272,24 @@ def _model_index(folder: Path, conditioning: str) -> dict[str, Any] | None:
     and text to image in latents. The others load by component."""
     if (folder / "vae").is_dir() and conditioning == "text":
         kind = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        return {
-            "_class_name": "StableDiffusionPipeline",
+        described = {
             "unet": ["diffusers", "UNet2DConditionModel"],
             "scheduler": ["diffusers", "DDPMScheduler"],
             "vae": ["diffusers", kind],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            "safety_checker": [None, None],
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
-            "requires_safety_checker": False,
         }
+        if not (folder / "text_encoder_2").is_dir():
+            unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
+            return {"_class_name": "StableDiffusionPipeline", **described, **unchecked}
+        second = {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+        return {"_class_name": "StableDiffusionXLPipeline", **described, **second}
     if conditioning == "none" and not (folder / "vae").is_dir():
         parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
         return {"_class_name": "DDPMPipeline", **parts}

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from models.unet import UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+SCHEDULES = {
+    "linear": "linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+    "scaled_linear": "scaled_linear",
+}
 """diffusers' name of a schedule -> ours."""
 VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 
-SCHEDULES = ("linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "cosine", "sigmoid", "scaled_linear")
 BETA_START, BETA_END = 1e-4, 0.02  # Ho et al. 2020, section 4; kept for any T, as diffusers does
+SCALED_START, SCALED_END = 0.00085, 0.012  # of Stable Diffusion's published configuration
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps from being singular
 
 
@@ -23,22 +24,25 @@ def betas(
     schedule: str,
     timesteps: int,
     zero_terminal_snr: bool = False,
-    start: float = BETA_START,
-    end: float = BETA_END,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Array:
     """beta of a named schedule, float64 [T], each in (0, 1); the last is 1 with `zero_terminal_snr`.
 
     `linear`: Ho et al. 2020, from `start` to `end`. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the
-    schedule of that name in diffusers (a logistic ramp over [-6, 6], from `start` to `end`). Raises `ValueError`
-    for another name.
+    schedule of that name in diffusers (a logistic ramp over [-6, 6], from `start` to `end`). `scaled_linear`: that of
+    latent diffusion (Rombach et al. 2022), in which sqrt(beta) is linear. Raises `ValueError` for another name.
     """
-    beta = _named(schedule, timesteps, start, end)
+    first, last = (SCALED_START, SCALED_END) if schedule == "scaled_linear" else (BETA_START, BETA_END)
+    beta = _named(schedule, timesteps, first if start is None else start, last if end is None else end)
     return rescaled_to_zero_snr(beta) if zero_terminal_snr else beta
 
 
 def _named(schedule: str, timesteps: int, start: float, end: float) -> Array:
     if schedule == "linear":
         return np.linspace(start, end, timesteps)
+    if schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, timesteps) ** 2
     if schedule == "cosine":
         edges = np.arange(timesteps + 1) / timesteps
         f = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2

@@ -5,6 +5,7 @@ Legend: B images, U captions, L tokens of each (padded), D width of a token's em
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from models.classifier import Backbone, apply, shift_and_flip, to_input
 from models.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
 from models.fit import Recipe, fit, seeded
-from models.text_encoder import APPLY_BATCH, TextEncoder
+from models.text_encoder import APPLY_BATCH, ProjectedEncoder, TextEncoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -67,7 +68,7 @@ def train_text_encoder(
     """
     distinct, own = own_captions(captions)
     tokenizer = make_tokenizer(distinct, config)
-    pair = seeded(lambda: Towers(pixels.shape[1], pixels.shape[2], _tower(config, tokenizer)), recipe.seed)
+    pair = seeded(lambda: Towers(pixels.shape[1], pixels.shape[2], text_tower(config, tokenizer)), recipe.seed)
     pair.to(recipe.device)
     ids = TextEncoder(pair.text, tokenizer).token_ids(distinct)
     counts = torch.from_numpy((own >= 0).sum(1))
@@ -85,7 +86,19 @@ def train_text_encoder(
     return TextEncoder(pair.text, tokenizer), pair
 
 
-def _tower(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def projected(encoder: TextEncoder, pair: Towers) -> ProjectedEncoder:
+    """The encoder with the way into the space in which it met the images: its pooled embedding [U, E]."""
+    from transformers import CLIPTextModelWithProjection
+
+    config = copy.deepcopy(encoder.model.config)
+    config.projection_dim = EMBED
+    model = CLIPTextModelWithProjection(config).to(encoder.model.device)
+    model.text_model.load_state_dict(encoder.model.state_dict())
+    model.text_projection.load_state_dict(pair.text_projection.state_dict())
+    return ProjectedEncoder(model.eval().requires_grad_(False), encoder.tokenizer)
+
+
+def text_tower(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(

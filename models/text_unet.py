@@ -1,7 +1,7 @@
 """The text-conditional network: diffusers' `UNet2DConditionModel`, from tiny to Stable Diffusion XL, called as ours is.
 
 It is theirs so that image-to-image, inpainting, ControlNet and adapters run on what is trained here. Legend: B batch,
-C channels, H x W the side of an image or latent, L tokens, D width of their embeddings.
+C channels, H x W the side of an image or latent, L tokens, D width of their embeddings, P of the pooled one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.text_encoder import SIZES
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER = "default"
+SIZE_WIDTH = 256
+"""Sines and cosines by which Stable Diffusion XL is told each number of size and crop."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class TextUNetConfig:
     """Transformer blocks at each resolution; None is one everywhere."""
     linear_projection: bool = False
     dropout: float = 0.0
+    pooled: int | None = None
+    """P of a network that is told a pooled embedding, sizes and crop, as Stable Diffusion XL is; None is not told."""
     lora_rank: int | None = None
     """Train low-rank additions to the attention's matrices (Hu et al. 2021) and nothing else."""
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `config.json` of the network."""
         heads = [self.heads or width // (self.attention_head_dim or width) for width in self.block_out_channels]
+        added = {} if self.pooled is None else _added(self.pooled)
         return {
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": "0.42.1",
@@ -59,11 +66,15 @@ class TextUNetConfig:
             "transformer_layers_per_block": list(self.transformer_layers or [1] * len(self.attention)),
             "use_linear_projection": self.linear_projection,
             "dropout": self.dropout,
+            **added,
         }
 
     @staticmethod
     def from_diffusers(config: dict[str, Any]) -> TextUNetConfig:
         """Inverse of `to_diffusers`, without what was only for training."""
+        pooled = None
+        if config.get("addition_embed_type") == "text_time":
+            pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
         heads = config["attention_head_dim"]
         widths = tuple(config["block_out_channels"])
         layers = config.get("transformer_layers_per_block", 1)
@@ -82,11 +93,23 @@ class TextUNetConfig:
             transformer_layers=tuple([layers] * len(widths) if isinstance(layers, int) else layers),
             linear_projection=config.get("use_linear_projection", False),
             dropout=config.get("dropout", 0.0),
+            pooled=pooled,
         )
 
 
+def _added(pooled: int) -> dict[str, Any]:
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": pooled + SIZES * SIZE_WIDTH,
+    }
+
+
 class TextUNet(nn.Module):
-    """x_t [B, C, H, W], t int64 [B], token embeddings float [B, L, D] -> the network's output [B, C, H, W]."""
+    """x_t [B, C, H, W], t int64 [B], token embeddings float [B, L, D] -> the network's output [B, C, H, W].
+
+    With `pooled` the condition is packed, [B, L + 1, D], see `models/text_encoder.py`.
+    """
 
     def __init__(self, config: TextUNetConfig) -> None:
         from diffusers import UNet2DConditionModel
@@ -105,11 +128,20 @@ class TextUNet(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        return self.network(x, t, condition.to(x.dtype), return_dict=False)[0]
+        tokens, told, pooled = condition.to(x.dtype), None, self.config.pooled
+        if pooled is not None:
+            tokens, last = tokens[:, :-1], condition[:, -1]
+            told = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        return self.network(x, t, tokens, added_cond_kwargs=told, return_dict=False)[0]
 
     def checkpoint_gradients(self) -> None:
         """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
         self.network.enable_gradient_checkpointing()
+
+    def train_additions(self, alone: bool) -> None:
+        """Train the low-rank additions and nothing else, as from the beginning, or everything but them."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_((".lora_" in name) == alone)
 
     def load_published(self, weights: Mapping[str, Tensor]) -> None:
         """Load diffusers' weights, around which the low-rank additions stay as they are. Raises `RuntimeError` where

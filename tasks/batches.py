@@ -54,7 +54,8 @@ class Batch:
 
 class Store(Protocol):
     """One split as it is stored: columns `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W];
-    `labels` int64 [N], or `captions` int32 [N, K]. Or all texts: one column `embeddings` bfloat16 [U, L, D]."""
+    `labels` int64 [N], or `captions` int32 [N, K] (and `sizes` int32 [N, 6]). Or all texts: one column `embeddings`
+    bfloat16 [U, L, D]."""
 
     count: int
     where: str
@@ -153,7 +154,8 @@ class Batches:
     """Draws the samples of a step for one of `processes`, `batch_size` in `parts` accumulation parts each.
 
     `texts` are the embeddings that captions point to and `null_text` [L, D] stands for no condition; `classes` is
-    the number of labels, and the label of none.
+    the number of labels, and the label of none. With `pooled` the embeddings are packed (`models/text_encoder.py`)
+    and get each image's `sizes`.
     """
 
     def __init__(
@@ -169,12 +171,13 @@ class Batches:
         classes: int = 0,
         texts: Store | None = None,
         null_text: Tensor | None = None,
+        pooled: int | None = None,
         parts: int = 1,
         process: int = 0,
         processes: int = 1,
     ) -> None:
         self.store = store
-        self.classes, self.texts = classes, texts
+        self.classes, self.texts, self.pooled = classes, texts, pooled
         self.shape = store.shapes["pixels"] if "pixels" in store.shapes else store.shapes["mean"][1:]
         self.null = torch.tensor(classes, device=device) if null_text is None else null_text.to(device)
         self.size, self.parts, self.timesteps = batch_size // parts, parts, timesteps
@@ -221,8 +224,8 @@ class Batches:
         """Conditions to draw `count` samples by: each class in turn, or the captions of the first images."""
         if self.texts is not None:
             rows = torch.arange(count) % self.store.count
-            captions = self.store.gather(rows, lambda: rows)["captions"]
-            return self._embeddings(captions[:, 0])
+            columns = self.store.gather(rows, lambda: rows)
+            return self._sized(self._embeddings(columns["captions"][:, 0]), columns)
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.classes
         return None
@@ -253,14 +256,21 @@ class Batches:
             return None
         count = len(condition)
         dropped = torch.rand(count, generator=generator, device=self.device) < self.condition_dropout
-        return drop_condition(condition, self.null, dropped)
+        return self._sized(drop_condition(condition, self.null, dropped), columns)
+
+    def _sized(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """The condition with its images' sizes, where a network is told them: also of an image without caption."""
+        from models.text_encoder import with_sizes
+
+        return condition if self.pooled is None else with_sizes(condition, self.pooled, columns["sizes"])
 
 
 def conditioning_of(data: Path, where: str, device: torch.device) -> dict[str, Any]:
-    """`classes`, `texts` and `null_text` of a data set, as `Batches` takes them."""
-    prompts = latents.load_prompts(data)
+    """`classes`, `texts`, `null_text` and `pooled` of a data set, as `Batches` takes them."""
+    prompts, index = latents.load_prompts(data), latents.read_index(data)
     return {
-        "classes": len(latents.read_index(data)["classes"]),
+        "classes": len(index["classes"]),
+        "pooled": (index["text"] or {}).get("pooled"),
         "texts": open_texts(data, where, device),
         "null_text": None if prompts is None else prompts[-1].float(),
     }

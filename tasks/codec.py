@@ -2,7 +2,7 @@
 
 outputs/codec/codec.json             what the other stages must know
 outputs/codec/vae/                   the autoencoder, diffusers layout
-outputs/codec/{text_encoder,tokenizer}/    transformers layout
+outputs/codec/{text_encoder,tokenizer}/    transformers layout, with a "_2" at their end those of a second encoder
 outputs/codec/quality.json           what it does on held-out images
 outputs/codec/reconstructions.png    held-out images, each above what is left of it
 """
@@ -22,7 +22,7 @@ from tasks.stage import StageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.text_encoder import TextEncoder
+    from models.text_encoder import AnyEncoder, TextEncoder
 
 FORMAT = 2
 MEASURED_IMAGES = 1024
@@ -171,8 +171,8 @@ def _picture(images: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
 def _text(
     train: Samples, held_out: Samples, folder: Path, classes: int, params: CodecParams, quality: dict[str, float]
 ) -> dict[str, Any]:
-    """Write `text_encoder/` and `tokenizer/`; returns what codec.json says about them, and the prompts by which samples
-    are asked for: one of each class, or where there are none captions of held-out images."""
+    """Write the text encoders and their tokenizers; returns what codec.json says about them, and the prompts by which
+    samples are asked for: one of each class, or where there are none captions of held-out images."""
     from models.text_encoder import save_text_encoder
 
     for samples in (train, held_out):
@@ -185,7 +185,7 @@ def _text(
     encoder = _published_text(params) if params.text.weights else _trained_text(train, held_out, params, quality)
     save_text_encoder(folder, encoder)
     prompts = _class_prompts(train, classes) if classes else _some_captions(held_out)
-    text = {"sha256": _hash(folder), "width": encoder.model.config.hidden_size, "length": encoder.length}
+    text = {"sha256": _hash(folder), "width": encoder.width, "length": encoder.length, "pooled": encoder.pooled}
     return {"text": text, "prompts": prompts}
 
 
@@ -201,46 +201,71 @@ def _some_captions(samples: Samples) -> list[str]:
     return list(dict.fromkeys(captions[0] for captions in samples.captions[::step]))[:PROMPTS]
 
 
-def _trained_text(train: Samples, held_out: Samples, params: CodecParams, quality: dict[str, float]) -> TextEncoder:
+def _trained_text(train: Samples, held_out: Samples, params: CodecParams, quality: dict[str, float]) -> AnyEncoder:
+    """One encoder, or two of different seeds, the second with the projection that it was trained in."""
+    from models.text_encoder import PairedEncoder
+    from models.text_training import projected
+
+    encoder, pair = _trained_tower(train, params, params.text.width, params.seed)
+    quality |= _retrieval(pair, encoder, held_out, params.seed, "text")
+    if params.text.second_width is None:
+        return encoder
+    second, pair = _trained_tower(train, params, params.text.second_width, params.seed + 1)
+    quality |= _retrieval(pair, second, held_out, params.seed, "second_text")
+    return PairedEncoder(encoder, projected(second, pair))
+
+
+def _trained_tower(train: Samples, params: CodecParams, width: int, seed: int) -> tuple[TextEncoder, Any]:
     from models.fit import Recipe
-    from models.text_training import TextConfig, retrieval_accuracy, train_text_encoder
+    from models.text_training import TextConfig, train_text_encoder
 
     wanted = params.text
-    config = TextConfig(wanted.width, wanted.layers, wanted.length, wanted.words)
-    recipe = Recipe(wanted.steps, seed=params.seed, device=_device(), progress=_bar("text encoder"))
-    encoder, pair = train_text_encoder(train.pixels, train.captions, config, recipe)
+    config = TextConfig(width, wanted.layers, wanted.length, wanted.words)
+    recipe = Recipe(wanted.steps, seed=seed, device=_device(), progress=_bar("text encoder"))
+    return train_text_encoder(train.pixels, train.captions, config, recipe)
+
+
+def _retrieval(pair: Any, encoder: TextEncoder, held_out: Samples, seed: int, name: str) -> dict[str, float]:
+    """How well the encoder finds the caption of a held-out image; nothing where there is one caption for all."""
+    from models.text_training import retrieval_accuracy
+
     try:
-        accuracy, offered = retrieval_accuracy(pair, encoder, held_out.pixels, held_out.captions, params.seed)
+        accuracy, offered = retrieval_accuracy(pair, encoder, held_out.pixels, held_out.captions, seed)
     except ValueError:
-        return encoder  # one caption for all: there is nothing to measure
-    quality |= {"text_retrieval_accuracy": _rounded(accuracy), "text_retrieval_chance": _rounded(1 / offered)}
-    return encoder
+        return {}
+    return {f"{name}_retrieval_accuracy": _rounded(accuracy), f"{name}_retrieval_chance": _rounded(1 / offered)}
 
 
-def _published_text(params: CodecParams) -> TextEncoder:
-    from models.text_encoder import load_text_encoder
+def _published_text(params: CodecParams) -> AnyEncoder:
+    from models.text_encoder import SIZES, load_text_encoder
     from tasks import weights
 
-    assert params.text.weights is not None and params.text.pin is not None, "the parameters were checked"
-    folder = weights.bring(params.text.weights, params.text.pin, ("text_encoder", "tokenizer"))
+    wanted = params.text
+    assert wanted.weights is not None and wanted.pin is not None, "the parameters were checked"
+    paired = wanted.second_width is not None
+    names = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if paired else ()))
+    folder = weights.bring(wanted.weights, wanted.pin, names)
     try:
-        encoder = load_text_encoder(folder, _device())
+        encoder = load_text_encoder(folder, _device(), paired)
     except (OSError, ValueError) as error:
-        raise StageError(f"codec.text.weights '{params.text.weights}': {error}") from None
-    found = {"width": encoder.model.config.hidden_size, "length": encoder.length}
-    for name, value in found.items():
-        if getattr(params.text, name) != value:
+        raise StageError(f"codec.text.weights '{wanted.weights}': {error}") from None
+    found = dict(zip(("width", "second_width"), (tower.width for tower in encoder.towers), strict=False))
+    for name, value in {**found, "length": encoder.length}.items():
+        if getattr(wanted, name) != value:
             raise StageError(f"codec.text.weights have {name} {value}; set codec.text.{name} to it")
+    if encoder.pooled is not None and encoder.pooled + SIZES > encoder.width:
+        raise StageError(f"codec.text.weights '{wanted.weights}' pool to {encoder.pooled} numbers, which is too wide")
     return encoder
 
 
 def _hash(folder: Path) -> str:
-    """sha256 over text encoder and tokenizer."""
+    """sha256 over text encoders and tokenizers."""
     import hashlib
 
     from models.autoencoder import seal
 
-    return hashlib.sha256((seal(folder / "text_encoder") + seal(folder / "tokenizer")).encode()).hexdigest()
+    parts = [folder / f"{name}{suffix}" for suffix in ("", "_2") for name in ("text_encoder", "tokenizer")]
+    return hashlib.sha256("".join(seal(part) for part in parts if part.is_dir()).encode()).hexdigest()
 
 
 def _rounded(value: float) -> float:

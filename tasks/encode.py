@@ -47,6 +47,8 @@ class Row:
     sha256: str
     label: int
     captions: list[str]
+    width: int
+    height: int
 
 
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
@@ -76,11 +78,13 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
 
 def _rows(images: Path) -> dict[str, list[Row]]:
     """Split -> its images, sorted by key."""
-    table = read_columns(images, ["key", "split", "sha256", "label", "captions"]).to_pylist()
+    names = ["key", "split", "sha256", "label", "captions", "width", "height"]
+    table = read_columns(images, names).to_pylist()
     rows: dict[str, list[Row]] = {}
     for row in sorted(table, key=lambda row: row["key"]):
         label = -1 if row["label"] is None else row["label"]
-        rows.setdefault(row["split"], []).append(Row(row["key"], row["sha256"], label, row["captions"]))
+        known = Row(row["key"], row["sha256"], label, row["captions"], row["width"], row["height"])
+        rows.setdefault(row["split"], []).append(known)
     return dict(sorted(rows.items()))
 
 
@@ -108,10 +112,20 @@ def _write_split(
             inputs["labels"] = np.array([row.label for row in some], np.int64)
         if texts:
             inputs["captions"] = texts.places(some)
+        if (description.get("text") or {}).get("pooled"):
+            inputs["sizes"] = np.array([sizes(row.width, row.height, form.size) for row in some], np.int32)
         return inputs
 
     shards = write_shards(folder, split, len(rows), tensors, params.shard_size)
     return {"count": len(rows), "keys_sha256": keys_hash([row.key for row in rows]), "shards": shards}
+
+
+def sizes(width: int, height: int, side: int) -> tuple[int, int, int, int, int, int]:
+    """What Stable Diffusion XL is told of a picture (Podell et al. 2023, section 2.2): its height and width as
+    published, top and left of the centre square in the picture brought down to it, and height and width drawn."""
+    scale = side / min(width, height)
+    top, left = (round((whole * scale - side) / 2) for whole in (height, width))
+    return height, width, top, left, side, side
 
 
 def _print_disk_cost(description: dict[str, Any], params: EncodeParams, rows: dict[str, list[Row]], out: Path) -> None:
@@ -124,7 +138,7 @@ def _print_disk_cost(description: dict[str, Any], params: EncodeParams, rows: di
     else:
         each = description["channels"] * description["size"] ** 2
     captions = len({text for its in rows.values() for row in its for text in row.captions}) if text else 0
-    caption = text["length"] * text["width"] * BFLOAT16_BYTES if text else 0
+    caption = (text["length"] + bool(text.get("pooled"))) * text["width"] * BFLOAT16_BYTES if text else 0
     line = f"encode: 100,000 images take {each / 10:,.1f} MB"
     if text:
         line += f", 100,000 different captions {caption / 10:,.1f} MB"

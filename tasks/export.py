@@ -82,8 +82,16 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
         (folder / "decoder.onnx").write_bytes(decoder_to_onnx(trained, params.opset))
     if trained.text is not None:
         (folder / "text_encoder.onnx").write_bytes(text_to_onnx(trained, params.opset))
-        (folder / "tokenizer.json").write_text(trained.text.tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-        info["text"] = {"length": trained.text.length, "pad": trained.text.tokenizer.pad_token_id}
+        info["text"] = {
+            "length": trained.text.length,
+            "pooled": trained.text.pooled,
+            "sizes": trained.sizes,
+            "pads": {},
+        }
+        for tower, suffix in zip(trained.text.towers, ("", "_2"), strict=False):
+            tokenizer = tower.tokenizer.backend_tokenizer.to_str()
+            (folder / f"tokenizer{suffix}.json").write_text(tokenizer, encoding="utf-8")
+            info["text"]["pads"][suffix] = tower.tokenizer.pad_token_id
     constants = {"alpha_bar": trained.alpha_bar.tolist(), "variance": trained.variance}
     atomic.write_json(folder / "bundle.json", {"format": FORMAT, **constants, **info})
     package = folder / PACKAGE

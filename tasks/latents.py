@@ -6,6 +6,8 @@
     data/latents/prompts.safetensors       embeddings bfloat16 [classes + 1, L, D]: class prompts, then the empty text
     data/latents/index.json                counts, shards, codec, conditioning, scaling, digest
 
+With two text encoders L is one more, and `sizes` int32 [n, 6] stand beside the captions: see `models/text_encoder.py`.
+
 Under the identity codec the inputs are the pixels themselves; under an autoencoder the mean and standard deviation of
 its posterior, from which training draws, V = 2 with a mirrored copy. They are in the model's units: nothing is to be
 scaled any more. Labels and captions are there where the conditioning needs them.

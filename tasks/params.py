@@ -29,6 +29,8 @@ NO_WARM_START = "requirements.lock"
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 """Kinds of averages of the weights that `train.ema` may name, and what their number must stay below."""
 _NUMBER = re.compile(r"\d+(\.\d+)?")
+PACKED_WIDTH = 80
+"""What a pooled embedding trained here and the numbers of size and crop need beside each other."""
 
 
 class ParamsError(ValueError):
@@ -269,12 +271,15 @@ class AutoencoderParams(Section):
 
 
 class TextParams(Section):
-    """Read by codec.conditioning 'text' alone: a published CLIP text encoder, or one trained here on the captions."""
+    """Read by codec.conditioning 'text' alone: published CLIP text encoders, or such trained here on the captions."""
 
     weights: str | None = None
-    """A hub repository, a local folder or s3://bucket/prefix with text_encoder/ and tokenizer/; null trains one."""
+    """A hub repository, a local folder or s3://bucket/prefix with text_encoder/ and tokenizer/ (and text_encoder_2/ and
+    tokenizer_2/ beside them); null trains here."""
     pin: str | None = None
     width: PositiveInt = 64
+    second_width: PositiveInt | None = None
+    """Of a second encoder, with a pooled embedding: the network is a Stable Diffusion XL then; null is one encoder."""
     layers: PositiveInt = 2
     length: Annotated[int, Field(ge=4)] = 32
     """Tokens of a caption; longer ones are cut."""
@@ -285,8 +290,16 @@ class TextParams(Section):
     @model_validator(mode="after")
     def _check(self) -> TextParams:
         _require_pin("codec.text", self.weights, self.pin)
-        if self.width % 16:
-            raise ValueError(f"codec.text.width {self.width} must be a multiple of 16, the width of a head")
+        for name in ("width", "second_width"):
+            if (getattr(self, name) or 0) % 16:
+                raise ValueError(
+                    f"codec.text.{name} {getattr(self, name)} must be a multiple of 16, the width of a head"
+                )
+        if self.second_width and self.width + self.second_width < PACKED_WIDTH:
+            raise ValueError(
+                f"codec.text.width {self.width} and codec.text.second_width {self.second_width} leave no room for the "
+                f"pooled embedding; let them be {PACKED_WIDTH} or more together"
+            )
         return self
 
 
@@ -338,7 +351,8 @@ class ModelParams(Section):
     linear_projection: bool = False
     """Text only: Stable Diffusion 2's and XL's way into a transformer."""
     lora_rank: PositiveInt | None = None
-    """Text only: train low-rank additions of this rank to what `train.init_from` gives; null trains all weights."""
+    """Text only: train low-rank additions of this rank to what `train.weights` or `train.init_from` gives; null trains
+    all weights."""
 
     @property
     def text_only(self) -> dict[str, Any]:
@@ -373,7 +387,8 @@ class ModelParams(Section):
 
 
 class DiffusionParams(Section):
-    schedule: Literal["linear", "cosine", "sigmoid"]
+    schedule: Literal["linear", "cosine", "sigmoid", "scaled_linear"]
+    """Of the noise; "scaled_linear" is Stable Diffusion's."""
     timesteps: Annotated[int, Field(ge=2)]
     prediction: Literal["epsilon", "sample", "v_prediction"]
     """What the network outputs: the noise, the clean image, or v; diffusers' names."""
@@ -427,6 +442,12 @@ class TrainParams(Section):
     """Keep the data set on the device, or gather each batch from memory-mapped shards; the batches are the same."""
     init_from: str = NO_WARM_START
     """A folder with a trained pipeline to take the first weights from; a DVC dependency."""
+    weights: str | None = None
+    """The same from a hub repository, s3://bucket/prefix or a folder that `pin` names: a published network."""
+    pin: str | None = None
+    full_steps: Annotated[int, Field(ge=0)] = 0
+    """Before model.lora_rank's additions are trained alone, so many steps train all weights: a base where none is
+    given."""
     seed: int = 0
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
@@ -437,6 +458,14 @@ class TrainParams(Section):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps} leaves nothing of train.steps {self.steps}; lower it"
+            )
+        _require_pin("train", self.weights, self.pin)
+        if self.weights is not None and self.init_from != NO_WARM_START:
+            raise ValueError("train.weights and train.init_from both name first weights; set one of them back")
+        if self.full_steps >= self.steps:
+            raise ValueError(
+                f"train.full_steps {self.full_steps} leaves nothing of train.steps {self.steps} to the low-rank "
+                "additions; lower it"
             )
         for profile in self.ema:
             kind, _, number = profile.partition("-")
@@ -605,8 +634,14 @@ class Params(Section):
         if self.codec.conditioning != "text" and self.model.text_only:
             name = next(iter(self.model.text_only))
             raise ValueError(f"model.{name} belongs to codec.conditioning 'text'; set it to null (or false)")
-        if self.model.lora_rank and self.train.init_from == NO_WARM_START:
-            raise ValueError("model.lora_rank adds to trained weights; name a pipeline in train.init_from")
+        given = self.train.init_from != NO_WARM_START or self.train.weights is not None
+        if self.model.lora_rank and not (given or self.train.full_steps):
+            raise ValueError(
+                "model.lora_rank adds to trained weights; name them in train.weights or train.init_from, or let "
+                "train.full_steps train them first"
+            )
+        if self.train.full_steps and not self.model.lora_rank:
+            raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
         for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
             if steps > self.diffusion.timesteps:
                 raise ValueError(

@@ -115,8 +115,9 @@ def _share_text_weights(pipeline: Pipeline, judge: Judge) -> bool:
     asked whether the model did as it was told by the same."""
     if pipeline.text is None or judge.pretrained_clip is None:
         return False
-    told, asked = pipeline.text.model.get_input_embeddings().weight, judge.pretrained_clip.token_embeddings()
-    return told.shape == asked.shape and bool((told.float().cpu() == asked.float().cpu()).all())
+    asked = judge.pretrained_clip.token_embeddings().float().cpu()
+    told = [tower.model.get_input_embeddings().weight.float().cpu() for tower in pipeline.text.towers]
+    return any(weights.shape == asked.shape and bool((weights == asked).all()) for weights in told)
 
 
 def fingerprint(measurement: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tasks import atomic, checkpoint
 from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
 
 # Parameters of `train` that change no weight, so that a checkpoint made under another value still serves.
-FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from"}
+FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from", "weights"}
 CODE = {
     "unet.py",
     "text_unet.py",
@@ -44,6 +44,8 @@ def facts(
     sections = {"model": model, "diffusion": diffusion, "train": params}
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()}
     flat["train.init_from"] = Path(params.init_from).name
+    if params.weights and Path(params.weights).is_absolute():
+        flat["train.weights"] = Path(params.weights).name  # where it lies is this machine's business
     determining = {key: value for key, value in flat.items() if key.removeprefix("train.") not in FREE}
     data = {"digest": index["digest"], "codec": _sha256(codec / "codec.json")}
     if params.init_from != NO_WARM_START:

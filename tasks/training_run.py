@@ -74,16 +74,30 @@ def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionPa
         )
     if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
-    if params.init_from != NO_WARM_START:
-        _check_warm_start(Path(params.init_from), network_config(index, model), diffusion)
+    if params.full_steps and processes > 1:
+        raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+    folder = first_weights(params)
+    if folder is not None:
+        named = f"train.weights {params.weights}" if params.weights else f"train.init_from {folder}"
+        _check_warm_start(folder, named, network_config(index, model), diffusion)
 
 
-def _check_warm_start(folder: Path, config: NetworkConfig, diffusion: DiffusionParams) -> None:
+def first_weights(params: TrainParams) -> Path | None:
+    """The folder of the pipeline whose weights come first, brought here where it is published; None starts from
+    nothing. Raises `StageError` where it cannot be had."""
+    from tasks import weights
+
+    if params.weights is not None and params.pin is not None:
+        return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
+    return None if params.init_from == NO_WARM_START else Path(params.init_from)
+
+
+def _check_warm_start(folder: Path, named: str, config: NetworkConfig, diffusion: DiffusionParams) -> None:
     """Compare architecture and prediction by their small files; the weights are not read."""
     weights = training_key.weights_of(folder)
     described = weights.with_name("config.json")
     if not (weights.is_file() and described.is_file()):
-        raise StageError(f"train.init_from {folder} holds no pipeline (no {weights.name} and config.json); correct it")
+        raise StageError(f"{named} holds no pipeline (no {weights.name} and config.json); correct it")
     from models.network import config_of
 
     ours, theirs = config.to_diffusers(), config_of(json.loads(described.read_text(encoding="utf-8"))).to_diffusers()
@@ -91,14 +105,13 @@ def _check_warm_start(folder: Path, config: NetworkConfig, diffusion: DiffusionP
     unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
     if unlike:
         told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
-        raise StageError(f"train.init_from {folder} is another network ({told}); set the section model to fit it")
+        raise StageError(f"{named} is another network ({told}); set the section model to fit it")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
         if predicts != diffusion.prediction:
             raise StageError(
-                f"train.init_from {folder} predicts {predicts}, not {diffusion.prediction}; "
-                f"set diffusion.prediction to {predicts}"
+                f"{named} predicts {predicts}, not {diffusion.prediction}; set diffusion.prediction to {predicts}"
             )
 
 
@@ -126,8 +139,9 @@ def prepare(
     )
     torch.manual_seed(params.seed)
     network = build(network_config(index, model))
-    if params.init_from != NO_WARM_START:
-        _load_weights(network, Path(params.init_from))
+    given = first_weights(params)
+    if given is not None:
+        _load_weights(network, given)
     network = network.to(accelerator.device, memory_format=_memory_format(params))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
@@ -187,7 +201,8 @@ def network_config(index: dict[str, Any], model: ModelParams) -> NetworkConfig:
 
     form = {"size": index["size"], "channels": index["channels"]}
     if index["conditioning"] == "text":
-        return TextUNetConfig(**form, cross_attention_dim=index["text"]["width"], **model.model_dump())
+        text = {"cross_attention_dim": index["text"]["width"], "pooled": index["text"].get("pooled")}
+        return TextUNetConfig(**form, **text, **model.model_dump())
     shared = {name: value for name, value in model.model_dump().items() if name in UNetConfig.__dataclass_fields__}
     return UNetConfig(**form, conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0, **shared)
 

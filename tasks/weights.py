@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from pathlib import Path, PurePosixPath
 
@@ -9,7 +10,8 @@ from tasks import atomic, locks, workspace
 from tasks.source import sha256_of
 from tasks.stage import StageError
 
-KEPT = (".json", ".safetensors", ".txt", ".model")
+WEIGHTS = ".safetensors"
+KEPT = (".json", WEIGHTS, ".txt", ".model")
 """Suffixes of the files that are brought: never a pickle, never code."""
 COMMIT_DIGITS = 40
 
@@ -50,30 +52,44 @@ def _require_pin(folder: Path, pin: str, parts: tuple[str, ...]) -> None:
         )
 
 
-def _wanted(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether a file, by its path inside of the model folder, belongs to what is asked for."""
-    path = PurePosixPath(name)
-    return path.suffix in KEPT and ".." not in path.parts and (len(path.parts) == 1 or path.parts[0] in parts)
+def _wanted(names: list[str], parts: tuple[str, ...]) -> list[str]:
+    """Of a model folder's files those that are asked for: what lies in `parts`, and small files beside them; or where
+    there is no such part, the folder itself is one. A second dot, as in model.fp16.safetensors, marks the same weights
+    in another form."""
+    paths = [PurePosixPath(name) for name in names]
+    kept = [path for path in paths if path.suffix in KEPT and ".." not in path.parts and "." not in path.stem]
+    inside = [path for path in kept if len(path.parts) > 1 and path.parts[0] in parts]
+    beside = [path for path in kept if len(path.parts) == 1 and not (inside and path.suffix == WEIGHTS)]
+    return [path.as_posix() for path in sorted([*inside, *beside])]
 
 
 def _from_hub(repository: str, commit: str, parts: tuple[str, ...]) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    patterns = [f"{folder}*{suffix}" for folder in ("", *(f"{name}/" for name in parts)) for suffix in KEPT]
     try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+        if constants.is_offline_mode():
+            return Path(snapshot_download(repository, revision=commit, local_files_only=True))
+        # Named one by one: the hub's patterns cannot tell a folder's files from those below it.
+        listed = HfApi().list_repo_files(repository, revision=commit)
+        names = _wanted(listed, parts)
+        if not names:
+            raise StageError(f"'{repository}' holds no weights in {', '.join(parts)}; name another repository")
+        escaped = [glob.escape(name) for name in names]
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=escaped))
     except errors.GatedRepoError:
         remedy = "accept its terms on the hub and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         remedy = "correct the name, or set HF_TOKEN where it is private"
     except errors.RevisionNotFoundError:
         remedy = f"it has no commit {commit}; correct the pin"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except errors.HfHubHTTPError as error:
+        remedy = f"the hub answered {error.response.status_code}; try again, or set HF_ENDPOINT to a mirror"
+    except StageError:
+        raise
+    except Exception as error:  # whatever its HTTP client raises where there is no answer
         remedy = (
             f"the hub cannot be reached ({type(error).__name__}); set HF_ENDPOINT to a mirror, or name a local folder"
         )
-    except errors.HfHubHTTPError as error:
-        remedy = f"the hub answered {error.response.status_code}; try again, or set HF_ENDPOINT to a mirror"
     raise StageError(f"could not bring the weights '{repository}': {remedy}")
 
 
@@ -92,7 +108,7 @@ def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
             client = boto3.client("s3")
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-            names = [name for name in (key.removeprefix(prefix) for key in keys) if _wanted(name, parts)]
+            names = _wanted([key.removeprefix(prefix) for key in keys], parts)
             if not names:
                 raise StageError(f"{address} holds no weights; give the prefix below which model files lie")
             with atomic.writing_folder(folder) as temporary:

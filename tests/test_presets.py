@@ -14,7 +14,7 @@ from tasks import params, preset
 ROOT = Path(__file__).resolve().parent.parent
 PATH = f"download.path={ROOT / 'tests'}"
 OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"}
-PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd"}
+PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 TINY = {f"{name}_tiny" for name in PICTURES}
 SAID_BY_A_PERSON = {"hub": ["download.hub.repo=owner/name"]} | {
     name: [PATH] for name in {"cifar10_tiny", "folder", *TINY}

@@ -179,12 +179,14 @@ def test_a_judge_of_published_networks_measures_and_its_fingerprint_names_them(t
 def test_a_score_by_the_weights_that_condition_the_model_says_so(tmp_path, clip):
     from dataclasses import replace
 
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from models.text_encoder import TextEncoder
 
     images = judge_inputs.write_images(tmp_path)
     judge = load_judge(judged(tmp_path, None, clip))
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
-    text = type("Text", (), {"model": CLIPTextModel.from_pretrained(clip)})()
+    text = TextEncoder(CLIPTextModel.from_pretrained(clip), CLIPTokenizer())
     told = replace(pipeline, text=text)
     assert protocol.declare(told, images, judge, PARAMS)["clip_is_condition"] is True
     torch.nn.init.normal_(text.model.get_input_embeddings().weight)

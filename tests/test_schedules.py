@@ -5,7 +5,13 @@ import pytest
 
 from models import schedules
 
-DIFFUSERS_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+THEIRS = {
+    "linear": {"beta_schedule": "linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    # As the scheduler_config.json of Stable Diffusion has it.
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+}
 
 
 @pytest.mark.parametrize("timesteps", [2, 10, 100, 500, 777, 1000])
@@ -13,7 +19,7 @@ DIFFUSERS_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": 
 def test_equals_diffusers(name, timesteps):
     from diffusers import DDPMScheduler
 
-    expected = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS_NAME[name]).betas.numpy()
+    expected = DDPMScheduler(timesteps, **THEIRS[name]).betas.numpy()
     assert np.abs(schedules.betas(name, timesteps) - expected).max() < 1e-6
 
 
@@ -22,7 +28,7 @@ def test_equals_diffusers(name, timesteps):
 def test_zero_terminal_snr_equals_diffusers(name, timesteps):
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS_NAME[name], rescale_betas_zero_snr=True)
+    scheduler = DDPMScheduler(timesteps, **THEIRS[name], rescale_betas_zero_snr=True)
     ours = schedules.alpha_bar(schedules.betas(name, timesteps, zero_terminal_snr=True))
     assert np.abs(ours - scheduler.alphas_cumprod.numpy()).max() < 1e-5
 
@@ -53,5 +59,5 @@ def test_snr_in_numbers():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match=r"'quadratic'.*linear, cosine, sigmoid"):
+    with pytest.raises(ValueError, match=r"'quadratic'.*linear, cosine, sigmoid, scaled_linear"):
         schedules.betas("quadratic", 10)

@@ -7,103 +7,23 @@ import pytest
 import torch
 
 from models.pipeline import load_pipeline, to_uint8
-from models.text_unet import TextUNet, TextUNetConfig, merged, parameter_count
-from tasks import atomic
-from tasks.codec import codec
-from tasks.download import download
-from tasks.encode import encode
-from tasks.export import export
-from tasks.ingest import ingest
-from tasks.params import (
-    AutoencoderParams,
-    CodecParams,
-    DiffusionParams,
-    EncodeParams,
-    ExportParams,
-    ImageParams,
-    ModelParams,
-    TextParams,
-    TrainParams,
-)
-from tasks.train import train
-from tests.data_inputs import folder_params, ingest_params, picture, write_tree
+from models.text_unet import TextUNet, TextUNetConfig, merged
+from tasks.params import AutoencoderParams, CodecParams, TextParams
+from tests import text_inputs
+from tests.text_inputs import MODEL, run_train
 
-FILES = {f"{seed:02d}.png": picture(seed, (16, 16)) for seed in range(48)}
-LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
 CODEC = CodecParams(
     kind="autoencoder",
     conditioning="text",
     autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8, horizontal_flip=True),
     text=TextParams(steps=3, width=32, length=8, words=600),
 )
-MODEL = ModelParams(
-    block_out_channels=(8, 16), attention=(False, True), layers_per_block=1, norm_num_groups=4, attention_head_dim=8
-)
-DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_prediction")
-
-
-def train_params(**others) -> TrainParams:
-    given = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
-    given |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
-    return TrainParams.model_validate({**DEFAULTS, **given, **others})
-
-
-def defaults() -> dict:
-    from tasks.preset import compose
-
-    return compose("digits", [])["train"]
-
-
-DEFAULTS = defaults()
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
     """The folder in which the stages from `download` to `export` have run."""
-    import shutil
-
-    root = tmp_path_factory.mktemp("text-to-image")
-    with pytest.MonkeyPatch.context() as patch:
-        shutil.copy(migrated_database, root / "mlflow.db")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        patch.setenv("AFTERIMAGE_SCRATCH", str(root / "scratch"))
-        patch.chdir(root)
-        (root / "requirements.lock").touch()
-        source = write_tree(root / "in", FILES | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
-        download(root / "raw", folder_params(source))
-        ingest(root / "raw", root / "images", root / "aside", ingest_params())
-        atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
-        codec(root / "images", root / "accepted.json", root / "codec", CODEC, ImageParams(size=16, channels=3))
-        encode(
-            root / "images",
-            root / "accepted.json",
-            root / "codec",
-            root / "latents",
-            EncodeParams(shard_size=20, horizontal_flip=True),
-        )
-        run_train(root, "pipeline")
-        export(
-            root / "pipeline",
-            root / "accepted.json",
-            root / "onnx",
-            root / "export.json",
-            root / "latency.json",
-            ExportParams(latency_batches=(1,)),
-        )
-    return root
-
-
-def run_train(root, name, model=MODEL, **others):
-    train(
-        root / "latents",
-        root / "codec",
-        root / "accepted.json",
-        root / name,
-        root / f"report-{name}",
-        model,
-        DIFFUSION,
-        train_params(**others),
-    )
+    return text_inputs.through(tmp_path_factory.mktemp("text-to-image"), migrated_database, CODEC)
 
 
 def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
@@ -202,39 +122,6 @@ def test_low_rank_additions_start_at_nothing_and_merge_exactly():
         again.load_state_dict(merged(network.state_dict()))
         assert torch.allclose(again(*inputs), network(*inputs), atol=1e-5)
     assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "published"),
-    [
-        (
-            "Stable Diffusion 1.5",
-            {"cross_attention_dim": 768, "heads": 8, "block_out_channels": (320, 640, 1280, 1280)},
-            859_520_964,
-        ),
-        (
-            "Stable Diffusion 2.1",
-            {
-                "cross_attention_dim": 1024,
-                "attention_head_dim": 64,
-                "block_out_channels": (320, 640, 1280, 1280),
-                "linear_projection": True,
-            },
-            865_910_724,
-        ),
-    ],
-)
-def test_the_published_sizes_on_the_meta_device(name, shape, published):
-    config = TextUNetConfig(
-        size=64,
-        channels=4,
-        attention=(True, True, True, False),
-        layers_per_block=2,
-        norm_num_groups=32,
-        **shape,
-    )
-    assert parameter_count(config) == published, name
-    assert TextUNetConfig.from_diffusers(config.to_diffusers()).to_diffusers() == config.to_diffusers()
 
 
 def test_pictures_are_pictures(tree):

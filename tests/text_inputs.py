@@ -1,0 +1,90 @@
+"""Captioned pictures taken through the stages from `download` to `export`: every part real, everything small."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks import atomic
+from tasks.codec import codec
+from tasks.download import download
+from tasks.encode import encode
+from tasks.export import export
+from tasks.ingest import ingest
+from tasks.params import (
+    CodecParams,
+    DiffusionParams,
+    EncodeParams,
+    ExportParams,
+    ImageParams,
+    ModelParams,
+    TrainParams,
+)
+from tasks.preset import compose
+from tasks.train import train
+from tests.data_inputs import folder_params, ingest_params, picture, write_tree
+
+LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
+MODEL = ModelParams(
+    block_out_channels=(8, 16), attention=(False, True), layers_per_block=1, norm_num_groups=4, attention_head_dim=8
+)
+DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_prediction")
+
+
+def train_params(**others) -> TrainParams:
+    given = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
+    given |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
+    return TrainParams.model_validate({**compose("digits", [])["train"], **given, **others})
+
+
+def through(root: Path, database: Path, params: CodecParams, form: tuple[int, int] = (16, 16)) -> Path:
+    """Make 48 captioned pictures of `form` below `root`, and run the stages on them; returns `root`."""
+    files = {f"{seed:02d}.png": picture(seed, form) for seed in range(48)}
+    with pytest.MonkeyPatch.context() as patch:
+        shutil.copy(database, root / "mlflow.db")
+        at_home(root, patch)
+        (root / "requirements.lock").touch()
+        source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
+        download(root / "raw", folder_params(source))
+        ingest(root / "raw", root / "images", root / "aside", ingest_params())
+        atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
+        codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(size=16, channels=3))
+        encode(
+            root / "images",
+            root / "accepted.json",
+            root / "codec",
+            root / "latents",
+            EncodeParams(shard_size=20, horizontal_flip=True),
+        )
+        run_train(root, "pipeline")
+        export(
+            root / "pipeline",
+            root / "accepted.json",
+            root / "onnx",
+            root / "export.json",
+            root / "latency.json",
+            ExportParams(latency_batches=(1,)),
+        )
+    return root
+
+
+def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let MLflow, the scratch folder and relative paths be those of `root`."""
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    patch.setenv("AFTERIMAGE_SCRATCH", str(root / "scratch"))
+    patch.chdir(root)
+
+
+def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
+    train(
+        root / "latents",
+        root / "codec",
+        root / "accepted.json",
+        root / name,
+        root / f"report-{name}",
+        model,
+        DIFFUSION,
+        train_params(**others),
+    )
