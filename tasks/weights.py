@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
+import os
+import shutil
 from pathlib import Path, PurePosixPath
 
-from tasks import atomic, locks, workspace
+from tasks import atomic, locks, objects, workspace
+from tasks.params import S3Params
 from tasks.source import sha256_of
 from tasks.stage import StageError
 
@@ -14,6 +18,8 @@ WEIGHTS = ".safetensors"
 KEPT = (".json", WEIGHTS, ".txt", ".model")
 """Suffixes of the files that are brought: never a pickle, never code."""
 COMMIT_DIGITS = 40
+TIMEOUT_SECONDS = 6 * 3600
+"""For all files of a model; what has arrived is kept."""
 
 
 def bring(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
@@ -64,18 +70,16 @@ def _wanted(names: list[str], parts: tuple[str, ...]) -> list[str]:
 
 
 def _from_hub(repository: str, commit: str, parts: tuple[str, ...]) -> Path:
+    """The snapshot of a repository's commit in the hub's cache, brought there where it is missing.
+
+    The files are named one by one: the hub's patterns cannot tell those of a folder from those below it.
+    """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     try:
         if constants.is_offline_mode():
-            return Path(snapshot_download(repository, revision=commit, local_files_only=True))
-        # Named one by one: the hub's patterns cannot tell a folder's files from those below it.
-        listed = HfApi().list_repo_files(repository, revision=commit)
-        names = _wanted(listed, parts)
-        if not names:
-            raise StageError(f"'{repository}' holds no weights in {', '.join(parts)}; name another repository")
-        escaped = [glob.escape(name) for name in names]
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=escaped))
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        names = _wanted(HfApi().list_repo_files(repository, revision=commit), parts)
     except errors.GatedRepoError:
         remedy = "accept its terms on the hub and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -84,39 +88,58 @@ def _from_hub(repository: str, commit: str, parts: tuple[str, ...]) -> Path:
         remedy = f"it has no commit {commit}; correct the pin"
     except errors.HfHubHTTPError as error:
         remedy = f"the hub answered {error.response.status_code}; try again, or set HF_ENDPOINT to a mirror"
-    except StageError:
-        raise
     except Exception as error:  # whatever its HTTP client raises where there is no answer
+        cached = _cached(repository, commit, parts)
+        if cached is not None:
+            return cached
         remedy = (
-            f"the hub cannot be reached ({type(error).__name__}); set HF_ENDPOINT to a mirror, or name a local folder"
+            f"the hub cannot be reached ({type(error).__name__}) and its cache here lacks them; set HF_ENDPOINT to a "
+            "mirror, or name a local folder"
         )
+    else:
+        if any(name.endswith(WEIGHTS) for name in names):
+            try:
+                escaped = [glob.escape(name) for name in names]
+                return Path(snapshot_download(repository, revision=commit, allow_patterns=escaped))
+            except Exception as error:  # as above, and a full disk
+                remedy = f"the download broke off ({type(error).__name__}); the same command goes on from there"
+        else:
+            remedy = f"it has no {WEIGHTS} files in {' or '.join(parts)} or beside them; name another"
     raise StageError(f"could not bring the weights '{repository}': {remedy}")
+
+
+def _cached(repository: str, commit: str, parts: tuple[str, ...]) -> Path | None:
+    """The snapshot that the hub's cache holds of a commit with one of `parts`, or of a network alone."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (*(f"{folder}/config.json" for folder in parts), "config.json"):
+        found = try_to_load_from_cache(repository, name, revision=commit)
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Bring the files below an s3:// prefix into the scratch folder, once; AWS_ENDPOINT_URL names another server."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/") + "/" if prefix else ""
-    folder = workspace.scratch() / "weights" / hashlib.sha256(f"{address} {pin}".encode()).hexdigest()[:16]
+    wanted = json.dumps([bucket, prefix, pin, parts])
+    folder = workspace.scratch() / "weights" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
     with locks.exclusive(folder.with_suffix(".lock")):
         if folder.is_dir():
             return folder
-        try:
-            client = boto3.client("s3")
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-            names = _wanted([key.removeprefix(prefix) for key in keys], parts)
+        access = S3Params()
+        client, arriving = objects.client(access), folder.with_suffix(".part")
+        with objects.explained(address):
+            stored = {its.key.removeprefix(prefix): its for its in objects.listed(client, bucket, prefix)}
+            names = _wanted(list(stored), parts)
             if not names:
                 raise StageError(f"{address} holds no weights; give the prefix below which model files lie")
-            with atomic.writing_folder(folder) as temporary:
-                for name in names:
-                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                    client.download_file(bucket, prefix + name, str(temporary / name))
-        except (BotoCoreError, ClientError) as error:
-            raise StageError(
-                f"could not bring {address}: {error}; check the address, the credentials and AWS_ENDPOINT_URL"
-            ) from None
+            files = [stored[name] for name in names]
+            objects.bring(client, bucket, files, arriving, access.connections, TIMEOUT_SECONDS)
+        with atomic.writing_folder(folder) as temporary:
+            for name, its in zip(names, files, strict=True):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(arriving / objects.file_name(its), temporary / name)
+        shutil.rmtree(arriving)
     return folder

@@ -158,6 +158,14 @@ def serving(certificate: Path | None = None) -> Iterator[Site]:
             end = len(data) if site.cut_after is None else start + site.cut_after
             self.wfile.write(data[start:end])
 
+        def do_HEAD(self) -> None:
+            found = self.path in site.files
+            self.send_response(200 if found else 404)
+            headers = {"Content-Length": str(len(site.files.get(self.path, b"")))} | site.headers.get(self.path, {})
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, as far as a data set's files go: its listing, its redirects to storage, its refusals."""
+"""The Hugging Face hub, as far as files go: its listings, its redirects to storage, its refusals."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def publish(site: Site, repo: str, files: dict[str, bytes], revision: str = COMM
     said = {"id": repo, "sha": revision, "private": False, "gated": False, "siblings": siblings}
     for path in (f"/api/datasets/{repo}", *(f"/api/datasets/{repo}/revision/{name}" for name in (revision, "main"))):
         site.files[f"{path}?blobs=true"] = json.dumps(said).encode()
+
+
+def publish_model(site: Site, repo: str, files: dict[str, bytes], revision: str = COMMIT) -> None:
+    """Have `site` answer as the hub does for a model of these files, at one commit."""
+    tree = []
+    for name, data in files.items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        tree.append({"type": "file", "path": name, "size": len(data), "oid": sha256[:40]})
+        path = f"/{repo}/resolve/{revision}/{name}"
+        site.files[path] = data
+        site.headers[path] = {"ETag": f'"{sha256}"', "X-Repo-Commit": revision}
+    site.files[f"/api/models/{repo}/tree/{revision}?recursive=true&expand=false"] = json.dumps(tree).encode()

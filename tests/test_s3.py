@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tasks import s3
+from tasks import objects, s3
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams
@@ -39,7 +39,7 @@ def bucket(server, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr(s3, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.01)
     client = boto3.client("s3", endpoint_url=server)
     client.create_bucket(Bucket=BUCKET)
     yield client
@@ -126,7 +126,7 @@ def test_keys_that_lead_elsewhere_end_in_quarantine(bucket, server, tmp_path):
 
 def test_twenty_cut_connections(bucket, server, tmp_path, monkeypatch):
     """A large object in several ranges, cut at random places."""
-    monkeypatch.setattr(s3, "RANGE_BYTES", 2 << 20)
+    monkeypatch.setattr(objects, "RANGE_BYTES", 2 << 20)
     data = zip_of_noise(tmp_path, 9_000_000)
     put(bucket, "a.zip", data)
     with cutting(server, random_cuts(9_000_000)) as relay:
@@ -140,12 +140,12 @@ def zip_of_noise(tmp_path, size):
 
 
 def test_what_arrived_before_an_accident_is_kept_for_the_next_run(bucket, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3, "ATTEMPTS", 1)
-    monkeypatch.setattr(s3, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 3_000_000)
     put(bucket, "a.zip", data)
     asked = params(server, "a.zip", sha256_of(data), s3={"endpoint_url": server, "connections": 1})
-    append, calls = s3._append, []
+    append, calls = objects._append, []
 
     def dies(shared, stored, path, start, end):
         calls.append(start)
@@ -153,28 +153,28 @@ def test_what_arrived_before_an_accident_is_kept_for_the_next_run(bucket, server
             raise KeyboardInterrupt
         append(shared, stored, path, start, end)
 
-    monkeypatch.setattr(s3, "_append", dies)
+    monkeypatch.setattr(objects, "_append", dies)
     with pytest.raises(KeyboardInterrupt):
         download(tmp_path / "raw", asked)
     calls.clear()
-    monkeypatch.setattr(s3, "_append", lambda *arguments: calls.append(arguments[3]) or append(*arguments))
+    monkeypatch.setattr(objects, "_append", lambda *arguments: calls.append(arguments[3]) or append(*arguments))
     download(tmp_path / "raw", asked)
     assert calls == [2 << 20]
     assert (tmp_path / "raw" / "images.zip").read_bytes() == data
 
 
 def test_an_object_that_changes_under_way_is_not_mixed(bucket, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 3_000_000)
     put(bucket, "a.zip", data)
-    append = s3._append
+    append = objects._append
 
     def changes(shared, stored, path, start, end):
         if start == 1 << 20:
             put(bucket, "a.zip", noise(len(data), 1))
         append(shared, stored, path, start, end)
 
-    monkeypatch.setattr(s3, "_append", changes)
+    monkeypatch.setattr(objects, "_append", changes)
     with pytest.raises(StageError, match="was changed while it was downloaded"):
         download(
             tmp_path / "raw", params(server, "a.zip", sha256_of(data), s3={"endpoint_url": server, "connections": 1})
@@ -183,7 +183,7 @@ def test_an_object_that_changes_under_way_is_not_mixed(bucket, server, tmp_path,
 
 @pytest.mark.parametrize("how", ["metadata", "etag", "parts"])
 def test_damaged_bytes_are_noticed(bucket, server, tmp_path, monkeypatch, how):
-    monkeypatch.setattr(s3, "RANGE_BYTES", 4 << 20)
+    monkeypatch.setattr(objects, "RANGE_BYTES", 4 << 20)
     data = noise(11 << 20)
     if how == "parts":
         upload = bucket.create_multipart_upload(Bucket=BUCKET, Key="m/a.png")["UploadId"]
@@ -196,11 +196,11 @@ def test_damaged_bytes_are_noticed(bucket, server, tmp_path, monkeypatch, how):
             Bucket=BUCKET, Key="m/a.png", UploadId=upload, MultipartUpload={"Parts": parts}
         )
         # moto does not say it; Amazon does, when asked for a part's head.
-        monkeypatch.setattr(s3, "_part_size", lambda *_: 6 << 20)
+        monkeypatch.setattr(objects, "_part_size", lambda *_: 6 << 20)
     else:
         put(bucket, "m/a.png", data, Metadata={"sha256": sha256_of(data)} if how == "metadata" else {})
     asked = params(server, "m/", pin_of(server, "m/"))
-    append = s3._append
+    append = objects._append
 
     def damage(shared, stored, path, start, end):
         append(shared, stored, path, start, end)
@@ -209,27 +209,27 @@ def test_damaged_bytes_are_noticed(bucket, server, tmp_path, monkeypatch, how):
             content[100] ^= 1
             path.write_bytes(content)
 
-    monkeypatch.setattr(s3, "_append", damage)
+    monkeypatch.setattr(objects, "_append", damage)
     with pytest.raises(StageError, match="arrived damaged"):
         download(tmp_path / "raw", asked)
-    monkeypatch.setattr(s3, "_append", append)
+    monkeypatch.setattr(objects, "_append", append)
     download(tmp_path / "raw", asked)
     with zipfile.ZipFile(tmp_path / "raw" / "images.zip") as archive:
         assert archive.read("a.png") == data
 
 
 def test_ranges_are_fetched_side_by_side(bucket, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 4_000_000)
     put(bucket, "a.zip", data)
     together = threading.Barrier(4, timeout=20)
-    append = s3._append
+    append = objects._append
 
     def waits(*arguments):
         together.wait()
         append(*arguments)
 
-    monkeypatch.setattr(s3, "_append", waits)
+    monkeypatch.setattr(objects, "_append", waits)
     download(tmp_path / "raw", params(server, "a.zip", sha256_of(data)))
     assert (tmp_path / "raw" / "images.zip").read_bytes() == data
 

@@ -192,7 +192,7 @@ def online(stored: Batches, params: Params, inputs: Inputs) -> Batches:
 
     weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
     autoencoder = load_autoencoder(inputs.codec / "vae", str(stored.device)).to(weights)
-    text = load_text_encoder(inputs.codec, str(stored.device))
+    [text] = load_text_encoder(inputs.codec, str(stored.device)).towers
     text.model.to(weights)
     batches = copy.copy(stored)
     batches.store = EncodedOnline(inputs, params, autoencoder, stored.device)
