@@ -6,6 +6,7 @@ Prefect reads its settings when it is imported: what is here must come before th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -74,7 +75,7 @@ def alive(process: Process) -> bool:
     """Whether it is this very process that runs now, not another one that got its number."""
     try:
         found = psutil.Process(process.pid)
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.started) < 1.0
+        return _works(found) and abs(found.create_time() - process.started) < 1.0
     except psutil.NoSuchProcess:
         return False
 
@@ -120,16 +121,39 @@ def lines(root: Path) -> dict[str, str]:
 
 
 def stop(root: Path, process: Process) -> None:
-    """End a process and all of its session: SIGTERM, and SIGKILL after the grace. Forgets it in the record."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if not alive(process):
-            break
-        os.killpg(process.pid, number)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while alive(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    """End a process and all below it, a worker's training, too: SIGTERM, and SIGKILL after the grace.
+
+    SIGTERM goes to the session of the process alone: what runs below it notices its end, and may need some seconds to
+    save its work. Forgets the process in the record.
+    """
+    if alive(process):
+        leader = psutil.Process(process.pid)
+        everything = [leader, *leader.children(recursive=True)]  # its end makes orphans of them
+        os.killpg(process.pid, signal.SIGTERM)
+        if not _ended(everything):
+            for one in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            _ended(everything)
     left = {name: other for name, other in running(root).items() if name != process.name}
     _record(root, left)
+
+
+def _ended(processes: list[psutil.Process]) -> bool:
+    """Wait until all of them have ended; False if the grace is over before."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(map(_works, processes)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _record(root: Path, processes: Mapping[str, Process]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,10 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
 
 
-def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> str:
-    """Run `dvc repro`; kill -9 all its processes `after` seconds into the stage `kill_in`. Returns its output."""
+def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> dict[str, float]:
+    """Run `dvc repro`; kill -9 all its processes `after` seconds into the stage `kill_in`. Seconds of each stage."""
     log = tree.parent / "log"
+    began: dict[str, float] = {}
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro"],
@@ -38,15 +40,16 @@ def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> str:
             start_new_session=True,
         )
         while process.poll() is None:
-            if kill_in and f"Running stage '{kill_in}'" in log.read_text(encoding="utf-8", errors="replace"):
-                time.sleep(after)
+            for stage in re.findall(r"Running stage '(\w+)'", log.read_text(encoding="utf-8", errors="replace")):
+                began.setdefault(stage, time.monotonic())
+            if kill_in in began and time.monotonic() > began[kill_in] + after:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 break
             time.sleep(0.02)
-    output = log.read_text(encoding="utf-8", errors="replace")
-    assert process.returncode == (-signal.SIGKILL if kill_in else 0), output[-3000:]
-    return output
+    assert process.returncode == (-signal.SIGKILL if kill_in else 0), log.read_text(errors="replace")[-3000:]
+    ends = [*list(began.values())[1:], time.monotonic()]
+    return {stage: end - start for (stage, start), end in zip(began.items(), ends, strict=True)}
 
 
 def hashes(tree: Path) -> dict[str, str]:
@@ -60,7 +63,7 @@ def hashes(tree: Path) -> dict[str, str]:
 @pytest.mark.timeout(1800)
 def test_killed_in_every_stage_the_chain_ends_in_the_same_hashes(tmp_path):
     undisturbed = tiny.tree(tmp_path / "undisturbed" / "tree")
-    repro(undisturbed)
+    seconds = repro(undisturbed)
     killed = tmp_path / "killed" / "tree"
     shutil.copytree(
         undisturbed, killed, ignore=shutil.ignore_patterns("cache", "tmp", "mlflow.db*", "mlruns", ".scratch")
@@ -70,7 +73,7 @@ def test_killed_in_every_stage_the_chain_ends_in_the_same_hashes(tmp_path):
     (killed / "dvc.lock").unlink()
     moments = random.Random(0)
     for stage in STAGES:
-        repro(killed, kill_in=stage, after=moments.uniform(0.1, 2.0))
+        repro(killed, kill_in=stage, after=moments.uniform(0.05, 0.7) * seconds[stage])
     repro(killed)
     assert hashes(killed) == hashes(undisturbed)
     assert not [path for path in killed.rglob("*.tmp") if ".dvc" not in path.parts]
