@@ -39,7 +39,7 @@ class Captions:
 
 def is_table(name: str) -> bool:
     """Whether a file may hold captions, by its name."""
-    return posixpath.splitext(name)[1].lower() in SUFFIXES
+    return name.lower().endswith(tuple(SUFFIXES))
 
 
 def is_damaged(text: str) -> bool:

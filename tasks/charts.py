@@ -24,9 +24,10 @@ COLOURS = {
     "series-1": "#0b7285",
     "series-2": "#c2410c",
     "series-3": "#7048b6",
+    "series-4": "#4d7c0f",
 }
-SERIES = ("series-1", "series-2", "series-3")
-DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)))
+SERIES = ("series-1", "series-2", "series-3", "series-4")
+DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 1.6, 1.2, 1.6)))
 FONT = "DejaVu Sans"  # comes with matplotlib, so the same glyphs everywhere
 PNG_DPI = 144
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from tasks import archives, captions, decoding, sidecars
 from tasks.archives import Member
 from tasks.quarantine import NO_IMAGE_FILE
+from tasks.sidecars import Sidecars
 from tasks.source import SPLITS, Entry, Problem, Source, require_space, settle_splits
 from tasks.stage import StageError
 
@@ -55,11 +56,11 @@ def read(file: Path, max_bytes: int) -> Source:
     Raises `StageError` where the archive is damaged, or where a table of captions fits no image.
     """
     members = archives.list_members(file)
-    images = [member.name for member in members if _is_image(member)]
+    images = [member.name for member in members if _suffix(member) in decoding.SUFFIXES]
     tables = [member for member in members if captions.is_table(member.name) and not member.problem]
     captioned = captions.read(archives.read_members(file, tables, captions.MAX_BYTES) if tables else (), images)
     around = sidecars.beside(members, images)
-    said = sidecars.read(archives.read_members(file, around, sidecars.MAX_BYTES) if around else (), images)
+    said = sidecars.read(archives.read_members(file, around, sidecars.MAX_BYTES), images) if around else Sidecars()
     for image, texts in said.texts.items():
         captioned.texts.setdefault(image, []).extend(texts)
     inputs = [member for member in members if member.name not in captioned.tables | said.files]
@@ -79,7 +80,7 @@ def _entries(
 ) -> Iterator[Entry]:
     for member, content in contents:
         data, problem = (None, content) if isinstance(content, Problem) else (content, None)
-        if not _is_image(member):
+        if member.name not in places:
             problem = problem or Problem(NO_IMAGE_FILE, f"'{_suffix(member)}' is no suffix of an image")
             yield Entry(member.name, data, member.size, problem=problem)
             continue
@@ -121,7 +122,3 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _suffix(member: Member) -> str:
     return posixpath.splitext(member.name)[1].lower()
-
-
-def _is_image(member: Member) -> bool:
-    return _suffix(member) in decoding.SUFFIXES

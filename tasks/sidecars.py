@@ -34,10 +34,10 @@ class Sidecars:
 
 def beside(members: list[Member], images: list[str]) -> list[Member]:
     """The members that lie beside an image under its name."""
-    stems = {posixpath.splitext(image)[0] for image in images}
-    kinds = TEXTS | OBJECTS | CLASSES
-    parted = ((member, posixpath.splitext(member.name)) for member in members if not member.problem)
-    return [member for member, (stem, suffix) in parted if suffix.lower() in kinds and stem in stems]
+    kinds = tuple(TEXTS | OBJECTS | CLASSES)
+    candidates = [member for member in members if member.name.lower().endswith(kinds) and not member.problem]
+    stems = {posixpath.splitext(image)[0] for image in images} if candidates else set()
+    return [member for member in candidates if posixpath.splitext(member.name)[0] in stems]
 
 
 def read(files: Iterable[tuple[Member, bytes | Problem]], images: list[str]) -> Sidecars:

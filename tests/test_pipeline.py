@@ -157,7 +157,7 @@ def test_a_repository_of_the_first_days(tmp_path, monkeypatch):
         ("unet/config.json", {"num_class_embeds": 10}, "does not say what its classes are"),
         ("unet/config.json", {"layers_per_block": 1}, "are not those of the network in its config.json"),
         ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule is 'scaled_linear'"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
         ("scheduler/scheduler_config.json", {"clip_sample": False}, "clip_sample is False; these samplers know True"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding is True"),
         ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),

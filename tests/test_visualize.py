@@ -163,7 +163,7 @@ def test_forward_strip_begins_with_real_images_and_ends_in_noise(
 
 
 def test_schedules_start_from_one_image_and_part(outline: Outline) -> None:
-    caption = "Forward process of one image under three schedules"
+    caption = "Forward process of one image under each schedule"
     tiles = outline.tiles(caption)
     assert outline.headings[caption][-len(schedules.SCHEDULES) :] == list(schedules.SCHEDULES)
     assert np.array_equal(tiles[0, 0], tiles[1, 0])
