@@ -51,7 +51,7 @@ serve: install ## Prefect server, worker and deployments, in the background
 stop: ## end what `make serve` started
 	@test ! -x .venv/bin/python || python -m flows.stop
 
-lock: ## pin pyproject.toml anew: requirements.lock and infra/download-sizes.json
+lock: ## pin pyproject.toml and tasks/img2dataset*.in anew: their .lock files, infra/download-sizes.json
 	@$(PYTHON) infra/lock.py
 
 clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache

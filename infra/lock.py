@@ -1,8 +1,9 @@
 """`make lock`: pin what pyproject.toml asks for, for every supported Python and platform.
 
-Writes `requirements.lock` (exact pins with markers) and `infra/download-sizes.json` (what installing them
-downloads, so that `infra/install.py` can say it before it starts). The resolver is uv, in an environment
-of its own that is thrown away: pip needs over ten minutes for this set, uv a few seconds.
+Writes `requirements.lock` (exact pins with markers), `infra/download-sizes.json` (what installing them
+downloads, so that `infra/install.py` can say it before it starts), and the locks of img2dataset's environments,
+which are not the project's own. The resolver is uv, in an environment of its own that is thrown away: pip needs over
+ten minutes for this set, uv a few seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 SIZES = ROOT / "infra" / "download-sizes.json"
+ASIDE = ("tasks/img2dataset.in", "tasks/img2dataset-cluster.in")
+"""What environments of their own ask for; the lock of each lies beside it."""
 UV = "uv==0.13.9"
 OLDEST_PYTHON = "3.11"
 INDEX = "https://pypi.org/simple"
@@ -35,32 +38,43 @@ HEADER = """\
 # Written by `make lock` from pyproject.toml; do not edit. Exact pins for Python 3.11, 3.12 and 3.13.
 # CUDA's packages are left out: torch brings them where its build needs them.
 """
+HEADER_ASIDE = """\
+# Written by `make lock` from {source}; do not edit.
+# Exact pins for Python 3.11, 3.12 and 3.13, installed without asking for more.
+"""
 
 
 def main() -> None:
-    print("lock: resolving pyproject.toml", flush=True)
-    pins = resolve()
+    with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
+        python = make_environment(Path(folder))
+        print("lock: resolving pyproject.toml", flush=True)
+        pins = resolve(python, "pyproject.toml", "--extra", "dev")
+        aside = {source: resolve(python, source) for source in ASIDE}
     kept = [pin for pin in pins if not CUDA_PACKAGE.match(pin)]
     cuda = [pin for pin in pins if CUDA_PACKAGE.match(pin)]
     print(f"lock: {len(kept)} packages; asking the index for their sizes", flush=True)
     sizes = {"packages": download_sizes(kept), "cuda": sum(download_sizes(cuda).values()), "torch_cpu": cpu_size(kept)}
-    LOCK.write_text(HEADER + "".join(f"{pin}\n" for pin in kept), encoding="utf-8")
+    write_pins(LOCK, HEADER, kept)
     SIZES.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"lock: wrote {LOCK.name} and {SIZES.relative_to(ROOT)}")
+    for source, pinned in aside.items():
+        write_pins((ROOT / source).with_suffix(".lock"), HEADER_ASIDE.format(source=source), pinned)
+    print(f"lock: wrote {LOCK.name}, {SIZES.relative_to(ROOT)} and the locks of {' and '.join(ASIDE)}")
 
 
-def resolve() -> list[str]:
-    """Pins of the project's and the developers' requirements, one `name==version ; marker` each, sorted."""
-    with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
-        python = make_environment(Path(folder))
-        command = [str(python), "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--universal"]
-        command += ["--fork-strategy", "fewest", "--python-version", OLDEST_PYTHON, "--default-index", INDEX]
-        command += ["--no-header", "--no-annotate", "--quiet"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def resolve(python: Path, source: str, *options: str) -> list[str]:
+    """Pins of the requirements in `source`, one `name==version ; marker` each, sorted."""
+    command = [str(python), "-m", "uv", "pip", "compile", source, *options, "--universal"]
+    command += ["--fork-strategy", "fewest", "--python-version", OLDEST_PYTHON, "--default-index", INDEX]
+    command += ["--no-header", "--no-annotate", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"lock: error: uv found no set of versions that fits pyproject.toml:\n{done.stderr}")
+        sys.exit(f"lock: error: uv found no set of versions that fits {source}:\n{done.stderr}")
     # A pin never names a local build: `torch==2.13.0` is met by `2.13.0+cpu` as well.
     return sorted(re.sub(r"\+\w+", "", line) for line in done.stdout.splitlines() if line.strip())
+
+
+def write_pins(lock: Path, header: str, pins: list[str]) -> None:
+    lock.write_text(header + "".join(f"{pin}\n" for pin in pins), encoding="utf-8")
 
 
 def make_environment(folder: Path) -> Path:

@@ -149,17 +149,35 @@ def test_lock_is_exact_and_of_no_machine():
     assert not {"torchvision", "triton"} & names and not [name for name in names if name.startswith("nvidia-")]
 
 
-def test_lock_meets_what_pyproject_asks_for():
+def assert_meets(pins: list[Requirement], asked: list[str], lock: str) -> None:
     pinned: dict[str, list[Requirement]] = {}
-    for pin in PINS:
+    for pin in pins:
         pinned.setdefault(pin.name, []).append(pin)
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+    for text in asked:
         wanted = Requirement(text)
         candidates = pinned.get(canonicalize_name(wanted.name), [])
-        assert candidates, f"{wanted.name} is not in requirements.lock; run make lock"
+        assert candidates, f"{wanted.name} is not in {lock}; run make lock"
         for pin in candidates:
             version = next(iter(pin.specifier)).version
-            assert wanted.specifier.contains(version), f"requirements.lock has {pin}; run make lock"
+            assert wanted.specifier.contains(version), f"{lock} has {pin}; run make lock"
+
+
+def test_lock_meets_what_pyproject_asks_for():
+    assert_meets(PINS, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]], "requirements.lock")
+
+
+@pytest.mark.parametrize("name", ["img2dataset", "img2dataset-cluster"])
+def test_the_lock_of_another_environment_meets_what_that_asks_for(name):
+    asked, pins = (
+        [
+            line
+            for line in (ROOT / "tasks" / f"{name}.{kind}").read_text(encoding="utf-8").splitlines()
+            if line[0] != "#"
+        ]
+        for kind in ("in", "lock")
+    )
+    assert_meets([Requirement(pin) for pin in pins], asked, f"tasks/{name}.lock")
+    assert pins == sorted(pins), "as `make lock` writes it"
 
 
 def test_make_help_lists_each_command():
