@@ -11,6 +11,8 @@ import torch
 from models.text_encoder import pack
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx
 
     from models.pipeline import Pipeline
@@ -19,10 +21,12 @@ INPUTS = ("sample", "timestep", "label", "text")
 OUTPUT = "output"
 EXAMPLE_BATCH = 2
 """A batch of 1 can be taken for a constant, whatever is declared dynamic."""
+MOST_WEIGHTS = 2**31 - 2**26
+"""Bytes of weights in a graph's own file. Protobuf writes no message of 2 GiB or more, and the nodes need some."""
 
 
-def to_onnx(pipeline: Pipeline, opset: int) -> bytes:
-    """Serialised graph with inputs `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, where the model
+def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
+    """Graph with inputs `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, where the model
     is conditional, `label` int64 [batch] or `text` float32 [batch, L, D]; output `output` float32 [batch, C, H, W].
 
     Raises `ValueError` for a model conditioned on anything else, `RuntimeError` where the exporter
@@ -34,13 +38,13 @@ def to_onnx(pipeline: Pipeline, opset: int) -> bytes:
     return _graph(pipeline.unet, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
 
 
-def decoder_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
+def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     """Graph from latents to images: `latent` float32 [batch, k, s, s] -> `output` float32 [batch, C, H, W]."""
     latent = torch.zeros(EXAMPLE_BATCH, *pipeline.input_shape)
     return _graph(_Decoder(pipeline.autoencoder), (latent,), ["latent"], opset)
 
 
-def text_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
+def text_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]; of two encoders with `ids_2`
     and packed (`models/text_encoder.py`), [batch, L + 1, D]."""
     assert pipeline.text is not None, "asked for a text-conditional model alone"
@@ -50,6 +54,22 @@ def text_to_onnx(pipeline: Pipeline, opset: int) -> bytes:
     return _graph(module, ids, ["ids", "ids_2"][: len(ids)], opset)
 
 
+def write(graph: onnx.ModelProto, file: Path, most: int = MOST_WEIGHTS) -> list[Path]:
+    """Write a graph, the same bytes every time, into a folder of its own files; returns what was written.
+
+    Where its weights take over `most` bytes they go into a second file beside it, `<name>.data`, which whoever loads
+    the first finds by itself.
+    """
+    from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+
+    beside = file.with_name(f"{file.name}.data")
+    if sum(len(weight.raw_data) for weight in graph.graph.initializer) > most:
+        convert_model_to_external_data(graph, location=beside.name)
+        write_external_data_tensors(graph, str(file.parent))
+    file.write_bytes(graph.SerializeToString(deterministic=True))
+    return [path for path in (file, beside) if path.exists()]
+
+
 def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
     """Zeros in the shapes and dtypes of the network's inputs."""
     inputs = (torch.zeros(batch, *pipeline.input_shape), torch.zeros(batch, dtype=torch.int64))
@@ -57,13 +77,13 @@ def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
     return inputs if condition is None else (*inputs, torch.zeros_like(condition))
 
 
-def _graph(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> bytes:
+def _graph(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> onnx.ModelProto:
     graph = _traced(module, inputs, names, opset)
     for value in [*graph.graph.input, *graph.graph.output]:
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise RuntimeError(f"the exporter fixed the batch size of {value.name!r}")
     _strip(graph)
-    return graph.SerializeToString(deterministic=True)
+    return graph
 
 
 def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> onnx.ModelProto:

@@ -69,19 +69,19 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
 
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
+    from models import onnx_graph
     from models.bundle import FORMAT
-    from models.onnx_graph import decoder_to_onnx, text_to_onnx, to_onnx
 
     try:
-        (folder / "unet.onnx").write_bytes(to_onnx(trained, params.opset))
+        onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
     except ValueError as error:
         raise StageError(str(error)) from None
     names = ("conditioning", "classes", "prompts", "channels", "size", "latent", "prediction", "train_key")
     info: dict[str, Any] = {name: trained.info[name] for name in (*names, "null_label")}
     if trained.autoencoder is not None:
-        (folder / "decoder.onnx").write_bytes(decoder_to_onnx(trained, params.opset))
+        onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
     if trained.text is not None:
-        (folder / "text_encoder.onnx").write_bytes(text_to_onnx(trained, params.opset))
+        onnx_graph.write(onnx_graph.text_to_onnx(trained, params.opset), folder / "text_encoder.onnx")
         info["text"] = {
             "length": trained.text.length,
             "pooled": trained.text.pooled,
@@ -208,7 +208,8 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         reason = "engines are built for pixels and labels alone"
     if reason:
         return None, {"built": False, "reason": reason}
-    name = hashlib.sha256(graph.read_bytes() + tensorrt_engine.identity().encode()).hexdigest()[:16]
+    content = b"".join(file.read_bytes() for file in sorted(graph.parent.glob(f"{graph.name}*")))
+    name = hashlib.sha256(content + tensorrt_engine.identity().encode()).hexdigest()[:16]
     path = workspace.scratch() / "tensorrt" / f"{name}.engine"
     if not path.exists():
         print("export: building the TensorRT engine (minutes)", flush=True)
