@@ -101,8 +101,14 @@ def quality(pixels: np.ndarray, reconstructed: np.ndarray) -> dict[str, float]:
     error = ((pixels.astype(np.float64) - reconstructed) ** 2).mean(axis=(1, 2, 3))
     values = {"psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))}
     if min(pixels.shape[2:]) >= 11:
-        first, second = (torch.from_numpy(images).double() for images in (reconstructed, pixels))
-        values["ssim"] = float(structural_similarity_index_measure(first, second, data_range=255.0))
+        similar = []
+        for start in range(0, len(pixels), APPLY_BATCH):  # of 512 large images at once it would take 100 GB
+            part = slice(start, start + APPLY_BATCH)
+            first, second = (torch.from_numpy(images[part]).double() for images in (reconstructed, pixels))
+            similar.append(
+                structural_similarity_index_measure(first, second, data_range=255.0, reduction="none").flatten()
+            )
+        values["ssim"] = float(torch.cat(similar).mean())
     return values
 
 
