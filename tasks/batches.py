@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tasks import latents
+from tasks.buckets import SQUARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,9 +121,10 @@ class Streamed:
         return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
 
-def open_store(data: Path, split: str, where: str, device: torch.device) -> Store:
-    """The store of a split: `where` is device, stream, or auto, which compares its size with the free memory."""
-    return _store(latents.open_shards(data, split), where, device)
+def open_store(data: Path, split: str, where: str, device: torch.device, bucket: int = SQUARE) -> Store:
+    """The store of a bucket of a split: `where` is device, stream, or auto, which compares its size with the free
+    memory."""
+    return _store(latents.open_shards(data, split, bucket), where, device)
 
 
 def open_texts(data: Path, where: str, device: torch.device) -> Store | None:
@@ -176,7 +178,7 @@ class Batches:
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.store = store
+        self.store, self.where = store, store.where
         self.classes, self.texts, self.pooled = classes, texts, pooled
         self.shape = store.shapes["pixels"] if "pixels" in store.shapes else store.shapes["mean"][1:]
         self.null = torch.tensor(classes, device=device) if null_text is None else null_text.to(device)

@@ -21,6 +21,7 @@ SUFFIXES = frozenset(
 )
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
 HASH_SIDE = 32
+EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 
 class UnreadableError(Exception):
@@ -84,17 +85,31 @@ def to_mode(image: Image, channels: int) -> Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def upright_size(image: Image) -> tuple[int, int]:
+    """Height and width of a decoded picture as it is looked at, which may be turned against how it is stored."""
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in QUARTER_TURNS
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def to_square(image: Image, size: int, channels: int) -> np.ndarray:
     """A decoded picture -> uint8 [channels, size, size]: the centre square, resized with antialiased bilinear."""
+    return to_form(image, (size, size), channels)
+
+
+def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
+    """A decoded picture -> uint8 [channels, height, width]: as much of its middle as has the shape of `form` (height,
+    width), resized with antialiased bilinear."""
     import numpy as np
     import PIL.Image
 
     image = to_mode(image, channels)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if image.size != (size, size):
-        image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box)
+    height, width = form
+    across = min(image.width, max(1, round(image.height * width / height)))
+    down = min(image.height, max(1, round(image.width * height / width)))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    if image.size != (width, height):
+        box = (left, top, left + across, top + down)
+        image = image.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

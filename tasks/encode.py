@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, locks, stage, workspace
+from tasks import atomic, buckets, decoding, locks, stage, workspace
 from tasks.blocks import Blocks
-from tasks.images import load_pixels, read_columns, read_encoded, require_accepted
+from tasks.images import read_columns, read_encoded, require_accepted
 from tasks.latents import keys_hash, write_index, write_prompts, write_shards
-from tasks.params import EncodeParams, ImageParams
+from tasks.params import EncodeParams
 from tasks.source import require_space
 
 if TYPE_CHECKING:
@@ -34,9 +34,21 @@ FED_AHEAD = 3
 """Chunks that are with a GPU: one in work, the others ready for it."""
 TEXT_BLOCK = 4096
 BFLOAT16_BYTES = 2
-TRANSFORM_CODE = ("tasks/decoding.py", "models/autoencoder.py")
+TRANSFORM_CODE = ("tasks/buckets.py", "tasks/decoding.py", "models/autoencoder.py")
 
-Chunk: TypeAlias = "list[tuple[str, bytes, int]]"
+Encoded: TypeAlias = "tuple[str, bytes, int]"
+"""sha256, bytes and number of pixels of a picture."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Pictures that become one form."""
+
+    form: buckets.Form
+    pictures: list[Encoded]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Row:
 
     key: str
     sha256: str
+    bucket: int
     label: int
     captions: list[str]
     width: int
@@ -60,32 +73,41 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     """
     require_accepted(accepted)
     description = json.loads((codec / "codec.json").read_text(encoding="utf-8"))
-    rows = _rows(images)
-    _print_disk_cost(description, params, rows, latents)
+    forms = buckets.forms(description["size"], params.buckets, params.bucket_multiple)
+    rows = _rows(images, forms)
+    _print_disk_cost(description, params, forms, rows, latents)
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
-        blocks = _encoded_images(images, codec, description, rows, params)
+        blocks = _encoded_images(images, codec, description, forms, rows, params)
         texts = _Texts(codec, description, rows) if description["conditioning"] == "text" else None
         splits = {
-            split: _write_split(folder, split, its, images, description, blocks, texts, params)
+            split: _write_split(folder, split, its, images, description, forms, blocks, texts, params)
             for split, its in rows.items()
         }
+        inputs = [_as_input(form, description) for form in forms]
         if texts:
-            write_index(folder, description, splits, texts.write(folder, params), texts.write_prompts(folder))
+            write_index(folder, description, splits, inputs, texts.write(folder, params), texts.write_prompts(folder))
         else:
-            write_index(folder, description, splits)
+            write_index(folder, description, splits, inputs)
     print("encode:", ", ".join(f"{entry['count']} {split}" for split, entry in splits.items()))
 
 
-def _rows(images: Path) -> dict[str, list[Row]]:
-    """Split -> its images, sorted by key."""
-    names = ["key", "split", "sha256", "label", "captions", "width", "height"]
-    table = read_columns(images, names).to_pylist()
+def _rows(images: Path, forms: Sequence[buckets.Form]) -> dict[str, list[Row]]:
+    """Split -> its images, sorted by bucket and key."""
+    columns = ["key", "split", "sha256", "label", "captions", "height", "width"]
     rows: dict[str, list[Row]] = {}
-    for row in sorted(table, key=lambda row: row["key"]):
+    for row in read_columns(images, columns).to_pylist():
         label = -1 if row["label"] is None else row["label"]
-        known = Row(row["key"], row["sha256"], label, row["captions"], row["width"], row["height"])
+        bucket = buckets.nearest(row["height"], row["width"], forms)
+        known = Row(row["key"], row["sha256"], bucket, label, row["captions"], row["width"], row["height"])
         rows.setdefault(row["split"], []).append(known)
-    return dict(sorted(rows.items()))
+    return {split: sorted(its, key=lambda row: (row.bucket, row.key)) for split, its in sorted(rows.items())}
+
+
+def _as_input(form: buckets.Form, description: dict[str, Any]) -> buckets.Form:
+    """Of images -> of what the model reads of them."""
+    latent = description.get("autoencoder")
+    smaller = description["size"] // latent["size"] if latent else 1
+    return form[0] // smaller, form[1] // smaller
 
 
 def _write_split(
@@ -94,14 +116,34 @@ def _write_split(
     rows: list[Row],
     images: Path,
     description: dict[str, Any],
+    forms: Sequence[buckets.Form],
     blocks: Blocks | None,
     texts: _Texts | None,
     params: EncodeParams,
 ) -> dict[str, Any]:
+    shards: list[dict[str, Any]] = []
+    for bucket, form in enumerate(forms):
+        its = [row for row in rows if row.bucket == bucket]
+        name = split if len(forms) == 1 else f"{split}-{form[0]}x{form[1]}"
+        tensors = _tensors(its, name, form, images, description, blocks, texts)
+        written = write_shards(folder, name, len(its), tensors, params.shard_size)
+        shards += [{**shard, "bucket": bucket} for shard in written]
+    return {"count": len(rows), "keys_sha256": keys_hash([row.key for row in rows]), "shards": shards}
+
+
+def _tensors(
+    rows: list[Row],
+    name: str,
+    form: buckets.Form,
+    images: Path,
+    description: dict[str, Any],
+    blocks: Blocks | None,
+    texts: _Texts | None,
+) -> Callable[[slice], dict[str, Any]]:
+    """What gives the tensors of a part of `rows`, all of one bucket."""
     import numpy as np
 
-    form = ImageParams(size=description["size"], channels=description["channels"])
-    pixels = None if blocks else load_pixels(images, split, form).pixels
+    pixels = None if blocks else _pixels(rows, name, (description["channels"], *form), images)
 
     def tensors(part: slice) -> dict[str, Any]:
         some = rows[part]
@@ -113,43 +155,70 @@ def _write_split(
         if texts:
             inputs["captions"] = texts.places(some)
         if (description.get("text") or {}).get("pooled"):
-            inputs["sizes"] = np.array([sizes(row.width, row.height, form.size) for row in some], np.int32)
+            inputs["sizes"] = np.array([sizes(row.height, row.width, form) for row in some], np.int32)
         return inputs
 
-    shards = write_shards(folder, split, len(rows), tensors, params.shard_size)
-    return {"count": len(rows), "keys_sha256": keys_hash([row.key for row in rows]), "shards": shards}
+    return tensors
 
 
-def sizes(width: int, height: int, side: int) -> tuple[int, int, int, int, int, int]:
+def sizes(height: int, width: int, form: buckets.Form) -> tuple[int, int, int, int, int, int]:
     """What Stable Diffusion XL is told of a picture (Podell et al. 2023, section 2.2): its height and width as
-    published, top and left of the centre square in the picture brought down to it, and height and width drawn."""
-    scale = side / min(width, height)
-    top, left = (round((whole * scale - side) / 2) for whole in (height, width))
-    return height, width, top, left, side, side
+    published, top and left of the middle in the picture brought down to cover `form`, and height and width drawn."""
+    scale = max(form[0] / height, form[1] / width)
+    top, left = (round((whole * scale - drawn) / 2) for whole, drawn in zip((height, width), form, strict=True))
+    return height, width, top, left, *form
 
 
-def _print_disk_cost(description: dict[str, Any], params: EncodeParams, rows: dict[str, list[Row]], out: Path) -> None:
+def _pixels(rows: list[Row], name: str, shape: tuple[int, int, int], images: Path) -> np.ndarray:
+    """uint8 [len(rows), *shape]: the pictures themselves."""
+    import numpy as np
+
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.sha256, []).append(place)
+    pixels = np.empty((len(rows), *shape), np.uint8)
+    found = read_encoded(images, places)
+    for picture in tqdm(found, f"read {name}", len(places), unit="img", mininterval=1, dynamic_ncols=True, delay=2):
+        pixels[places[picture[0]]] = _decode(picture, shape[1:], shape[0])
+    return pixels
+
+
+def _print_disk_cost(
+    description: dict[str, Any],
+    params: EncodeParams,
+    forms: Sequence[buckets.Form],
+    rows: dict[str, list[Row]],
+    out: Path,
+) -> None:
     """Say what 100,000 images take, before anything is computed. Raises `StageError` where they do not fit."""
-    count = sum(map(len, rows.values()))
+    filled = [sum(row.bucket == bucket for its in rows.values() for row in its) for bucket in range(len(forms))]
+    sides = [_as_input(form, description) for form in forms]
+    area = sum(height * width * count for (height, width), count in zip(sides, filled, strict=True))
     latent, text = description.get("autoencoder"), description.get("text")
+    each = description["channels"]
     if latent:
-        numbers = 2 * (1 + params.horizontal_flip) * latent["channels"] * latent["size"] ** 2
-        each = numbers * BFLOAT16_BYTES
-    else:
-        each = description["channels"] * description["size"] ** 2
+        each = 2 * (1 + params.horizontal_flip) * latent["channels"] * BFLOAT16_BYTES
     captions = len({text for its in rows.values() for row in its for text in row.captions}) if text else 0
     caption = (text["length"] + bool(text.get("pooled"))) * text["width"] * BFLOAT16_BYTES if text else 0
-    line = f"encode: 100,000 images take {each / 10:,.1f} MB"
+    line = f"encode: 100,000 images take {each * area / max(1, sum(filled)) / 10:,.1f} MB"
     if text:
         line += f", 100,000 different captions {caption / 10:,.1f} MB"
-    kept = each * count * (latent is not None) + caption * captions
+    kept = each * area * (latent is not None) + caption * captions
     print(line + (", and as much in the scratch folder" if kept else ""), flush=True)
+    if len(forms) > 1:
+        told = (f"{width}x{height} {count}" for (height, width), count in zip(forms, filled, strict=True))
+        print(f"encode: images by bucket: {', '.join(told)}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out.parent, each * count + caption * captions + kept)
+    require_space(out.parent, each * area + caption * captions + kept)
 
 
 def _encoded_images(
-    images: Path, codec: Path, description: dict[str, Any], rows: dict[str, list[Row]], params: EncodeParams
+    images: Path,
+    codec: Path,
+    description: dict[str, Any],
+    forms: Sequence[buckets.Form],
+    rows: dict[str, list[Row]],
+    params: EncodeParams,
 ) -> Blocks | None:
     """The latents of all images, computed where they are new; None under the identity codec."""
     if not description.get("autoencoder"):
@@ -157,20 +226,21 @@ def _encoded_images(
     recipe = {
         "size of the images": [description["channels"], description["size"]],
         "autoencoder": description["autoencoder"]["sha256"],
+        "buckets": [list(form) for form in forms],
         "mirrored copies": params.horizontal_flip,
         "code of the transform": _code_hash(),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
-    hashes = [row.sha256 for its in rows.values() for row in its]
+    wanted = {row.sha256: forms[row.bucket] for its in rows.values() for row in its}
     changed = blocks.changes()
     if changed:
         print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
     blocks.open()
-    missing = blocks.missing(hashes)
-    print(f"encode: {len(missing)} images to encode, {len(set(hashes)) - len(missing)} known", flush=True)
+    missing = {sha256: wanted[sha256] for sha256 in blocks.missing(wanted)}
+    print(f"encode: {len(missing)} images to encode, {len(wanted) - len(missing)} known", flush=True)
     if missing:
-        _encode_missing(images, codec, description, missing, blocks, params)
-    blocks.forget(hashes)
+        _encode_missing(images, codec, description["channels"], missing, blocks, params)
+    blocks.forget(wanted)
     return blocks
 
 
@@ -180,7 +250,7 @@ def _code_hash() -> str:
 
 
 def _encode_missing(
-    images: Path, codec: Path, description: dict[str, Any], missing: list[str], blocks: Blocks, params: EncodeParams
+    images: Path, codec: Path, channels: int, missing: dict[str, buckets.Form], blocks: Blocks, params: EncodeParams
 ) -> None:
     """Decode and encode in threads, which leave Python's lock for both; each chunk is kept as soon as it is done."""
     import torch
@@ -189,16 +259,15 @@ def _encode_missing(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_autoencoder(codec / "vae", device)
-    form = ImageParams(size=description["size"], channels=description["channels"])
     threads = torch.get_num_threads()
     # One thread for each worker's arithmetic: no sum is divided differently on another machine.
     with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        encoder = Encoder(pool, params.workers, network, form, params.horizontal_flip, device)
+        encoder = Encoder(pool, params.workers, network, channels, params.horizontal_flip, device)
         sample: list[Chunk] = []
         started = time.perf_counter()
         with tqdm(total=len(missing), desc="encode", unit="img", mininterval=1, dynamic_ncols=True) as bar:
             for chunk, tensors in encoder.encoded(_chunks(images, missing)):
-                blocks.add([sha256 for sha256, _, _ in chunk], tensors)
+                blocks.add([sha256 for sha256, _, _ in chunk.pictures], tensors)
                 bar.update(len(chunk))
                 if len(sample) < CEILING_CHUNKS * params.workers and len(chunk) == CHUNK:
                     sample.append(chunk)
@@ -215,7 +284,7 @@ class Encoder:
     pool: ThreadPoolExecutor
     workers: int
     network: Any
-    form: ImageParams
+    channels: int
     mirrored: bool
     device: str
 
@@ -231,7 +300,7 @@ class Encoder:
             )
 
     def _decode(self, chunk: Chunk) -> tuple[Chunk, np.ndarray]:
-        return chunk, decode_chunk(chunk, self.form)
+        return chunk, decode_chunk(chunk, self.channels)
 
     def _encode(self, decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
         chunk, pixels = decoded
@@ -248,17 +317,21 @@ class Encoder:
         return count / (between - started), count / (ended - between)
 
 
-def decode_chunk(chunk: Chunk, form: ImageParams) -> np.ndarray:
-    """(sha256, encoded bytes, number of pixels) of images -> uint8 [n, channels, size, size]."""
+def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
+    """Encoded pictures -> uint8 [n, channels, *chunk.form]."""
     import numpy as np
 
+    return np.stack([_decode(picture, chunk.form, channels) for picture in chunk.pictures])
+
+
+def _decode(picture: Encoded, form: buckets.Form, channels: int) -> np.ndarray:
+    _, data, pixels = picture
     # Ingest opened these bytes under `ingest.max_pixels`: what it let through is read whatever its size.
-    pictures = (decoding.open_image(data, max_pixels=pixels) for _, data, pixels in chunk)
-    return np.stack([decoding.to_square(picture, form.size, form.channels) for picture in pictures])
+    return decoding.to_form(decoding.open_image(data, max_pixels=pixels), form, channels)
 
 
 def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
-    """uint8 [n, C, S, S] -> `mean` and `std` bfloat16 [n, V, k, s, s], V = 2 with mirror images, else 1.
+    """uint8 [n, C, H, W] -> `mean` and `std` bfloat16 [n, V, k, h, w], V = 2 with mirror images, else 1.
 
     Every batch has the same shape, so that an image's latent depends neither on its neighbours nor on how many.
     """
@@ -278,15 +351,17 @@ def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str,
     return {"mean": torch.stack(means, dim=1), "std": torch.stack(deviations, dim=1)}
 
 
-def _chunks(images: Path, missing: list[str]) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    for item in read_encoded(images, set(missing)):
-        chunk.append(item)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _chunks(images: Path, missing: dict[str, buckets.Form]) -> Iterator[Chunk]:
+    """The missing images (sha256 -> form), those of one form together."""
+    begun: dict[buckets.Form, list[Encoded]] = {}
+    for picture in read_encoded(images, missing):
+        form = missing[picture[0]]
+        pictures = begun.setdefault(form, [])
+        pictures.append(picture)
+        if len(pictures) == CHUNK:
+            yield Chunk(form, begun.pop(form))
+    for form, pictures in sorted(begun.items()):
+        yield Chunk(form, pictures)
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:

@@ -227,7 +227,8 @@ def _examine(pictures: list[bytes], max_pixels: int) -> list[Finding]:
             findings.append(Problem(unreadable.reason, unreadable.detail))
             continue
         digest = hashlib.sha256(data).hexdigest()
-        findings.append({"width": picture.width, "height": picture.height, "mode": picture.mode, "sha256": digest})
+        height, width = decoding.upright_size(picture)
+        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest})
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
     for found in findings:
         if not isinstance(found, Problem):

@@ -1,13 +1,14 @@
 """The form of the model's inputs: safetensors shards per split, and an index.
 
-    data/latents/train-00000.safetensors   pixels uint8 [n, C, S, S], or mean and std bfloat16 [n, V, k, s, s];
+    data/latents/train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, k, h, w];
                                            labels int64 [n], or captions int32 [n, K]: rows of the texts, -1 after them
     data/latents/texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
     data/latents/prompts.safetensors       embeddings bfloat16 [classes + 1, L, D]: class prompts, then the empty text
-    data/latents/index.json                counts, shards, codec, conditioning, scaling, digest
+    data/latents/index.json                counts, shards, buckets, codec, conditioning, scaling, digest
 
 With two text encoders L is one more, and `sizes` int32 [n, 6] stand beside the captions: see `models/text_encoder.py`.
 
+A shard holds inputs of one bucket (`tasks/buckets.py`), which is the square where there are no others.
 Under the identity codec the inputs are the pixels themselves; under an autoencoder the mean and standard deviation of
 its posterior, from which training draws, V = 2 with a mirrored copy. They are in the model's units: nothing is to be
 scaled any more. Labels and captions are there where the conditioning needs them.
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic
+from tasks.buckets import SQUARE
 from tasks.source import sha256_of
 from tasks.stage import StageError
 
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FORMAT = 2
+    from tasks.buckets import Form
+
+FORMAT = 3
 PROMPTS = "prompts.safetensors"
 BFLOAT16 = "int16"
 """How a shard's bfloat16 is mapped."""
@@ -38,16 +42,16 @@ BFLOAT16 = "int16"
 
 @dataclass(frozen=True)
 class Latents:
-    """One split of the model's inputs, sorted by key: pixels, or mean and std."""
+    """One bucket of a split of the model's inputs, sorted by key: pixels, or mean and std."""
 
     classes: int
     """Number of classes, which is also the label that stands for "no condition"; 0 without labels."""
     keys_sha256: str
-    """Hash of the images' keys, in order."""
+    """Hash of the keys of the split's images, in order."""
     pixels: np.ndarray | None = None
-    """uint8 [N, C, S, S]"""
+    """uint8 [N, C, H, W]"""
     mean: torch.Tensor | None = None
-    """bfloat16 [N, V, k, s, s]: of the image, and where V is 2 of its mirror image"""
+    """bfloat16 [N, V, k, h, w]: of the image, and where V is 2 of its mirror image"""
     std: torch.Tensor | None = None
     labels: np.ndarray | None = None
     """int64 [N], 0 to the number of classes - 1"""
@@ -101,10 +105,12 @@ def write_index(
     folder: Path,
     codec: dict[str, Any],
     splits: dict[str, Any],
+    buckets: Sequence[Form],
     texts: list[dict[str, str]] | None = None,
     prompts_sha256: str | None = None,
 ) -> None:
-    """Write `index.json` last; its digest covers codec and content. `channels` and `size` are those of the inputs."""
+    """Write `index.json` last; its digest covers codec and content. `channels` and `size` are those of square inputs,
+    `buckets` the forms of all."""
     latent = codec.get("autoencoder")
     index = {
         "format": FORMAT,
@@ -117,6 +123,7 @@ def write_index(
         "classes": codec["classes"],
         "text": codec.get("text"),
         "prompts": codec.get("prompts"),
+        "buckets": buckets,
         "splits": splits,
         "texts": texts,
         "prompts_sha256": prompts_sha256,
@@ -126,7 +133,7 @@ def write_index(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """`index.json`: format, codec, conditioning, channels, size, image, autoencoder, classes, text, prompts,
+    """`index.json`: format, codec, conditioning, channels, size, image, autoencoder, classes, text, prompts, buckets,
     splits {name: count, keys_sha256, shards}, texts, digest. Raises `StageError` where it is missing or of another
     format."""
     try:
@@ -138,12 +145,12 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def load_latents(path: Path, split: str) -> Latents:
-    """One split of the model's inputs, read into memory. Raises `StageError` where there is no such split."""
+def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
+    """One bucket of a split of the model's inputs, read into memory. Raises `StageError` where there is none."""
     import numpy as np
 
     index = read_index(path)
-    parts, texts = open_shards(path, split), open_texts(path)
+    parts, texts = open_shards(path, split, bucket), open_texts(path)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Latents(
         pixels=columns.get("pixels"),
@@ -168,16 +175,29 @@ def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
     return [_mapped(path / shard["file"]) for shard in read_index(path)["texts"] or []]
 
 
-def open_shards(path: Path, split: str) -> list[dict[str, np.ndarray]]:
-    """The tensors of each shard of a split, memory-mapped: what is not indexed is not read. `as_tensor` makes torch's
-    of their rows.
+def buckets_of(path: Path, split: str) -> list[int]:
+    """Numbers of the buckets in which a split has images. Raises `StageError` where there is no such split."""
+    return sorted({shard["bucket"] for shard in _shards(path, split)})
 
-    Raises `StageError` where there is no such split.
+
+def open_shards(path: Path, split: str, bucket: int = SQUARE) -> list[dict[str, np.ndarray]]:
+    """The tensors of each shard of a bucket of a split, memory-mapped: what is not indexed is not read. `as_tensor`
+    makes torch's of their rows.
+
+    Raises `StageError` where there is no such split, or nothing in that bucket.
     """
+    shards = [shard for shard in _shards(path, split) if shard["bucket"] == bucket]
+    if not shards:
+        raise StageError(f"split '{split}' of {path} has no image in bucket {bucket}; see encode.buckets")
+    return [_mapped(path / shard["file"]) for shard in shards]
+
+
+def _shards(path: Path, split: str) -> list[dict[str, Any]]:
     index = read_index(path)
     if split not in index["splits"]:
         raise StageError(f"{path} has no split '{split}', only {', '.join(index['splits'])}; see ingest")
-    return [_mapped(path / shard["file"]) for shard in index["splits"][split]["shards"]]
+    shards: list[dict[str, Any]] = index["splits"][split]["shards"]
+    return shards
 
 
 def _mapped(file: Path) -> dict[str, np.ndarray]:

@@ -328,8 +328,13 @@ class EncodeParams(Section):
     horizontal_flip: bool = False
     """Encode each image a second time, mirrored; `train.horizontal_flip` draws one of the two. Latents only: pixels
     are mirrored as they are drawn."""
+    buckets: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(), strict=False)
+    """Shapes (width / height) besides the square to which pictures may be brought, each to the nearest, all with the
+    area of `image.size` squared; none crops every picture to the square."""
+    bucket_multiple: PositiveInt = 64
+    """What divides the sides of buckets."""
     workers: PositiveInt = 2
-    """Processes that decode and, on a CPU, encode. They decide no byte."""
+    """Threads that decode and, on a CPU, encode. They decide no byte."""
 
 
 class ModelParams(Section):
@@ -673,6 +678,7 @@ class Params(Section):
 
     def _check_sides(self) -> None:
         """Both networks halve what they get a number of times, and mirrored latents are made before they are drawn."""
+        self._check_buckets()
         side, what = self.image.size, "image.size"
         if self.codec.kind == "autoencoder":
             halvings = len(self.codec.autoencoder.widths) - 1
@@ -696,6 +702,19 @@ class Params(Section):
         if self.codec.kind == "identity" and self.encode.horizontal_flip:
             raise ValueError(
                 "encode.horizontal_flip is for latents; pixels are mirrored as they are drawn, by train.horizontal_flip"
+            )
+
+    def _check_buckets(self) -> None:
+        """The sides of a bucket are halved as often as those of the square."""
+        if not self.encode.buckets:
+            return
+        widths = self.codec.autoencoder.widths if self.codec.kind == "autoencoder" else (0,)
+        least = 2 ** (len(widths) - 1 + len(self.model.block_out_channels) - 1)
+        multiple, size = self.encode.bucket_multiple, self.image.size
+        if multiple % least or size % multiple:
+            raise ValueError(
+                f"encode.bucket_multiple {multiple} must be a multiple of {least}, by which codec and model shrink an "
+                f"image, and divide image.size {size}; change it, or set encode.buckets to []"
             )
 
     def section(self, kind: type[Section]) -> Any:

@@ -20,6 +20,7 @@ CODE = {
     "ema.py",
     "schedules.py",
     "batches.py",
+    "buckets.py",
     "train.py",
     "training_run.py",
 }

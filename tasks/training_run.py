@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import checkpoint, latents, memory, training_key, workspace
+from tasks.buckets import SQUARE, Bucketed
 from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
 from tasks.stage import StageError
 from tasks.training_log import Row, Tally
@@ -46,7 +47,7 @@ class Run:
     objective: Callable[[Any, Batch], Tensor]
     optimizer: Any
     averages: dict[str, EMA]
-    batches: Batches
+    batches: Batches | Bucketed
     held_out: list[Batch]
     alpha_bar: np.ndarray
     diffusion: DiffusionParams
@@ -229,28 +230,45 @@ def _memory_format(params: TrainParams) -> Any:
 
 def _batches(
     data: Path, accelerator: Accelerator, diffusion: DiffusionParams, params: TrainParams
-) -> tuple[Batches, list[Batch]]:
+) -> tuple[Batches | Bucketed, list[Batch]]:
     """The batches of training, and the one held-out draw that every measurement uses, in parts of a batch's size."""
-    from tasks.batches import Batches, conditioning_of, open_store
+    from tasks.batches import Batches, conditioning_of, open_store, seed_for
 
-    def batches(split: str, **options: Any) -> Batches:
-        store = open_store(data, split, params.data_on_device, accelerator.device)
-        options |= conditioning_of(data, params.data_on_device, accelerator.device)
+    conditioning = conditioning_of(data, params.data_on_device, accelerator.device)
+
+    def batches(split: str, bucket: int, **options: Any) -> Batches:
+        store = open_store(data, split, params.data_on_device, accelerator.device, bucket)
+        options |= conditioning
         return Batches(store, timesteps=diffusion.timesteps, device=accelerator.device, **options)
 
-    train = batches(
-        "train",
-        batch_size=params.batch_size // accelerator.num_processes,
-        condition_dropout=params.condition_dropout,
-        horizontal_flip=params.horizontal_flip,
-        seed=params.seed,
-        parts=params.gradient_accumulation,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    count = min(HELD_OUT_SAMPLES, latents.read_index(data)["splits"]["test"]["count"])
-    held_out = batches("test", batch_size=count, condition_dropout=0.0, horizontal_flip=False, seed=0)
-    return train, held_out.draw(0).split(max(1, train.size))
+    def training(bucket: int, seed: int) -> Batches:
+        return batches(
+            "train",
+            bucket,
+            batch_size=params.batch_size // accelerator.num_processes,
+            condition_dropout=params.condition_dropout,
+            horizontal_flip=params.horizontal_flip,
+            seed=seed,
+            parts=params.gradient_accumulation,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+
+    train: Batches | Bucketed
+    filled, index = latents.buckets_of(data, "train"), latents.read_index(data)
+    if filled == [SQUARE]:
+        train = training(SQUARE, params.seed)
+    else:
+        several = [training(bucket, seed_for(params.seed, "bucket", bucket)) for bucket in filled]
+        train = Bucketed(several, (index["channels"], index["size"], index["size"]), params.seed)
+    held_out = []
+    total = index["splits"]["test"]["count"]
+    for bucket in latents.buckets_of(data, "test"):
+        its = sum(len(next(iter(shard.values()))) for shard in latents.open_shards(data, "test", bucket))
+        share = -(-min(HELD_OUT_SAMPLES, total) * its // total)  # rounded up
+        held = batches("test", bucket, batch_size=share, condition_dropout=0.0, horizontal_flip=False, seed=bucket)
+        held_out += held.draw(0).split(max(1, train.size))
+    return train, held_out
 
 
 def _say(run: Run, index: dict[str, Any]) -> None:
@@ -258,7 +276,7 @@ def _say(run: Run, index: dict[str, Any]) -> None:
     print(
         f"train: {parameters / 1e6:.2f} M parameters on {run.accelerator.device}, "
         f"{index['splits']['train']['count']} images {index['channels']}x{index['size']}x{index['size']} "
-        f"{run.batches.store.where}",
+        f"{run.batches.where}",
         flush=True,
     )
 

@@ -17,8 +17,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_inputs(folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000) -> None:
-    """Latents, codec and verdict of a tiny data set, in the forms that the stages before write."""
+def write_inputs(
+    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, forms: tuple = ((8, 8),)
+) -> None:
+    """Latents, codec and verdict of a tiny data set, in the forms that the stages before write: `count` training
+    images in each of the buckets `forms`."""
     import torch
 
     from tasks import atomic, latents
@@ -28,8 +31,14 @@ def write_inputs(folder: Path, conditioning: str = "label", count: int = 96, sha
     codec = {"kind": "identity", "conditioning": conditioning, "size": 8, "channels": 1, "classes": classes}
 
     def split(name, n):
+        shards = [{**shard, "bucket": bucket} for bucket in range(len(forms)) for shard in some(name, n, bucket)]
+        return {"count": n * len(forms), "keys_sha256": "keys", "shards": shards}
+
+    def some(name, n, bucket):
         labels = rng.integers(0, 2, n)
-        pixels = (rng.integers(0, 100, (n, 1, 8, 8)) + 150 * (1 - labels)[:, None, None, None]).astype(np.uint8)
+        pixels = (rng.integers(0, 100, (n, 1, *forms[bucket])) + 150 * (1 - labels)[:, None, None, None]).astype(
+            np.uint8
+        )
         columns = {"pixels": pixels}
         if conditioning == "label":
             columns["labels"] = labels
@@ -37,10 +46,13 @@ def write_inputs(folder: Path, conditioning: str = "label", count: int = 96, sha
             columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
             columns["captions"][:, 0] = labels
             columns["captions"][:, 1:] = -np.sort(-columns["captions"][:, 1:])  # who has fewer has -1 at the end
-        shards = latents.write_shards(
-            folder / "latents", name, n, lambda part: {key: column[part] for key, column in columns.items()}, shard_size
+        return latents.write_shards(
+            folder / "latents",
+            f"{name}-{bucket}",
+            n,
+            lambda part: {key: column[part] for key, column in columns.items()},
+            shard_size,
         )
-        return {"count": n, "keys_sha256": "keys", "shards": shards}
 
     (folder / "latents").mkdir(parents=True)
     splits = {"train": split("train", count), "test": split("test", 32)}
@@ -54,7 +66,7 @@ def write_inputs(folder: Path, conditioning: str = "label", count: int = 96, sha
             folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
         )
         codec |= {"text": {"width": 32, "length": 5}, "prompts": ["a light", "a dark"]}
-    latents.write_index(folder / "latents", codec, splits, texts, prompts)
+    latents.write_index(folder / "latents", codec, splits, forms, texts, prompts)
     atomic.write_json(folder / "codec" / "codec.json", {"format": 1, **codec})
     atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
 

@@ -113,10 +113,13 @@ def told(row: dict[str, Any]) -> str:
 
 def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
     from infra.bench.ours import Ours
+    from tasks.batches import Batches
 
     os.environ["AFTERIMAGE_SCRATCH"] = str(plan.work / "scratch")
     ours = Ours(params, inputs)
-    sides: dict[Side, Batches] = {"stored": ours.run.batches, "online": online(ours.run.batches, params, inputs)}
+    stored = ours.run.batches
+    assert isinstance(stored, Batches), "there are no buckets but the square"
+    sides: dict[Side, Batches] = {"stored": stored, "online": online(stored, params, inputs)}
     blocks = _take_turns(plan, ours, sides, params.train.batch_size)
     once = _encode_once(params, inputs)
     return {
