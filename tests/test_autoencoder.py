@@ -243,14 +243,14 @@ def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
     """Both ways of sharing the work, on this machine's processor."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from tasks.encode import Encoder
+    from tasks.encode import Chunk, Encoder
 
     chain.make_codec()
-    chunks = [[("hash", picture(seed, (20, 16)), 320)] * 3 for seed in range(9)]
+    chunks = [Chunk((16, 16), [("hash", picture(seed, (20, 16)), 320)] * 3) for seed in range(9)]
     network = autoencoder.load_autoencoder(chain.codec / "vae")
     with ThreadPoolExecutor(2) as pool:
         shared, fed = (
-            list(Encoder(pool, 2, network, FORM, False, device).encoded(iter(chunks))) for device in ("cpu", "cuda")
+            list(Encoder(pool, 2, network, 3, False, device).encoded(iter(chunks))) for device in ("cpu", "cuda")
         )
     assert [chunk for chunk, _ in shared] == [chunk for chunk, _ in fed] == chunks
     assert all(torch.equal(a["mean"], b["mean"]) for (_, a), (_, b) in zip(shared, fed, strict=True))
