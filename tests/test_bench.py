@@ -165,6 +165,16 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
     assert f"| {row['online_ms']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
 
 
+def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
+    """What encoding adds to a training step of Stable Diffusion 1.5 at 512 pixels, and of its small likeness."""
+    shape = ["image.size=512", "codec.autoencoder.widths=[128,256,512,512]", "codec.autoencoder.layers_per_block=2"]
+    text = ["codec.text.width=768", "model.block_out_channels=[320,640,1280,1280]", "model.norm_num_groups=32"]
+    small = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"])
+    large = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"], *shape, *text)
+    ratios = [encoding.ratio_by_operations(params) for params in (small, large)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.01) and ratios[1] == pytest.approx(1.46, abs=0.01)
+
+
 def test_encoding_breaks_even_where_it_has_cost_what_it_saved():
     """An image: 20 ms a step without, 50 ms with encoding in it, and 60 ms to encode it once: two epochs."""
     stored, online, once = Block(10, 100, 2.0, 2.0), Block(10, 100, 5.0, 4.0), Block(1, 50, 3.0, 3.0)

@@ -57,7 +57,7 @@ CASES = {
     ),
 }
 """What the small presets train at 64x64 by the autoencoder and text encoder that are the default; and Stable Diffusion
-1.5 with an eighth of its widths and a quarter of its sides, which leaves all proportions between its parts."""
+1.5 with an eighth of its widths and a quarter of its sides, which leaves the proportions between its parts."""
 COMMON = (
     "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
@@ -128,6 +128,7 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in ours.averaged().values()),
         "batch": params.train.batch_size,
         "precision": params.train.precision,
+        "ratio_by_operations": round(ratio_by_operations(params), 3),
         **compared(blocks["stored"], blocks["online"], once),
     }
 
@@ -148,6 +149,28 @@ def compared(stored: list[Block], online: list[Block], once: Block) -> dict[str,
         "encode_img_s": round(once.images / once.seconds, 1),
         "break_even_epoch": round(once.seconds / once.images / saved, 2) if saved > 0 else None,
     }
+
+
+def ratio_by_operations(params: Params) -> float:
+    """Of a step with and without the autoencoder in it, counted on tensors without content."""
+    import torch
+
+    from models import autoencoder_training as training
+    from models.flops import forward_flops
+    from models.network import build
+    from tasks.training_run import network_config
+
+    wanted, image = params.codec.autoencoder, params.image
+    shape = training.AutoencoderConfig(image.channels, wanted.latent_channels, wanted.widths, wanted.layers_per_block)
+    side, width = image.size // 2 ** (len(wanted.widths) - 1), params.codec.text.width
+    form = {"size": side, "channels": wanted.latent_channels, "conditioning": "text", "text": {"width": width}}
+    with torch.device("meta"):
+        autoencoder, network = training.build(shape), build(network_config(form, params.model))
+        autoencoder.forward = lambda pixels: autoencoder.encode(pixels).latent_dist.mean
+        encode = forward_flops(autoencoder, torch.empty(1, image.channels, image.size, image.size))
+        text, t = torch.empty(1, params.codec.text.length, width), torch.zeros(1, dtype=torch.int64)
+        step = 3 * forward_flops(network, torch.empty(1, wanted.latent_channels, side, side), t, text)
+    return 1 + encode / step
 
 
 def _take_turns(plan: Plan, ours: Ours, sides: dict[Side, Batches], batch_size: int) -> dict[Side, list[Block]]:

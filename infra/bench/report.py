@@ -157,6 +157,7 @@ def _encoding(part: dict[str, Any]) -> Made:
         "online: ms a step",
         "ratio",
         "by CPU time",
+        "by operations",
         "encoding once: img/s",
         "breaks even in epoch",
     ]
@@ -172,6 +173,7 @@ def _encoding(part: dict[str, Any]) -> Made:
             row["online_ms"],
             f"{row['ratio']:.2f}",
             f"{row['ratio_by_cpu_time']:.2f}",
+            f"{row['ratio_by_operations']:.2f}",
             row["encode_img_s"],
             "never" if row["break_even_epoch"] is None else row["break_even_epoch"],
         ]
