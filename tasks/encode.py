@@ -65,8 +65,8 @@ class Row:
 
 
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
-    """Turn every image into what the model reads: pixels at the codec's size, or the mean and standard deviation of
-    its latent; with the label, or the embeddings of its captions where those condition the model.
+    """Turn every image into what the model reads: pixels in the form of its bucket, or the mean and standard deviation
+    of their latent; with the label, or the embeddings of its captions where those condition the model.
 
     Latents and embeddings are kept in the scratch folder by the content that they were made of: only what is new is
     computed, and a killed run goes on where it was. Says so where a change of codec or transform makes all of it new.
