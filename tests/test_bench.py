@@ -167,7 +167,12 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
 
 def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
     """What encoding adds to a training step of Stable Diffusion 1.5 at 512 pixels, and of its small likeness."""
-    shape = ["image.size=512", "codec.autoencoder.widths=[128,256,512,512]", "codec.autoencoder.layers_per_block=2"]
+    shape = [
+        "image.size=512",
+        "model.heads=8",
+        "codec.autoencoder.widths=[128,256,512,512]",
+        "codec.autoencoder.layers_per_block=2",
+    ]
     text = ["codec.text.width=768", "model.block_out_channels=[320,640,1280,1280]", "model.norm_num_groups=32"]
     small = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"])
     large = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"], *shape, *text)

@@ -52,12 +52,12 @@ CASES = {
         "model.attention=[true,true,true,false]",
         "model.layers_per_block=2",
         "model.attention_head_dim=null",
-        "model.heads=8",
+        "model.heads=1",
         "train.batch_size=8",
     ),
 }
 """What the small presets train at 64x64 by the autoencoder and text encoder that are the default; and Stable Diffusion
-1.5 with an eighth of its widths and a quarter of its sides, which leaves the proportions between its parts."""
+1.5 with an eighth of its widths and heads and a quarter of its sides, which leaves the proportions of its parts."""
 COMMON = (
     "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
