@@ -13,7 +13,7 @@ from tasks import atomic, buckets, decoding, images, latents
 from tasks.batches import Batches, Resident
 from tasks.codec import codec
 from tasks.download import download
-from tasks.encode import encode
+from tasks.encode import encode, sizes
 from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, EncodeParams, ImageParams
 from tests.data_inputs import contents, folder_params, ingest_params, picture, write_tree
@@ -59,6 +59,12 @@ def test_a_form_is_cut_from_the_middle_of_an_upright_picture():
     turned = decoding.open_image(file.getvalue(), max_pixels=10_000)
     assert turned.size == (60, 20) and decoding.upright_size(turned) == (60, 20)
     assert (decoding.to_form(turned, (60, 20), 1)[0, 20:40] == 255).all()
+
+
+def test_what_stable_diffusion_xl_is_told_of_a_cut():
+    assert sizes(480, 640, (480, 480)) == (480, 640, 0, 80, 480, 480)
+    assert sizes(100, 200, (24, 40)) == (100, 200, 0, 4, 24, 40)  # brought down to 24 x 48, of which 4 are left of it
+    assert sizes(200, 100, (40, 24)) == (200, 100, 4, 0, 40, 24)
 
 
 @pytest.fixture
