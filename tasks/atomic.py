@@ -35,13 +35,13 @@ def _beside(path: Path) -> Path:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether that process works: one that was killed and that nobody has taken note of yet does not."""
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

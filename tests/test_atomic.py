@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tasks import atomic
@@ -43,11 +45,13 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
         "    (folder / 'half').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as killed:
+        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:  # dead, and nobody has taken note of it
+            time.sleep(0.01)
+        assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+        with atomic.writing_folder(tmp_path / "folder") as temporary:
+            (temporary / "whole").write_text("whole")
     assert killed.returncode == -signal.SIGKILL
-    assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-    with atomic.writing_folder(tmp_path / "folder") as temporary:
-        (temporary / "whole").write_text("whole")
     assert os.listdir(tmp_path) == ["folder"]
     assert os.listdir(tmp_path / "folder") == ["whole"]
 
