@@ -8,9 +8,11 @@ this machine or another, continues the same run. `connect()` comes before anythi
 from __future__ import annotations
 
 import getpass
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import urllib.error
@@ -37,6 +39,27 @@ SYSTEM_METRICS_SECONDS = 5.0
 BATCH = 1000
 """Metrics that MLflow takes in one call."""
 _SQLITE = "sqlite:///"
+
+
+def prepare() -> None:
+    """What `connect()` would wait for, while its caller still has something else to do: a server is asked for a sign
+    of life, and the tables of a fresh SQLite file are made in another process.
+
+    Raises `StageError` where a tracking server does not answer within 2 s.
+    """
+    uri = workspace.tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        _probe(uri)
+    _quieten()
+    path = _sqlite_path(uri)
+    if path is not None and not _exists(path):
+        # Not a thread: Python's lock would hold up the caller. Not a fork: he may have threads.
+        multiprocessing.get_context("spawn").Process(target=_make_database, args=(path,), daemon=True).start()
+
+
+def _make_database(path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that waits for this one
+    _ensure_migrated(path)
 
 
 def connect() -> MlflowClient:

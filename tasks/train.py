@@ -59,12 +59,13 @@ def train(
         first = int(os.environ.get("RANK", "0")) == 0
         if first:  # of several processes one holds the lock, tells MLflow and writes; the others only compute
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # never two runs at once
-            tracking.connect()
+            tracking.prepare()
         run = training_run.prepare(data, index, facts, model, diffusion, params)
         if index["autoencoder"]:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None
         if first:
+            tracking.connect()
             live = stack.enter_context(tracking.training_run(facts["train_key"], facts["params"], dataset))
         asked = stack.enter_context(_deferred_signals())
         fit(run, live, asked, params.steps)

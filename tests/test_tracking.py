@@ -217,6 +217,25 @@ def test_a_database_of_another_mlflow_is_told_with_a_remedy(tmp_path, monkeypatc
         tracking.connect()
 
 
+def test_the_tables_of_a_fresh_database_are_made_while_training_prepares(tmp_path):
+    path = tmp_path / "mlflow.db"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(tmp_path)}
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from tasks import tracking
+        tracking.prepare()
+        until = time.monotonic() + 100
+        while not Path(sys.argv[1]).exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "mlflow" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, env=environment, check=True)
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT version_num FROM alembic_version").fetchall()
+    database.close()
+
+
 @pytest.mark.slow
 def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
     """Without the lock they break it for good."""
