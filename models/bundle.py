@@ -101,7 +101,7 @@ class Bundle:
         )
         channels, size = info["latent"] or (info["channels"], info["size"])
         noise = SeededNoise(seeds, (channels, size, size))
-        drawn = sample(sampler, denoise, noise, levels, steps, eta=eta, variance=info["variance"])
+        drawn = sample(sampler, denoise, noise, levels, steps, eta=eta, **info["sampling"])
         return self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:

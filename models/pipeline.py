@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,8 @@ class Pipeline:
     betas: schedules.Array
     info: dict[str, Any]
     device: str = "cpu"
-    variance: str = "fixed_small"
-    """Of the noise that `ddpm` adds; see `samplers.VARIANCES`."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What `samplers.sample` is told of it: `variance`, `spacing`, `steps_offset`."""
     autoencoder: Any = None
     text: AnyEncoder | None = None
 
@@ -200,9 +200,7 @@ class Pipeline:
             return torch.from_numpy(draw()).to(self.device)
 
         with torch.inference_mode():
-            images = samplers.sample(
-                sampler, denoise, noise, self.alpha_bar, steps, callback, eta=eta, variance=self.variance
-            )
+            images = samplers.sample(sampler, denoise, noise, self.alpha_bar, steps, callback, eta, **self.sampling)
             images = self.decode(images)
         return images.float().cpu().numpy()
 
@@ -327,7 +325,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     except RuntimeError:  # names every tensor that does not fit
         raise ValueError(f"the weights in {unet_folder} are not those of the network in its config.json") from None
     unet.eval().requires_grad_(False).to(device)
-    return Pipeline(unet, scheduler.betas, info, device, scheduler.variance, **_codec_parts(folder, device))
+    return Pipeline(unet, scheduler.betas, info, device, scheduler.sampling, **_codec_parts(folder, device))
 
 
 def _codec_parts(folder: Path, device: str) -> dict[str, Any]:

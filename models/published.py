@@ -34,12 +34,13 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A `scheduler_config.json`: `schedule` is our name of the betas (or "trained"), `variance` as in `samplers`."""
+    """A `scheduler_config.json`: `schedule` is our name of the betas (or "trained"), `sampling` what `samplers.sample`
+    needs to know to follow it."""
 
     betas: schedules.Array
     schedule: str
     prediction: str
-    variance: str
+    sampling: dict[str, Any]
 
 
 def parts(folder: Path) -> tuple[Path, Path]:
@@ -63,7 +64,9 @@ def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
         "clip_sample": (clips,),
         "clip_sample_range": (1.0,),
         "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "set_alpha_to_one": (True,),
         "thresholding": (False,),
+        "timestep_spacing": ("leading", "trailing"),
         "variance_type": tuple(VARIANCES),
     }
     for key, known in wanted.items():
@@ -71,9 +74,12 @@ def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
         if value not in known:
             raise ValueError(f"the scheduler's {key} is {value!r}; these samplers know {', '.join(map(repr, known))}")
     betas, name = _betas(config)
-    return Scheduler(
-        betas, name, config.get("prediction_type", "epsilon"), VARIANCES[config.get("variance_type", "fixed_small")]
-    )
+    sampling = {
+        "variance": VARIANCES[config.get("variance_type", "fixed_small")],
+        "spacing": config.get("timestep_spacing", "leading"),
+        "steps_offset": config.get("steps_offset", 0),
+    }
+    return Scheduler(betas, name, config.get("prediction_type", "epsilon"), sampling)
 
 
 def _betas(config: dict[str, Any]) -> tuple[schedules.Array, str]:

@@ -5,7 +5,7 @@ the exported bundle, into which this file is copied as it stands.
 
 Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image, about [-1, 1]; `a` = alpha_bar.
 `denoise(x, t)` maps x_t and the integer timestep to x0; `noise()` draws standard normal noise shaped
-like x; `timesteps` falls from T-1 towards 0. `callback(i, t, x, x0)` sees every step after it was made.
+like x; `timesteps` falls from about T-1 towards 0. `callback(i, t, x, x0)` sees every step after it was made.
 """
 
 from __future__ import annotations
@@ -47,6 +47,35 @@ def trailing_timesteps(total: int, steps: int) -> list[int]:
         raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {total} timesteps")
     # In the same arithmetic as diffusers, so that halves are rounded to the same side.
     return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))[:steps]]
+
+
+def leading_timesteps(total: int, steps: int, offset: int = 0, intervals: int | None = None) -> list[int]:
+    """`steps` timesteps of 0..total-1, falling, multiples of total // steps plus `offset`; the last is `offset`.
+
+    Lin et al. 2024, table 2 ("leading"): as many published models were sampled, beginning below total-1. With more
+    `intervals` than steps the multiples are of total // intervals, and the lowest ones are left out. Raises
+    `ValueError` where the first would not be a timestep.
+    """
+    intervals = intervals or steps
+    if not 1 <= steps <= intervals <= total:
+        raise ValueError(f"sampling steps {steps} must lie between 1 and {total - intervals + steps} for this model")
+    chosen = [offset + i * (total // intervals) for i in range(intervals)]
+    if chosen[-1] >= total:
+        raise ValueError(f"{steps} sampling steps of this model begin at timestep {chosen[-1]} of {total}; take fewer")
+    return chosen[intervals - steps :][::-1]
+
+
+def timesteps_for(sampler: str, total: int, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
+    """The timesteps at which `sampler` calls the network, in the spacing "trailing" or "leading".
+
+    Leading, `dpm_solver_pp_2m` has one interval more than steps and stops before the last, as in diffusers. Raises
+    `ValueError` for another spacing or an impossible number of steps.
+    """
+    if spacing == "trailing":
+        return trailing_timesteps(total, steps)
+    if spacing != "leading":
+        raise ValueError(f"unknown spacing {spacing!r}; known: trailing, leading")
+    return leading_timesteps(total, steps, offset, steps + (sampler == "dpm_solver_pp_2m"))
 
 
 def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
@@ -231,16 +260,18 @@ def sample(
     callback: Any = None,
     eta: float = 0.0,
     variance: str = "fixed_small",
+    spacing: str = "trailing",
+    steps_offset: int = 0,
 ) -> Any:
     """Draw clean images from pure noise: the first call of `noise` is x_T, later ones feed the sampler.
 
-    `eta` is read by `ddim` and `variance` by `ddpm`. Raises `ValueError` for an unknown sampler, an impossible
-    number of steps, or an `eta` that the sampler does not have.
+    `eta` is read by `ddim` and `variance` by `ddpm`; `spacing` and `steps_offset` are those of `timesteps_for`. Raises
+    `ValueError` for an unknown sampler, an impossible number of steps, or an `eta` that the sampler does not have.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     if not 0 <= eta <= (1 if sampler == "ddim" else 0):
         raise ValueError(f"eta {eta:g} does not fit sampler {sampler!r}; it is 0 to 1 for 'ddim' and 0 for the others")
     own: dict[str, dict[str, Any]] = {"ddim": {"eta": eta}, "ddpm": {"variance": variance}}
-    timesteps = trailing_timesteps(len(alpha_bar), steps)
+    timesteps = timesteps_for(sampler, len(alpha_bar), steps, spacing, steps_offset)
     return SAMPLERS[sampler](denoise, noise(), noise, alpha_bar, timesteps, callback, **own.get(sampler, {}))

@@ -92,7 +92,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
             tokenizer = tower.tokenizer.backend_tokenizer.to_str()
             (folder / f"tokenizer{suffix}.json").write_text(tokenizer, encoding="utf-8")
             info["text"]["pads"][suffix] = tower.tokenizer.pad_token_id
-    constants = {"alpha_bar": trained.alpha_bar.tolist(), "variance": trained.variance}
+    constants = {"alpha_bar": trained.alpha_bar.tolist(), "sampling": trained.sampling}
     atomic.write_json(folder / "bundle.json", {"format": FORMAT, **constants, **info})
     package = folder / PACKAGE
     package.mkdir()
@@ -221,7 +221,7 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
         denoise = denoiser(engine.predict, trained.prediction, alpha_bar, condition, null, guidance_scale)
         noise = SeededNoise(seeds, trained.input_shape)
-        return sample(sampler, denoise, noise, alpha_bar, steps, variance=trained.variance)
+        return sample(sampler, denoise, noise, alpha_bar, steps, **trained.sampling)
 
     decibel = _drawn_psnr(trained, draw, params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])

@@ -30,6 +30,31 @@ def fed_to_diffusers(monkeypatch, draws: np.ndarray) -> None:
         monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(fed))
 
 
+@pytest.mark.parametrize(("sampler", "offset"), [("ddim", 0), ("ddim", 1), ("dpm_solver_pp_2m", 1)])
+def test_a_published_model_is_sampled_at_the_timesteps_of_its_scheduler(tmp_path, monkeypatch, sampler, offset):
+    """diffusers spaces them "leading" where the configuration says nothing, and our own pipelines say "trailing"."""
+    from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
+
+    publish(tmp_path, steps_offset=offset, prediction_type="v_prediction")
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["timestep_spacing"] == "leading"
+    ours, theirs = load_pipeline(tmp_path), DDPMPipeline.from_pretrained(str(tmp_path))
+    config = theirs.scheduler.config
+    if sampler == "ddim":
+        scheduler = DDIMScheduler.from_config(config)
+    else:  # which clips under this name
+        scheduler = DPMSolverMultistepScheduler.from_config(config, thresholding=True, sample_max_value=1.0)
+    scheduler.set_timesteps(7)
+    x = torch.from_numpy(noises([3, 4], ours, 1)[0])
+    options = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    seen = []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(theirs.unet(x, t).sample, t, x, **options).prev_sample
+    drawn = ours.sample([3, 4], sampler=sampler, steps=7, callback=lambda i, t, x, x0: seen.append(t))
+    assert seen == scheduler.timesteps.tolist() and seen[0] < T - 1
+    assert np.abs(drawn - x.numpy()).max() < 1e-4
+
+
 def noises(seeds: list[int], pipeline, count: int) -> np.ndarray:
     from models.samplers import SeededNoise
 
@@ -159,7 +184,9 @@ def test_a_repository_of_the_first_days(tmp_path, monkeypatch):
         ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
         ("scheduler/scheduler_config.json", {"clip_sample": False}, "clip_sample is False; these samplers know True"),
+        ("scheduler/scheduler_config.json", {"set_alpha_to_one": False}, "set_alpha_to_one is False"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding is True"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "linspace"}, "know 'leading', 'trailing'"),
         ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "2 trained_betas for 30"),
     ],

@@ -26,10 +26,11 @@ def output_of(prediction, x, t, levels):
     return target(prediction, x0, eps, a[None]).float()
 
 
-def scheduler_for(sampler, levels_of, prediction):
+def scheduler_for(sampler, levels_of, prediction, spacing="trailing", offset=0):
     import diffusers
 
-    shared = {"num_train_timesteps": T, "timestep_spacing": "trailing", "prediction_type": prediction, **levels_of}
+    shared = {"num_train_timesteps": T, "timestep_spacing": spacing, "prediction_type": prediction, **levels_of}
+    shared |= {"steps_offset": offset}
     if sampler == "ddpm":
         return diffusers.DDPMScheduler(**shared, clip_sample=True)
     if sampler == "ddpm large":
@@ -65,8 +66,8 @@ def trajectory_of_diffusers(scheduler, sampler, output, draws, monkeypatch):
     return seen
 
 
-def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, steps=None):
-    scheduler = scheduler_for(sampler, levels_of, prediction)
+def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, steps=None, spacing="trailing", offset=0):
+    scheduler = scheduler_for(sampler, levels_of, prediction, spacing, offset)
     steps = steps or STEPS[sampler]
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +76,7 @@ def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, step
         scheduler, sampler, lambda x, t: output_of(prediction, x, t, levels), draws, monkeypatch
     )
     ours, noise = [], iter(draws[1:])
-    chosen = samplers.trailing_timesteps(T, steps)
+    chosen = samplers.timesteps_for(sampler.split()[0], T, steps, spacing, offset)
     assert [int(t) for t in scheduler.timesteps] == chosen
     samplers.SAMPLERS[sampler.split()[0]](
         samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), prediction, levels),
@@ -103,6 +104,15 @@ def test_whole_trajectory_equals_diffusers(sampler, schedule, prediction, monkey
         # One rounding of eps in float32 moves x0 by 1.2e-3 at this alpha_bar, and diffusers rounds once more.
         limit = 2**-24 / math.sqrt(levels[-1])
     assert largest_difference(sampler, prediction, levels, {"trained_betas": betas.tolist()}, monkeypatch) < limit
+
+
+@pytest.mark.parametrize(("steps", "offset"), [(20, 0), (30, 1), (7, 1)])
+@pytest.mark.parametrize("sampler", STEPS)
+def test_leading_trajectory_equals_diffusers(sampler, steps, offset, monkeypatch):
+    """Also where the steps do not divide the timesteps."""
+    levels_of = {"beta_schedule": "linear"}
+    given = {"steps": steps, "spacing": "leading", "offset": offset}
+    assert largest_difference(sampler, "v_prediction", ALPHA_BAR, levels_of, monkeypatch, **given) < 1e-4
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddpm large"])
@@ -266,6 +276,16 @@ def test_an_eta_that_the_sampler_does_not_have_is_refused(sampler, eta):
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"{steps} must lie between 1 and the model's 1000"):
         samplers.trailing_timesteps(T, steps)
+    with pytest.raises(ValueError, match="sampling steps"):
+        samplers.leading_timesteps(T, steps)
+
+
+def test_leading_steps_that_begin_beyond_the_last_timestep_are_refused():
+    assert samplers.leading_timesteps(T, T)[0] == T - 1
+    with pytest.raises(ValueError, match="take fewer"):
+        samplers.leading_timesteps(T, T, offset=1)
+    with pytest.raises(ValueError, match="known: trailing, leading"):
+        samplers.timesteps_for("ddim", T, 10, "linspace")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
