@@ -53,7 +53,8 @@ def train(
     training_run.check_fits(index, model, diffusion, params)
     facts = training_key.facts(index, codec, verdict, model, diffusion, params)
     scratch = training_key.folder_of(workspace.scratch(), facts)
-    checkpoint.refuse_other_network(scratch, training_run.architecture(training_run.network_config(index, model)))
+    network = training_run.network_config(index, model, training_run.first_network(params))
+    checkpoint.refuse_other_network(scratch, training_run.architecture(network))
     dataset = {"name": verdict.get("source", "images"), "digest": index["digest"]}
     with ExitStack() as stack:
         first = int(os.environ.get("RANK", "0")) == 0

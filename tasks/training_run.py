@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tasks.batches import Batch, Batches
 
 HELD_OUT_SAMPLES = 512
+INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")
+"""What published weights may have otherwise than ours, and the section `model` has no word for."""
 OPTIMIZER = "optimizer"
 
 
@@ -77,10 +79,9 @@ def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionPa
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
-    folder = first_weights(params)
-    if folder is not None:
-        named = f"train.weights {params.weights}" if params.weights else f"train.init_from {folder}"
-        _check_warm_start(folder, named, network_config(index, model), diffusion)
+    first = first_network(params)
+    if first is not None:
+        _check_warm_start(params, network_config(index, model, first), first, diffusion)
 
 
 def first_weights(params: TrainParams) -> Path | None:
@@ -93,22 +94,40 @@ def first_weights(params: TrainParams) -> Path | None:
     return None if params.init_from == NO_WARM_START else Path(params.init_from)
 
 
-def _check_warm_start(folder: Path, named: str, config: NetworkConfig, diffusion: DiffusionParams) -> None:
-    """Compare architecture and prediction by their small files; the weights are not read."""
+def first_network(params: TrainParams) -> NetworkConfig | None:
+    """The network of the weights that come first. Raises `StageError` where there is none, or none that we have."""
+    from models.network import config_of
+
+    folder = first_weights(params)
+    if folder is None:
+        return None
     weights = training_key.weights_of(folder)
     described = weights.with_name("config.json")
     if not (weights.is_file() and described.is_file()):
-        raise StageError(f"{named} holds no pipeline (no {weights.name} and config.json); correct it")
-    from models.network import config_of
+        raise StageError(f"{_named(params)} holds no pipeline (no {weights.name} and config.json); correct it")
+    try:
+        return config_of(json.loads(described.read_text(encoding="utf-8")))
+    except (ValueError, KeyError) as error:
+        raise StageError(f"{_named(params)} cannot be trained here: {error}; choose another") from None
 
-    ours, theirs = config.to_diffusers(), config_of(json.loads(described.read_text(encoding="utf-8"))).to_diffusers()
+
+def _named(params: TrainParams) -> str:
+    return f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
+
+
+def _check_warm_start(
+    params: TrainParams, config: NetworkConfig, first: NetworkConfig, diffusion: DiffusionParams
+) -> None:
+    """Compare architecture and prediction by their small files; the weights are not read."""
+    named, folder = _named(params), first_weights(params)
+    ours, theirs = config.to_diffusers(), first.to_diffusers()
     shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
     unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
     if unlike:
         told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
         raise StageError(f"{named} is another network ({told}); set the section model to fit it")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
+    scheduler = folder / "scheduler" / "scheduler_config.json" if folder else None
+    if scheduler and scheduler.is_file():
         predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
         if predicts != diffusion.prediction:
             raise StageError(
@@ -139,7 +158,7 @@ def prepare(
         mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
     )
     torch.manual_seed(params.seed)
-    network = build(network_config(index, model))
+    network = build(network_config(index, model, first_network(params)))
     given = first_weights(params)
     if given is not None:
         _load_weights(network, given)
@@ -195,8 +214,8 @@ class Objective:
         return self.weights[batch.t] * diffusion.squared_error(output, target)
 
 
-def network_config(index: dict[str, Any], model: ModelParams) -> NetworkConfig:
-    """The network for a data set and the section `model`."""
+def network_config(index: dict[str, Any], model: ModelParams, first: NetworkConfig | None = None) -> NetworkConfig:
+    """The network for a data set and the section `model`, with `INHERITED` from that of the `first` weights."""
     from models.text_unet import TextUNetConfig
     from models.unet import UNetConfig
 
@@ -205,6 +224,8 @@ def network_config(index: dict[str, Any], model: ModelParams) -> NetworkConfig:
         text = {"cross_attention_dim": index["text"]["width"], "pooled": index["text"].get("pooled")}
         return TextUNetConfig(**form, **text, **model.model_dump())
     shared = {name: value for name, value in model.model_dump().items() if name in UNetConfig.__dataclass_fields__}
+    if isinstance(first, UNetConfig):
+        shared |= {name: getattr(first, name) for name in INHERITED}
     return UNetConfig(**form, conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0, **shared)
 
 
@@ -217,8 +238,11 @@ def _load_weights(network: Network, folder: Path) -> None:
     from safetensors.torch import load_file
 
     from models.network import load_weights
+    from models.published import read_weights
+    from models.unet import UNet
 
-    load_weights(network, load_file(training_key.weights_of(folder)))
+    file = training_key.weights_of(folder)
+    load_weights(network, read_weights(file.parent) if isinstance(network, UNet) else load_file(file))
     print(f"train: starts from the weights in {folder}", flush=True)
 
 

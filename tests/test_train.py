@@ -204,6 +204,34 @@ class TestWarmStart:
         trained(second, init_from=str(first / "pipeline"))
         assert "starts anew: data init_from; " in capsys.readouterr().out
 
+    def test_published_weights_keep_what_they_have_otherwise(self, trained, tmp_path):
+        """As google/ddpm-cifar10-32: another epsilon of the norms, other padding, other features of time."""
+        import torch
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+        otherwise = {"norm_eps": 1e-2, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
+        torch.manual_seed(0)
+        theirs = UNet2DModel(
+            8,
+            1,
+            1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            **otherwise,
+        )
+        scheduler = DDPMScheduler(50, prediction_type="v_prediction")
+        DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path / "published")
+        quiet = {"learning_rate": 1e-12, "weight_decay": 0.0, "condition_dropout": 0.0}
+        trained(tmp_path / "run", "none", init_from=str(tmp_path / "published"), **quiet)
+        ours = UNet2DModel.from_pretrained(str(tmp_path / "run" / "pipeline" / "unet"))
+        assert {name: ours.config[name] for name in otherwise} == otherwise
+        x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 40])
+        with torch.no_grad():
+            assert torch.allclose(ours(x, t).sample, theirs.eval()(x, t).sample, atol=1e-5)
+
     def test_another_network_or_prediction_is_refused(self, trained, tmp_path):
         first = trained(tmp_path / "first")
         config = first / "pipeline" / "unet" / "config.json"
@@ -211,6 +239,9 @@ class TestWarmStart:
         config.write_text(sound.replace('"layers_per_block": 1', '"layers_per_block": 2'))
         options = {"init_from": str(first / "pipeline")}
         with pytest.raises(StageError, match=r"is another network \(layers_per_block 2 -> 1\); set the section model"):
+            trained(tmp_path / "second", **options)
+        config.write_text(sound.replace('"norm_eps": 1e-05', '"act_fn": "gelu"'))
+        with pytest.raises(StageError, match=r"cannot be trained here: the network's act_fn is 'gelu'"):
             trained(tmp_path / "second", **options)
         config.write_text(sound)
         scheduler = first / "pipeline" / "scheduler" / "scheduler_config.json"
