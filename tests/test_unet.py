@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.unet import UNet, UNetConfig
+from models.unet import UNet, UNetConfig, attend
 
 DIGITS = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, conditions=11)
 EMBEDDED = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, embedded=True)
@@ -102,6 +102,24 @@ def test_channels_last_changes_the_layout_alone():
         expected = network(x, t, condition)
         last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, condition)
     assert torch.allclose(last, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 64, 400])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_attention_of_every_length_has_the_output_and_the_gradient_of_the_formula(tokens, dtype, limit):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    weigh = torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+    scores = torch.einsum("bhqd,bhkd->bhqk", exact[0], exact[1]) / 8**0.5
+    wanted = torch.einsum("bhqk,bhkd->bhqd", scores.exp() / scores.exp().sum(3, keepdim=True), exact[2])
+    (wanted * weigh).sum().backward()
+    output = attend(*inputs)
+    (output.double() * weigh).sum().backward()
+    assert output.dtype == dtype
+    assert (output - wanted).abs().max() < limit
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < limit * theirs.grad.abs().max()
 
 
 def test_it_can_be_read_in_one_sitting():

@@ -56,8 +56,12 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """Rows of one network: with a batch size, one of each precision and one of the defaults; else both as they come."""
+    import torch
+
     preset, batch = case.split(":")
     common = ["conditioning=none", "train.steps=1000000", *plan.overrides]
+    if not torch.cuda.is_available():
+        common.insert(0, "train.channels_last=false")  # a layout for GPUs, which a preset for them has
     preferred = parameters(preset, plan.archive, *common)
     own: str = preferred.train.precision
     if batch == AS_THEY_COME:
