@@ -242,7 +242,10 @@ def _load_weights(network: Network, folder: Path) -> None:
     from models.unet import UNet
 
     file = training_key.weights_of(folder)
-    load_weights(network, read_weights(file.parent) if isinstance(network, UNet) else load_file(file))
+    try:
+        load_weights(network, read_weights(file.parent) if isinstance(network, UNet) else load_file(file))
+    except ValueError as error:  # damaged, says the file's reader
+        raise StageError(str(error)) from None
     print(f"train: starts from the weights in {folder}", flush=True)
 
 
