@@ -264,16 +264,16 @@ def _encode_missing(
     with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         encoder = Encoder(pool, params.workers, network, channels, params.horizontal_flip, device)
         sample: list[Chunk] = []
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         with tqdm(total=len(missing), desc="encode", unit="img", mininterval=1, dynamic_ncols=True) as bar:
             for chunk, tensors in encoder.encoded(_chunks(images, missing)):
                 blocks.add([sha256 for sha256, _, _ in chunk.pictures], tensors)
                 bar.update(len(chunk))
                 if len(sample) < CEILING_CHUNKS * params.workers and len(chunk) == CHUNK:
                     sample.append(chunk)
-        rate = len(missing) / (time.perf_counter() - started)
+        rate, work = (len(missing) / (time.perf_counter() - started), (time.process_time() - worked) / len(missing))
         if len(sample) == CEILING_CHUNKS * params.workers:
-            _print_ceilings(encoder, sample, rate)
+            _print_ceilings(encoder, sample, rate, work)
     torch.set_num_threads(threads)
 
 
@@ -375,14 +375,17 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Itera
         yield future.result()
 
 
-def _print_ceilings(encoder: Encoder, sample: list[Chunk], rate: float) -> None:
-    """Print the rate of the whole beside what its two halves allow."""
+def _print_ceilings(encoder: Encoder, sample: list[Chunk], rate: float, work: float) -> None:
+    """Print the rate of the whole beside what its two halves allow. `work` is its CPU time for an image, of which the
+    share that the halves need is the same on a machine that has other things to do."""
+    worked = time.process_time()
     decode, encode = encoder.ceilings(sample)
+    needed = (time.process_time() - worked) / sum(map(len, sample))
     # On a CPU both share the cores; on a GPU the slower of the two sets the pace.
     allowed = 1 / (1 / decode + 1 / encode) if encoder.device == "cpu" else min(decode, encode)
     print(
         f"encode: {rate:,.0f} img/s; decoding alone {decode:,.0f}, the encoder alone {encode:,.0f} img/s: "
-        f"{rate / allowed:.0%} of what the two allow"
+        f"{rate / allowed:.0%} of what the two allow ({needed / work:.0%} by CPU time)"
     )
 
 
