@@ -257,6 +257,7 @@ def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_encoding_at_most_of_what_decoder_and_encoder_allow(chain, tmp_path, monkeypatch):
     """80% of 1 / (1 / decode + 1 / encode) on a CPU, where both share the cores; on a GPU of the slower of the two.
 
