@@ -266,8 +266,9 @@ def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any]
         "null_label": len(index["classes"]) if index["conditioning"] == "label" else None,
         "train_key": facts["train_key"],
     }
+    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
     average = run.averages[run.params.pipeline_ema].state_dict()
-    weights = {name: value.cpu().contiguous() for name, value in merged(average).items()}
+    weights = {name: value.cpu().contiguous() for name, value in merged(frozen | average).items()}
     with atomic.writing_folder(pipeline) as folder:
         levels = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
         save_pipeline(folder, run.network, weights, levels, info, codec)

@@ -162,6 +162,8 @@ def prepare(
     given = first_weights(params)
     if given is not None:
         _load_weights(network, given)
+    if params.full_steps:
+        network.requires_grad_(True)  # each has its time; the loop says whose it is
     network = network.to(accelerator.device, memory_format=_memory_format(params))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
@@ -353,13 +355,19 @@ def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
         network=architecture(run.network.config),
         held_out_loss=measured,
         tensors={
-            "model": _copies(run.network.state_dict()),
+            "model": _copies({name: v for name, v in run.network.state_dict().items() if name not in _frozen(run)}),
             OPTIMIZER: _copies({f"{names[i]}/{key}": v for i, slots in state.items() for key, v in slots.items()}),
             "tally": _copies({"sums": tallies}),
             **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
         },
         extra={"history": run.history, "scaler": scaler.state_dict() if scaler else None},
     )
+
+
+def _frozen(run: Run) -> set[str]:
+    """Names of the parameters that are never trained: first weights, of which a checkpoint needs no copy."""
+    trained = run.averages[run.params.pipeline_ema].names
+    return {name for name, _ in run.network.named_parameters()}.difference(trained)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -370,7 +378,8 @@ def restore(run: Run, found: checkpoint.Checkpoint) -> None:
     """Put a checkpoint into a run that was just built."""
     import torch
 
-    run.network.load_state_dict(found.tensors["model"])
+    frozen = {name: value for name, value in run.network.state_dict().items() if name in _frozen(run)}
+    run.network.load_state_dict({**frozen, **found.tensors["model"]})
     for name, average in run.averages.items():
         average.load_state_dict(found.tensors[name])
     state: dict[int, dict[str, Tensor]] = {}

@@ -6,6 +6,7 @@ Nothing is downloaded: every part is made here from nothing.
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,15 +114,47 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
 
 
+LORA = MODEL.model_copy(update={"lora_rank": 2})
+
+
+def weights(folder):
+    return load_pipeline(folder).unet.state_dict()
+
+
+def changed_attention(before, after) -> set[str]:
+    """Names of the weights that differ; all of them matrices of attention, by no more than rank 2."""
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(".attn" in name and name.endswith(".weight") for name in changed)
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 2, name
+    return changed
+
+
 def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
-    run_train(tree, "adapted", MODEL.model_copy(update={"lora_rank": 2}), init_from="pipeline", learning_rate=0.5)
-    before, after = (load_pipeline(tree / name).unet.state_dict() for name in ("pipeline", "adapted"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(".attn" in name and name.endswith(".weight") for name in changed)
+    run_train(tree, "adapted", LORA, init_from="pipeline", learning_rate=0.5)
+    assert changed_attention(weights(tree / "pipeline"), weights(tree / "adapted"))
     prompt = {"prompts": ["dark picture of thing 2"], "steps": 4}
     first, adapted = (load_pipeline(tree / name).sample([3], **prompt) for name in ("pipeline", "adapted"))
     assert not np.array_equal(first, adapted)
+    newest = max((tree / "scratch" / "train").glob("*/step-*"), key=lambda path: path.stat().st_mtime)
+    kept = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+    assert kept < (tree / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+
+
+def test_a_base_is_trained_first_where_none_is_given_and_a_run_goes_on_in_either_phase(tree, monkeypatch):
+    text_inputs.at_home(tree, monkeypatch)
+    options = {"full_steps": 2, "seed": 5, "ema": ("decay-0.001",), "pipeline_ema": "decay-0.001"}
+    run_train(tree, "whole", LORA, steps=5, **options)
+    first = weights(tree / "whole")
+    shutil.rmtree(tree / "scratch" / "train")
+    for steps in (3, 5):  # the learning rate is constant, so a longer run goes on where a shorter one ended
+        run_train(tree, f"part-{steps}", LORA, steps=steps, **options)
+    assert all(torch.equal(first[name], value) for name, value in weights(tree / "part-5").items())
+    base, after = weights(tree / "part-3"), weights(tree / "part-5")
+    steps = {name: (after[name] - base[name]).abs().max() for name in base}
+    assert max(size for name, size in steps.items() if ".attn" not in name) < 1e-4 < 1e-3 < max(steps.values())
+    assert not torch.equal(first["conv_out.weight"], torch.zeros_like(first["conv_out.weight"]))
 
 
 def test_a_network_of_one_encoder_is_another(tree, tmp_path, monkeypatch):
