@@ -26,8 +26,9 @@ def bring(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
     """The folder of a model in diffusers' or transformers' layout, `parts` naming the subfolders that are needed.
 
     `weights` is s3://bucket/prefix, a hub repository (then `pin` is its commit) or a local folder (then, as for S3,
-    `pin` is the sha256 of the one .safetensors file in the first of `parts`, or in the folder itself). Raises
-    `StageError` where it cannot be had or is not what `pin` says.
+    `pin` is the sha256 of the one .safetensors file in the first of `parts`, or in the folder itself; where other parts
+    have such files, too, the sha256 of their hashes one after the other). Raises `StageError` where it cannot be had
+    or is not what `pin` says.
     """
     if weights.startswith("s3://"):
         folder = _from_s3(weights, pin, parts)
@@ -48,14 +49,15 @@ def part(folder: Path, name: str) -> Path:
 
 def _require_pin(folder: Path, pin: str, parts: tuple[str, ...]) -> None:
     where = part(folder, parts[0])
-    files = sorted(where.glob("*.safetensors"))
+    files = sorted(where.glob(f"*{WEIGHTS}"))
     if len(files) != 1:
-        raise StageError(f"{where} holds {len(files)} .safetensors files; give a folder with exactly one")
-    found = sha256_of(files[0])
+        raise StageError(f"{where} holds {len(files)} {WEIGHTS} files; give a folder with exactly one")
+    files += [file for name in parts[1:] for file in sorted((folder / name).glob(f"*{WEIGHTS}"))]
+    hashes = [sha256_of(file) for file in files]
+    found = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     if found != pin:
-        raise StageError(
-            f"the sha256 of {files[0]} is {found} and not the pinned {pin}; correct the pin or the weights"
-        )
+        named = " and ".join(map(str, files))
+        raise StageError(f"the sha256 of {named} is {found} and not the pinned {pin}; correct the pin or the weights")
 
 
 def _wanted(names: list[str], parts: tuple[str, ...]) -> list[str]:

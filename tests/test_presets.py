@@ -17,7 +17,7 @@ OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folde
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 TINY = {f"{name}_tiny" for name in PICTURES}
 SAID_BY_A_PERSON = {"hub": ["download.hub.repo=owner/name"]} | {
-    name: [PATH] for name in {"cifar10_tiny", "folder", *TINY}
+    name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY}
 }
 
 
@@ -32,7 +32,7 @@ def test_the_presets_of_the_readme_exist():
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
-    large, tiny = preset.compose(name, []), preset.compose(f"{name}_tiny", [PATH])
+    large, tiny = preset.compose(name, SAID_BY_A_PERSON.get(name, [])), preset.compose(f"{name}_tiny", [PATH])
     for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
         assert large[section][key] == tiny[section][key]
     assert tiny["image"]["size"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None

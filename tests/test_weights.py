@@ -33,6 +33,7 @@ FILES = {
     "tokenizer/vocab.json": b"{}",
     "tokenizer/merges.txt": b"",
 }
+UNET = "unet/diffusion_pytorch_model"
 OF_THE_VAE = {"model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
 
 
@@ -144,6 +145,15 @@ def test_what_s3_lacks_or_has_otherwise_is_one_sentence(bucket):
         weights.bring("s3://nowhere/sdxl", "0" * 64, ("vae",))
     with pytest.raises(StageError, match="and not the pinned"):
         weights.bring("s3://models/sdxl", "0" * 64, ("vae",))
+
+
+def test_the_pin_of_several_networks_covers_each_of_them(bucket):
+    hashes = [hashlib.sha256(FILES[f"{name}.safetensors"]).hexdigest() for name in ("text_encoder/model", UNET)]
+    pin = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    folder = weights.bring("s3://models/sdxl", pin, ("text_encoder", "unet"))
+    (folder / f"{UNET}.safetensors").write_bytes(b"something else")
+    with pytest.raises(StageError, match="and not the pinned"):
+        weights.bring(str(folder), pin, ("text_encoder", "unet"))
 
 
 def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
