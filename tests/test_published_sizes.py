@@ -3,6 +3,8 @@ published ones. Their `config.json` are written down here anew, so that a mistak
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from models.autoencoder_training import AutoencoderConfig, build
 from models.text_training import TextConfig, text_tower
 from models.text_unet import TextUNet, TextUNetConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 FOUR = {"block_out_channels": (320, 640, 1280, 1280), "attention": (True, True, True, False)}
 THREE = {"block_out_channels": (320, 640, 1280), "attention": (False, True, True)}
 CROSS_FIRST = {
@@ -123,3 +126,22 @@ def test_the_text_encoders_have_the_published_size_and_shapes(width, layers, par
         )
     assert count(ours) == parameters
     assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "pooled", "kind"), [("laion_sd", 64, None, "1.5"), ("sdxl_lora", 128, 1280, "XL")]
+)
+def test_the_presets_make_the_published_networks(name, side, pooled, kind):
+    """What a preset says of autoencoder, text encoders and network fits together, and is what its weights are for."""
+    from tasks.params import parse
+    from tasks.preset import compose
+    from tasks.training_run import network_config
+
+    params = parse(compose(name, [f"download.path={ROOT / 'tests'}"] if name == "sdxl_lora" else []))
+    text = params.codec.text
+    assert params.image.size == 8 * side == 2 ** (len(params.codec.autoencoder.widths) - 1) * side
+    index = {"conditioning": "text", "size": side, "channels": params.codec.autoencoder.latent_channels}
+    index["text"] = {"width": text.width + (text.second_width or 0), "pooled": pooled}
+    config = network_config(index, params.model.model_copy(update={"lora_rank": None}))
+    with torch.device("meta"):
+        assert count(TextUNet(config)) == PARAMETERS[kind]
