@@ -12,6 +12,7 @@ import pytest
 from infra.bench import __main__ as bench
 from infra.bench import encoding, inputs, quality, report, throughput
 from infra.bench.contestant import Block
+from infra.bench.results import Piecewise
 
 TINY = [
     "image.size=8",
@@ -96,6 +97,40 @@ def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, mon
     assert "was measured with these arguments" in capsys.readouterr().out
     assert f"| {rows[0]['ours_img_s']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert (tmp_path / "bench" / "throughput.csv").read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_a_part_that_was_cut_off_goes_on_with_the_piece_that_it_lacks(tmp_path):
+    made = []
+
+    def piece(name, kept):
+        return kept.piece([name], lambda: made.append(name) or {"is": name})
+
+    with pytest.raises(KeyboardInterrupt), Piecewise(tmp_path) as kept:
+        piece("a", kept)
+        raise KeyboardInterrupt
+    with Piecewise(tmp_path) as kept:
+        assert [piece("a", kept), piece("b", kept)] == [{"is": "a"}, {"is": "b"}]
+    assert made == ["a", "b"]
+    with Piecewise(tmp_path) as kept:  # the part was whole: measured again, it is measured anew
+        piece("a", kept)
+    assert made == ["a", "b", "a"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_part_can_be_rehearsed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--work", str(tmp_path), "all", "--rehearse"])
+    bench.main()
+    assert "part 7 of 7: levers" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "rehearsal" / "bench.json").read_text(encoding="utf-8"))) == {
+        "encoding",
+        "levers",
+        "quality_digits",
+        "quality_digits_unconditional",
+        "sampling",
+        "startup",
+        "throughput",
+    }
 
 
 def test_ours_stops_where_the_reference_ended(work, prepared, tmp_path, monkeypatch):

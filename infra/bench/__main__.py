@@ -15,6 +15,16 @@ from tasks.preset import PresetError
 from tasks.stage import PREEMPTED, StageError
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
+_FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
+REHEARSAL = {
+    "startup": "--repeats 1",
+    "throughput": "--rounds 1 --block-seconds 0.01 --cases digits:4 cifar10_tiny:4 cifar10_ddpm:2",
+    "encoding": "--rounds 1 --block-seconds 0.01",
+    "quality": f"--steps 6 --minutes 0.1 --seeds 1 --points 1 --own-points 2 {_FEW}",
+    "sampling": "--samples 4 --set train.warmup_steps=1 train.steps=20",
+    "levers": f"--steps 20 --seeds 1 --only diffusion.loss_weighting=plain {_FEW}",
+}
+"""Every part in minutes, with numbers that mean nothing."""
 
 
 def main() -> None:
@@ -85,7 +95,10 @@ def _startup(given: argparse.Namespace, results: Results) -> None:
 
 
 def _all(given: argparse.Namespace, results: Results) -> None:
-    """Every part with its own defaults, the short ones first."""
+    """Every part with its own defaults, the short ones first; what is only rehearsed leaves the reports alone."""
+    if given.rehearse:
+        given.reports = given.work / "rehearsal"
+        results = Results(given.reports, again=True)
     shared = ["--work", str(given.work), "--reports", str(given.reports), *(["--again"] if given.again else [])]
     archive = ["--cifar", str(given.cifar)] if given.cifar else []
     parts = [
@@ -98,8 +111,9 @@ def _all(given: argparse.Namespace, results: Results) -> None:
         ["levers"],
     ]
     parts += [["quality", "--data", "cifar", *archive]] if archive else []
-    for part in parts:
-        print(f"bench: {' '.join(part)}", flush=True)
+    for number, part in enumerate(parts, 1):
+        part = [*part, *(REHEARSAL[part[0]].split() if given.rehearse else [])]
+        print(f"bench: part {number} of {len(parts)}: {' '.join(part)}", flush=True)
         chosen = _parser().parse_args([*shared, *part])
         chosen.run(chosen, results)
     if not archive:
@@ -134,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         chosen.add_argument("--sampler-steps", type=int, default=20, help="network evaluations of one image")
         chosen.add_argument("--samplers", nargs="+", metavar="NAME", help="samplers of which the better one counts")
 
-    archive(part("all", _all, "every part with its defaults", shows=False))
+    chosen = part("all", _all, "every part with its defaults", shows=False)
+    archive(chosen)
+    chosen.add_argument("--rehearse", action="store_true", help="run through every part without measuring anything")
 
     def turns(chosen: argparse.ArgumentParser) -> None:
         chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -46,6 +47,31 @@ class Results:
             kept = {"format": FORMAT, "arguments": arguments, "machine": machine(), "load": [before, after], **measured}
             atomic.write_json(self.file, {**self.all(), name: kept})
         report.write(self.folder, self.all())
+
+
+class Piecewise:
+    """Pieces of a part that was begun, kept in `folder` until the part is whole: one that is cut off goes on there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[Path] = []
+
+    def piece(self, arguments: Any, measure: Callable[[], Any]) -> Any:
+        """What was measured with these arguments before the part was cut off, or else now; JSON."""
+        name = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        file = self._folder / f"{name}.json"
+        if not file.exists():
+            atomic.write_json(file, measure())
+        self._files.append(file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def __enter__(self) -> Piecewise:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            for file in self._files:
+                file.unlink(missing_ok=True)
 
 
 def load() -> float:

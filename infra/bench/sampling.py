@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from infra.bench.contestant import Contestant
 from infra.bench.inputs import Inputs, key, parameters, prepare
 from infra.bench.quality import Measure, Scale
+from infra.bench.results import Piecewise
 from tasks.params import Params
 
 PRESET = "digits"
@@ -41,7 +43,11 @@ def measure(plan: Plan) -> dict[str, Any]:
     timesteps = load_pipeline(folder).timesteps
     scale = Scale(inputs, params, Measure(plan.samples, 0, ()))
     scale.distance_by(folder, "ddim", 1)  # kernels are chosen, memory is there
-    rows = [_row(plan, folder, scale, sampler, min(steps, timesteps)) for sampler, steps in SAMPLERS]
+    with Piecewise(plan.work / "pieces") as kept:
+        rows = [
+            kept.piece([plan.__dict__, *which], partial(_row, plan, folder, scale, which[0], min(which[1], timesteps)))
+            for which in SAMPLERS
+        ]
     return {"rows": rows, "floor": scale.floor}
 
 

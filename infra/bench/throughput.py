@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from infra.bench.contestant import Block, Contestant, Side
 from infra.bench.inputs import Inputs, parameters, prepare
 from infra.bench.peer import DEFAULT_BATCH, network
+from infra.bench.results import Piecewise
 from tasks.params import Params
 
 WARM_UP = 3
@@ -50,7 +52,10 @@ def measure(plan: Plan) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = plan.cases or (ON_GPU if device.type == "cuda" else ON_CPU)
     ceilings = {"no": matmul_ceiling(device, torch.float32), "bf16": matmul_ceiling(device, torch.bfloat16)}
-    rows = [row for case in cases for row in _case(plan, case, ceilings)]
+    with Piecewise(plan.work / "pieces") as kept:
+        told = {**plan.__dict__, "cases": None}
+        pieces = [kept.piece([told, case], partial(_case, plan, case, ceilings)) for case in cases]
+    rows = [row for piece in pieces for row in piece]
     return {"rows": rows, "matmul_flops": ceilings}
 
 
