@@ -9,15 +9,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from tqdm import tqdm
 
 from infra.bench.inputs import Inputs
 from tasks.params import Params
 
 Side: TypeAlias = Literal["ours", "peer"]
 
+WARM_UP = 3
+"""Steps before the clock: the first ones choose kernels and allocate memory."""
 IMPORTED = ["accelerate", "diffusers.models.unets.unet_2d", "diffusers.training_utils", "infra.bench.contestant"]
 
 
@@ -36,6 +41,11 @@ class Block:
         import torch
 
         return self.seconds if torch.cuda.is_available() else self.cpu_seconds / torch.get_num_threads()
+
+
+Name = TypeVar("Name")
+Advance: TypeAlias = Callable[[int], Block]
+"""Makes that many optimizer steps."""
 
 
 class Contestant:
@@ -99,7 +109,7 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
         while True:
             command, argument = pipe.recv()
             if command == "advance":
-                pipe.send(_advance(run, argument, params))
+                pipe.send(advance(run, argument, params))
             else:
                 _save(run, argument, params, side)
                 pipe.send(None)
@@ -110,10 +120,25 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
         raise
 
 
-def _advance(run: Any, steps: int, params: Params) -> Block:
+def advance(run: Any, steps: int, params: Params) -> Block:
+    """Make `steps` optimizer steps of a run of either side, in this process."""
     began, cpu_began = now()
     ended, cpu_ended = run.advance(steps)
     return Block(steps, steps * params.train.batch_size, ended - began, cpu_ended - cpu_began)
+
+
+def take_turns(advances: Mapping[Name, Advance], rounds: int, seconds: float, title: str) -> dict[Name, list[Block]]:
+    """A block of each in every round, as long as `seconds` or a step; every second round in reverse."""
+    steps = {}
+    for name, its in advances.items():
+        its(WARM_UP)
+        steps[name] = max(1, round(seconds * WARM_UP / its(WARM_UP).seconds))
+    blocks: dict[Name, list[Block]] = {name: [] for name in advances}
+    order = list(advances)
+    turns = [name for turn in range(rounds) for name in (order if turn % 2 == 0 else reversed(order))]
+    for name in tqdm(turns, title, unit="block", dynamic_ncols=True):
+        blocks[name].append(advances[name](steps[name]))
+    return blocks
 
 
 def now() -> tuple[float, float]:

@@ -12,13 +12,12 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from infra.bench.contestant import Block, now
+from infra.bench.contestant import Block, advance, now, take_turns
 from infra.bench.inputs import Inputs, parameters, prepare
 from tasks.params import Params
 
@@ -30,10 +29,7 @@ if TYPE_CHECKING:
     from models.text_encoder import TextEncoder
     from tasks.batches import Batches
 
-Side: TypeAlias = Literal["stored", "online"]
-
 PRESET = "digits"
-WARM_UP = 3
 CASES = {
     "tiny": (
         "image.size=64",
@@ -123,18 +119,24 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
     ours = Ours(params, inputs)
     stored = ours.run.batches
     assert isinstance(stored, Batches), "there are no buckets but the square"
-    sides: dict[Side, Batches] = {"stored": stored, "online": online(stored, params, inputs)}
-    blocks = _take_turns(plan, ours, sides, params.train.batch_size)
+    sides = {"stored": stored, "online": online(stored, params, inputs)}
+    advances = {side: partial(_advance_on, batches, ours, params) for side, batches in sides.items()}
+    blocks = take_turns(advances, plan.rounds, plan.block_seconds, "encoding")
     once = _encode_once(params, inputs)
     return {
         "image": params.image.size,
-        "latent": list(ours.run.batches.shape),
+        "latent": list(stored.shape),
         "parameters": sum(weight.numel() for weight in ours.averaged().values()),
         "batch": params.train.batch_size,
         "precision": params.train.precision,
         "ratio_by_operations": round(ratio_by_operations(params), 3),
         **compared(blocks["stored"], blocks["online"], once),
     }
+
+
+def _advance_on(batches: Batches, ours: Ours, params: Params, steps: int) -> Block:
+    ours.run.batches = batches
+    return advance(ours, steps, params)
 
 
 def compared(stored: list[Block], online: list[Block], once: Block) -> dict[str, Any]:
@@ -175,24 +177,6 @@ def ratio_by_operations(params: Params) -> float:
         text, t = torch.empty(1, params.codec.text.length, width), torch.zeros(1, dtype=torch.int64)
         step = 3 * forward_flops(network, torch.empty(1, wanted.latent_channels, side, side), t, text)
     return 1 + encode / step
-
-
-def _take_turns(plan: Plan, ours: Ours, sides: dict[Side, Batches], batch_size: int) -> dict[Side, list[Block]]:
-    def advance(side: Side, steps: int) -> Block:
-        ours.run.batches = sides[side]
-        began, cpu_began = now()
-        ended, cpu_ended = ours.advance(steps)
-        return Block(steps, steps * batch_size, ended - began, cpu_ended - cpu_began)
-
-    steps = {}
-    for side in sides:
-        advance(side, WARM_UP)
-        steps[side] = max(1, round(plan.block_seconds * WARM_UP / advance(side, WARM_UP).seconds))
-    blocks: dict[Side, list[Block]] = {side: [] for side in sides}
-    turns = [side for turn in range(plan.rounds) for side in (list(sides) if turn % 2 == 0 else list(reversed(sides)))]
-    for side in tqdm(turns, "encoding", unit="block", dynamic_ncols=True):
-        blocks[side].append(advance(side, steps[side]))
-    return blocks
 
 
 def _encode_once(params: Params, inputs: Inputs) -> Block:

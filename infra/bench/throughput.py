@@ -14,16 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-from tqdm import tqdm
-
-from infra.bench.contestant import Block, Contestant, Side
+from infra.bench.contestant import Block, Contestant, Side, take_turns
 from infra.bench.inputs import Inputs, parameters, prepare
 from infra.bench.peer import DEFAULT_BATCH, network
 from infra.bench.results import Piecewise
 from tasks.params import Params
 
-WARM_UP = 3
-"""Steps before the clock: the first ones choose kernels and allocate memory."""
 PRECISIONS = ("no", "bf16")
 AS_THEY_COME = "default"
 ON_CPU = ("digits:32", "cifar10_tiny:16", "cifar10_tiny:64", "cifar10_tiny:default", "cifar10_ddpm:16")
@@ -81,7 +77,7 @@ def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[dict[str, A
             runs |= {("peer", precision): same, ("ours", precision): same}
         compared = [(f"batch {batch}", precision, precision) for precision in PRECISIONS]
         compared += [(f"batch {batch}", "no", own)] if own != "no" else []
-    blocks, size = _take_turns(plan, case, runs, prepare(plan.work, preferred))
+    blocks, size = _measured(plan, case, runs, prepare(plan.work, preferred))
     flops = training_flops(preferred)
     return [
         {
@@ -97,23 +93,15 @@ def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[dict[str, A
     ]
 
 
-def _take_turns(plan: Plan, case: str, runs: Runs, inputs: Inputs) -> tuple[dict[tuple[Side, str], list[Block]], int]:
+def _measured(plan: Plan, case: str, runs: Runs, inputs: Inputs) -> tuple[dict[tuple[Side, str], list[Block]], int]:
     """Blocks of every run, each as long as `block_seconds` or a step, and the number of parameters."""
     with ExitStack() as stack:
         ready = {
             name: stack.enter_context(Contestant(name[0], params, inputs, plan.work / "scratch"))
             for name, params in runs.items()
         }
-        steps = {}
-        for name, contestant in ready.items():
-            contestant.advance(WARM_UP)
-            steps[name] = max(1, round(plan.block_seconds * WARM_UP / contestant.advance(WARM_UP).seconds))
-        blocks: dict[tuple[Side, str], list[Block]] = {name: [] for name in ready}
-        turns = [
-            name for turn in range(plan.rounds) for name in (list(ready) if turn % 2 == 0 else list(reversed(ready)))
-        ]
-        for name in tqdm(turns, f"throughput {case}", unit="block", dynamic_ncols=True):
-            blocks[name].append(ready[name].advance(steps[name]))
+        advance = {name: contestant.advance for name, contestant in ready.items()}
+        blocks = take_turns(advance, plan.rounds, plan.block_seconds, f"throughput {case}")
         return blocks, next(iter(ready.values())).parameters
 
 
