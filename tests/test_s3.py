@@ -8,16 +8,15 @@ import sys
 import threading
 import zipfile
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tasks import objects, s3
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams
 from tasks.stage import StageError
+from tests import s3_site
 from tests.data_inputs import ROOT, cutting, ingest_params, picture, random_cuts, write_params, write_zip
 
 BUCKET = "pictures"
@@ -25,22 +24,15 @@ BUCKET = "pictures"
 
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_site.serving() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(server, monkeypatch, tmp_path):
     """An empty bucket, and credentials for it in the environment."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTITY")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.01)
-    client = boto3.client("s3", endpoint_url=server)
+    client = s3_site.client(server, monkeypatch, tmp_path)
     client.create_bucket(Bucket=BUCKET)
     yield client
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):

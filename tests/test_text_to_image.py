@@ -42,21 +42,8 @@ def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
 
 def test_diffusers_loads_it_whole_and_draws_the_same(tree):
     """`DiffusionPipeline.from_pretrained` alone: our DDIM and theirs give the same picture from the same noise."""
-    from diffusers import DDIMScheduler, DiffusionPipeline
-
-    from models.samplers import SeededNoise
-
-    theirs = DiffusionPipeline.from_pretrained(tree / "pipeline", local_files_only=True)
-    assert type(theirs).__name__ == "StableDiffusionPipeline"
-    theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
-    noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
-    prompt = "dark picture of thing 2"
-    given = theirs(
-        prompt, height=16, width=16, num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="np", eta=0.0
-    ).images[0]
-    ours = load_pipeline(tree / "pipeline").sample([7], prompts=[prompt], sampler="ddim", steps=5, guidance_scale=3.0)
-    assert np.abs(given.transpose(2, 0, 1) - np.clip((ours[0] + 1) / 2, 0, 1)).max() < 1e-4
+    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0)
+    assert np.abs(theirs - ours).max() < 1e-4
 
 
 def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):

@@ -6,13 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
-import boto3
 import huggingface_hub.constants as hub_constants
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tasks import weights
 from tasks.stage import StageError
+from tests import s3_site
 from tests.data_inputs import serving
 from tests.hub_site import COMMIT, publish_model
 
@@ -107,22 +106,15 @@ def test_refusals_of_the_hub_are_one_sentence_each(hub):
 
 @pytest.fixture(scope="module")
 def s3():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_site.serving() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(s3, monkeypatch, tmp_path):
     """A bucket with the same model, and credentials for it in the environment."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTITY")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
-    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
-    client = boto3.client("s3", endpoint_url=s3)
+    client = s3_site.client(s3, monkeypatch, tmp_path)
     client.create_bucket(Bucket="models")
     for name, data in FILES.items():
         client.put_object(Bucket="models", Key=f"sdxl/{name}", Body=data)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tasks import atomic
 from tasks.codec import codec
@@ -88,3 +90,23 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> No
         DIFFUSION,
         train_params(**others),
     )
+
+
+def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The picture [3, H, W], 0 to 1, that diffusers' pipeline, which must be of this `kind`, and ours draw by DDIM of
+    one prompt from the same noise."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from models.pipeline import load_pipeline
+    from models.samplers import SeededNoise
+
+    theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
+    assert type(theirs).__name__ == kind
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
+    noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
+    prompt, shared = "dark picture of thing 2", {"guidance_scale": guidance_scale}
+    form = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
+    given = theirs(prompt, num_inference_steps=5, latents=noise, **form, **shared).images[0]
+    ours = load_pipeline(pipeline).sample([7], prompts=[prompt], sampler="ddim", steps=5, **shared)
+    return given.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)

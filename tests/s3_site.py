@@ -1,0 +1,31 @@
+"""S3, from a server of this machine that speaks its protocol (moto)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """Serve S3 on a free port; yields its address."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def client(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of it, with credentials in the environment and a scratch folder of its own."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTITY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    return boto3.client("s3", endpoint_url=address)
