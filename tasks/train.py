@@ -50,10 +50,13 @@ def train(
 
     verdict = images.require_accepted(accepted)
     index = latents.read_index(data)
-    training_run.check_fits(index, model, diffusion, params)
+    training_run.check_fits(index, params)
+    given = training_run.given(params)
+    network = training_run.network_config(index, model, given)
+    if given:
+        training_run.check_warm_start(given, network, diffusion)
     facts = training_key.facts(index, codec, verdict, model, diffusion, params)
     scratch = training_key.folder_of(workspace.scratch(), facts)
-    network = training_run.network_config(index, model, training_run.first_network(params))
     checkpoint.refuse_other_network(scratch, training_run.architecture(network))
     dataset = {"name": verdict.get("source", "images"), "digest": index["digest"]}
     with ExitStack() as stack:
@@ -61,7 +64,7 @@ def train(
         if first:  # of several processes one holds the lock, tells MLflow and writes; the others only compute
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # never two runs at once
             tracking.prepare()
-        run = training_run.prepare(data, index, facts, model, diffusion, params)
+        run = training_run.prepare(data, index, facts, network, diffusion, params, given)
         if index["autoencoder"]:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None

@@ -62,7 +62,17 @@ class Run:
     history: list[Row] = field(default_factory=list)
 
 
-def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionParams, params: TrainParams) -> None:
+@dataclass(frozen=True)
+class Given:
+    """A trained pipeline whose weights come first."""
+
+    name: str
+    """Which parameter gives it, and what that says."""
+    folder: Path
+    network: NetworkConfig
+
+
+def check_fits(index: dict[str, Any], params: TrainParams) -> None:
     """Raise `StageError`, before data or weights are touched, where the parameters do not fit data and machine."""
     count, processes = index["splits"]["train"]["count"], int(os.environ.get("WORLD_SIZE", "1"))
     if params.batch_size > count:
@@ -79,9 +89,6 @@ def check_fits(index: dict[str, Any], model: ModelParams, diffusion: DiffusionPa
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
-    first = first_network(params)
-    if first is not None:
-        _check_warm_start(params, network_config(index, model, first), first, diffusion)
 
 
 def first_weights(params: TrainParams) -> Path | None:
@@ -94,44 +101,39 @@ def first_weights(params: TrainParams) -> Path | None:
     return None if params.init_from == NO_WARM_START else Path(params.init_from)
 
 
-def first_network(params: TrainParams) -> NetworkConfig | None:
-    """The network of the weights that come first. Raises `StageError` where there is none, or none that we have."""
+def given(params: TrainParams) -> Given | None:
+    """What training starts from, brought here where it is published. Raises `StageError` where it cannot be had, or is
+    no network that we have."""
     from models.network import config_of
 
     folder = first_weights(params)
     if folder is None:
         return None
+    name = f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
     weights = training_key.weights_of(folder)
     described = weights.with_name("config.json")
     if not (weights.is_file() and described.is_file()):
-        raise StageError(f"{_named(params)} holds no pipeline (no {weights.name} and config.json); correct it")
+        raise StageError(f"{name} holds no pipeline (no {weights.name} and config.json); correct it")
     try:
-        return config_of(json.loads(described.read_text(encoding="utf-8")))
+        return Given(name, folder, config_of(json.loads(described.read_text(encoding="utf-8"))))
     except (ValueError, KeyError) as error:
-        raise StageError(f"{_named(params)} cannot be trained here: {error}; choose another") from None
+        raise StageError(f"{name} cannot be trained here: {error}; choose another") from None
 
 
-def _named(params: TrainParams) -> str:
-    return f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
-
-
-def _check_warm_start(
-    params: TrainParams, config: NetworkConfig, first: NetworkConfig, diffusion: DiffusionParams
-) -> None:
-    """Compare architecture and prediction by their small files; the weights are not read."""
-    named, folder = _named(params), first_weights(params)
-    ours, theirs = config.to_diffusers(), first.to_diffusers()
+def check_warm_start(given: Given, config: NetworkConfig, diffusion: DiffusionParams) -> None:
+    """Compare architecture and prediction by their small files; the weights are not read. Raises `StageError`."""
+    ours, theirs = config.to_diffusers(), given.network.to_diffusers()
     shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
     unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
     if unlike:
         told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
-        raise StageError(f"{named} is another network ({told}); set the section model to fit it")
-    scheduler = folder / "scheduler" / "scheduler_config.json" if folder else None
-    if scheduler and scheduler.is_file():
+        raise StageError(f"{given.name} is another network ({told}); set the section model to fit it")
+    scheduler = given.folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
         predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
         if predicts != diffusion.prediction:
             raise StageError(
-                f"{named} predicts {predicts}, not {diffusion.prediction}; set diffusion.prediction to {predicts}"
+                f"{given.name} predicts {predicts}, not {diffusion.prediction}; set diffusion.prediction to {predicts}"
             )
 
 
@@ -139,11 +141,13 @@ def prepare(
     data: Path,
     index: dict[str, Any],
     facts: dict[str, Any],
-    model: ModelParams,
+    config: NetworkConfig,
     diffusion: DiffusionParams,
     params: TrainParams,
+    first: Given | None = None,
 ) -> Run:
-    """Build network, optimizer, averages and batches, and load the newest checkpoint of this trajectory into them."""
+    """Build network, optimizer, averages and batches, and load the newest checkpoint of this trajectory into them, or
+    where there is none the weights that come `first`."""
     import torch
     from accelerate import Accelerator
 
@@ -158,10 +162,9 @@ def prepare(
         mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
     )
     torch.manual_seed(params.seed)
-    network = build(network_config(index, model, first_network(params)))
-    given = first_weights(params)
-    if given is not None:
-        _load_weights(network, given)
+    network = build(config)
+    if first:
+        _load_weights(network, first.folder)
     if params.full_steps:
         network.requires_grad_(True)  # each has its time; the loop says whose it is
     network = network.to(accelerator.device, memory_format=_memory_format(params))
@@ -216,7 +219,7 @@ class Objective:
         return self.weights[batch.t] * diffusion.squared_error(output, target)
 
 
-def network_config(index: dict[str, Any], model: ModelParams, first: NetworkConfig | None = None) -> NetworkConfig:
+def network_config(index: dict[str, Any], model: ModelParams, first: Given | None = None) -> NetworkConfig:
     """The network for a data set and the section `model`, with `INHERITED` from that of the `first` weights."""
     from models.text_unet import TextUNetConfig
     from models.unet import UNetConfig
@@ -226,8 +229,8 @@ def network_config(index: dict[str, Any], model: ModelParams, first: NetworkConf
         text = {"cross_attention_dim": index["text"]["width"], "pooled": index["text"].get("pooled")}
         return TextUNetConfig(**form, **text, **model.model_dump())
     shared = {name: value for name, value in model.model_dump().items() if name in UNetConfig.__dataclass_fields__}
-    if isinstance(first, UNetConfig):
-        shared |= {name: getattr(first, name) for name in INHERITED}
+    if first and isinstance(first.network, UNetConfig):
+        shared |= {name: getattr(first.network, name) for name in INHERITED}
     return UNetConfig(**form, conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0, **shared)
 
 

@@ -25,7 +25,8 @@ class Ours:
         verdict = images.require_accepted(inputs.accepted)
         sections = (params.model, params.diffusion, params.train)
         facts = training_key.facts(index, inputs.codec, verdict, *sections)
-        self.run = training_run.prepare(inputs.latents, index, facts, *sections)
+        network = training_run.network_config(index, params.model)
+        self.run = training_run.prepare(inputs.latents, index, facts, network, params.diffusion, params.train)
         self.config = self.run.network.config
 
     def advance(self, steps: int) -> tuple[float, float]:
