@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 APPLY_BATCH = 64
 SIZES = 6
 """Height and width of the picture as it was, top and left of the crop, height and width of what is drawn."""
-SECOND = "_2"
-"""What diffusers appends to the names of the second encoder's folders."""
+SUFFIXES = ("", "_2")
+"""What diffusers appends to the names of each encoder's folders."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def with_sizes(condition: Tensor, pooled: int, sizes: Tensor) -> Tensor:
 def save_text_encoder(folder: Path, encoder: AnyEncoder) -> None:
     """Write `text_encoder/` and `tokenizer/` in transformers' layout into an existing folder, and those of a second
     encoder with a "_2" at their end."""
-    for tower, suffix in zip(encoder.towers, ("", SECOND), strict=False):
+    for tower, suffix in zip(encoder.towers, SUFFIXES, strict=False):
         tower.model.save_pretrained(folder / f"text_encoder{suffix}")
         tower.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
         for name in (f"text_encoder{suffix}/config.json", f"tokenizer{suffix}/tokenizer_config.json"):
@@ -180,7 +180,8 @@ def load_text_encoder(folder: Path, device: str = "cpu", paired: bool | None = N
         return network.eval().requires_grad_(False).to(device)
 
     first = TextEncoder(model(CLIPTextModel, "text_encoder"), CLIPTokenizer.from_pretrained(part("tokenizer")))
-    if not ((folder / f"text_encoder{SECOND}").is_dir() if paired is None else paired):
+    second = SUFFIXES[1]
+    if not ((folder / f"text_encoder{second}").is_dir() if paired is None else paired):
         return first
-    second = model(CLIPTextModelWithProjection, f"text_encoder{SECOND}")
-    return PairedEncoder(first, ProjectedEncoder(second, CLIPTokenizer.from_pretrained(part(f"tokenizer{SECOND}"))))
+    tower = model(CLIPTextModelWithProjection, f"text_encoder{second}")
+    return PairedEncoder(first, ProjectedEncoder(tower, CLIPTokenizer.from_pretrained(part(f"tokenizer{second}"))))

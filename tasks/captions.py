@@ -14,7 +14,7 @@ from tasks.archives import Member
 from tasks.source import Problem
 from tasks.stage import StageError
 
-SUFFIXES = {".csv", ".tsv"}
+SUFFIXES = (".csv", ".tsv")
 DELIMITERS = ",\t;|"
 FILE_COLUMNS = {"file", "filename", "file_name", "image", "image_name", "image_file", "image_path", "img", "path"}
 TEXT_COLUMNS = {"caption", "captions", "text", "description", "prompt", "sentence", "comment"}
@@ -39,7 +39,7 @@ class Captions:
 
 def is_table(name: str) -> bool:
     """Whether a file may hold captions, by its name."""
-    return name.lower().endswith(tuple(SUFFIXES))
+    return name.lower().endswith(SUFFIXES)
 
 
 def is_damaged(text: str) -> bool:

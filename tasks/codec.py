@@ -237,14 +237,15 @@ def _retrieval(pair: Any, encoder: TextEncoder, held_out: Samples, seed: int, na
 
 
 def _published_text(params: CodecParams) -> AnyEncoder:
-    from models.text_encoder import SIZES, load_text_encoder
+    from models.text_encoder import SIZES, SUFFIXES, load_text_encoder
     from tasks import weights
 
     wanted = params.text
     assert wanted.weights is not None and wanted.pin is not None, "the parameters were checked"
     paired = wanted.second_width is not None
-    names = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if paired else ()))
-    folder = weights.bring(wanted.weights, wanted.pin, names)
+    suffixes = SUFFIXES if paired else SUFFIXES[:1]
+    names = [f"{name}{suffix}" for suffix in suffixes for name in ("text_encoder", "tokenizer")]
+    folder = weights.bring(wanted.weights, wanted.pin, tuple(names))
     try:
         encoder = load_text_encoder(folder, _device(), paired)
     except (OSError, ValueError) as error:
@@ -263,8 +264,9 @@ def _hash(folder: Path) -> str:
     import hashlib
 
     from models.autoencoder import seal
+    from models.text_encoder import SUFFIXES
 
-    parts = [folder / f"{name}{suffix}" for suffix in ("", "_2") for name in ("text_encoder", "tokenizer")]
+    parts = [folder / f"{name}{suffix}" for suffix in SUFFIXES for name in ("text_encoder", "tokenizer")]
     return hashlib.sha256("".join(seal(part) for part in parts if part.is_dir()).encode()).hexdigest()
 
 

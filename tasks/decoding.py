@@ -91,9 +91,12 @@ def upright_size(image: Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def to_square(image: Image, size: int, channels: int) -> np.ndarray:
-    """A decoded picture -> uint8 [channels, size, size]: the centre square, resized with antialiased bilinear."""
-    return to_form(image, (size, size), channels)
+def ingested(data: bytes, pixels: int, form: tuple[int, int], channels: int) -> np.ndarray:
+    """A picture that `ingest` let through, which has so many `pixels` -> uint8 [channels, *form], see `to_form`.
+
+    It was opened under `ingest.max_pixels`, so it is read whatever its size.
+    """
+    return to_form(open_image(data, max_pixels=pixels), form, channels)
 
 
 def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:

@@ -177,9 +177,9 @@ def _pixels(rows: list[Row], name: str, shape: tuple[int, int, int], images: Pat
     for place, row in enumerate(rows):
         places.setdefault(row.sha256, []).append(place)
     pixels = np.empty((len(rows), *shape), np.uint8)
-    found = read_encoded(images, places)
-    for picture in tqdm(found, f"read {name}", len(places), unit="img", mininterval=1, dynamic_ncols=True, delay=2):
-        pixels[places[picture[0]]] = _decode(picture, shape[1:], shape[0])
+    bar = {"unit": "img", "mininterval": 1, "dynamic_ncols": True, "delay": 2}
+    for sha256, data, size in tqdm(read_encoded(images, places), f"read {name}", len(places), **bar):
+        pixels[places[sha256]] = decoding.ingested(data, size, shape[1:], shape[0])
     return pixels
 
 
@@ -321,13 +321,7 @@ def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
     """Encoded pictures -> uint8 [n, channels, *chunk.form]."""
     import numpy as np
 
-    return np.stack([_decode(picture, chunk.form, channels) for picture in chunk.pictures])
-
-
-def _decode(picture: Encoded, form: buckets.Form, channels: int) -> np.ndarray:
-    _, data, pixels = picture
-    # Ingest opened these bytes under `ingest.max_pixels`: what it let through is read whatever its size.
-    return decoding.to_form(decoding.open_image(data, max_pixels=pixels), form, channels)
+    return np.stack([decoding.ingested(data, pixels, chunk.form, channels) for _, data, pixels in chunk.pictures])
 
 
 def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:

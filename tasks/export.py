@@ -81,6 +81,8 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     if trained.autoencoder is not None:
         onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
     if trained.text is not None:
+        from models.text_encoder import SUFFIXES
+
         onnx_graph.write(onnx_graph.text_to_onnx(trained, params.opset), folder / "text_encoder.onnx")
         info["text"] = {
             "length": trained.text.length,
@@ -88,7 +90,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
             "sizes": trained.sizes,
             "pads": {},
         }
-        for tower, suffix in zip(trained.text.towers, ("", "_2"), strict=False):
+        for tower, suffix in zip(trained.text.towers, SUFFIXES, strict=False):
             tokenizer = tower.tokenizer.backend_tokenizer.to_str()
             (folder / f"tokenizer{suffix}.json").write_text(tokenizer, encoding="utf-8")
             info["text"]["pads"][suffix] = tower.tokenizer.pad_token_id

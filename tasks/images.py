@@ -187,8 +187,8 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     """One split of an images folder -> pixels, labels and captions, sorted by key.
 
     Pictures are turned upright, made grey or RGB, cropped to the centre square and resized
-    (bilinear, antialiased) to `image.size`. Everything that trains or measures gets its pixels
-    here, so that no two resizes differ.
+    (bilinear, antialiased) to `image.size`, as `encode` does it by the same `decoding.ingested`: no two
+    resizes differ.
     """
     import numpy as np
 
@@ -202,9 +202,9 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
         _rows(images, split), f"read {split}", len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2
     ):
         place = position[row["key"]]
-        # Ingest opened these bytes under `ingest.max_pixels`: what it let through is read whatever its size.
-        picture = decoding.open_image(row["image"], max_pixels=row["width"] * row["height"])
-        pixels[place] = decoding.to_square(picture, image.size, image.channels)
+        pixels[place] = decoding.ingested(
+            row["image"], row["width"] * row["height"], (image.size, image.size), image.channels
+        )
         if row["label"] is not None:
             labels[place] = row["label"]
         captions[place] = row["captions"]

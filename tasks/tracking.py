@@ -47,11 +47,7 @@ def prepare() -> None:
 
     Raises `StageError` where a tracking server does not answer within 2 s.
     """
-    uri = workspace.tracking_uri()
-    if uri.startswith(("http://", "https://")):
-        _probe(uri)
-    _quieten()
-    path = _sqlite_path(uri)
+    path = _sqlite_path(_live_uri())
     if path is not None and not _exists(path):
         # Not a thread: Python's lock would hold up the caller. Not a fork: he may have threads.
         multiprocessing.get_context("spawn").Process(target=_make_database, args=(path,), daemon=True).start()
@@ -68,10 +64,7 @@ def connect() -> MlflowClient:
     Raises `StageError` where a tracking server does not answer within 2 s or the database is of
     another MLflow version. Several processes may call this at once.
     """
-    uri = workspace.tracking_uri()
-    if uri.startswith(("http://", "https://")):
-        _probe(uri)
-    _quieten()
+    uri = _live_uri()
     path = _sqlite_path(uri)
     if path is not None:
         _ensure_migrated(path)
@@ -92,13 +85,22 @@ def connect() -> MlflowClient:
     return client
 
 
+def _live_uri() -> str:
+    """Where MLflow is, asked for a sign of life if it is a server; its client is quiet from here on."""
+    uri = workspace.tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        _probe(uri)
+    _quieten()
+    return uri
+
+
 def _probe(uri: str) -> None:
     """Ask the server for a sign of life. MLflow's own client would block for minutes."""
     where = _without_password(uri)
     remedy = "start it, correct MLFLOW_TRACKING_URI, or unset that to use the database in the work tree"
     health = f"{re.sub(r'//[^/@]*@', '//', uri).rstrip('/')}/health"
     try:
-        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says connect()
+        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says _live_uri()
     except urllib.error.HTTPError as error:
         if error.code == 403:
             raise StageError(f"MLflow at {where} answers 403; list this host in its --allowed-hosts") from None
