@@ -180,7 +180,8 @@ def test_two_processes_on_the_cpu_find_each_other(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import torch; from accelerate import Accelerator; a = Accelerator()\n"
-        "print(a.num_processes, a.device.type, a.reduce(torch.tensor(a.process_index + 1)).item())",
+        "print(f'{a.num_processes} {a.device.type} {a.reduce(torch.tensor(a.process_index + 1)).item()}\\n', end='')\n"
+        "a.end_training()",
         encoding="utf-8",
     )
     config = str(ROOT / "infra" / "accelerate" / "cpu_2proc.yaml")
