@@ -93,6 +93,9 @@ def running(root: Path) -> dict[str, Process]:
 def start(root: Path, name: str, variables: Mapping[str, str]) -> Process:
     """Start the line `name` of the process file in the background and record it."""
     command = [Template(word).substitute(variables) for word in shlex.split(lines(root)[name])]
+    # Prefect's worker ends by a SIGINT of its own, which a shell has those ignore that it starts in the background, and
+    # all below them; with a handler here, they have the default.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log = root / LOGS / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
