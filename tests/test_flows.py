@@ -110,7 +110,10 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # asked at once: between two questions it may end
+        return True
 
 
 def sleepers(toy: Path) -> list[int]:
