@@ -28,7 +28,7 @@ repro: install ## run the whole chain and print a summary; what is up to date is
 	@python -m infra.run $(ARGS)
 
 test: install lint ## lint, types, layer rule, all tests but the drills
-	@python -m pytest -m "not slow and not gpu"
+	@python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install ## ruff, mypy, import-linter
 	ruff check

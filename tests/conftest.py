@@ -12,6 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Threads of PyTorch that wait for each other by spinning take the cores that the other test process works on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Begun first, so that no process is left alone with a long one at the end. Named by what they take.
+LONGEST = ("test_prefect_server", "test_end_to_end", "test_resume", "test_train", "test_sdxl", "test_text_to_image")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONGEST, then the others; inside a file nothing moves."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:

@@ -91,7 +91,7 @@ def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, mon
     first = run(work, tmp_path, monkeypatch, *arguments)
     rows = first["throughput"]["rows"]
     assert [(row["peer_precision"], row["ours_precision"]) for row in rows] == [("no", "no"), ("bf16", "bf16")]
-    assert all(row["compared"] == "batch 4" and row["ratio"] > 0 and row["ours_utilisation"] > 0 for row in rows)
+    assert all(row["compared"] == "batch 4" and row["ratio"] > 0 and 0 <= row["ours_utilisation"] < 1 for row in rows)
     capsys.readouterr()
     assert run(work, tmp_path, monkeypatch, *arguments) == first
     assert "was measured with these arguments" in capsys.readouterr().out
