@@ -52,22 +52,21 @@ def gamma_of_std(std: float) -> float:
 
 
 class EMA:
-    """Averaged float32 copies of those parameters of a module that are trained, under their names, by one `profile`."""
+    """Averaged float32 copies of those parameters of a module that are trained, under their names, by one `profile`.
+
+    `followed` are the module's own parameters, in the order of their averages `weights`.
+    """
 
     def __init__(self, module: nn.Module, profile: str) -> None:
         self.profile = profile
-        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self.weights = [parameter.detach().float().clone() for parameter in self.followed(module)]
-
-    def followed(self, module: nn.Module) -> list[nn.Parameter]:
-        """The module's own parameters of which there are averages, in their order."""
-        parameters = dict(module.named_parameters())
-        return [parameters[name] for name in self.names]
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.names, self.followed = list(trained), list(trained.values())
+        self.weights = [parameter.detach().float().clone() for parameter in self.followed]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """weights <- decay * weights + (1 - decay) * parameters after `step` (1-based), in one fused call."""
-        parameters = [parameter.float() for parameter in self.followed(module)]
+        parameters = [parameter.float() for parameter in self.followed]
         torch._foreach_lerp_(self.weights, parameters, 1 - decay_at(step, self.profile))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -63,8 +63,9 @@ class Store(Protocol):
     shapes: dict[str, tuple[int, ...]]
     """Shape of one row of each column."""
 
-    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Rows int64 [B] of every column, on the device; `following` says which will probably be asked for next."""
+    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
+        """Rows int64 [B], wherever they are, of every column, on the device; `following` says which will probably be
+        asked for next, where that is known."""
         ...
 
 
@@ -81,7 +82,7 @@ class Resident:
         self.count = sum(len(next(iter(shard.values()))) for shard in shards)
         self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
 
-    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         del following
         rows = rows.to(self.device, non_blocking=True)
         return {name: column[rows] for name, column in self.columns.items()}
@@ -100,11 +101,12 @@ class Streamed:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[list[int], Future[dict[str, Tensor]]] | None = None
 
-    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
-        ahead, self._ahead = self._ahead, None
+    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
+        ahead, self._ahead, rows = self._ahead, None, rows.cpu()
         columns = ahead[1].result() if ahead and ahead[0] == rows.tolist() else self._read(rows)
-        then = following()
-        self._ahead = then.tolist(), self._reader.submit(self._read, then)
+        if following is not None:
+            then = following()
+            self._ahead = then.tolist(), self._reader.submit(self._read, then)
         return {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
@@ -226,7 +228,7 @@ class Batches:
         """Conditions to draw `count` samples by: each class in turn, or the captions of the first images."""
         if self.texts is not None:
             rows = torch.arange(count) % self.store.count
-            columns = self.store.gather(rows, lambda: rows)
+            columns = self.store.gather(rows, None)
             return self._sized(self._embeddings(columns["captions"][:, 0]), columns)
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.classes
@@ -235,8 +237,7 @@ class Batches:
     def _embeddings(self, rows: Tensor) -> Tensor:
         """Rows int [B] of the texts -> float32 [B, L, D] on the device."""
         assert self.texts is not None, "asked for by captions"
-        wanted = rows.long().cpu()
-        return self.texts.gather(wanted, lambda: wanted)["embeddings"].float()
+        return self.texts.gather(rows.long(), None)["embeddings"].float()
 
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

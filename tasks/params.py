@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
 NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
 """(low, high] in sigma = sqrt((1 - alpha_bar) / alpha_bar), the size of the noise beside an image in [-1, 1]."""
@@ -38,9 +39,9 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys and does not convert types."""
+    """A frozen section that refuses unknown keys, infinities and NaN, and does not convert types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class HubParams(Section):
@@ -319,7 +320,7 @@ class CodecParams(Section):
     conditioning: Literal["none", "label", "text"]
     autoencoder: AutoencoderParams = AutoencoderParams()
     text: TextParams = TextParams()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EncodeParams(Section):
@@ -348,7 +349,7 @@ class ModelParams(Section):
     norm_num_groups: PositiveInt
     attention_head_dim: PositiveInt | None
     """Channels per head; null is one head over all channels."""
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     heads: PositiveInt | None = None
     """Text only: heads at every resolution, in place of `attention_head_dim`."""
     transformer_layers: tuple[PositiveInt, ...] | None = Field(default=None, strict=False)
@@ -453,7 +454,7 @@ class TrainParams(Section):
     full_steps: Annotated[int, Field(ge=0)] = 0
     """Before model.lora_rank's additions are trained alone, so many steps train all weights: a base where none is
     given."""
-    seed: int = 0
+    seed: Seed = 0
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
     sample_every: PositiveInt = 250
@@ -534,7 +535,7 @@ class JudgeParams(Section):
     batch_size: PositiveInt = 64
     horizontal_flip: bool = False
     """Mirror half of the training images at random; not for digits or text."""
-    seed: int = 1
+    seed: Seed = 1
 
 
 def _check_sampling(name: str, section: EvaluateParams | VisualizeParams, scales: tuple[float, ...]) -> None:
@@ -576,7 +577,7 @@ class EvaluateParams(Section):
     allow_small_n: bool = False
     """Measure distances over fewer than two images per feature dimension, and say so beside each number."""
     batch_size: PositiveInt = 256
-    seed: int = 1000
+    seed: Seed = 1000
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateParams:
@@ -591,7 +592,7 @@ class VisualizeParams(Section):
     guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
     guidance_interval: NoiseLevels | None = None
     columns: PositiveInt = 10
-    seed: int = 7
+    seed: Seed = 7
 
     @model_validator(mode="after")
     def _check(self) -> VisualizeParams:
@@ -605,7 +606,7 @@ class ExportParams(Section):
     min_psnr: PositiveInt = 50
     """Decibel of the ONNX sampler's images against torch's for the same noise."""
     latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)
-    seed: int = 3
+    seed: Seed = 3
 
 
 class RegisterParams(Section):
@@ -660,6 +661,11 @@ class Params(Section):
             raise ValueError(
                 "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
                 "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
+            )
+        if self.codec.conditioning != "none" and self.train.condition_dropout == 1:
+            raise ValueError(
+                "train.condition_dropout 1 never shows the network its condition; lower it, or set codec.conditioning "
+                "to 'none'"
             )
         guided = {
             "evaluate.guidance_scale": (self.evaluate.guidance_scale,),

@@ -69,7 +69,7 @@ def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
     """Exchange the weights for an average of them, and training mode for evaluation, for the length of the block."""
     import torch
 
-    parameters = average.followed(network)
+    parameters = average.followed
     trained = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         torch._foreach_copy_(parameters, average.weights)

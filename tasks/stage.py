@@ -47,7 +47,7 @@ def main(function: Callable[..., None]) -> NoReturn:
     """Run a stage function from the command line and leave the process with its exit code."""
     arguments = _parser(function).parse_args()
     name = function.__name__
-    _end_with_parent()
+    end_with_parent()
     _let_threads_sleep()
     signal.signal(signal.SIGTERM, _raise_preempted)
     try:
@@ -126,7 +126,7 @@ def _let_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
     if sys.platform == "linux" and "DVC_STAGE" in os.environ:
         pr_set_pdeathsig = 1

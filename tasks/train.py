@@ -12,13 +12,12 @@ import io
 import math
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, checkpoint, images, latents, locks, stage, tracking, training_key, workspace
+from tasks import atomic, checkpoint, images, latents, launch, locks, stage, tracking, training_key, workspace
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import Preempted
 
@@ -45,10 +44,10 @@ def train(
     Writes averaged weights in diffusers layout to `pipeline`, and the loss history, sample grids and the
     parameters of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
+    verdict = images.require_accepted(accepted)
     from models.autoencoder import load_autoencoder
     from tasks import training_run
 
-    verdict = images.require_accepted(accepted)
     index = latents.read_index(data)
     training_run.check_fits(index, params)
     given = training_run.given(params)
@@ -64,8 +63,9 @@ def train(
         if first:  # of several processes one holds the lock, tells MLflow and writes; the others only compute
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # never two runs at once
             tracking.prepare()
+        stack.enter_context(training_run.memory_told(params))
         run = training_run.prepare(data, index, facts, network, diffusion, params, given)
-        if index["autoencoder"]:
+        if first and index["autoencoder"]:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None
         if first:
@@ -116,8 +116,9 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
         torch.manual_seed(seed_for(params.seed, "dropout", run.step, accelerator.process_index))
         for part in range(params.gradient_accumulation):
             batch = run.batches.draw(run.step, part)
-            with accelerator.accumulate(run.module), accelerator.autocast():
-                losses = run.objective(run.module, batch)
+            with accelerator.accumulate(run.module):
+                with accelerator.autocast():
+                    losses = run.objective(run.module, batch)
                 accelerator.backward(losses.mean())
             run.tally.add_losses(batch.t, losses)
 
@@ -136,7 +137,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
 
         # average
         for average in run.averages.values():
-            average.update(run.network, run.step)
+            average.update(run.step)
 
         # log
         measure = run.step % params.sample_every == 0
@@ -164,6 +165,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
         if leaving:
             bar.close()
             accelerator.wait_for_everyone()
+            accelerator.end_training()
             raise KeyboardInterrupt if signal.SIGINT in asked else Preempted
     bar.close()
 
@@ -277,14 +279,6 @@ def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any]
         save_pipeline(folder, run.network, weights, levels, info, codec)
 
 
-def _launch() -> None:
-    """Start this command again through `accelerate launch` where `AFTERIMAGE_ACCELERATE` names its configuration."""
-    configuration = os.environ.pop("AFTERIMAGE_ACCELERATE", None)  # not for the processes that it starts
-    if configuration:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
-        os.execv(sys.executable, [*launcher, "-m", "tasks.train", *sys.argv[1:]])  # noqa: S606 - our own command again
-
-
 if __name__ == "__main__":
-    _launch()
+    launch.through_accelerate("tasks.train")
     stage.main(train)

@@ -125,6 +125,8 @@ class Meter:
         self.ceiling = ceiling * run.accelerator.num_processes
         first = run.held_out[0].split(1)[0]
         self.flops = 3 * flops.forward_flops(run.network, first.x0, first.t, first.condition)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # those large matrices are no part of training
         self.start()
 
     def start(self) -> None:

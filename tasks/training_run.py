@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +86,40 @@ def check_fits(index: dict[str, Any], params: TrainParams) -> None:
             f"train.batch_size {params.batch_size} cannot be shared among {processes} processes in "
             f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
         )
+    _check_devices(params, processes)
     if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+
+
+def _check_devices(params: TrainParams, processes: int) -> None:
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    here, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if params.precision == "fp16" and not cuda:
+        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+    if processes > 1 and here > cuda and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise StageError(
+            f"{here} processes were started on a machine with {cuda} GPUs; lower num_processes in the configuration of "
+            "accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
+
+
+@contextmanager
+def memory_told(params: TrainParams) -> Iterator[None]:
+    """Say in one sentence what helps where the device's memory runs out; raises `StageError` then."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StageError(
+            f"the device's memory ran out with train.batch_size {params.batch_size} in {params.gradient_accumulation} "
+            "part(s); raise train.gradient_accumulation, set train.gradient_checkpointing to true or "
+            "train.data_on_device to 'stream', or lower train.batch_size"
+        ) from error
 
 
 def first_weights(params: TrainParams) -> Path | None:
@@ -150,17 +181,23 @@ def prepare(
     where there is none the weights that come `first`."""
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import DistributedType
 
     from models import schedules
     from models.ema import EMA
     from models.network import build
 
-    if params.precision == "fp16" and not torch.cuda.is_available():
-        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    memory.keep_freed()
     accelerator = Accelerator(
         mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise StageError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, and here each process holds the whole "
+            "network; take a configuration like those in infra/accelerate"
+        )
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: what convolves them fastest is sought once
     torch.manual_seed(params.seed)
     network = build(config)
     if first:

@@ -47,3 +47,18 @@ def test_refused_at_load_in_one_sentence(file, tmp_path):
     assert done.stderr.startswith("train: error: ") and len(done.stderr.strip().splitlines()) == 1
     assert wrong["says"] in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [(None, "which is no file; see infra/accelerate"), ("num_proceses: 2", "accelerate cannot read")]
+)
+def test_a_configuration_of_accelerate_that_does_not_serve(text, says, tmp_path):
+    configuration = tmp_path / "own.yaml"
+    if text:
+        configuration.write_text(text, encoding="utf-8")
+    environment = os.environ | {"AFTERIMAGE_ACCELERATE": str(configuration)}
+    command = [sys.executable, "-m", "tasks.train", *"abcde"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train: error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert says in done.stderr

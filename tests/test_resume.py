@@ -29,7 +29,10 @@ from tests.train_inputs import (
 )
 
 KILLED = -signal.SIGKILL
-TWO_PROCESSES = {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / "cpu_2proc.yaml")}
+ONE_PROCESS, TWO_PROCESSES = (
+    {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)} for name in ("cpu.yaml", "cpu_2proc.yaml")
+)
+TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +115,23 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_own_code(undisturbed, tmp_path, migrated_database, number, code):
-    copy_of(undisturbed, tmp_path)
-    process = start(tmp_path, migrated_database)
-    while not has_step(tmp_path, 10)():
+def signalled_at(folder: Path, database: Path, step: int, number: int, **more: str) -> tuple[int, str]:
+    """Start a training and send the signal to what was started, and to nothing else; its exit code and output."""
+    process = start(folder, database, **more)
+    while not has_step(folder, step)():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])
+def test_a_signal_saves_and_leaves_with_its_own_code(undisturbed, tmp_path, migrated_database, number, code, more):
+    """Also where it is accelerate's launcher that gets the signal."""
+    copy_of(undisturbed, tmp_path)
+    left, output = signalled_at(tmp_path, migrated_database, 10, number, **more)
+    assert left == code, output
     assert "the same command continues" in output
     done = run(tmp_path, migrated_database)
     assert int(re.search(r"continues at step (\d+)", done.stdout)[1]) > 10
@@ -146,8 +156,10 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         write_inputs(folder)
-        write_params(folder, dropout=0.2, steps=30)
+        write_params(folder, dropout=0.2, steps=60)
     assert kill_at(killed, migrated_database, has_step(killed, 10), **TWO_PROCESSES) == KILLED
+    left, output = signalled_at(killed, migrated_database, 20, signal.SIGTERM, **TWO_PROCESSES)
+    assert left == 143 and "the same command continues" in output
     for folder in (whole, killed):
         process = start(folder, migrated_database, **TWO_PROCESSES)
         output, _ = process.communicate(timeout=200)

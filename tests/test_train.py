@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tasks.stage import StageError
-from tests.train_inputs import checkpoints, results, train_here, write_inputs, write_params
+from tests.train_inputs import checkpoints, prepare_here, results, train_here, write_inputs, write_params
 
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
@@ -28,6 +30,19 @@ def trained(tmp_path, monkeypatch, migrated_database):
         write_params(folder, conditioning, **SHORT | train)
         train_here(folder, monkeypatch, migrated_database)
         return folder
+
+    return call
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch, migrated_database):
+    """Call it with parameters of `train` for a run that has made no step yet."""
+
+    def call(conditioning: str = "label", **train):
+        if not (tmp_path / "latents").exists():
+            write_inputs(tmp_path, conditioning)
+        write_params(tmp_path, conditioning, **train)
+        return prepare_here(tmp_path, monkeypatch, migrated_database)
 
     return call
 
@@ -152,6 +167,25 @@ class TestRefused:
         with pytest.raises(StageError, match="cannot be shared among 3 processes in 1 accumulated parts; make it a mu"):
             trained()
 
+    def test_more_processes_than_gpus(self, trained, monkeypatch):
+        """Without this each would train alone, on the whole of the batch."""
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, "16")
+        with pytest.raises(StageError, match=r"16 processes were started on a machine with \d+ GPUs; lower num_proc"):
+            trained()
+
+    def test_memory_that_ran_out(self, trained, monkeypatch):
+        import torch
+
+        from tasks.batches import Batches
+
+        def draw(self, step, part=0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(Batches, "draw", draw)
+        with pytest.raises(StageError, match=r"ran out with train.batch_size 16 in 1 part\(s\); raise train.gradient"):
+            trained()
+
     def test_fp16_without_a_gpu(self, trained):
         with pytest.raises(StageError, match="'fp16' needs a GPU; use 'bf16' or 'no'"):
             trained(precision="fp16")
@@ -271,7 +305,7 @@ class TestAverages:
         for step in range(1, steps + 1):
             with torch.no_grad():
                 module.weight.zero_()[step - 1] = 1
-            average.update(module, step)
+            average.update(step)
         weights = average.state_dict()["weight"][:, 0].double().numpy()
         assert weights.sum() == pytest.approx(1, abs=1e-4)
         profile = np.arange(1, steps + 1) ** gamma
@@ -318,6 +352,71 @@ def test_operations_of_a_network_are_counted():
     attention = forward_flops(Attention(config, 8), torch.randn(2, 8, 4, 4))
     assert attention == 2 * (4 * 16 * 8 * 8 + 2 * 16 * 16 * 8)
     assert matmul_ceiling(torch.device("cpu"), torch.float32, 1) > 1e8
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would have the host wait for a GPU: a value that is asked for, a copy to the host's memory."""
+
+    ASKED = ("cpu", "tolist", "numpy")
+    OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, outer = 0, self
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                outer.count += func._schema.name in outer.OPERATORS
+                return func(*args, **kwargs or {})
+
+        self.operators = Operators()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.ASKED
+        return func(*args, **kwargs or {})
+
+    def during(self, call) -> int:
+        before = self.count
+        with self, self.operators:
+            call()
+        return self.count - before
+
+
+RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "options"), [("label", {"gradient_accumulation": 2, "precision": "bf16"}), ("text", {})]
+)
+def test_a_step_never_waits_for_the_device(prepared, conditioning, options):
+    """Between two rows of the history nothing asks for a value, so that a GPU always has its next step before it."""
+    from tasks import train
+
+    run = prepared(conditioning, data_on_device="device", **RARELY, **options)
+    waits = Waits()
+    few = waits.during(lambda: train.fit(run, None, [], until=1))
+    many = waits.during(lambda: train.fit(run, None, [], until=3))
+    assert few == many > 0, "each call ends in a checkpoint, which waits; the steps before it must not"
+
+
+def test_the_scale_of_a_loss_in_fp16_is_restored(prepared):
+    import torch
+
+    from tasks import checkpoint, training_run
+
+    run, other = prepared(**RARELY), prepared(**RARELY)
+    run.accelerator.scaler, other.accelerator.scaler = (torch.amp.GradScaler("cpu", growth_interval=3) for _ in "12")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for _ in range(4):  # the scale doubles once, and is one step on its way to double again
+        run.accelerator.scaler.scale(weight.sum()).backward()
+        run.accelerator.scaler.step(optimizer)
+        run.accelerator.scaler.update()
+    checkpoint.save(run.folder, training_run.snapshot(run, training_run.gathered(run)))
+    training_run.restore(other, checkpoint.load_newest(run.folder, 100))
+    assert other.accelerator.scaler.state_dict() == run.accelerator.scaler.state_dict()
+    assert other.accelerator.scaler.state_dict()["scale"] == 2**17
+    assert other.accelerator.scaler.state_dict()["_growth_tracker"] == 1
 
 
 @pytest.mark.gpu

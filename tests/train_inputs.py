@@ -139,19 +139,36 @@ def results(folder: Path, pipeline: str = "pipeline", report: str = "report", sc
 
 def train_here(folder: Path, monkeypatch, database: Path) -> None:
     """The stage function in this process, for what needs no process of its own; packages are loaded once."""
+    from tasks.train import train
+
+    loaded = _as_a_process(folder, monkeypatch, database)
+    train(*(folder / path for path in PATHS), loaded.model, loaded.diffusion, loaded.train)
+
+
+def prepare_here(folder: Path, monkeypatch, database: Path):
+    """The run that the stage would train, before its first step."""
+    from tasks import images, latents, training_key, training_run
+
+    loaded = _as_a_process(folder, monkeypatch, database)
+    index, verdict = latents.read_index(folder / "latents"), images.require_accepted(folder / "accepted.json")
+    sections = (loaded.model, loaded.diffusion, loaded.train)
+    facts = training_key.facts(index, folder / "codec", verdict, *sections)
+    network = training_run.network_config(index, loaded.model)
+    return training_run.prepare(folder / "latents", index, facts, network, loaded.diffusion, loaded.train)
+
+
+def _as_a_process(folder: Path, monkeypatch, database: Path):
+    """Environment and accelerate's state as in a process of its own; returns the parameters."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from tasks import params
-    from tasks.train import train
 
     for name, value in environment(folder, database).items():
         monkeypatch.setenv(name, value)
     for state in (AcceleratorState, GradientState, PartialState):  # a process has them once, and keeps a precision
         state._reset_state()
     monkeypatch.chdir(ROOT)
-    loaded = params.load(folder / "params.yaml")
-    paths = [folder / path for path in PATHS]
-    train(*paths, loaded.model, loaded.diffusion, loaded.train)
+    return params.load(folder / "params.yaml")
 
 
 def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:

@@ -232,7 +232,7 @@ class EncodedOnline:
         columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}
 
-    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         from models.autoencoder import encode
 
         del following
@@ -254,7 +254,7 @@ class EmbeddedOnline:
         self.count = len(self.tokens)
         self.shapes: dict[str, tuple[int, ...]] = {"embeddings": (text.length, text.model.config.hidden_size)}
 
-    def gather(self, rows: Tensor, following: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         import torch
 
         del following
