@@ -98,18 +98,16 @@ def quality(pixels: np.ndarray, reconstructed: np.ndarray) -> dict[str, float]:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    error = ((pixels.astype(np.float64) - reconstructed) ** 2).mean(axis=(1, 2, 3))
-    values = {"psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))}
-    if min(pixels.shape[2:]) >= 11:
-        similar = []
-        for start in range(0, len(pixels), APPLY_BATCH):  # of 512 large images at once it would take 100 GB
-            part = slice(start, start + APPLY_BATCH)
-            first, second = (torch.from_numpy(images[part]).double() for images in (reconstructed, pixels))
-            similar.append(
-                structural_similarity_index_measure(first, second, data_range=255.0, reduction="none").flatten()
-            )
-        values["ssim"] = float(torch.cat(similar).mean())
-    return values
+    errors, similar, large = [], [], min(pixels.shape[2:]) >= 11
+    for start in range(0, len(pixels), APPLY_BATCH):  # of 512 large images at once it would take 100 GB
+        part = slice(start, start + APPLY_BATCH)
+        first, second = (torch.from_numpy(images[part]).double() for images in (reconstructed, pixels))
+        errors.append((second - first).square().mean(dim=(1, 2, 3)))
+        if large:
+            alike = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
+            similar.append(alike.flatten())
+    decibels = 10 * torch.log10(255**2 / torch.cat(errors).clamp(min=1e-3))
+    return {"psnr": float(decibels.mean())} | ({"ssim": float(torch.cat(similar).mean())} if large else {})
 
 
 def measure_scaling(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:

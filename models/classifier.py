@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,8 @@ MAX_FEATURES = 128
 MAX_RESOLUTION = 32
 # Features spread less unevenly than without, so distances depend less on single images.
 LABEL_SMOOTHING = 0.1
-APPLY_BATCH = 500
+APPLY_BATCH, APPLY_VALUES = 500, 1 << 24
+"""Images that are looked at together, at most, and the numbers that they consist of."""
 
 
 class Backbone(nn.Module):
@@ -93,15 +95,21 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Te
 
 
 def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recipe: Recipe) -> Classifier:
-    """Train on uint8 images [N, C, S, S] and int64 labels [N] in [0, classes). Returns it in evaluation mode."""
+    """Train on those of uint8 images [N, C, S, S] whose int64 labels [N] are in [0, classes) and not -1.
+
+    Returns it in evaluation mode.
+    """
     network = seeded(lambda: Classifier(pixels.shape[1], pixels.shape[2], classes), recipe.seed).to(recipe.device)
 
-    def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
+    labelled = np.flatnonzero(labels >= 0)
+
+    def loss(some: np.ndarray, generator: torch.Generator) -> Tensor:
+        rows = labelled[some]
         images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
         wanted = torch.from_numpy(labels[rows]).to(recipe.device)
         return F.cross_entropy(network(images), wanted, label_smoothing=LABEL_SMOOTHING)
 
-    fit(network, loss, len(pixels), recipe)
+    fit(network, loss, len(labelled), recipe)
     return network
 
 
@@ -109,9 +117,15 @@ def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recip
 def apply(function: Callable[[Tensor], Tensor], pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
     """`function` of images in [-1, 1] (a network in evaluation mode), batch by batch over uint8 images
     [N, C, H, W], N >= 1. Returns float32 [N, D]."""
+    size = apply_batch(pixels)
     return np.concatenate(
         [
-            function(to_input(pixels[start : start + APPLY_BATCH], device)).float().cpu().numpy()
-            for start in range(0, len(pixels), APPLY_BATCH)
+            function(to_input(pixels[start : start + size], device)).float().cpu().numpy()
+            for start in range(0, len(pixels), size)
         ]
     )
+
+
+def apply_batch(pixels: np.ndarray) -> int:
+    """How many of the images [N, C, H, W] are looked at together: fewer of large ones."""
+    return max(1, min(APPLY_BATCH, APPLY_VALUES // math.prod(pixels.shape[1:])))

@@ -128,15 +128,17 @@ def contrastive_loss(logits: Tensor, matches: Tensor) -> Tensor:
 
 
 def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Recipe) -> tuple[Clip, Tokenizer]:
-    """Train on uint8 images [N, C, S, S], each with at least one caption. Returns the model in evaluation mode."""
+    """Train on those of uint8 images [N, C, S, S] that have captions. Returns the model in evaluation mode."""
     distinct, own = own_captions(captions)
     tokenizer = make_tokenizer(distinct)
     ids = tokenize(tokenizer, distinct)
     words = tokenizer.get_vocab_size()
     network = seeded(lambda: Clip(pixels.shape[1], pixels.shape[2], words), recipe.seed).to(recipe.device)
     counts = torch.from_numpy((own >= 0).sum(1))
+    captioned = counts.numpy().nonzero()[0]
 
-    def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
+    def loss(some: np.ndarray, generator: torch.Generator) -> Tensor:
+        rows = captioned[some]
         images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
         choice = (torch.rand(len(rows), generator=generator) * counts[rows]).long().numpy()
         drawn = np.unique(own[rows, choice])
@@ -144,7 +146,7 @@ def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Re
         tokens = torch.from_numpy(ids[drawn]).to(recipe.device)
         return contrastive_loss(network.logits(images, tokens), torch.from_numpy(matches).to(recipe.device))
 
-    fit(network, loss, len(pixels), recipe)
+    fit(network, loss, len(captioned), recipe)
     return network, tokenizer
 
 

@@ -20,7 +20,7 @@ def error_by_timestep(
     labels: Sequence[int] | None,
     timesteps: Sequence[int],
     seed: int,
-    batch_size: int = 256,
+    batch_size: int,
 ) -> list[float]:
     """Mean squared error of the predicted clean image, in [-1, 1], at each of `timesteps`.
 

@@ -2,7 +2,8 @@
 
 `unet/` and `scheduler/` are what diffusers writes, and so are `vae/`, `text_encoder/` and `tokenizer/` (of a second
 encoder with `_2` at their end) where latents and captions are used, so the weights load there without this project;
-`afterimage.json` holds what diffusers has no place for.
+`afterimage.json` holds what diffusers has no place for. `lora/` holds what was added to given weights, which are whole
+in `unet/`: a small file for who has the given ones.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 """What the codec made and a pipeline carries with it."""
+ADAPTER = "lora/pytorch_lora_weights.safetensors"
+"""Its name is the one that diffusers' `load_lora_weights(folder)` looks for."""
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,12 @@ def save_pipeline(
     betas: Any,
     info: dict[str, Any],
     codec: Path | None = None,
+    additions: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the layout into an existing empty `folder`; the caller makes it appear atomically.
 
-    `codec` is the folder that holds autoencoder, text encoder and tokenizer, where there are any.
+    `codec` is the folder that holds autoencoder, text encoder and tokenizer, where there are any; `additions` are the
+    low-rank ones that `weights` contain, see `text_unet.adapter`.
     """
     from safetensors.torch import save_file
 
@@ -257,6 +262,9 @@ def save_pipeline(
             shutil.copytree(codec / part, folder / part)
     write(folder / "unet" / "config.json", unet.config.to_diffusers())
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    if additions:
+        (folder / ADAPTER).parent.mkdir()
+        save_file(additions, folder / ADAPTER, metadata={"format": "pt"})
     scheduler = scheduler_config(betas, info["prediction"], clip=not (folder / "vae").is_dir())
     write(folder / "scheduler" / "scheduler_config.json", scheduler)
     write(folder / "afterimage.json", {"format": FORMAT, "latent": None, "prompts": None, **info})

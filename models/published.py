@@ -27,6 +27,8 @@ SCHEDULES = {
     "scaled_linear": "scaled_linear",
 }
 """diffusers' name of a schedule -> ours."""
+OTHER_DIFFUSION = ("FlowMatch", "FlowMap", "EDM", "CMStochastic", "CosineDPM", "KarrasVe", "ScoreSde")
+"""How the names of diffusers' schedulers begin that know no betas."""
 VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Layers of attention as the first versions of diffusers called them."""
@@ -55,6 +57,35 @@ def parts(folder: Path) -> tuple[Path, Path]:
     raise FileNotFoundError(2, "no pipeline in diffusers format", str(folder))
 
 
+def require(config: dict[str, Any], wanted: dict[str, tuple[Any, ...]], whose: str, who: str) -> None:
+    """Compare a configuration with the values that we know of each key, the first of which stands for an absent one.
+
+    Raises `ValueError`, which begins with `whose` key it is and ends with `who` knows what.
+    """
+    for key, known in wanted.items():
+        value = config.get(key, known[0])
+        if value not in known:
+            raise ValueError(f"{whose} {key} is {value!r}; {who} {', '.join(map(repr, known))}")
+
+
+def read_diffusion(config: dict[str, Any]) -> Scheduler:
+    """What a network was trained on, by any scheduler that adds noise by betas, whatever it samples like.
+
+    Raises `ValueError` for another kind of diffusion, such as flow matching or EDM, which our losses do not train.
+    """
+    name = str(config.get("_class_name", ""))
+    if name.startswith(OTHER_DIFFUSION) or "sigma_data" in config:
+        raise ValueError(f"its {name} adds noise in another way than by betas, and these losses know no other")
+    wanted = {
+        "beta_schedule": tuple(SCHEDULES),
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "use_flow_sigmas": (False,),
+    }
+    require(config, wanted, "its scheduler's", "these losses know")
+    betas, schedule = _betas(config)
+    return Scheduler(betas, schedule, config.get("prediction_type", "epsilon"), {})
+
+
 def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
     """`clips` is whether x0 has bounds, as pixels do. Raises `ValueError` for a scheduler that our samplers do not
     follow; absent keys have diffusers' defaults."""
@@ -69,10 +100,7 @@ def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
         "timestep_spacing": ("leading", "trailing"),
         "variance_type": tuple(VARIANCES),
     }
-    for key, known in wanted.items():
-        value = config.get(key, known[0])
-        if value not in known:
-            raise ValueError(f"the scheduler's {key} is {value!r}; these samplers know {', '.join(map(repr, known))}")
+    require(config, wanted, "the scheduler's", "these samplers know")
     betas, name = _betas(config)
     sampling = {
         "variance": VARIANCES[config.get("variance_type", "fixed_small")],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.classifier import Backbone, to_input
+from models.classifier import Backbone, apply_batch, to_input
 from models.fit import Recipe, fit, seeded
 
 TEMPERATURE = 0.2
@@ -79,6 +79,10 @@ def train_encoder(pixels: np.ndarray, recipe: Recipe) -> Encoder:
 def twin_accuracy(network: Encoder, pixels: np.ndarray, seed: int, flip: bool = False, device: str = "cpu") -> float:
     """Share of uint8 images [N, C, S, S] whose second random view is the nearest to their first among all N."""
     generator = torch.Generator().manual_seed(seed)
-    images = to_input(pixels)
-    first, second = (F.normalize(network(view(images, generator, flip).to(device)), dim=-1) for _ in range(2))
+    size = apply_batch(pixels)
+    batches = [to_input(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+    first, second = (
+        F.normalize(torch.cat([network(view(images, generator, flip).to(device)) for images in batches]), dim=-1)
+        for _ in range(2)
+    )
     return float(((first @ second.T).argmax(1).cpu() == torch.arange(len(pixels))).float().mean())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.published import require
 from models.text_encoder import SIZES
 
 if TYPE_CHECKING:
@@ -71,11 +72,15 @@ class TextUNetConfig:
 
     @staticmethod
     def from_diffusers(config: dict[str, Any]) -> TextUNetConfig:
-        """Inverse of `to_diffusers`, without what was only for training."""
+        """Inverse of `to_diffusers`, without what was only for training; absent keys have diffusers' defaults.
+
+        Raises `ValueError` in one sentence for a `UNet2DConditionModel` that this one cannot be.
+        """
+        _refuse_other_architectures(config)
         pooled = None
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
-        heads = config["attention_head_dim"]
+        heads = config.get("attention_head_dim", 8)
         widths = tuple(config["block_out_channels"])
         layers = config.get("transformer_layers_per_block", 1)
         heads = [heads] * len(widths) if isinstance(heads, int) else heads
@@ -83,11 +88,11 @@ class TextUNetConfig:
         return TextUNetConfig(
             size=config["sample_size"],
             channels=config["in_channels"],
-            cross_attention_dim=config["cross_attention_dim"],
+            cross_attention_dim=config.get("cross_attention_dim", 1280),
             block_out_channels=widths,
             attention=tuple(name.startswith("CrossAttn") for name in config["down_block_types"]),
-            layers_per_block=config["layers_per_block"],
-            norm_num_groups=config["norm_num_groups"],
+            layers_per_block=config.get("layers_per_block", 2),
+            norm_num_groups=config.get("norm_num_groups", 32),
             attention_head_dim=per_head.pop() if len(per_head) == 1 else None,
             heads=heads[0] if len(set(heads)) == 1 else None,
             transformer_layers=tuple([layers] * len(widths) if isinstance(layers, int) else layers),
@@ -95,6 +100,49 @@ class TextUNetConfig:
             dropout=config.get("dropout", 0.0),
             pooled=pooled,
         )
+
+
+def _refuse_other_architectures(config: dict[str, Any]) -> None:
+    """Compare what a `UNet2DConditionModel` can be and is not here. Most of it shapes no weight: other weights would
+    load, and draw something else."""
+    attention = [name.startswith("CrossAttn") for name in config["down_block_types"]]
+    wanted: dict[str, tuple[Any, ...]] = {
+        "down_block_types": (["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "up_block_types": (["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],),
+        "out_channels": (config["in_channels"],),
+        "act_fn": ("silu",),
+        "addition_embed_type": (None, "text_time"),
+        "addition_time_embed_dim": (None, SIZE_WIDTH),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim_type": (None,),
+        "flip_sin_to_cos": (True,),
+        "freq_shift": (0,),
+        "mid_block_scale_factor": (1,),
+        "norm_eps": (1e-5,),
+        "num_attention_heads": (None,),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "reverse_transformer_layers_per_block": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    }
+    require(config, wanted, "the network's", "this U-Net knows")
+    if not (isinstance(config["sample_size"], int) and isinstance(config.get("layers_per_block", 2), int)):
+        raise ValueError("the network is of no square images, or has other numbers of layers at each resolution")
 
 
 def _added(pooled: int) -> dict[str, Any]:
@@ -184,6 +232,18 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             up = weights[f"{owner}.lora_B.{ADAPTER}.weight"]
             plain[f"{owner}.weight"] = plain[f"{owner}.weight"] + (up.float() @ down.float()).to(up.dtype)
     return plain
+
+
+def adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The low-rank additions alone, named as diffusers' `load_lora_weights` wants them; nothing where there are none.
+
+    Their scale is not stored: without one it is taken to be the rank, as it is here.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    ending = f".{ADAPTER}.weight"
+    additions = {f"unet.{name.replace(ending, '.weight')}": v for name, v in weights.items() if name.endswith(ending)}
+    return convert_state_dict_to_diffusers(additions) if additions else {}
 
 
 def parameter_count(config: TextUNetConfig) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.published import require
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -114,10 +116,7 @@ def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, .
         "time_embedding_type": ("positional",),
         "upsample_type": ("conv",),
     }
-    for key, known in wanted.items():
-        value = config.get(key, known[0])
-        if value not in known:
-            raise ValueError(f"the network's {key} is {value!r}; this U-Net knows {' and '.join(map(repr, known))}")
+    require(config, wanted, "the network's", "this U-Net knows")
     if not isinstance(config["sample_size"], int):
         raise ValueError(f"the network's sample_size is {config['sample_size']!r}; this U-Net knows square images")
 

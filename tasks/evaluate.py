@@ -74,7 +74,7 @@ def evaluate(
         atomic.write_json(folder / "protocol.json", declared)
         rows = _rows(unguided, guided, others, scorer, params)
         atomic.write_text(folder / "samplers.csv", _csv(COLUMNS, rows))
-        atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(model, scorer, params.seed)))
+        atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(model, scorer, params)))
         if swept:
             sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
             atomic.write_text(folder / "guidance.csv", _csv(SWEEP_COLUMNS, sweep_rows))
@@ -137,7 +137,7 @@ def _class_rows(
         }
 
 
-def _timestep_rows(model: Pipeline, scorer: Scorer, seed: int) -> Iterator[dict[str, Any]]:
+def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> Iterator[dict[str, Any]]:
     """How far the predicted clean image is from a held-out one, at timesteps spread over the schedule."""
     import math
 
@@ -148,7 +148,8 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, seed: int) -> Iterator[dict[
     seen = int((model.alpha_bar > 0).sum())  # of pure noise, where the last timestep is that, there is no image to tell
     timesteps = sorted({round(t) for t in np.linspace(0, seen - 1, min(TIMESTEPS, seen))})
     pixels, labels = scorer.held_out_for(model.conditioning != "none", N_TIMESTEP)
-    errors = error_by_timestep(model, pixels, labels, timesteps, seed) if len(pixels) else []
+    options = {"seed": params.seed, "batch_size": params.batch_size}
+    errors = error_by_timestep(model, pixels, labels, timesteps, **options) if len(pixels) else []
     for t, error in zip(timesteps, errors, strict=False):
         yield {
             "timestep": t,

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import decoding
+from tasks import decoding, workspace
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -30,11 +33,18 @@ if TYPE_CHECKING:
 FORMAT = 1
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
+IN_MEMORY_BYTES = 1 << 30
+"""Pixels of a split that take more are kept in a file, see `Samples`."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One split as pixels, sorted by key."""
+    """One split as pixels, sorted by key.
+
+    Pixels that take more than `IN_MEMORY_BYTES` lie in a nameless file in the scratch folder, which is mapped into
+    memory and goes with the array: the system keeps as much of it at hand as there is room for. So who takes many
+    rows of them takes them in parts.
+    """
 
     pixels: np.ndarray
     """uint8 [N, channels, size, size]"""
@@ -188,14 +198,14 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
 
     Pictures are turned upright, made grey or RGB, cropped to the centre square and resized
     (bilinear, antialiased) to `image.size`, as `encode` does it by the same `decoding.ingested`: no two
-    resizes differ.
+    resizes differ. Raises `StageError` where the disk has no room for pixels that are too many for the memory.
     """
     import numpy as np
 
     where = read_columns(images, ["key", "split"])
     keys = sorted(key for key, its in zip(*where.to_pydict().values(), strict=True) if its == split)
     position = {key: row for row, key in enumerate(keys)}
-    pixels = np.empty((len(keys), image.channels, image.size, image.size), np.uint8)
+    pixels = _room((len(keys), image.channels, image.size, image.size))
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
     for row in tqdm(
@@ -209,6 +219,27 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
             labels[place] = row["label"]
         captions[place] = row["captions"]
     return Samples(pixels, labels, captions, keys)
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """An array uint8 of `shape` that holds anything, in memory or in a file that has no name."""
+    import numpy as np
+
+    size = math.prod(shape)
+    if size <= IN_MEMORY_BYTES:
+        return np.empty(shape, np.uint8)
+    folder = workspace.scratch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later on would end the process
+        except OSError as error:
+            raise StageError(
+                f"the pixels of {shape[0]} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
+                f"({error.strerror}); free some, let AFTERIMAGE_SCRATCH name a folder on a larger disk, or lower "
+                "image.size"
+            ) from None
+        return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 
 
 def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes, int]]:

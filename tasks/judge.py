@@ -79,13 +79,10 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     )
     recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))
     classifier, clip, tokenizer, encoder = None, None, None, None
-    labelled = train.labels >= 0
-    captioned = [row for row, texts in enumerate(train.captions) if texts]
-    captions = [train.captions[row] for row in captioned]
-    if len(set(train.labels[labelled].tolist())) > 1:
-        classifier = train_classifier(train.pixels[labelled], train.labels[labelled], len(classes), recipe)
-    if params.clip.weights is None and len({tuple(sorted(texts)) for texts in captions}) > 1:
-        clip, tokenizer = train_clip(train.pixels[captioned], captions, clip_recipe)
+    if len(set(train.labels.tolist()) - {-1}) > 1:
+        classifier = train_classifier(train.pixels, train.labels, len(classes), recipe)
+    if params.clip.weights is None and len({tuple(sorted(texts)) for texts in train.captions if texts}) > 1:
+        clip, tokenizer = train_clip(train.pixels, train.captions, clip_recipe)
     if classifier is None and clip is None and params.extractor.kind == "in_domain":
         encoder = train_encoder(train.pixels, recipe)
     info = {
@@ -106,11 +103,11 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
     found: dict[str, Any] = {}
     labelled = held_out.labels >= 0
     if judge.classifier is not None and labelled.any():
-        logits = judge.class_logits(held_out.pixels[labelled])
+        logits = judge.class_logits(held_out.pixels)[labelled]
         found["classifier_accuracy"] = accuracy(logits, held_out.labels[labelled])
     rows, texts, right, others = caption_choices(held_out, judge.prompts, params.seed)
     if judge.reads_captions and rows:
-        embeds = judge.clip_image_embeds(held_out.pixels[rows])
+        embeds = judge.clip_image_embeds(held_out.pixels)[rows]
         found["clip_accuracy"] = choice_accuracy(embeds, judge.clip_text_embeds(texts), right, others)
         found["clip_choices"] = others.shape[1] + 1
     if judge.encoder is not None:

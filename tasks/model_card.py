@@ -24,7 +24,13 @@ def model_card(
     info: `afterimage.json` of the pipeline. data: the index of the images. training: flat parameters of
     the run. metrics: `reports/metrics.json`. exported: `reports/export.json`.
     """
-    sections = [_front_matter(data, info), _summary(info, data), _use(info), _evaluation(metrics), _export(exported)]
+    sections = [
+        _front_matter(data, info),
+        _summary(info, data),
+        _use(info, training),
+        _evaluation(metrics),
+        _export(exported),
+    ]
     return "\n\n".join([*sections, _data(data), _training(training, info), _limits(info, data)]) + "\n"
 
 
@@ -50,7 +56,7 @@ def _summary(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     return text
 
 
-def _use(info: Mapping[str, Any]) -> str:
+def _use(info: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     asked = next(iter(info["prompts"] or info["classes"]), None) if info["conditioning"] != "none" else None
     wish = f" --prompt {shlex.quote(asked)} --guidance 1.5" if asked else ""
     request = f"'prompt': {asked!r}, " if asked else ""
@@ -73,6 +79,9 @@ def _use(info: Mapping[str, Any]) -> str:
     else:
         network = "UNet2DConditionModel" if info["conditioning"] == "text" else "UNet2DModel"
         lines += [f"With diffusers, by component: `{network}.from_pretrained('pipeline', subfolder='unet')`."]
+    if training.get("model.lora_rank"):
+        given = training.get("train.weights") or "the weights that training began with"
+        lines += ["", f"The low-rank additions alone, into {given}: `base.load_lora_weights('pipeline/lora')`."]
     return "\n".join(lines)
 
 

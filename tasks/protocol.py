@@ -34,6 +34,8 @@ BLOCK_STRIDE = 1_000_000
 UNGUIDED = 1.0
 IMAGES_PER_DIMENSION = 2
 """A covariance of fewer images per feature dimension says little."""
+TAKEN = 500
+"""Training images that are in memory together, at most, while their features are taken."""
 SEARCHED = 20_000
 """Training images among which copies are looked for, at most."""
 COPY_QUANTILE = 0.01
@@ -250,8 +252,15 @@ class Scorer:
 
         count = len(self.train.pixels)
         rows = np.sort(np.random.default_rng(self.facts["seed"]).permutation(count)[:SEARCHED])
-        features = self.judge.features(self.train.pixels[rows])
+        features = self._features_of(rows)
         return rows, features, float(np.quantile(metrics.nearest(self.reference, features)[1], COPY_QUANTILE))
+
+    def _features_of(self, rows: np.ndarray) -> np.ndarray:
+        """Features of training images, float32 [n, D], in parts: together their pixels may be too many."""
+        import numpy as np
+
+        parts = (rows[start : start + TAKEN] for start in range(0, len(rows), TAKEN))
+        return np.concatenate([self.judge.features(self.train.pixels[part]) for part in parts])
 
     def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of uint8 images [N, C, S, S] the nearest training image by features: rows of `train` int64 [N], and
@@ -309,10 +318,12 @@ class Scorer:
     def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
         """KID of uint8 images [N, C, S, S] to the held-out images of a class, and that of as many training images
         of it; nothing where there are fewer than two of any."""
+        import numpy as np
+
         from models import metrics
 
         reference = self.reference[self.held_out.labels == label]
-        stand_ins = self.train.pixels[self.train.labels == label][: len(pixels)]
+        stand_ins = self.train.pixels[np.flatnonzero(self.train.labels == label)[: len(pixels)]]
         if min(len(reference), len(pixels), len(stand_ins)) < 2:
             return {}
         return {
@@ -328,17 +339,22 @@ class Scorer:
         return {"inception_style_score": metrics.inception_style_score(self.judge.class_logits(pixels))}
 
     def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
-        """Label accuracy and CLIP score, those that apply, of images that should show the classes `labels`."""
+        """Label accuracy and CLIP score, those that apply, of images that should show the classes `labels`; those with
+        -1 do not count."""
         import numpy as np
 
         from models import metrics
 
-        scores = {}
-        if labels is not None and self.judge.classifier is not None:
-            scores["label_accuracy"] = metrics.accuracy(self.judge.class_logits(pixels), np.asarray(labels))
-        if labels is not None and self.prompts is not None:
-            embeds = self.judge.clip_image_embeds(pixels)
-            scores["clip_score"] = metrics.clip_score(embeds, self.prompts[np.asarray(labels)])
+        scores: dict[str, float] = {}
+        if labels is None:
+            return scores
+        known = np.asarray(labels) >= 0
+        wanted = np.asarray(labels)[known]
+        if self.judge.classifier is not None:
+            scores["label_accuracy"] = metrics.accuracy(self.judge.class_logits(pixels)[known], wanted)
+        if self.prompts is not None:
+            embeds = self.judge.clip_image_embeds(pixels)[known]
+            scores["clip_score"] = metrics.clip_score(embeds, self.prompts[wanted])
         return scores
 
     def real(self) -> dict[str, float]:
@@ -346,7 +362,7 @@ class Scorer:
         known = self.held_out.labels >= 0
         scores = self.inception_style_score(self.held_out.pixels) | {"near_copies": COPY_QUANTILE}
         if known.any():
-            scores |= self.fit_to_labels(self.held_out.pixels[known], self.held_out.labels[known].tolist())
+            scores |= self.fit_to_labels(self.held_out.pixels, self.held_out.labels.tolist())
         elif self.prompts is not None:
             scores |= self._fit_to_own_captions()
         return scores
@@ -357,7 +373,8 @@ class Scorer:
 
         captioned = [row for row, captions in enumerate(self.held_out.captions) if captions]
         texts = self.judge.clip_text_embeds([self.held_out.captions[row][0] for row in captioned])
-        return {"clip_score": metrics.clip_score(self.judge.clip_image_embeds(self.held_out.pixels[captioned]), texts)}
+        embeds = self.judge.clip_image_embeds(self.held_out.pixels)[captioned]
+        return {"clip_score": metrics.clip_score(embeds, texts)}
 
 
 def summary(
@@ -371,8 +388,7 @@ def summary(
         for draw in unguided
     ]
     fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
-    stand_ins = [scorer.stand_ins(block) for block in range(facts["seed_blocks"])]
-    floors = [scorer.distances(pixels) for pixels in stand_ins]
+    floors = [scorer.distances(scorer.stand_ins(block)) for block in range(facts["seed_blocks"])]
     measured = {**_mean_and_spread(blocks), **_mean_and_spread(fits), **_mean_and_spread(floors, "_floor")}
     return {
         **measured,
@@ -381,7 +397,7 @@ def summary(
         "n_samples": facts["n_distance"],
         "n_samples_accuracy": facts["n_accuracy"] if guided else 0,
         "n_reference": facts["reference"]["images"],
-        "n_floor": len(stand_ins[0]),
+        "n_floor": len(scorer.stand_ins(0)),
         "n_searched": len(scorer.searched[0]),
         **({"small_n": scorer.small_n()} if scorer.small_n() else {}),
         **({"clip_score_note": CLIP_IS_CONDITION} if protocol["clip_is_condition"] else {}),

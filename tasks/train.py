@@ -46,14 +46,14 @@ def train(
     """
     verdict = images.require_accepted(accepted)
     from models.autoencoder import load_autoencoder
-    from tasks import training_run
+    from tasks import training_run, warm_start
 
     index = latents.read_index(data)
     training_run.check_fits(index, params)
-    given = training_run.given(params)
+    given = warm_start.given(params)
     network = training_run.network_config(index, model, given)
     if given:
-        training_run.check_warm_start(given, network, diffusion)
+        warm_start.check(given, network, diffusion)
     facts = training_key.facts(index, codec, verdict, model, diffusion, params)
     scratch = training_key.folder_of(workspace.scratch(), facts)
     checkpoint.refuse_other_network(scratch, training_run.architecture(network))
@@ -256,7 +256,7 @@ def _compared(run: Run, history: list[Row]) -> dict[str, float]:
 def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
     from models.pipeline import save_pipeline
     from models.schedules import betas
-    from models.text_unet import merged
+    from models.text_unet import adapter, merged
 
     info = {
         "conditioning": index["conditioning"],
@@ -272,11 +272,13 @@ def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any]
         "train_key": facts["train_key"],
     }
     frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
-    average = run.averages[run.params.pipeline_ema].state_dict()
-    weights = {name: value.cpu().contiguous() for name, value in merged(frozen | average).items()}
+    final = frozen | run.averages[run.params.pipeline_ema].state_dict()
+    weights, additions = (
+        {name: value.cpu().contiguous() for name, value in made.items()} for made in (merged(final), adapter(final))
+    )
     with atomic.writing_folder(pipeline) as folder:
         levels = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
-        save_pipeline(folder, run.network, weights, levels, info, codec)
+        save_pipeline(folder, run.network, weights, levels, info, codec, additions)
 
 
 if __name__ == "__main__":

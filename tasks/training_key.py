@@ -23,6 +23,7 @@ CODE = {
     "buckets.py",
     "train.py",
     "training_run.py",
+    "warm_start.py",
 }
 FACTS = "facts.json"
 

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, latents, memory, training_key, workspace
+from tasks import checkpoint, latents, memory, training_key, warm_start, workspace
 from tasks.buckets import SQUARE, Bucketed
-from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
+from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import StageError
 from tasks.training_log import Row, Tally
+from tasks.warm_start import Given
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,16 +62,6 @@ class Run:
     """What turns drawn latents into images; None where the network draws pixels."""
     step: int = 0
     history: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Given:
-    """A trained pipeline whose weights come first."""
-
-    name: str
-    """Which parameter gives it, and what that says."""
-    folder: Path
-    network: NetworkConfig
 
 
 def check_fits(index: dict[str, Any], params: TrainParams) -> None:
@@ -122,52 +113,6 @@ def memory_told(params: TrainParams) -> Iterator[None]:
         ) from error
 
 
-def first_weights(params: TrainParams) -> Path | None:
-    """The folder of the pipeline whose weights come first, brought here where it is published; None starts from
-    nothing. Raises `StageError` where it cannot be had."""
-    from tasks import weights
-
-    if params.weights is not None and params.pin is not None:
-        return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
-    return None if params.init_from == NO_WARM_START else Path(params.init_from)
-
-
-def given(params: TrainParams) -> Given | None:
-    """What training starts from, brought here where it is published. Raises `StageError` where it cannot be had, or is
-    no network that we have."""
-    from models.network import config_of
-
-    folder = first_weights(params)
-    if folder is None:
-        return None
-    name = f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
-    weights = training_key.weights_of(folder)
-    described = weights.with_name("config.json")
-    if not (weights.is_file() and described.is_file()):
-        raise StageError(f"{name} holds no pipeline (no {weights.name} and config.json); correct it")
-    try:
-        return Given(name, folder, config_of(json.loads(described.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError) as error:
-        raise StageError(f"{name} cannot be trained here: {error}; choose another") from None
-
-
-def check_warm_start(given: Given, config: NetworkConfig, diffusion: DiffusionParams) -> None:
-    """Compare architecture and prediction by their small files; the weights are not read. Raises `StageError`."""
-    ours, theirs = config.to_diffusers(), given.network.to_diffusers()
-    shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
-    unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
-    if unlike:
-        told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
-        raise StageError(f"{given.name} is another network ({told}); set the section model to fit it")
-    scheduler = given.folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-        if predicts != diffusion.prediction:
-            raise StageError(
-                f"{given.name} predicts {predicts}, not {diffusion.prediction}; set diffusion.prediction to {predicts}"
-            )
-
-
 def prepare(
     data: Path,
     index: dict[str, Any],
@@ -201,7 +146,7 @@ def prepare(
     torch.manual_seed(params.seed)
     network = build(config)
     if first:
-        _load_weights(network, first.folder)
+        warm_start.load(network, first)
     if params.full_steps:
         network.requires_grad_(True)  # each has its time; the loop says whose it is
     network = network.to(accelerator.device, memory_format=_memory_format(params))
@@ -274,21 +219,6 @@ def network_config(index: dict[str, Any], model: ModelParams, first: Given | Non
 def architecture(config: NetworkConfig) -> dict[str, Any]:
     """What shapes the network, as JSON."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def _load_weights(network: Network, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    from models.network import load_weights
-    from models.published import read_weights
-    from models.unet import UNet
-
-    file = training_key.weights_of(folder)
-    try:
-        load_weights(network, read_weights(file.parent) if isinstance(network, UNet) else load_file(file))
-    except ValueError as error:  # damaged, says the file's reader
-        raise StageError(str(error)) from None
-    print(f"train: starts from the weights in {folder}", flush=True)
 
 
 def _memory_format(params: TrainParams) -> Any:

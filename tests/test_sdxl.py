@@ -124,6 +124,8 @@ def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypa
     prompt = {"prompts": ["dark picture of thing 2"], "steps": 4}
     first, adapted = (load_pipeline(tree / name).sample([3], **prompt) for name in ("pipeline", "adapted"))
     assert not np.array_equal(first, adapted)
+    told = {"text_embeds": torch.randn(1, POOLED), "time_ids": torch.tensor([[16.0, 24, 0, 4, 16, 16]])}
+    assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, WIDTH), **told)
     newest = max((tree / "scratch" / "train").glob("*/step-*"), key=lambda path: path.stat().st_mtime)
     kept = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     assert kept < (tree / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size

@@ -86,6 +86,8 @@ def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, 
     assert changed and all(".attn" in name and name.endswith(".weight") for name in changed)
     for name in changed:
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 2, name
+    assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, 32))
+    assert not (tree / "pipeline" / "lora").exists()
 
 
 def test_low_rank_additions_start_at_nothing_and_merge_exactly():

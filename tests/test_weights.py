@@ -151,7 +151,7 @@ def test_the_pin_of_several_networks_covers_each_of_them(bucket):
 def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
     """The whole way: a network that is published is trained on, by its name and commit."""
     from tasks.params import TrainParams
-    from tasks.training_run import first_weights
+    from tasks.warm_start import first_weights
     from tests.text_inputs import train_params
 
     params: TrainParams = train_params(weights=REPO, pin=COMMIT)

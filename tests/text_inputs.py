@@ -110,3 +110,21 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     given = theirs(prompt, num_inference_steps=5, latents=noise, **form, **shared).images[0]
     ours = load_pipeline(pipeline).sample([7], prompts=[prompt], sampler="ddim", steps=5, **shared)
     return given.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
+
+
+def is_base_with_adapter(base: Path, adapted: Path, condition: torch.Tensor, **told) -> bool:
+    """Whether diffusers' pipeline of `base`, with the adapter that lies beside the weights of `adapted` loaded into it,
+    has the network of `adapted`; for token embeddings [1, L, D] and what else the network is `told`."""
+    from diffusers import DiffusionPipeline
+
+    pipelines = [DiffusionPipeline.from_pretrained(folder, local_files_only=True) for folder in (base, adapted)]
+    inputs = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([7]), condition
+
+    def drawn(pipeline):
+        with torch.inference_mode():
+            return pipeline.unet(*inputs, added_cond_kwargs=told).sample
+
+    before, wanted = map(drawn, pipelines)
+    pipelines[0].load_lora_weights(adapted / "lora")
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    return torch.allclose(drawn(pipelines[0]), wanted, atol=1e-5)
