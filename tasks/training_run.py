@@ -133,7 +133,9 @@ def prepare(
     from models.network import build
 
     accelerator = Accelerator(
-        mixed_precision=params.precision, gradient_accumulation_steps=params.gradient_accumulation
+        cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
+        mixed_precision=params.precision,
+        gradient_accumulation_steps=params.gradient_accumulation,
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise StageError(

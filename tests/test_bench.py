@@ -152,9 +152,16 @@ def test_a_distance_that_was_not_reached_is_said(tmp_path):
     never = {"seed": 0, "target": 3.0, "ratio": None, "ratio_by_cpu_time": None}
     sides = {"peer": {"curve": curve}, "ours": {"curve": curve}}
     machine = {"cpu": "a", "gpu": None, "cores": 2, "torch": "2"}
-    part = {"machine": machine, "load": [0.1, 2.0], "floor": 1.0, "runs": [never | sides]}
-    report.write(tmp_path, {"quality_digits": part})
-    assert "| 0 | 1.0 | 3.0 | not reached |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+    part = {"machine": machine, "load": [0.1, 2.0], "floor": 1.0, "ratio": None, "runs": [never | sides]}
+    how = {"samples": 64, "sampler_steps": 20, "samplers": ["ddim", "dpm_solver_pp_2m"]}
+    report.write(tmp_path, {"quality_digits": part | {"arguments": {"measure": how, "overrides": []}}})
+    told = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "| 0 | 1.0 | 3.0 | not reached |" in told
+    assert "of 64 images drawn in 20 network evaluations each by DDIM or DPM-Solver++ (2M)" in told
+    report.write(
+        tmp_path, {"quality_digits": part | {"arguments": {"measure": how, "overrides": ["conditioning=none"]}}}
+    )
+    assert "ours by its preset without labels" in (tmp_path / "bench.md").read_text(encoding="utf-8")
 
 
 def test_operations_of_the_papers_network():

@@ -69,6 +69,12 @@ class Contestant:
         self._pipe.send(("advance", steps))
         return self._answer()
 
+    def turn(self, steps: int) -> Block:
+        """The same as one of several who share a GPU: the memory that it keeps for the next step is given back at the
+        end, and asked for again in a step off the clock."""
+        self._pipe.send(("turn", steps))
+        return self._answer()
+
     def save(self, folder: Path) -> None:
         """Write the averaged weights as a pipeline folder."""
         self._pipe.send(("save", folder))
@@ -110,6 +116,8 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
             command, argument = pipe.recv()
             if command == "advance":
                 pipe.send(advance(run, argument, params))
+            elif command == "turn":
+                pipe.send(_turn(run, argument, params))
             else:
                 _save(run, argument, params, side)
                 pipe.send(None)
@@ -118,6 +126,16 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
     except Exception as error:
         pipe.send(RuntimeError(f"{side}: {type(error).__name__}: {error}"))
         raise
+
+
+def _turn(run: Any, steps: int, params: Params) -> Block:
+    import torch
+
+    if torch.cuda.is_available():
+        run.advance(1)
+    block = advance(run, steps, params)
+    torch.cuda.empty_cache()
+    return block
 
 
 def advance(run: Any, steps: int, params: Params) -> Block:

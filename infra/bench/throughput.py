@@ -100,8 +100,8 @@ def _measured(plan: Plan, case: str, runs: Runs, inputs: Inputs) -> tuple[dict[t
             name: stack.enter_context(Contestant(name[0], params, inputs, plan.work / "scratch"))
             for name, params in runs.items()
         }
-        advance = {name: contestant.advance for name, contestant in ready.items()}
-        blocks = take_turns(advance, plan.rounds, plan.block_seconds, f"throughput {case}")
+        turns = {name: contestant.turn for name, contestant in ready.items()}
+        blocks = take_turns(turns, plan.rounds, plan.block_seconds, f"throughput {case}")
         return blocks, next(iter(ready.values())).parameters
 
 
