@@ -164,13 +164,13 @@ class ResnetBlock(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, heads, tokens, D] each (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T / sqrt(D)) v for q [B, heads, N, D], k and v [B, heads, M, D] (Vaswani et al. 2017, eq. 1).
 
-    The fused kernel keeps no [tokens, tokens] matrix. On a CPU its gradient takes twice as long as the formula's for
-    a few tokens and up to eight times as long in bfloat16, so there it is left to long sequences.
+    The fused kernel keeps no [N, M] matrix. On a CPU its gradient takes up to twice as long as the formula's over few
+    tokens M and up to fifteen times as long in bfloat16, so there it is left to many.
     """
-    few = 256 if q.dtype == torch.bfloat16 else 16
-    if q.requires_grad and q.device.type == "cpu" and q.shape[2] <= few:
+    few = 256 if q.dtype == torch.bfloat16 else 32
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= few:
         return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

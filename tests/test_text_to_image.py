@@ -90,6 +90,36 @@ def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, 
     assert not (tree / "pipeline" / "lora").exists()
 
 
+@pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_the_network_is_that_of_diffusers_in_output_and_gradients(precision, limit, tokens):
+    """Also where attention goes another way than theirs: over few tokens, and in bfloat16."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    config = TextUNetConfig(8, 2, 32, (8, 16), (True, True), 1, 4, attention_head_dim=8)
+    ours = TextUNet(config)
+    theirs = UNet2DConditionModel.from_config(config.to_diffusers())
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    x, t, text = torch.randn(2, 2, 8, 8), torch.tensor([3, 9]), torch.randn(2, tokens, 32)
+    wanted = theirs(x, t, text, return_dict=False)[0]
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        found = ours(x, t, text)
+    weigh = torch.randn(2, 2, 8, 8)
+    for output in (found.float(), wanted):
+        (output * weigh).sum().backward()
+    assert (found - wanted).abs().max() < limit * wanted.abs().max()
+    gradients = dict(ours.named_parameters())
+    theirs_and_ours = [(its.grad, gradients[name].grad) for name, its in theirs.named_parameters()]
+    assert len(theirs_and_ours) == len(gradients)
+    for its, same in theirs_and_ours if precision == torch.float32 else ():
+        assert (its - same).abs().max() <= limit * max(1, its.abs().max())
+    its, same = (torch.cat([pair[side].flatten() for pair in theirs_and_ours]) for side in (0, 1))
+    assert (its - same).norm() < limit * its.norm()
+
+
 def test_low_rank_additions_start_at_nothing_and_merge_exactly():
     torch.manual_seed(0)
     config = TextUNetConfig(8, 2, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
