@@ -194,9 +194,13 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
     params = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["tiny"], *SMALL_LATENTS)
     prepared = inputs.prepare(work, params)
     stored = Ours(params, prepared).run.batches
-    online = encoding.online(stored, params, prepared)
-    for step in (0, 5):
-        a, b = stored.draw(step), online.draw(step)
+    encoders = encoding.Encoders(params, prepared, stored)
+    reads = {
+        "files": (encoding.Pictures(params, prepared), encoding.Captions(prepared, encoders.text)),
+        "memory": (encoding.Pixels(params, prepared), encoding.Tokens(prepared, encoders.text)),
+    }
+    for step, read in ((0, "files"), (5, "files"), (5, "memory")):
+        a, b = stored.draw(step), encoders.under(stored, *reads[read]).draw(step)
         assert torch.equal(a.t, b.t) and torch.equal(a.eps, b.eps)
         assert torch.allclose(a.x0, b.x0, atol=0.03) and torch.allclose(a.condition, b.condition, atol=0.03)
     assert not torch.allclose(stored.draw(0).x0, stored.draw(1).x0, atol=0.03)
@@ -225,9 +229,11 @@ def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
 def test_encoding_breaks_even_where_it_has_cost_what_it_saved():
     """An image: 20 ms a step without, 50 ms with encoding in it, and 60 ms to encode it once: two epochs."""
     stored, online, once = Block(10, 100, 2.0, 2.0), Block(10, 100, 5.0, 4.0), Block(1, 50, 3.0, 3.0)
-    found = encoding.compared([stored, stored], [online, online], once)
+    encoders = Block(10, 100, 3.0, 3.0)
+    found = encoding.compared([stored, stored], [online, online], [encoders, encoders], once)
     assert (found["ratio"], found["ratio_by_cpu_time"], found["break_even_epoch"]) == (2.5, 2.0, 2.0)
-    assert encoding.compared([online], [stored], once)["break_even_epoch"] is None
+    assert (found["encoders_ms"], found["encoders_ratio"]) == (300, 1.5)
+    assert encoding.compared([online], [stored], [encoders], once)["break_even_epoch"] is None
 
 
 def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):

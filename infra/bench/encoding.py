@@ -1,8 +1,10 @@
 """A training step on stored latents and embeddings, beside one that makes both itself: what `encode` is worth.
 
-Both sides are one run: the same network, optimizer and loop, drawing the same samples; only the stores under its
-batches are exchanged, in turns. The side that encodes as it goes has its pictures decoded, resized and in memory and
-its captions tokenized, and pays for neither; it encodes a batch at once, without gradients, in training's precision.
+All sides are one run: the same network, optimizer and loop, drawing the same samples; only the stores under its
+batches are exchanged, in turns. The side that encodes as it goes does what diffusers' `train_text_to_image.py` does in
+each step by its defaults: it decodes and resizes the batch's pictures, whose files are in memory, tokenizes its
+captions, and encodes both at once, without gradients, in training's precision. A third side has pictures and tokens
+ready, which tells the encoders' own share.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from infra.bench.contestant import Block, advance, now, take_turns
 from infra.bench.inputs import Inputs, parameters, prepare
 from tasks.params import Params
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from torch import Tensor
 
     from infra.bench.ours import Ours
@@ -35,7 +37,6 @@ CASES = {
         "image.size=64",
         "model.block_out_channels=[32,64,128]",
         "model.attention=[false,true,true]",
-        "train.batch_size=16",
     ),
     "stable_diffusion_8th": (
         "image.size=128",
@@ -49,11 +50,13 @@ CASES = {
         "model.layers_per_block=2",
         "model.attention_head_dim=null",
         "model.heads=1",
-        "train.batch_size=8",
+        "train.batch_size=64",
+        "train.gradient_accumulation=4",
     ),
 }
 """What the small presets train at 64x64 by the autoencoder and text encoder that are the default; and Stable Diffusion
-1.5 with an eighth of its widths and heads and a quarter of its sides, which leaves the proportions of its parts."""
+1.5 with an eighth of its widths and heads and a quarter of its sides, which leaves the proportions of its parts. The
+batches are those of the presets `laion_sd_tiny` and `laion_sd`."""
 COMMON = (
     "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
@@ -87,7 +90,7 @@ class Plan:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """One row for each case: milliseconds of a step of both sides, their ratio, the epoch that breaks even."""
+    """One row for each case: milliseconds of a step of each side, their ratios, the epoch that breaks even."""
     source = [*PHOTOS, f"download.path={plan.photos}"] if plan.photos else []
     sets = {
         case: parameters(PRESET, None, *COMMON, *CASES[case], *source, *plan.overrides) for case in plan.cases or CASES
@@ -106,7 +109,8 @@ def told(row: dict[str, Any]) -> str:
     even = row["break_even_epoch"]
     return (
         f"{row['case']}: {row['stored_ms']:.1f} ms a step on what is stored, {row['online_ms']:.1f} ms with "
-        f"encoding in it, {row['ratio']:.2f} times as long ({row['ratio_by_cpu_time']:.2f} by CPU time); "
+        f"encoding in it, {row['ratio']:.2f} times as long ({row['ratio_by_cpu_time']:.2f} by CPU time; "
+        f"{row['encoders_ratio']:.2f} where pictures and tokens are ready); "
         f"encoding once breaks even {f'in epoch {even:.2f}' if even is not None else 'never'}"
     )
 
@@ -119,7 +123,12 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
     ours = Ours(params, inputs)
     stored = ours.run.batches
     assert isinstance(stored, Batches), "there are no buckets but the square"
-    sides = {"stored": stored, "online": online(stored, params, inputs)}
+    encoders = Encoders(params, inputs, stored)
+    sides = {
+        "stored": stored,
+        "online": encoders.under(stored, Pictures(params, inputs), Captions(inputs, encoders.text)),
+        "encoders": encoders.under(stored, Pixels(params, inputs), Tokens(inputs, encoders.text)),
+    }
     advances = {side: partial(_advance_on, batches, ours, params) for side, batches in sides.items()}
     blocks = take_turns(advances, plan.rounds, plan.block_seconds, "encoding")
     once = _encode_once(params, inputs)
@@ -130,7 +139,7 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
         "batch": params.train.batch_size,
         "precision": params.train.precision,
         "ratio_by_operations": round(ratio_by_operations(params), 3),
-        **compared(blocks["stored"], blocks["online"], once),
+        **compared(blocks["stored"], blocks["online"], blocks["encoders"], once),
     }
 
 
@@ -139,7 +148,7 @@ def _advance_on(batches: Batches, ours: Ours, params: Params, steps: int) -> Blo
     return advance(ours, steps, params)
 
 
-def compared(stored: list[Block], online: list[Block], once: Block) -> dict[str, Any]:
+def compared(stored: list[Block], online: list[Block], encoders: list[Block], once: Block) -> dict[str, Any]:
     """Medians over the rounds; `once` is the stage `encode` over all images.
 
     To encode an image once costs as much as training saves on it in `break_even_epoch` epochs; None where it saves
@@ -148,13 +157,23 @@ def compared(stored: list[Block], online: list[Block], once: Block) -> dict[str,
     pairs = list(zip(stored, online, strict=True))
     saved = median(b.seconds / b.images - a.seconds / a.images for a, b in pairs)
     return {
-        "stored_ms": round(median(1000 * block.seconds / block.steps for block in stored), 2),
-        "online_ms": round(median(1000 * block.seconds / block.steps for block in online), 2),
-        "ratio": round(median((b.seconds / b.steps) / (a.seconds / a.steps) for a, b in pairs), 3),
+        "stored_ms": _milliseconds(stored),
+        "online_ms": _milliseconds(online),
+        "encoders_ms": _milliseconds(encoders),
+        "ratio": _ratio(stored, online),
+        "encoders_ratio": _ratio(stored, encoders),
         "ratio_by_cpu_time": round(median((b.cpu_seconds / b.steps) / (a.cpu_seconds / a.steps) for a, b in pairs), 3),
         "encode_img_s": round(once.images / once.seconds, 1),
         "break_even_epoch": round(once.seconds / once.images / saved, 2) if saved > 0 else None,
     }
+
+
+def _milliseconds(blocks: list[Block]) -> float:
+    return round(median(1000 * block.seconds / block.steps for block in blocks), 2)
+
+
+def _ratio(stored: list[Block], other: list[Block]) -> float:
+    return round(median((b.seconds / b.steps) / (a.seconds / a.steps) for a, b in zip(stored, other, strict=True)), 3)
 
 
 def ratio_by_operations(params: Params) -> float:
@@ -197,38 +216,43 @@ def _encode_once(params: Params, inputs: Inputs) -> Block:
     return Block(1, images, ended - began, cpu_ended - cpu_began)
 
 
-def online(stored: Batches, params: Params, inputs: Inputs) -> Batches:
-    """The same batches as `stored`, their latents and embeddings made of pixels and tokens as they are drawn."""
-    import torch
+class Encoders:
+    """An autoencoder and a text encoder in training's precision, and what they put in the place of stored columns."""
 
-    from models.autoencoder import load_autoencoder
-    from models.text_encoder import load_text_encoder
+    def __init__(self, params: Params, inputs: Inputs, stored: Batches) -> None:
+        import torch
 
-    weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    autoencoder = load_autoencoder(inputs.codec / "vae", str(stored.device)).to(weights)
-    [text] = load_text_encoder(inputs.codec, str(stored.device)).towers
-    text.model.to(weights)
-    batches = copy.copy(stored)
-    batches.store = EncodedOnline(inputs, params, autoencoder, stored.device)
-    batches.texts = EmbeddedOnline(inputs, text, stored.device)
-    return batches
+        from models.autoencoder import load_autoencoder
+        from models.text_encoder import load_text_encoder
+        from tasks import latents
+
+        weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
+        self.device = stored.device
+        self.autoencoder = load_autoencoder(inputs.codec / "vae", str(self.device)).to(weights)
+        [self.text] = load_text_encoder(inputs.codec, str(self.device)).towers
+        self.text.model.to(weights)
+        self.own = latents.load_latents(inputs.latents, "train")
+
+    def under(self, stored: Batches, pixels: Drawn, tokens: Drawn) -> Batches:
+        """The same batches as `stored`, their latents and embeddings made as they are drawn."""
+        batches = copy.copy(stored)
+        batches.store = EncodedOnline(self, pixels)
+        batches.texts = EmbeddedOnline(self, tokens)
+        return batches
 
 
 class EncodedOnline:
-    """A split as a `Store`: an autoencoder makes `mean` and `std` of decoded pictures whenever they are asked for."""
+    """A split as a `Store`: an autoencoder makes `mean` and `std` of pictures whenever they are asked for."""
 
     where = "encoded online"
 
-    def __init__(self, inputs: Inputs, params: Params, autoencoder: Any, device: torch.device) -> None:
+    def __init__(self, encoders: Encoders, pixels: Drawn) -> None:
         from tasks import latents
-        from tasks.images import load_pixels
 
-        own = latents.load_latents(inputs.latents, "train")
+        own = encoders.own
         assert own.mean is not None and own.std is not None and own.captions is not None, "text to image in latents"
-        self.pixels = load_pixels(inputs.images, "train", params.image).pixels
-        self.captions = latents.as_tensor(own.captions).to(device)
-        self.autoencoder = autoencoder
-        self.count = own.count
+        self.autoencoder, self.pixels, self.count = encoders.autoencoder, pixels, own.count
+        self.captions = latents.as_tensor(own.captions).to(encoders.device)
         columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}
 
@@ -236,22 +260,18 @@ class EncodedOnline:
         from models.autoencoder import encode
 
         del following
-        mean, std = encode(self.autoencoder, self.pixels[rows.numpy()])
+        mean, std = encode(self.autoencoder, self.pixels(rows))
         return {"mean": mean[:, None], "std": std[:, None], "captions": self.captions[rows]}
 
 
 class EmbeddedOnline:
-    """All captions as a `Store`: a text encoder makes `embeddings` of tokens whenever they are asked for."""
+    """All captions as a `Store`: a text encoder makes `embeddings` of them whenever they are asked for."""
 
     where = "embedded online"
 
-    def __init__(self, inputs: Inputs, text: TextEncoder, device: torch.device) -> None:
-        from tasks.images import read_columns
-
-        captions = read_columns(inputs.images, ["captions"]).column(0).to_pylist()
-        self.tokens = text.token_ids(sorted({one for several in captions for one in several})).to(device)
-        self.model = text.model
-        self.count = len(self.tokens)
+    def __init__(self, encoders: Encoders, tokens: Drawn) -> None:
+        text = encoders.text
+        self.model, self.device, self.tokens, self.count = text.model, encoders.device, tokens, len(tokens)
         self.shapes: dict[str, tuple[int, ...]] = {"embeddings": (text.length, text.model.config.hidden_size)}
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
@@ -259,4 +279,80 @@ class EmbeddedOnline:
 
         del following
         with torch.inference_mode():
-            return {"embeddings": self.model(self.tokens[rows]).last_hidden_state}
+            return {"embeddings": self.model(self.tokens(rows).to(self.device)).last_hidden_state}
+
+
+class Drawn(Protocol):
+    """What an encoder reads: rows int64 [B] -> pictures uint8 [B, C, S, S], or token ids int64 [B, L] of captions."""
+
+    def __call__(self, rows: Tensor) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+class Pictures:
+    """The training images' files in memory, decoded and resized whenever they are asked for."""
+
+    def __init__(self, params: Params, inputs: Inputs) -> None:
+        from tasks.images import read_columns
+
+        table = read_columns(inputs.images, ["key", "split", "image", "width", "height"]).sort_by("key")
+        self.files = [row for row in table.to_pylist() if row["split"] == "train"]
+        self.form, self.channels = (params.image.size, params.image.size), params.image.channels
+
+    def __call__(self, rows: Tensor) -> np.ndarray:
+        import numpy as np
+
+        from tasks.decoding import ingested
+
+        drawn = [self.files[row] for row in rows.tolist()]
+        pixels = (ingested(its["image"], its["width"] * its["height"], self.form, self.channels) for its in drawn)
+        return np.stack(list(pixels))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Pixels:
+    """The training images, decoded and resized beforehand."""
+
+    def __init__(self, params: Params, inputs: Inputs) -> None:
+        from tasks.images import load_pixels
+
+        self.pixels = load_pixels(inputs.images, "train", params.image).pixels
+
+    def __call__(self, rows: Tensor) -> np.ndarray:
+        return self.pixels[rows.numpy()]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class Captions:
+    """All captions, tokenized whenever they are asked for."""
+
+    def __init__(self, inputs: Inputs, text: TextEncoder) -> None:
+        from tasks.images import read_columns
+
+        captions = read_columns(inputs.images, ["captions"]).column(0).to_pylist()
+        self.texts = sorted({one for several in captions for one in several})
+        self.tokenized = text.token_ids
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.tokenized([self.texts[row] for row in rows.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class Tokens:
+    """All captions, tokenized beforehand."""
+
+    def __init__(self, inputs: Inputs, text: TextEncoder) -> None:
+        self.tokens = text.token_ids(Captions(inputs, text).texts)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.tokens[rows]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
