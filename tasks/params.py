@@ -70,6 +70,7 @@ class ColumnsParams(Section):
 
     image: str | None = None
     label: str | None = None
+    """Such as 'label', or 'attributes[20]' for an element of lists."""
     captions: tuple[str, ...] = Field(default=(), strict=False)
     classes: tuple[str, ...] = Field(default=(), strict=False)
     """Names of the labels, in their order, where the tables do not name them."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 LABEL_NAMES = ("label", "labels", "class")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
+MAX_CLASSES = 100_000
+"""Numbers up to which a column of labels that nobody named is taken for one."""
+ELEMENT = re.compile(r"(?P<column>.+)\[(?P<place>\d+)\]")
+"""A label that is one of a list of attributes, such as "attributes[20]"."""
 BATCH_ROWS = 64
 READ_BUFFER = 1 << 20
 
@@ -39,6 +43,8 @@ class Columns:
     """Empty where the schema names none."""
     key: str | None = None
     safety: str | None = None
+    place: int | None = None
+    """Where in the lists of its column the label stands; None where the column holds the labels themselves."""
 
 
 def count_rows(files: list[Path]) -> int:
@@ -55,7 +61,7 @@ def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Sou
     files = list(tables.values())
     columns = _columns(_open(files[0]).schema_arrow, wanted)
     if columns.label and not columns.classes:
-        columns = replace(columns, classes=_classes(files, columns.label))
+        columns = replace(columns, classes=_classes(files, columns.label, columns.place))
     splits = {name: _split_of(name) for name in tables}
     settled = settle_splits(set(splits.values()))
     entries = (
@@ -78,10 +84,15 @@ def _open(file: Path) -> pq.ParquetFile:
 
 
 def _columns(schema: pa.Schema, wanted: dict[str, Any]) -> Columns:
-    features = _features(schema)
+    features, place = _features(schema), None
+    element = ELEMENT.fullmatch(wanted.get("label") or "")
+    if element and wanted["label"] not in schema.names:
+        wanted, place = wanted | {"label": element["column"]}, int(element["place"])
     for key in ("image", "label"):
         if wanted.get(key) and wanted[key] not in schema.names:
             raise StageError(_no_column(key, wanted[key], schema))
+    if wanted.get("label"):
+        _require_labels(schema.field(wanted["label"]), place)
     for name in wanted.get("captions") or ():
         if name not in schema.names:
             raise StageError(_no_column("captions", name, schema))
@@ -94,8 +105,29 @@ def _columns(schema: pa.Schema, wanted: dict[str, Any]) -> Columns:
     captions = list(wanted.get("captions") or ())
     if not captions:
         captions = [name for name in schema.names if name.lower() in CAPTION_NAMES and _is_caption(schema.field(name))]
-    classes = list(wanted.get("classes") or ()) or list((features.get(label, {}) if label else {}).get("names") or ())
-    return Columns(image, label, captions, [str(name) for name in classes], wanted.get("key"), wanted.get("safety"))
+    classes = list(wanted.get("classes") or ())
+    if classes and label is None:
+        raise StageError(
+            f"no column holds labels for download.columns.classes (there are {', '.join(schema.names)}); name it in "
+            "download.columns.label, an element of lists as 'attributes[20]'"
+        )
+    classes = classes or list((features.get(label, {}) if label else {}).get("names") or ())
+    names = [str(name) for name in classes]
+    return Columns(image, label, captions, names, wanted.get("key"), wanted.get("safety"), place)
+
+
+def _require_labels(field: pa.Field, place: int | None) -> None:
+    """Raise `StageError` where a column cannot hold labels: texts, numbers, or lists of them with a place in them."""
+    import pyarrow as pa
+
+    kind, listed = field.type, pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+    kind = kind.value_type if listed else kind
+    scalar = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if listed != (place is not None) or not (scalar or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise StageError(
+            f"download.columns.label: the column '{field.name}' holds {field.type}; name one of texts or whole "
+            f"numbers, or one element of lists as '{field.name}[0]'"
+        )
 
 
 def _no_column(key: str, name: str, schema: pa.Schema) -> str:
@@ -140,16 +172,43 @@ def _is_caption(field: pa.Field) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _classes(files: list[Path], label: str) -> list[str]:
-    """Names of classes that nobody named: the texts that occur, sorted, or the numbers up to the largest one."""
-    import pyarrow as pa
+def _classes(files: list[Path], label: str, place: int | None) -> list[str]:
+    """Names of classes that nobody named: the texts that occur, sorted, or the numbers up to the largest one.
+
+    Raises `StageError` where the numbers are too large to be labels.
+    """
+    found = {value for file in files for value in _labels_of(file, label, place) if value is not None}
+    texts = sorted(value for value in found if isinstance(value, str))
+    if texts:
+        return texts
+    largest = max((int(value) for value in found if _is_whole(value)), default=-1)
+    if largest >= MAX_CLASSES:
+        raise StageError(
+            f"the column '{label}' holds numbers up to {largest}, which are no labels; choose another in "
+            "download.columns.label, or name download.columns.classes"
+        )
+    return [str(number) for number in range(largest + 1)]
+
+
+def _labels_of(file: Path, label: str, place: int | None) -> list[Any]:
+    """The different values of a table's labels."""
     import pyarrow.compute as pc
 
-    values = pa.chunked_array([pc.unique(_open(file).read([label])[label]) for file in files])
-    found = [value for value in pc.unique(values).to_pylist() if value is not None]
-    if found and isinstance(found[0], str):
-        return sorted(found)
-    return [str(number) for number in range(int(max(found, default=-1)) + 1)]
+    column = _open(file).read([label])[label]
+    if place is None:
+        return pc.unique(column).to_pylist()
+    return list({_element(value, place) for value in column.to_pylist()})
+
+
+def _element(value: Any, place: int | None) -> Any:
+    """A label, or the one at a `place` of a list; None where the list ends before it."""
+    if place is None or value is None:
+        return value
+    return value[place] if place < len(value) else None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def _split_of(name: str) -> str | None:
@@ -177,7 +236,8 @@ def _entry(
     picture = values[columns.image]
     data = picture.get("bytes") if isinstance(picture, dict) else picture
     size = len(data or b"")
-    label, problem = _label(values.get(columns.label) if columns.label else None, columns, labels)
+    said = _element(values[columns.label], columns.place) if columns.label else None
+    label, problem = _label(said, columns, labels)
     if data is None:
         problem = Problem("no bytes", "the table holds no bytes of this picture")
     elif size > max_bytes:
@@ -191,13 +251,13 @@ def _label(value: Any, columns: Columns, labels: dict[str, int]) -> tuple[int | 
     """A value of the label column -> its number; -1, null and NaN are no label, others must be of a class."""
     if value is None or value != value or value == -1:
         return None, None
-    number = labels.get(value, -1) if isinstance(value, str) else int(value)
+    number = labels.get(value, -1) if isinstance(value, str) else int(value) if _is_whole(value) else -1
     if not 0 <= number < len(columns.classes):
         return None, Problem("label out of range", f"{value!r} is none of the {len(columns.classes)} classes")
     return number, None
 
 
 def _texts(value: Any) -> list[str]:
-    """One caption, or a list of them; empty ones are none."""
+    """One caption, or a list of them; empty ones, null and NaN are none."""
     texts = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in texts if text is not None and str(text).strip()]
+    return [str(text).strip() for text in texts if text is not None and text == text and str(text).strip()]

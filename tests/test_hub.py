@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,50 @@ def test_classes_that_the_table_does_not_name(site, taken, labels, classes, expe
     index, rows, _ = taken(params("a/b"))
     assert index["classes"] == classes
     assert [row["label"] for _, row in sorted(rows.items())] == expected
+
+
+def test_labels_and_captions_that_are_no_number_and_no_text(site, taken):
+    """Columns with NaN, as tables out of pandas have them: no label, no caption; a number that is none is set aside."""
+    labels = [0.0, 1.0, float("nan"), 1.5, float("inf"), None]
+    captions = [float("nan")] * 6
+    data = table([picture(seed) for seed in range(6)], label=labels, note=captions)
+    publish(site, "a/b", {"data.parquet": data})
+    index, rows, refused = taken(params("a/b", {"label": "label", "captions": ["note"]}))
+    assert index["classes"] == ["0", "1"]
+    assert [row["label"] for _, row in sorted(rows.items())] == [0, 1, None, None]
+    assert not any(row["captions"] for row in rows.values())
+    assert {key[-1]: row["reason"] for key, row in refused.items()} == dict.fromkeys("34", "label out of range")
+
+
+def test_a_label_may_be_an_element_of_a_list(site, taken):
+    """As the 40 attributes of CelebA are published beside its pictures of 256x256."""
+    male = [0, 1, 1]
+    attributes = [[1] * 20 + [its] + [0] * 19 for its in male] + [[1]]
+    data = table([picture(seed) for seed in range(4)], attributes=attributes)
+    publish(site, "eurecom-ds/celeba-hq-256", {"data/train-00000-of-00001.parquet": data})
+    columns = {"image": "image", "label": "attributes[20]", "classes": ["woman", "man"]}
+    asked = params("eurecom-ds/celeba-hq-256", columns, images=4)
+    index, rows, _ = taken(asked, caption_templates=["a photo of the face of a {}"])
+    assert index["classes"] == ["woman", "man"]
+    found = [(row["label"], row["captions"]) for _, row in sorted(rows.items())]
+    assert found[0] == (0, ["a photo of the face of a woman"])
+    assert [label for label, _ in found] == [*male, None]
+    assert taken(params("eurecom-ds/celeba-hq-256", {"label": "attributes[20]"}))[0]["classes"] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label": "attributes"}, "download.columns.label: the column 'attributes' holds list"),
+        ({"label": "number[0]"}, "download.columns.label: the column 'number' holds int64"),
+        ({"label": "number"}, "numbers up to 123456789, which are no labels"),
+        ({"classes": ["woman", "man"]}, "no column holds labels for download.columns.classes"),
+    ],
+)
+def test_columns_that_hold_no_labels_are_named(site, taken, columns, said):
+    publish(site, "a/b", {"data.parquet": table([picture(1)], attributes=[[1, 0]], number=[123_456_789])})
+    with pytest.raises(StageError, match=re.escape(said)):
+        taken(params("a/b", columns))
 
 
 def test_a_moving_revision_is_answered_with_the_commit_to_pin(site, taken):
