@@ -122,6 +122,10 @@ def thumbnail(image: Image) -> np.ndarray:
     import numpy as np
     import PIL.Image
 
+    if image.has_transparency_data and image.size != (HASH_SIDE, HASH_SIDE):
+        # Small before it is laid on white, which takes three times the memory of the picture.
+        whole = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        image = whole.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)
     grey = to_mode(image, 1)
     if grey.size != (HASH_SIDE, HASH_SIDE):
         grey = grey.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)

@@ -17,7 +17,7 @@ import pytest
 
 from tasks import decoding, digits, images
 from tasks.download import download
-from tasks.ingest import CEILING_CHUNKS, CHUNK_ENTRIES, ingest
+from tasks.ingest import CEILING_CHUNKS, CHUNK_BYTES, CHUNK_ENTRIES, ingest
 from tasks.params import DownloadParams, ImageParams
 from tasks.source import Entry, Source
 from tasks.stage import StageError
@@ -410,6 +410,16 @@ def test_the_perceptual_hash_survives_a_smaller_copy(tmp_path, taken):
     assert (bits["large.png"] ^ bits["other.png"]).bit_count() > 12
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_the_thumbnail_of_a_transparent_picture_lies_on_white(mode):
+    picture = PIL.Image.radial_gradient("L").resize((96, 64))
+    image = PIL.Image.merge("RGBA", [picture, picture.rotate(90), picture, picture.rotate(180)])
+    image = image.quantize(64) if mode == "P" else image.convert(mode)
+    white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    expected = np.asarray(white.convert("L").resize((32, 32), PIL.Image.Resampling.BILINEAR))
+    assert np.abs(decoding.thumbnail(image).astype(int) - expected).max() <= 2
+
+
 def test_a_picture_of_a_phone_is_no_animation():
     first, second = (PIL.Image.open(io.BytesIO(picture(seed))) for seed in (1, 2))
     file = io.BytesIO()
@@ -441,6 +451,22 @@ def test_a_large_source_reports_its_speed_beside_the_ceiling(tmp_path, taken, ca
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "of the ceiling" in line]
     speed, share, ceiling = re.search(r"([\d,]+) img/s, (\d+)% of the ceiling of ([\d,]+) img/s", line).groups()
     assert int(speed.replace(",", "")) > 0 and int(share) > 0 and int(ceiling.replace(",", "")) > 0
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_in_little_memory(tmp_path):
+    """As many pixels as `ingest.max_pixels` allows, of the kind that takes most memory, in both workers at once."""
+    picture = bad_inputs.saved(PIL.Image.new("RGBA", (7000, 7000), (9, 99, 199, 50)), "PNG", compress_level=1)
+    heavy = picture + bytes(CHUNK_BYTES // 2)  # two fill a chunk, so that both workers have some
+    write_zip(tmp_path / "in.zip", {f"{number}.png": heavy for number in range(8)})
+    params = write_params(
+        tmp_path / "params.yaml", download={"source": "folder", "path": str(tmp_path / "in.zip"), "licence": "none"}
+    )
+    assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
+    done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "aside", params=params)
+    assert done.returncode == 0, done.stderr
+    assert "0 in quarantine" in done.stdout
+    assert peak < 1.5 * 2**30
 
 
 @pytest.mark.slow
