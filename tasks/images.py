@@ -8,6 +8,7 @@ This file owns the form: who writes it, and who turns it into pixels, goes throu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -77,8 +78,9 @@ def schema() -> pa.Schema:
     )
 
 
+@functools.lru_cache(maxsize=1)
 def key_hash(key: str) -> str:
-    """sha256 of a key; its first digits choose the shard, its last ones the split."""
+    """sha256 of a key; its first digits choose the shard, its last ones the split, one after the other."""
     return hashlib.sha256(key.encode("utf-8")).hexdigest()
 
 
