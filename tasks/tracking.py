@@ -294,7 +294,8 @@ class TrainingRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step`, asynchronously; what the run holds already (a resumed run) is left out."""
-        fresh = {name: value for name, value in values.items() if step not in self._steps.setdefault(name, set())}
+        curves = {name: value for name, value in values.items() if name != "step"}
+        fresh = {name: value for name, value in curves.items() if step not in self._steps.setdefault(name, set())}
         for name in fresh:
             self._steps[name].add(step)
         if fresh and self._reachable:

@@ -1,5 +1,6 @@
 """Training: what names a run, what it leaves behind, what it refuses, the batches, the averages."""
 
+import copy
 import csv
 import json
 import math
@@ -16,6 +17,7 @@ from tasks.stage import StageError
 from tests.train_inputs import checkpoints, prepare_here, results, train_here, write_inputs, write_params
 
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
+RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
@@ -93,6 +95,25 @@ def test_another_average_for_the_pipeline_trains_no_step(trained, tmp_path, caps
     assert float(history(first)[-1]["held_out_loss"]) == losses["std-0.10"]
     whole = trained(tmp_path / "whole", ema=["decay-0.9", "std-0.10", "gamma-6.94"], pipeline_ema="std-0.10")
     assert results(whole) | {"step-00000012/manifest.json": ""} == after | {"step-00000012/manifest.json": ""}
+
+
+def test_mlflow_holds_every_curve_and_grid(trained):
+    import mlflow
+
+    averages = {"ema": ["decay-0.9", "std-0.10"], "pipeline_ema": "decay-0.9"}
+    folder = trained(steps=4, warmup_steps=1, log_every=2, sample_every=2, **averages)
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    by_timestep = {"loss_t0_12", "loss_t13_24", "loss_t25_37", "loss_t38_49"}
+    losses = {"loss", "held_out_loss", "held_out_loss/std-0.10", *by_timestep}
+    speed = {"img_per_s", "model_flops_utilisation", "peak_memory_mb"}
+    held = {name for name in run.data.metrics if not name.startswith("system/")}
+    assert held == {*losses, *speed, "learning_rate", "grad_norm"}
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "grad_norm")] == [2, 4]
+    assert 0 < run.data.metrics["model_flops_utilisation"] < 1 and run.data.metrics["img_per_s"] > 0
+    grids = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert len(grids) == 2
 
 
 @pytest.mark.parametrize("conditioning", ["none", "text"])
@@ -354,6 +375,50 @@ def test_operations_of_a_network_are_counted():
     assert matmul_ceiling(torch.device("cpu"), torch.float32, 1) > 1e8
 
 
+def test_the_loop_is_the_one_of_the_textbook(prepared):
+    """Written out without accelerate: AdamW on the mean loss of both accumulated parts, a warm-up, half a cosine, a
+    norm of the gradient that is cut, and an average after each step."""
+    import torch
+
+    from tasks import train
+
+    options = {"gradient_accumulation": 2, "clip_norm": 1.0, "learning_rate": 0.01, "weight_decay": 0.1}
+    run = prepared(ema=["decay-0.5"], pipeline_ema="decay-0.5", **RARELY | options | {"steps": 8, "warmup_steps": 3})
+    plain = copy.deepcopy(run.network)
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+    rates = [0.01 / 3, 0.02 / 3, 0.01, *(0.005 * (1 + math.cos(math.pi * n / 5)) for n in range(3))]
+    average = [parameter.detach().clone() for parameter in plain.parameters()]
+    norms = []
+    for step, rate in enumerate(rates):
+        torch.cat([run.objective(plain, run.batches.draw(step, part)) for part in range(2)]).mean().backward()
+        gradients = [parameter.grad for parameter in plain.parameters()]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        for gradient in gradients:
+            gradient *= min(1.0, 1.0 / norms[-1])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.5, (2 + step) / (11 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, plain.parameters(), strict=True)]
+    train.fit(run, None, [], until=len(rates))
+    assert min(norms) < 1.0 < max(norms), "some gradients are cut and some are not"
+    own = torch.nn.utils.parameters_to_vector
+    # Where a gradient is nearly nothing AdamW divides its rounding by itself: the mean tells, not the largest.
+    assert (own(run.network.parameters()) - own(plain.parameters())).abs().mean() < 2e-5
+    assert (own(run.averages["decay-0.5"].weights) - own(average)).abs().mean() < 2e-5
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.002), ("cosine", 0.0)])
+def test_learning_rates(schedule, last):
+    from tasks import params
+    from tasks.train import learning_rate_at
+
+    given = params.load(Path("params.yaml")).train
+    given = given.model_copy(update={"lr_schedule": schedule, "steps": 110, "warmup_steps": 10, "learning_rate": 0.002})
+    rates = [learning_rate_at(step, given) for step in (0, 4, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.0002, 0.001, 0.002, 0.002, (0.002 + last) / 2, last])
+
+
 class Waits(TorchFunctionMode):
     """Counts what would have the host wait for a GPU: a value that is asked for, a copy to the host's memory."""
 
@@ -380,9 +445,6 @@ class Waits(TorchFunctionMode):
         with self, self.operators:
             call()
         return self.count - before
-
-
-RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
 
 
 @pytest.mark.parametrize(
