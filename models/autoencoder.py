@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 APPLY_BATCH = 16
+PART_PIXELS = 8 * 512 * 512
+"""Of the images that pass the network together: of large ones few, whatever the batch of what works on latents."""
 
 
 def encode(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -24,21 +27,43 @@ def encode(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     They are in the units in which a diffusion model sees them: times the network's scaling factor. An
     `AutoencoderTiny` knows no deviation: it is 0.
     """
-    images = torch.from_numpy(np.ascontiguousarray(pixels)).to(network.device).float()
-    with torch.inference_mode():
-        encoded = network.encode(images.div(127.5).sub(1).to(network.dtype))
-    factor = network.config.scaling_factor
-    if hasattr(encoded, "latents"):
-        mean = encoded.latents.float() * factor
-        return mean, torch.zeros_like(mean)
-    return encoded.latent_dist.mean.float() * factor, encoded.latent_dist.std.float() * factor
+    factor, parts = network.config.scaling_factor, []
+    for some in _parts(pixels, pixels.shape[-1] * pixels.shape[-2]):
+        images = torch.from_numpy(np.ascontiguousarray(some)).to(network.device).float()
+        with torch.inference_mode():
+            encoded = network.encode(images.div(127.5).sub(1).to(network.dtype))
+        if hasattr(encoded, "latents"):
+            mean = encoded.latents.float() * factor
+            parts.append((mean, torch.zeros_like(mean)))
+        else:
+            posterior = encoded.latent_dist
+            parts.append((posterior.mean.float() * factor, posterior.std.float() * factor))
+    means, deviations = zip(*parts, strict=True)
+    return _joined(means), _joined(deviations)
 
 
 def decode(network: Any, latents: Tensor) -> Tensor:
     """Latents as a diffusion model sees them, float [B, k, s, s] -> images, float [B, C, S, S], about [-1, 1]."""
     with torch.inference_mode():
         scaled = (latents / network.config.scaling_factor).to(network.device, network.dtype)
-        return network.decode(scaled).sample.to(latents.dtype)
+        pixels = shrinking(network) ** 2 * latents.shape[-1] * latents.shape[-2]
+        return _joined([network.decode(some).sample.to(latents.dtype) for some in _parts(scaled, pixels)])
+
+
+def shrinking(network: Any) -> int:
+    """How many times smaller than the side of an image that of its latent is."""
+    widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
+    return 2 ** (len(widths) - 1)
+
+
+def _parts(batch: Any, pixels: int) -> list[Any]:
+    """A batch, of which each image has so many `pixels`, in parts of `PART_PIXELS` at most."""
+    size = max(1, PART_PIXELS // pixels)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def reconstruct(network: Any, pixels: np.ndarray) -> np.ndarray:

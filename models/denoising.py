@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def error_by_timestep(
     pipeline: Pipeline,
     pixels: np.ndarray,
-    labels: Sequence[int] | None,
+    wishes: Mapping[str, Sequence[Any]],
     timesteps: Sequence[int],
     seed: int,
     batch_size: int,
@@ -25,25 +25,25 @@ def error_by_timestep(
     """Mean squared error of the predicted clean image, in [-1, 1], at each of `timesteps`.
 
     pixels: uint8 [N, C, S, S]. Each is noised by x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4), the
-    same eps at every timestep, from `seed` on; `labels` [N] where the model is conditional.
+    same eps at every timestep, from `seed` on; `wishes` are the `labels` or `prompts` [N] of a conditional model.
     """
     totals = np.zeros(len(timesteps))
     for start in range(0, len(pixels), batch_size):
         part = slice(start, start + batch_size)
-        own = labels[part] if labels is not None else None
+        own = {name: values[part] for name, values in wishes.items()}
         totals += _errors(pipeline, pixels[part], own, timesteps, seed + start)
     return (totals / len(pixels)).tolist()
 
 
 def _errors(
-    pipeline: Pipeline, pixels: np.ndarray, labels: Sequence[int] | None, timesteps: Sequence[int], seed: int
+    pipeline: Pipeline, pixels: np.ndarray, wishes: Mapping[str, Any], timesteps: Sequence[int], seed: int
 ) -> np.ndarray:
     """The errors of one batch at each timestep, summed over its images, float64 [T]."""
     import torch
 
     images, clean = torch.from_numpy(from_uint8(pixels)).to(pipeline.device), pipeline.encode(pixels)
     noise = torch.from_numpy(samplers.SeededNoise(range(seed, seed + len(clean)), clean.shape[1:])()).to(clean.device)
-    condition, null = pipeline.condition(labels)
+    condition, null = pipeline.condition(wishes.get("labels"), wishes.get("prompts"))
 
     def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
         return pipeline.unet(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 MEASURED_IMAGES = 1024
 """Training images over which the scaling of the latents is measured."""
-PROMPTS = 64
+PROMPTS = 256
 """Held-out captions that stand for what may be asked of a model of captions without classes."""
-JUDGED_IMAGES, SHOWN_IMAGES, SHOWN_PIXELS = 512, 10, 64
+JUDGED_IMAGES, SHOWN_IMAGES, SHOWN_PIXELS, MOST_PIXELS = 512, 10, 64, 256
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:
@@ -93,7 +93,7 @@ def _autoencoder(
     return {
         "sha256": autoencoder.save_autoencoder(folder / "vae", network),
         "channels": network.config.latent_channels,
-        "size": held_out.pixels.shape[-1] // _factor(network),
+        "size": held_out.pixels.shape[-1] // autoencoder.shrinking(network),
         "scaling": params.autoencoder.scaling,
         # Of the latents that the network gives without it, over the training images.
         "measured_mean": [_rounded(value) for value in mean.tolist()],
@@ -135,6 +135,8 @@ def _published(params: AutoencoderParams) -> Any:
 
 def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> None:
     """Published weights must have the shape that the parameters state, on which the model's shape was checked."""
+    from models.autoencoder import shrinking
+
     config, given = network.config, "codec.autoencoder.weights"
     if config.in_channels != train.pixels.shape[1]:
         raise StageError(
@@ -144,17 +146,16 @@ def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> No
         raise StageError(
             f"{given} make {config.latent_channels} latent channels; set codec.autoencoder.latent_channels"
         )
-    if _factor(network) != 2 ** (len(params.widths) - 1):
+    if shrinking(network) != 2 ** (len(params.widths) - 1):
         raise StageError(
-            f"{given} make a side {_factor(network)} times smaller, and codec.autoencoder.widths says "
+            f"{given} make a side {shrinking(network)} times smaller, and codec.autoencoder.widths says "
             f"{2 ** (len(params.widths) - 1)} times; state the widths of the weights"
         )
-
-
-def _factor(network: Any) -> int:
-    """How many times smaller than an image its latent is."""
-    widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
-    return 2 ** (len(widths) - 1)
+    if getattr(config, "latents_mean", None) is not None:
+        raise StageError(
+            f"{given} normalise their latents by a latents_mean beside the scaling factor, which other programs would "
+            "then add to the images drawn here; choose others"
+        )
 
 
 def _picture(images: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
@@ -163,8 +164,8 @@ def _picture(images: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
     from models import pictures
 
     count = min(SHOWN_IMAGES, len(images))
-    scale = max(1, round(SHOWN_PIXELS / images.shape[-1]))
-    pairs = np.concatenate([images[:count], reconstructed[:count]])
+    pairs = pictures.shrunk(np.concatenate([images[:count], reconstructed[:count]]), MOST_PIXELS)
+    scale = max(1, round(SHOWN_PIXELS / pairs.shape[-1]))
     pictures.save_png(pictures.grid(pairs, count, scale, ["image", "decoded"]), path)
 
 

@@ -15,6 +15,7 @@ from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from models.pipeline import Pipeline
@@ -147,9 +148,9 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> I
 
     seen = int((model.alpha_bar > 0).sum())  # of pure noise, where the last timestep is that, there is no image to tell
     timesteps = sorted({round(t) for t in np.linspace(0, seen - 1, min(TIMESTEPS, seen))})
-    pixels, labels = scorer.held_out_for(model.conditioning != "none", N_TIMESTEP)
+    pixels, wishes = scorer.held_out_for(model.conditioning, N_TIMESTEP)
     options = {"seed": params.seed, "batch_size": params.batch_size}
-    errors = error_by_timestep(model, pixels, labels, timesteps, **options) if len(pixels) else []
+    errors = error_by_timestep(model, pixels, wishes, timesteps, **options) if len(pixels) else []
     for t, error in zip(timesteps, errors, strict=False):
         yield {
             "timestep": t,
@@ -209,12 +210,19 @@ def picture(drawn: Draw, classes: list[str]) -> Image.Image:
     """A grid with one titled column per class where labels were asked for, else plain rows."""
     from models.pictures import grid
 
-    scale = max(1, GRID_SIDE // drawn.pixels.shape[-1])
     rows = len(drawn.pixels) // max(1, len(classes))
     if drawn.labels is None or not rows or len(classes) > MAX_GRID_CLASSES:
-        return grid(drawn.pixels[: GRID_ROWS * PLAIN_GRID_COLUMNS], PLAIN_GRID_COLUMNS, scale)
+        return grid(*_shown(drawn.pixels[: GRID_ROWS * PLAIN_GRID_COLUMNS], PLAIN_GRID_COLUMNS))
     shown = drawn.pixels[: min(rows, GRID_ROWS) * len(classes)]
-    return grid(shown, len(classes), scale, column_titles=classes)
+    return grid(*_shown(shown, len(classes)), column_titles=classes)
+
+
+def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
+    """Images as a grid shows them, its columns, and how many times they are enlarged."""
+    from models.pictures import shrunk
+
+    small = shrunk(pixels, 2 * GRID_SIDE)
+    return small, columns, max(1, GRID_SIDE // small.shape[-1])
 
 
 def nearest_picture(drawn: Draw, scorer: Scorer) -> Image.Image:
@@ -227,7 +235,7 @@ def nearest_picture(drawn: Draw, scorer: Scorer) -> Image.Image:
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
     both = np.concatenate([drawn.pixels[chosen], scorer.train.pixels[rows[chosen]]])
     titles = [f"{distance:.2g}" for distance in distances[chosen]]
-    return grid(both, len(chosen), max(1, GRID_SIDE // both.shape[-1]), ["drawn", "training"], titles)
+    return grid(*_shown(both, len(chosen)), ["drawn", "training"], titles)
 
 
 def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:

@@ -1,11 +1,16 @@
-"""Which entries of `reports/metrics.json` are measurements, and which are facts about the measuring."""
+"""Which entries of `reports/metrics.json` are measurements, and which are facts about the measuring; and what `codec`
+measured of itself."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SPREAD, FLOOR, REAL = "_spread", "_floor", "_real"
+QUALITY, RECONSTRUCTIONS = CODEC = "quality.json", "reconstructions.png"
+"""Files of `outputs/codec` that `train` takes into its report, below `codec/`."""
 
 
 def names(metrics: Mapping[str, Any]) -> list[str]:
@@ -23,3 +28,11 @@ def facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is neither a measurement nor nested: numbers of images, sampler, steps, fingerprint."""
     measured = values(metrics)
     return {name: value for name, value in metrics.items() if name not in measured and not isinstance(value, Mapping)}
+
+
+def of_codec(folder: Path) -> dict[str, float]:
+    """What an autoencoder loses and a text encoder understands on held-out images, as a run in MLflow names it; nothing
+    where there is neither."""
+    file = folder / QUALITY
+    quality = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {f"codec/{name}": value for name, value in quality.items()}

@@ -647,6 +647,7 @@ class Params(Section):
                 "model.lora_rank adds to trained weights; name them in train.weights or train.init_from, or let "
                 "train.full_steps train them first"
             )
+        self._check_published()
         if self.train.full_steps and not self.model.lora_rank:
             raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
         for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
@@ -682,6 +683,22 @@ class Params(Section):
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         return self
+
+    def _check_published(self) -> None:
+        """A published network knows the latents and embeddings that it was trained on, in their units, alone."""
+        if self.train.weights is None:
+            return
+        autoencoder = self.codec.autoencoder
+        if self.codec.kind == "autoencoder" and (autoencoder.weights is None or autoencoder.scaling != "published"):
+            raise ValueError(
+                "train.weights names a network that draws the latents of its own autoencoder in their published units; "
+                "name that in codec.autoencoder.weights and set codec.autoencoder.scaling to 'published'"
+            )
+        if self.codec.conditioning == "text" and self.codec.text.weights is None:
+            raise ValueError(
+                "train.weights names a network that reads the embeddings of its own text encoder; name that in "
+                "codec.text.weights"
+            )
 
     def _check_sides(self) -> None:
         """Both networks halve what they get a number of times, and mirrored latents are made before they are drawn."""

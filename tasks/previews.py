@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING
 from tasks import atomic
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from models.ema import EMA
     from tasks.training_run import Run
 
 STEPS, COLUMNS, ROWS = 20, 10, 4
-SAMPLES = COLUMNS * ROWS
+LARGE = 3 * 64 * 64
+"""Numbers of a sample from which on one row of them must do."""
+MOST_PIXELS, SCALE = 128, 4
+"""Of the side of an image in a grid, and how many times it is enlarged at most."""
 
 
 def held_out_losses(run: Run) -> dict[str, float]:
@@ -33,31 +38,45 @@ def held_out_losses(run: Run) -> dict[str, float]:
 
 def sample_grid(run: Run) -> Path:
     """Draw a few images from the first of the averages; kept beside the checkpoints as a PNG."""
+    import numpy as np
     import torch
 
-    from models import autoencoder, pictures, samplers
+    from models import pictures
+
+    count = COLUMNS * (ROWS if math.prod(run.batches.shape) <= LARGE else 1)
+    condition = run.batches.conditions(count)
+    # In parts of a training batch: of what fits for training, so many fit for drawing.
+    parts = [range(start, min(start + run.batches.size, count)) for start in range(0, count, run.batches.size)]
+    with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
+        drawn = [_drawn(run, part, None if condition is None else condition[part[0] : part[-1] + 1]) for part in parts]
+    shown = pictures.shrunk(np.concatenate(drawn), MOST_PIXELS)
+    path = grid_path(run.folder, run.step)
+    grid = pictures.grid(shown, COLUMNS, max(1, min(SCALE, MOST_PIXELS // shown.shape[-1])))
+    atomic.write_bytes(path, pictures.png_bytes(grid))
+    return path
+
+
+def _drawn(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray:
+    """Images of the network as it is, uint8 [n, C, H, W], each from the noise of its seed."""
+    import torch
+
+    from models import autoencoder, samplers
     from models.pipeline import to_uint8
 
-    draw = samplers.SeededNoise(range(SAMPLES), run.batches.shape)
-    device = run.accelerator.device
+    draw, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
 
     def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
         return run.network(x, torch.full((len(x),), t, device=device), condition)
 
-    condition = run.batches.conditions(SAMPLES)
     clip = run.autoencoder is None
     denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition, clip=clip)
     steps = min(STEPS, run.diffusion.timesteps)
-    with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
-        drawn = samplers.sample(
-            "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
-        )
+    drawn = samplers.sample(
+        "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
+    )
     if run.autoencoder is not None:
         drawn = autoencoder.decode(run.autoencoder, drawn)
-    path = grid_path(run.folder, run.step)
-    grid = pictures.grid(to_uint8(drawn.float().cpu().numpy()), COLUMNS)
-    atomic.write_bytes(path, pictures.png_bytes(grid))
-    return path
+    return to_uint8(drawn.float().cpu().numpy())
 
 
 def grid_path(folder: Path, step: int) -> Path:

@@ -306,14 +306,24 @@ class Scorer:
     def has_labels(self) -> bool:
         return bool((self.held_out.labels >= 0).any())
 
-    def held_out_for(self, conditional: bool, count: int) -> tuple[np.ndarray, list[int] | None]:
-        """At most `count` held-out images spread over the split, uint8 [n, C, S, S], and for a conditional model
-        the labels that go with them; those without one are left out then."""
+    def held_out_for(self, conditioning: str, count: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
+        """At most `count` held-out images spread over the split, uint8 [n, C, S, S], and what a model is asked for to
+        draw them, in the words of `Pipeline.condition`: their labels, or first captions; those without are left out."""
         import numpy as np
 
-        known = np.flatnonzero(self.held_out.labels >= 0) if conditional else np.arange(len(self.held_out.pixels))
+        has = {
+            "none": np.ones(len(self.held_out.keys), bool),
+            "label": self.held_out.labels >= 0,
+            "text": np.array([bool(captions) for captions in self.held_out.captions]),
+        }[conditioning]
+        known = np.flatnonzero(has)
         rows = known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
-        return self.held_out.pixels[rows], self.held_out.labels[rows].tolist() if conditional else None
+        wishes: dict[str, list[Any]] = {}
+        if conditioning == "label":
+            wishes["labels"] = self.held_out.labels[rows].tolist()
+        if conditioning == "text":
+            wishes["prompts"] = [self.held_out.captions[row][0] for row in rows]
+        return self.held_out.pixels[rows], wishes
 
     def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
         """KID of uint8 images [N, C, S, S] to the held-out images of a class, and that of as many training images

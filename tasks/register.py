@@ -96,7 +96,11 @@ def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any
         step = int(path.stem.removeprefix("step-"))
         if ("samples", step) not in images:
             tracking.log_image(client, run_id, "samples", step, path)
-    changed = {n: value for n, value in measures.values(measured).items() if run.data.metrics.get(n) != value}
+    reconstructions = report / "codec" / measures.RECONSTRUCTIONS
+    if reconstructions.is_file() and ("reconstructions", 0) not in images:
+        tracking.log_image(client, run_id, "reconstructions", 0, reconstructions)
+    told = measures.values(measured) | measures.of_codec(report / "codec")
+    changed = {name: value for name, value in told.items() if run.data.metrics.get(name) != value}
     if changed:
         client.log_batch(run_id, metrics=tracking.points(0, changed))
     if run.info.status != "FINISHED":

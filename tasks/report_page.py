@@ -115,6 +115,9 @@ class Report:
     training_svg: str
     progress: Sequence[Picture]
     neighbours: Neighbours | None
+    codec: Table | None
+    """What stands between images and the model; None where that is nothing."""
+    reconstructions: Picture | None
     provenance: Sequence[tuple[str, str]]
 
 

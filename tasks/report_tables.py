@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
+from tasks.measures import QUALITY, RECONSTRUCTIONS
 from tasks.report_page import Headline, Metric, Picture, Table
 
 MEASURES = {
@@ -215,6 +217,40 @@ def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str]
         return _number(key, float(text))
 
     return [known[key] for key in keys], [[cell(key, row[key]) for key in keys] for row in rows]
+
+
+CODEC = {
+    "autoencoder_psnr": ("PSNR, decoded images", "dB, mean over the images; higher is better"),
+    "autoencoder_ssim": ("SSIM, decoded images", "1 where nothing was lost"),
+    "text_retrieval_accuracy": ("Text encoder", "share of the images whose own caption it finds among those offered"),
+    "text_retrieval_chance": ("by chance", "what guessing finds"),
+    "second_text_retrieval_accuracy": ("Second text encoder", "the same"),
+    "second_text_retrieval_chance": ("by chance", "what guessing finds"),
+}
+
+
+def codec(folder: Path) -> Table | None:
+    """What autoencoder and text encoder do on held-out images; None where neither was measured."""
+    file = folder / QUALITY
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not measured:
+        return None
+    text = (
+        "On held-out images: what is left of them in the latents, and whether captions are told apart. The model "
+        "cannot draw what its autoencoder loses, nor heed what its text encoder does not tell apart."
+    )
+    rows = [[*CODEC[name][:1], f"{measured[name]:.3g}", *CODEC[name][1:]] for name in CODEC if name in measured]
+    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows)
+
+
+def reconstructions(folder: Path) -> Picture | None:
+    """Held-out images above what the autoencoder makes of them; None where there is none."""
+    file = folder / RECONSTRUCTIONS
+    if not file.is_file():
+        return None
+    return Picture(
+        file.read_bytes(), "Held-out images, and the same decoded from their latents", "Held-out images above decoded"
+    )
 
 
 def grids(evaluation: Path, metrics: dict[str, Any]) -> list[Picture]:

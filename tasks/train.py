@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, checkpoint, images, latents, launch, locks, stage, tracking, training_key, workspace
+from tasks import atomic, checkpoint, images, latents, launch, locks, measures, stage, tracking, training_key, workspace
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import Preempted
 
@@ -71,13 +71,14 @@ def train(
         if first:
             tracking.connect()
             live = stack.enter_context(tracking.training_run(facts["train_key"], facts["params"], dataset))
+            _tell_codec(live, codec)
         asked = stack.enter_context(_deferred_signals())
         fit(run, live, asked, params.steps)
         history = _closed(run, live)
         run.accelerator.end_training()
         if live is None:
             return
-        _write_report(report, run, history, facts, dataset)
+        _write_report(report, run, history, facts, dataset, codec)
         _write_pipeline(pipeline, codec, run, index, facts)
         live.artifact(report / "history.csv", "train")
     print(f"train: {run.params.steps} steps, loss {history[-1]['loss']:.4f}, key {facts['train_key'][:12]}")
@@ -228,7 +229,16 @@ def _deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _write_report(report: Path, run: Run, history: list[Row], facts: dict[str, Any], dataset: dict[str, str]) -> None:
+def _tell_codec(live: tracking.TrainingRun, codec: Path) -> None:
+    """What stands between images and the model bounds what the model can reach, so its run holds those numbers, too."""
+    live.metrics(0, measures.of_codec(codec))
+    if (codec / measures.RECONSTRUCTIONS).is_file():
+        live.image("reconstructions", 0, codec / measures.RECONSTRUCTIONS)
+
+
+def _write_report(
+    report: Path, run: Run, history: list[Row], facts: dict[str, Any], dataset: dict[str, str], codec: Path
+) -> None:
     from tasks import previews, training_log
 
     chosen = run.params.pipeline_ema
@@ -241,6 +251,10 @@ def _write_report(report: Path, run: Run, history: list[Row], facts: dict[str, A
     with atomic.writing_folder(report) as folder:
         atomic.write_text(folder / "history.csv", text.getvalue())
         atomic.write_json(folder / "run.json", {**facts, "dataset": dataset, "averages": _compared(run, history)})
+        (folder / "codec").mkdir()
+        for name in measures.CODEC:
+            if (codec / name).is_file():
+                atomic.write_bytes(folder / "codec" / name, (codec / name).read_bytes())
         (folder / "samples").mkdir()
         for row in history:
             if f"held_out_loss/{chosen}" in row:

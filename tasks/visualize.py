@@ -89,6 +89,8 @@ def visualize(
         schedules_svg=charts["schedules"].svg,
         training_svg=charts["training"].svg,
         progress=_progress(training / "samples"),
+        codec=report_tables.codec(training / "codec"),
+        reconstructions=report_tables.reconstructions(training / "codec"),
         neighbours=neighbours,
         **report_tables.measures(measured),
         tables=report_tables.tables(evaluation),

@@ -104,6 +104,9 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
         )
     grid = pictures.grid(np.full((4, 1, SIZE, SIZE), 99, np.uint8), 2)
     pictures.save_png(grid, train / "samples" / "step-000100.png")
+    (train / "codec").mkdir()
+    atomic.write_json(train / "codec" / "quality.json", {"autoencoder_psnr": 23.5})
+    pictures.save_png(grid, train / "codec" / "reconstructions.png")
     evaluation = root / "reports" / "evaluation"
     evaluation.mkdir(parents=True, exist_ok=True)
     pictures.save_png(grid, evaluation / "grid.png")

@@ -57,6 +57,11 @@ def test_defaults_are_valid_and_frozen():
         ({"diffusion__schedule": "cosin"}, "parameter 'diffusion.schedule' is 'cosin'"),
         ({"evaluate__steps": 2000}, "evaluate.steps 2000 exceeds diffusion.timesteps 1000"),
         ({"codec__conditioning": "none"}, "guidance needs a condition"),
+        (
+            {"codec__kind": "autoencoder", "train__weights": "a/b", "train__pin": "0" * 40},
+            "name that in codec.autoencoder.weights and set codec.autoencoder.scaling to 'published'",
+        ),
+        ({"codec__conditioning": "text", "train__weights": "a/b", "train__pin": "0" * 40}, "in codec.text.weights"),
         ({"ingest__caption_templates": ["no place"]}, "exactly one '{}'"),
         ({"download__source": "folder"}, "set either download.path"),
         ({"download__path": "tests"}, "download.path is only read by download.source 'folder' and 'laion'"),

@@ -116,8 +116,9 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
     assert (trained.info.status, version.run_id) == ("FINISHED", trained.info.run_id)
     assert trained.data.params["train.learning_rate"] == "0.002"
     assert trained.data.metrics["frechet_distance"] == 20.0
+    assert trained.data.metrics["codec/autoencoder_psnr"] == 23.5
     assert "n_samples" not in trained.data.metrics
-    assert tracking.logged_images(work.client, trained.info.run_id) == {("samples", 100)}
+    assert tracking.logged_images(work.client, trained.info.run_id) == {("samples", 100), ("reconstructions", 0)}
     with (work.root / "reports" / "train" / "history.csv").open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     assert work.history(trained.info.run_id) == rows

@@ -143,6 +143,28 @@ def test_low_rank_additions_start_at_nothing_and_merge_exactly():
     assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
 
 
+def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_classes(tree):
+    import csv
+
+    from tasks.evaluate import evaluate
+    from tasks.judge import judge
+    from tasks.params import EvaluateParams, ImageParams, JudgeParams
+
+    data, out = (tree / "images", tree / "accepted.json"), tree / "evaluated"
+    brief = JudgeParams(classifier_steps=2, clip_steps=2, batch_size=8)
+    judge(*data, tree / "judge", brief, ImageParams(size=16, channels=3))
+    scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
+    counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_ddpm": 2, "batch_size": 3, "allow_small_n": True}
+    params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
+    evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
+    measured = json.loads((out / "m.json").read_text())
+    assert {"frechet_distance", "clip_score", "clip_score_real"} <= measured.keys()
+    rows = list(csv.DictReader((out / "report" / "timesteps.csv").read_text().splitlines()))
+    held_out = json.loads((tree / "images" / "index.json").read_text())["splits"]["test"]
+    assert {row["n"] for row in rows} == {str(held_out)}
+    assert float(rows[0]["squared_error"]) < float(rows[-1]["squared_error"])
+
+
 def test_pictures_are_pictures(tree):
     grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
     assert grid and grid[0].read_bytes().startswith(b"\x89PNG")

@@ -234,6 +234,13 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
         assert expected in text, expected
 
 
+def test_what_stands_between_images_and_model_has_its_numbers_and_picture(drawn: tuple[Path, Path]) -> None:
+    text = " ".join(re.sub("<[^>]*>", " ", drawn[1].read_text(encoding="utf-8")).split())
+    assert "PSNR, decoded images 23.5 dB" in text
+    assert "Text encoder 0.8 share of the images whose own caption it finds among those offered by chance 0.1" in text
+    assert "Held-out images, and the same decoded from their latents" in text
+
+
 def test_class_names_are_text_and_never_markup(drawn: tuple[Path, Path]) -> None:
     source = drawn[1].read_text(encoding="utf-8")
     assert "&lt;eight&gt; &amp; co" in source
@@ -253,6 +260,7 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
     strip = outline.tiles("Forward process: held-out images at growing timesteps")
     assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
     assert "mean squared error of the predicted noise ε. Held-out" in page.read_text(encoding="utf-8")
+    assert "Latents and text" not in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])

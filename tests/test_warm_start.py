@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from models.text_unet import TextUNet, TextUNetConfig
 from tasks import warm_start
@@ -120,10 +121,15 @@ def test_what_a_network_is_otherwise_is_refused_though_it_may_shape_no_weight(pu
         published(**difference)
 
 
-def test_weights_of_another_network_than_their_config_says_are_refused(published):
+def test_weights_are_loaded_whatever_their_precision_and_those_of_another_network_refused(published):
     from safetensors.torch import save_file
 
     given = published()
+    halves = {name: torch.randn(value.shape).half() for name, value in TextUNet(CONFIG).state_dict().items()}
+    save_file(halves, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    network = TextUNet(CONFIG)
+    warm_start.load(network, given)
+    assert all(torch.equal(value, halves[name].float()) for name, value in network.state_dict().items())
     other = TextUNet(CONFIG).state_dict()
     other["conv_in.weight"] = other["conv_in.weight"][:4].contiguous()
     save_file(other, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
