@@ -223,7 +223,11 @@ def _read(path: Path) -> Any:
 
 
 def scheduler_config(betas: schedules.Array, prediction: str, clip: bool = True) -> dict[str, Any]:
-    """A diffusers `DDPMScheduler` that denoises as we do; it carries the betas themselves."""
+    """A diffusers `DDPMScheduler` that denoises as we do; it carries the betas themselves.
+
+    Latents are not clipped; Stable Diffusion's pipelines expect their scheduler to begin at timestep 1 where it leaves
+    out the last ones ("leading", which ours does not), and complain of another.
+    """
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.42.1",
@@ -234,6 +238,7 @@ def scheduler_config(betas: schedules.Array, prediction: str, clip: bool = True)
         "clip_sample": clip,
         "clip_sample_range": 1.0,
         "timestep_spacing": "trailing",
+        **({} if clip else {"steps_offset": 1}),
     }
 
 

@@ -65,5 +65,10 @@ def _inception_file(where: str, pin: str) -> Path:
         if found != pin:
             raise StageError(f"the sha256 of {path} is {found} and not the pinned {pin}; correct one of them")
         return path
-    (file,) = weights.bring(where, pin, NO_PARTS).glob("*.safetensors")
-    return file
+    files = sorted(weights.bring(where, pin, NO_PARTS).glob("*.safetensors"))
+    if len(files) != 1:
+        raise StageError(
+            f"judge.extractor.weights '{where}' hold {len(files)} .safetensors files; name a folder or repository with "
+            "Inception's alone"
+        )
+    return files[0]

@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,9 +211,8 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     pixels = _room((len(keys), image.channels, image.size, image.size))
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
-    for row in tqdm(
-        _rows(images, split), f"read {split}", len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2
-    ):
+
+    def take(row: dict[str, Any]) -> None:
         place = position[row["key"]]
         pixels[place] = decoding.ingested(
             row["image"], row["width"] * row["height"], (image.size, image.size), image.channels
@@ -220,6 +220,14 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
         if row["label"] is not None:
             labels[place] = row["label"]
         captions[place] = row["captions"]
+
+    with (
+        tqdm(desc=f"read {split}", total=len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2) as bar,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,  # decoding lets go of Python's lock
+    ):
+        for rows in _rows(images, split):
+            for _ in pool.map(take, rows):
+                bar.update()
     return Samples(pixels, labels, captions, keys)
 
 
@@ -262,10 +270,11 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
                         yield row["sha256"], row["image"], row["width"] * row["height"]
 
 
-def _rows(images: Path, split: str) -> Iterator[dict[str, Any]]:
+def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a split, some at a time."""
     import pyarrow.parquet as pq
 
     columns = ["key", "image", "width", "height", "label", "captions", "split"]
     for shard in read_index(images)["shards"]:
         for batch in pq.ParquetFile(images / shard).iter_batches(256, columns=columns):
-            yield from (row for row in batch.to_pylist() if row["split"] == split)
+            yield [row for row in batch.to_pylist() if row["split"] == split]

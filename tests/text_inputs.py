@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,9 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     from models.pipeline import load_pipeline
     from models.samplers import SeededNoise
 
-    theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
+    with warnings.catch_warnings(record=True) as complaints:
+        theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
+    assert not any("outdated" in str(complaint.message) for complaint in complaints)
     assert type(theirs).__name__ == kind
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
