@@ -223,7 +223,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
 
     with (
         tqdm(desc=f"read {split}", total=len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2) as bar,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,  # decoding lets go of Python's lock
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding lets go of Python's lock
     ):
         for rows in _rows(images, split):
             for _ in pool.map(take, rows):
@@ -242,7 +242,10 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later on would end the process
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that is full later on ends the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
         except OSError as error:
             raise StageError(
                 f"the pixels of {shape[0]} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
