@@ -100,6 +100,20 @@ def test_a_published_factor_is_heeded_and_can_be_folded_too(untrained, tmp_path)
     assert torch.allclose(autoencoder.decode(scaled, autoencoder.encode(scaled, pixels)[0]), decoded, atol=1e-5)
 
 
+def test_large_images_pass_in_parts(untrained, monkeypatch):
+    pixels = two_colours(5)
+    whole = autoencoder.encode(untrained, pixels)
+    decoded = autoencoder.decode(untrained, whole[0])
+    monkeypatch.setattr(autoencoder, "PART_PIXELS", 2 * 16 * 16)
+    passed = []
+    hook = untrained.encoder.register_forward_hook(lambda _, given, __: passed.append(len(given[0])))
+    in_parts = autoencoder.encode(untrained, pixels)
+    hook.remove()
+    assert passed == [2, 2, 1]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(in_parts, whole, strict=True))
+    assert torch.allclose(autoencoder.decode(untrained, whole[0]), decoded, atol=1e-6)
+
+
 class Chain:
     """Files through download, ingest, codec and encode, each time in the same folders and with the same scratch."""
 
@@ -302,6 +316,10 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
     ):
         with pytest.raises(StageError, match=sentence):
             chain.make_codec(wanted=AutoencoderParams(**(given | change)))
+    described = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(described | {"latents_mean": [0.1, 0.2]}))
+    with pytest.raises(StageError, match=r"by a latents_mean beside the scaling factor, .*; choose others"):
+        chain.make_codec(wanted=AutoencoderParams(**given, scaling="published"))
 
 
 def test_a_tiny_autoencoder_keeps_its_published_scaling(chain):

@@ -392,6 +392,8 @@ def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
     drawn = protocol.Draw("ddim", 1, 1.0, labels, np.zeros((4, 1, 8, 8), np.uint8), 0.0)
     assert picture(drawn, judge_inputs.CLASSES).height < 2 * 80  # an incomplete row is left out
     assert picture(drawn.first(2), judge_inputs.CLASSES).width > 3 * 80  # too few for a row of all: plain
+    large = protocol.Draw("ddim", 1, 1.0, labels[:3], np.zeros((3, 1, 512, 512), np.uint8), 0.0)
+    assert picture(large, judge_inputs.CLASSES).width < 3 * 160  # shown smaller
 
 
 def test_a_rerun_gives_the_same_bytes_and_only_timing_holds_times(tree, evaluated, tmp_path):
