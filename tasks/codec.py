@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 MEASURED_IMAGES = 1024
 """Training images over which the scaling of the latents is measured."""
-PROMPTS = 256
+PROMPTS = 64
 """Held-out captions that stand for what may be asked of a model of captions without classes."""
 JUDGED_IMAGES, SHOWN_IMAGES, SHOWN_PIXELS, MOST_PIXELS = 512, 10, 64, 256
 
