@@ -151,6 +151,7 @@ def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_da
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_killed_and_continued(tmp_path, migrated_database):
     """Started by `accelerate launch` with the configuration in infra/, on the CPU."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -489,6 +489,7 @@ def test_fp16_resumes_with_its_loss_scale(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_network_trains_the_same(trained, tmp_path):
     plain = trained(tmp_path / "plain")
     compiled = trained(tmp_path / "compiled", compile=True)
