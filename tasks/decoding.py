@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,16 @@ SUFFIXES = frozenset(
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
 HASH_SIDE = 32
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What sets a picture upright, by its orientation (EXIF 2.32, section 4.6.4)."""
 
 
 class UnreadableError(Exception):
@@ -70,11 +80,11 @@ def open_image(data: bytes, max_pixels: int) -> Image:
 def to_mode(image: Image, channels: int) -> Image:
     """A decoded picture -> mode "L" (1 channel) or "RGB" (3): upright, 16 bits scaled to 8, transparency on white."""
     import PIL.Image
-    import PIL.ImageOps
 
     mode = {1: "L", 3: "RGB"}[channels]
-    if image.getexif():
-        image = PIL.ImageOps.exif_transpose(image)
+    turn = TURNS.get(_orientation(image))
+    if turn:
+        image = image.transpose(PIL.Image.Transpose[turn])
     if image.mode.startswith("I;16"):
         import numpy as np
 
@@ -87,8 +97,16 @@ def to_mode(image: Image, channels: int) -> Image:
 
 def upright_size(image: Image) -> tuple[int, int]:
     """Height and width of a decoded picture as it is looked at, which may be turned against how it is stored."""
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) in QUARTER_TURNS
+    turned = _orientation(image) in QUARTER_TURNS
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image: Image) -> Any:
+    """How a picture is to be turned, a key of `TURNS`; where its EXIF data is damaged it is as it is stored."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # whatever the parser stumbles over; viewers show such a picture too
+        return None
 
 
 def ingested(data: bytes, pixels: int, form: tuple[int, int], channels: int) -> np.ndarray:

@@ -43,6 +43,12 @@ def turned():
     return saved(image, "JPEG", exif=exif, quality=100)
 
 
+def said(tiff):
+    """A picture whose EXIF data is `tiff`."""
+    plain, body = saved(PIL.Image.new("RGB", (8, 8), "red"), "JPEG", quality=100), b"Exif\0\0" + tiff
+    return plain[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + plain[2:]
+
+
 FILES = {
     "empty.png": (b"", "zero bytes"),
     "text.jpg": (b"This is no picture.", "not an image"),
@@ -66,6 +72,8 @@ FILES = {
     "press.jpg": (saved(PIL.Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG", quality=100), LOADS),
     "deep.png": (saved(PIL.Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)), "PNG"), LOADS),
     "turned.jpg": (turned(), LOADS),
+    "wrong-exif.jpg": (said(b"XX*\0\x08\0\0\0"), LOADS),
+    "cut-exif.jpg": (said(b"II*\0\x08\0\0\0\xff\xff"), LOADS),
     "clear.png": (saved(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"), LOADS),
     "palette.gif": (picture(3, (9, 9), "GIF", "P"), LOADS),
     "still.webp": (picture(4, (9, 9), "WEBP"), LOADS),
@@ -78,6 +86,8 @@ SEEN = {
     "press.jpg": (255, 0, 0),
     "deep.png": (0x80, 0x80, 0x80),
     "clear.png": (255, 255, 255),
+    "wrong-exif.jpg": (255, 0, 0),
+    "cut-exif.jpg": (255, 0, 0),
 }
 """Colours of the pictures that are all of one."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pyarrow.parquet as pq
 import pytest
 
@@ -418,6 +419,18 @@ def test_the_thumbnail_of_a_transparent_picture_lies_on_white(mode):
     white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     expected = np.asarray(white.convert("L").resize((32, 32), PIL.Image.Resampling.BILINEAR))
     assert np.abs(decoding.thumbnail(image).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_set_upright_as_pillow_does(orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    lying = decoding.open_image(
+        bad_inputs.saved(PIL.Image.radial_gradient("L").crop((0, 9, 99, 70)), "PNG", exif=exif), 9999
+    )
+    upright = PIL.ImageOps.exif_transpose(lying)
+    assert np.array_equal(decoding.to_mode(lying, 1), upright)
+    assert decoding.upright_size(lying) == upright.size[::-1]
 
 
 def test_a_picture_of_a_phone_is_no_animation():
