@@ -33,7 +33,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 SHARD = ".tar"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One file of an archive."""
 

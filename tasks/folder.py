@@ -26,7 +26,7 @@ from tasks.source import SPLITS, Entry, Problem, Source, require_space, settle_s
 from tasks.stage import StageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """What the path of an image says."""
 

@@ -28,7 +28,7 @@ SPLITS = {
 """Names under which splits are published -> the splits known here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Why an input cannot be a row: a reason of a few words, and free text."""
 
@@ -36,7 +36,7 @@ class Problem:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One input as published: a row to be, or a problem already known."""
 
