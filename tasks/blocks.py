@@ -32,7 +32,11 @@ class Blocks:
         self.root, self.recipe = root, recipe
         self.rows: dict[str, tuple[Path, int]] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            self._enter(file, _keys(file))
+            try:
+                self._enter(file, _keys(file))
+            except ValueError as error:
+                print(f"{file} is damaged ({error}); what it held is computed again", flush=True)
+                file.unlink()
 
     def changes(self) -> list[str]:
         """Parts of the recipe that differ from the one used last, where that was another one; else nothing."""
@@ -95,8 +99,12 @@ class Blocks:
 
 
 def _keys(file: Path) -> list[str]:
-    from safetensors import safe_open
+    """Keys of a block's rows. Raises `ValueError` where it is no whole file of that kind."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as block:
-        keys: list[str] = json.loads(block.metadata()["keys"])
+    try:
+        with safe_open(file, "pt") as block:
+            keys: list[str] = json.loads(block.metadata()["keys"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from None
     return keys

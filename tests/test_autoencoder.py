@@ -216,6 +216,17 @@ def test_only_what_is_new_is_encoded(chain):
     assert "50 images to encode" in said
 
 
+def test_a_damaged_block_is_made_again(chain):
+    chain.make_codec()
+    chain.encode()
+    before = contents(chain.latents)
+    (block,) = (chain.folder / "scratch" / "encode" / "images").rglob("*.safetensors")
+    block.write_bytes(block.read_bytes()[:-100])
+    said = chain.encode()
+    assert f"{block} is damaged" in said and "50 images to encode, 0 known" in said
+    assert contents(chain.latents) == before
+
+
 def test_another_autoencoder_is_named_as_what_changed(chain):
     chain.make_codec()
     chain.encode()
