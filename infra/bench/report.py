@@ -78,8 +78,10 @@ def _about(kind: str, part: dict[str, Any]) -> str:
         "startup": "From the command to its answer, and to its first checkpoint, which is asked for after one step.",
         "encoding": (
             "A step of training on latents and embeddings that `encode` has stored, beside one that makes both itself "
-            "from decoded pictures and tokens. A ratio is online divided by stored; from the epoch that breaks even "
-            "on, encoding once has cost less than it saved."
+            "from files and captions, as diffusers' `train_text_to_image.py` does (decode, resize, tokenize, encode; "
+            "bilinear, in the training process), and beside one that finds pictures and tokens ready; the same samples "
+            "in turns. A ratio is divided by stored; from the epoch that breaks even on, encoding once has cost less "
+            "than it saved."
         ),
     }[kind]
 
