@@ -12,7 +12,7 @@ from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
 from tasks.preset import PresetError
-from tasks.stage import PREEMPTED, StageError
+from tasks.stage import PREEMPTED, StageError, let_threads_sleep
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
@@ -30,8 +30,7 @@ REHEARSAL = {
 def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # and with it the processes that were started
-    # Before torch is loaded: threads that wait for each other sleep, as in the stages.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
     try:
         arguments.run(arguments, Results(arguments.reports, arguments.again))

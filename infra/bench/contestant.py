@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from infra.bench.inputs import Inputs
 from tasks.params import Params
+from tasks.stage import let_threads_sleep
 
 Side: TypeAlias = Literal["ours", "peer"]
 
@@ -58,8 +59,7 @@ class Contestant:
         self._pipe, other = context.Pipe()
         arguments = (other, side, params.model_dump(mode="json", by_alias=True), inputs, scratch)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        # A thread that waits must not spin on a core that something else could use; read when torch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        let_threads_sleep()
         self._process.start()
         other.close()
         self.parameters: int = self._answer()
