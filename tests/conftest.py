@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks import stage
-
 ROOT = Path(__file__).parent.parent
 
-stage.let_threads_sleep()  # the other test process works on the same cores
+# Threads of PyTorch that spin take the cores that the other test process works on: here they sleep at once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Begun first, so that no process is left alone with a long one at the end. Named by what they take.
 LONGEST = ("test_prefect_server", "test_end_to_end", "test_resume", "test_train", "test_sdxl", "test_text_to_image")
