@@ -122,7 +122,7 @@ def let_threads_sleep() -> None:
 
     On a machine that does something else besides, threads that spin for long keep the one they wait for off its core:
     a training step of the digits then takes 7 times as long. Threads that sleep at once are woken thousands of times a
-    step: on an idle machine it then takes 1.5 times as long. To spin about as long as waking takes costs little in both.
+    step: on an idle machine it then takes 1.5 times as long. To spin as long as waking takes costs little in both.
     What the environment says already stands.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
