@@ -1,7 +1,8 @@
 """Aspect-ratio buckets: pictures that are not square keep their shape, and a batch holds pictures of one shape.
 
-A *form* is (height, width) in pixels. The square of `image.size` is always the first; the others have about its area
-and sides that codec and network can halve (Podell et al. 2023, section 2.3). Every picture goes to the nearest form.
+A *form* is (height, width) in pixels. The square of `image.resolution` is always the first; the others have about its
+area and sides that codec and network can halve (Podell et al. 2023, section 2.3). Every picture goes to the nearest
+form.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
         "format": FORMAT,
         "kind": params.kind,
         "conditioning": params.conditioning,
-        "size": image.size,
+        "size": image.resolution,
         "channels": image.channels,
         "classes": classes if params.conditioning != "none" else [],
     }
@@ -63,7 +63,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
             document |= _text(train, held_out, folder, len(classes), params, quality)
         atomic.write_json(folder / "codec.json", document)
         atomic.write_json(folder / "quality.json", quality)
-    form = f"{image.channels}x{image.size}x{image.size}"
+    form = f"{image.channels}x{image.resolution}x{image.resolution}"
     measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     print(f"codec: {params.kind} on {form}, conditioning {params.conditioning}{'; ' if measured else ''}{measured}")
 

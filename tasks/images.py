@@ -200,7 +200,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     """One split of an images folder -> pixels, labels and captions, sorted by key.
 
     Pictures are turned upright, made grey or RGB, cropped to the centre square and resized
-    (bilinear, antialiased) to `image.size`, as `encode` does it by the same `decoding.ingested`: no two
+    (bilinear, antialiased) to `image.resolution`, as `encode` does it by the same `decoding.ingested`: no two
     resizes differ. Raises `StageError` where the disk has no room for pixels that are too many for the memory.
     """
     import numpy as np
@@ -208,14 +208,14 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     where = read_columns(images, ["key", "split"])
     keys = sorted(key for key, its in zip(*where.to_pydict().values(), strict=True) if its == split)
     position = {key: row for row, key in enumerate(keys)}
-    pixels = _room((len(keys), image.channels, image.size, image.size))
+    pixels = _room((len(keys), image.channels, image.resolution, image.resolution))
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
 
     def take(row: dict[str, Any]) -> None:
         place = position[row["key"]]
         pixels[place] = decoding.ingested(
-            row["image"], row["width"] * row["height"], (image.size, image.size), image.channels
+            row["image"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
         if row["label"] is not None:
             labels[place] = row["label"]
@@ -250,7 +250,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
             raise StageError(
                 f"the pixels of {shape[0]} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
                 f"({error.strerror}); free some, let AFTERIMAGE_SCRATCH name a folder on a larger disk, or lower "
-                "image.size"
+                "image.resolution"
             ) from None
         return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 

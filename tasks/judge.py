@@ -88,7 +88,7 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     info = {
         "classes": classes,
         "prompts": class_prompts(train, len(classes)),
-        "image": {"size": image.size, "channels": image.channels},
+        "image": {"size": image.resolution, "channels": image.channels},
         "train_images": len(train.keys),
     }
     return Judge(info, classifier, clip, tokenizer, encoder, device)

@@ -55,7 +55,7 @@ def visualize(
 
     require_accepted(accepted)
     model = load_pipeline(pipeline, _device())
-    image = ImageParams.model_validate({"size": model.size, "channels": model.channels})
+    image = ImageParams.model_validate({"resolution": model.size, "channels": model.channels})
     held_out = load_pixels(images, "test", image)
     drawn = _draw(model, params)
     tiles = {
@@ -279,7 +279,7 @@ def _neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Draw
     from tasks.images import load_pixels, read_index
 
     count = read_index(images)["splits"].get("train", 0)
-    if not count or count * image.channels * image.size**2 > SEARCH_BYTES:
+    if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
         return None
     train = load_pixels(images, "train", image).pixels
     samples = drawn.samples.images[0]

@@ -23,7 +23,7 @@ SHAPES = {"square": (20, 20), "wide": (40, 20), "tall": (18, 36)}
 """Width and height of the pictures below."""
 FILES = {f"{name}/{seed:02d}.png": picture(seed, size) for name, size in SHAPES.items() for seed in range(12)}
 PARAMS = EncodeParams(buckets=(0.5, 2.0), bucket_multiple=8, shard_size=5)
-FORM = ImageParams(size=32, channels=3)
+FORM = ImageParams(resolution=32, channels=3)
 FORMS = [(32, 32), (40, 24), (24, 40)]
 
 
