@@ -20,8 +20,17 @@ NAMED = (*PACKAGES, "mlflow")
 # How a stage starts, where files lie, what is logged and checked: none of it decides which bytes come out, and a stage
 # that depended on them would train again for a better error message. What they decide is in `params.yaml`.
 PLUMBING = {
-    f"tasks/{name}.py" for name in ("__init__", "atomic", "locks", "params", "stage", "tracking", "workspace")
-} | {"models/__init__.py"}
+    "models/__init__.py",
+    "tasks/__init__.py",
+    "tasks/atomic.py",
+    "tasks/consistency.py",
+    "tasks/integrity.py",
+    "tasks/locks.py",
+    "tasks/params.py",
+    "tasks/stage.py",
+    "tasks/tracking.py",
+    "tasks/workspace.py",
+}
 
 
 def closure(*starts: str, without: Collection[str] = ()) -> list[str]:

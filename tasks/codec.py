@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, stage
+from tasks import atomic, integrity, stage
 from tasks.images import Samples, load_pixels, read_index
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
@@ -62,6 +62,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
             document["autoencoder"] = _autoencoder(train, held_out, folder, params, quality)
         if params.conditioning == "text":
             document |= _text(train, held_out, folder, len(classes), params, quality)
+        document["files"] = integrity.checksums(folder, "*/*")  # of the networks; what lies beside them only reports
         atomic.write_json(folder / "codec.json", document)
         atomic.write_json(folder / "quality.json", quality)
     form = f"{image.channels}x{image.resolution}x{image.resolution}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, buckets, closure, decoding, locks, stage, workspace
+from tasks import atomic, buckets, closure, decoding, integrity, locks, stage, workspace
 from tasks.blocks import Blocks
 from tasks.images import read_columns, read_encoded
 from tasks.latents import keys_hash, write_index, write_prompts, write_shards
@@ -57,7 +56,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     computed, and a killed run goes on where it was. Says so where a change of codec or transform makes all of it new.
     """
     require_accepted(accepted)
-    description = json.loads((codec / "codec.json").read_text(encoding="utf-8"))
+    description = integrity.read_described(codec, "codec.json", "codec")
     forms = buckets.forms(description["size"], params.buckets, params.bucket_multiple)
     rows = _rows(images, forms)
     _print_disk_cost(description, params, forms, rows, latents)

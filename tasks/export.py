@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, closure, stage, workspace
+from tasks import atomic, closure, integrity, stage, workspace
 from tasks.params import ExportParams
 from tasks.stage import StageError
 from tasks.verdict import require_accepted
@@ -52,6 +52,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
     from models.pipeline import load_pipeline
 
     require_accepted(accepted)
+    integrity.read_described(pipeline, "afterimage.json", "train")
     trained = load_pipeline(pipeline)
     with atomic.writing_folder(onnx) as folder:
         print("export: tracing the network (about 10 s, longer for a large one)", flush=True)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, images, model_folder, stage
+from tasks import atomic, images, integrity, model_folder, stage
 from tasks.model_card import model_card
 from tasks.verdict import require_accepted
 
@@ -22,7 +22,7 @@ def package(
     """
     require_accepted(accepted)
     card = model_card(
-        info=_read(pipeline / "afterimage.json"),
+        info=integrity.read_described(pipeline, "afterimage.json", "train"),
         data=images.read_index(data),
         training=_read(training / "run.json")["params"],
         metrics=_read(metrics),

@@ -17,7 +17,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, checkpoint, latents, launch, locks, measures, stage, tracking, training_key, workspace
+from tasks import (
+    atomic,
+    checkpoint,
+    integrity,
+    latents,
+    launch,
+    locks,
+    measures,
+    stage,
+    tracking,
+    training_key,
+    workspace,
+)
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import Preempted
 from tasks.verdict import require_accepted
@@ -50,6 +62,7 @@ def train(
     from tasks import training_run, warm_start
 
     index = latents.read_index(data)
+    integrity.read_described(codec, "codec.json", "codec")
     training_run.check_fits(index, params)
     given = warm_start.given(params)
     network = training_run.network_config(index, model, given)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, report_tables, stage
+from tasks import atomic, integrity, report_tables, stage
 from tasks.params import ImageParams, VisualizeParams
 from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
@@ -55,6 +55,7 @@ def visualize(
     from tasks.verdict import require_accepted
 
     require_accepted(accepted)
+    integrity.read_described(pipeline, "afterimage.json", "train")
     model = load_pipeline(pipeline, _device())
     image = ImageParams.model_validate({"resolution": model.size, "channels": model.channels})
     held_out = load_pixels(images, "test", image)

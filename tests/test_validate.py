@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tasks import quarantine
+from tasks import integrity, quarantine
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
@@ -377,7 +377,8 @@ def write_metadata(root, count):
             "source": ["hub"] * each,
         }
         pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
-    index = {"format": 1, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index = {"format": 2, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index["files"] = integrity.checksums(root / "images", "*.parquet")
     index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
     (root / "images" / "index.json").write_text(json.dumps(index))
 
