@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, picture_tables, stage
+from tasks import atomic, cifar, colours, decoding, digits, folder, picture_tables, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -29,6 +29,7 @@ from tasks.writing_systems import is_control
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
+SHOWN_CHARACTERS = 200
 CEILING_CHUNKS = 16
 """Chunks that are decoded a second time, to say what the stage could reach at best; of a smaller source, none."""
 
@@ -48,13 +49,18 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         _decoders(params) as pool,
         _no_search_for_cycles(),
     ):
-        writer, quarantined = Writer(rows, params.shards), apart.Writer(aside)
+        writer, quarantined = Writer(rows, params.shards, source.classes), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
         sample: list[list[bytes]] = []
+        examples: dict[str, str] = {}
+        profiles: Counter[str] = Counter()
         for entry, finding in _examined(source.entries, len(source.classes), pool, params, sample):
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
+                examples.setdefault(finding.reason, f"{entry.key}: {finding.detail}")
             else:
+                profiles[finding["profile"]] += 1
+                examples.setdefault(finding["profile"], entry.key)
                 writer.add({**finding, **_published(entry, captions, params), **origin})
             progress.update()
         progress.close()
@@ -65,10 +71,15 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             raise StageError(_nothing_readable(manifest, reasons))
         index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
+        index["profiles"] = {name: profiles[name] for name in ("converted", "not usable")}
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
-    print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
+    print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine")
+    for reason, count in reasons.items():
+        print(f"ingest: {count} x {reason}, first {ascii(examples[reason])[1:-1][:SHOWN_CHARACTERS]}")
+    for sentence in colours.sentences(index["profiles"], examples):
+        print(f"ingest: {sentence}")
     if source.unmatched_captions:
         print(f"ingest: {source.unmatched_captions} captions name no image")
     if speed:
@@ -228,7 +239,8 @@ def _examine(pictures: list[bytes], max_pixels: int) -> list[Finding]:
             continue
         digest = hashlib.sha256(data).hexdigest()
         height, width = decoding.upright_size(picture)
-        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest})
+        profile = colours.profile(picture)
+        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest, "profile": profile})
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
     for found in findings:
         if not isinstance(found, Problem):

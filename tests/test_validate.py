@@ -363,7 +363,7 @@ def write_metadata(root, count):
         ids = range(number * each, (number + 1) * each)
         columns = {
             "key": [f"images/{i:08d}.jpg" for i in ids],
-            "image": [b"x"] * each,
+            "image": [{"bytes": b"x", "path": None}] * each,
             "width": random.integers(256, 512, each),
             "height": random.integers(256, 512, each),
             "mode": ["RGB"] * each,
