@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.images import Samples, load_pixels, read_index
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np

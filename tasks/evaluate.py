@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, protocol, stage
-from tasks.images import require_accepted
 from tasks.params import EvaluateParams
 from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -188,17 +188,6 @@ def read_index(images: Path) -> dict[str, Any]:
     return index
 
 
-def require_accepted(accepted: Path) -> dict[str, Any]:
-    """The verdict of `validate` on the data. Raises `StageError` unless it says "accepted"."""
-    try:
-        verdict: dict[str, Any] = json.loads(accepted.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{accepted} does not exist, so the data was not accepted; run 'dvc repro validate'") from None
-    if verdict.get("verdict") != "accepted":
-        raise StageError(f"{accepted} does not say that the data was accepted; run 'dvc repro validate'")
-    return verdict
-
-
 def read_columns(images: Path, columns: list[str]) -> pa.Table:
     """Columns of all rows, in the order of the shards; the column "image" as the encoded bytes alone."""
     import pyarrow as pa

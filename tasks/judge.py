@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks import extractors, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.images import Samples, load_pixels, read_index
 from tasks.params import ImageParams, JudgeParams
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic
-from tasks.buckets import SQUARE
 from tasks.source import sha256_of
 from tasks.stage import StageError
 
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from tasks.buckets import Form
 
 FORMAT = 3
+SQUARE = 0
+"""Number of the bucket of square images."""
 PROMPTS = "prompts.safetensors"
 BFLOAT16 = "int16"
 """How a shard's bfloat16 is mapped."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks import atomic, images, model_folder, stage
 from tasks.model_card import model_card
+from tasks.verdict import require_accepted
 
 
 def package(
@@ -19,7 +20,7 @@ def package(
     `data` holds the images, of which the card tells source and licence; `training`, `metrics` and `export`
     are the reports of those stages. The same inputs give the same bytes.
     """
-    images.require_accepted(accepted)
+    require_accepted(accepted)
     card = model_card(
         info=_read(pipeline / "afterimage.json"),
         data=images.read_index(data),

@@ -51,7 +51,8 @@ def visualize(
     nearest training images. The page adds the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
-    from tasks.images import load_pixels, require_accepted
+    from tasks.images import load_pixels
+    from tasks.verdict import require_accepted
 
     require_accepted(accepted)
     model = load_pipeline(pipeline, _device())

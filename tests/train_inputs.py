@@ -147,10 +147,11 @@ def train_here(folder: Path, monkeypatch, database: Path) -> None:
 
 def prepare_here(folder: Path, monkeypatch, database: Path):
     """The run that the stage would train, before its first step."""
-    from tasks import images, latents, training_key, training_run
+    from tasks import latents, training_key, training_run
+    from tasks.verdict import require_accepted
 
     loaded = _as_a_process(folder, monkeypatch, database)
-    index, verdict = latents.read_index(folder / "latents"), images.require_accepted(folder / "accepted.json")
+    index, verdict = latents.read_index(folder / "latents"), require_accepted(folder / "accepted.json")
     sections = (loaded.model, loaded.diffusion, loaded.train)
     facts = training_key.facts(index, folder / "codec", verdict, *sections)
     network = training_run.network_config(index, loaded.model)
