@@ -27,7 +27,8 @@ from tasks.stage import StageError
 # The earliest date that a zip can hold: packing the same files twice gives the same bytes.
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
-ENCRYPTED = 0x1
+ENCRYPTED, UTF8_NAME = 0x1, 0x800
+"""Flags of a member of a zip."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """What stands before a member of a zip: magic, then among others the lengths of its name and extra field."""
 SHARD = ".tar"
@@ -161,7 +162,7 @@ def _zip_list(file: Path) -> Iterator[Listed]:
     try:
         with zipfile.ZipFile(file) as archive:
             for position, info in enumerate(archive.infolist()):
-                name, problem = info.filename.replace("\\", "/"), None
+                name, problem = _zip_name(info).replace("\\", "/"), None
                 if stat.S_ISLNK(info.external_attr >> 16):
                     problem = Problem("link", "a symbolic link")
                 elif info.flag_bits & ENCRYPTED:
@@ -173,6 +174,16 @@ def _zip_list(file: Path) -> Iterator[Listed]:
                     yield listed
     except DAMAGED as error:
         raise _damaged(file, error) from None
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name of a member: UTF-8 where it is valid UTF-8, also without the flag that says so, as macOS writes it."""
+    if info.flag_bits & UTF8_NAME:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
 
 
 def _zip_read(file: Path, members: list[Member], max_bytes: int) -> Iterator[tuple[Member, bytes | Problem]]:

@@ -37,7 +37,13 @@ Finding: TypeAlias = "dict[str, Any] | Problem"
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
-    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
+    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason.
+
+    Captions of the source `folder`: a table of file names and captions (CSV, TSV, JSON lines, JSON of COCO or kohya),
+    or a text file of the same name beside each image, or in a folder `captions` beside the images. Each line of a
+    text file is a caption of its own; write a caption that goes over several lines as one line, or into a .json file
+    as {"caption": "..."}. What looks like captions and is not read is counted, and named in the output.
+    """
     started = time.perf_counter()
     manifest = read_manifest(raw)
     source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
@@ -65,12 +71,13 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             raise StageError(_nothing_readable(manifest, reasons))
         index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
+        index["caption_files"] = source.caption_files
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
-    if source.unmatched_captions:
-        print(f"ingest: {source.unmatched_captions} captions name no image")
+    for sentence in [*quarantined.told(), *source.notes]:
+        print(f"ingest: {sentence}")
     if speed:
         print(speed)
 
