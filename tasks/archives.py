@@ -32,8 +32,8 @@ from tasks.stage import StageError
 # The earliest date that a zip can hold: packing the same files twice gives the same bytes.
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
-ENCRYPTED = 0x1
-UTF_8_NAME = 0x800
+ENCRYPTED, UTF8_NAME = 0x1, 0x800
+"""Flags of a member of a zip."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """What stands before a member of a zip: magic, then among others the lengths of its name and extra field."""
 SHARD = ".tar"
@@ -206,7 +206,7 @@ def _zip_list(file: Path) -> Iterator[Listed]:
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """The path of a member: in UTF-8 where its bytes are, also where the archive does not say so, as on macOS."""
     name = info.filename
-    if not info.flag_bits & UTF_8_NAME and not name.isascii():
+    if not info.flag_bits & UTF8_NAME and not name.isascii():
         with suppress(ValueError):  # an older encoding, of which the archive does not say which
             name = name.encode("cp437").decode("utf-8")
     return name.replace("\\", "/")

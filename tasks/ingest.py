@@ -29,7 +29,6 @@ from tasks.writing_systems import is_control
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
-SHOWN_CHARACTERS = 200
 CEILING_CHUNKS = 16
 """Chunks that are decoded a second time, to say what the stage could reach at best; of a smaller source, none."""
 
@@ -38,7 +37,13 @@ Finding: TypeAlias = "dict[str, Any] | Problem"
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
-    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
+    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason.
+
+    Captions of the source `folder`: a table of file names and captions (CSV, TSV, JSON lines, JSON of COCO or kohya),
+    or a text file of the same name beside each image, or in a folder `captions` beside the images. Each line of a
+    text file is a caption of its own; write a caption that goes over several lines as one line, or into a .json file
+    as {"caption": "..."}. What looks like captions and is not read is counted, and named in the output.
+    """
     started = time.perf_counter()
     manifest = read_manifest(raw)
     source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
@@ -52,15 +57,14 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         writer, quarantined = Writer(rows, params.shards, source.classes), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
         sample: list[list[bytes]] = []
-        examples: dict[str, str] = {}
+        first_profiled: dict[str, str] = {}
         profiles: Counter[str] = Counter()
         for entry, finding in _examined(source.entries, len(source.classes), pool, params, sample):
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
-                examples.setdefault(finding.reason, f"{entry.key}: {finding.detail}")
             else:
                 profiles[finding["profile"]] += 1
-                examples.setdefault(finding["profile"], entry.key)
+                first_profiled.setdefault(finding["profile"], entry.key)
                 writer.add({**finding, **_published(entry, captions, params), **origin})
             progress.update()
         progress.close()
@@ -71,17 +75,14 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             raise StageError(_nothing_readable(manifest, reasons))
         index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
+        index["caption_files"] = source.caption_files
         index["profiles"] = {name: profiles[name] for name in ("converted", "not usable")}
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine")
-    for reason, count in reasons.items():
-        print(f"ingest: {count} x {reason}, first {ascii(examples[reason])[1:-1][:SHOWN_CHARACTERS]}")
-    for sentence in colours.sentences(index["profiles"], examples):
+    for sentence in [*quarantined.told(), *colours.sentences(index["profiles"], first_profiled), *source.notes]:
         print(f"ingest: {sentence}")
-    if source.unmatched_captions:
-        print(f"ingest: {source.unmatched_captions} captions name no image")
     if speed:
         print(speed)
 
