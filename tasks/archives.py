@@ -179,6 +179,57 @@ def read_members(file: Path, members: list[Member], max_bytes: int) -> Iterator[
         raise _damaged(file, error) from None
 
 
+def read_heads(file: Path, members: list[Member], size: int) -> Iterator[tuple[Member, bytes]]:
+    """The first bytes of those members, `size` at most; nothing for members that cannot be read."""
+    readable = [member for member in members if member.problem is None]
+    if not readable:
+        return
+    try:
+        if kind(file) == "zip":
+            yield from _zip_heads(file, readable, size)
+            return
+        with _tar(file) as archive:
+            yield from _tar_heads(archive, readable, size)
+    except DAMAGED as error:
+        raise _damaged(file, error) from None
+
+
+def _zip_heads(file: Path, members: list[Member], size: int) -> Iterator[tuple[Member, bytes]]:
+    with zipfile.ZipFile(file) as archive:
+        infos = archive.infolist()
+        for position, group in itertools.groupby(members, lambda member: member.position[0]):
+            inside = list(group)
+            if len(inside[0].position) > 1:
+                yield from _shard_heads(archive.open(infos[position]), inside, size)
+                continue
+            for member in inside:
+                with suppress(*DAMAGED, NotImplementedError, RuntimeError), archive.open(infos[position]) as stream:
+                    yield member, stream.read(size)
+
+
+def _tar_heads(archive: tarfile.TarFile, members: list[Member], size: int) -> Iterator[tuple[Member, bytes]]:
+    wanted: dict[int, list[Member]] = {}
+    for member in members:
+        wanted.setdefault(member.position[0], []).append(member)
+    for position, info in enumerate(archive):
+        inside = wanted.get(position, [])
+        if not inside:
+            continue
+        stream = archive.extractfile(info)
+        if len(inside[0].position) > 1:
+            yield from _shard_heads(stream, inside, size)
+        elif stream:
+            head = stream.read(size)
+            yield from ((member, head) for member in inside)
+
+
+def _shard_heads(stream: Any, members: list[Member], size: int) -> Iterator[tuple[Member, bytes]]:
+    within = [replace(member, position=member.position[1:]) for member in members]
+    with stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member, head in _tar_heads(archive, within, size):
+            yield replace(member, position=(members[0].position[0], *member.position)), head
+
+
 def _refusal(member: Member, max_bytes: int) -> Problem | None:
     if member.problem is None and member.size > max_bytes:
         return Problem("oversized", f"{member.size} bytes are over the limit of {max_bytes}")

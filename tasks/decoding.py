@@ -26,6 +26,10 @@ SUFFIXES = frozenset(
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".tga", ".ico", ".pcx", ".dds", ".qoi"}
     | {".eps", ".xcf", ".pfm", ".pam", ".jxr", ".dcm", ".fits"}
 )
+OTHER_SUFFIXES = frozenset(
+    {".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".html", ".tar"}
+)
+"""Suffixes of files that are no pictures, whatever they begin with; any other file is looked at."""
 HEAD_BYTES = 64
 """Bytes at the start of a file that tell what kind of picture it is."""
 KINDS = {

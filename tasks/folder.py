@@ -63,7 +63,8 @@ def read(file: Path, max_bytes: int) -> Source:
     Raises `StageError` where the archive is damaged, or where a table of captions fits no image.
     """
     members = archives.list_members(file)
-    images = [member.name for member in members if _suffix(member) in decoding.SUFFIXES]
+    found = _pictures_by_content(file, members)
+    images = [member.name for member in members if _suffix(member) in decoding.SUFFIXES or member.name in found]
     around = sidecars.beside(members, images)
     tables = [
         member
@@ -86,6 +87,14 @@ def read(file: Path, max_bytes: int) -> Source:
     notes += _caption_notes(captioned, said)
     count = len(inputs) + len(captioned.damaged)
     return Source(classes, count, entries, captioned.unmatched, captioned.described(), tuple(notes))
+
+
+def _pictures_by_content(file: Path, members: list[Member]) -> set[str]:
+    """Names of the members that begin as pictures do, of those whose suffix says nothing."""
+    known = decoding.SUFFIXES | decoding.OTHER_SUFFIXES
+    unknown = [member for member in members if member.size and _suffix(member) not in known]
+    heads = archives.read_heads(file, unknown, decoding.HEAD_BYTES)
+    return {member.name for member, head in heads if decoding.kind_of(head)}
 
 
 def _caption_notes(captioned: captions.Captions, said: Sidecars) -> list[str]:
