@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks import gates, params, tracking, workspace
 
@@ -80,12 +80,15 @@ def _short(value: float | str) -> str:
 
 
 def _grid(evaluation: Path) -> None:
-    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree."""
+    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree.
+
+    An image artifact would also print the address, which is the whole picture here, across its page.
+    """
     grids = (evaluation / name for name in ("grid_guided.png", "grid_unguided.png"))
     for path in [path for path in grids if path.exists()][:1]:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
-        image = f"data:image/png;base64,{data}"
-        create_image_artifact(image, key="samples", description=f"reports/evaluation/{path.name}")
+        picture = f"![samples](data:image/png;base64,{data})"
+        create_markdown_artifact(picture, key="samples", description=f"reports/evaluation/{path.name}")
 
 
 def _links(folder: Path) -> None:

@@ -21,12 +21,12 @@ def main() -> None:
         print(f"pipeline: {_choose_server()}", flush=True)
     except StageError as error:
         sys.exit(f"pipeline: error: {error}")
-    from flows.pipeline import pipeline  # after the environment is set: Prefect reads it when it is imported
+    from flows.pipeline import COMMITTED, pipeline  # after the environment is set: Prefect reads it when it is imported
 
     try:
         state = pipeline(
             workspace=arguments.workspace,
-            preset=arguments.preset,
+            preset=arguments.preset or COMMITTED,
             overrides=arguments.overrides,
             wait_seconds=arguments.wait,
             return_state=True,

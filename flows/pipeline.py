@@ -42,10 +42,13 @@ LEVELS = ((re.compile(r"[\w-]+: error: |ERROR: "), logging.ERROR), (re.compile(r
 """How a line of a stage's output begins -> the level at which it is logged; all others are INFO."""
 WRITTEN_FROM = re.compile(r"# Written by `python -m tasks\.preset ([\w-]+)")
 
+COMMITTED = "params.yaml"
+"""Stands for the committed params.yaml in the list of presets."""
+
 if TYPE_CHECKING:
     Preset = str
 else:
-    Preset = Literal[tuple(presets.names())]  # Prefect's form makes a drop-down of it
+    Preset = Literal[(COMMITTED, *presets.names())]  # Prefect's form makes a drop-down of it
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ class Place:
 
 def _run_name() -> str:
     """Name of the flow run: its preset, and when it was to start."""
-    preset = flow_run.parameters.get("preset")
-    if preset is None:
+    preset = flow_run.parameters["preset"]
+    if preset == COMMITTED:
         in_clone = flow_run.parameters.get("workspace") or deployment.name
         found = WRITTEN_FROM.match(clone.committed_params(places.root()) if in_clone else _own_params())
-        preset = found[1] if found else "params.yaml"
+        preset = found[1] if found else COMMITTED
     return f"{preset} {flow_run.scheduled_start_time:%Y-%m-%d %H:%M}"
 
 
@@ -77,7 +80,7 @@ def _own_params() -> str:
 @flow(name="afterimage", flow_run_name=_run_name)
 def pipeline(
     workspace: str | None = None,
-    preset: Preset | None = None,
+    preset: Preset = COMMITTED,
     overrides: list[str] | None = None,
     wait_seconds: float = 3600.0,
 ) -> State[Any]:
@@ -86,12 +89,12 @@ def pipeline(
     Args:
         workspace: Name of the clone to work in; it follows the commit that the work tree has checked out. Leave it
             out to use the deployment's name. A run without a deployment works in the work tree itself.
-        preset: Preset to run. Leave it out to run the committed params.yaml.
+        preset: Preset to run; `params.yaml` is the committed file.
         overrides: Parameters that differ from the preset, one `section.key=value` each, such as `train.steps=1000`.
         wait_seconds: Seconds to wait for another run in the same workspace before this one fails.
     """
     try:
-        with _place(workspace, preset, overrides or [], wait_seconds) as place:
+        with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
             return _chain(place)
     except (StageError, ParamsError) as error:
         return Failed(message=str(error))
