@@ -31,6 +31,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import artifacts, clone, repro
+from tasks import local_source
 from tasks import preset as presets
 from tasks import workspace as places
 from tasks.params import ParamsError
@@ -102,6 +103,7 @@ def pipeline(
 
 def _chain(place: Place) -> State[Any]:
     """Every stage in its order; ends with the first that fails."""
+    local_source.require_hashable(place.folder)
     stages = repro.stages(place.folder)
     table: list[dict[str, str]] = []
     for number, stage in enumerate(stages):

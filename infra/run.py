@@ -29,6 +29,9 @@ import psutil
 import yaml
 
 from flows.repro import LEASH, dvc
+from tasks import local_source
+from tasks.params import ParamsError
+from tasks.stage import StageError
 
 SAMPLE_SECONDS = 1.0
 METRICS = Path("reports/metrics.json")
@@ -120,6 +123,7 @@ def main() -> int:
     print("repro: the chain of dvc.yaml", flush=True)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
+    check_source(given)
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
     with leashed(dvc("repro", *given)) as process:
@@ -155,6 +159,17 @@ def parse_arguments() -> list[str]:
         allow_abbrev=False,
     )
     return parser.parse_known_args()[1]
+
+
+def check_source(given: list[str]) -> None:
+    """Leave with one sentence where DVC would stop with a bare error, or for ever, at a file that it has to hash."""
+    options = set(given)
+    if options & {"-s", "--single-item"} and "download" not in options:
+        return
+    try:
+        local_source.require_hashable(Path(), allow_missing=bool(options & {"--allow-missing", "--pull"}))
+    except (StageError, ParamsError) as error:
+        sys.exit(f"repro: error: {error}")
 
 
 @contextmanager

@@ -107,10 +107,13 @@ def _caption_notes(captioned: captions.Captions, said: Sidecars) -> list[str]:
     ]
     if said.several:
         first, lines = next(iter(said.several.items()))
-        wrapped = f"; {len(said.wrapped)} look like one wrapped text ({said.wrapped[0]})" if said.wrapped else ""
+        files = "caption file has" if len(said.several) == 1 else "caption files have"
+        wrapped = (
+            f", and {len(said.wrapped)} of them may be one wrapped text ({said.wrapped[0]})" if said.wrapped else ""
+        )
         notes.append(
-            f"{len(said.several)} caption files have several lines, and each line is a caption of its own ({first}: "
-            f"{lines} captions){wrapped}; write a caption that goes over several lines as one line"
+            f"{len(said.several)} {files} several lines, and each line is a caption of its own ({first}: {lines} "
+            f"captions){wrapped}; write a caption that goes over several lines as one line"
         )
     return notes
 

@@ -27,7 +27,7 @@ def require_hashable(root: Path, allow_missing: bool = False) -> None:
     params = load(root / "params.yaml")
     named = {
         "download.path": params.download.path,
-        "validate.baseline": params.validate_.baseline,
+        "validate.baseline": params.validation.baseline,
         "train.init_from": params.train.init_from,
     }
     for key, name in named.items():
@@ -94,4 +94,5 @@ def _reason(path: str) -> str | None:
         return "a link in a loop" if error.errno == errno.ELOOP else "a dead link"
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return "a pipe, a socket or a device"
-    return None if os.access(path, os.R_OK) else "a file that must not be read"
+    allowed = os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+    return None if allowed else "a file that must not be read"

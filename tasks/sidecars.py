@@ -26,6 +26,7 @@ from tasks.text_files import composed, decoded, lines, parsed
 TEXTS, OBJECTS, CLASSES = {".txt", ".caption"}, {".json"}, {".cls"}
 FOLDERS = {"caption", "captions", "text", "texts", "txt", "prompt", "prompts"}
 MAX_BYTES = 1 << 20
+_PARAGRAPHS = re.compile(r"\S[^\S\r\n]*(\r\n|\n|\r)[^\S\r\n]*(\r\n|\n|\r)\s*\S")
 _BOXES = re.compile(r"[-+.\deE]+(\s+[-+.\deE]+){4,}")
 
 
@@ -126,12 +127,12 @@ def read(files: Iterable[tuple[Member, bytes | Problem]], owners: dict[str, list
 
 
 def _note_lines(name: str, text: str, captions: list[str], found: Sidecars) -> None:
-    """Remember a text of several captions, and whether it looks like one caption: it has paragraphs, or a line goes
-    on in lower case after one that ends without a full stop."""
+    """Remember a text of several captions, and whether it looks like one caption: it has paragraphs, or a sentence
+    that begins in one line and goes on in the next."""
     found.several[name] = len(captions)
-    paragraphs = re.search(r"\S[^\S\r\n]*(\r\n|\n|\r)[^\S\r\n]*(\r\n|\n|\r)\s*\S", text) is not None
+    paragraphs = _PARAGRAPHS.search(text) is not None
     pairs = itertools.pairwise(captions)
-    if paragraphs or any(line[-1] not in ".!?" and after[0].islower() and " " in line for line, after in pairs):
+    if paragraphs or any(one[0].isupper() and one[-1] not in ".!?" and after[0].islower() for one, after in pairs):
         found.wrapped.append(name)
 
 

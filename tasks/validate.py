@@ -14,8 +14,8 @@ from tasks import atomic, decoding, duplicates, expectations, stage
 from tasks.expectations import Finding, Gate, Table
 from tasks.images import read_columns, read_index, schema, schema_of
 from tasks.params import ValidateParams
+from tasks.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.quarantine import FILE as QUARANTINE_FILE
-from tasks.quarantine import NO_IMAGE_FILE
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _tables(
         return  # the rows of such shards cannot be read
     yield Table("images", _rows(images, params), _row_gates(index, params))
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
+    if index.get("caption_files"):
+        yield Table("caption files", _caption_files(index), _caption_file_gates())
     if index["classes"]:
         yield Table("classes", _classes(counts), _class_gates(params))
     before = _baseline(Path(params.baseline))
@@ -325,10 +327,11 @@ def _caption_gates(params: ValidateParams) -> list[Gate]:
 def _label_gates(classes: list[str]) -> list[Gate]:
     return [
         Gate(
-            "labels",
+            "unlabelled",
             "ExpectColumnValuesToNotBeNull",
             {"column": "label"},
-            "images lie in no class folder; move them",
+            "images lie in no class folder (folders named train, test or val are splits); move them, or train without "
+            "labels (codec.conditioning none or text)",
         ),
         Gate(
             "labels",
@@ -340,13 +343,15 @@ def _label_gates(classes: list[str]) -> list[Gate]:
 
 
 def _inputs(images: Path, quarantine: Path) -> pd.DataFrame:
-    """One row per input that should be an image, with the reason for which it is not one."""
+    """One row per input that should be an image or captions, with the reason for which it is neither."""
     import pandas as pd
     import pyarrow.parquet as pq
 
     rows = read_columns(images, ["key"]).to_pandas()
     refused = pq.read_table(quarantine / QUARANTINE_FILE, columns=["key", "reason", "detail"]).to_pandas()
-    return pd.concat([rows, refused[refused["reason"] != NO_IMAGE_FILE]], ignore_index=True)
+    table = pd.concat([rows, refused[refused["reason"] != NO_IMAGE_FILE]], ignore_index=True)
+    table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
+    return table
 
 
 def _input_gates(params: ValidateParams) -> list[Gate]:
@@ -357,6 +362,30 @@ def _input_gates(params: ValidateParams) -> list[Gate]:
             {"column": "reason", "mostly": 1 - params.max_quarantined_fraction},
             f"more than validate.max_quarantined_fraction {params.max_quarantined_fraction} of the inputs are in "
             "quarantine; repair or remove them, or raise it",
+        ),
+        Gate(
+            "captions_read",
+            "ExpectColumnValuesToBeNull",
+            {"column": "captions_not_read"},
+            "files or lines look like captions and are not read; data/quarantine has the reasons",
+        ),
+    ]
+
+
+def _caption_files(index: dict[str, Any]) -> pd.DataFrame:
+    """One row per file of captions of many images: its name as `key`, its captions, its lines that name no image."""
+    import pandas as pd
+
+    return pd.DataFrame(index["caption_files"])
+
+
+def _caption_file_gates() -> list[Gate]:
+    return [
+        Gate(
+            "captions_read",
+            "ExpectColumnValuesToBeBetween",
+            {"column": "unmatched", "max_value": 0},
+            "files of captions have lines that name no image; correct the names or remove the lines",
         )
     ]
 
