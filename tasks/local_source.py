@@ -55,7 +55,8 @@ def _require_hashable(key: str, name: str, path: Path) -> None:
         if path.is_dir()
         else "give a folder or a file"
     )
-    raise StageError(f"DVC cannot read {len(found)} files of {key} {name} ({shown}{more}); {remedy}")
+    count = f"{len(found)} file{'s' if len(found) > 1 else ''}"
+    raise StageError(f"DVC cannot read {count} of {key} {name} ({shown}{more}); {remedy}")
 
 
 def _unhashable(path: Path) -> Iterator[tuple[str, str]]:
@@ -89,7 +90,7 @@ def _name_reason(folder: str, file: str) -> str | None:
 def _reason(path: str) -> str | None:
     """Why DVC cannot read a file; None where it can."""
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError as error:
         return "a link in a loop" if error.errno == errno.ELOOP else "a dead link"
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
