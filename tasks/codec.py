@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, stage
-from tasks.images import Samples, load_pixels, read_columns, read_index
+from tasks.images import Samples, enlarged, load_pixels, read_columns, read_index
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
 from tasks.verdict import require_accepted
@@ -57,6 +57,8 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
         "channels": image.channels,
         "classes": classes if params.conditioning != "none" else [],
     }
+    if told := enlarged(_smaller(images, image.resolution), image.resolution):
+        print(f"codec: {told}")
     quality: dict[str, float] = {}
     with atomic.writing_folder(outputs) as folder:
         if params.kind == "autoencoder" or params.conditioning == "text":
@@ -70,6 +72,14 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     form = f"{image.channels}x{image.resolution}x{image.resolution}"
     measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     print(f"codec: {params.kind} on {form}, conditioning {params.conditioning}{'; ' if measured else ''}{measured}")
+
+
+def _smaller(images: Path, resolution: int) -> int:
+    """Number of images whose shorter side is below `resolution`."""
+    import numpy as np
+
+    sides = read_columns(images, ["width", "height"])
+    return int((np.minimum(*(sides[name].to_numpy() for name in ("width", "height"))) < resolution).sum())
 
 
 def _require_labels(images: Path) -> None:

@@ -203,6 +203,11 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
     return table
 
 
+def enlarged(count: int, resolution: int) -> str:
+    """What to tell about the `count` images whose shorter side is below the resolution of the model."""
+    return f"{count} images are smaller than image.resolution {resolution} and are enlarged" if count else ""
+
+
 def schema_of(shard: Path) -> pa.Schema:
     """Columns that a shard has, which should be those of `schema`."""
     import pyarrow.parquet as pq

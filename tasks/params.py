@@ -212,7 +212,8 @@ Script = Literal[
 
 class ValidateParams(Section):
     min_images: PositiveInt
-    min_side: PositiveInt
+    min_side: PositiveInt | None = None
+    """Least shorter side of a picture; null is `image.resolution`. Smaller pictures that it allows are enlarged."""
     max_aspect_ratio: Annotated[float, Field(ge=1)]
     max_quarantined_fraction: Fraction
     min_images_per_class: Annotated[int, Field(ge=0)]

@@ -22,6 +22,8 @@ from tasks.params import ParamsError, parse
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"
+PATHS = ("download.path", "validate.baseline", "train.init_from")
+"""Parameters that are local paths."""
 HEADER = (
     "# Written by `python -m tasks.preset {command}`. Edit freely, or change one value with "
     "`dvc exp run -S section.key=value`.\n"
@@ -60,12 +62,29 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
     for part, choice in chosen.items():
         if choice not in parts()[part]:
             raise PresetError(f"there is no {part} '{choice}'; {_instead(choice, parts()[part])}")
-    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen])
+    paths = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in PATHS}
+    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen | paths])
+    for key, typed in paths.items():
+        section, field = key.split(".")
+        document[section][field] = _path(key, typed)
     path = document["download"]["path"]
-    document["download"]["path"] = str(Path(path).expanduser())
-    if not Path(document["download"]["path"]).exists():
+    if not Path(path).exists():
         raise PresetError(f"download.path '{path}' does not exist; give the path of a folder, zip or tar of images")
     return parse(document).model_dump(mode="json", by_alias=True)
+
+
+def _path(key: str, typed: str) -> str:
+    """A path as it was typed, not as YAML would read it; "~" at its start is the home folder where no file is called
+    so. Raises `PresetError` for a path that cannot be used."""
+    path = typed
+    if typed.startswith("~") and not Path(typed).exists():
+        try:
+            path = str(Path(typed).expanduser())
+        except RuntimeError:
+            raise PresetError(f"{key} '{typed}' names the home of a user whom this machine does not know") from None
+    if "${" in path:
+        raise PresetError(f"{key} '{path}' has '${{' in it, which 'dvc exp run' takes for a parameter; rename it")
+    return path
 
 
 def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, duplicates, expectations, stage
+from tasks import atomic, colours, decoding, duplicates, expectations, stage
 from tasks.expectations import Finding, Gate, Table
-from tasks.images import read_columns, read_index, schema, schema_of
-from tasks.params import ValidateParams
+from tasks.images import enlarged, read_columns, read_index, schema, schema_of
+from tasks.params import ImageParams, ValidateParams
 from tasks.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.quarantine import FILE as QUARANTINE_FILE
 from tasks.stage import StageError
@@ -27,21 +28,26 @@ NAMED_OFFENDERS = 5
 NAMED_CLASSES = 3
 
 
-def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams) -> None:
+def validate(
+    images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, image: ImageParams
+) -> None:
     """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
     """
     index = read_index(images)
+    params = params.model_copy(update={"min_side": params.min_side or image.resolution})
     print(f"validate: {index['rows']} rows, loading Great Expectations", flush=True)
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params, image.resolution)), folder, params.warn_only
         )
         atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
     failed = [finding for finding in findings if not finding.success]
+    for note in dict.fromkeys(finding.gate.note for finding in findings if finding.gate.note):
+        print(f"validate: {note}")
     for finding in failed:
         if finding.gate.check in params.warn_only:
             print(f"validate: warning: {_complaint(finding)}")
@@ -63,13 +69,24 @@ def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, para
 
 
 def _tables(
-    images: Path, quarantine: Path, index: dict[str, Any], counts: dict[str, int], params: ValidateParams
+    images: Path,
+    quarantine: Path,
+    index: dict[str, Any],
+    counts: dict[str, int],
+    params: ValidateParams,
+    resolution: int,
 ) -> Iterator[Table]:
     columns = _columns(images, index["shards"])
     yield Table("columns", columns, _column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    yield Table("images", _rows(images, params), _row_gates(index, params))
+    rows = _rows(images, params)
+    notes = {
+        "size": enlarged(int((rows["shorter_side"] < resolution).sum()), resolution),
+        "mode": "; ".join(colours.sentences(index.get("profiles", {}))),
+    }
+    gates = [replace(gate, note=notes.get(gate.check, "")) for gate in _row_gates(index, rows, params)]
+    yield Table("images", rows, gates)
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
     if index.get("caption_files"):
         yield Table("caption files", _caption_files(index), _caption_file_gates())
@@ -205,9 +222,9 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, An
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
+def _row_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
     return [
-        *_picture_gates(index, params),
+        *_picture_gates(index, rows, params),
         *_origin_gates(),
         *_twin_gates(params),
         *(_caption_gates(params) if index["caption_count"] else ()),
@@ -215,7 +232,7 @@ def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
     ]
 
 
-def _picture_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
+def _picture_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
     between, one_of = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
     matches, damaged = "ExpectColumnValuesToMatchRegex", "hashes are damaged; run 'dvc repro -f ingest'"
     return [
@@ -230,13 +247,15 @@ def _picture_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
             "size",
             between,
             {"column": "shorter_side", "min_value": params.min_side},
-            f"images are smaller than validate.min_side {params.min_side}; remove them or lower it",
+            f"images are smaller than validate.min_side {params.min_side}; remove them, or set validate.min_side to "
+            f"{rows['shorter_side'].min()} to have all of them enlarged",
         ),
         Gate(
             "aspect",
             between,
             {"column": "aspect_ratio", "max_value": params.max_aspect_ratio},
-            f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop them or raise it",
+            f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop or remove them, or set "
+            f"validate.max_aspect_ratio to {math.ceil(rows['aspect_ratio'].max())} to train on their middle",
         ),
         Gate("mode", one_of, {"column": "mode", "value_set": list(decoding.MODES)}, "modes are unknown; convert them"),
         Gate("splits", one_of, {"column": "split", "value_set": SPLITS}, "splits are unknown; use train, test and val"),
