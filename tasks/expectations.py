@@ -36,7 +36,7 @@ class Gate:
     complaint: str
     """What is wrong and what to do, for the person who sees it fail."""
     note: str = ""
-    """What a person should know also where it holds; shown in the report."""
+    """What a person should know also where it holds; `findings.json` has it."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -126,6 +127,10 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+# Words that are numbers in YAML 1.2, which reads the file, and not in 1.1, which writes it: they need quotes.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$|0o[0-7]+$"), list("-+0123456789")
+)
 
 
 def dump(document: dict[str, Any], command: str) -> str:

@@ -1,10 +1,12 @@
 """What DVC cannot hash is named before DVC starts, in one sentence."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -35,15 +37,15 @@ def linked_pipe(folder):
 
 
 def listener(folder):
-    here = os.getcwd()
-    os.chdir(folder)  # the path of a socket may have 107 characters
-    socket.socket(socket.AF_UNIX).bind("odd.png")
-    os.chdir(here)
+    with (
+        contextlib.chdir(folder),
+        socket.socket(socket.AF_UNIX) as server,
+    ):  # of a path 107 characters
+        server.bind("odd.png")
 
 
 def not_utf8(folder):
-    with open(os.fsencode(folder) + b"/odd\x83e.png", "wb") as file:
-        file.write(picture(9))
+    Path(os.fsdecode(os.fsencode(folder) + b"/odd\x83e.png")).write_bytes(picture(9))
 
 
 def hidden(folder):
@@ -116,7 +118,7 @@ def test_a_missing_source_on_another_machine_has_true_advice(tree):
         local_source.require_hashable(tree)
     local_source.require_hashable(tree, allow_missing=True)
     write_params(tree / "params.yaml", train={"init_from": "gone"})
-    with pytest.raises(StageError, match="train.init_from gone does not exist"):
+    with pytest.raises(StageError, match=r"train\.init_from gone does not exist"):
         local_source.require_hashable(tree, allow_missing=True)
 
 

@@ -259,7 +259,8 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     assert judged(files, min_side=9, resolution=12) is None
     told = "1 images are smaller than image.resolution 12 and are enlarged"
     assert f"validate: {told}" in capsys.readouterr().out
-    assert any(told in page.read_text() for page in (tmp_path / "report" / "validations").rglob("*.html"))
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
 
 
 def test_a_failure_may_be_made_a_warning(judged):
