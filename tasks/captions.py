@@ -1,133 +1,163 @@
-"""Tables of captions beside images: found, read and joined by file name."""
+"""Files of captions beside images: found, read and joined by file name.
+
+Read are CSV and its relatives (`tasks.caption_tables`), JSON lines and JSON documents (`tasks.caption_documents`).
+A file that names images or is called like captions, and is in none of the forms read here, is reported with the reason.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from tasks import decoding
+from tasks import caption_documents, caption_tables
 from tasks.archives import Member
+from tasks.caption_tables import Line, UnreadError
+from tasks.image_names import Names
 from tasks.source import Problem
 from tasks.stage import StageError
+from tasks.text_files import composed, decoded
 
-SUFFIXES = (".csv", ".tsv")
-DELIMITERS = ",\t;|"
-FILE_COLUMNS = {"file", "filename", "file_name", "image", "image_name", "image_file", "image_path", "img", "path"}
-TEXT_COLUMNS = {"caption", "captions", "text", "description", "prompt", "sentence", "comment"}
-MAX_BYTES = 1 << 30
-MAX_FIELD = 1 << 20
+TABLES, LINES, DOCUMENTS, TEXTS = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".txt",)
+OTHER_TABLES = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".pkl", ".db", ".sqlite")
+OTHER_TEXTS = (".caption", ".captions", ".text", ".prompt", ".tags", ".md", ".yaml", ".yml", ".toml")
+MAX_BYTES, MAX_DOCUMENT_BYTES = 1 << 30, 1 << 28
+_SAYS_CAPTIONS = re.compile(r"(^|[^a-z])(caption|cap|prompt)s?([^a-z]|$)")
+_SAYS_METADATA = re.compile(r"metadata|caption|prompt")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+@dataclass
+class Joined:
+    """What became of one file of captions."""
+
+    key: str
+    """Its name."""
+    captions: int = 0
+    """Captions that it has for the images."""
+    unmatched: int = 0
+    """Its lines that name no image."""
+    first_unmatched: str = ""
 
 
 @dataclass
 class Captions:
     """Captions by the path of their image."""
 
-    tables: set[str] = field(default_factory=set)
-    """Names of the files that they came from."""
+    files: list[Joined] = field(default_factory=list)
+    """The files that they came from."""
     texts: dict[str, list[str]] = field(default_factory=dict)
-    unmatched: int = 0
-    """Lines that name no image."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Files that seem to hold captions and were not read, with the reason."""
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    """Lines of files of lines that could not be read: file and number, and the reason."""
+
+    @property
+    def unmatched(self) -> int:
+        """Lines that name no image."""
+        return sum(file.unmatched for file in self.files)
 
     def of(self, image: str) -> tuple[str, ...]:
-        """Captions of an image, in the order of the tables."""
+        """Captions of an image, in the order of the files."""
         return tuple(self.texts.get(image, ()))
 
-
-def is_table(name: str) -> bool:
-    """Whether a file may hold captions, by its name."""
-    return name.lower().endswith(SUFFIXES)
-
-
-def is_damaged(text: str) -> bool:
-    """Whether a caption held bytes that are no UTF-8 text."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    def described(self) -> list[dict[str, Any]]:
+        """The files that were read, for the index."""
+        return [asdict(file) for file in self.files]
 
 
-def read(tables: Iterable[tuple[Member, bytes | Problem]], images: list[str]) -> Captions:
-    """Join every table that has a column of file names and one of captions with the paths in `images`.
+def may_hold_captions(name: str) -> bool:
+    """Whether a file may hold captions of many images, by its name."""
+    lower = name.lower()
+    return lower.endswith((*TABLES, *LINES, *DOCUMENTS)) or (lower.endswith(TEXTS) and _says_captions(lower))
 
-    A name is looked up as a path from the table's folder, from the top, and as the bare name of one image.
-    Raises `StageError` where a name fits several images, or no line of a table fits any.
+
+def _says_captions(name: str) -> bool:
+    return _SAYS_CAPTIONS.search(posixpath.basename(name).lower()) is not None
+
+
+def read(files: Iterable[tuple[Member, bytes | Problem]], images: Sequence[str]) -> Captions:
+    """Join every file that names images and their captions with the paths in `images`.
+
+    Raises `StageError` where a table is damaged, fits no image, or has a name that fits several.
     """
-    whole = set(images)
-    by_name: dict[str, list[str]] = {}
-    for path in images:
-        by_name.setdefault(posixpath.basename(path), []).append(path)
-    captions = Captions()
-    for member, content in tables:
-        if isinstance(content, Problem):
+    names, captions = Names(images), Captions()
+    for member, content in files:
+        if isinstance(content, Problem) and member.name.lower().endswith(TABLES):
             raise StageError(f"the table {member.name} cannot be read ({content.reason}, {content.detail}); repair it")
-        matched = unmatched = 0
-        for name, text in _lines(member.name, content):
-            captions.tables.add(member.name)
-            image = _find(name, member.name, whole, by_name)
-            if image is None:
-                unmatched += 1
-                continue
-            matched += 1
-            if text:
-                captions.texts.setdefault(image, []).append(text)
-        if unmatched and not matched:
-            raise StageError(
-                f"{member.name} names none of the {len(images)} images; its file names must be those of the images"
-            )
-        captions.unmatched += unmatched
+        try:
+            _join(member.name, content, names, captions)
+        except UnreadError as unread:
+            captions.unread[member.name] = str(unread)
     return captions
 
 
-def _find(name: str, table: str, whole: set[str], by_name: dict[str, list[str]]) -> str | None:
-    for path in ((PurePosixPath(table).parent / name).as_posix(), PurePosixPath(name).as_posix()):
-        if path in whole:
-            return path
-    same = by_name.get(PurePosixPath(name).name, [])
-    if len(same) > 1:
-        raise StageError(
-            f"{table} says '{name}', which may be {same[0]} or {same[1]}; write the path of the image from the table"
-        )
-    return same[0] if same else None
+def _join(file: str, content: bytes | Problem, names: Names, captions: Captions) -> None:
+    """Take the captions of one file. Raises `UnreadError` where it seems to hold some that are not read."""
+    lines = _lines_of(file, content, names)
+    if lines is None:
+        return
+    joined, damaged = Joined(file), []
+    for line in lines:
+        if not isinstance(line, Line):
+            damaged.append((f"{file}, line {line[0]}", line[1].detail))
+            continue
+        image = names.find(line.name, file)
+        if image is None:
+            joined.unmatched += 1
+            joined.first_unmatched = joined.first_unmatched or f"line {line.number}: {line.name}"
+            continue
+        joined.captions += len(line.texts)
+        captions.texts.setdefault(image, []).extend(line.texts)
+    if joined.unmatched and not joined.captions and not any(names.find(line.name, file) for line in _good(lines)):
+        sentence = f"names none of the {len(names.paths)} images; its file names must be those of the images"
+        if file.lower().endswith((*TABLES, *LINES)):
+            raise StageError(f"{file} {sentence}")
+        raise UnreadError(f"it {sentence}")
+    captions.files.append(joined)
+    captions.damaged += damaged
 
 
-def _lines(table: str, content: bytes) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of every line; nothing where the table has no such columns.
+def _good(lines: Iterable[Line | tuple[int, Problem]]) -> Iterable[Line]:
+    return (line for line in lines if isinstance(line, Line))
 
-    Bytes that are no UTF-8 become lone surrogates, which `is_damaged` tells.
-    """
-    text = content.decode("utf-8-sig", "surrogateescape")
-    first = text.split("\n", 1)[0]
-    if "\0" in first or is_damaged(first):
-        raise StageError(f"{table} is no UTF-8 text; save it as UTF-8")
-    delimiter = max(DELIMITERS, key=first.count)
-    csv.field_size_limit(MAX_FIELD)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+
+def _lines_of(file: str, content: bytes | Problem, names: Names) -> list[Line | tuple[int, Problem]] | None:
+    """What a file says, line by line; None where it has nothing to do with captions."""
+    lower = file.lower()
+    if isinstance(content, Problem):
+        raise UnreadError(f"{content.reason}, {content.detail}")
+    if lower.endswith(DOCUMENTS) and len(content) > MAX_DOCUMENT_BYTES:
+        raise UnreadError(f"{len(content)} bytes of JSON are over the limit of {MAX_DOCUMENT_BYTES}")
+    text = decoded(content)
     try:
-        header = next(rows, [])
-        columns = _columns(header)
-        if columns is None:
-            return
-        file, caption = columns
-        if _is_image(header[file]):
-            yield header[file].strip(), header[caption].strip()
-        for row in rows:
-            if row:
-                name, its = (row[column].strip() if column < len(row) else "" for column in (file, caption))
-                yield name, its
-    except csv.Error as error:
-        raise StageError(f"{table} is no readable table ({error}, line {rows.line_num}); repair it") from None
+        if lower.endswith(DOCUMENTS):
+            found: Iterable[Any] | None = caption_documents.read_document(text, names)
+        elif lower.endswith(LINES):
+            found = caption_documents.read_lines(text)
+        else:
+            found = caption_tables.read(file, text, names)
+    except ValueError as error:
+        raise UnreadError(str(error)) from None
+    if found is None and _says_captions(file):
+        raise UnreadError("it is called like captions, but names no images in a form that is known here")
+    return None if found is None else list(found)
 
 
-def _columns(header: list[str]) -> tuple[int, int] | None:
-    """Positions of the file names and of the captions; a table without a header begins with an image's name."""
-    names = [name.strip().lower() for name in header]
-    file = next((position for position, name in enumerate(names) if name in FILE_COLUMNS), None)
-    caption = next((position for position, name in enumerate(names) if name in TEXT_COLUMNS), None)
-    if file is not None and caption is not None:
-        return file, caption
-    return (0, 1) if len(header) > 1 and _is_image(header[0]) else None
+def suspicion(name: str, content: bytes | None, stems: set[str]) -> str | None:
+    """Why a file that was not read seems to hold captions, or None. `stems` are those of the images, case-folded."""
+    stem, suffix = posixpath.splitext(composed(name).casefold())
+    if suffix in OTHER_TABLES and _SAYS_METADATA.search(posixpath.basename(stem)):
+        return f"tables of captions are read as CSV, TSV or JSON, not as {suffix}"
+    if suffix not in (*TEXTS, *OTHER_TEXTS) or not (content is None or holds_words(decoded(content))):
+        return None
+    if posixpath.basename(stem) in stems:
+        return "it has the name of an image, but does not lie beside it or in a folder 'captions' beside the images"
+    return "it is called like captions, but is in no form that is known here" if _says_captions(stem) else None
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name.strip()).suffix.lower() in decoding.SUFFIXES
+def holds_words(text: str) -> bool:
+    """Whether a text is more than numbers, as the boxes of detection data sets are."""
+    return _WORD.search(text) is not None

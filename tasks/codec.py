@@ -9,13 +9,14 @@ outputs/codec/reconstructions.png    held-out images, each above what is left of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, integrity, stage
-from tasks.images import Samples, load_pixels, read_index
+from tasks.images import Samples, enlarged, load_pixels, read_columns, read_index
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
 from tasks.verdict import require_accepted
@@ -46,6 +47,8 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
             "codec.conditioning is 'label', but the images have no classes; set it to 'none', or sort the images into "
             "one folder per class"
         )
+    if params.conditioning == "label":
+        _require_labels(images)
     document: dict[str, Any] = {
         "format": FORMAT,
         "kind": params.kind,
@@ -54,6 +57,8 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
         "channels": image.channels,
         "classes": classes if params.conditioning != "none" else [],
     }
+    if told := enlarged(_smaller(images, image.resolution), image.resolution):
+        print(f"codec: {told}")
     quality: dict[str, float] = {}
     with atomic.writing_folder(outputs) as folder:
         if params.kind == "autoencoder" or params.conditioning == "text":
@@ -68,6 +73,29 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     form = f"{image.channels}x{image.resolution}x{image.resolution}"
     measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     print(f"codec: {params.kind} on {form}, conditioning {params.conditioning}{'; ' if measured else ''}{measured}")
+
+
+def _smaller(images: Path, resolution: int) -> int:
+    """Number of images whose shorter side is below `resolution`."""
+    import numpy as np
+
+    sides = read_columns(images, ["width", "height"])
+    return int((np.minimum(*(sides[name].to_numpy() for name in ("width", "height"))) < resolution).sum())
+
+
+def _require_labels(images: Path) -> None:
+    """Raise `StageError` where images have no label."""
+    rows = read_columns(images, ["key", "split", "label"]).to_pylist()
+    without = sorted((row["split"], row["key"]) for row in rows if row["label"] is None)
+    if not without:
+        return
+    of = Counter(row["split"] for row in rows)
+    parts = [f"{count} of {of[split]} in the split {split}" for split, count in Counter(s for s, _ in without).items()]
+    first = ", ".join(key for _, key in without[:3])
+    raise StageError(
+        f"codec.conditioning is 'label', but images have no class: {', '.join(parts)} ({first}); move them into class "
+        "folders (such as test/cat), remove them, or set codec.conditioning to 'none'"
+    )
 
 
 def _autoencoder(

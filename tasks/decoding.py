@@ -1,13 +1,17 @@
 """Untrusted image bytes -> pixels: what may be opened, how a picture becomes a square array, how two are compared.
 
-Pillow is only ever asked for the formats and modes listed here, and for at most `max_pixels` pixels.
+Pillow is only ever asked for the formats and modes listed here, and for at most `max_pixels` pixels. Pictures with a
+colour profile other than sRGB are converted to sRGB (`tasks.colours`).
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import re
 from typing import TYPE_CHECKING, Any
+
+from tasks import colours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,11 +19,47 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-    # Not readable here, but images all the same: they go to quarantine instead of being overlooked.
-    | {".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".raw", ".dng"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jpg_large", ".jpeg_large", ".png_large", ".jpg_orig", ".png_orig"}
+    # Pictures in formats that are not read: they go to quarantine under their kind instead of being overlooked.
+    | {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".svg", ".exr", ".hdr"}
+    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".tga", ".ico", ".pcx", ".dds", ".qoi"}
+    | {".eps", ".xcf", ".pfm", ".pam", ".jxr", ".dcm", ".fits"}
 )
+OTHER_SUFFIXES = frozenset(
+    {".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".html", ".tar"}
+)
+"""Suffixes of files that are no pictures, whatever they begin with; any other file is looked at."""
+HEAD_BYTES = 64
+"""Bytes at the start of a file that tell what kind of picture it is."""
+KINDS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "BMP": rb"BM....\0\0\0\0....[\x0c\x28\x38\x6c\x7c]\0\0\0",
+    "PPM": rb"P[1-6]\s",
+    "HEIF": rb"....ftyp(?:heic|heix|heim|heis|hevc|hevx|mif1|msf1)",
+    "AVIF": rb"....ftypavi[fs]",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+    "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "Photoshop": rb"8BPS\0[\x01\x02]",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "DDS": rb"DDS \x7c\0\0\0",
+    "QOI": rb"qoif",
+    "ICO": rb"\0\0[\x01\x02]\0[^\0]\0....[\x01\0]\0",
+    "GIMP": rb"gimp xcf ",
+    "Radiance HDR": rb"#\?(?:RADIANCE|RGBE)",
+    "SVG": rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<svg[\s>]",
+    "PostScript": rb"%!PS-Adobe-[\d.]+ EPSF|\xc5\xd0\xd3\xc6",
+    "Targa": rb".(?:\0[\x02\x03\x0a\x0b]\0{5}|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20][\0-\x3f]",
+}
+"""Kinds of pictures -> how their files begin; those that are not in `FORMATS` are recognised and not read."""
+_KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in KINDS.items()}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+CONVERT = "convert them to PNG or JPEG"
 HASH_SIDE = 32
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 TURNS = {
@@ -45,18 +85,33 @@ class UnreadableError(Exception):
 def open_image(data: bytes, max_pixels: int) -> Image:
     """Encoded bytes -> a fully decoded picture with at most `max_pixels` pixels, in one of `MODES`.
 
-    Raises `UnreadableError` with reason "zero bytes", "not an image", "too many pixels", "animated",
-    "unsupported mode" or "truncated".
+    Text in a PNG file that is too long for Pillow's limits is skipped. Raises `UnreadableError` with reason "zero
+    bytes", "not an image", "KIND is not read", "too many pixels", "animated", "unsupported mode" or "truncated".
     """
-    import PIL.Image
-
     if not data:
         raise UnreadableError("zero bytes", "the file is empty")
+    try:
+        return _opened(data, max_pixels)
+    except UnreadableError as error:
+        bare = _without_texts(data) if error.reason in ("not an image", "truncated") else data
+        if len(bare) == len(data):
+            raise
+        return _opened(bare, max_pixels)
+
+
+def _opened(data: bytes, max_pixels: int) -> Image:
+    import PIL.Image
+    import PIL.PngImagePlugin
+
     # Pillow's own limit only warns up to twice its size. Opening reads no pixels, so ours, below, comes in time.
     PIL.Image.MAX_IMAGE_PIXELS = None
+    PIL.PngImagePlugin.MAX_TEXT_CHUNK = colours.MAX_BYTES  # of texts and of colour profiles
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except PIL.UnidentifiedImageError:
+        kind = kind_of(data[:HEAD_BYTES])
+        if kind is not None and kind not in FORMATS:
+            raise UnreadableError(f"{kind} is not read", f"{kind} pictures are not read here; {CONVERT}") from None
         raise UnreadableError("not an image", "the bytes are in none of the formats read here") from None
     except Exception as error:  # a damaged header raises whatever its parser stumbles over
         raise UnreadableError("not an image", f"{type(error).__name__}: {error}") from None
@@ -77,18 +132,42 @@ def open_image(data: bytes, max_pixels: int) -> Image:
     return image
 
 
+def kind_of(head: bytes) -> str | None:
+    """The first `HEAD_BYTES` of a file -> the kind of picture, a key of `KINDS`; None where it is none of them."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.match(head)), None)
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG file without its text chunks; anything else as it is."""
+    if not data.startswith(PNG_MAGIC):
+        return data
+    kept, place = [PNG_MAGIC], len(PNG_MAGIC)
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
 def to_mode(image: Image, channels: int) -> Image:
-    """A decoded picture -> mode "L" (1 channel) or "RGB" (3): upright, 16 bits scaled to 8, transparency on white."""
+    """A decoded picture -> mode "L" (1 channel) or "RGB" (3) in sRGB: upright, 16 bits scaled to 8, transparency on
+    white."""
+    return _flat(colours.to_srgb(_upright(image)), channels)
+
+
+def _upright(image: Image) -> Image:
+    import PIL.Image
+
+    turn = TURNS.get(_orientation(image))
+    return image.transpose(PIL.Image.Transpose[turn]) if turn else image
+
+
+def _flat(image: Image, channels: int) -> Image:
     import PIL.Image
 
     mode = {1: "L", 3: "RGB"}[channels]
-    turn = TURNS.get(_orientation(image))
-    if turn:
-        image = image.transpose(PIL.Image.Transpose[turn])
-    if image.mode.startswith("I;16"):
-        import numpy as np
-
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = colours.eight_bits(image)
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
@@ -118,8 +197,8 @@ def ingested(data: bytes, pixels: int, form: tuple[int, int], channels: int) -> 
 
 
 def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
-    """A decoded picture -> uint8 [channels, height, width]: as much of its middle as has the shape of `form` (height,
-    width), resized with antialiased bilinear."""
+    """A decoded picture -> uint8 [channels, height, width] in sRGB: as much of its middle as has the shape of `form`
+    (height, width), resized with antialiased bilinear."""
     import numpy as np
     import PIL.Image
 
@@ -136,7 +215,8 @@ def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
 
 
 def thumbnail(image: Image) -> np.ndarray:
-    """A decoded picture -> uint8 [32, 32], grey, aspect ratio ignored: what `perceptual_hashes` compares."""
+    """A decoded picture -> uint8 [32, 32], grey, aspect ratio and colour profile ignored: what `perceptual_hashes`
+    compares."""
     import numpy as np
     import PIL.Image
 
@@ -144,7 +224,7 @@ def thumbnail(image: Image) -> np.ndarray:
         # Small before it is laid on white, which takes three times the memory of the picture.
         whole = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
         image = whole.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)
-    grey = to_mode(image, 1)
+    grey = _flat(_upright(image), 1)
     if grey.size != (HASH_SIDE, HASH_SIDE):
         grey = grey.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)
     return np.asarray(grey)

@@ -35,6 +35,8 @@ class Gate:
     arguments: dict[str, Any]
     complaint: str
     """What is wrong and what to do, for the person who sees it fail."""
+    note: str = ""
+    """What a person should know also where it holds; `findings.json` has it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
         suite = context.suites.add(gx.ExpectationSuite(name=table.name))
         for gate in table.gates:
             severity = "warning" if gate.check in warn_only else "critical"
-            suite.add_expectation(getattr(gx.expectations, gate.type)(**gate.arguments, severity=severity))
+            suite.add_expectation(
+                getattr(gx.expectations, gate.type)(**gate.arguments, severity=severity, notes=gate.note or None)
+            )
         definition = gx.ValidationDefinition(name=table.name, data=batches, suite=suite)
         result = context.validation_definitions.add(definition).run(
             batch_parameters={"dataframe": table.frame},

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tasks.params import ImageParams
 
 FORMAT = 2
+PICTURE = "image.bytes"
+"""Column of the encoded pictures: a struct of bytes and path, as Hugging Face `datasets` stores the feature `Image`."""
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
 IN_MEMORY_BYTES = 1 << 30
@@ -63,7 +65,7 @@ def schema() -> pa.Schema:
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
-            pa.field("image", pa.binary(), nullable=False),
+            pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
             pa.field("mode", pa.string(), nullable=False),
@@ -77,6 +79,14 @@ def schema() -> pa.Schema:
             pa.field("source", pa.string(), nullable=False),
         ]
     )
+
+
+def published_schema(classes: list[str]) -> pa.Schema:
+    """Columns of a shard with what Hugging Face `datasets` calls their features: pictures, and labels with names."""
+    features: dict[str, dict[str, Any]] = {"image": {"_type": "Image"}}
+    if classes:
+        features["label"] = {"_type": "ClassLabel", "names": classes}
+    return schema().with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,6 +110,8 @@ class Writer:
 
     folder: Path
     shards: int
+    classes: list[str] = field(default_factory=list)
+    """Names of the labels, for the metadata of the shards."""
     rows: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     captions: int = 0
@@ -109,7 +121,7 @@ class Writer:
     _content: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take one row with every column of `schema`."""
+        """Take one row with every column of `schema`; its image is the encoded bytes."""
         shard = key_hash(row["key"])[: {1: 0, 16: 1, 256: 2}[self.shards]] or "0"
         self._pending.setdefault(shard, []).append(row)
         self._bytes[shard] = self._bytes.get(shard, 0) + len(row["image"])
@@ -127,15 +139,22 @@ class Writer:
 
         if shard not in self._files:
             # Pictures are compressed already; the other columns are small and repetitive.
-            compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema().names}
+            compression = {name: "ZSTD" for name in schema().names if name != "image"}
+            compression |= {PICTURE: "NONE", "image.path": "ZSTD"}
             compression["captions.list.element"] = compression.pop("captions")
-            dictionary = ["mode", "split", "licence", "source"]
             self._files[shard] = pq.ParquetWriter(
-                self.folder / f"shard-{shard}.parquet", schema(), compression=compression, use_dictionary=dictionary
+                self.folder / f"shard-{shard}.parquet",
+                published_schema(self.classes),
+                compression=compression,
+                use_dictionary=["mode", "split", "licence", "source"],
             )
         rows = self._pending.pop(shard)
-        columns = [pa.array([row[field.name] for row in rows], field.type) for field in schema()]
-        self._files[shard].write_table(pa.table(columns, schema=schema()))
+        columns = {its.name: [row[its.name] for row in rows] for its in schema()}
+        encoded = pa.array(columns.pop("image"), pa.binary())
+        image_type = schema().field("image").type
+        image = pa.StructArray.from_arrays([encoded, pa.nulls(len(rows), pa.string())], fields=list(image_type))
+        arrays = [image if its.name == "image" else pa.array(columns[its.name], its.type) for its in schema()]
+        self._files[shard].write_table(pa.table(arrays, schema=published_schema(self.classes)))
         self._bytes[shard] = 0
 
     def close(self) -> dict[str, Any]:
@@ -177,12 +196,23 @@ def shards(images: Path) -> list[Path]:
 
 
 def read_columns(images: Path, columns: list[str]) -> pa.Table:
-    """Columns of all rows, in the order of the shards."""
+    """Columns of all rows, in the order of the shards; the column "image" as the encoded bytes alone."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    tables = [pq.read_table(shard, columns=columns) for shard in shards(images)]
-    return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
+    stored = [PICTURE if name == "image" else name for name in columns]
+    tables = [pq.read_table(shard, columns=stored) for shard in shards(images)]
+    table = pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
+    if "image" in columns:
+        place = table.schema.get_field_index("image")
+        table = table.set_column(place, "image", pc.struct_field(table["image"], "bytes"))
+    return table
+
+
+def enlarged(count: int, resolution: int) -> str:
+    """What to tell about the `count` images whose shorter side is below the resolution of the model."""
+    return f"{count} images are smaller than image.resolution {resolution} and are enlarged" if count else ""
 
 
 def schema_of(shard: Path) -> pa.Schema:
@@ -211,7 +241,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     def take(row: dict[str, Any]) -> None:
         place = position[row["key"]]
         pixels[place] = decoding.ingested(
-            row["image"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
+            row["image"]["bytes"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
         if row["label"] is not None:
             labels[place] = row["label"]
@@ -261,19 +291,19 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
         for group in range(file.num_row_groups):
             if left.isdisjoint(file.read_row_group(group, columns=["sha256"]).column(0).to_pylist()):
                 continue
-            columns = ["sha256", "image", "width", "height"]
+            columns = ["sha256", PICTURE, "width", "height"]
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     if row["sha256"] in left:
                         left.remove(row["sha256"])
-                        yield row["sha256"], row["image"], row["width"] * row["height"]
+                        yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 
 
 def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:
     """The rows of a split, some at a time."""
     import pyarrow.parquet as pq
 
-    columns = ["key", "image", "width", "height", "label", "captions", "split"]
+    columns = ["key", PICTURE, "width", "height", "label", "captions", "split"]
     for shard in shards(images):
         for batch in pq.ParquetFile(shard).iter_batches(256, columns=columns):
             yield [row for row in batch.to_pylist() if row["split"] == split]

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, integrity, picture_tables, stage
+from tasks import atomic, cifar, colours, decoding, digits, folder, integrity, picture_tables, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -37,7 +37,13 @@ Finding: TypeAlias = "dict[str, Any] | Problem"
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
-    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
+    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason.
+
+    Captions of the source `folder`: a table of file names and captions (CSV, TSV, JSON lines, JSON of COCO or kohya),
+    or a text file of the same name beside each image, or in a folder `captions` beside the images. Each line of a
+    text file is a caption of its own; write a caption that goes over several lines as one line, or into a .json file
+    as {"caption": "..."}. What looks like captions and is not read is counted, and named in the output.
+    """
     started = time.perf_counter()
     manifest = read_manifest(raw)
     integrity.require(raw, {file["name"]: file["sha256"] for file in manifest["files"]}, "download")
@@ -49,13 +55,17 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         _decoders(params) as pool,
         _no_search_for_cycles(),
     ):
-        writer, quarantined = Writer(rows, params.shards), apart.Writer(aside)
+        writer, quarantined = Writer(rows, params.shards, source.classes), apart.Writer(aside)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
         sample: list[list[bytes]] = []
+        first_profiled: dict[str, str] = {}
+        profiles: Counter[str] = Counter()
         for entry, finding in _examined(source.entries, len(source.classes), pool, params, sample):
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
             else:
+                profiles[finding["profile"]] += 1
+                first_profiled.setdefault(finding["profile"], entry.key)
                 writer.add({**finding, **_published(entry, captions, params), **origin})
             progress.update()
         progress.close()
@@ -66,12 +76,14 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             raise StageError(_nothing_readable(manifest, reasons))
         index = writer.close() | counts | origin
         index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
+        index["caption_files"] = source.caption_files
+        index["profiles"] = {name: profiles[name] for name in ("converted", "not usable")}
         atomic.write_json(rows / "index.json", index)
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
-    print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
-    if source.unmatched_captions:
-        print(f"ingest: {source.unmatched_captions} captions name no image")
+    print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine")
+    for sentence in [*quarantined.told(), *colours.sentences(index["profiles"], first_profiled), *source.notes]:
+        print(f"ingest: {sentence}")
     if speed:
         print(speed)
 
@@ -229,7 +241,8 @@ def _examine(pictures: list[bytes], max_pixels: int) -> list[Finding]:
             continue
         digest = hashlib.sha256(data).hexdigest()
         height, width = decoding.upright_size(picture)
-        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest})
+        profile = colours.profile(picture)
+        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest, "profile": profile})
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
     for found in findings:
         if not isinstance(found, Problem):

@@ -201,8 +201,8 @@ class IngestParams(Section):
 
 Check = Literal[
     "schema", "rows", "keys", "size", "aspect", "mode", "splits", "hashes", "licence", "origin", "safety",
-    "decodability", "duplicates", "leaks", "near_duplicates", "near_leaks", "labels", "class_size", "drift",
-    "captions", "caption_length", "caption_characters", "caption_script",
+    "decodability", "duplicates", "leaks", "near_duplicates", "near_leaks", "labels", "unlabelled",
+    "class_size", "drift", "captions", "captions_read", "caption_length", "caption_characters", "caption_script",
 ]  # fmt: skip
 Script = Literal[
     "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "TAMIL", "THAI",
@@ -212,7 +212,8 @@ Script = Literal[
 
 class ValidateParams(Section):
     min_images: PositiveInt
-    min_side: PositiveInt
+    min_side: PositiveInt | None = None
+    """Least shorter side of a picture; null is `image.resolution`. Smaller pictures that it allows are enlarged."""
     max_aspect_ratio: Annotated[float, Field(ge=1)]
     max_quarantined_fraction: Fraction
     min_images_per_class: Annotated[int, Field(ge=0)]
@@ -227,7 +228,8 @@ class ValidateParams(Section):
     baseline: str = "tasks/presets/accepted_digits.json"
     """A copy of the data/accepted.json of an earlier version, kept in Git: what `drift` compares with."""
     warn_only: tuple[Check, ...] = Field(
-        default=("near_duplicates", "near_leaks", "drift", "caption_script"), strict=False
+        default=("near_duplicates", "near_leaks", "unlabelled", "drift", "captions_read", "caption_script"),
+        strict=False,
     )
     """Checks that are reported and stop nothing; every other one stops the chain."""
 

@@ -7,7 +7,6 @@ there is found by the usual names, or told by `download.columns`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.source import SPLITS, Entry, Problem, Source, settle_splits
 from tasks.stage import StageError
+from tasks.text_files import parsed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,10 +137,10 @@ def _no_column(key: str, name: str, schema: pa.Schema) -> str:
 def _features(schema: pa.Schema) -> dict[str, Any]:
     """What `datasets` wrote about each column; nothing where it did not write the file."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = parsed((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: its for name, its in features.items() if isinstance(its, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: its for name, its in features.items() if isinstance(its, dict)}
 
 
 def _found(schema: pa.Schema, features: dict[str, Any], kind: str, names: tuple[str, ...], fits: Any) -> str | None:

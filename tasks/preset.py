@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from tasks.params import ParamsError, parse
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"
+PATHS = ("download.path", "validate.baseline", "train.init_from")
+"""Parameters that are local paths."""
 HEADER = (
     "# Written by `python -m tasks.preset {command}`. Edit freely, or change one value with "
     "`dvc exp run -S section.key=value`.\n"
@@ -60,12 +63,29 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
     for part, choice in chosen.items():
         if choice not in parts()[part]:
             raise PresetError(f"there is no {part} '{choice}'; {_instead(choice, parts()[part])}")
-    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen])
+    paths = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in PATHS}
+    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen | paths])
+    for key, typed in paths.items():
+        section, field = key.split(".")
+        document[section][field] = _path(key, typed)
     path = document["download"]["path"]
-    document["download"]["path"] = str(Path(path).expanduser())
-    if not Path(document["download"]["path"]).exists():
+    if not Path(path).exists():
         raise PresetError(f"download.path '{path}' does not exist; give the path of a folder, zip or tar of images")
     return parse(document).model_dump(mode="json", by_alias=True)
+
+
+def _path(key: str, typed: str) -> str:
+    """A path as it was typed, not as YAML would read it; "~" at its start is the home folder where no file is called
+    so. Raises `PresetError` for a path that cannot be used."""
+    path = typed
+    if typed.startswith("~") and not Path(typed).exists():
+        try:
+            path = str(Path(typed).expanduser())
+        except RuntimeError:
+            raise PresetError(f"{key} '{typed}' names the home of a user whom this machine does not know") from None
+    if "${" in path:
+        raise PresetError(f"{key} '{path}' has '${{' in it, which 'dvc exp run' takes for a parameter; rename it")
+    return path
 
 
 def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str, Any]:
@@ -107,6 +127,10 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+# Words that are numbers in YAML 1.2, which reads the file, and not in 1.1, which writes it: they need quotes.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$|0o[0-7]+$"), list("-+0123456789")
+)
 
 
 def dump(document: dict[str, Any], command: str) -> str:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 FILE = "quarantine.parquet"
 NO_IMAGE_FILE = "no image file"
 """Reason of files beside the pictures, such as a licence text: set aside, and no fault of the data."""
+CAPTIONS_NOT_READ = "captions not read"
+"""Reason of files that seem to hold captions, in a form or a place that is not read."""
 KEPT_BYTES = 1 << 20
 BATCH_ROWS = 256
+MAX_SHOWN = 300
 
 
 def schema() -> pa.Schema:
@@ -45,6 +48,8 @@ class Writer:
 
     folder: Path
     reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    """For each reason the first input that has it, with the detail."""
     _pending: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,6 +59,7 @@ class Writer:
 
     def add(self, entry: Entry, problem: Problem) -> None:
         self.reasons[problem.reason] += 1
+        self.first.setdefault(problem.reason, _shown(f"{entry.key}: {problem.detail}"))
         data = entry.data
         self._pending.append(
             {
@@ -69,6 +75,10 @@ class Writer:
         if len(self._pending) >= BATCH_ROWS:
             self._flush()
 
+    def told(self) -> list[str]:
+        """One sentence for each reason: how many inputs, and the first one."""
+        return [_sentence(reason, count, self.first[reason]) for reason, count in sorted(self.reasons.items())]
+
     def _flush(self) -> None:
         import pyarrow as pa
 
@@ -80,3 +90,15 @@ class Writer:
         self._flush()
         self._file.close()
         return dict(sorted(self.reasons.items()))
+
+
+def _sentence(reason: str, count: int, first: str) -> str:
+    if reason == CAPTIONS_NOT_READ:
+        looks = "file or line looks like captions and is" if count == 1 else "files or lines look like captions and are"
+        return f"{count} {looks} not read ({first})"
+    return f"{count} x {reason} ({first})"
+
+
+def _shown(text: str) -> str:
+    """A text of others as it may stand in a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:MAX_SHOWN]

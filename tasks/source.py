@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class Source:
     entries: Iterator[Entry]
     unmatched_captions: int = 0
     """Captions that name no image."""
+    caption_files: list[dict[str, Any]] = field(default_factory=list)
+    """Files of captions of many images: `key`, number of `captions`, of `unmatched` lines, and `first_unmatched`."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the source was read, one sentence each."""
 
 
 def sha256_of(path: Path) -> str:

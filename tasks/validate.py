@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, duplicates, expectations, stage
+from tasks import atomic, colours, decoding, duplicates, expectations, stage
 from tasks.expectations import Finding, Gate, Table
-from tasks.images import read_columns, read_index, schema, schema_of
-from tasks.params import ValidateParams
+from tasks.images import enlarged, read_columns, read_index, schema, schema_of
+from tasks.params import ImageParams, ValidateParams
+from tasks.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.quarantine import FILE as QUARANTINE_FILE
-from tasks.quarantine import NO_IMAGE_FILE
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -27,21 +28,26 @@ NAMED_OFFENDERS = 5
 NAMED_CLASSES = 3
 
 
-def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams) -> None:
+def validate(
+    images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, image: ImageParams
+) -> None:
     """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
     """
     index = read_index(images)
+    params = params.model_copy(update={"min_side": params.min_side or image.resolution})
     print(f"validate: {index['rows']} rows, loading Great Expectations", flush=True)
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params, image.resolution)), folder, params.warn_only
         )
         atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
     failed = [finding for finding in findings if not finding.success]
+    for note in dict.fromkeys(finding.gate.note for finding in findings if finding.gate.note):
+        print(f"validate: {note}")
     for finding in failed:
         if finding.gate.check in params.warn_only:
             print(f"validate: warning: {_complaint(finding)}")
@@ -63,14 +69,27 @@ def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, para
 
 
 def _tables(
-    images: Path, quarantine: Path, index: dict[str, Any], counts: dict[str, int], params: ValidateParams
+    images: Path,
+    quarantine: Path,
+    index: dict[str, Any],
+    counts: dict[str, int],
+    params: ValidateParams,
+    resolution: int,
 ) -> Iterator[Table]:
     columns = _columns(images, index["shards"])
     yield Table("columns", columns, _column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    yield Table("images", _rows(images, params), _row_gates(index, params))
+    rows = _rows(images, params)
+    notes = {
+        "size": enlarged(int((rows["shorter_side"] < resolution).sum()), resolution),
+        "mode": "; ".join(colours.sentences(index.get("profiles", {}))),
+    }
+    gates = [replace(gate, note=notes.get(gate.check, "")) for gate in _row_gates(index, rows, params)]
+    yield Table("images", rows, gates)
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
+    if index.get("caption_files"):
+        yield Table("caption files", _caption_files(index), _caption_file_gates())
     if index["classes"]:
         yield Table("classes", _classes(counts), _class_gates(params))
     before = _baseline(Path(params.baseline))
@@ -203,9 +222,9 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, An
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
+def _row_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
     return [
-        *_picture_gates(index, params),
+        *_picture_gates(index, rows, params),
         *_origin_gates(),
         *_twin_gates(params),
         *(_caption_gates(params) if index["caption_count"] else ()),
@@ -213,7 +232,7 @@ def _row_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
     ]
 
 
-def _picture_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
+def _picture_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
     between, one_of = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
     matches, damaged = "ExpectColumnValuesToMatchRegex", "hashes are damaged; run 'dvc repro -f ingest'"
     return [
@@ -228,13 +247,15 @@ def _picture_gates(index: dict[str, Any], params: ValidateParams) -> list[Gate]:
             "size",
             between,
             {"column": "shorter_side", "min_value": params.min_side},
-            f"images are smaller than validate.min_side {params.min_side}; remove them or lower it",
+            f"images are smaller than validate.min_side {params.min_side}; remove them, or set validate.min_side to "
+            f"{rows['shorter_side'].min()} to have all of them enlarged",
         ),
         Gate(
             "aspect",
             between,
             {"column": "aspect_ratio", "max_value": params.max_aspect_ratio},
-            f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop them or raise it",
+            f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop or remove them, or set "
+            f"validate.max_aspect_ratio to {math.ceil(rows['aspect_ratio'].max())} to train on their middle",
         ),
         Gate("mode", one_of, {"column": "mode", "value_set": list(decoding.MODES)}, "modes are unknown; convert them"),
         Gate("splits", one_of, {"column": "split", "value_set": SPLITS}, "splits are unknown; use train, test and val"),
@@ -325,10 +346,11 @@ def _caption_gates(params: ValidateParams) -> list[Gate]:
 def _label_gates(classes: list[str]) -> list[Gate]:
     return [
         Gate(
-            "labels",
+            "unlabelled",
             "ExpectColumnValuesToNotBeNull",
             {"column": "label"},
-            "images lie in no class folder; move them",
+            "images lie in no class folder (folders named train, test or val are splits); move them, or train without "
+            "labels (codec.conditioning none or text)",
         ),
         Gate(
             "labels",
@@ -340,13 +362,15 @@ def _label_gates(classes: list[str]) -> list[Gate]:
 
 
 def _inputs(images: Path, quarantine: Path) -> pd.DataFrame:
-    """One row per input that should be an image, with the reason for which it is not one."""
+    """One row per input that should be an image or captions, with the reason for which it is neither."""
     import pandas as pd
     import pyarrow.parquet as pq
 
     rows = read_columns(images, ["key"]).to_pandas()
     refused = pq.read_table(quarantine / QUARANTINE_FILE, columns=["key", "reason", "detail"]).to_pandas()
-    return pd.concat([rows, refused[refused["reason"] != NO_IMAGE_FILE]], ignore_index=True)
+    table = pd.concat([rows, refused[refused["reason"] != NO_IMAGE_FILE]], ignore_index=True)
+    table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
+    return table
 
 
 def _input_gates(params: ValidateParams) -> list[Gate]:
@@ -357,6 +381,30 @@ def _input_gates(params: ValidateParams) -> list[Gate]:
             {"column": "reason", "mostly": 1 - params.max_quarantined_fraction},
             f"more than validate.max_quarantined_fraction {params.max_quarantined_fraction} of the inputs are in "
             "quarantine; repair or remove them, or raise it",
+        ),
+        Gate(
+            "captions_read",
+            "ExpectColumnValuesToBeNull",
+            {"column": "captions_not_read"},
+            "files or lines look like captions and are not read; data/quarantine has the reasons",
+        ),
+    ]
+
+
+def _caption_files(index: dict[str, Any]) -> pd.DataFrame:
+    """One row per file of captions of many images: its name as `key`, its captions, its lines that name no image."""
+    import pandas as pd
+
+    return pd.DataFrame(index["caption_files"])
+
+
+def _caption_file_gates() -> list[Gate]:
+    return [
+        Gate(
+            "captions_read",
+            "ExpectColumnValuesToBeBetween",
+            {"column": "unmatched", "max_value": 0},
+            "files of captions have lines that name no image; correct the names or remove the lines",
         )
     ]
 

@@ -13,12 +13,20 @@ if TYPE_CHECKING:
 
 SLICE = 1 << 16
 """Texts looked at together; bounds the memory."""
+WHITE_SPACE = "\t\n\v\f\r\x85"
+"""The control codes that Unicode counts as white space (property White_Space)."""
 NEUTRAL, EXPECTED, FOREIGN, CONTROL, UNKNOWN = range(5)
 
 
 def is_control(character: str) -> bool:
-    """Whether a character is no text: control codes but tab and line ends, surrogates, unassigned code points."""
-    return character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs", "Cn")
+    """Whether a character is no text: a control code that is no white space, a surrogate or a noncharacter.
+
+    A code point that this Python does not know is text: newer versions of Unicode have assigned it, to an emoji say.
+    """
+    category = unicodedata.category(character)
+    if category == "Cn":
+        return ord(character) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(character) <= 0xFDEF
+    return category in ("Cc", "Cs") and character not in WHITE_SPACE
 
 
 class Reader:

@@ -306,7 +306,7 @@ def check_the_whole(site, tmp_path, params):
     index = images.read_index(tmp_path / "images")
     assert (index["rows"], index["quarantined"], index["source"]) == (31, {}, "laion")
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "images" / "shard-0.parquet").to_pylist()}
-    assert rows["000000007"]["image"] == site.files["/7.jpg"]
+    assert rows["000000007"]["image"]["bytes"] == site.files["/7.jpg"]
     assert (rows["000000007"]["captions"], rows["000000007"]["safety"]) == (["picture 7"], "safe")
     assert not any(path.startswith("/latest") for path, _ in site.requests)
     assert not (tmp_path / "scratch" / "laion").exists()

@@ -23,6 +23,7 @@ def taken(tmp_path):
         ingest(raw, out, aside, ingest_params(**others))
         index = images.read_index(out)
         rows = [row for shard in index["shards"] for row in pq.read_table(out / shard).to_pylist()]
+        rows = [row | {"image": row["image"]["bytes"]} for row in rows]
         refused = pq.read_table(aside / "quarantine.parquet").to_pylist()
         assert index["inputs"] == len(rows) + len(refused)
         return index, {row["key"]: row for row in rows}, {row["key"]: row["reason"] for row in refused}

@@ -123,6 +123,18 @@ def test_every_source_of_the_hub_is_valid(source):
     assert document["download"]["source"] in ("hub", "laion")
 
 
+@pytest.mark.parametrize(
+    "name", ["pics #1", "pics ", " pics", "a\tb", "2023", "null", "a: b", "~x", "[1]", "'quoted'", "1e3", "no", "a=b"]
+)
+def test_a_path_is_taken_as_it_was_typed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for path in (name, str(tmp_path / name)):
+        document = preset.compose("folder", [f"download.path={path}"])
+        Path("params.yaml").write_text(preset.dump(document, "folder"))
+        assert params.load(Path("params.yaml")).download.path == path
+
+
 def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
     (tmp_path / "my pictures (1)").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -144,6 +156,8 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["hub"], "set download.hub.repo"),
         (["digits_ddpm", "evaluate.guidance_scale=2.0"], "guidance needs a condition"),
         (["folder"], "set either download.path"),
+        (["folder", "download.path=~nobody-of-that-name/x"], "a user whom this machine does not know"),
+        (["folder", "download.path=/d/${y}"], "'dvc exp run' takes for a parameter"),
         (["folder", "download.path=/nowhere/at/all"], "download.path '/nowhere/at/all' does not exist"),
         (["digits", "image.resolution=18"], "image.resolution 18 cannot be halved 2 times"),
     ],

@@ -22,7 +22,7 @@ from tasks import integrity, quarantine
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
-from tasks.params import ValidateParams
+from tasks.params import ImageParams, ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
 from tests.data_inputs import (
@@ -76,7 +76,7 @@ def rewrite(images, change):
 def judged(tmp_path):
     """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
 
-    def call(files, licence="mine", change=None, **limits):
+    def call(files, licence="mine", change=None, resolution=8, **limits):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
         ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
@@ -85,7 +85,7 @@ def judged(tmp_path):
         (tmp_path / "accepted.json").unlink(missing_ok=True)
         try:
             paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
-            validate(*paths, gates(**limits))
+            validate(*paths, gates(**limits), ImageParams(resolution=resolution, channels=3))
         except StageError as error:
             return str(error)
         return None
@@ -250,6 +250,19 @@ def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case)
     assert {finding["severity"] for finding in findings} == {"warning", "failure"}
 
 
+def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, capsys):
+    """The least side is the resolution unless the parameter allows less; then the number of enlarged ones is said."""
+    files = CLASSED | {"train/cat/x.png": picture(900, (9, 9))}
+    said = judged(files, min_side=None, resolution=12)
+    assert "smaller than validate.min_side 12; remove them, or set validate.min_side to 9" in said
+    assert "train/cat/x.png" in said
+    assert judged(files, min_side=9, resolution=12) is None
+    told = "1 images are smaller than image.resolution 12 and are enlarged"
+    assert f"validate: {told}" in capsys.readouterr().out
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
+
+
 def test_a_failure_may_be_made_a_warning(judged):
     assert "min_side" in judged(CLASSED, min_side=100)
     assert judged(CLASSED, min_side=100, warn_only=["size"]) is None
@@ -363,7 +376,7 @@ def write_metadata(root, count):
         ids = range(number * each, (number + 1) * each)
         columns = {
             "key": [f"images/{i:08d}.jpg" for i in ids],
-            "image": [b"x"] * each,
+            "image": [{"bytes": b"x", "path": None}] * each,
             "width": random.integers(256, 512, each),
             "height": random.integers(256, 512, each),
             "mode": ["RGB"] * each,
