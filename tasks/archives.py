@@ -178,7 +178,7 @@ def _zip_list(file: Path) -> Iterator[Listed]:
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """The name of a member: UTF-8 where it is valid UTF-8, also without the flag that says so, as macOS writes it."""
-    if info.flag_bits & UTF8_NAME:
+    if info.flag_bits & UTF8_NAME or info.filename.isascii():
         return info.filename
     try:
         return info.filename.encode("cp437").decode("utf-8")

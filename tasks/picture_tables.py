@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 LABEL_NAMES = ("label", "labels", "class")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
+CAPTION_WORDS = {*CAPTION_NAMES, "texts", "prompts", "description", "descriptions", "sentence", "sentences"}
+"""Words in the names of columns that may be captions, too, such as "caption_en"."""
 MAX_CLASSES = 100_000
 """Numbers up to which a column of labels that nobody named is taken for one."""
 ELEMENT = re.compile(r"(?P<column>.+)\[(?P<place>\d+)\]")
@@ -69,7 +71,18 @@ def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Sou
         for name, file in sorted(tables.items())
         for entry in _entries(file, name, columns, settled[splits[name]], max_bytes)
     )
-    return Source(columns.classes, count_rows(files), entries)
+    notes = () if wanted.get("captions") else tuple(_notes(_open(files[0]).schema_arrow, columns))
+    return Source(columns.classes, count_rows(files), entries, notes=notes)
+
+
+def _notes(schema: pa.Schema, columns: Columns) -> list[str]:
+    """What a person should know about columns that seem to hold captions and are not read."""
+    read = {*columns.captions, columns.image, columns.label, columns.key, columns.safety}
+    left = [name for name in schema.names if name not in read and _is_caption(schema.field(name))]
+    alike = [name for name in left if CAPTION_WORDS & set(re.split(r"[^a-z]+", name.lower()))]
+    if not alike:
+        return []
+    return [f"columns that look like captions and are not read: {', '.join(alike)}; see download.columns.captions"]
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -168,7 +181,8 @@ def _is_label(field: pa.Field) -> bool:
 def _is_caption(field: pa.Field) -> bool:
     import pyarrow as pa
 
-    kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+    listed = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
+    kind = field.type.value_type if listed else field.type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 

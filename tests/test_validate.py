@@ -155,7 +155,7 @@ CASES = {
         "min_images_per_class",
         "fox",
     ),
-    "no class": (CLASSED | {"train/x.png": picture(900)}, {}, "no class folder", "train/x.png"),
+    "no class": (CLASSED | {"train/x.png": picture(900)}, {"warn_only": []}, "no class folder", "train/x.png"),
     "repeats": (
         CLASSED | {f"train/cat/copy{seed}.png": picture(0) for seed in range(9)},
         {},
@@ -204,7 +204,7 @@ CASES = {
     ),
     "labels that are NaN": (
         CLASSED,
-        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"])},
+        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"]), "warn_only": []},
         "no class folder",
         "train/owl/3.png",
     ),
@@ -220,6 +220,24 @@ CASES = {
         {"change": ("phash", lambda row: "0" if row["key"] == "train/owl/3.png" else row["phash"])},
         "hashes are damaged",
         "train/owl/3.png",
+    ),
+    "captions not read": (
+        with_captions(every_caption("a thing")) | {"more.csv": b"image,words\ntrain/cat/3.png,a cat\n"},
+        {"warn_only": []},
+        "look like captions and are not read",
+        "more.csv",
+    ),
+    "a lost line": (
+        with_captions(every_caption("a thing") + "\nlost.png,gone"),
+        {"warn_only": []},
+        "lines that name no image",
+        "captions.csv",
+    ),
+    "many files of captions not read": (
+        CLASSED | {f"words/{seed}.md": b"a cat" for seed in range(8)},
+        {},
+        "max_quarantined_fraction 0.02",
+        "words/0.md",
     ),
     "no test split": ({"one.png": picture(1)}, {"min_images": 1}, "a split is empty", None),
 }
@@ -237,7 +255,9 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert (tmp_path / "report" / "index.html").is_file()
 
 
-@pytest.mark.parametrize("case", ["near repeats", "near leaks", "another script"])
+@pytest.mark.parametrize(
+    "case", ["near repeats", "near leaks", "another script", "no class", "captions not read", "a lost line"]
+)
 def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case):
     files, _, complaint, offender = CASES[case]
     assert judged(files) is None
