@@ -162,7 +162,7 @@ def _lines(table: str, body: str, first: int, layout: Layout, names: Names) -> I
         for number, row in enumerate(rows):
             begins, before = before + 1, first + rows.line_num
             _require_whole(table, row, begins, layout, names)
-            if row and not (layout.has_header and number == 0):
+            if any(row) and not (layout.has_header and number == 0):
                 cells = [cell.strip() for cell in row] + [""] * layout.width
                 texts = tuple(cells[position] for position in layout.captions if cells[position])
                 yield Line(begins, cells[layout.file], texts)

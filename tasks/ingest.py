@@ -76,7 +76,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine {reasons or ''}")
-    for sentence in [*quarantined.told(), *source.notes]:
+    for sentence in [*quarantined.told(), *map(apart.shown, source.notes)]:
         print(f"ingest: {sentence}")
     if speed:
         print(speed)

@@ -4,9 +4,11 @@ import json
 import unicodedata
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tasks import archives, folder, ingest
+from tasks import archives, folder, ingest, picture_tables
 from tasks.ingest import _problem
 from tasks.stage import StageError
 from tests.data_inputs import picture, write_tree, write_zip
@@ -97,6 +99,20 @@ def test_every_common_form_is_read(read, form, where):
     assert source.notes == (f"4 captions from {name}",)
 
 
+def test_a_name_that_is_no_text_names_no_image(read):
+    lines = b"image,caption\nx0.png,a dog\ncaf\xe9.png,a cup\n\n,\n"
+    source, rows, refused = read(PICTURES | {"c.csv": lines})
+    assert (rows["x0.png"], refused, source.unmatched_captions) == (["a dog"], {}, 1)
+    assert source.caption_files[0]["first_unmatched"] == "line 3: caf%udce9.png"
+
+
+def test_a_path_of_another_machine_tells_two_images_of_one_name_apart(read):
+    files = {"a/1.png": picture(1), "b/1.png": picture(2)}
+    lines = "image,caption\nC:\\set\\a\\1.png,one\n/home/set/b/1.png,two\n"
+    _, rows, _ = read(files | {"c.csv": lines.encode()})
+    assert rows == {"a/1.png": ["one"], "b/1.png": ["two"]}
+
+
 def test_the_delimiter_is_the_one_by_which_there_are_columns(read):
     """More semicolons than commas in the first line, and yet a table of commas."""
     lines = "".join(f"{name},a dog; brown; big {number}\n" for number, name in enumerate(TEXT))
@@ -156,6 +172,7 @@ NOT_READ = {
     "a nested file beside an image": ("x0.json", '{"caption":' * 90_000, "nested deeper than 64 levels"),
     "a damaged file beside an image": ("x0.json", "{broken", "Expecting property name"),
     "a key beside an image": ("x0.json", '{"caption_en": "a dog"}', "no key is called caption"),
+    "a text of no image": ("captions/y0.txt", "a dog", "no image has its name"),
     "an oversized text": ("x0.txt", "a" * 2_000_000, "over the limit"),
 }
 
@@ -283,6 +300,27 @@ def test_captions_of_several_lines_are_said_once(read):
     assert "1 of them may be one wrapped text (x0.txt)" in note
     help_text = " ".join((ingest.ingest.__doc__ or "").split())
     assert "Each line of a text file is a caption of its own" in help_text
+
+
+def table_of(tmp_path, metadata=None, **columns):
+    values = {"image": [picture(1)], **{name: [text] for name, text in columns.items()}}
+    schema = pa.schema([(name, pa.binary() if name == "image" else pa.string()) for name in values], metadata)
+    pq.write_table(pa.table(values, schema), tmp_path / "0.parquet")
+    return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20)
+
+
+def test_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
+    source = table_of(tmp_path, caption="a dog", caption_en="a dog", url="x")
+    assert source.notes == (
+        "columns that look like captions and are not read: caption_en; see download.columns.captions",
+    )
+    assert table_of(tmp_path, caption="a dog", url="x").notes == ()
+
+
+@pytest.mark.parametrize("said", [b"[" * 100_000, b'{"info":' * 100_000, b"[]", b'{"info": {"features": 3}}'])
+def test_metadata_of_a_hub_table_that_cannot_be_read_says_nothing(tmp_path, said):
+    source = table_of(tmp_path, {b"huggingface": said}, caption="a dog")
+    assert [entry.captions for entry in source.entries] == [("a dog",)]
 
 
 def places(*folders):

@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 from tasks import quarantine
+from tasks.codec import codec
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
-from tasks.params import ValidateParams
+from tasks.params import CodecParams, ImageParams, ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
 from tests.data_inputs import (
@@ -268,6 +269,36 @@ def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case)
     (failed,) = [finding for finding in findings if not finding["success"]]
     assert (failed["severity"], failed["offenders"][0]) == ("warning", offender)
     assert {finding["severity"] for finding in findings} == {"warning", "failure"}
+
+
+KAGGLE = {
+    f"{folder}/{seed}.png": picture(seed + 100 * position)
+    for position, folder in enumerate(["train/cat", "train/dog", "test"])
+    for seed in range(8)
+}
+
+
+def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, judged, capsys):
+    """The layout of a Kaggle competition: labelled training images, a flat folder of test images."""
+    assert judged(KAGGLE) is None
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
+    assert "no class folder" in warning and "(test/0.png, test/1.png" in warning
+    where, image = [tmp_path / name for name in ("images", "accepted.json", "codec")], ImageParams(size=8, channels=3)
+    codec(*where, CodecParams(kind="identity", conditioning="none"), image)
+    with pytest.raises(StageError, match=r"no class: 8 of 8 in the split test \(test/0\.png"):
+        codec(*where, CodecParams(kind="identity", conditioning="label"), image)
+
+
+def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged, capsys):
+    folders = CLASSED | {f"words/{seed}.txt": b"a cat" for seed in range(3)}
+    assert judged(folders, max_quarantined_fraction=0.1) is None
+    told = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in told if line.startswith("ingest: 3 files or lines look like captions")]
+    assert "are not read (words/0.txt: it has the name of an image" in line
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    (failed,) = [finding for finding in findings if not finding["success"]]
+    assert (failed["unexpected"], failed["offenders"][0]) == (3, "words/0.txt")
+    assert any("does not lie beside it" in page.read_text() for page in (tmp_path / "report").rglob("*.html"))
 
 
 def test_a_failure_may_be_made_a_warning(judged):
