@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.source import SPLITS, Entry, Problem, Source, settle_splits
 from tasks.stage import StageError
-from tasks.text_files import parsed
+from tasks.text_files import is_damaged, parsed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,8 +181,7 @@ def _is_label(field: pa.Field) -> bool:
 def _is_caption(field: pa.Field) -> bool:
     import pyarrow as pa
 
-    listed = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
-    kind = field.type.value_type if listed else field.type
+    kind = field.type.value_type if _is_listed(field.type) else field.type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
@@ -210,8 +209,8 @@ def _labels_of(file: Path, label: str, place: int | None) -> list[Any]:
 
     column = _open(file).read([label])[label]
     if place is None:
-        return pc.unique(column).to_pylist()
-    return list({_element(value, place) for value in column.to_pylist()})
+        return _values(pc.unique(column))
+    return list({_element(value, place) for value in _values(column)})
 
 
 def _element(value: Any, place: int | None) -> Any:
@@ -238,10 +237,42 @@ def _entries(file: Path, name: str, columns: Columns, split: str | None, max_byt
     read = list(dict.fromkeys([*single, *columns.captions]))
     stem, row = PurePosixPath(name).with_suffix(""), 0
     for batch in _open(file).iter_batches(BATCH_ROWS, columns=read):
-        for values in batch.to_pylist():
+        for values in _records(batch):
             key = values[columns.key] if columns.key else f"{stem}/{row:07d}"
             yield _entry(key, values, columns, labels, split, max_bytes)
             row += 1
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows of a batch; bytes of texts that are no UTF-8 become lone surrogates."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = map(_values, batch.columns)
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        kind = pa.list_(pa.binary()) if _is_listed(column.type) else pa.binary()
+        return [_escaped(value) for value in column.cast(kind).to_pylist()]
+
+
+def _is_listed(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _escaped(value: Any) -> Any:
+    """A text from its bytes, or texts from a list of them."""
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _entry(
@@ -257,6 +288,8 @@ def _entry(
     elif size > max_bytes:
         problem, data = Problem("oversized", f"{size} bytes are over the limit of {max_bytes}"), None
     captions = [text for column in columns.captions for text in _texts(values[column])]
+    if any(map(is_damaged, captions)):
+        problem = problem or Problem("caption not UTF-8", "a caption of this image is no UTF-8 text")
     safety = values[columns.safety] if columns.safety else None
     return Entry(key, data, size, label, tuple(captions), split, problem, safety)
 

@@ -323,6 +323,18 @@ def test_metadata_of_a_hub_table_that_cannot_be_read_says_nothing(tmp_path, said
     assert [entry.captions for entry in source.entries] == [("a dog",)]
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_captions_of_a_hub_table_that_cannot_be_decoded(tmp_path, listed):
+    """Nothing in a Parquet file makes its texts UTF-8."""
+    texts = [[text] if listed else text for text in (b"caf\xe9", "café".encode(), b"a dog")]
+    kind = (pa.list_ if listed else lambda its: its)(pa.binary())
+    captions = pa.array(texts, kind).view((pa.list_ if listed else lambda its: its)(pa.string()))
+    pq.write_table(pa.table({"image": [picture(1)] * 3, "caption": captions}), tmp_path / "0.parquet")
+    entries = list(picture_tables.read({"0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20).entries)
+    assert [entry.problem.reason if entry.problem else None for entry in entries] == ["caption not UTF-8", None, None]
+    assert [entry.captions for entry in entries[1:]] == [("café",), ("a dog",)]
+
+
 def places(*folders):
     return {f"{name}/{number}.png": picture(number) for name in folders for number in range(2)}
 
