@@ -88,21 +88,24 @@ def _layout(table: str, body: str, stated: str | None, names: Names) -> Layout |
     beginning = body[:SAMPLE_CHARACTERS]
     title = re.split("[\r\n]", beginning, maxsplit=1)[0]
     preferred = sorted(DELIMITERS, key=title.count, reverse=True)
+    found: list[tuple[int, Layout]] = []
     reason = None
     for delimiter in [stated] if stated else preferred:
         try:
-            sample = list(itertools.islice(_reader(beginning, delimiter), SAMPLE_LINES))
-            layout = _layout_of([row for row in sample if row], delimiter, names)
+            sample = [row for row in itertools.islice(_reader(beginning, delimiter), SAMPLE_LINES) if row]
+            cut_off = len(body) > SAMPLE_CHARACTERS and 1 < len(sample) < SAMPLE_LINES
+            layout = _layout_of(sample[:-1] if cut_off else sample, delimiter, names)
         except csv.Error as error:
             raise StageError(f"{table} is no readable table ({error}; is a quote not closed?); repair it") from None
         except UnreadError as unread:
             reason = reason or unread
             continue
         if layout:
-            return layout
-    if reason:
+            known = sum(layout.file < len(row) and names.knows(row[layout.file]) for row in sample)
+            found.append((known, layout))
+    if reason and not found:
         raise reason
-    return None
+    return max(found, key=lambda each: each[0])[1] if found else None
 
 
 def _layout_of(rows: list[list[str]], delimiter: str, names: Names) -> Layout | None:
@@ -159,7 +162,7 @@ def _lines(table: str, body: str, first: int, layout: Layout, names: Names) -> I
         for number, row in enumerate(rows):
             begins, before = before + 1, first + rows.line_num
             _require_whole(table, row, begins, layout, names)
-            if row and not (layout.has_header and number == 0):
+            if any(row) and not (layout.has_header and number == 0):
                 cells = [cell.strip() for cell in row] + [""] * layout.width
                 texts = tuple(cells[position] for position in layout.captions if cells[position])
                 yield Line(begins, cells[layout.file], texts)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tasks import caption_documents, caption_tables
+from tasks import archives, caption_documents, caption_tables
 from tasks.archives import Member
 from tasks.caption_tables import Line, UnreadError
 from tasks.image_names import Names
@@ -107,7 +107,7 @@ def _join(file: str, content: bytes | Problem, names: Names, captions: Captions)
         image = names.find(line.name, file)
         if image is None:
             joined.unmatched += 1
-            joined.first_unmatched = joined.first_unmatched or f"line {line.number}: {line.name}"
+            joined.first_unmatched = joined.first_unmatched or f"line {line.number}: {archives.text(line.name)}"
             continue
         joined.captions += len(line.texts)
         captions.texts.setdefault(image, []).extend(line.texts)
@@ -155,6 +155,8 @@ def suspicion(name: str, content: bytes | None, stems: set[str]) -> str | None:
         return None
     if posixpath.basename(stem) in stems:
         return "it has the name of an image, but does not lie beside it or in a folder 'captions' beside the images"
+    if any(map(_says_captions, posixpath.dirname(stem).split("/"))):
+        return "it lies in a folder of captions, and no image has its name"
     return "it is called like captions, but is in no form that is known here" if _says_captions(stem) else None
 
 

@@ -46,7 +46,9 @@ class Names:
         for path in (posixpath.join(posixpath.dirname(table), wanted), wanted):
             if path and (found := self._whole.get(posixpath.normpath(path))):
                 return found
-        same = self._last.get(posixpath.basename(wanted), [])
+        last = posixpath.basename(wanted)
+        same = self._last.get(last, [])
+        same = [path for path in same if posixpath.basename(path) == last] or same
         same = _alike(wanted, same) if len(same) > 1 else same
         if len(same) > 1:
             raise StageError(

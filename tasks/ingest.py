@@ -82,7 +82,8 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
         speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine")
-    for sentence in [*quarantined.told(), *colours.sentences(index["profiles"], first_profiled), *source.notes]:
+    notes = map(apart.shown, source.notes)
+    for sentence in [*quarantined.told(), *colours.sentences(index["profiles"], first_profiled), *notes]:
         print(f"ingest: {sentence}")
     if speed:
         print(speed)

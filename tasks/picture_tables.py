@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.source import SPLITS, Entry, Problem, Source, settle_splits
 from tasks.stage import StageError
-from tasks.text_files import parsed
+from tasks.text_files import is_damaged, parsed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 LABEL_NAMES = ("label", "labels", "class")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
+CAPTION_WORDS = {*CAPTION_NAMES, "texts", "prompts", "description", "descriptions", "sentence", "sentences"}
+"""Words in the names of columns that may be captions, too, such as "caption_en"."""
 MAX_CLASSES = 100_000
 """Numbers up to which a column of labels that nobody named is taken for one."""
 ELEMENT = re.compile(r"(?P<column>.+)\[(?P<place>\d+)\]")
@@ -69,7 +71,18 @@ def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Sou
         for name, file in sorted(tables.items())
         for entry in _entries(file, name, columns, settled[splits[name]], max_bytes)
     )
-    return Source(columns.classes, count_rows(files), entries)
+    notes = () if wanted.get("captions") else tuple(_notes(_open(files[0]).schema_arrow, columns))
+    return Source(columns.classes, count_rows(files), entries, notes=notes)
+
+
+def _notes(schema: pa.Schema, columns: Columns) -> list[str]:
+    """What a person should know about columns that seem to hold captions and are not read."""
+    read = {*columns.captions, columns.image, columns.label, columns.key, columns.safety}
+    left = [name for name in schema.names if name not in read and _is_caption(schema.field(name))]
+    alike = [name for name in left if CAPTION_WORDS & set(re.split(r"[^a-z]+", name.lower()))]
+    if not alike:
+        return []
+    return [f"columns that look like captions and are not read: {', '.join(alike)}; see download.columns.captions"]
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -168,7 +181,7 @@ def _is_label(field: pa.Field) -> bool:
 def _is_caption(field: pa.Field) -> bool:
     import pyarrow as pa
 
-    kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+    kind = field.type.value_type if _is_listed(field.type) else field.type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
@@ -196,8 +209,8 @@ def _labels_of(file: Path, label: str, place: int | None) -> list[Any]:
 
     column = _open(file).read([label])[label]
     if place is None:
-        return pc.unique(column).to_pylist()
-    return list({_element(value, place) for value in column.to_pylist()})
+        return _values(pc.unique(column))
+    return list({_element(value, place) for value in _values(column)})
 
 
 def _element(value: Any, place: int | None) -> Any:
@@ -224,10 +237,42 @@ def _entries(file: Path, name: str, columns: Columns, split: str | None, max_byt
     read = list(dict.fromkeys([*single, *columns.captions]))
     stem, row = PurePosixPath(name).with_suffix(""), 0
     for batch in _open(file).iter_batches(BATCH_ROWS, columns=read):
-        for values in batch.to_pylist():
+        for values in _records(batch):
             key = values[columns.key] if columns.key else f"{stem}/{row:07d}"
             yield _entry(key, values, columns, labels, split, max_bytes)
             row += 1
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows of a batch; bytes of texts that are no UTF-8 become lone surrogates."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = map(_values, batch.columns)
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        kind = pa.list_(pa.binary()) if _is_listed(column.type) else pa.binary()
+        return [_escaped(value) for value in column.cast(kind).to_pylist()]
+
+
+def _is_listed(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _escaped(value: Any) -> Any:
+    """A text from its bytes, or texts from a list of them."""
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _entry(
@@ -243,6 +288,8 @@ def _entry(
     elif size > max_bytes:
         problem, data = Problem("oversized", f"{size} bytes are over the limit of {max_bytes}"), None
     captions = [text for column in columns.captions for text in _texts(values[column])]
+    if any(map(is_damaged, captions)):
+        problem = problem or Problem("caption not UTF-8", "a caption of this image is no UTF-8 text")
     safety = values[columns.safety] if columns.safety else None
     return Entry(key, data, size, label, tuple(captions), split, problem, safety)
 

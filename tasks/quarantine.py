@@ -59,7 +59,7 @@ class Writer:
 
     def add(self, entry: Entry, problem: Problem) -> None:
         self.reasons[problem.reason] += 1
-        self.first.setdefault(problem.reason, _shown(f"{entry.key}: {problem.detail}"))
+        self.first.setdefault(problem.reason, shown(f"{entry.key}: {problem.detail}"))
         data = entry.data
         self._pending.append(
             {
@@ -99,6 +99,6 @@ def _sentence(reason: str, count: int, first: str) -> str:
     return f"{count} x {reason} ({first})"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text of others as it may stand in a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)[:MAX_SHOWN]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from tasks.archives import Member
 from tasks.caption_documents import captions_in, mentions_caption
 from tasks.source import Problem
-from tasks.text_files import composed, decoded, lines, parsed
+from tasks.text_files import composed, decoded, is_damaged, lines, parsed
 
 TEXTS, OBJECTS, CLASSES = {".txt", ".caption"}, {".json"}, {".cls"}
 FOLDERS = {"caption", "captions", "text", "texts", "txt", "prompt", "prompts"}
@@ -112,6 +112,9 @@ def read(files: Iterable[tuple[Member, bytes | Problem]], owners: dict[str, list
             found.unread[member.name] = str(error)
             continue
         if suffix in TEXTS and captions and all(map(_BOXES.fullmatch, captions)):
+            continue
+        if suffix in CLASSES and is_damaged(text):
+            found.unread[member.name] = "the name of a class is no UTF-8 text"
             continue
         found.files.add(member.name)
         if suffix in TEXTS and len(captions) > 1:

@@ -315,7 +315,7 @@ BAD_TABLES = {
         {"c.csv": b"image,caption\nsame.png,a\n", "a/same.png": picture(5), "b/same.png": picture(6)},
         "may be",
     ),
-    "utf-16": ({"c.csv": "image,caption\n0.png,a\n".encode("utf-16")}, "save it as UTF-8"),
+    "utf-16 without a mark": ({"c.csv": "image,caption\n0.png,a\n".encode("utf-16-le")}, "save it as UTF-8"),
 }
 
 

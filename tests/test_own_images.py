@@ -130,7 +130,7 @@ def test_files_beside_images(tmp_path, taken):
     }
     assert refused == {
         "README.txt": "no image file",
-        "dog/4.json": "no image file",
+        "dog/4.json": "captions not read",
         "dog/5.png": "caption not UTF-8",
     }
     assert index["classes"] == ["cat", "dog"]

@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 from tasks import integrity, quarantine
+from tasks.codec import codec
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
-from tasks.params import ImageParams, ValidateParams
+from tasks.params import CodecParams, ImageParams, ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
 from tests.data_inputs import (
@@ -155,7 +156,7 @@ CASES = {
         "min_images_per_class",
         "fox",
     ),
-    "no class": (CLASSED | {"train/x.png": picture(900)}, {}, "no class folder", "train/x.png"),
+    "no class": (CLASSED | {"train/x.png": picture(900)}, {"warn_only": []}, "no class folder", "train/x.png"),
     "repeats": (
         CLASSED | {f"train/cat/copy{seed}.png": picture(0) for seed in range(9)},
         {},
@@ -204,7 +205,7 @@ CASES = {
     ),
     "labels that are NaN": (
         CLASSED,
-        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"])},
+        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"]), "warn_only": []},
         "no class folder",
         "train/owl/3.png",
     ),
@@ -220,6 +221,24 @@ CASES = {
         {"change": ("phash", lambda row: "0" if row["key"] == "train/owl/3.png" else row["phash"])},
         "hashes are damaged",
         "train/owl/3.png",
+    ),
+    "captions not read": (
+        with_captions(every_caption("a thing")) | {"more.csv": b"image,words\ntrain/cat/3.png,a cat\n"},
+        {"warn_only": []},
+        "look like captions and are not read",
+        "more.csv",
+    ),
+    "a lost line": (
+        with_captions(every_caption("a thing") + "\nlost.png,gone"),
+        {"warn_only": []},
+        "lines that name no image",
+        "captions.csv",
+    ),
+    "many files of captions not read": (
+        CLASSED | {f"words/{seed}.md": b"a cat" for seed in range(8)},
+        {},
+        "max_quarantined_fraction 0.02",
+        "words/0.md",
     ),
     "no test split": ({"one.png": picture(1)}, {"min_images": 1}, "a split is empty", None),
 }
@@ -237,7 +256,9 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert (tmp_path / "report" / "index.html").is_file()
 
 
-@pytest.mark.parametrize("case", ["near repeats", "near leaks", "another script"])
+@pytest.mark.parametrize(
+    "case", ["near repeats", "near leaks", "another script", "no class", "captions not read", "a lost line"]
+)
 def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case):
     files, _, complaint, offender = CASES[case]
     assert judged(files) is None
@@ -261,6 +282,34 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     assert f"validate: {told}" in capsys.readouterr().out
     findings = json.loads((tmp_path / "report" / "findings.json").read_text())
     assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
+KAGGLE = {
+    f"{folder}/{seed}.png": picture(seed + 100 * position)
+    for position, folder in enumerate(["train/cat", "train/dog", "test"])
+    for seed in range(8)
+}
+
+
+def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, judged, capsys):
+    """The layout of a Kaggle competition: labelled training images, a flat folder of test images."""
+    assert judged(KAGGLE) is None
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
+    assert "no class folder" in warning and "(test/0.png, test/1.png" in warning
+    where, image = [tmp_path / name for name in ("images", "accepted.json", "codec")], ImageParams(resolution=8, channels=3)
+    codec(*where, CodecParams(kind="identity", conditioning="none"), image)
+    with pytest.raises(StageError, match=r"no class: 8 of 8 in the split test \(test/0\.png"):
+        codec(*where, CodecParams(kind="identity", conditioning="label"), image)
+
+
+def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged, capsys):
+    folders = CLASSED | {f"words/{seed}.txt": b"a cat" for seed in range(3)}
+    assert judged(folders, max_quarantined_fraction=0.1) is None
+    told = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in told if line.startswith("ingest: 3 files or lines look like captions")]
+    assert "are not read (words/0.txt: it has the name of an image" in line
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    (failed,) = [finding for finding in findings if not finding["success"]]
+    assert (failed["unexpected"], failed["offenders"][0]) == (3, "words/0.txt")
+    assert any("does not lie beside it" in page.read_text() for page in (tmp_path / "report").rglob("*.html"))
 
 
 def test_a_failure_may_be_made_a_warning(judged):
