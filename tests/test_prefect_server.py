@@ -132,8 +132,10 @@ def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedPro
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tiny.tree(tmp_path_factory.mktemp("served"))
     schedule = root / "prefect.yaml"
-    text, count = re.subn(r"- cron: .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
-    assert count == 1
+    text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
+    half_an_hour_away = f"{(datetime.now(UTC).minute + 30) % 60} * * * *"
+    text, other = re.subn(r"30 \* \* \* \*", half_an_hour_away, text)
+    assert count == other == 1
     schedule.write_text(text)
     port = free_port()
     try:
@@ -281,7 +283,7 @@ def test_a_schedule_that_does_not_start_is_reported(served: Served) -> None:
     """By the scheduled check, and by `make serve`, which also starts the worker that was missing."""
     server.stop(served.root, server.running(served.root)["worker"])
     deployment = served.deployment("watch")["id"]
-    start, end = ((datetime.now(UTC) - timedelta(hours=hours)).isoformat() for hours in (2, 1))
+    start, end = ((datetime.now(UTC) - timedelta(minutes=minutes)).isoformat() for minutes in (60, 11))
     served.post(f"/deployments/{deployment}/schedule", start_time=start, end_time=end)
     check = "from flows.watch import watch; state = watch(return_state=True); print(state.type.value, state.message)"
     late = r"the run of 'watch' due at \d{4}-.* UTC has not started"
