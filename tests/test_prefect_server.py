@@ -292,6 +292,7 @@ def test_a_schedule_that_does_not_start_is_reported(served: Served) -> None:
     done = command(served.root, "flows.serve")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"serve: warning: {late}", done.stderr)
+    assert served.deployment("nightly")["paused"], "somebody paused it"
 
 
 def start_training(served: Served) -> tuple[str, psutil.Process]:
