@@ -428,7 +428,7 @@ def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> No
     assert not server.alive(server.Process("server", here.pid, here.create_time() - 1000, 4200))
 
 
-@pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve", "flows.stop"])
+@pytest.mark.parametrize("module", ["flows.dag", "flows.on_demand", "flows.pipeline", "flows.serve", "flows.stop"])
 def test_the_commands_answer_at_once_and_without_torch(module: str) -> None:
     before = os.times()
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]

@@ -336,6 +336,18 @@ def test_a_run_that_was_pending_when_the_server_was_killed_does_not_stop_the_sch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_cannot_be_cancelled_any_more_is_ended(served: Served) -> None:
+    """After 40 s without its server Prefect stops to listen for cancellations, also when the server is back."""
+    identity, training = start_training(served)
+    psutil.Process(server.running(served.root)["server"].pid).kill()
+    served.wait(lambda: not training.is_running(), 150, "the end of the training whose server was away")
+    done = command(served.root, "flows.serve", "--port", str(served.port))
+    assert done.returncode == 0, done.stderr
+    served.wait(lambda: served.run(identity)["state_type"] == "CRASHED", 120, "the state Crashed")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killing_a_run_ends_its_training(served: Served) -> None:
     identity, training = start_training(served)
