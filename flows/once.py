@@ -8,7 +8,7 @@ import re
 import sys
 
 from flows import server
-from tasks import workspace
+from tasks import preset, workspace
 from tasks.stage import StageError
 
 INTERRUPTED = 130
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workspace", metavar="NAME", help="work in the clone .prefect/workspaces/NAME instead of here"
     )
-    parser.add_argument("--preset", metavar="NAME", help="with --workspace: the preset to run there")
+    parser.add_argument(
+        "--preset", metavar="NAME", choices=preset.names(), help="with --workspace: the preset to run there"
+    )
     parser.add_argument(
         "--wait", type=float, default=3600.0, metavar="S", help="seconds to wait for another run (3600)"
     )

@@ -94,14 +94,19 @@ def _set_up(variables: dict[str, str]) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=server.POOL, type="process"))
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=server.POOL, type="process"))
+        paused = [deployment.id for deployment in client.read_deployments() if deployment.paused]
     _watch_silent_flows()
     print("serve: deploying prefect.yaml", flush=True)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"prefect deploy refused: {' '.join((done.stderr or done.stdout).split())}")
+    with get_client(sync_client=True) as client:
+        for deployment in paused:  # `deploy` resumes what somebody has paused
+            client.pause_deployment(deployment)
 
 
 def _repair(restarted: datetime | None) -> None:

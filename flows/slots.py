@@ -93,7 +93,7 @@ def _free_slots(client: SyncPrefectClient) -> Iterator[str]:
     time.sleep(LOOK_AGAIN_SECONDS)
     for name, (limit, second) in _unheld(client).items():
         if slots := min(second, first.get(name, (limit, 0))[1]):
-            client.release_concurrency_slots(names=[limit], slots=slots, occupancy_seconds=0)
+            client.release_concurrency_slots(names=[limit], slots=slots, occupancy_seconds=1)
             yield f"{slots} slot(s) of deployment '{name}' were held by no run and are free now"
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import clone, leash, repro, server
+from flows import clone, dag, leash, repro, server
 from tasks.stage import StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +357,70 @@ def test_a_source_that_is_not_committed_is_one_sentence(toy: Path) -> None:
         update(toy)
 
 
+def test_the_stages_are_listed_compactly_with_what_they_read() -> None:
+    command = [sys.executable, "-m", "flows.dag"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == repro.stages(ROOT)
+    assert "train      <- validate, codec, encode" in lines
+    assert max(map(len, lines)) < 80
+
+
+def test_a_stage_that_reads_from_many_takes_several_lines() -> None:
+    graph = {f"stage-with-a-long-name-{number}": [] for number in range(6)}
+    lines = dag.rows(graph | {"last": list(graph)})
+    assert len(lines) > 7
+    assert max(map(len, lines)) < 80
+
+
+def test_make_passes_the_port_and_the_preset_on() -> None:
+    def prints(*arguments: str) -> str:
+        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert "flows.serve --port 4300\n" in prints("serve", "PORT=4300")
+    assert prints("serve").endswith("flows.serve \n")
+    assert "infra.ui --port 4300\n" in prints("ui", "PORT=4300")
+    assert "flows.on_demand digits train.steps=9\n" in prints("run", "PRESET=digits", "ARGS=train.steps=9")
+
+
+def test_a_dead_server_in_the_environment_is_one_sentence() -> None:
+    with socket.socket() as free:  # bound, and nobody listens
+        free.bind((server.HOST, 0))
+        address = f"http://{server.HOST}:{free.getsockname()[1]}/api"
+        environment = {**os.environ, "PREFECT_API_URL": address.replace("//", "//somebody:secret@")}
+        command = [sys.executable, "-m", "flows.pipeline"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"pipeline: error: no Prefect server answers at {address} (PREFECT_API_URL); ")
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_prefect_knows_the_settings_that_it_is_given(tmp_path: Path) -> None:
+    """A misspelt variable would be ignored."""
+    program = (
+        "from prefect.settings import get_current_settings as get; s = get()\n"
+        "print(s.server.concurrency.lease_storage, s.runner.crash_on_cancellation_failure, s.flows.heartbeat_frequency)"
+    )
+    command = [sys.executable, "-c", program]
+    environment = server.environment(tmp_path, 4200)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["prefect.server.concurrency.lease_storage.filesystem", "True", "30"]
+
+
+def test_stop_ends_the_server_last_whatever_started_first(tmp_path: Path) -> None:
+    (tmp_path / server.PROCFILE).parent.mkdir()
+    (tmp_path / server.PROCFILE).write_text("server: sleep 600\nworker: sleep 600\n")
+    variables = {**os.environ, "PORT": "0"}
+    started = [server.start(tmp_path, name, variables) for name in ("worker", "server")]  # as after a server's restart
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.stop"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.findall(r"stop: (\w+)", done.stdout) == ["worker", "server"], done.stderr
+    assert not any(server.alive(process) for process in started)
+
+
 def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> None:
     here = psutil.Process()
     ours = server.Process("server", here.pid, here.create_time(), 4200)
@@ -362,7 +428,7 @@ def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> No
     assert not server.alive(server.Process("server", here.pid, here.create_time() - 1000, 4200))
 
 
-@pytest.mark.parametrize("module", ["flows.pipeline", "flows.serve", "flows.stop"])
+@pytest.mark.parametrize("module", ["flows.dag", "flows.on_demand", "flows.pipeline", "flows.serve", "flows.stop"])
 def test_the_commands_answer_at_once_and_without_torch(module: str) -> None:
     before = os.times()
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]

@@ -132,8 +132,10 @@ def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedPro
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tiny.tree(tmp_path_factory.mktemp("served"))
     schedule = root / "prefect.yaml"
-    text, count = re.subn(r"- cron: .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
-    assert count == 1
+    text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
+    half_an_hour_away = f"{(datetime.now(UTC).minute + 30) % 60} * * * *"
+    text, other = re.subn(r"30 \* \* \* \*", half_an_hour_away, text)
+    assert count == other == 1
     schedule.write_text(text)
     port = free_port()
     try:
@@ -281,7 +283,7 @@ def test_a_schedule_that_does_not_start_is_reported(served: Served) -> None:
     """By the scheduled check, and by `make serve`, which also starts the worker that was missing."""
     server.stop(served.root, server.running(served.root)["worker"])
     deployment = served.deployment("watch")["id"]
-    start, end = ((datetime.now(UTC) - timedelta(hours=hours)).isoformat() for hours in (2, 1))
+    start, end = ((datetime.now(UTC) - timedelta(minutes=minutes)).isoformat() for minutes in (60, 11))
     served.post(f"/deployments/{deployment}/schedule", start_time=start, end_time=end)
     check = "from flows.watch import watch; state = watch(return_state=True); print(state.type.value, state.message)"
     late = r"the run of 'watch' due at \d{4}-.* UTC has not started"
@@ -290,6 +292,7 @@ def test_a_schedule_that_does_not_start_is_reported(served: Served) -> None:
     done = command(served.root, "flows.serve")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"serve: warning: {late}", done.stderr)
+    assert served.deployment("nightly")["paused"], "somebody paused it"
 
 
 def start_training(served: Served) -> tuple[str, psutil.Process]:
@@ -330,6 +333,18 @@ def test_a_run_that_was_pending_when_the_server_was_killed_does_not_stop_the_sch
     served.resume("nightly")
     served.wait(lambda: {run["id"] for run in served.runs("nightly")} - before, 90, "the next scheduled run")
     served.pause("nightly")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_cannot_be_cancelled_any_more_is_ended(served: Served) -> None:
+    """After 40 s without its server Prefect stops to listen for cancellations, also when the server is back."""
+    identity, training = start_training(served)
+    psutil.Process(server.running(served.root)["server"].pid).kill()
+    served.wait(lambda: not training.is_running(), 150, "the end of the training whose server was away")
+    done = command(served.root, "flows.serve", "--port", str(served.port))
+    assert done.returncode == 0, done.stderr
+    served.wait(lambda: served.run(identity)["state_type"] == "CRASHED", 120, "the state Crashed")
 
 
 @pytest.mark.slow
