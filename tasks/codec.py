@@ -40,11 +40,6 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     """
     require_accepted(accepted)
     classes = read_index(images)["classes"]
-    if params.conditioning == "label" and not classes:
-        raise StageError(
-            "codec.conditioning is 'label', but the images have no classes; set it to 'none', or sort the images into "
-            "one folder per class"
-        )
     document: dict[str, Any] = {
         "format": FORMAT,
         "kind": params.kind,
@@ -176,13 +171,6 @@ def _text(
     samples are asked for: one of each class, or where there are none captions of held-out images."""
     from models.text_encoder import save_text_encoder
 
-    for samples in (train, held_out):
-        without = [key for key, captions in zip(samples.keys, samples.captions, strict=True) if not captions]
-        if without:
-            raise StageError(
-                f"codec.conditioning is 'text', but {len(without)} images have no caption ({', '.join(without[:3])}); "
-                "add them, set ingest.caption_templates, or use conditioning 'label'"
-            )
     encoder = _published_text(params) if params.text.weights else _trained_text(train, held_out, params, quality)
     save_text_encoder(folder, encoder)
     prompts = _class_prompts(train, classes) if classes else _some_captions(held_out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, protocol, stage
 from tasks.images import require_accepted
-from tasks.params import EvaluateParams
+from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
 
@@ -193,7 +193,7 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, A
 
 
 def _too_few(count: int, scorer: Scorer) -> str:
-    needed = protocol.IMAGES_PER_DIMENSION * scorer.dimensions
+    needed = IMAGES_PER_DIMENSION * scorer.dimensions
     return "" if count >= needed else f"too few images for distances ({needed} needed)"
 
 

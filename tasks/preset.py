@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import json
+import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from tasks import atomic
-from tasks.params import ParamsError, parse
+from tasks.params import ParamsError, parse, read
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"
@@ -26,6 +30,8 @@ HEADER = (
     "# Written by `python -m tasks.preset {command}`. Edit freely, or change one value with "
     "`dvc exp run -S section.key=value`.\n"
 )
+COMMAND = re.compile(re.escape(HEADER).replace(re.escape("{command}"), "(.*)"))
+SHOWN_CHANGES = 12
 
 
 class PresetError(ValueError):
@@ -97,23 +103,82 @@ def _instead(word: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known)}"
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lists of numbers on one line, lists of words below each other."""
-
-
-def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
-    words = any(isinstance(item, str) for item in items)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not words)
-
-
-_Dumper.add_representer(list, _represent_list)
-
-
 def dump(document: dict[str, Any], command: str) -> str:
-    """Text of `params.yaml` for a composed preset; `command` is how it was asked for."""
-    return HEADER.format(command=" ".join(command.split())) + yaml.dump(
-        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
+    """Text of `params.yaml` for a composed preset; `command` is how it was asked for.
+
+    Written as DVC rewrites the file (`dvc/utils/serialize/_yaml.py`), so that `dvc exp run -S` changes one line.
+    """
+    from ruamel.yaml import YAML
+
+    text = io.StringIO()
+    YAML().dump(document, text)
+    return HEADER.format(command=" ".join(command.split())) + text.getvalue()
+
+
+def write(path: Path, text: str) -> Iterator[str]:
+    """Write `text` to `path`. Yields a line for a copy of a file that was edited by hand, and one per changed value."""
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    if before is not None and before != text and _edited(before):
+        kept = _keep(path, before)
+        yield f"{path} had been edited; the old one is kept as {kept}"
+    changes = _changes(path, text) if before is not None else []
+    atomic.write_text(path, text)
+    yield from changes[:SHOWN_CHANGES]
+    if len(changes) > SHOWN_CHANGES:
+        yield f"and {len(changes) - SHOWN_CHANGES} more"
+
+
+def _edited(text: str) -> bool:
+    """Whether a parameter file is not what the command in its header writes."""
+    header = COMMAND.match(text)
+    try:
+        name, *overrides = shlex.split(header[1]) if header else [""]
+        return text != dump(compose(name, overrides), header[1] if header else "")
+    except ValueError:  # a preset of another version, or a source that has moved
+        return True
+
+
+def _keep(path: Path, text: str) -> Path:
+    """Save `text` beside `path` under the first name that is free, or that holds the same."""
+    number = 1
+    while True:
+        kept = path.with_name(f"{path.name}.bak{number if number > 1 else ''}")
+        if not kept.exists():
+            atomic.write_text(kept, text)
+        if kept.read_text(encoding="utf-8") == text:
+            return kept
+        number += 1
+
+
+def _changes(path: Path, text: str) -> list[str]:
+    """`key: old -> new` for each value in which the file at `path` differs from `text`."""
+    from ruamel.yaml import YAML
+
+    try:
+        before = dict(_flat(read(path)))
+    except ParamsError:
+        return []
+    after = dict(_flat(YAML(typ="safe", pure=True).load(text)))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in dict.fromkeys([*after, *before])
+        if (key in before, before.get(key)) != (key in after, after.get(key))
+    ]
+
+
+def _flat(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections."""
+    if not isinstance(document, dict):
+        return
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "(none)"
 
 
 def main() -> None:
@@ -140,8 +205,10 @@ def main() -> None:
         document = compose(arguments.name, arguments.overrides)
     except (PresetError, ParamsError) as error:
         sys.exit(f"preset: error: {error}")
-    atomic.write_text(arguments.params, dump(document, shlex.join([arguments.name, *arguments.overrides])))
-    print(f"preset: wrote {arguments.params} from '{arguments.name}'; 'dvc repro' brings the chain up to it")
+    text = dump(document, shlex.join([arguments.name, *arguments.overrides]))
+    for line in write(arguments.params, text):
+        print(f"preset: {line}")
+    print(f"preset: wrote {arguments.params} from '{arguments.name}'; 'make repro' brings the chain up to it")
 
 
 if __name__ == "__main__":

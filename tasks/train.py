@@ -49,7 +49,7 @@ def train(
     from tasks import training_run, warm_start
 
     index = latents.read_index(data)
-    training_run.check_fits(index, params)
+    training_run.check_fits(params)
     given = warm_start.given(params)
     network = training_run.network_config(index, model, given)
     if given:

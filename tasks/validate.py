@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, duplicates, expectations, stage
+from tasks import atomic, decoding, demands, duplicates, expectations, stage
 from tasks.expectations import Finding, Gate, Table
 from tasks.images import read_columns, read_index, schema, schema_of
-from tasks.params import ValidateParams
+from tasks.params import Demands, ValidateParams
 from tasks.quarantine import FILE as QUARANTINE_FILE
 from tasks.quarantine import NO_IMAGE_FILE
 from tasks.stage import StageError
@@ -27,18 +27,21 @@ NAMED_OFFENDERS = 5
 NAMED_CLASSES = 3
 
 
-def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams) -> None:
+def validate(
+    images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, asked: Demands
+) -> None:
     """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
+    `asked` is what later stages need of the data.
     """
     index = read_index(images)
     print(f"validate: {index['rows']} rows, loading Great Expectations", flush=True)
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params, asked)), folder, params.warn_only
         )
         atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
     failed = [finding for finding in findings if not finding.success]
@@ -63,16 +66,23 @@ def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, para
 
 
 def _tables(
-    images: Path, quarantine: Path, index: dict[str, Any], counts: dict[str, int], params: ValidateParams
+    images: Path,
+    quarantine: Path,
+    index: dict[str, Any],
+    counts: dict[str, int],
+    params: ValidateParams,
+    asked: Demands,
 ) -> Iterator[Table]:
     columns = _columns(images, index["shards"])
     yield Table("columns", columns, _column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    yield Table("images", _rows(images, params), _row_gates(index, params))
+    row_gates = _row_gates(index, params) + demands.row_gates(index, asked, params.warn_only)
+    yield Table("images", _rows(images, params), row_gates)
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
     if index["classes"]:
         yield Table("classes", _classes(counts), _class_gates(params))
+    yield from demands.tables(images, index, asked)
     before = _baseline(Path(params.baseline))
     if index["classes"] and before["labels"] and before["source"] == index["source"]:
         balance = _balance(counts, before["labels"])

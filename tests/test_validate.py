@@ -22,7 +22,7 @@ from tasks import quarantine
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
-from tasks.params import ValidateParams
+from tasks.params import Demands, ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
 from tests.data_inputs import (
@@ -58,6 +58,12 @@ def gates(**others):
     return ValidateParams.model_validate(values | others)
 
 
+def asked(**others):
+    """What a chain without conditions asks, in batches of four."""
+    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.size": 8}
+    return Demands.model_validate(values | {"judge.extractor.kind": "in_domain", "train.batch_size": 4} | others)
+
+
 def rewrite(images, change):
     """Replace a column of every row of the shard: what no source of ours writes, but a damaged one might."""
     name, values = change
@@ -76,7 +82,7 @@ def rewrite(images, change):
 def judged(tmp_path):
     """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
 
-    def call(files, licence="mine", change=None, **limits):
+    def call(files, licence="mine", change=None, demands=None, **limits):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
         ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
@@ -85,7 +91,7 @@ def judged(tmp_path):
         (tmp_path / "accepted.json").unlink(missing_ok=True)
         try:
             paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
-            validate(*paths, gates(**limits))
+            validate(*paths, gates(**limits), asked(**demands or {}))
         except StageError as error:
             return str(error)
         return None
@@ -106,7 +112,7 @@ def test_the_data_docs_show_every_gate(tmp_path, judged):
     assert judged(CLASSED) is None
     assert (tmp_path / "report" / "index.html").is_file()
     pages = [path.read_text() for path in (tmp_path / "report" / "validations").rglob("*.html")]
-    assert len(pages) == 4
+    assert len(pages) == 5
     assert any("aspect_ratio" in page for page in pages)
 
 
@@ -377,7 +383,8 @@ def write_metadata(root, count):
             "source": ["hub"] * each,
         }
         pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
-    index = {"format": 1, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index = {"format": 1, "shards": shards, "rows": count, "caption_count": count}
+    index |= {"splits": {"train": count * 9 // 10, "test": count // 10}}
     index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
     (root / "images" / "index.json").write_text(json.dumps(index))
 
