@@ -34,10 +34,10 @@ def tables(images: Path, index: dict[str, Any], demands: Demands) -> list[Table]
     return found
 
 
-def row_gates(index: dict[str, Any], demands: Demands, warn_only: tuple[str, ...]) -> list[Gate]:
-    """Gates on each image's own label or captions, where no gate of another check stops the chain for them."""
+def row_gates(index: dict[str, Any], demands: Demands, others: list[Gate]) -> list[Gate]:
+    """`others` and the gates on each image's own label or captions, which replace those that expect the same."""
     gates = []
-    if demands.conditioning == "label" and index["classes"] and "labels" in warn_only:
+    if demands.conditioning == "label" and index["classes"]:
         gates.append(
             Gate(
                 CHECK,
@@ -46,7 +46,7 @@ def row_gates(index: dict[str, Any], demands: Demands, warn_only: tuple[str, ...
                 "images lie in no class folder, and codec.conditioning is 'label'; move them, or set it to 'none'",
             )
         )
-    if demands.conditioning == "text" and ("captions" in warn_only or not index["caption_count"]):
+    if demands.conditioning == "text":
         gates.append(
             Gate(
                 CHECK,
@@ -56,7 +56,8 @@ def row_gates(index: dict[str, Any], demands: Demands, warn_only: tuple[str, ...
                 "or set it to 'label' or 'none'",
             )
         )
-    return gates
+    expected = [(gate.type, gate.arguments) for gate in gates]
+    return [gate for gate in others if (gate.type, gate.arguments) not in expected] + gates
 
 
 def _gates(facts: dict[str, int], demands: Demands) -> list[Gate]:

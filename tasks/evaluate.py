@@ -126,14 +126,15 @@ def _class_rows(
     unguided: list[Draw], guided: list[Draw], scorer: Scorer, classes: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Each class over all seed blocks: its guided images by accuracy and CLIP score, its unguided ones by distance
-    to the held-out images of the class. KID alone stands so few images."""
+    to the held-out images of the class. KID alone stands so few images. With fewer images than classes some have
+    none."""
     for label, name in enumerate(classes):
         drawn, plain = (protocol.of_class(draws, label) for draws in (guided, unguided))
         yield {
             "class": name,
             "n": len(drawn),
             "n_unguided": len(plain),
-            **scorer.fit_to_labels(drawn, [label] * len(drawn)),
+            **(scorer.fit_to_labels(drawn, [label] * len(drawn)) if len(drawn) else {}),
             **scorer.class_distance(plain, label),
         }
 

@@ -613,7 +613,8 @@ class VisualizeParams(Section):
 
 
 class ExportParams(Section):
-    opset: Annotated[int, Field(ge=18)] = 20
+    opset: Annotated[int, Field(ge=18, le=26)] = 20
+    """ONNX Runtime does not load later ones."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
     min_psnr: PositiveInt = 50
     """Decibel of the ONNX sampler's images against torch's for the same noise."""

@@ -77,8 +77,7 @@ def _tables(
     yield Table("columns", columns, _column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    row_gates = _row_gates(index, params) + demands.row_gates(index, asked, params.warn_only)
-    yield Table("images", _rows(images, params), row_gates)
+    yield Table("images", _rows(images, params), demands.row_gates(index, asked, _row_gates(index, params)))
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
     if index["classes"]:
         yield Table("classes", _classes(counts), _class_gates(params))
