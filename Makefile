@@ -7,7 +7,8 @@ SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 python3.13 python3; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done) python3)
 EXTRA ?=
-PORT ?= 5000
+PORT ?=
+PRESET ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -16,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro test lint drills bench ui serve stop lock clean
+.PHONY: help install repro dag test lint drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -26,6 +27,9 @@ install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Pytho
 
 repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)
 	@python -m infra.run $(ARGS)
+
+dag: install ## list the stages, each with those it depends on
+	@python -m flows.dag
 
 test: install lint ## lint, types, layer rule, all tests but the drills
 	@python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
@@ -43,10 +47,13 @@ bench: install ## measure speed, quality, sampling and start-up beside diffusers
 	@python -m infra.bench all $(ARGS)
 
 ui: install ## MLflow UI of this work tree on http://127.0.0.1:5000 (PORT=... picks another port)
-	@python -m infra.ui --port $(PORT)
+	@python -m infra.ui $(if $(PORT),--port $(PORT))
 
-serve: install ## Prefect server, worker and deployments, in the background
-	@python -m flows.serve
+serve: install ## Prefect server, worker and deployments, in the background, on http://127.0.0.1:4200 (PORT=...)
+	@python -m flows.serve $(if $(PORT),--port $(PORT))
+
+run: install ## have the worker of `make serve` run a preset now (PRESET=digits, ARGS="train.steps=1000")
+	@python -m flows.on_demand $(PRESET) $(ARGS)
 
 stop: ## end what `make serve` started
 	@test ! -x .venv/bin/python || python -m flows.stop

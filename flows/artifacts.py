@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from tasks import params, tracking, workspace
+from tasks import gates, params, tracking, workspace
 
+VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves the store of the work tree."""
 
@@ -27,6 +28,35 @@ def publish(stage: str, folder: Path) -> None:
 def publish_stages(rows: list[dict[str, str]]) -> None:
     """Show which stages ran and which were cached, with their seconds."""
     create_table_artifact(rows, key="stages", description="Stages of this run")
+
+
+def publish_failure(reason: str, folder: Path) -> None:
+    """Show why a run failed, and where the report of its checks is."""
+    lines = [reason, "", f"- work tree of the run: `{folder}`"]
+    if (folder / VALIDATION).exists():
+        lines.append(f"- validation report: `{folder / VALIDATION}`")
+    create_markdown_artifact("\n".join(lines), key="failure", description="Why this run failed")
+
+
+def publish_standing(folder: Path) -> str | None:
+    """Show whether the model became champion; returns a clause that says so where the gates refused it."""
+    if not (folder / "reports" / "train" / "run.json").exists():
+        return None  # a chain without these stages
+    name = params.load(folder / "params.yaml").register_.model_name
+    client = tracking.connect()
+    aliases = {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
+    challenger, champion = aliases.get(gates.CHALLENGER), aliases.get(gates.CHAMPION)
+    if challenger is None:
+        return None
+    if challenger == champion:
+        text = f"Version {challenger} of `{name}` is the champion."
+        create_markdown_artifact(text, key="promotion", description="Decision of the gates")
+        return None
+    reason = client.get_model_version(name, str(challenger)).tags.get(gates.PROMOTION, "no reason given")
+    stays = f"version {champion} stays champion" if champion else "there is no champion"
+    text = f"**Version {challenger} of `{name}` was refused:** {reason}\n\nResult: {stays}."
+    create_markdown_artifact(text, key="promotion", description="Decision of the gates")
+    return f"{name} version {challenger} refused, {stays}: {reason}"
 
 
 def _metrics(path: Path) -> None:
@@ -50,12 +80,15 @@ def _short(value: float | str) -> str:
 
 
 def _grid(evaluation: Path) -> None:
-    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree."""
+    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree.
+
+    An image artifact would also print the address, which is the whole picture here, across its page.
+    """
     grids = (evaluation / name for name in ("grid_guided.png", "grid_unguided.png"))
     for path in [path for path in grids if path.exists()][:1]:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
-        image = f"data:image/png;base64,{data}"
-        create_image_artifact(image, key="samples", description=f"reports/evaluation/{path.name}")
+        picture = f"![samples](data:image/png;base64,{data})"
+        create_markdown_artifact(picture, key="samples", description=f"reports/evaluation/{path.name}")
 
 
 def _links(folder: Path) -> None:

@@ -99,6 +99,14 @@ def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str]
     log(f"working on commit {commit[:12]} in {clone}")
 
 
+def committed_params(root: Path) -> str:
+    """Text of the params.yaml that `root` has committed; empty where there is none."""
+    try:
+        return _git(root, "show", "HEAD:./params.yaml")
+    except StageError:
+        return ""
+
+
 def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
     # Started from a hook, Git would otherwise work on the repository of that hook.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

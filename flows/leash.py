@@ -11,6 +11,7 @@ a checkpoint, then SIGKILL. It leaves with the command's exit code.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -97,5 +98,16 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
+def _command() -> list[str]:
+    parser = argparse.ArgumentParser(
+        prog="python -I flows/leash.py",
+        description="Run a command that ends, with all it started, when standard input closes.",
+    )
+    parser.add_argument("command", help="program to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    given = parser.parse_args()
+    return [given.command, *given.arguments]
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(_command()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 
 from flows import server
 from tasks import workspace
+from tasks.stage import StageError
 
 INTERRUPTED = 130
 
@@ -15,13 +17,16 @@ INTERRUPTED = 130
 def main() -> None:
     """Parse the command line, choose the server, run the flow, leave with 0 or one sentence."""
     arguments = _parser().parse_args()
-    print(f"pipeline: {_choose_server()}", flush=True)
-    from flows.pipeline import pipeline  # after the environment is set: Prefect reads it when it is imported
+    try:
+        print(f"pipeline: {_choose_server()}", flush=True)
+    except StageError as error:
+        sys.exit(f"pipeline: error: {error}")
+    from flows.pipeline import COMMITTED, pipeline  # after the environment is set: Prefect reads it when it is imported
 
     try:
         state = pipeline(
             workspace=arguments.workspace,
-            preset=arguments.preset,
+            preset=arguments.preset or COMMITTED,
             overrides=arguments.overrides,
             wait_seconds=arguments.wait,
             return_state=True,
@@ -53,8 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 def _choose_server() -> str:
     """Set the environment for the server to use, and say which: the caller's, this work tree's, or a passing one."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if "PREFECT_API_URL" in os.environ:
-        return f"on the Prefect server {os.environ['PREFECT_API_URL']}"
+    if given := os.environ.get("PREFECT_API_URL"):
+        shown = re.sub(r"//[^/@]*@", "//", given)  # without a password
+        if not server.answers(given):
+            raise StageError(
+                f"no Prefect server answers at {shown} (PREFECT_API_URL); start it, or unset the variable to use the "
+                "server of this work tree (make serve)"
+            )
+        return f"on the Prefect server {shown}"
     root = workspace.root()
     process = server.running(root).get("server")
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:

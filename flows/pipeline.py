@@ -14,14 +14,16 @@ if __name__ == "__main__":  # before Prefect is imported, which takes a while an
     once.main()
     raise SystemExit
 
+import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -29,12 +31,24 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import artifacts, clone, repro
+from tasks import preset as presets
 from tasks import workspace as places
 from tasks.params import ParamsError
 from tasks.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)
-CACHED = "Cached"
+CACHED, NOT_REACHED = "Cached", "not reached"
+LEVELS = ((re.compile(r"[\w-]+: error: |ERROR: "), logging.ERROR), (re.compile(r"[\w-]+: warning: "), logging.WARNING))
+"""How a line of a stage's output begins -> the level at which it is logged; all others are INFO."""
+WRITTEN_FROM = re.compile(r"# Written by `python -m tasks\.preset ([\w-]+)")
+
+COMMITTED = "params.yaml"
+"""Stands for the committed params.yaml in the list of presets."""
+
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[(COMMITTED, *presets.names())]  # Prefect's form makes a drop-down of it
 
 
 @dataclass(frozen=True)
@@ -48,23 +62,39 @@ class Place:
     wait_seconds: float
 
 
-@flow(name="afterimage")
+def _run_name() -> str:
+    """Name of the flow run: its preset, and when it was to start."""
+    preset = flow_run.parameters["preset"]
+    if preset == COMMITTED:
+        in_clone = flow_run.parameters.get("workspace") or deployment.name
+        found = WRITTEN_FROM.match(clone.committed_params(places.root()) if in_clone else _own_params())
+        preset = found[1] if found else COMMITTED
+    return f"{preset} {flow_run.scheduled_start_time:%Y-%m-%d %H:%M}"
+
+
+def _own_params() -> str:
+    path = places.root() / "params.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+@flow(name="afterimage", flow_run_name=_run_name)
 def pipeline(
     workspace: str | None = None,
-    preset: str | None = None,
+    preset: Preset = COMMITTED,
     overrides: list[str] | None = None,
     wait_seconds: float = 3600.0,
 ) -> State[Any]:
     """Bring the whole chain up to date.
 
-    workspace: name of the clone to work in, made or updated to the commit that the work tree has checked out.
-        null is the deployment's name; a run without a deployment works in the work tree itself, on its files as
-        they are.
-    preset, overrides: parameters of a clone (`key=value`); null and nothing mean the committed params.yaml.
-    wait_seconds: how long to wait for another run in the same workspace.
+    Args:
+        workspace: Name of the clone to work in; it follows the commit that the work tree has checked out. Leave it
+            out to use the deployment's name. A run without a deployment works in the work tree itself.
+        preset: Preset to run; `params.yaml` is the committed file.
+        overrides: Parameters that differ from the preset, one `section.key=value` each, such as `train.steps=1000`.
+        wait_seconds: Seconds to wait for another run in the same workspace before this one fails.
     """
     try:
-        with _place(workspace, preset, overrides or [], wait_seconds) as place:
+        with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
             return _chain(place)
     except (StageError, ParamsError) as error:
         return Failed(message=str(error))
@@ -72,33 +102,46 @@ def pipeline(
 
 def _chain(place: Place) -> State[Any]:
     """Every stage in its order; ends with the first that fails."""
+    stages = repro.stages(place.folder)
     table: list[dict[str, str]] = []
-    for stage in repro.stages(place.folder):
+    for number, stage in enumerate(stages):
         began = time.monotonic()
         # A download may meet a network that is away for a minute; what another stage does wrong it does again.
         retries = list(DOWNLOAD_RETRY_SECONDS) if stage == "download" else []
         configured = run_stage.with_options(retries=len(retries), retry_delay_seconds=retries or None)
         state = configured(stage, place, return_state=True)
-        if not state.is_completed():
-            return Failed(message=state.message or f"{stage}: {state.name}")
         table.append({"stage": stage, "result": state.name, "seconds": f"{time.monotonic() - began:.1f}"})
+        if not state.is_completed():
+            reason = state.message or f"{stage}: {state.name}"
+            table += [{"stage": later, "result": NOT_REACHED, "seconds": ""} for later in stages[number + 1 :]]
+            artifacts.publish_stages(table)
+            artifacts.publish_failure(reason, place.folder)
+            return Failed(message=reason)
         artifacts.publish(stage, place.folder)
     artifacts.publish_stages(table)
     ran = [row["stage"] for row in table if row["result"] != CACHED]
-    return Completed(
-        message=f"ran {', '.join(ran) or 'nothing'}; {len(table) - len(ran)} of {len(table)} stages cached"
-    )
+    summary = f"ran {', '.join(ran) or 'nothing'}; {len(table) - len(ran)} of {len(table)} stages cached"
+    standing = artifacts.publish_standing(place.folder)
+    return Completed(message=f"{standing}; {summary}" if standing else summary)
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
 def run_stage(stage: str, place: Place) -> State[Any]:
     """Bring one stage up to date by `dvc repro --single-item`; Completed, Cached or Failed, with one sentence."""
-    log = get_run_logger().info
+    logger = get_run_logger()
+
+    def log(line: str) -> None:
+        logger.log(_level(line), line)
+
     try:
         ran = repro.repro(stage, place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds)
     except StageError as error:
         return Failed(message=str(error))
     return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")
+
+
+def _level(line: str) -> int:
+    return next((level for beginning, level in LEVELS if beginning.match(line)), logging.INFO)
 
 
 @contextmanager

@@ -36,19 +36,24 @@ def dvc(*arguments: str) -> list[str]:
 
 def stages(workspace: Path) -> list[str]:
     """Stages of `workspace` in an order in which each comes after all it depends on, as DVC sees them."""
+    return list(graph(workspace))
+
+
+def graph(workspace: Path) -> dict[str, list[str]]:
+    """Stage -> the stages whose outputs it reads, sorted; each stage comes after all it depends on."""
     command = dvc("dag", "--dot")
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"DVC cannot read the chain in {workspace}: {_dvc_error(done.stderr.splitlines())}")
-    graph: dict[str, set[str]] = {}
+    upstream: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():
         names = re.findall(r'"([^"]+)"', line)
         for name in names:
-            graph.setdefault(name, set())
+            upstream.setdefault(name, set())
         if len(names) == 2:  # "upstream" -> "downstream";
-            graph[names[1]].add(names[0])
-    order = graphlib.TopologicalSorter({name: sorted(graph[name]) for name in sorted(graph)})
-    return list(order.static_order())
+            upstream[names[1]].add(names[0])
+    order = graphlib.TopologicalSorter({name: sorted(upstream[name]) for name in sorted(upstream)})
+    return {name: sorted(upstream[name]) for name in order.static_order()}
 
 
 def repro(

@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
-from flows import server
+from flows import on_demand, server
 from tasks import locks, workspace
 from tasks.stage import StageError
 
@@ -44,15 +44,19 @@ def serve(root: Path, port: int | None) -> None:
     """Start what is missing and deploy; returns when a worker waits for scheduled runs."""
     server.lines(root)
     up = server.running(root)
-    port = _port(up.get("server"), port)
+    port = _port(up.get(server.SERVER), port)
     variables = server.environment(root, port)
-    if "server" not in up:
+    restarted = None
+    if server.SERVER not in up:
         print("serve: starting the server (some 10 s)", flush=True)
-        _wait_until_healthy(root, server.start(root, "server", variables))
+        restarted = datetime.now(UTC)
+        _wait_until_healthy(root, server.start(root, server.SERVER, variables))
     _set_up(variables)
-    if "worker" not in up:
-        server.start(root, "worker", variables)
+    _repair(restarted)
+    if server.WORKER not in up:
+        server.start(root, server.WORKER, variables)
     print(f"serve: {server.url(port)} (make stop ends it; logs in {server.LOGS}/)")
+    print(on_demand.advice(root, port))
 
 
 def _port(process: server.Process | None, asked: int | None) -> int:
@@ -66,7 +70,7 @@ def _port(process: server.Process | None, asked: int | None) -> int:
     port = asked or server.DEFAULT_PORT
     with socket.socket() as probe:
         if probe.connect_ex((server.HOST, port)) == 0:
-            raise StageError(f"port {port} is in use; name another: python -m flows.serve --port {port + 1}")
+            raise StageError(f"port {port} is in use; name another: make serve PORT={port + 1}")
     return port
 
 
@@ -76,11 +80,9 @@ def _wait_until_healthy(root: Path, process: server.Process) -> None:
     while time.monotonic() < deadline:
         if not server.alive(process):
             raise StageError(f"the server ended at once; {log} says why")
-        try:
-            with urllib.request.urlopen(f"{server.url(process.port)}/api/health", timeout=2):  # noqa: S310
-                return
-        except OSError:
-            time.sleep(0.3)
+        if server.answers(f"{server.url(process.port)}/api"):
+            return
+        time.sleep(0.3)
     server.stop(root, process)
     raise StageError(f"the server did not answer within {START_SECONDS:.0f} s; {log} may say why")
 
@@ -100,6 +102,19 @@ def _set_up(variables: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"prefect deploy refused: {' '.join((done.stderr or done.stdout).split())}")
+
+
+def _repair(restarted: datetime | None) -> None:
+    """Repair what a killed server or worker left behind; `restarted` is when the server began, if it did just now."""
+    from prefect.client.orchestration import get_client
+
+    from flows import slots
+
+    with get_client(sync_client=True) as client:
+        for sentence in slots.repair(client, restarted):
+            print(f"serve: repaired: {sentence}")
+        for sentence in slots.late(client):
+            print(f"serve: warning: {sentence}", file=sys.stderr)
 
 
 def _watch_silent_flows() -> None:

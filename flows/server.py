@@ -7,6 +7,7 @@ Prefect reads its settings when it is imported: what is here must come before th
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shlex
@@ -14,6 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +31,15 @@ from tasks.stage import StageError
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200
 POOL = "afterimage"
+SERVER, WORKER = "server", "worker"
+"""Names of the lines of the process file."""
 PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
 LOGS = Path(".prefect") / "logs"
 HEARTBEAT_SECONDS = 30
 """How often a flow says that it lives; the least that Prefect allows."""
 GRACE_SECONDS = 30.0
+ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,23 @@ def url(port: int) -> str:
     return f"http://{HOST}:{port}"
 
 
+def answers(api: str) -> bool:
+    """Whether an HTTP server answers at the address of an API, whatever it says."""
+    try:
+        with _opener(api).open(f"{api.rstrip('/')}/health", timeout=ANSWER_SECONDS):
+            return True
+    except urllib.error.HTTPError:  # it may want a key
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+
+
+def _opener(address: str) -> urllib.request.OpenerDirector:
+    """Opens `address`, on this machine never through a proxy."""
+    here = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+
+
 def environment(root: Path, port: int | None) -> dict[str, str]:
     """Environment for Prefect in the work tree `root`: its server at `port`, or a passing one of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -61,14 +85,25 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Leases of concurrency slots are kept in files. By default the server keeps them in memory: killed, it loses
+        # them, and never frees the slot of a run that was pending.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # After 40 s without the server Prefect stops listening for cancellations, also when the server is back. A run
+        # that nobody can cancel is ended then; training saves a checkpoint first.
+        "PREFECT_RUNNER_CRASH_ON_CANCELLATION_FAILURE": "true",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is on this machine; a person who asks waits less
         "PREFECT_CLI_PROMPT": "false",
         "PYTHONUNBUFFERED": "1",
     }
     if port is not None:
-        settings |= {"PREFECT_API_URL": f"{url(port)}/api", "PORT": str(port)}
+        settings |= {**client_settings(root, port), "PORT": str(port)}
     return inherited | settings
+
+
+def client_settings(root: Path, port: int) -> dict[str, str]:
+    """The variables with which Prefect's own commands find the server at `port` of the work tree `root`."""
+    return {"PREFECT_HOME": str(root / ".prefect" / "home"), "PREFECT_API_URL": f"{url(port)}/api"}
 
 
 def alive(process: Process) -> bool:

@@ -1,6 +1,6 @@
 """`make stop`: end what `make serve` started in this work tree, and nothing else.
 
-The worker goes first, so that a run which it carries can still tell the server how it ended.
+The server goes last, so that the run of a worker can still report how it ended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
         up = server.running(root)
         if not up:
             print("stop: nothing of this work tree runs")
-        for process in reversed(up.values()):
+        for process in sorted(up.values(), key=lambda process: process.name == server.SERVER):
             print(f"stop: {process.name} (process {process.pid})", flush=True)
             server.stop(root, process)
 

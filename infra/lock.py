@@ -8,6 +8,7 @@ ten minutes for this set, uv a few seconds.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -45,6 +46,11 @@ HEADER_ASIDE = """\
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python infra/lock.py",
+        description="Resolve pyproject.toml and tasks/img2dataset*.in anew and write their lock files and "
+        "infra/download-sizes.json; needs the network.",
+    ).parse_args()
     with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
         python = make_environment(Path(folder))
         print("lock: resolving pyproject.toml", flush=True)

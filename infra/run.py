@@ -8,6 +8,7 @@ and training saves a checkpoint first.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -115,12 +116,13 @@ class Memory(threading.Thread):
 
 
 def main() -> int:
+    given = parse_arguments()
     print("repro: the chain of dvc.yaml", flush=True)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
-    with leashed(dvc("repro", *sys.argv[1:])) as process:
+    with leashed(dvc("repro", *given)) as process:
         memory = Memory(process.pid)
         memory.start()
         assert process.stdout is not None
@@ -140,6 +142,19 @@ def main() -> int:
     if chain.registered:
         print_results(chain)
     return 0
+
+
+def parse_arguments() -> list[str]:
+    """The arguments for `dvc repro`: all that were given. `--help` alone is answered here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.run",
+        usage="%(prog)s [-h] [arguments of dvc repro ...]",
+        description="Run the whole chain with DVC, show its output live and print a summary.",
+        epilog="Every other argument goes to `dvc repro`, such as the name of a stage, --force or --dry; "
+        "`python -m dvc repro --help` lists them.",
+        allow_abbrev=False,
+    )
+    return parser.parse_known_args()[1]
 
 
 @contextmanager

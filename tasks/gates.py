@@ -15,6 +15,10 @@ FLOOR = "frechet_distance_floor"
 SPREAD = "frechet_distance_spread"
 ACCURACY = "label_accuracy"
 FINGERPRINT = "fingerprint"
+CHALLENGER, CHAMPION = "challenger", "champion"
+"""Aliases of the model's versions."""
+PROMOTION = "afterimage.promotion"
+"""Tag of a model version: why it became champion, or why not."""
 
 
 def not_good_enough(metrics: Mapping[str, Any], params: RegisterParams) -> str | None:

@@ -10,6 +10,10 @@ from pathlib import Path
 
 from tasks import stage
 
+LAUNCHER = "AFTERIMAGE_LAUNCHER"
+"""Set for the processes that the launcher starts: its process number."""
+SAVE_SECONDS = 600
+"""The launcher kills a process that has not ended this long after a signal; a large checkpoint takes minutes."""
 CONFIGURATION = "AFTERIMAGE_ACCELERATE"
 """The environment variable that names the configuration, such as infra/accelerate/multi_gpu.yaml."""
 
@@ -18,15 +22,20 @@ def through_accelerate(module: str) -> None:
     """Start this command, `python -m module ...`, again through accelerate's launcher where `CONFIGURATION` is set,
     and leave with the exit code of what it started; return where it is not set.
 
-    SIGTERM and SIGINT reach the processes, which save and end with codes of their own.
+    SIGTERM and SIGINT reach the processes, which save and end with codes of their own. They also end when the
+    launcher is killed: each is in a session of its own, so that a signal to the launcher's group does not reach it.
     """
     configuration = os.environ.pop(CONFIGURATION, None)  # not for the processes that it starts
     if not configuration:
+        if launcher := os.environ.pop(LAUNCHER, None):
+            stage.end_with(int(launcher))
         return
     name = module.rpartition(".")[2]
     if not Path(configuration).is_file():
         sys.exit(f"{name}: error: {CONFIGURATION} names {configuration}, which is no file; see infra/accelerate")
     stage.end_with_parent()
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _pass_on)
     try:
@@ -59,7 +68,11 @@ def _as_shell(code: int) -> int:
 
 
 def _pass_on(number: int, _: object) -> None:
+    """Pass a signal on to the processes; leave where none has been started yet, as nobody else would obey it."""
     import psutil
 
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.send_signal(number)
+    if not children:
+        sys.exit(_as_shell(-number))

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 CODE = Path("mlflow") / "diffusion_model.py"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
-CHALLENGER, CHAMPION = "challenger", "champion"
+CHALLENGER, CHAMPION = gates.CHALLENGER, gates.CHAMPION
 TAG = "afterimage."
 CONTENT_KEY = f"{TAG}content_key"
 LOGGED_MODEL = f"{TAG}logged_model"
-PROMOTION = f"{TAG}promotion"
+PROMOTION = gates.PROMOTION
 MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
 GATED = (gates.DISTANCE, gates.SPREAD, gates.FLOOR, gates.ACCURACY)

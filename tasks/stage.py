@@ -133,6 +133,18 @@ def let_threads_sleep() -> None:
 
 def end_with_parent() -> None:
     """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
-    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+    if "DVC_STAGE" in os.environ:
+        _signal_on_parent_death()
+
+
+def end_with(parent: int) -> None:
+    """Ask Linux to send SIGTERM to this process when its parent, the process `parent`, dies."""
+    _signal_on_parent_death()
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _signal_on_parent_death() -> None:
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)

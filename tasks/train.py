@@ -12,6 +12,7 @@ import io
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from tasks.training_log import Row
     from tasks.training_run import Run
 
-ASK_EVERY = 10
-"""Steps after which several processes tell each other whether a signal arrived; to ask costs a message."""
+ASK_SECONDS, ASK_STEPS = 1.0, 10
+"""How often several processes tell each other whether a signal arrived, and the most steps in between."""
 
 
 def train(
@@ -99,6 +100,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
 
     params, accelerator = run.params, run.accelerator
     meter = training_log.Meter(run) if live else None
+    somebody_asked = _Asked(run, asked)
     bar = tqdm(
         total=params.steps,
         initial=run.step,
@@ -156,7 +158,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
                 meter.start()
 
         # save
-        leaving = _anybody_asked(run, asked)
+        leaving = somebody_asked()
         if leaving or measure or run.step % params.checkpoint_every == 0 or run.step == until:
             if accelerator.scaler is None:  # which skips the steps of gradients that overflowed
                 training_log.refuse_bad_gradient(gradient_norm.item(), run.step, run.folder)
@@ -196,15 +198,33 @@ def _closed(run: Run, live: tracking.TrainingRun | None) -> list[Row]:
     return history
 
 
-def _anybody_asked(run: Run, asked: list[int]) -> bool:
-    """Whether a signal arrived, in any process: all must leave after the same step."""
-    import torch
+class _Asked:
+    """Whether a signal arrived, in any process: all must leave after the same step.
 
-    if run.accelerator.num_processes == 1:
-        return bool(asked)
-    if run.step % ASK_EVERY:
-        return False
-    return run.accelerator.reduce(torch.tensor(len(asked), device=run.accelerator.device)).item() > 0
+    To ask the others costs a message, so several processes ask about once a second; slow steps must not keep a signal
+    waiting. They agree on the step at which they ask next, because all see the same sums.
+    """
+
+    def __init__(self, run: Run, here: list[int]) -> None:
+        self.run, self.here = run, here
+        self.steps, self.began = 1, time.monotonic()
+        self.next = run.step + self.steps
+
+    def __call__(self) -> bool:
+        import torch
+
+        accelerator = self.run.accelerator
+        if accelerator.num_processes == 1:
+            return bool(self.here)
+        if self.run.step < self.next:
+            return False
+        milliseconds = round((time.monotonic() - self.began) * 1000)
+        told = torch.tensor([len(self.here), milliseconds], device=accelerator.device)
+        signals, total = accelerator.reduce(told, "sum").tolist()
+        one_step = max(1, total) / accelerator.num_processes / self.steps / 1000
+        self.steps, self.began = min(max(1, int(ASK_SECONDS / one_step)), ASK_STEPS), time.monotonic()
+        self.next = self.run.step + self.steps
+        return signals > 0
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:

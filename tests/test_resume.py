@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -62,9 +64,20 @@ def start(folder: Path, database: Path, arguments: list[str] | None = None, **mo
 def kill_at(folder: Path, database: Path, happens, **start_options) -> int:
     """Start a training, kill -9 it and all below it as soon as `happens()`; returns its exit code."""
     process = start(folder, database, **start_options)
-    kill_when(process, happens, kill=lambda: os.killpg(process.pid, signal.SIGKILL))
+    kill_when(process, happens, kill=lambda: kill_tree(process))
     process.stdout.close()
     return process.returncode
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """kill -9 a process and all below it; several processes of a training are in sessions of their own."""
+    everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everything:
+        with suppress(psutil.NoSuchProcess):
+            one.suspend()  # none may react to the end of another
+    for one in everything:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def has_step(folder: Path, step: int):
@@ -159,14 +172,68 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database):
         write_inputs(folder)
         write_params(folder, dropout=0.2, steps=60)
     assert kill_at(killed, migrated_database, has_step(killed, 10), **TWO_PROCESSES) == KILLED
-    left, output = signalled_at(killed, migrated_database, 20, signal.SIGTERM, **TWO_PROCESSES)
-    assert left == 143 and "the same command continues" in output
+    process = start(killed, migrated_database, **TWO_PROCESSES)
+    workers = paused_at(process, has_step(killed, 20))
+    process.send_signal(signal.SIGTERM)
+    for worker in workers:
+        worker.resume()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 143, output
+    assert "the same command continues" in output
+    assert checkpoints(killed / "scratch")[-1].name < "step-00000060", "it left before its end"
     for folder in (whole, killed):
         process = start(folder, migrated_database, **TWO_PROCESSES)
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
     assert "continues at step" in output
     assert results(killed) == results(whole)
+
+
+def paused_at(process: subprocess.Popen[str], happens) -> list[psutil.Process]:
+    """The processes below `process`, stopped as soon as `happens()`: on a fast machine they would end meanwhile."""
+    while not happens():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
+    for worker in workers:
+        worker.suspend()
+    return workers
+
+
+def test_a_signal_before_the_processes_of_a_training_start_is_obeyed(tmp_path, migrated_database):
+    """The launcher imports its packages for seconds; nothing trains then that the signal could reach."""
+    write_inputs(tmp_path)
+    write_params(tmp_path)
+    process = start(tmp_path, migrated_database, **TWO_PROCESSES)
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert not (tmp_path / "scratch" / "train").exists()
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def test_processes_end_when_their_launcher_is_killed(tmp_path, migrated_database):
+    """They save, as on SIGTERM, and the same command continues."""
+    write_inputs(tmp_path)
+    write_params(tmp_path)
+    process = start(tmp_path, migrated_database, **TWO_PROCESSES)
+    workers = paused_at(process, has_step(tmp_path, 10))
+    process.kill()
+    process.wait()
+    for worker in workers:
+        worker.resume()
+    output, _ = process.communicate(timeout=60)
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert output.count("the same command continues") == len(workers) == 2
+    assert "step-00000010" < checkpoints(tmp_path / "scratch")[-1].name < "step-00000060"
 
 
 @pytest.mark.slow
