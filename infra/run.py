@@ -120,6 +120,7 @@ def main() -> int:
     print("repro: the chain of dvc.yaml", flush=True)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
+    require_repository()
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
     with leashed(dvc("repro", *given)) as process:
@@ -155,6 +156,16 @@ def parse_arguments() -> list[str]:
         allow_abbrev=False,
     )
     return parser.parse_known_args()[1]
+
+
+def require_repository() -> None:
+    """Leave with one sentence where DVC would not start: outside of Git, unless its configuration allows that."""
+    settings = (path.read_text(encoding="utf-8") for path in Path(".dvc").glob("config*"))
+    if not Path(".git").exists() and not any("no_scm = true" in text.lower() for text in settings):
+        sys.exit(
+            "repro: error: this folder is not a Git repository, in which DVC works; clone the project with git, or "
+            "run: git init && git add . && git commit -m start"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -811,16 +812,35 @@ def names_of(kind: type[Section]) -> list[str]:
     return [field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind]
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Keys that `params.yaml` may hold at the parent of `location`."""
-    model: type[BaseModel] = Params
-    for part in location[:-1]:
-        fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        annotation = fields[part].annotation if part in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys that a section may hold, at any depth."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{key}.")
+
+
+def _own(section: str) -> list[str]:
+    """Keys of one section, or of the whole file for ''."""
+    parted = (key.rpartition(".") for key in _keys(Params))
+    return [name for parent, _, name in parted if parent == section]
+
+
+MEANT = 3
+"""Keys of the same name that are suggested for an unknown one, at most."""
+
+
+def _meant(location: tuple[Any, ...]) -> str:
+    """What an unknown key may stand for: one of its own section, else one of that name in another, else all."""
+    *parents, name = map(str, location)
+    known, own = list(_keys(Params)), _own(".".join(parents))
+    if close := difflib.get_close_matches(name, own, n=1):
+        return f"did you mean '{close[0]}'?"
+    if close := difflib.get_close_matches(name, {key.rpartition(".")[2]: key for key in known}, n=1):
+        meant = [key for key in known if key.rpartition(".")[2] == close[0]]
+        return f"did you mean {' or '.join(sorted(meant, key=lambda key: key.count('.'))[:MEANT])}?"
+    return f"known keys: {', '.join(own)}"
 
 
 def _sentence(error: ValidationError) -> str:
@@ -829,11 +849,11 @@ def _sentence(error: ValidationError) -> str:
     location = tuple(first["loc"])
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _known_keys(location), n=1)
-        remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(_known_keys(location))}"
-        return f"unknown parameter '{key}'; {remedy}"
+        return f"unknown parameter '{key}'; {_meant(location)}"
     if first["type"] == "missing":
         return f"parameter '{key}' is missing; add it, or write the file anew with 'python -m tasks.preset NAME'"
+    if first["type"] == "model_type":
+        return f"'{key}' is a section and not a value; set one of its keys, such as {key}.{_own(key)[0]}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     return f"parameter '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -22,7 +22,7 @@ from typing import Any, cast
 import yaml
 
 from tasks import atomic
-from tasks.params import ParamsError, parse, read
+from tasks.params import Params, ParamsError, parse, read
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"
@@ -32,6 +32,12 @@ HEADER = (
 )
 COMMAND = re.compile(re.escape(HEADER).replace(re.escape("{command}"), "(.*)"))
 SHOWN_CHANGES = 12
+FILES = {
+    ("download", "path"): "a folder, zip or tar of images",
+    ("train", "init_from"): "a folder with a trained pipeline, such as a copy of outputs/pipeline",
+    ("validate", "baseline"): "a copy of an earlier data/accepted.json, or of a file that holds {}",
+}
+"""Files that DVC reads before a stage runs: section and key -> what should lie there."""
 
 
 class PresetError(ValueError):
@@ -62,16 +68,21 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override.strip("="):
             raise PresetError(f"'{override}' is no override; write section.key=value, such as train.steps=1000")
+    for key in (item.split("=", 1)[0] for item in overrides):
+        if "." not in key and key not in {*parts(), *Params.model_fields} and (close := _close(key, list(parts()))):
+            raise PresetError(f"unknown part '{key}'; did you mean '{close}'?")
     chosen = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in parts()}
     for part, choice in chosen.items():
         if choice not in parts()[part]:
             raise PresetError(f"there is no {part} '{choice}'; {_instead(choice, parts()[part])}")
-    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen])
-    path = document["download"]["path"]
-    document["download"]["path"] = str(Path(path).expanduser())
-    if not Path(document["download"]["path"]).exists():
-        raise PresetError(f"download.path '{path}' does not exist; give the path of a folder, zip or tar of images")
-    return parse(document).model_dump(mode="json", by_alias=True)
+    merged = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen])
+    document = parse(merged).model_dump(mode="json", by_alias=True)
+    for (section, key), what in FILES.items():
+        path = document[section][key]
+        document[section][key] = str(Path(path).expanduser())
+        if not Path(document[section][key]).exists():
+            raise PresetError(f"{section}.{key} '{path}' does not exist; give the path of {what}")
+    return document
 
 
 def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str, Any]:
@@ -99,8 +110,12 @@ def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str
 
 
 def _instead(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known)}"
+    close = _close(word, known)
+    return f"did you mean '{close}'?" if close else f"there are {', '.join(known)}"
+
+
+def _close(word: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def dump(document: dict[str, Any], command: str) -> str:

@@ -127,6 +127,18 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["digit"], "there is no preset 'digit'; did you mean 'digits'?"),
         (["base"], "there is no preset 'base'"),
         (["digits", "train.stepps=3"], "unknown parameter 'train.stepps'; did you mean 'steps'?"),
+        (
+            ["digits", "stepps=3"],
+            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or visualize.",
+        ),
+        (["digits", "train.n_distance=3"], "unknown parameter 'train.n_distance'; did you mean evaluate.n_distance?"),
+        (["digits", "sorce=folder"], "unknown part 'sorce'; did you mean 'source'?"),
+        (["digits", "download=3"], "'download' is a section and not a value; set one of its keys, such as download.so"),
+        (
+            ["digits", "train.init_from=/no/where"],
+            "train.init_from '/no/where' does not exist; give the path of a folder",
+        ),
+        (["digits", "validate.baseline=/no/where"], "validate.baseline '/no/where' does not exist; give the path of a"),
         (["digits", "train.steps=many"], "parameter 'train.steps' is 'many'"),
         (["digits", "train"], "'train' is no override"),
         (["digits", "model.attention=["], "the overrides cannot be read"),
