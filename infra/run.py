@@ -123,6 +123,7 @@ def main() -> int:
     print("repro: the chain of dvc.yaml", flush=True)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
+    require_repository()
     check_source(given)
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
@@ -170,6 +171,16 @@ def check_source(given: list[str]) -> None:
         local_source.require_hashable(Path(), allow_missing=bool(options & {"--allow-missing", "--pull"}))
     except (StageError, ParamsError) as error:
         sys.exit(f"repro: error: {error}")
+
+
+def require_repository() -> None:
+    """Leave with one sentence where DVC would not start: outside of Git, unless its configuration allows that."""
+    settings = (path.read_text(encoding="utf-8") for path in Path(".dvc").glob("config*"))
+    if not Path(".git").exists() and not any("no_scm = true" in text.lower() for text in settings):
+        sys.exit(
+            "repro: error: this folder is not a Git repository, in which DVC works; clone the project with git, or "
+            "run: git init && git add . && git commit -m start"
+        )
 
 
 @contextmanager

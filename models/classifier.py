@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.fit import Recipe, fit, seeded
 
-MAX_FEATURES = 128
-MAX_RESOLUTION = 32
 # Features spread less unevenly than without, so distances depend less on single images.
 LABEL_SMOOTHING = 0.1
 APPLY_BATCH, APPLY_VALUES = 500, 1 << 24
@@ -27,18 +27,15 @@ class Backbone(nn.Module):
     until it is at most 4, and doubles the width, up to `MAX_FEATURES`.
     """
 
-    def __init__(self, channels: int, size: int, width: int = 16) -> None:
+    def __init__(self, channels: int, size: int, width: int = FIRST_WIDTH) -> None:
         super().__init__()
-        stride = max(1, size // MAX_RESOLUTION)
-        self.stem = _convolution(channels, width, stride)
-        size //= stride
+        widths = stage_widths(size, width)
+        self.stem = _convolution(channels, width, stride=max(1, size // MAX_RESOLUTION))
         stages: list[nn.Module] = []
-        while size > 4:
-            wider = min(2 * width, MAX_FEATURES)
-            stages += [nn.MaxPool2d(2), _convolution(width, wider), _Residual(wider)]
-            size, width = size // 2, wider
+        for narrow, wide in itertools.pairwise(widths):
+            stages += [nn.MaxPool2d(2), _convolution(narrow, wide), _Residual(wide)]
         self.stages = nn.Sequential(*stages)
-        self.features = width
+        self.features = widths[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.stages(self.stem(images)).mean(dim=(2, 3))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEATURES, CLASSES, SIDE = 2048, 1008, 299
+from models.feature_widths import INCEPTION
+
+FEATURES, CLASSES, SIDE = INCEPTION, 1008, 299
 BATCH = 32
 
 

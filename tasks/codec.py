@@ -9,7 +9,6 @@ outputs/codec/reconstructions.png    held-out images, each above what is left of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,13 +41,6 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     """
     require_accepted(accepted)
     classes = read_index(images)["classes"]
-    if params.conditioning == "label" and not classes:
-        raise StageError(
-            "codec.conditioning is 'label', but the images have no classes; set it to 'none', or sort the images into "
-            "one folder per class"
-        )
-    if params.conditioning == "label":
-        _require_labels(images)
     document: dict[str, Any] = {
         "format": FORMAT,
         "kind": params.kind,
@@ -81,21 +73,6 @@ def _smaller(images: Path, resolution: int) -> int:
 
     sides = read_columns(images, ["width", "height"])
     return int((np.minimum(*(sides[name].to_numpy() for name in ("width", "height"))) < resolution).sum())
-
-
-def _require_labels(images: Path) -> None:
-    """Raise `StageError` where images have no label."""
-    rows = read_columns(images, ["key", "split", "label"]).to_pylist()
-    without = sorted((row["split"], row["key"]) for row in rows if row["label"] is None)
-    if not without:
-        return
-    of = Counter(row["split"] for row in rows)
-    parts = [f"{count} of {of[split]} in the split {split}" for split, count in Counter(s for s, _ in without).items()]
-    first = ", ".join(key for _, key in without[:3])
-    raise StageError(
-        f"codec.conditioning is 'label', but images have no class: {', '.join(parts)} ({first}); move them into class "
-        "folders (such as test/cat), remove them, or set codec.conditioning to 'none'"
-    )
 
 
 def _autoencoder(
@@ -206,13 +183,6 @@ def _text(
     samples are asked for: one of each class, or where there are none captions of held-out images."""
     from models.text_encoder import save_text_encoder
 
-    for samples in (train, held_out):
-        without = [key for key, captions in zip(samples.keys, samples.captions, strict=True) if not captions]
-        if without:
-            raise StageError(
-                f"codec.conditioning is 'text', but {len(without)} images have no caption ({', '.join(without[:3])}); "
-                "add them, set ingest.caption_templates, or use conditioning 'label'"
-            )
     encoder = _published_text(params) if params.text.weights else _trained_text(train, held_out, params, quality)
     save_text_encoder(folder, encoder)
     prompts = _class_prompts(train, classes) if classes else _some_captions(held_out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic, integrity, protocol, stage
-from tasks.params import EvaluateParams
+from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
 from tasks.verdict import require_accepted
@@ -128,14 +128,15 @@ def _class_rows(
     unguided: list[Draw], guided: list[Draw], scorer: Scorer, classes: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Each class over all seed blocks: its guided images by accuracy and CLIP score, its unguided ones by distance
-    to the held-out images of the class. KID alone stands so few images."""
+    to the held-out images of the class. KID alone stands so few images. With fewer images than classes some have
+    none."""
     for label, name in enumerate(classes):
         drawn, plain = (protocol.of_class(draws, label) for draws in (guided, unguided))
         yield {
             "class": name,
             "n": len(drawn),
             "n_unguided": len(plain),
-            **scorer.fit_to_labels(drawn, [label] * len(drawn)),
+            **(scorer.fit_to_labels(drawn, [label] * len(drawn)) if len(drawn) else {}),
             **scorer.class_distance(plain, label),
         }
 
@@ -195,7 +196,7 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, A
 
 
 def _too_few(count: int, scorer: Scorer) -> str:
-    needed = protocol.IMAGES_PER_DIMENSION * scorer.dimensions
+    needed = IMAGES_PER_DIMENSION * scorer.dimensions
     return "" if count >= needed else f"too few images for distances ({needed} needed)"
 
 

@@ -39,11 +39,6 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     require_accepted(accepted)
     classes = read_index(images)["classes"]
     train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
-    if min(len(train.keys), len(held_out.keys)) < 2:
-        raise stage.StageError(
-            f"there are {len(train.keys)} training and {len(held_out.keys)} held-out images, and measuring needs two "
-            "of each; add images or change ingest.held_out_fraction"
-        )
     with writing_folder(folder) as temporary:
         published = _place_published(temporary, params)  # before hours of training: it may not be there
         trained = replace(_train(train, classes, params, image), **published)

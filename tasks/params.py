@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.feature_widths import INCEPTION, stage_widths
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -32,6 +36,11 @@ AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 PACKED_WIDTH = 80
 """What a pooled embedding trained here and the numbers of size and crop need beside each other."""
+
+
+IMAGES_PER_DIMENSION = 2
+"""A covariance of fewer images per feature dimension says little."""
+Extractor = Literal["in_domain", "inception", "clip", "dinov2"]
 
 
 class ParamsError(ValueError):
@@ -317,10 +326,13 @@ def _require_pin(where: str, weights: str | None, pin: str | None) -> None:
         )
 
 
+Conditioning = Literal["none", "label", "text"]
+
+
 class CodecParams(Section):
     kind: Literal["identity", "autoencoder"]
     """What the model sees of an image: its pixels, or latents."""
-    conditioning: Literal["none", "label", "text"]
+    conditioning: Conditioning
     autoencoder: AutoencoderParams = AutoencoderParams()
     text: TextParams = TextParams()
     seed: Seed = 0
@@ -494,7 +506,7 @@ class TrainParams(Section):
 class ExtractorParams(Section):
     """What the features of the distances come from."""
 
-    kind: Literal["in_domain", "inception", "clip", "dinov2"] = "in_domain"
+    kind: Extractor = "in_domain"
     """`in_domain` is trained here on the data; the others are published, `inception` being that of the usual FID."""
     weights: str | None = None
     """A hub repository, a local folder or s3://bucket/prefix with safetensors; for `inception` also the file
@@ -561,7 +573,7 @@ class EvaluateParams(Section):
     steps: PositiveInt
     eta: Fraction = 0.0
     """Noise of the sampler 'ddim': 0 draws the same image from the same noise, 1 is as random as 'ddpm'."""
-    n_distance: PositiveInt
+    n_distance: Annotated[int, Field(ge=2)]
     """Samples in each seed block, drawn without guidance, for the distances."""
     n_accuracy: PositiveInt
     """Samples in each seed block, drawn with `guidance_scale`, for label accuracy and CLIP score."""
@@ -574,7 +586,7 @@ class EvaluateParams(Section):
     """Noise levels at which to guide (Kynkäänniemi et al. 2024); null is all."""
     guidance_sweep: tuple[Annotated[float, Field(ge=1)], ...] = Field(default=(), strict=False)
     """Guidance scales of the curve of distance against CLIP score; none for an unconditional model."""
-    n_sweep: PositiveInt = 128
+    n_sweep: Annotated[int, Field(ge=2)] = 128
     """Samples at each of them."""
     seed_blocks: Annotated[int, Field(ge=3)] = 3
     allow_small_n: bool = False
@@ -604,7 +616,8 @@ class VisualizeParams(Section):
 
 
 class ExportParams(Section):
-    opset: Annotated[int, Field(ge=18)] = 20
+    opset: Annotated[int, Field(ge=18, le=26)] = 20
+    """ONNX Runtime does not load later ones."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
     min_psnr: PositiveInt = 50
     """Decibel of the ONNX sampler's images against torch's for the same noise."""
@@ -618,6 +631,28 @@ class RegisterParams(Section):
     """Absolute gate of the first version: Frechet distance as a multiple of its floor."""
     min_label_accuracy: Fraction
     """Absolute gate; read only where label accuracy applies."""
+
+
+class Demands(Section):
+    """What later stages ask of the data: single parameters of their sections, under their dotted names."""
+
+    conditioning: Conditioning = Field(alias="codec.conditioning")
+    allow_small_n: bool = Field(alias="evaluate.allow_small_n")
+    resolution: PositiveInt = Field(alias="image.resolution")
+    extractor: Extractor = Field(alias="judge.extractor.kind")
+    batch_size: PositiveInt = Field(alias="train.batch_size")
+
+    @property
+    def images_for_distances(self) -> int:
+        """How many held-out images the distances need; 2 where a published network's width is not known yet."""
+        return 2 if self.allow_small_n else images_for_distances(self.extractor, self.resolution)
+
+
+def images_for_distances(extractor: Extractor, resolution: int) -> int:
+    """How many images on each side the distances need, in the features of `judge.extractor`: at least 2, which is the
+    answer for published networks of several widths, too."""
+    dimensions = {"in_domain": stage_widths(resolution)[-1], "inception": INCEPTION}.get(extractor, 1)
+    return IMAGES_PER_DIMENSION * dimensions
 
 
 class Params(Section):
@@ -684,7 +719,29 @@ class Params(Section):
                 )
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
+        self._check_source()
+        self._check_distances()
         return self
+
+    def _check_source(self) -> None:
+        """Sources of which it is known whether they have labels or captions."""
+        source, conditioning = self.download.source, self.codec.conditioning
+        if source in ("digits", "cifar10") and conditioning == "text" and not self.ingest.caption_templates:
+            raise ValueError(
+                f"download.source '{source}' has no captions for codec.conditioning 'text'; set "
+                "ingest.caption_templates, such as ['a photo of a {}']"
+            )
+        if source == "laion" and conditioning == "label":
+            raise ValueError("download.source 'laion' has captions and no labels; set codec.conditioning to 'text'")
+
+    def _check_distances(self) -> None:
+        needed = images_for_distances(self.judge.extractor.kind, self.image.resolution)
+        if self.evaluate.n_distance < needed and not self.evaluate.allow_small_n:
+            raise ValueError(
+                f"evaluate.n_distance {self.evaluate.n_distance} is too small for features of "
+                f"{needed // IMAGES_PER_DIMENSION} dimensions (judge.extractor.kind '{self.judge.extractor.kind}'); "
+                f"raise it to {needed} or more, or set evaluate.allow_small_n to true"
+            )
 
     def _check_published(self) -> None:
         """A published network knows the latents and embeddings that it was trained on, in their units, alone."""
@@ -745,25 +802,48 @@ class Params(Section):
             )
 
     def section(self, kind: type[Section]) -> Any:
-        """The one section of type `kind`."""
+        """The one section of type `kind`, or what `Demands` takes from several."""
+        if kind is Demands:
+            return Demands.model_validate({name: attrgetter(name)(self) for name in names_of(Demands)})
         return next(getattr(self, name) for name, field in type(self).model_fields.items() if field.annotation is kind)
 
 
-def section_name(kind: type[Section]) -> str:
-    """The key in `params.yaml` under which a section of type `kind` stands."""
-    return next(field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind)
+def names_of(kind: type[Section]) -> list[str]:
+    """The keys in `params.yaml` under which what a section of type `kind` holds stands: one, but for `Demands`."""
+    if kind is Demands:
+        return [str(field.alias) for field in Demands.model_fields.values()]
+    return [field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind]
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Keys that `params.yaml` may hold at the parent of `location`."""
-    model: type[BaseModel] = Params
-    for part in location[:-1]:
-        fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        annotation = fields[part].annotation if part in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys that a section may hold, at any depth."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{key}.")
+
+
+def _own(section: str) -> list[str]:
+    """Keys of one section, or of the whole file for ''."""
+    parted = (key.rpartition(".") for key in _keys(Params))
+    return [name for parent, _, name in parted if parent == section]
+
+
+MEANT = 3
+"""Keys of the same name that are suggested for an unknown one, at most."""
+
+
+def _meant(location: tuple[Any, ...]) -> str:
+    """What an unknown key may stand for: one of its own section, else one of that name in another, else all."""
+    *parents, name = map(str, location)
+    known, own = list(_keys(Params)), _own(".".join(parents))
+    if close := difflib.get_close_matches(name, own, n=1):
+        return f"did you mean '{close[0]}'?"
+    if close := difflib.get_close_matches(name, {key.rpartition(".")[2]: key for key in known}, n=1):
+        meant = [key for key in known if key.rpartition(".")[2] == close[0]]
+        return f"did you mean {' or '.join(sorted(meant, key=lambda key: key.count('.'))[:MEANT])}?"
+    return f"known keys: {', '.join(own)}"
 
 
 def _sentence(error: ValidationError) -> str:
@@ -772,11 +852,11 @@ def _sentence(error: ValidationError) -> str:
     location = tuple(first["loc"])
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _known_keys(location), n=1)
-        remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(_known_keys(location))}"
-        return f"unknown parameter '{key}'; {remedy}"
+        return f"unknown parameter '{key}'; {_meant(location)}"
     if first["type"] == "missing":
         return f"parameter '{key}' is missing; add it, or write the file anew with 'python -m tasks.preset NAME'"
+    if first["type"] == "model_type":
+        return f"'{key}' is a section and not a value; set one of its keys, such as {key}.{_own(key)[0]}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     return f"parameter '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
@@ -792,18 +872,26 @@ def parse(document: Any) -> Params:
         raise ParamsError(_sentence(error)) from None
 
 
-def load(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate `path`. Raises `ParamsError` with one sentence."""
+def read(path: Path = Path("params.yaml")) -> Any:
+    """The parsed document at `path`, not validated. Raises `ParamsError` with one sentence.
+
+    As YAML 1.2, which DVC reads and writes: there `no` is a string and 1e-05 a number.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        # YAML 1.2, as DVC writes it: to `dvc exp run -S`, `no` is a word and 1e-05 a number.
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist; write it with 'python -m tasks.preset digits'") from None
+    except UnicodeDecodeError:
+        raise ParamsError(f"{path} is not UTF-8; save it as UTF-8, or write it anew with tasks.preset") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ParamsError(f"{path} is not valid YAML{where}; correct it, or write it anew with tasks.preset") from None
-    return parse(document)
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate `path`. Raises `ParamsError` with one sentence."""
+    return parse(read(path))

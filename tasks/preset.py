@@ -10,25 +10,34 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from tasks import atomic
-from tasks.params import ParamsError, parse
+from tasks.params import Params, ParamsError, parse, read
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"
-PATHS = ("download.path", "validate.baseline", "train.init_from")
-"""Parameters that are local paths."""
 HEADER = (
     "# Written by `python -m tasks.preset {command}`. Edit freely, or change one value with "
     "`dvc exp run -S section.key=value`.\n"
 )
+COMMAND = re.compile(re.escape(HEADER).replace(re.escape("{command}"), "(.*)"))
+SHOWN_CHANGES = 12
+FILES = {
+    "download.path": "a folder, zip or tar of images",
+    "train.init_from": "a folder with a trained pipeline, such as a copy of outputs/pipeline",
+    "validate.baseline": "a copy of an earlier data/accepted.json, or of a file that holds {}",
+}
+"""Parameters that are local paths, which DVC reads before a stage runs -> what should lie there."""
 
 
 class PresetError(ValueError):
@@ -59,19 +68,25 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override.strip("="):
             raise PresetError(f"'{override}' is no override; write section.key=value, such as train.steps=1000")
+    for key in (item.split("=", 1)[0] for item in overrides):
+        if "." not in key and key not in {*parts(), *Params.model_fields} and (close := _close(key, list(parts()))):
+            raise PresetError(f"unknown part '{key}'; did you mean '{close}'?")
     chosen = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in parts()}
     for part, choice in chosen.items():
         if choice not in parts()[part]:
             raise PresetError(f"there is no {part} '{choice}'; {_instead(choice, parts()[part])}")
-    paths = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in PATHS}
-    document = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen | paths])
+    paths = {key: value for key, value in (item.split("=", 1) for item in overrides) if key in FILES}
+    merged = _merged(name, chosen, [item for item in overrides if item.split("=", 1)[0] not in chosen | paths])
     for key, typed in paths.items():
         section, field = key.split(".")
-        document[section][field] = _path(key, typed)
-    path = document["download"]["path"]
-    if not Path(path).exists():
-        raise PresetError(f"download.path '{path}' does not exist; give the path of a folder, zip or tar of images")
-    return parse(document).model_dump(mode="json", by_alias=True)
+        merged[section][field] = _path(key, typed)
+    document = parse(merged).model_dump(mode="json", by_alias=True)
+    for key, what in FILES.items():
+        section, field = key.split(".")
+        path = document[section][field]
+        if not Path(path).exists():
+            raise PresetError(f"{key} '{path}' does not exist; give the path of {what}")
+    return document
 
 
 def _path(key: str, typed: str) -> str:
@@ -113,31 +128,90 @@ def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> dict[str
 
 
 def _instead(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known)}"
+    close = _close(word, known)
+    return f"did you mean '{close}'?" if close else f"there are {', '.join(known)}"
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lists of numbers on one line, lists of words below each other."""
-
-
-def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
-    words = any(isinstance(item, str) for item in items)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not words)
-
-
-_Dumper.add_representer(list, _represent_list)
-# Words that are numbers in YAML 1.2, which reads the file, and not in 1.1, which writes it: they need quotes.
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$|0o[0-7]+$"), list("-+0123456789")
-)
+def _close(word: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def dump(document: dict[str, Any], command: str) -> str:
-    """Text of `params.yaml` for a composed preset; `command` is how it was asked for."""
-    return HEADER.format(command=" ".join(command.split())) + yaml.dump(
-        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
+    """Text of `params.yaml` for a composed preset; `command` is how it was asked for.
+
+    Written as DVC rewrites the file (`dvc/utils/serialize/_yaml.py`), so that `dvc exp run -S` changes one line.
+    """
+    from ruamel.yaml import YAML
+
+    text = io.StringIO()
+    YAML().dump(document, text)
+    return HEADER.format(command=" ".join(command.split())) + text.getvalue()
+
+
+def write(path: Path, text: str) -> Iterator[str]:
+    """Write `text` to `path`. Yields a line for a copy of a file that was edited by hand, and one per changed value."""
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    if before is not None and before != text and _edited(before):
+        kept = _keep(path, before)
+        yield f"{path} had been edited; the old one is kept as {kept}"
+    changes = _changes(path, text) if before is not None else []
+    atomic.write_text(path, text)
+    yield from changes[:SHOWN_CHANGES]
+    if len(changes) > SHOWN_CHANGES:
+        yield f"and {len(changes) - SHOWN_CHANGES} more"
+
+
+def _edited(text: str) -> bool:
+    """Whether a parameter file is not what the command in its header writes."""
+    header = COMMAND.match(text)
+    try:
+        name, *overrides = shlex.split(header[1]) if header else [""]
+        return text != dump(compose(name, overrides), header[1] if header else "")
+    except ValueError:  # a preset of another version, or a source that has moved
+        return True
+
+
+def _keep(path: Path, text: str) -> Path:
+    """Save `text` beside `path` under the first name that is free, or that holds the same."""
+    number = 1
+    while True:
+        kept = path.with_name(f"{path.name}.bak{number if number > 1 else ''}")
+        if not kept.exists():
+            atomic.write_text(kept, text)
+        if kept.read_text(encoding="utf-8") == text:
+            return kept
+        number += 1
+
+
+def _changes(path: Path, text: str) -> list[str]:
+    """`key: old -> new` for each value in which the file at `path` differs from `text`."""
+    from ruamel.yaml import YAML
+
+    try:
+        before = dict(_flat(read(path)))
+    except ParamsError:
+        return []
+    after = dict(_flat(YAML(typ="safe", pure=True).load(text)))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in dict.fromkeys([*after, *before])
+        if (key in before, before.get(key)) != (key in after, after.get(key))
+    ]
+
+
+def _flat(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections."""
+    if not isinstance(document, dict):
+        return
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "(none)"
 
 
 def main() -> None:
@@ -164,8 +238,10 @@ def main() -> None:
         document = compose(arguments.name, arguments.overrides)
     except (PresetError, ParamsError) as error:
         sys.exit(f"preset: error: {error}")
-    atomic.write_text(arguments.params, dump(document, shlex.join([arguments.name, *arguments.overrides])))
-    print(f"preset: wrote {arguments.params} from '{arguments.name}'; 'dvc repro' brings the chain up to it")
+    text = dump(document, shlex.join([arguments.name, *arguments.overrides]))
+    for line in write(arguments.params, text):
+        print(f"preset: {line}")
+    print(f"preset: wrote {arguments.params} from '{arguments.name}'; 'make repro' brings the chain up to it")
 
 
 if __name__ == "__main__":

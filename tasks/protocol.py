@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks.images import load_pixels, read_index
-from tasks.params import EvaluateParams, ImageParams
+from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams, ImageParams
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ FORMAT = 1
 BLOCK_STRIDE = 1_000_000
 """Distance between the first seeds of two seed blocks."""
 UNGUIDED = 1.0
-IMAGES_PER_DIMENSION = 2
-"""A covariance of fewer images per feature dimension says little."""
 TAKEN = 500
 """Training images that are in memory together, at most, while their features are taken."""
 SEARCHED = 20_000

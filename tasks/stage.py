@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tasks.params import ParamsError, Section, load, section_name
+from tasks.params import ParamsError, Section, load, names_of
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 
@@ -32,9 +32,10 @@ class Preempted(BaseException):
 
 
 def sections_of(function: Callable[..., None]) -> list[str]:
-    """Names of the sections of `params.yaml` that a stage function reads."""
+    """Names of the sections, or of single values, of `params.yaml` that a stage function reads."""
     hints = typing.get_type_hints(function)
-    return [section_name(hints[name]) for name in inspect.signature(function).parameters if _is_section(hints[name])]
+    arguments = inspect.signature(function).parameters
+    return [key for name in arguments if _is_section(hints[name]) for key in names_of(hints[name])]
 
 
 def paths_of(function: Callable[..., None]) -> list[str]:

@@ -64,7 +64,7 @@ def train(
 
     index = latents.read_index(data)
     integrity.read_described(codec, "codec.json", "codec")
-    training_run.check_fits(index, params)
+    training_run.check_fits(params)
     given = warm_start.given(params)
     network = training_run.network_config(index, model, given)
     if given:

@@ -65,13 +65,9 @@ class Run:
     history: list[Row] = field(default_factory=list)
 
 
-def check_fits(index: dict[str, Any], params: TrainParams) -> None:
-    """Raise `StageError`, before data or weights are touched, where the parameters do not fit data and machine."""
-    count, processes = index["splits"]["train"]["count"], int(os.environ.get("WORLD_SIZE", "1"))
-    if params.batch_size > count:
-        raise StageError(
-            f"train.batch_size {params.batch_size} exceeds the {count} training images; lower it to {count} or less"
-        )
+def check_fits(params: TrainParams) -> None:
+    """Raise `StageError`, before data or weights are touched, where the parameters do not fit the machine."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     parts = processes * params.gradient_accumulation
     if params.batch_size % parts:
         raise StageError(

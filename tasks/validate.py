@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, colours, decoding, duplicates, expectations, stage
+from tasks import atomic, colours, decoding, demands, duplicates, expectations, stage
 from tasks.expectations import Finding, Gate, Table
 from tasks.images import enlarged, read_columns, read_index, schema, schema_of
-from tasks.params import ImageParams, ValidateParams
+from tasks.params import Demands, ValidateParams
 from tasks.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.quarantine import FILE as QUARANTINE_FILE
 from tasks.stage import StageError
@@ -29,20 +29,21 @@ NAMED_CLASSES = 3
 
 
 def validate(
-    images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, image: ImageParams
+    images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, asked: Demands
 ) -> None:
     """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
+    `asked` is what later stages need of the data.
     """
     index = read_index(images)
-    params = params.model_copy(update={"min_side": params.min_side or image.resolution})
+    params = params.model_copy(update={"min_side": params.min_side or asked.resolution})
     print(f"validate: {index['rows']} rows, loading Great Expectations", flush=True)
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params, image.resolution)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params, asked)), folder, params.warn_only
         )
         atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
     failed = [finding for finding in findings if not finding.success]
@@ -74,7 +75,7 @@ def _tables(
     index: dict[str, Any],
     counts: dict[str, int],
     params: ValidateParams,
-    resolution: int,
+    asked: Demands,
 ) -> Iterator[Table]:
     columns = _columns(images, index["shards"])
     yield Table("columns", columns, _column_gates())
@@ -82,16 +83,17 @@ def _tables(
         return  # the rows of such shards cannot be read
     rows = _rows(images, params)
     notes = {
-        "size": enlarged(int((rows["shorter_side"] < resolution).sum()), resolution),
+        "size": enlarged(int((rows["shorter_side"] < asked.resolution).sum()), asked.resolution),
         "mode": "; ".join(colours.sentences(index.get("profiles", {}))),
     }
-    gates = [replace(gate, note=notes.get(gate.check, "")) for gate in _row_gates(index, rows, params)]
-    yield Table("images", rows, gates)
+    gates = demands.row_gates(index, asked, _row_gates(index, rows, params))
+    yield Table("images", rows, [replace(gate, note=notes.get(gate.check, "")) for gate in gates])
     yield Table("inputs", _inputs(images, quarantine), _input_gates(params))
     if index.get("caption_files"):
         yield Table("caption files", _caption_files(index), _caption_file_gates())
     if index["classes"]:
         yield Table("classes", _classes(counts), _class_gates(params))
+    yield from demands.tables(images, index, asked)
     before = _baseline(Path(params.baseline))
     if index["classes"] and before["labels"] and before["source"] == index["source"]:
         balance = _balance(counts, before["labels"])

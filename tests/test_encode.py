@@ -89,11 +89,6 @@ def test_one_edited_image_changes_the_digest(encoded):
     assert latents.read_index(encoded(FILES | {"cat/01.png": picture(1000)}))["digest"] != before
 
 
-def test_labels_cannot_condition_where_there_are_none(encoded):
-    with pytest.raises(StageError, match="no classes"):
-        encoded({f"{seed}.png": picture(seed) for seed in range(20)})
-
-
 @pytest.mark.parametrize("verdict", [None, {"verdict": "refused"}, {}])
 def test_nothing_is_made_of_data_that_was_not_accepted(tmp_path, encoded, verdict):
     encoded(FILES)

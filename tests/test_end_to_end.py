@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from flows import repro
+from tasks import params
 from tests import tiny
 
 STAGES = list(yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
@@ -98,7 +99,7 @@ def test_what_dvc_users_expect_works(tree):
     run(tree, "dvc", "plots", "show")
     page = (tree / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "reports_figures_samples.png" in page and "Training loss by step" in page
-    before = yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8"))["train"]["learning_rate"]
+    before = params.read(tree / "params.yaml")["train"]["learning_rate"]
     change(tree, "train", "learning_rate", 0.005)
     differences = json.loads(run(tree, "dvc", "params", "diff", "--json"))
     assert list(differences["params.yaml"]) == ["train.learning_rate"]
@@ -147,7 +148,7 @@ def test_a_changed_parameter_concerns_the_stages_that_read_it(tree):
                 for section in reason["changed deps"]["params.yaml"]:
                     concerned[section].add(stage)
     assert concerned == {name.split(".")[0]: stages for name, stages in READERS.items()}
-    assert set(concerned) == set(yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8")))
+    assert set(concerned) == set(params.read(tree / "params.yaml"))
 
 
 @pytest.mark.parametrize("stage", AFTER)
@@ -196,6 +197,6 @@ def test_an_experiment_leaves_the_work_tree_alone(tree):
 
 def change(tree: Path, section: str, key: str, value) -> None:
     file = tree / "params.yaml"
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document = params.read(file)
     (document[section] if section else document)[key] = value
     file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tasks.params import read
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "tests" / "invalid").glob("*.yaml"))
 SECONDS = 3
@@ -26,7 +28,7 @@ def children_seconds() -> float:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_refused_at_load_in_one_sentence(file, tmp_path):
     wrong = yaml.safe_load(file.read_text(encoding="utf-8"))
-    document = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    document = read(ROOT / "params.yaml")
     for section, changes in wrong["changes"].items():
         document[section] |= changes
     params = tmp_path / "params.yaml"

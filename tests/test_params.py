@@ -14,7 +14,7 @@ import yaml
 from tasks import params
 
 ROOT = Path(__file__).resolve().parent.parent
-DIGITS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
 
 
 def changed(**values: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +88,28 @@ def test_no_section_has_a_field_that_dvc_drops():
         assert not DROPPED_BY_DVC & names, model.__name__
 
 
+LONG = "several licences that are named here, one after the other: as many as do not go on one line of a file"
+
+
+@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("others", [[], [f"download.licence='{LONG}'", "train.learning_rate=1e-6"]], ids=["", "odd"])
+def test_dvc_changes_one_line_of_it(name, others, tmp_path):
+    """What `dvc exp run -S` calls rewrites the whole file: in its own style only the changed value differs."""
+    from dvc.utils.hydra import apply_overrides
+
+    file = tmp_path / "params.yaml"
+    text = preset.dump(preset.compose(name, [*SAID_BY_A_PERSON.get(name, []), *others]), name)
+    file.write_text(text, encoding="utf-8")
+    apply_overrides(file, ["train.learning_rate=0.0123"])
+    removed, added = different_lines(text, file.read_text(encoding="utf-8"))
+    assert len(removed) == 1 and added == ["  learning_rate: 0.0123"]
+
+
+def different_lines(before: str, after: str) -> tuple[list[str], list[str]]:
+    lines = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    return tuple([line[2:] for line in lines if line[0] == sign] for sign in "-+")
+
+
 def test_base_names_every_parameter():
     """What a preset leaves out is seen in one file, and never comes from a default in the code."""
     base = yaml.safe_load((preset.PRESETS / "base.yaml").read_text(encoding="utf-8"))
@@ -148,6 +172,18 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["digit"], "there is no preset 'digit'; did you mean 'digits'?"),
         (["base"], "there is no preset 'base'"),
         (["digits", "train.stepps=3"], "unknown parameter 'train.stepps'; did you mean 'steps'?"),
+        (
+            ["digits", "stepps=3"],
+            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or visualize.",
+        ),
+        (["digits", "train.n_distance=3"], "unknown parameter 'train.n_distance'; did you mean evaluate.n_distance?"),
+        (["digits", "sorce=folder"], "unknown part 'sorce'; did you mean 'source'?"),
+        (["digits", "download=3"], "'download' is a section and not a value; set one of its keys, such as download.so"),
+        (
+            ["digits", "train.init_from=/no/where"],
+            "train.init_from '/no/where' does not exist; give the path of a folder",
+        ),
+        (["digits", "validate.baseline=/no/where"], "validate.baseline '/no/where' does not exist; give the path of a"),
         (["digits", "train.steps=many"], "parameter 'train.steps' is 'many'"),
         (["digits", "train"], "'train' is no override"),
         (["digits", "model.attention=["], "the overrides cannot be read"),
@@ -176,3 +212,44 @@ def test_list_names_each_preset_with_its_purpose():
     lines = run("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == preset.names()
     assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_what_was_edited_by_hand_is_kept_beside_it(tmp_path):
+    target = tmp_path / "params.yaml"
+    written = run("digits", "train.steps=600", "--params", str(target)).stdout
+    assert ".bak" not in written and " -> " not in written
+    target.write_text(target.read_text().replace("batch_size: 64", "batch_size: 48", 1) + "# mine\n")
+    edited = target.read_text()
+    done = run("digits", "train.seed=5", "--params", str(target)).stdout.splitlines()
+    assert done[0] == f"preset: {target} had been edited; the old one is kept as {target}.bak"
+    assert {"preset: train.steps: 600 -> 500", "preset: train.seed: 0 -> 5"} < set(done)
+    assert sum(" -> " in line for line in done) == 3
+    assert Path(f"{target}.bak").read_text() == edited
+    # as written by a preset, so nothing is lost with it
+    assert ".bak" not in run("digits", "--params", str(target)).stdout
+    target.write_text(edited)
+    assert f"kept as {target}.bak" in run("digits", "--params", str(target)).stdout
+    target.write_text("train: [")
+    assert f"kept as {target}.bak2" in run("digits", "--params", str(target)).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "params.yaml.bak", "params.yaml.bak2"]
+
+
+def test_the_kept_files_are_ignored_by_git(tmp_path):
+    command = ["git", "check-ignore", "params.yaml.bak", "params.yaml.bak2"]
+    assert len(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()) == 2
+
+
+def test_of_many_changes_some_are_shown(tmp_path):
+    target = tmp_path / "params.yaml"
+    run("digits", "--params", str(target))
+    lines = run("cifar10_ddpm", "--params", str(target)).stdout.splitlines()
+    assert sum(" -> " in line for line in lines) == preset.SHOWN_CHANGES
+    assert lines[-2].startswith("preset: and ") and lines[-2].endswith(" more")
+
+
+def test_it_answers_at_once(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run("digits", "--params", str(tmp_path / "params.yaml")).returncode == 0
+    assert run("digits", "train.seed=1", "--params", str(tmp_path / "params.yaml")).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 2

@@ -12,7 +12,6 @@ from tasks.download import download
 from tasks.encode import encode
 from tasks.ingest import ingest
 from tasks.params import CodecParams, EncodeParams, ImageParams, TextParams
-from tasks.stage import StageError
 from tests.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 FORM = ImageParams(resolution=8, channels=3)
@@ -95,11 +94,6 @@ def test_the_same_again_gives_the_same_bytes(through):
     first, second = through(), through(where="second")
     assert contents(first / "codec") == contents(second / "codec")
     assert contents(first / "latents") == contents(second / "latents")
-
-
-def test_images_without_caption_are_named(through):
-    with pytest.raises(StageError, match=r"\d+ images have no caption \(.*set ingest.caption_templates"):
-        through(templates=())
 
 
 def test_captions_need_no_classes(through):

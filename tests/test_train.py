@@ -225,12 +225,6 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(trained, tmp_path):
 
 
 class TestRefused:
-    def test_batch_larger_than_the_data(self, trained, tmp_path):
-        write_inputs(tmp_path, count=12)
-        with pytest.raises(StageError, match=r"train.batch_size 16 exceeds the 12 training images; lower it"):
-            trained()
-        assert not (tmp_path / "scratch").exists()
-
     def test_batch_that_processes_cannot_share(self, trained, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "3")
         with pytest.raises(StageError, match="cannot be shared among 3 processes in 1 accumulated parts; make it a mu"):

@@ -19,11 +19,10 @@ import pytest
 import yaml
 
 from tasks import integrity, quarantine
-from tasks.codec import codec
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
-from tasks.params import CodecParams, ImageParams, ValidateParams
+from tasks.params import Demands, ValidateParams
 from tasks.stage import StageError
 from tasks.validate import validate
 from tests.data_inputs import (
@@ -59,6 +58,12 @@ def gates(**others):
     return ValidateParams.model_validate(values | others)
 
 
+def asked(**others):
+    """What a chain without conditions asks, in batches of four."""
+    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.resolution": 8}
+    return Demands.model_validate(values | {"judge.extractor.kind": "in_domain", "train.batch_size": 4} | others)
+
+
 def rewrite(images, change):
     """Replace a column of every row of the shard: what no source of ours writes, but a damaged one might."""
     name, values = change
@@ -77,7 +82,7 @@ def rewrite(images, change):
 def judged(tmp_path):
     """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
 
-    def call(files, licence="mine", change=None, resolution=8, **limits):
+    def call(files, licence="mine", change=None, demands=None, resolution=8, **limits):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
         ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
@@ -86,7 +91,7 @@ def judged(tmp_path):
         (tmp_path / "accepted.json").unlink(missing_ok=True)
         try:
             paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
-            validate(*paths, gates(**limits), ImageParams(resolution=resolution, channels=3))
+            validate(*paths, gates(**limits), asked(**{"image.resolution": resolution} | (demands or {})))
         except StageError as error:
             return str(error)
         return None
@@ -107,7 +112,7 @@ def test_the_data_docs_show_every_gate(tmp_path, judged):
     assert judged(CLASSED) is None
     assert (tmp_path / "report" / "index.html").is_file()
     pages = [path.read_text() for path in (tmp_path / "report" / "validations").rglob("*.html")]
-    assert len(pages) == 4
+    assert len(pages) == 5
     assert any("aspect_ratio" in page for page in pages)
 
 
@@ -282,6 +287,8 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     assert f"validate: {told}" in capsys.readouterr().out
     findings = json.loads((tmp_path / "report" / "findings.json").read_text())
     assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
+
+
 KAGGLE = {
     f"{folder}/{seed}.png": picture(seed + 100 * position)
     for position, folder in enumerate(["train/cat", "train/dog", "test"])
@@ -294,10 +301,9 @@ def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, 
     assert judged(KAGGLE) is None
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
     assert "no class folder" in warning and "(test/0.png, test/1.png" in warning
-    where, image = [tmp_path / name for name in ("images", "accepted.json", "codec")], ImageParams(resolution=8, channels=3)
-    codec(*where, CodecParams(kind="identity", conditioning="none"), image)
-    with pytest.raises(StageError, match=r"no class: 8 of 8 in the split test \(test/0\.png"):
-        codec(*where, CodecParams(kind="identity", conditioning="label"), image)
+    refused = judged(KAGGLE, demands={"codec.conditioning": "label"})
+    assert "images lie in no class folder, and codec.conditioning is 'label'" in refused
+    assert "test/0.png" in refused
 
 
 def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged, capsys):
@@ -439,7 +445,8 @@ def write_metadata(root, count):
             "source": ["hub"] * each,
         }
         pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
-    index = {"format": 2, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index = {"format": 2, "shards": shards, "rows": count, "caption_count": count}
+    index |= {"splits": {"train": count * 9 // 10, "test": count // 10}}
     index["files"] = integrity.checksums(root / "images", "*.parquet")
     index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
     (root / "images" / "index.json").write_text(json.dumps(index))

@@ -73,7 +73,9 @@ def write_inputs(
 
 def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0, **train) -> None:
     """Parameters of a training of 60 steps, some of whose rows, checkpoints and grids fall together and some not."""
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    from tasks import params
+
+    document = params.read(ROOT / "params.yaml")
     document["image"] = {"resolution": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import atomic
-from tasks.params import Params, parse
+from tasks.params import Demands, Params, parse
 from tasks.preset import compose
 from tasks.source import sha256_of
 
@@ -75,7 +75,9 @@ def prepare(work: Path, params: Params, judge: bool = False) -> Inputs:
     _once(made.images, lambda out: ingest(data / "raw", out, data / "quarantine", params.ingest))
     _once(
         made.accepted,
-        lambda out: validate(made.images, data / "quarantine", out, data / "validation", params.validation),
+        lambda out: validate(
+            made.images, data / "quarantine", out, data / "validation", params.validation, params.section(Demands)
+        ),
     )
     _once(made.files, lambda out: _write_files(made.images, out))
     _once(made.codec, lambda out: codec(made.images, made.accepted, out, params.codec, params.image))
