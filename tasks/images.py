@@ -194,13 +194,15 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    shards = [images / shard for shard in read_index(images)["shards"]]
+    if "image" not in columns:
+        tables = [pq.read_table(shard, columns=columns) for shard in shards]
+        return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
     stored = [PICTURE if name == "image" else name for name in columns]
-    tables = [pq.read_table(images / shard, columns=stored) for shard in read_index(images)["shards"]]
-    table = pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
-    if "image" in columns:
-        place = table.schema.get_field_index("image")
-        table = table.set_column(place, "image", pc.struct_field(table["image"], "bytes"))
-    return table
+    tables = [pq.ParquetFile(shard).read(columns=stored) for shard in shards]
+    table = pa.concat_tables(tables) if tables else schema().empty_table()
+    place = table.schema.get_field_index("image")
+    return table.set_column(place, "image", pc.struct_field(table["image"], "bytes")).select(columns)
 
 
 def enlarged(count: int, resolution: int) -> str:
