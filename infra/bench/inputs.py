@@ -75,7 +75,9 @@ def prepare(work: Path, params: Params, judge: bool = False) -> Inputs:
     _once(made.images, lambda out: ingest(data / "raw", out, data / "quarantine", params.ingest))
     _once(
         made.accepted,
-        lambda out: validate(made.images, data / "quarantine", out, data / "validation", params.validation),
+        lambda out: validate(
+            made.images, data / "quarantine", out, data / "validation", params.validation, params.image
+        ),
     )
     _once(made.files, lambda out: _write_files(made.images, out))
     _once(made.codec, lambda out: codec(made.images, made.accepted, out, params.codec, params.image))
