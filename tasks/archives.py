@@ -38,7 +38,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 """What stands before a member of a zip: magic, then among others the lengths of its name and extra field."""
 SHARD = ".tar"
 DRIVE = re.compile(r"[A-Za-z]:/")
-MAX_RATIO, FREE_BYTES, MAX_BYTES = 200, 64 << 20, 1 << 40
+MAX_RATIO, FREE_BYTES, MAX_BYTES = 100, 16 << 20, 1 << 40
 """An archive may unpack to `FREE_BYTES`; to more only as long as that is not over `MAX_RATIO` times its own size, and,
 where it is compressed at all, not over `MAX_BYTES`. Pictures hardly compress: only made-up data reaches such ratios."""
 OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}

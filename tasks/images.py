@@ -201,13 +201,15 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    files = shards(images)
+    if "image" not in columns:
+        tables = [pq.read_table(file, columns=columns) for file in files]
+        return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
     stored = [PICTURE if name == "image" else name for name in columns]
-    tables = [pq.read_table(shard, columns=stored) for shard in shards(images)]
-    table = pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
-    if "image" in columns:
-        place = table.schema.get_field_index("image")
-        table = table.set_column(place, "image", pc.struct_field(table["image"], "bytes"))
-    return table
+    tables = [pq.ParquetFile(file).read(columns=stored) for file in files]
+    table = pa.concat_tables(tables) if tables else schema().empty_table()
+    place = table.schema.get_field_index("image")
+    return table.set_column(place, "image", pc.struct_field(table["image"], "bytes")).select(columns)
 
 
 def enlarged(count: int, resolution: int) -> str:

@@ -249,7 +249,7 @@ def _picture_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidatePa
             "size",
             between,
             {"column": "shorter_side", "min_value": params.min_side},
-            f"images are smaller than validate.min_side {params.min_side}; remove them, or set validate.min_side to "
+            f"images are smaller than validate.min_side {params.min_side}; remove them, or set it to "
             f"{rows['shorter_side'].min()} to have all of them enlarged",
         ),
         Gate(
@@ -257,7 +257,7 @@ def _picture_gates(index: dict[str, Any], rows: pd.DataFrame, params: ValidatePa
             between,
             {"column": "aspect_ratio", "max_value": params.max_aspect_ratio},
             f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop or remove them, or set "
-            f"validate.max_aspect_ratio to {math.ceil(rows['aspect_ratio'].max())} to train on their middle",
+            f"it to {math.ceil(rows['aspect_ratio'].max())} to train on their middle",
         ),
         Gate("mode", one_of, {"column": "mode", "value_set": list(decoding.MODES)}, "modes are unknown; convert them"),
         Gate("splits", one_of, {"column": "split", "value_set": SPLITS}, "splits are unknown; use train, test and val"),

@@ -112,7 +112,7 @@ READERS = {
     "download.licence": {"download"},
     "ingest.shards": {"ingest"},
     "validate.min_side": {"validate"},
-    "image.channels": {"codec", "judge"},
+    "image.channels": {"validate", "codec", "judge"},
     "codec.text_steps": {"codec"},
     "encode.shard_size": {"encode"},
     "model.dropout": {"train"},

@@ -280,7 +280,7 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     """The least side is the resolution unless the parameter allows less; then the number of enlarged ones is said."""
     files = CLASSED | {"train/cat/x.png": picture(900, (9, 9))}
     said = judged(files, min_side=None, resolution=12)
-    assert "smaller than validate.min_side 12; remove them, or set validate.min_side to 9" in said
+    assert "smaller than validate.min_side 12; remove them, or set it to 9" in said
     assert "train/cat/x.png" in said
     assert judged(files, min_side=9, resolution=12) is None
     told = "1 images are smaller than image.resolution 12 and are enlarged"
