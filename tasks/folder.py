@@ -198,7 +198,7 @@ def _siblings(folders: list[str]) -> dict[str, dict[str, bool]]:
     inside: dict[str, dict[str, bool]] = {}
     for folder in folders:
         path, holds = folder, True
-        while path:
+        while path != posixpath.dirname(path):  # the folder of "" is "", that of "/" is "/"
             inside.setdefault(posixpath.dirname(path), {}).setdefault(path, False)
             inside[posixpath.dirname(path)][path] |= holds
             path, holds = posixpath.dirname(path), False
