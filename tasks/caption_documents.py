@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tasks.caption_tables import FILE_COLUMNS, TEXT_COLUMNS, Line, UnreadError, column_name
+from tasks.caption_tables import FILE_COLUMNS, TEXT_COLUMNS, DamagedLine, Line, UnreadError, column_name
 from tasks.image_names import Names, is_image_name
-from tasks.source import Problem
 from tasks.text_files import lines, parsed
 
 CAPTION_WORDS = {"caption", "captions", "prompt", "prompts"}
@@ -38,9 +37,9 @@ def mentions_caption(said: dict[str, Any]) -> bool:
     )
 
 
-def read_lines(text: str) -> Iterator[Line | tuple[int, Problem]] | None:
-    """Lines of a file with an object a line, or the number of a line and what is wrong with it; None where no line
-    names an image. Raises `UnreadError` where the lines name images, but hold no captions."""
+def read_lines(text: str) -> Iterator[Line | DamagedLine] | None:
+    """Lines of a file with an object a line; None where no line names an image. Raises `UnreadError` where the lines
+    name images, but hold no captions."""
     rows = list(enumerate(lines(text), 1))
     for _, row in rows:
         try:
@@ -56,15 +55,15 @@ def read_lines(text: str) -> Iterator[Line | tuple[int, Problem]] | None:
     return None
 
 
-def _line(row: tuple[int, str]) -> Line | tuple[int, Problem]:
+def _line(row: tuple[int, str]) -> Line | DamagedLine:
     number, text = row
     try:
         said = parsed(text)
     except ValueError as error:
-        return number, Problem("", str(error))
+        return DamagedLine(number, str(error))
     name = _name_in(said) if isinstance(said, dict) else None
     if name is None:
-        return number, Problem("", "no object with the name of an image")
+        return DamagedLine(number, "it holds no object with the name of an image")
     return Line(number, name, captions_in(said))
 
 

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.image_names import Names, is_image_name
 from tasks.stage import StageError
@@ -45,6 +46,14 @@ class Line:
     number: int
     name: str
     texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedLine:
+    """A line that could not be read, and why."""
+
+    number: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +160,13 @@ def _file_by_content(header: list[str], rows: list[list[str]], names: Names) -> 
     return found[0] if len(found) == 1 else None
 
 
-def _reader(text: str, delimiter: str) -> Iterator[list[str]]:
+def _reader(text: str, delimiter: str) -> Any:
+    """An iterator over rows, whose `line_num` counts the lines that were read."""
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
 
 
 def _lines(table: str, body: str, first: int, layout: Layout, names: Names) -> Iterator[Line]:
-    rows = csv.reader(io.StringIO(body, newline=""), delimiter=layout.delimiter, skipinitialspace=True)
+    rows = _reader(body, layout.delimiter)
     before = first
     try:
         for number, row in enumerate(rows):

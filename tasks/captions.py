@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks import archives, caption_documents, caption_tables
 from tasks.archives import Member
-from tasks.caption_tables import Line, UnreadError
+from tasks.caption_tables import DamagedLine, Line, UnreadError
 from tasks.image_names import Names
 from tasks.source import Problem
 from tasks.stage import StageError
@@ -37,8 +37,9 @@ class Joined:
     """Its name."""
     captions: int = 0
     """Captions that it has for the images."""
+    matched: int = 0
+    """Its lines that name an image."""
     unmatched: int = 0
-    """Its lines that name no image."""
     first_unmatched: str = ""
 
 
@@ -101,17 +102,18 @@ def _join(file: str, content: bytes | Problem, names: Names, captions: Captions)
         return
     joined, damaged = Joined(file), []
     for line in lines:
-        if not isinstance(line, Line):
-            damaged.append((f"{file}, line {line[0]}", line[1].detail))
+        if isinstance(line, DamagedLine):
+            damaged.append((f"{file}, line {line.number}", line.reason))
             continue
         image = names.find(line.name, file)
         if image is None:
             joined.unmatched += 1
             joined.first_unmatched = joined.first_unmatched or f"line {line.number}: {archives.text(line.name)}"
             continue
+        joined.matched += 1
         joined.captions += len(line.texts)
         captions.texts.setdefault(image, []).extend(line.texts)
-    if joined.unmatched and not joined.captions and not any(names.find(line.name, file) for line in _good(lines)):
+    if joined.unmatched and not joined.matched:
         sentence = f"names none of the {len(names.paths)} images; its file names must be those of the images"
         if file.lower().endswith((*TABLES, *LINES)):
             raise StageError(f"{file} {sentence}")
@@ -120,11 +122,7 @@ def _join(file: str, content: bytes | Problem, names: Names, captions: Captions)
     captions.damaged += damaged
 
 
-def _good(lines: Iterable[Line | tuple[int, Problem]]) -> Iterable[Line]:
-    return (line for line in lines if isinstance(line, Line))
-
-
-def _lines_of(file: str, content: bytes | Problem, names: Names) -> list[Line | tuple[int, Problem]] | None:
+def _lines_of(file: str, content: bytes | Problem, names: Names) -> list[Line | DamagedLine] | None:
     """What a file says, line by line; None where it has nothing to do with captions."""
     lower = file.lower()
     if isinstance(content, Problem):

@@ -185,7 +185,7 @@ def _classes_named_like_splits(folders: list[str]) -> tuple[set[str], list[str]]
     for beside in _siblings(folders).values():
         others = sorted(folder for folder, own in beside.items() if own and not _split_named(folder))
         named = sorted(folder for folder, own in beside.items() if own and _split_named(folder))
-        if not (others and named) or any(map(_is_shard, others)):
+        if not (others and named) or any(map(_is_shard, [*others, *named])):
             continue
         splits = {_split_named(folder) for folder in beside} - {None}
         if len(splits) > 1 and "train" in splits:
@@ -207,7 +207,7 @@ def _siblings(folders: list[str]) -> dict[str, dict[str, bool]]:
     inside: dict[str, dict[str, bool]] = {}
     for folder in folders:
         path, holds = folder, True
-        while path:
+        while path != posixpath.dirname(path):  # the folder of "" is "", that of "/" is "/"
             inside.setdefault(posixpath.dirname(path), {}).setdefault(path, False)
             inside[posixpath.dirname(path)][path] |= holds
             path, holds = posixpath.dirname(path), False

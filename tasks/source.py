@@ -67,7 +67,8 @@ class Source:
     unmatched_captions: int = 0
     """Captions that name no image."""
     caption_files: list[dict[str, Any]] = field(default_factory=list)
-    """Files of captions of many images: `key`, number of `captions`, of `unmatched` lines, and `first_unmatched`."""
+    """Files of captions of many images: `key`, number of `captions`, of lines `matched` and `unmatched` with an image,
+    and `first_unmatched`."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the source was read, one sentence each."""
 

@@ -95,7 +95,7 @@ def test_every_common_form_is_read(read, form, where):
     source, rows, refused = read({where + key: data for key, data in PICTURES.items()} | {name: content})
     assert rows == {where + key: [text] for key, text in TEXT.items()}
     assert (refused, source.unmatched_captions) == ({}, 0)
-    assert source.caption_files == [{"key": name, "captions": 4, "unmatched": 0, "first_unmatched": ""}]
+    assert source.caption_files == [{"key": name, "captions": 4, "matched": 4, "unmatched": 0, "first_unmatched": ""}]
     assert source.notes == (f"4 captions from {name}",)
 
 
