@@ -138,8 +138,8 @@ def save_judge(folder: Path, judge: Judge) -> None:
     """Write into an existing `folder` that holds nothing but the folders of published networks; the caller makes it
     appear atomically.
 
-    Adds to `judge.json` what extracts the features, their dimension, and the sha256 of each network's files,
-    by which a measurement names its judge.
+    Adds to `judge.json` what extracts the features, their dimension, the sha256 of each network's files by which a
+    measurement names its judge, and that of each file by which a damaged one is found.
     """
     from safetensors.torch import save_file
 
@@ -165,6 +165,11 @@ def save_judge(folder: Path, judge: Judge) -> None:
         "feature_dim": judge.dimensions,
         "extractor": judge.extractor.name if judge.extractor else None,
         "hashes": hashes,
+        "files": {
+            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
     }
     (folder / "judge.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -2,12 +2,13 @@
 
 `unet/` and `scheduler/` are what diffusers writes, and so are `vae/`, `text_encoder/` and `tokenizer/` (of a second
 encoder with `_2` at their end) where latents and captions are used, so the weights load there without this project;
-`afterimage.json` holds what diffusers has no place for. `lora/` holds what was added to given weights, which are whole
-in `unet/`: a small file for who has the given ones.
+`afterimage.json` holds what diffusers has no place for, and the sha256 of every other file. `lora/` holds what was
+added to given weights, which are whole in `unet/`: a small file for who has the given ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -272,10 +273,16 @@ def save_pipeline(
         save_file(additions, folder / ADAPTER, metadata={"format": "pt"})
     scheduler = scheduler_config(betas, info["prediction"], clip=not (folder / "vae").is_dir())
     write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write(folder / "afterimage.json", {"format": FORMAT, "latent": None, "prompts": None, **info})
     index = _model_index(folder, info["conditioning"])
     if index:
         write(folder / "model_index.json", {"_diffusers_version": "0.42.1", **index})
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    write(folder / "afterimage.json", {"format": FORMAT, "latent": None, "prompts": None, **info, "files": files})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_index(folder: Path, conditioning: str) -> dict[str, Any] | None:

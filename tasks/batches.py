@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tasks import latents
-from tasks.buckets import SQUARE
+from tasks.latents import SQUARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic
+from tasks.stage import StageError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class Blocks:
         self.folder = root / hashlib.sha256(canonical).hexdigest()[:16]
         self.root, self.recipe = root, recipe
         self.rows: dict[str, tuple[Path, int]] = {}
+        self._sound: set[Path] = set()
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._enter(file, _keys(file))
@@ -64,11 +66,14 @@ class Blocks:
         name = hashlib.sha256("\n".join(keys).encode("utf-8")).hexdigest()[:16]
         file = self.folder / f"{name}.safetensors"
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic.write_bytes(file, save(whole, metadata={"keys": json.dumps(list(keys))}))
+        described = {"keys": json.dumps(list(keys)), **{f"sha256 {key}": _sha256(its) for key, its in whole.items()}}
+        atomic.write_bytes(file, save(whole, metadata=described))
+        self._sound.add(file)
         self._enter(file, keys)
 
     def take(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The rows of `keys`, [len(keys), ...] of each tensor. Raises `KeyError` where one is missing."""
+        """The rows of `keys`, [len(keys), ...] of each tensor. Raises `KeyError` where one is missing,
+        `StageError` where its block is damaged."""
         import torch
         from safetensors import safe_open
 
@@ -82,9 +87,13 @@ class Blocks:
             with safe_open(file, "pt") as block:
                 for name in block.keys():  # noqa: SIM118 - it is no mapping
                     tensor = block.get_tensor(name)
+                    if file not in self._sound and _sha256(tensor) != block.metadata()[f"sha256 {name}"]:
+                        file.unlink()
+                        raise StageError(f"{file} was damaged and is removed; run the same command again")
                     if name not in taken:
                         taken[name] = torch.empty(len(keys), *tensor.shape[1:], dtype=tensor.dtype)
                     taken[name][places] = tensor[rows]
+            self._sound.add(file)
         return taken
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -96,6 +105,12 @@ class Blocks:
 
     def _enter(self, file: Path, keys: Sequence[str]) -> None:
         self.rows.update({key: (file, row) for row, key in enumerate(keys)})
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    import torch
+
+    return hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()
 
 
 def _keys(file: Path) -> list[str]:

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks import atomic, integrity, stage
+from tasks.images import Samples, load_pixels, read_index
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.stage import StageError
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
         "format": FORMAT,
         "kind": params.kind,
         "conditioning": params.conditioning,
-        "size": image.size,
+        "size": image.resolution,
         "channels": image.channels,
         "classes": classes if params.conditioning != "none" else [],
     }
@@ -56,9 +57,10 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
             document["autoencoder"] = _autoencoder(train, held_out, folder, params, quality)
         if params.conditioning == "text":
             document |= _text(train, held_out, folder, len(classes), params, quality)
+        document["files"] = integrity.checksums(folder, "*/*")  # of the networks; what lies beside them only reports
         atomic.write_json(folder / "codec.json", document)
         atomic.write_json(folder / "quality.json", quality)
-    form = f"{image.channels}x{image.size}x{image.size}"
+    form = f"{image.channels}x{image.resolution}x{image.resolution}"
     measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     print(f"codec: {params.kind} on {form}, conditioning {params.conditioning}{'; ' if measured else ''}{measured}")
 

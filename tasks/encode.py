@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, buckets, decoding, locks, stage, workspace
+from tasks import atomic, buckets, closure, decoding, integrity, locks, stage, workspace
 from tasks.blocks import Blocks
-from tasks.images import read_columns, read_encoded, require_accepted
+from tasks.images import read_columns, read_encoded
 from tasks.latents import keys_hash, write_index, write_prompts, write_shards
 from tasks.params import EncodeParams
 from tasks.source import require_space
+from tasks.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-BATCH = 16
-"""Images that the autoencoder sees at once, always: its sums depend on the shape of a batch."""
 CHUNK = 4 * BATCH
 CEILING_CHUNKS = 2
 """Chunks per worker over which decoding alone and encoding alone are timed."""
@@ -34,21 +33,6 @@ FED_AHEAD = 3
 """Chunks that are with a GPU: one in work, the others ready for it."""
 TEXT_BLOCK = 4096
 BFLOAT16_BYTES = 2
-TRANSFORM_CODE = ("tasks/buckets.py", "tasks/decoding.py", "models/autoencoder.py")
-
-Encoded: TypeAlias = "tuple[str, bytes, int]"
-"""sha256, bytes and number of pixels of a picture."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Pictures that become one form."""
-
-    form: buckets.Form
-    pictures: list[Encoded]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     computed, and a killed run goes on where it was. Says so where a change of codec or transform makes all of it new.
     """
     require_accepted(accepted)
-    description = json.loads((codec / "codec.json").read_text(encoding="utf-8"))
+    description = integrity.read_described(codec, "codec.json", "codec")
     forms = buckets.forms(description["size"], params.buckets, params.bucket_multiple)
     rows = _rows(images, forms)
     _print_disk_cost(description, params, forms, rows, latents)
@@ -228,7 +212,7 @@ def _encoded_images(
         "autoencoder": description["autoencoder"]["sha256"],
         "buckets": [list(form) for form in forms],
         "mirrored copies": params.horizontal_flip,
-        "code of the transform": _code_hash(),
+        "code of the transform": closure.digest("tasks/buckets.py", "tasks/transform.py"),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
     wanted = {row.sha256: forms[row.bucket] for its in rows.values() for row in its}
@@ -242,11 +226,6 @@ def _encoded_images(
         _encode_missing(images, codec, description["channels"], missing, blocks, params)
     blocks.forget(wanted)
     return blocks
-
-
-def _code_hash() -> str:
-    root = Path(__file__).parent.parent
-    return hashlib.sha256(b"".join((root / name).read_bytes() for name in TRANSFORM_CODE)).hexdigest()
 
 
 def _encode_missing(
@@ -317,34 +296,6 @@ class Encoder:
         return count / (between - started), count / (ended - between)
 
 
-def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
-    """Encoded pictures -> uint8 [n, channels, *chunk.form]."""
-    import numpy as np
-
-    return np.stack([decoding.ingested(data, pixels, chunk.form, channels) for _, data, pixels in chunk.pictures])
-
-
-def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
-    """uint8 [n, C, H, W] -> `mean` and `std` bfloat16 [n, V, k, h, w], V = 2 with mirror images, else 1.
-
-    Every batch has the same shape, so that an image's latent depends neither on its neighbours nor on how many.
-    """
-    import numpy as np
-    import torch
-
-    from models import autoencoder
-
-    views = [pixels, pixels[..., ::-1]] if mirrored else [pixels]
-    means, deviations = [], []
-    for view in views:
-        whole = np.concatenate([view, np.repeat(view[-1:], -len(view) % BATCH, axis=0)])
-        parts = [autoencoder.encode(network, whole[start : start + BATCH]) for start in range(0, len(whole), BATCH)]
-        mean, std = (torch.cat(tensors)[: len(view)].to(torch.bfloat16).cpu() for tensors in zip(*parts, strict=True))
-        means.append(mean)
-        deviations.append(std)
-    return {"mean": torch.stack(means, dim=1), "std": torch.stack(deviations, dim=1)}
-
-
 def _chunks(images: Path, missing: dict[str, buckets.Form]) -> Iterator[Chunk]:
     """The missing images (sha256 -> form), those of one form together."""
     begun: dict[buckets.Form, list[Encoded]] = {}
@@ -391,7 +342,11 @@ class _Texts:
         self.distinct = sorted({text for its in rows.values() for row in its for text in row.captions})
         self.place = {text: number for number, text in enumerate(self.distinct)}
         self.most = max((len(row.captions) for its in rows.values() for row in its), default=0)
-        self.blocks = Blocks(workspace.scratch() / "encode" / "texts", {"text encoder": description["text"]["sha256"]})
+        recipe = {
+            "text encoder": description["text"]["sha256"],
+            "code of the text encoder": closure.digest("models/text_encoder.py"),
+        }
+        self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
         self._compute(codec)
 
     def _compute(self, codec: Path) -> None:
@@ -400,8 +355,11 @@ class _Texts:
         from models.text_encoder import load_text_encoder
 
         wanted = {_text_hash(text): text for text in [*self.distinct, *self.prompts]}
-        if self.blocks.changes():
-            print("encode: the text encoder changed since the last time; all captions are embedded anew", flush=True)
+        changed = self.blocks.changes()
+        if changed:
+            print(
+                f"encode: changed since the last time: {', '.join(changed)}; all captions are embedded anew", flush=True
+            )
         self.blocks.open()
         missing = self.blocks.missing(wanted)
         if missing:

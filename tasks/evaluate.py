@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, protocol, stage
-from tasks.images import require_accepted
+from tasks import atomic, integrity, protocol, stage
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,8 @@ def evaluate(
 
     require_accepted(accepted)
     device = best_device()
+    integrity.read_described(pipeline, "afterimage.json", "train")
+    integrity.read_described(judge, "judge.json", "judge")
     model, scale = load_pipeline(pipeline, device), load_judge(judge, device)
     declared = protocol.declare(model, images, scale, params)
     scorer = Scorer(images, scale, declared)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, images, stage, workspace
+from tasks import atomic, closure, integrity, stage, workspace
 from tasks.params import ExportParams
 from tasks.stage import StageError
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from models.tensorrt_engine import Engine
 
 PACKAGE = "afterimage_bundle"
-COPIED = ("samplers.py", "bundle.py")
 PARITY_BATCHES = (1, 2, 5, 8)
 DRAWN_IMAGES = 4
 DRAWN_STEPS = 10
@@ -51,7 +51,8 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
     from models.bundle import Bundle
     from models.pipeline import load_pipeline
 
-    images.require_accepted(accepted)
+    require_accepted(accepted)
+    integrity.read_described(pipeline, "afterimage.json", "train")
     trained = load_pipeline(pipeline)
     with atomic.writing_folder(onnx) as folder:
         print("export: tracing the network (about 10 s, longer for a large one)", flush=True)
@@ -99,8 +100,8 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     package = folder / PACKAGE
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in COPIED:
-        shutil.copyfile(Path(__file__).parent.parent / "models" / name, package / name)
+    for name in closure.closure("models/bundle.py"):
+        shutil.copyfile(closure.ROOT / name, package / Path(name).name)
 
 
 @contextmanager

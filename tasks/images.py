@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import decoding, workspace
+from tasks import decoding, integrity, workspace
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tasks.params import ImageParams
 
-FORMAT = 1
+FORMAT = 2
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
 IN_MEMORY_BYTES = 1 << 30
@@ -139,7 +139,8 @@ class Writer:
         self._bytes[shard] = 0
 
     def close(self) -> dict[str, Any]:
-        """Write what is pending and return the counts for the index: shards, rows, splits, captions, content hash."""
+        """Write what is pending and return what the index says of them: shards and their sha256, rows, splits,
+        captions, content hash."""
         for shard in sorted(self._pending):
             self._flush(shard)
         for file in self._files.values():
@@ -150,6 +151,7 @@ class Writer:
         return {
             "format": FORMAT,
             "shards": [f"shard-{shard}.parquet" for shard in sorted(self._files)],
+            "files": integrity.checksums(self.folder, "shard-*.parquet"),
             "rows": self.rows,
             "splits": dict(sorted(self.splits.items())),
             "caption_count": self.captions,
@@ -158,26 +160,20 @@ class Writer:
 
 
 def read_index(images: Path) -> dict[str, Any]:
-    """`index.json` of an images folder: format, shards, rows, splits, classes, caption_count, source, licence, sha256,
-    inputs, quarantined. Raises `StageError` where it is missing or of another format."""
-    try:
-        index: dict[str, Any] = json.loads((images / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{images} holds no index.json; run 'dvc repro ingest'") from None
+    """`index.json` of an images folder: format, shards, files {shard: sha256}, rows, splits, classes, caption_count,
+    source, licence, sha256, inputs, quarantined. Raises `StageError` where it is missing, damaged or of another format.
+    """
+    index = integrity.read_json(images / "index.json", "ingest")
     if index.get("format") != FORMAT:
-        raise StageError(f"{images} has format {index.get('format')}, not {FORMAT}; run 'dvc repro -f ingest'")
+        raise StageError(f"{images} has format {index.get('format')}, not {FORMAT}; {integrity.remedy('ingest')}")
     return index
 
 
-def require_accepted(accepted: Path) -> dict[str, Any]:
-    """The verdict of `validate` on the data. Raises `StageError` unless it says "accepted"."""
-    try:
-        verdict: dict[str, Any] = json.loads(accepted.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{accepted} does not exist, so the data was not accepted; run 'dvc repro validate'") from None
-    if verdict.get("verdict") != "accepted":
-        raise StageError(f"{accepted} does not say that the data was accepted; run 'dvc repro validate'")
-    return verdict
+def shards(images: Path) -> list[Path]:
+    """The Parquet files of an images folder. Raises `StageError` where one is missing or damaged."""
+    index = read_index(images)
+    integrity.require(images, index["files"], "ingest")
+    return [images / name for name in index["shards"]]
 
 
 def read_columns(images: Path, columns: list[str]) -> pa.Table:
@@ -185,7 +181,7 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = [pq.read_table(images / shard, columns=columns) for shard in read_index(images)["shards"]]
+    tables = [pq.read_table(shard, columns=columns) for shard in shards(images)]
     return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
 
 
@@ -200,7 +196,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     """One split of an images folder -> pixels, labels and captions, sorted by key.
 
     Pictures are turned upright, made grey or RGB, cropped to the centre square and resized
-    (bilinear, antialiased) to `image.size`, as `encode` does it by the same `decoding.ingested`: no two
+    (bilinear, antialiased) to `image.resolution`, as `encode` does it by the same `decoding.ingested`: no two
     resizes differ. Raises `StageError` where the disk has no room for pixels that are too many for the memory.
     """
     import numpy as np
@@ -208,14 +204,14 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     where = read_columns(images, ["key", "split"])
     keys = sorted(key for key, its in zip(*where.to_pydict().values(), strict=True) if its == split)
     position = {key: row for row, key in enumerate(keys)}
-    pixels = _room((len(keys), image.channels, image.size, image.size))
+    pixels = _room((len(keys), image.channels, image.resolution, image.resolution))
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
 
     def take(row: dict[str, Any]) -> None:
         place = position[row["key"]]
         pixels[place] = decoding.ingested(
-            row["image"], row["width"] * row["height"], (image.size, image.size), image.channels
+            row["image"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
         if row["label"] is not None:
             labels[place] = row["label"]
@@ -250,7 +246,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
             raise StageError(
                 f"the pixels of {shape[0]} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
                 f"({error.strerror}); free some, let AFTERIMAGE_SCRATCH name a folder on a larger disk, or lower "
-                "image.size"
+                "image.resolution"
             ) from None
         return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 
@@ -260,8 +256,8 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
     import pyarrow.parquet as pq
 
     left = set(wanted)
-    for shard in read_index(images)["shards"]:
-        file = pq.ParquetFile(images / shard)
+    for shard in shards(images):
+        file = pq.ParquetFile(shard)
         for group in range(file.num_row_groups):
             if left.isdisjoint(file.read_row_group(group, columns=["sha256"]).column(0).to_pylist()):
                 continue
@@ -278,6 +274,6 @@ def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     columns = ["key", "image", "width", "height", "label", "captions", "split"]
-    for shard in read_index(images)["shards"]:
-        for batch in pq.ParquetFile(images / shard).iter_batches(256, columns=columns):
+    for shard in shards(images):
+        for batch in pq.ParquetFile(shard).iter_batches(256, columns=columns):
             yield [row for row in batch.to_pylist() if row["split"] == split]

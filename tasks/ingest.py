@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, picture_tables, stage
+from tasks import atomic, cifar, decoding, digits, folder, integrity, picture_tables, stage
 from tasks import quarantine as apart
 from tasks.images import Writer, split_of
 from tasks.params import IngestParams
@@ -40,6 +40,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason."""
     started = time.perf_counter()
     manifest = read_manifest(raw)
+    integrity.require(raw, {file["name"]: file["sha256"] for file in manifest["files"]}, "download")
     source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
     origin, captions = _origin(manifest), _class_captions(source.classes, params)
     with (

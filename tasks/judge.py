@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks import extractors, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.images import Samples, load_pixels, read_index
 from tasks.params import ImageParams, JudgeParams
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     info = {
         "classes": classes,
         "prompts": class_prompts(train, len(classes)),
-        "image": {"size": image.size, "channels": image.channels},
+        "image": {"size": image.resolution, "channels": image.channels},
         "train_images": len(train.keys),
     }
     return Judge(info, classifier, clip, tokenizer, encoder, device)

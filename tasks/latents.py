@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic
-from tasks.buckets import SQUARE
+from tasks import atomic, integrity
 from tasks.source import sha256_of
 from tasks.stage import StageError
 
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
     from tasks.buckets import Form
 
 FORMAT = 3
+STAGE = "encode"
+"""What writes them."""
+SQUARE = 0
+"""Number of the bucket of square images."""
 PROMPTS = "prompts.safetensors"
 BFLOAT16 = "int16"
 """How a shard's bfloat16 is mapped."""
@@ -128,20 +131,23 @@ def write_index(
         "texts": texts,
         "prompts_sha256": prompts_sha256,
     }
-    canonical = json.dumps(index, sort_keys=True).encode("utf-8")
-    atomic.write_json(folder / "index.json", index | {"digest": hashlib.sha256(canonical).hexdigest()})
+    atomic.write_json(folder / "index.json", index | {"digest": _digest(index)})
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def read_index(path: Path) -> dict[str, Any]:
     """`index.json`: format, codec, conditioning, channels, size, image, autoencoder, classes, text, prompts, buckets,
-    splits {name: count, keys_sha256, shards}, texts, digest. Raises `StageError` where it is missing or of another
-    format."""
-    try:
-        index: dict[str, Any] = json.loads((path / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{path} holds no index.json; run 'dvc repro encode'") from None
+    splits {name: count, keys_sha256, shards}, texts, digest. Raises `StageError` where it is missing, damaged or of
+    another format."""
+    index = integrity.read_json(path / "index.json", STAGE)
     if index.get("format") != FORMAT:
-        raise StageError(f"{path} has format {index.get('format')}, not {FORMAT}; run 'dvc repro -f encode'")
+        raise StageError(f"{path} has format {index.get('format')}, not {FORMAT}; {integrity.remedy(STAGE)}")
+    content = {name: value for name, value in index.items() if name != "digest"}
+    if _digest(content) != index.get("digest"):
+        raise StageError(f"{path / 'index.json'} is damaged: its digest does not fit; {integrity.remedy(STAGE)}")
     return index
 
 
@@ -167,12 +173,16 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
 
 def load_prompts(path: Path) -> torch.Tensor | None:
     """Embeddings bfloat16 [classes + 1, L, D] of what asks for each class, and of no condition; None without text."""
-    return as_tensor(_mapped(path / PROMPTS)["embeddings"]) if read_index(path)["prompts_sha256"] else None
+    expected = read_index(path)["prompts_sha256"]
+    if not expected:
+        return None
+    integrity.require(path, {PROMPTS: expected}, STAGE)
+    return as_tensor(_mapped(path / PROMPTS)["embeddings"])
 
 
 def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
     """`embeddings` of the captions, to whose rows `captions` points, memory-mapped by shard; empty without text."""
-    return [_mapped(path / shard["file"]) for shard in read_index(path)["texts"] or []]
+    return _opened(path, read_index(path)["texts"] or [])
 
 
 def buckets_of(path: Path, split: str) -> list[int]:
@@ -184,11 +194,16 @@ def open_shards(path: Path, split: str, bucket: int = SQUARE) -> list[dict[str, 
     """The tensors of each shard of a bucket of a split, memory-mapped: what is not indexed is not read. `as_tensor`
     makes torch's of their rows.
 
-    Raises `StageError` where there is no such split, or nothing in that bucket.
+    Raises `StageError` where there is no such split, nothing in that bucket, or where a shard is damaged.
     """
     shards = [shard for shard in _shards(path, split) if shard["bucket"] == bucket]
     if not shards:
         raise StageError(f"split '{split}' of {path} has no image in bucket {bucket}; see encode.buckets")
+    return _opened(path, shards)
+
+
+def _opened(path: Path, shards: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+    integrity.require(path, {shard["file"]: shard["sha256"] for shard in shards}, STAGE)
     return [_mapped(path / shard["file"]) for shard in shards]
 
 

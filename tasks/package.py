@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, images, model_folder, stage
+from tasks import atomic, images, integrity, model_folder, stage
 from tasks.model_card import model_card
+from tasks.verdict import require_accepted
 
 
 def package(
@@ -19,9 +20,9 @@ def package(
     `data` holds the images, of which the card tells source and licence; `training`, `metrics` and `export`
     are the reports of those stages. The same inputs give the same bytes.
     """
-    images.require_accepted(accepted)
+    require_accepted(accepted)
     card = model_card(
-        info=_read(pipeline / "afterimage.json"),
+        info=integrity.read_described(pipeline, "afterimage.json", "train"),
         data=images.read_index(data),
         training=_read(training / "run.json")["params"],
         metrics=_read(metrics),

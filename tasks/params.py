@@ -242,9 +242,9 @@ class ValidateParams(Section):
 
 
 class ImageParams(Section):
-    """The form in which images meet a model: square uint8 [channels, size, size]."""
+    """The form in which images meet a model: square uint8 [channels, resolution, resolution]."""
 
-    size: PositiveInt
+    resolution: PositiveInt
     channels: Literal[1, 3]
 
 
@@ -344,7 +344,7 @@ class EncodeParams(Section):
     are mirrored as they are drawn."""
     buckets: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(), strict=False)
     """Shapes (width / height) besides the square to which pictures may be brought, each to the nearest, all with the
-    area of `image.size` squared; none crops every picture to the square."""
+    area of `image.resolution` squared; none crops every picture to the square."""
     bucket_multiple: PositiveInt = 64
     """What divides the sides of buckets."""
     workers: PositiveInt = 2
@@ -636,7 +636,7 @@ class Demands(Section):
 
     conditioning: Conditioning = Field(alias="codec.conditioning")
     allow_small_n: bool = Field(alias="evaluate.allow_small_n")
-    resolution: PositiveInt = Field(alias="image.size")
+    resolution: PositiveInt = Field(alias="image.resolution")
     extractor: Extractor = Field(alias="judge.extractor.kind")
     batch_size: PositiveInt = Field(alias="train.batch_size")
 
@@ -733,7 +733,7 @@ class Params(Section):
             raise ValueError("download.source 'laion' has captions and no labels; set codec.conditioning to 'text'")
 
     def _check_distances(self) -> None:
-        needed = images_for_distances(self.judge.extractor.kind, self.image.size)
+        needed = images_for_distances(self.judge.extractor.kind, self.image.resolution)
         if self.evaluate.n_distance < needed and not self.evaluate.allow_small_n:
             raise ValueError(
                 f"evaluate.n_distance {self.evaluate.n_distance} is too small for features of "
@@ -760,15 +760,16 @@ class Params(Section):
     def _check_sides(self) -> None:
         """Both networks halve what they get a number of times, and mirrored latents are made before they are drawn."""
         self._check_buckets()
-        side, what = self.image.size, "image.size"
+        side, what = self.image.resolution, "image.resolution"
         if self.codec.kind == "autoencoder":
             halvings = len(self.codec.autoencoder.widths) - 1
             if side % 2**halvings:
                 raise ValueError(
-                    f"image.size {side} cannot be halved {halvings} times; use a multiple of {2**halvings} or fewer "
-                    "codec.autoencoder.widths"
+                    f"image.resolution {side} cannot be halved {halvings} times; use a multiple of {2**halvings} or "
+                    "fewer codec.autoencoder.widths"
                 )
-            side, what = side // 2**halvings, f"the side of the latents (image.size {side} halved {halvings} times),"
+            what = f"the side of the latents (image.resolution {side} halved {halvings} times),"
+            side //= 2**halvings
         halvings = len(self.model.block_out_channels) - 1
         if side % 2**halvings:
             raise ValueError(
@@ -791,11 +792,11 @@ class Params(Section):
             return
         widths = self.codec.autoencoder.widths if self.codec.kind == "autoencoder" else (0,)
         least = 2 ** (len(widths) - 1 + len(self.model.block_out_channels) - 1)
-        multiple, size = self.encode.bucket_multiple, self.image.size
+        multiple, size = self.encode.bucket_multiple, self.image.resolution
         if multiple % least or size % multiple:
             raise ValueError(
                 f"encode.bucket_multiple {multiple} must be a multiple of {least}, by which codec and model shrink an "
-                f"image, and divide image.size {size}; change it, or set encode.buckets to []"
+                f"image, and divide image.resolution {size}; change it, or set encode.buckets to []"
             )
 
     def section(self, kind: type[Section]) -> Any:

@@ -1,20 +1,18 @@
-"""What is looked at while a network trains: losses on held-out samples, and grids of samples."""
+"""Grids of samples that are drawn while a network trains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks import atomic
+from tasks.held_out import averaged
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from models.ema import EMA
     from tasks.training_run import Run
 
 STEPS, COLUMNS, ROWS = 20, 10, 4
@@ -22,18 +20,6 @@ LARGE = 3 * 64 * 64
 """Numbers of a sample from which on one row of them must do."""
 MOST_PIXELS, SCALE = 128, 4
 """Of the side of an image in a grid, and how many times it is enlarged at most."""
-
-
-def held_out_losses(run: Run) -> dict[str, float]:
-    """Loss of each average on held-out samples, with the same noise and timesteps every time."""
-    import torch
-
-    losses = {}
-    for name, average in run.averages.items():
-        with torch.inference_mode(), averaged(run.network, average):
-            parts = [run.objective(run.network, batch) for batch in run.held_out]
-        losses[f"held_out_loss/{name}"] = torch.cat(parts).mean().item()
-    return losses
 
 
 def sample_grid(run: Run) -> Path:
@@ -81,21 +67,3 @@ def _drawn(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray
 
 def grid_path(folder: Path, step: int) -> Path:
     return folder / "samples" / f"step-{step:06d}.png"
-
-
-@contextmanager
-def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
-    """Exchange the weights for an average of them, and training mode for evaluation, for the length of the block."""
-    import torch
-
-    parameters = average.followed
-    trained = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average.weights)
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, trained)

@@ -210,11 +210,11 @@ class Scorer:
     def __init__(self, images: Path, judge: Judge, protocol: dict[str, Any]) -> None:
         facts = protocol["measurement"]
         _require_judge(images, judge, facts)
-        size = ImageParams(**facts["image"])
+        form = ImageParams(resolution=facts["image"]["size"], channels=facts["image"]["channels"])
         self.judge = judge
         self.facts = facts
-        self.held_out = load_pixels(images, "test", size)
-        self.train = load_pixels(images, "train", size)
+        self.held_out = load_pixels(images, "test", form)
+        self.train = load_pixels(images, "train", form)
         self.reference = judge.features(self.held_out.pixels)
         prompts = facts["prompts"]
         self.prompts = judge.clip_text_embeds(prompts) if judge.reads_captions and prompts else None

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import gates, lineage, locks, measures, model_folder, stage, tracking, workspace
+from tasks import gates, integrity, lineage, locks, measures, model_folder, stage, tracking, workspace
 from tasks.images import read_index
 from tasks.params import RegisterParams
 
@@ -301,6 +301,7 @@ def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.tags[LOGGED_MODEL]}", dst_path=scratch))
         pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
+        integrity.read_described(judge, "judge.json", "judge")
         measured = protocol.measure(pipeline, data, load_judge(judge), declared)
     return {name: measured[name] for name in (*GATED, gates.FINGERPRINT) if name in measured}
 

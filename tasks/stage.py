@@ -55,6 +55,9 @@ def main(function: Callable[..., None]) -> NoReturn:
         params = load(arguments.params)
         paths = {path: getattr(arguments, path) for path in paths_of(function)}
         print(f"{name}: {' '.join(str(path) for path in paths.values())}", flush=True)
+        from tasks import consistency  # which raises this file's StageError
+
+        consistency.require(name, paths, params)
         hints = typing.get_type_hints(function)
         sections = {
             argument: params.section(hints[argument])

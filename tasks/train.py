@@ -18,9 +18,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, checkpoint, images, latents, launch, locks, measures, stage, tracking, training_key, workspace
+from tasks import (
+    atomic,
+    checkpoint,
+    integrity,
+    latents,
+    launch,
+    locks,
+    measures,
+    stage,
+    tracking,
+    training_key,
+    workspace,
+)
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import Preempted
+from tasks.verdict import require_accepted
 
 if TYPE_CHECKING:
     from tasks.training_log import Row
@@ -45,11 +58,12 @@ def train(
     Writes averaged weights in diffusers layout to `pipeline`, and the loss history, sample grids and the
     parameters of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
-    verdict = images.require_accepted(accepted)
+    verdict = require_accepted(accepted)
     from models.autoencoder import load_autoencoder
     from tasks import training_run, warm_start
 
     index = latents.read_index(data)
+    integrity.read_described(codec, "codec.json", "codec")
     training_run.check_fits(params)
     given = warm_start.given(params)
     network = training_run.network_config(index, model, given)
@@ -94,7 +108,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
     import torch
     from tqdm import tqdm
 
-    from tasks import previews, training_log
+    from tasks import held_out, previews, training_log
     from tasks.batches import seed_for
     from tasks.training_run import gathered, snapshot
 
@@ -151,7 +165,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
             if live and meter:
                 speed = meter.read()
                 if measure:
-                    run.history[-1] |= previews.held_out_losses(run)
+                    run.history[-1] |= held_out.held_out_losses(run)
                     live.image("samples", run.step, previews.sample_grid(run))
                 live.metrics(run.step, training_log.as_written(run.history[-1], params.pipeline_ema) | speed)
                 bar.set_postfix(loss=f"{run.history[-1]['loss']:.4f}", img_s=f"{speed['img_per_s']:.0f}", refresh=False)
@@ -186,13 +200,13 @@ def _closed(run: Run, live: tracking.TrainingRun | None) -> list[Row]:
     They are not in the checkpoint, so that a longer run that continues from there has the history of one that
     never ended here.
     """
-    from tasks import previews, training_log
+    from tasks import held_out, previews, training_log
 
     history = list(run.history)
     if not history or history[-1]["step"] != run.step:
         history.append(_row(run))
     if live and run.step % run.params.sample_every:
-        history[-1] = history[-1] | previews.held_out_losses(run)
+        history[-1] = history[-1] | held_out.held_out_losses(run)
         live.image("samples", run.step, previews.sample_grid(run))
         live.metrics(run.step, training_log.as_written(history[-1], run.params.pipeline_ema))
     return history

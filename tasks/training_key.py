@@ -8,24 +8,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, checkpoint
+from tasks import atomic, checkpoint, closure
 from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
 
 # Parameters of `train` that change no weight, so that a checkpoint made under another value still serves.
 FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from", "weights"}
-CODE = {
-    "unet.py",
-    "text_unet.py",
-    "diffusion.py",
-    "ema.py",
-    "schedules.py",
-    "batches.py",
-    "buckets.py",
-    "train.py",
-    "training_run.py",
-    "warm_start.py",
+NO_WEIGHT = {
+    "models/autoencoder.py": "decodes previews; `encode` made the latents, whose digest is in the key",
+    "models/flops.py": "counts operations for the log",
+    "models/pictures.py": "draws the grids of previews",
+    "models/pipeline.py": "writes finished weights",
+    "models/samplers.py": "draws previews",
+    "tasks/closure.py": "finds the files of this key",
+    "tasks/launch.py": "starts the processes, whose number is in the key",
+    "tasks/measures.py": "copies what `codec` measured into the log",
+    "tasks/memory.py": "returns freed memory to the system",
+    "tasks/objects.py": "downloads first weights, whose sha256 is in the key",
+    "tasks/previews.py": "draws previews",
+    "tasks/source.py": "hashes files",
+    "tasks/training_key.py": "makes this key",
+    "tasks/verdict.py": "reads whether the data was accepted",
+    "tasks/weights.py": "finds first weights, whose sha256 is in the key",
 }
+"""Files that `train` imports and that cannot alter a weight or the history, each with the reason: a change in them does
+not discard a training. Every other file that it imports is in the key."""
 FACTS = "facts.json"
+THREADS = "threads"
 
 
 def facts(
@@ -52,12 +60,12 @@ def facts(
     data = {"digest": index["digest"], "codec": _sha256(codec / "codec.json")}
     if params.init_from != NO_WARM_START:
         data["init_from"] = _sha256(weights_of(Path(params.init_from)))
-    sources = [*Path("models").glob("*.py"), *Path("tasks").glob("*.py")]
     trajectory = {
         **{key: value for key, value in determining.items() if not _is_free(key, params)},
         **{f"data {name}": value for name, value in data.items()},
-        **{f"code {path}": _sha256(path) for path in sorted(sources) if path.name in CODE},
+        **{f"code {path}": sha256 for path, sha256 in closure.hashes(code()).items()},
         "torch": torch.__version__,
+        **_arithmetic(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     return {
@@ -67,6 +75,20 @@ def facts(
         "params": {key: json.dumps(value) if isinstance(value, list | tuple) else value for key, value in flat.items()},
         "data": {**data, "images": verdict.get("sha256", "")},
     }
+
+
+def code() -> list[str]:
+    """The source files that decide the weights: all that `train` imports except `NO_WEIGHT`."""
+    return [path for path in closure.closure("tasks/train.py") if path not in NO_WEIGHT]
+
+
+def _arithmetic() -> dict[str, Any]:
+    """What sums are computed by: on a CPU their order, and with it the weights, depends on the number of threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": "cuda"}
+    return {"device": "cpu", THREADS: torch.get_num_threads()}
 
 
 def folder_of(scratch: Path, facts: dict[str, Any]) -> Path:
@@ -88,7 +110,10 @@ def changed_since(folder: Path, facts: dict[str, Any]) -> str | None:
     newest = max(held)[1]
     before = json.loads((newest / FACTS).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(facts["trajectory"]))
-    return f"{_told(before, now)}; the checkpoints made before that stay in {newest}"
+    told = f"{_told(before, now)}; the checkpoints made before that stay in {newest}"
+    if before.get(THREADS) and before | {THREADS: now.get(THREADS)} == now:
+        told += f", and OMP_NUM_THREADS={before[THREADS]} continues them"
+    return told
 
 
 def weights_of(folder: Path) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import checkpoint, latents, memory, training_key, warm_start, workspace
-from tasks.buckets import SQUARE, Bucketed
+from tasks.bucketed import Bucketed
+from tasks.latents import SQUARE
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.stage import StageError
 from tasks.training_log import Row, Tally
@@ -140,6 +141,8 @@ def prepare(
         )
     if accelerator.device.type == "cpu":
         memory.keep_freed()
+        if torch.get_num_threads() != (threads := facts["trajectory"][training_key.THREADS]):
+            torch.set_num_threads(threads)  # accelerate may choose another number for several processes
     torch.backends.cudnn.benchmark = True  # shapes stay the same: what convolves them fastest is sought once
     torch.manual_seed(params.seed)
     network = build(config)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, report_tables, stage
+from tasks import atomic, integrity, report_tables, stage
 from tasks.params import ImageParams, VisualizeParams
 from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
@@ -51,11 +51,13 @@ def visualize(
     nearest training images. The page adds the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
-    from tasks.images import load_pixels, require_accepted
+    from tasks.images import load_pixels
+    from tasks.verdict import require_accepted
 
     require_accepted(accepted)
+    integrity.read_described(pipeline, "afterimage.json", "train")
     model = load_pipeline(pipeline, _device())
-    image = ImageParams.model_validate({"size": model.size, "channels": model.channels})
+    image = ImageParams.model_validate({"resolution": model.size, "channels": model.channels})
     held_out = load_pixels(images, "test", image)
     drawn = _draw(model, params)
     tiles = {
@@ -279,7 +281,7 @@ def _neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Draw
     from tasks.images import load_pixels, read_index
 
     count = read_index(images)["splits"].get("train", 0)
-    if not count or count * image.channels * image.size**2 > SEARCH_BYTES:
+    if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
         return None
     train = load_pixels(images, "train", image).pixels
     samples = drawn.samples.images[0]

@@ -19,7 +19,7 @@ from tasks.params import ImageParams, JudgeParams
 
 CLASSES = ["zero", "one", "two"]
 TIMESTEPS = 30
-IMAGE = ImageParams(size=8, channels=1)
+IMAGE = ImageParams(resolution=8, channels=1)
 PARAMS = JudgeParams(classifier_steps=60, clip_steps=60, batch_size=32, seed=1)
 
 

@@ -125,7 +125,7 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     protocol = {"fingerprint": metrics["fingerprint"], "measurement": {"n_distance": 64, "labels": CLASSES}, "steps": 5}
     atomic.write_json(evaluation / "protocol.json", protocol)
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
-    index = {"format": 1, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}
+    index = {"format": 2, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}
     atomic.write_json(root / "data" / "images" / "index.json", index | {"licence": "CC0", "sha256": "d" * 64})
 
 

@@ -21,7 +21,7 @@ from tasks.stage import StageError
 from tests.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 CONFIG = AutoencoderConfig(channels=3, latent_channels=2, widths=(8, 16), layers_per_block=1)
-FORM = ImageParams(size=16, channels=3)
+FORM = ImageParams(resolution=16, channels=3)
 WANTED = AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8)
 FILES = {f"{'cat' if seed % 3 else 'dog'}/{seed:02d}.png": picture(seed, (20, 16)) for seed in range(50)}
 
@@ -290,7 +290,7 @@ def test_encoding_at_most_of_what_decoder_and_encoder_allow(chain, tmp_path, mon
     """
     photos = {f"{seed}.jpg": picture(seed, (240, 200), "JPEG") for seed in range(640)}
     wanted = AutoencoderParams(steps=2)
-    chain.make_codec(photos, wanted, "none", ImageParams(size=64, channels=3))
+    chain.make_codec(photos, wanted, "none", ImageParams(resolution=64, channels=3))
     shares = []
     for turn in range(3):
         monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / f"scratch-{turn}"))

@@ -15,7 +15,7 @@ from infra.bench.contestant import Block
 from infra.bench.results import Piecewise
 
 TINY = [
-    "image.size=8",
+    "image.resolution=8",
     "model.block_out_channels=[8,16]",
     "model.attention=[false,true]",
     "model.norm_num_groups=4",
@@ -52,7 +52,7 @@ def test_both_sides_train_on_the_same_pictures(params, prepared):
     from infra.bench.peer import ImageFiles
     from tasks.images import load_pixels
 
-    files = ImageFiles(prepared.files, params.image.size, params.image.channels, flip=False)
+    files = ImageFiles(prepared.files, params.image.resolution, params.image.channels, flip=False)
     theirs = np.stack([files[row].numpy() for row in range(len(files))])
     ours = load_pixels(prepared.images, "train", params.image).pixels / np.float32(127.5) - 1
     assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
@@ -171,7 +171,7 @@ def test_operations_of_the_papers_network():
 
 
 SMALL_LATENTS = [
-    "image.size=16",
+    "image.resolution=16",
     "codec.autoencoder.widths=[8,16]",
     "codec.text.width=16",
     "codec.text.layers=1",
@@ -214,7 +214,7 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
 def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
     """What encoding adds to a training step of Stable Diffusion 1.5 at 512 pixels, and of its small likeness."""
     shape = [
-        "image.size=512",
+        "image.resolution=512",
         "model.heads=8",
         "codec.autoencoder.widths=[128,256,512,512]",
         "codec.autoencoder.layers_per_block=2",

@@ -11,6 +11,7 @@ import torch
 
 from tasks import atomic, buckets, decoding, images, latents
 from tasks.batches import Batches, Resident
+from tasks.bucketed import Bucketed
 from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode, sizes
@@ -23,7 +24,7 @@ SHAPES = {"square": (20, 20), "wide": (40, 20), "tall": (18, 36)}
 """Width and height of the pictures below."""
 FILES = {f"{name}/{seed:02d}.png": picture(seed, size) for name, size in SHAPES.items() for seed in range(12)}
 PARAMS = EncodeParams(buckets=(0.5, 2.0), bucket_multiple=8, shard_size=5)
-FORM = ImageParams(size=32, channels=3)
+FORM = ImageParams(resolution=32, channels=3)
 FORMS = [(32, 32), (40, 24), (24, 40)]
 
 
@@ -133,7 +134,7 @@ def test_neither_workers_nor_history_change_a_byte(encoded, monkeypatch, tmp_pat
 COUNTS = (37, 5, 16)
 
 
-def bucketed(counts=COUNTS, **options) -> buckets.Bucketed:
+def bucketed(counts=COUNTS, **options) -> Bucketed:
     """Buckets whose pixels say which image they are."""
     device = torch.device("cpu")
     given = {"batch_size": 8, "timesteps": 10, "condition_dropout": 0.0, "horizontal_flip": False, "device": device}
@@ -142,10 +143,10 @@ def bucketed(counts=COUNTS, **options) -> buckets.Bucketed:
         form = (1, 2, 2 + number)
         pixels = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, *form))
         several.append(Batches(Resident([{"pixels": pixels}], device), seed=number, **given | options))
-    return buckets.Bucketed(several, (1, 2, 2), seed=3)
+    return Bucketed(several, (1, 2, 2), seed=3)
 
 
-def drawn(whole: buckets.Bucketed, step: int, part: int = 0) -> tuple[int, list[int]]:
+def drawn(whole: Bucketed, step: int, part: int = 0) -> tuple[int, list[int]]:
     """The bucket of a step, told by the form of its batch, and its images."""
     x0 = whole.draw(step, part).x0
     return x0.shape[3] - 2, ((x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()

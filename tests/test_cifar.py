@@ -89,7 +89,7 @@ def test_every_picture_arrives_with_its_split_label_and_pixels(tmp_path, taken):
     index = taken(archive())
     assert index["splits"] == {"test": ROWS, "train": 5 * ROWS}
     assert index["classes"] == cifar.CLASSES
-    train = images.load_pixels(tmp_path / "images", "train", ImageParams(size=32, channels=3))
+    train = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=32, channels=3))
     assert train.keys[:2] == ["data_batch_1/00000", "data_batch_1/00001"]
     expected = [batch(number) for number in range(1, 6)]
     assert np.array_equal(train.pixels.reshape(-1, 3072), np.concatenate([its[b"data"] for its in expected]))

@@ -77,7 +77,7 @@ REFUSED = {
 
 
 def demands(**others: object) -> Demands:
-    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.size": 8}
+    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.resolution": 8}
     return Demands.model_validate(values | {"judge.extractor.kind": "in_domain", "train.batch_size": 4} | others)
 
 

@@ -14,7 +14,7 @@ from tasks.params import CodecParams, EncodeParams, ImageParams
 from tasks.stage import StageError
 from tests.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
-FORM = ImageParams(size=8, channels=3)
+FORM = ImageParams(resolution=8, channels=3)
 
 
 @pytest.fixture(autouse=True)

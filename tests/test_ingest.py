@@ -80,7 +80,7 @@ def test_every_bad_input_is_set_aside_with_its_reason_or_loads(tmp_path, taken, 
     for name, row in rows.items():
         assert row["image"] == files[name]
         assert row["sha256"] == hashlib.sha256(files[name]).hexdigest()
-    samples = images.load_pixels(tmp_path / "images", "train", ImageParams(size=8, channels=3))
+    samples = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=8, channels=3))
     pixels = dict(zip(samples.keys, samples.pixels, strict=True))
     for name, colour in bad_inputs.SEEN.items():
         assert np.abs(pixels[name].astype(int) - np.reshape(colour, (3, 1, 1))).max() <= 2, name
@@ -378,7 +378,7 @@ def test_pixels_are_upright_square_and_on_white(tmp_path, taken):
     PIL.Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)).save(deep, "PNG")
     files = {"clear.png": clear.getvalue(), "deep.png": deep.getvalue(), "turned.png": turned.getvalue()}
     taken(write_tree(tmp_path / "in", files), held_out_fraction=0.001)
-    samples = images.load_pixels(tmp_path / "images", "train", ImageParams(size=8, channels=3))
+    samples = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=8, channels=3))
     assert samples.keys == ["clear.png", "deep.png", "turned.png"]
     assert samples.pixels.shape == (3, 3, 8, 8)
     assert samples.pixels.dtype == np.uint8
@@ -451,7 +451,7 @@ def test_the_digits_in_their_form(tmp_path):
     assert (index["rows"], index["classes"][7], index["quarantined"]) == (1797, "seven", {})
     published = load_digits()
     for split in ("train", "test"):
-        samples = images.load_pixels(tmp_path / "images", split, ImageParams(size=8, channels=1))
+        samples = images.load_pixels(tmp_path / "images", split, ImageParams(resolution=8, channels=1))
         rows = [int(key.removeprefix("digits-")) for key in samples.keys]
         assert np.array_equal(samples.labels, published.target[rows])
         assert np.array_equal(samples.pixels[:, 0], np.rint(published.images[rows] * 255 / 16).astype(np.uint8))

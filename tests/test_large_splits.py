@@ -57,7 +57,7 @@ def test_the_memory_holds_no_copy(tmp_path, in_files):
     source = write_tree(tmp_path / "in", {f"{seed}.jpg": picture(seed, (8, 8), "JPEG") for seed in range(24)})
     download(tmp_path / "raw", folder_params(source))
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
-    large = ImageParams(size=1024, channels=3)
+    large = ImageParams(resolution=1024, channels=3)
     images.load_pixels(tmp_path / "images", "test", large)  # brings what it imports
     before = anonymous_bytes()
     samples = images.load_pixels(tmp_path / "images", "train", large)

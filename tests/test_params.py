@@ -52,7 +52,7 @@ def test_defaults_are_valid_and_frozen():
         ({"model__attention": [False, True]}, "model.attention has 2 flags for 3 resolutions"),
         ({"model__norm_num_groups": 7}, "model.norm_num_groups 7 does not divide"),
         ({"model__attention_head_dim": 5}, "model.attention_head_dim 5 does not divide"),
-        ({"image__size": 18}, "image.size 18 cannot be halved 2 times"),
+        ({"image__resolution": 18}, "image.resolution 18 cannot be halved 2 times"),
         ({"image__channels": 2}, "parameter 'image.channels' is 2"),
         ({"diffusion__schedule": "cosin"}, "parameter 'diffusion.schedule' is 'cosin'"),
         ({"evaluate__steps": 2000}, "evaluate.steps 2000 exceeds diffusion.timesteps 1000"),

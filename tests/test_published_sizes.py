@@ -139,7 +139,7 @@ def test_the_presets_make_the_published_networks(name, side, pooled, kind):
 
     params = parse(compose(name, [f"download.path={ROOT / 'tests'}"] if name == "sdxl_lora" else []))
     text = params.codec.text
-    assert params.image.size == 8 * side == 2 ** (len(params.codec.autoencoder.widths) - 1) * side
+    assert params.image.resolution == 8 * side == 2 ** (len(params.codec.autoencoder.widths) - 1) * side
     index = {"conditioning": "text", "size": side, "channels": params.codec.autoencoder.latent_channels}
     index["text"] = {"width": text.width + (text.second_width or 0), "pooled": pooled}
     config = network_config(index, params.model.model_copy(update={"lora_rank": None}))

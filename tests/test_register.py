@@ -356,7 +356,7 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
     data, folder = work.root / "data" / "images", work.root / "outputs" / "judge"
     model_outputs.write_reports(work.root, learning_rate=2e-3)
     write_digits(data)
-    size = ImageParams(size=model_outputs.SIZE, channels=1)
+    size = ImageParams(resolution=model_outputs.SIZE, channels=1)
     judge(data, work.root / "data" / "accepted.json", folder, JudgeParams(classifier_steps=15, clip_steps=5), size)
     pipeline = load_pipeline(work.root / "outputs" / "pipeline")
     params = EvaluateParams(

@@ -14,7 +14,7 @@ from tasks.images import load_pixels, read_index
 from tasks.params import ImageParams
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW = ImageParams(size=8, channels=1)
+RAW = ImageParams(resolution=8, channels=1)
 AGREEMENT = 0.9
 
 

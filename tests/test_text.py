@@ -14,7 +14,7 @@ from tasks.ingest import ingest
 from tasks.params import CodecParams, EncodeParams, ImageParams, TextParams
 from tests.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
-FORM = ImageParams(size=8, channels=3)
+FORM = ImageParams(resolution=8, channels=3)
 TEXT = CodecParams(kind="identity", conditioning="text", text=TextParams(steps=20, width=32, length=8, words=600))
 FILES = {f"{'cat' if seed % 2 else 'dog'}/{seed:02d}.png": picture(seed) for seed in range(60)}
 

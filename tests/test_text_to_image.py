@@ -152,7 +152,7 @@ def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_c
 
     data, out = (tree / "images", tree / "accepted.json"), tree / "evaluated"
     brief = JudgeParams(classifier_steps=2, clip_steps=2, batch_size=8)
-    judge(*data, tree / "judge", brief, ImageParams(size=16, channels=3))
+    judge(*data, tree / "judge", brief, ImageParams(resolution=16, channels=3))
     scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
     counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_ddpm": 2, "batch_size": 3, "allow_small_n": True}
     params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})

@@ -79,6 +79,54 @@ def test_a_changed_parameter_starts_anew_and_says_which(trained, capsys):
     assert "continues at step 12 of 12" in capsys.readouterr().out
 
 
+def test_another_number_of_threads_starts_anew_and_says_so(trained, capsys):
+    """Sums are divided among the threads, so the weights differ, and neither continues the other's checkpoints."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        folder = trained(steps=6)
+        two = results(folder)
+        torch.set_num_threads(1)
+        capsys.readouterr()
+        trained(steps=6)
+        said = capsys.readouterr().out
+        assert "continues at" not in said
+        (line,) = re.findall(r"starts anew: (.*)", said)
+        assert re.fullmatch(
+            r"threads 2 -> 1; the checkpoints made before that stay in \S+, and OMP_NUM_THREADS=2 continues them", line
+        )
+        torch.set_num_threads(2)
+        trained(steps=6)
+        assert "continues at step 6 of 6" in capsys.readouterr().out
+        assert results(folder)["report/run.json"] == two["report/run.json"]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_threads_of_the_key_are_those_that_train(prepared, monkeypatch):
+    """Accelerate may set another number for several processes on one CPU."""
+    import torch
+
+    from tasks import training_key
+
+    before = torch.get_num_threads()
+    real = training_key.facts
+
+    def facts(*arguments):
+        found = real(*arguments)
+        torch.set_num_threads(found["trajectory"]["threads"] + 1)
+        return found
+
+    monkeypatch.setattr(training_key, "facts", facts)
+    try:
+        prepared(**RARELY)
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_another_average_for_the_pipeline_trains_no_step(trained, tmp_path, capsys):
     first = trained(ema=["decay-0.9", "std-0.10", "gamma-6.94"], pipeline_ema="decay-0.9")
     before = results(first)

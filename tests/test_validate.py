@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tasks import quarantine
+from tasks import integrity, quarantine
 from tasks.download import download
 from tasks.images import schema
 from tasks.ingest import ingest
@@ -60,7 +60,7 @@ def gates(**others):
 
 def asked(**others):
     """What a chain without conditions asks, in batches of four."""
-    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.size": 8}
+    values = {"codec.conditioning": "none", "evaluate.allow_small_n": True, "image.resolution": 8}
     return Demands.model_validate(values | {"judge.extractor.kind": "in_domain", "train.batch_size": 4} | others)
 
 
@@ -383,8 +383,9 @@ def write_metadata(root, count):
             "source": ["hub"] * each,
         }
         pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
-    index = {"format": 1, "shards": shards, "rows": count, "caption_count": count}
+    index = {"format": 2, "shards": shards, "rows": count, "caption_count": count}
     index |= {"splits": {"train": count * 9 // 10, "test": count // 10}}
+    index["files"] = integrity.checksums(root / "images", "*.parquet")
     index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
     (root / "images" / "index.json").write_text(json.dumps(index))
 

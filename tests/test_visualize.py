@@ -103,7 +103,7 @@ def outline(drawn: tuple[Path, Path]) -> Outline:
 
 
 def held_out(inputs: report_inputs.Inputs, channels: int = 1) -> np.ndarray:
-    image = ImageParams.model_validate({"size": report_inputs.SIZE, "channels": channels})
+    image = ImageParams.model_validate({"resolution": report_inputs.SIZE, "channels": channels})
     return load_pixels(inputs.root / "data" / "images", "test", image).pixels.transpose(0, 2, 3, 1)
 
 
@@ -191,7 +191,7 @@ def test_animation_ends_with_the_still_picture(drawn: tuple[Path, Path]) -> None
 
 
 def test_neighbours_are_training_images(inputs: report_inputs.Inputs, outline: Outline) -> None:
-    image = ImageParams.model_validate({"size": report_inputs.SIZE, "channels": 1})
+    image = ImageParams.model_validate({"resolution": report_inputs.SIZE, "channels": 1})
     train = load_pixels(inputs.root / "data" / "images", "train", image).pixels.transpose(0, 2, 3, 1)
     samples, nearest = outline.tiles("Samples and their nearest training images")
     for sample, neighbour in zip(samples, nearest, strict=True):

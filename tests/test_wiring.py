@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import shlex
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tasks import stage
+from tasks import closure, stage
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = ("tasks", "models")
 STAGES: dict[str, dict] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-
-# How a stage starts, where things lie, whom it tells: none of it decides which bytes come out, and a stage
-# that depended on them would train again for a better error message. What they decide is in `params.yaml`.
-PLUMBING = {
-    f"tasks/{name}.py" for name in ("__init__", "atomic", "locks", "params", "stage", "tracking", "workspace")
-} | {"models/__init__.py"}
-
-
-def sources_of(name: str) -> set[str]:
-    """Project files that decide what stage `name` writes: what its file imports, and what that imports, and so on."""
-    found: set[str] = set()
-    waiting = [f"tasks/{name}.py"]
-    while waiting:
-        file = waiting.pop()
-        if file in found or file in PLUMBING:
-            continue
-        found.add(file)
-        if file.endswith(".py"):
-            waiting += read_by(file)
-    return found
-
-
-def read_by(file: str) -> list[str]:
-    """Project files that `file` imports, outside of TYPE_CHECKING, or names in order to read them."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    modules = list(imported(tree, package=Path(file).parts[0]))
-    files = [f"{module.replace('.', '/')}.py" for module in modules]
-    named = [
-        str(path.relative_to(ROOT))
-        for folder in (*PROJECT, "mlflow")
-        for path in (ROOT / folder).glob("*.*")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and node.value == path.name
-    ]
-    page = file.removesuffix(".py") + ".html"
-    return [found for found in [*files, *named, page] if (ROOT / found).is_file()]
-
-
-def imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Names of modules that a syntax tree imports, wherever it does."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-        yield from imported(node, package)
 
 
 def paths(entries: list) -> list[str]:
@@ -86,7 +33,7 @@ def function_of(name: str):
 @pytest.mark.parametrize("name", STAGES)
 def test_source_files_are_dependencies(name):
     listed = {path for path in paths(STAGES[name]["deps"]) if path.startswith(("tasks/", "models/", "mlflow/"))}
-    needed = sources_of(name)
+    needed = set(closure.closure(f"tasks/{name}.py"))
     assert not needed - listed, f"add to deps of stage '{name}' in dvc.yaml: {sorted(needed - listed)}"
     assert not listed - needed, f"remove from deps of stage '{name}' in dvc.yaml: {sorted(listed - needed)}"
 

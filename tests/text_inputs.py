@@ -53,7 +53,7 @@ def through(root: Path, database: Path, params: CodecParams, form: tuple[int, in
         download(root / "raw", folder_params(source))
         ingest(root / "raw", root / "images", root / "aside", ingest_params())
         atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
-        codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(size=16, channels=3))
+        codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(resolution=16, channels=3))
         encode(
             root / "images",
             root / "accepted.json",

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 OVERRIDES = [
-    "image.size=8",
+    "image.resolution=8",
     "model.block_out_channels=[8,16]",
     "model.attention=[false,true]",
     "model.norm_num_groups=4",

@@ -76,7 +76,7 @@ def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0
     from tasks import params
 
     document = params.read(ROOT / "params.yaml")
-    document["image"] = {"size": 8, "channels": 1}
+    document["image"] = {"resolution": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":
         document["evaluate"]["guidance_scale"] = 1.0
@@ -149,10 +149,11 @@ def train_here(folder: Path, monkeypatch, database: Path) -> None:
 
 def prepare_here(folder: Path, monkeypatch, database: Path):
     """The run that the stage would train, before its first step."""
-    from tasks import images, latents, training_key, training_run
+    from tasks import latents, training_key, training_run
+    from tasks.verdict import require_accepted
 
     loaded = _as_a_process(folder, monkeypatch, database)
-    index, verdict = latents.read_index(folder / "latents"), images.require_accepted(folder / "accepted.json")
+    index, verdict = latents.read_index(folder / "latents"), require_accepted(folder / "accepted.json")
     sections = (loaded.model, loaded.diffusion, loaded.train)
     facts = training_key.facts(index, folder / "codec", verdict, *sections)
     network = training_run.network_config(index, loaded.model)

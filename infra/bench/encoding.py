@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 PRESET = "digits"
 CASES = {
     "tiny": (
-        "image.size=64",
+        "image.resolution=64",
         "model.block_out_channels=[32,64,128]",
         "model.attention=[false,true,true]",
     ),
     "stable_diffusion_8th": (
-        "image.size=128",
+        "image.resolution=128",
         "codec.autoencoder.widths=[16,32,64,64]",
         "codec.autoencoder.layers_per_block=2",
         "codec.text.width=96",
@@ -133,7 +133,7 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
     blocks = take_turns(advances, plan.rounds, plan.block_seconds, "encoding")
     once = _encode_once(params, inputs)
     return {
-        "image": params.image.size,
+        "image": params.image.resolution,
         "latent": list(stored.shape),
         "parameters": sum(weight.numel() for weight in ours.averaged().values()),
         "batch": params.train.batch_size,
@@ -187,12 +187,12 @@ def ratio_by_operations(params: Params) -> float:
 
     wanted, image = params.codec.autoencoder, params.image
     shape = training.AutoencoderConfig(image.channels, wanted.latent_channels, wanted.widths, wanted.layers_per_block)
-    side, width = image.size // 2 ** (len(wanted.widths) - 1), params.codec.text.width
+    side, width = image.resolution // 2 ** (len(wanted.widths) - 1), params.codec.text.width
     form = {"size": side, "channels": wanted.latent_channels, "conditioning": "text", "text": {"width": width}}
     with torch.device("meta"):
         autoencoder, network = training.build(shape), build(network_config(form, params.model))
         autoencoder.forward = lambda pixels: autoencoder.encode(pixels).latent_dist.mean
-        encode = forward_flops(autoencoder, torch.empty(1, image.channels, image.size, image.size))
+        encode = forward_flops(autoencoder, torch.empty(1, image.channels, image.resolution, image.resolution))
         text, t = torch.empty(1, params.codec.text.length, width), torch.zeros(1, dtype=torch.int64)
         step = 3 * forward_flops(network, torch.empty(1, wanted.latent_channels, side, side), t, text)
     return 1 + encode / step
@@ -298,7 +298,7 @@ class Pictures:
 
         table = read_columns(inputs.images, ["key", "split", "image", "width", "height"]).sort_by("key")
         self.files = [row for row in table.to_pylist() if row["split"] == "train"]
-        self.form, self.channels = (params.image.size, params.image.size), params.image.channels
+        self.form, self.channels = (params.image.resolution, params.image.resolution), params.image.channels
 
     def __call__(self, rows: Tensor) -> np.ndarray:
         import numpy as np

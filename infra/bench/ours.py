@@ -19,10 +19,11 @@ class Ours:
     """One run of the project's training."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks import images, latents, training_key, training_run
+        from tasks import latents, training_key, training_run
+        from tasks.verdict import require_accepted
 
         index = latents.read_index(inputs.latents)
-        verdict = images.require_accepted(inputs.accepted)
+        verdict = require_accepted(inputs.accepted)
         sections = (params.model, params.diffusion, params.train)
         facts = training_key.facts(index, inputs.codec, verdict, *sections)
         network = training_run.network_config(index, params.model)

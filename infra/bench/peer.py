@@ -80,7 +80,7 @@ class Peer:
         )
         self.noise_scheduler = DDPMScheduler(TIMESTEPS, beta_schedule=SCHEDULE, prediction_type=PREDICTION)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        pictures: Any = ImageFiles(files, image.size, image.channels, train.horizontal_flip)
+        pictures: Any = ImageFiles(files, image.resolution, image.channels, train.horizontal_flip)
         loader = torch.utils.data.DataLoader(pictures, batch_size=train.batch_size, shuffle=True)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=train.steps)
         self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
@@ -133,5 +133,5 @@ def network(params: Params) -> Any:
     """The unconditional network of these parameters, a `UNetConfig`."""
     from tasks.training_run import network_config
 
-    form = {"size": params.image.size, "channels": params.image.channels}
+    form = {"size": params.image.resolution, "channels": params.image.channels}
     return network_config({**form, "conditioning": "none", "classes": []}, params.model)

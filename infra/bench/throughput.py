@@ -129,5 +129,5 @@ def training_flops(params: Params) -> float:
     from models.unet import UNet
 
     with torch.device("meta"):
-        image = torch.empty(1, params.image.channels, params.image.size, params.image.size)
+        image = torch.empty(1, params.image.channels, params.image.resolution, params.image.resolution)
         return 3 * forward_flops(UNet(network(params)), image, torch.zeros(1, dtype=torch.int64))
