@@ -424,3 +424,10 @@ def test_dvc_shows_the_metrics(evaluated, tmp_path):
     shown = json.loads(dvc("metrics", "show", "--json"))[""]["data"]["metrics.json"]["data"]
     assert shown | {"not_applicable": {}} == read(evaluated / "metrics.json")
     assert "frechet_distance_floor" in dvc("metrics", "show")
+
+
+def test_with_fewer_images_than_classes_some_classes_have_no_number(tree, tmp_path):
+    few = {"n_accuracy": 2, "n_compare": 2, "n_ddpm": 2, "guidance_sweep": ()}
+    rows = table(run(tree, tmp_path, PARAMS.model_copy(update=few)) / "evaluation" / "classes.csv")
+    assert [row["n"] for row in rows] == ["3", "3", "0"]  # three seed blocks
+    assert rows[1]["label_accuracy"] and not rows[2]["label_accuracy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from dvc.stage.cache import _get_cache_hash
 
-from tasks import consistency, preset
+from tasks import consistency, params, preset
 from tests import tiny
 from tests.test_presets import SAID_BY_A_PERSON
 from tests.test_wiring import STAGES
@@ -25,7 +26,8 @@ MAKE = "import json, yaml; json.dump(yaml.safe_load(open('params.yaml'))['image'
 def key_of(stage: str, document: dict[str, Any]) -> str:
     """The key under which DVC's run cache keeps what `stage` writes with these parameters."""
     entry = STAGES[stage]
-    read = {"params.yaml": {section: document[section] for section in entry["params"]}}
+    values = {key: functools.reduce(dict.__getitem__, key.split("."), document) for key in entry["params"]}
+    read = {"params.yaml": values}
     deps = [{"path": "a", "hash": "md5", "md5": "0" * 32}]
     return _get_cache_hash(copy.deepcopy({"cmd": entry["cmd"], "deps": deps, "params": read}), key=True)
 
@@ -52,10 +54,11 @@ def changed(document: dict[str, Any], where: tuple[Any, ...]) -> dict[str, Any]:
 def test_every_parameter_is_in_the_key_of_each_stage_that_reads_it(name):
     document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
     readers = [(stage, section) for stage, entry in STAGES.items() for section in entry.get("params", [])]
-    assert {section for _, section in readers} == {key for key, its in document.items() if isinstance(its, dict)}
-    for stage, section in readers:
-        before = key_of(stage, document)
-        for where in leaves(document[section], (section,)):
+    sections = {key for key, its in document.items() if isinstance(its, dict)}
+    assert {section for _, section in readers if "." not in section} == sections
+    for stage, read in readers:  # a section, or one value of another stage's
+        before, place = key_of(stage, document), tuple(read.split("."))
+        for where in leaves(functools.reduce(dict.__getitem__, place, document), place):
             assert key_of(stage, changed(document, where)) != before, f"{'.'.join(map(str, where))} in {stage}"
 
 
@@ -115,7 +118,7 @@ def test_a_chain_at_16_then_at_32(tmp_path, monkeypatch):
 
 def repro(folder: Path, resolution: int) -> list[str]:
     """`dvc repro` with another `image.resolution`; returns the stages that ran."""
-    document = yaml.safe_load((folder / "params.yaml").read_text())
+    document = params.read(folder / "params.yaml")
     document["image"]["resolution"] = resolution
     document["evaluate"]["allow_small_n"] = True  # the judge of larger images has more features
     (folder / "params.yaml").write_text(yaml.safe_dump(document))
