@@ -48,6 +48,8 @@ class Metric:
     """A row of the table of measures; empty strings where a column does not apply."""
 
     name: str
+    guidance: str
+    """The guidance scale it was measured at, or "none"."""
     value: str
     spread: str
     reference: str

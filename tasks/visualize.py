@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, report_tables, stage
+from tasks import atomic, measures, report_tables, stage
+from tasks.measures import Measurements
 from tasks.params import ImageParams, VisualizeParams
 from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
@@ -38,7 +39,6 @@ def visualize(
     images: Path,
     accepted: Path,
     training: Path,
-    metrics: Path,
     evaluation: Path,
     figures: Path,
     page: Path,
@@ -68,7 +68,7 @@ def visualize(
     if neighbours:
         tiles["neighbours"] = neighbours.tiles
     charts = _charts(model, training)
-    measured = json.loads(metrics.read_text(encoding="utf-8"))
+    measured = measures.read(evaluation / measures.FILE)
     with atomic.writing_folder(figures) as folder:
         _write_figures(folder, tiles, charts, drawn)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
@@ -402,9 +402,9 @@ def _progress(samples: Path) -> list[Picture]:
     ]
 
 
-def _provenance(model: Pipeline, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _provenance(model: Pipeline, measured: Measurements) -> list[tuple[str, str]]:
     """What identifies the weights and the measurement: no dates, so the page's bytes depend on its inputs alone."""
-    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", metrics["fingerprint"])]
+    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", measured.fingerprint)]
 
 
 if __name__ == "__main__":
