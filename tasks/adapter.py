@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks import tracking
 
@@ -29,20 +29,26 @@ REQUIREMENTS = ("accelerate", "diffusers", "peft", "safetensors", "torch", "tran
 
 @dataclass(frozen=True)
 class Base:
-    """The pipeline that an adapter belongs to: a repository of the hub or a folder, and the commit of the former."""
+    """The pipeline that an adapter belongs to: a repository of the hub with its commit, or `./` and a folder's name."""
 
     model: str
-    revision: str | None
+    revision: str | None = None
 
 
-def base_of(params: Mapping[str, Any]) -> Base | None:
-    """The base that a training run with these flat parameters adapted; None where it was trained in the same run and
-    kept nowhere."""
-    if params.get("train.full_steps"):
+def base_of(params: Mapping[str, str]) -> Base | None:
+    """The base that a training run with these parameters adapted, as MLflow keeps them; None where the run trained it
+    itself and did not keep it.
+
+    Of a folder a run knows the name alone: `load_pipeline(base_model=...)` says where it lies.
+    """
+    if params.get("train.full_steps", "0") != "0":
         return None
-    if params.get("train.weights"):
-        return Base(str(params["train.weights"]), params.get("train.pin"))
-    return Base(str(params["train.init_from"]), None)
+    weights = params.get("train.weights", "None")
+    if weights == "None":
+        return Base(f"./{params['train.init_from']}")
+    if "/" in weights and "://" not in weights:
+        return Base(weights, params["train.pin"])
+    return Base(f"./{weights.rstrip('/').rsplit('/', 1)[-1]}")
 
 
 def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> str | None:
@@ -54,7 +60,7 @@ def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> s
     weights = pipeline / WEIGHTS
     if not weights.is_file():
         return None
-    base = base_of(_params(trained))
+    base = base_of(trained.data.params)
     if base is None:
         return "no adapter is registered: its base was trained by train.full_steps and is not kept"
     name += SUFFIX
@@ -109,8 +115,3 @@ def _log(client: MlflowClient, model_id: str, weights: Path, base: Base) -> None
 
 def _release(package: str) -> str:
     return importlib.metadata.version(package).split("+")[0]
-
-
-def _params(run: Run) -> dict[str, Any]:
-    """Parameters of a run; MLflow keeps null and 0 as text."""
-    return {name: None if value in ("None", "0") else value for name, value in run.data.params.items()}

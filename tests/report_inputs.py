@@ -13,27 +13,33 @@ from models import pictures, schedules
 from models.pipeline import save_pipeline
 from models.unet import UNet, UNetConfig
 from tasks import images as normal_form
+from tasks import measures
+from tasks.measures import Measure, Measurements
 from tasks.params import VisualizeParams
 from tasks.visualize import visualize
 
 SIZE, TIMESTEPS = 8, 20
 PARAMS = VisualizeParams(sampler="ddim", steps=10, guidance_scales=(1.0, 2.0), columns=5, seed=3)
-METRICS = {
-    "frechet_distance": 23.1,
-    "frechet_distance_floor": 10.2,
-    "frechet_distance_floor_spread": 0.31,
-    "frechet_distance_spread": 0.7,
-    "kid": 0.0123,
-    "label_accuracy": 0.994,
-    "fingerprint": "0f" * 32,
-    "n_samples": 512,
-    "n_samples_accuracy": 256,
-    "seed_blocks": 3,
-    "sampler": "dpm_solver_pp_2m",
-    "steps": 20,
-    "guidance_scale": 1.5,
-    "not_applicable": {"clip_score": "the images have no captions"},
-}
+MEASURED = Measurements(
+    fingerprint="0f" * 32,
+    sampler="dpm_solver_pp_2m",
+    steps=20,
+    guided_scale=1.5,
+    seed_blocks=3,
+    extractor="classifier",
+    n_samples=512,
+    n_reference=20,
+    n_floor=60,
+    n_searched=60,
+    measures={
+        "frechet_distance": Measure(
+            value=23.1, spread=0.7, drawn="unguided", guidance_scale=1.0, n=512, floor=10.2, floor_spread=0.31
+        ),
+        "kid": Measure(value=0.0123, spread=0.001, drawn="unguided", guidance_scale=1.0, n=512),
+        "label_accuracy": Measure(value=0.994, spread=0.002, drawn="guided", guidance_scale=1.5, n=256),
+    },
+    not_applicable={"clip_score": "the images have no captions"},
+)
 SAMPLERS = """\
 sampler,steps,guidance_scale,n,seed_blocks,frechet_distance,kid,inception_style_score,clip_score,label_accuracy,note
 dpm_solver_pp_2m,20,1.0,512,3,23.1,0.0123,,,,
@@ -55,7 +61,6 @@ class Inputs:
             self.root / "data" / "images",
             self.root / "data" / "accepted.json",
             reports / "train",
-            reports / "metrics.json",
             reports / "evaluation",
             figures,
             page,
@@ -72,7 +77,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
-    (root / "reports" / "metrics.json").write_text(json.dumps(METRICS))
+    MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
     pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")

@@ -217,7 +217,10 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
     text = " ".join(text.split())
     for expected in (
         "2.3 times the floor of 10.2",
-        "Fréchet distance 23.1 ± 0.7 10.2 ± 0.31",
+        "without guidance; 2.3 times the floor of 10.2",
+        "Fréchet distance none 23.1 ± 0.7 10.2 ± 0.31",
+        "Label accuracy w = 1.5 99.4 %",
+        "256 with guidance 1.5 for accuracy and CLIP score",
         "99.4 %",
         "the images have no captions",
         "CLIP score is absent",
