@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-TILE_CSS_PIXELS = 64
+TILE_CSS_PIXELS, NARROW_TILE = 64, 32
 LARGEST_PIXELATED = 64
 """Side in pixels up to which a picture is enlarged with hard edges; a bigger one is shown as a photograph."""
 
@@ -143,8 +143,11 @@ def _tile_address(image: np.ndarray) -> str:
 
 
 def _tile_style(tiles: Tiles) -> str:
-    """CSS variables: a whole multiple of the image's side, so that all pixels are equally large."""
-    side = tiles.images.shape[-1]
+    """CSS variables: whole multiples of the image's side, so that all pixels are equally large; the number of columns
+    and the side on a narrow page, where ten images stand side by side."""
+    side, columns = tiles.images.shape[-1], tiles.images.shape[1]
+    narrow = f"--small-tile: {side * max(1, NARROW_TILE // side) if side <= NARROW_TILE else NARROW_TILE}px"
     if side > LARGEST_PIXELATED:
-        return f"--tile: {TILE_CSS_PIXELS}px; --rendering: auto"
-    return f"--tile: {side * max(1, round(TILE_CSS_PIXELS / side))}px; --rendering: pixelated"
+        return f"--columns: {columns}; {narrow}; --wide-tile: {TILE_CSS_PIXELS}px; --rendering: auto"
+    wide = side * max(1, round(TILE_CSS_PIXELS / side))
+    return f"--columns: {columns}; {narrow}; --wide-tile: {wide}px; --rendering: pixelated"
