@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from models.schedules import Array
 
@@ -196,7 +195,12 @@ def _inline(document: str, prefix: str, width: float) -> str:
     # Groups and glyphs have the same names in every file, and an id may stand only once in a page.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r'( id="|"#|url\(#)', rf"\1{prefix}-", svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" style="--share: {width:g}" aria-hidden="true">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" style="--share: {width:g}" aria-hidden="true">',
+        svg,
+        count=1,
+    )
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.strip()

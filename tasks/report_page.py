@@ -85,6 +85,8 @@ class Table:
     notes: Sequence[tuple[str, str]] = ()
     chart_svg: str | None = None
     chart_label: str = ""
+    worded: Sequence[str] = ()
+    """Names of the columns that hold words, not numbers."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Report:
     training_svg: str
     progress: Sequence[Picture]
     neighbours: Neighbours | None
+    data: Sequence[Table]
+    """The verdict of every check of the data, and what was set aside."""
     codec: Table | None
     """What stands between images and the model; None where that is nothing."""
     reconstructions: Picture | None

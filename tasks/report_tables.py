@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from tasks import validation_report
 from tasks.measures import QUALITY, RECONSTRUCTIONS, Measure, Measurements
 from tasks.report_page import Headline, Metric, Picture, Table
 
@@ -246,7 +248,24 @@ def codec(folder: Path) -> Table | None:
         "cannot draw what its autoencoder loses, nor heed what its text encoder does not tell apart."
     )
     rows = [[*CODEC[name][:1], f"{measured[name]:.3g}", *CODEC[name][1:]] for name in CODEC if name in measured]
-    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows)
+    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows, worded=["Reading"])
+
+
+def data(validation: Path) -> list[Table]:
+    """Every check of the data with its verdict and remedy, and the inputs that were set aside."""
+    rows = [[*astuple(check)] for check in validation_report.checks(validation)]
+    text = (
+        "What was expected of the images' metadata, and what was found. A check with the verdict "
+        '"warning" is listed in validate.warn_only; any other that fails stops the chain.'
+    )
+    columns = validation_report.COLUMNS
+    found = [Table("Checks of the data", text, columns, rows, worded=columns[1:])]
+    reasons = validation_report.quarantined_by_reason(validation)
+    text = "Inputs that did not become images of the data set, by reason; data/quarantine holds each of them."
+    if reasons:
+        cells = [[reason, str(count)] for reason, count in reasons.items()]
+        found.append(Table("Quarantine", text, ["Reason", "Inputs"], cells))
+    return found
 
 
 def reconstructions(folder: Path) -> Picture | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, duplicates, expectations, stage
+from tasks import atomic, decoding, duplicates, expectations, stage, validation_report
 from tasks.expectations import Finding, Gate, Table
 from tasks.images import read_columns, read_index, schema, schema_of
 from tasks.params import ValidateParams
@@ -28,7 +28,7 @@ NAMED_CLASSES = 3
 
 
 def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams) -> None:
-    """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
+    """Run the suite over the images' metadata; write a page and Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
@@ -38,9 +38,11 @@ def validate(images: Path, quarantine: Path, accepted: Path, reports: Path, para
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params)),
+            folder / validation_report.DATA_DOCS,
+            params.warn_only,
         )
-        atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
+        validation_report.write(folder, findings, params.warn_only, _quarantined(quarantine))
     failed = [finding for finding in findings if not finding.success]
     for finding in failed:
         if finding.gate.check in params.warn_only:
@@ -79,9 +81,12 @@ def _tables(
         yield Table("balance", balance, _balance_gates(balance, params))
 
 
-def _report(finding: Finding, params: ValidateParams) -> dict[str, Any]:
-    severity = "warning" if finding.gate.check in params.warn_only else "failure"
-    return {**asdict(finding), "severity": severity}
+def _quarantined(quarantine: Path) -> dict[str, int]:
+    """Number of inputs in quarantine by reason."""
+    import pyarrow.parquet as pq
+
+    reasons = pq.read_table(quarantine / QUARANTINE_FILE, columns=["reason"])["reason"].to_pylist()
+    return dict(sorted(Counter(reasons).items()))
 
 
 def _complaint(finding: Finding) -> str:

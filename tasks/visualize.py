@@ -38,6 +38,7 @@ def visualize(
     pipeline: Path,
     images: Path,
     accepted: Path,
+    validation: Path,
     training: Path,
     evaluation: Path,
     figures: Path,
@@ -48,7 +49,7 @@ def visualize(
 
     Writes PNG files to the folder `figures` and the page to `page`. The pictures: samples by class and
     guidance, forward and reverse process, the schedules, an animation of the sampling, training curves,
-    nearest training images. The page adds the tables and grids of the evaluation.
+    nearest training images. The page adds the verdicts of `validation`, and the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
     from tasks.images import load_pixels, require_accepted
@@ -89,6 +90,7 @@ def visualize(
         schedules_svg=charts["schedules"].svg,
         training_svg=charts["training"].svg,
         progress=_progress(training / "samples"),
+        data=report_tables.data(validation),
         codec=report_tables.codec(training / "codec"),
         reconstructions=report_tables.reconstructions(training / "codec"),
         neighbours=neighbours,

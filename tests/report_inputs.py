@@ -13,7 +13,8 @@ from models import pictures, schedules
 from models.pipeline import save_pipeline
 from models.unet import UNet, UNetConfig
 from tasks import images as normal_form
-from tasks import measures
+from tasks import measures, validation_report
+from tasks.expectations import Finding, Gate
 from tasks.measures import Measure, Measurements
 from tasks.params import VisualizeParams
 from tasks.visualize import visualize
@@ -40,6 +41,27 @@ MEASURED = Measurements(
     },
     not_applicable={"clip_score": "the images have no captions"},
 )
+FINDINGS = [
+    Finding(
+        Gate(
+            "size",
+            "ExpectColumnValuesToBeBetween",
+            {"column": "shorter_side", "min_value": 8},
+            "images are smaller than validate.min_side 8; remove them or lower it",
+        ),
+        True,
+        0,
+        [],
+        "0 of 80 rows",
+    ),
+    Finding(
+        Gate("drift", "ExpectColumnSumToBeBetween", {"column": "moved", "max_value": 0.1}, "the <label> balance moved"),
+        False,
+        0,
+        [],
+        "0.35",
+    ),
+]
 SAMPLERS = """\
 sampler,steps,eta,guidance_scale,n,seed_blocks,frechet_distance,kid,precision,recall,inception_score,\
 inception_style_score,clip_score,label_accuracy,note
@@ -63,6 +85,7 @@ class Inputs:
             self.root / "outputs" / "pipeline",
             self.root / "data" / "images",
             self.root / "data" / "accepted.json",
+            reports / "validation",
             reports / "train",
             reports / "evaluation",
             figures,
@@ -74,12 +97,19 @@ class Inputs:
 
 def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool = True) -> Inputs:
     """Inputs for a model of `classes`; none of them makes it unconditional and its images unlabelled."""
-    for folder in ("data/images", "outputs/pipeline", "reports/train/samples", "reports/evaluation"):
+    for folder in (
+        "data/images",
+        "outputs/pipeline",
+        "reports/train/samples",
+        "reports/evaluation",
+        "reports/validation",
+    ):
         (root / folder).mkdir(parents=True)
     (root / "data" / "accepted.json").write_text('{"verdict": "accepted"}')
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
+    validation_report.write(root / "reports" / "validation", FINDINGS, ["drift"], {"not an image": 2})
     MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
