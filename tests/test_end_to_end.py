@@ -99,7 +99,8 @@ def test_what_dvc_users_expect_works(tree):
     assert "download" in run(tree, "dvc", "dag")
     run(tree, "dvc", "plots", "show")
     page = (tree / "dvc_plots" / "index.html").read_text(encoding="utf-8")
-    assert "reports_figures_samples.png" in page and "Training loss by step" in page
+    assert "reports_figures_samples.png" in page and "reports_figures_training.png" in page
+    assert not re.search(r"<script[^>]*src=.https?:", page), "without a network the page is empty"
     before = yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8"))["train"]["learning_rate"]
     change(tree, "train", "learning_rate", 0.005)
     differences = json.loads(run(tree, "dvc", "params", "diff", "--json"))
@@ -194,6 +195,9 @@ def test_an_experiment_leaves_the_work_tree_alone(tree):
     assert tiny.git(tree, "status", "--porcelain") == before
     shown = run(tree, "dvc", "exp", "show", "--csv")
     assert "faster" in shown and "0.004" in shown
+    table = run(tree, "dvc", "exp", "show", "--only-changed", "--drop", ".*/")
+    assert "frechet_distance_unguided" in table and "clip_score_guided" in table
+    assert max(map(len, table.splitlines())) <= 160
 
 
 def change(tree: Path, section: str, key: str, value) -> None:
