@@ -99,7 +99,7 @@ class Measurements(BaseModel):
     def headline(self) -> dict[str, float | str]:
         """The content of `reports/metrics.json`: names short enough for a row of `dvc exp show`."""
         chosen = {mean_name(name, self.measures[name]) for name in HEADLINE if name in self.measures}
-        chosen |= {f"{DISTANCE}_spread", f"{DISTANCE}_floor", "guided_scale"}
+        chosen |= {f"{DISTANCE}_floor", "guided_scale"}
         numbers: dict[str, float | str] = {name: value for name, value in self.flat().items() if name in chosen}
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}
 

@@ -237,7 +237,6 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     assert {measure.drawn for measure in measured.measures.values()} == {"unguided"}
     assert set(read(tmp_path / "out" / "metrics.json")) == {
         "frechet_distance_unguided",
-        "frechet_distance_spread",
         "frechet_distance_floor",
         "fingerprint",
     }
@@ -302,7 +301,6 @@ def test_the_headline_is_short_and_names_the_guidance(evaluated):
     headline, measured = read(evaluated / "metrics.json"), measured_in(evaluated)
     assert headline == {
         "frechet_distance_unguided": measured.measures["frechet_distance"].value,
-        "frechet_distance_spread": measured.measures["frechet_distance"].spread,
         "frechet_distance_floor": measured.measures["frechet_distance"].floor,
         "label_accuracy_guided": measured.measures["label_accuracy"].value,
         "clip_score_guided": measured.measures["clip_score"].value,
