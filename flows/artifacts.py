@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from tasks import gates, params, tracking, workspace
+from tasks import gates, measures, params, tracking, workspace
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
@@ -19,7 +19,7 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 def publish(stage: str, folder: Path) -> None:
     """Show what `stage` made in the workspace `folder`; most stages have nothing to show."""
     if stage == "evaluate":
-        _metrics(folder / "reports" / "metrics.json")
+        _metrics(folder / "reports" / "evaluation" / measures.FILE)
         _grid(folder / "reports" / "evaluation")
     elif stage == "register":
         _links(folder)
@@ -60,23 +60,24 @@ def publish_standing(folder: Path) -> str | None:
 
 
 def _metrics(path: Path) -> None:
-    """One row a metric: its value, the spread between seed blocks, and what real images score in its place."""
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    rows = [
-        {
-            "metric": name,
-            "value": _short(value),
-            "spread": _short(metrics.get(f"{name}_spread", "")),
-            "floor or real": _short(metrics.get(f"{name}_floor", metrics.get(f"{name}_real", ""))),
-        }
-        for name, value in sorted(metrics.items())
-        if isinstance(value, int | float | str) and not name.endswith(("_spread", "_floor", "_real"))
-    ]
-    create_table_artifact(rows, key="metrics", description="reports/metrics.json")
-
-
-def _short(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """One row a measure: the guidance it was taken at, its value, the spread between seed blocks, and what real images
+    score in its place."""
+    measured = measures.read(path)
+    rows = []
+    for name, measure in sorted(measured.measures.items()):
+        what, reference = measure.reference or ("", None)
+        rows.append(
+            {
+                "measure": name,
+                "guidance": "none" if measure.drawn == "unguided" else f"{measure.guidance_scale:g}",
+                "value": f"{measure.value:.4g}",
+                "spread": f"{measure.spread:.2g}",
+                "real images": "" if reference is None else f"{what} {reference:.4g}",
+                "samples": f"{measured.seed_blocks} x {measure.n}",
+            }
+        )
+    description = f"{measured.sampler}, {measured.steps} steps; fingerprint {measured.fingerprint[:12]}"
+    create_table_artifact(rows, key="metrics", description=description)
 
 
 def _grid(evaluation: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -23,31 +22,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 import yaml
 
 from flows.repro import LEASH, dvc
-from tasks import local_source
+from tasks import local_source, measures
+from tasks.measures import SHORT_FINGERPRINT, Measurements
 from tasks.params import ParamsError
 from tasks.stage import StageError
 
 SAMPLE_SECONDS = 1.0
-METRICS = Path("reports/metrics.json")
+MEASUREMENTS = Path("reports/evaluation") / measures.FILE
 RESULTS = (
     (re.compile(rb"^Running stage '([\w-]+)'"), "ran"),
     (re.compile(rb"^Stage '([\w-]+)' is cached - skipping run"), "cached"),
     (re.compile(rb"^Stage '([\w-]+)' didn't change, skipping"), "unchanged"),
 )
-# Each metric, and what it is to be read against.
-BESIDE = (
-    ("frechet_distance", "frechet_distance_floor", "floor"),
-    ("kid", "kid_floor", "floor"),
-    ("inception_style_score", "inception_style_score_real", "real images"),
-    ("clip_score", "clip_score_real", "real images"),
-    ("label_accuracy", "label_accuracy_real", "real images"),
-)
+SHOWN = ("frechet_distance", "kid", "inception_style_score", "clip_score", "label_accuracy")
 
 
 @dataclass
@@ -230,23 +223,50 @@ def print_times(chain: Chain, seconds: float, memory: Memory) -> None:
 
 
 def print_results(chain: Chain) -> None:
-    if METRICS.exists():
+    if MEASUREMENTS.exists():
         print()
-        print_metrics(json.loads(METRICS.read_text(encoding="utf-8")))
+        try:
+            print_measures(measures.read(MEASUREMENTS))
+        except StageError as error:
+            print(f"repro: warning: {error}", file=sys.stderr)
     print()
     for what, where in [("registered", chain.registered), *places()]:
         print(f"{what:<13}{where}")
+    if advice := no_baseline():
+        print(f"\n{advice}")
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
-    print(f"{'metric':<24}{'value':>10}")
-    for name, other, label in BESIDE:
-        if name in metrics:
-            beside = f"   {label} {metrics[other]:.4g}" if other in metrics else ""
-            print(f"{name:<24}{metrics[name]:>10.4g}{beside}")
-    print(f"{'samples':<24}{metrics['n_samples']:>10}   fingerprint {str(metrics['fingerprint'])[:12]}")
-    for name, reason in sorted(metrics.get("not_applicable", {}).items()):
-        print(f"{name:<24}{'-':>10}   {reason}")
+def print_measures(measured: Measurements) -> None:
+    print(f"{'measure':<24}{'guidance':>10}{'value':>10}{'samples':>10}")
+    for name in SHOWN:
+        if name in measured.measures:
+            measure = measured.measures[name]
+            what, reference = measure.reference or ("", None)
+            guidance = "none" if measure.drawn == "unguided" else f"{measure.guidance_scale:g}"
+            samples = f"{measured.seed_blocks} x {measure.n}"
+            beside = "" if reference is None else f"   {what} {reference:.4g}"
+            print(f"{name:<24}{guidance:>10}{measure.value:>10.4g}{samples:>10}{beside}")
+        elif name in measured.not_applicable:
+            print(f"{name:<24}{'-':>10}{'-':>10}{'-':>10}   {measured.not_applicable[name]}")
+    print(f"{'fingerprint':<24}{measured.fingerprint[:SHORT_FINGERPRINT]:>10}")
+
+
+def no_baseline() -> str | None:
+    """How to make this run the baseline of experiments; None where the last commit holds it, or there is no Git.
+
+    `dvc exp show` and `dvc metrics diff` read the numbers of the last commit through its `dvc.lock`.
+    """
+    status = ["git", "status", "--porcelain", "--", "dvc.lock"]
+    try:
+        done = subprocess.run(status, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    if done.returncode or not done.stdout.strip():
+        return None
+    return (
+        "experiments are compared with the last commit, which holds other results than these; to make these the "
+        "baseline: git add dvc.lock && git commit -m 'Results of this machine'"
+    )
 
 
 def places() -> Iterator[tuple[str, str]]:

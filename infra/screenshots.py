@@ -32,9 +32,9 @@ RUNS_TABLE = {
     "datasetsFilter": [],
     "modelVersionFilter": "All Runs",
     "selectedColumns": [
-        "metrics.`held_out_loss`",
-        "metrics.`frechet_distance`",
-        "metrics.`label_accuracy`",
+        "metrics.`train/held_out_loss`",
+        "metrics.`eval/frechet_distance_unguided`",
+        "metrics.`eval/label_accuracy_guided`",
         "params.`train.learning_rate`",
     ],
 }

@@ -1,4 +1,4 @@
-"""Line charts for the report: one drawing, as PNG with fixed metadata and as SVG that follows the page's theme."""
+"""Line charts for the report: as one PNG with fixed metadata, and as an SVG a panel that follows the page's theme."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from models.schedules import Array
 
@@ -30,6 +29,8 @@ SERIES = ("series-1", "series-2", "series-3", "series-4")
 DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 1.6, 1.2, 1.6)))
 FONT = "DejaVu Sans"  # comes with matplotlib, so the same glyphs everywhere
 PNG_DPI = 144
+HEIGHT = 3.2
+"""Inches."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Chart:
 
     png: bytes
     svg: str
-    """An `<svg>` element for inlining; its colours are the page's CSS variables, its letters are outlines."""
+    """One `<svg>` element a panel, for inlining: on a narrow page they stand below each other. Their colours are the
+    page's CSS variables, their letters are outlines."""
 
 
 def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
@@ -54,16 +56,20 @@ def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
 
     ordered = sorted(curves, key=lambda name: name != own)
 
-    def draw(figure: Figure) -> None:
-        for axes, (quantity, title) in zip(figure.subplots(1, 3), panels, strict=True):
+    def panel(quantity: str, title: str) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
             _title(axes, title, "timestep t")
             for series, name in enumerate(ordered):
                 label = f"{name} (this model)" if name == own else name
                 _line(axes, range(len(curves[name][quantity])), curves[name][quantity], series, label, bold=name == own)
-        figure.axes[0].set_yscale("log")
-        figure.axes[1].legend(loc="best")
+            if quantity == "beta":
+                axes.set_yscale("log")
+            if quantity == "alpha_bar":
+                axes.legend(loc="best")
 
-    return _render(draw, size=(10.4, 3.2), salt="schedules")
+        return draw
+
+    return _render([panel(*which) for which in panels], widths=(3.5, 3.5, 3.5), salt="schedules")
 
 
 def training(history: pd.DataFrame) -> Chart:
@@ -74,8 +80,7 @@ def training(history: pd.DataFrame) -> Chart:
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    def draw(figure: Figure) -> None:
-        losses, rate = figure.subplots(1, 2, width_ratios=(5, 3))
+    def draw_losses(losses: Axes) -> None:
         _title(losses, "loss", "step")
         logged = history.dropna(subset=["loss"])
         losses.plot(logged["step"], logged["loss"], color=COLOURS["series-1"], alpha=0.3, linewidth=1)
@@ -89,20 +94,21 @@ def training(history: pd.DataFrame) -> Chart:
         losses.yaxis.set_minor_formatter(NullFormatter())
         losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         losses.legend(loc="upper right")
+
+    def draw_rate(rate: Axes) -> None:
         _title(rate, "learning rate", "step")
         timed = history.dropna(subset=["learning_rate"])
         _line(rate, timed["step"], timed["learning_rate"], 0, None, bold=True)
         rate.set_ylim(bottom=0)
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    return _render(draw, size=(10.4, 3.2), salt="training")
+    return _render([draw_losses, draw_rate], widths=(6.5, 3.9), salt="training")
 
 
 def guidance(points: Sequence[tuple[float, float, float]], agreement: str) -> Chart:
     """The curve of a sweep: (CLIP score or accuracy, Frechet distance, guidance scale) of each point, in its order."""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         _title(axes, "Fréchet distance", agreement)
         x, y = [point[0] for point in points], [point[1] for point in points]
         _line(axes, x, y, 0, None, bold=True, marker="o")
@@ -110,7 +116,7 @@ def guidance(points: Sequence[tuple[float, float, float]], agreement: str) -> Ch
             axes.annotate(f"w = {scale:g}", (agreed, distance), (5, 5), textcoords="offset points", fontsize=8.5)
         axes.margins(x=0.12, y=0.18)
 
-    return _render(draw, size=(7.2, 3.2), salt="guidance")
+    return _render([draw], widths=(7.2,), salt="guidance")
 
 
 def _title(axes: Axes, title: str, x_label: str) -> None:
@@ -127,20 +133,25 @@ def _line(axes: Axes, x: Any, y: Any, series: int, label: str | None, bold: bool
     axes.plot(x, y, label=label, linewidth=2.2 if bold else 1.4, marker=marker, zorder=3 if bold else 2, **style)
 
 
-def _render(draw: Callable[[Figure], None], size: tuple[float, float], salt: str) -> Chart:
-    """Draw on a figure of `size` inches. `salt` keeps the ids of the SVGs in one page apart."""
+def _render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], salt: str) -> Chart:
+    """Draw panels of `widths` inches side by side, and each by itself. `salt` keeps the ids of the SVGs in one page
+    apart."""
     from matplotlib.figure import Figure
 
+    png, elements = io.BytesIO(), []
     with _style(salt):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        # Lay it out once, not once for each form.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        png, svg = io.BytesIO(), io.StringIO()
+        figure = Figure(figsize=(sum(widths), HEIGHT), layout="constrained")
+        axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
+        for draw, its in zip(panels, axes, strict=True):
+            draw(its)
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
-    return Chart(png.getvalue(), _inline(svg.getvalue(), salt))
+    for number, (draw, width) in enumerate(zip(panels, widths, strict=True)):
+        with _style(f"{salt}{number}"):
+            figure, svg = Figure(figsize=(width, HEIGHT), layout="constrained"), io.StringIO()
+            draw(figure.subplots())
+            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
+        elements.append(_inline(svg.getvalue(), f"{salt}{number}", width))
+    return Chart(png.getvalue(), "\n".join(elements))
 
 
 @contextmanager
@@ -176,14 +187,20 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _inline(document: str, prefix: str) -> str:
-    """A matplotlib SVG file -> an element for an HTML page, coloured by the page's variables."""
+def _inline(document: str, prefix: str, width: float) -> str:
+    """A matplotlib SVG file -> an element for an HTML page, coloured by the page's variables; `width` is its share of
+    a row."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>\s*", "", svg, flags=re.DOTALL)
     # Groups and glyphs have the same names in every file, and an id may stand only once in a page.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r'( id="|"#|url\(#)', rf"\1{prefix}-", svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" style="--share: {width:g}" aria-hidden="true">',
+        svg,
+        count=1,
+    )
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.strip()

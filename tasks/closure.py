@@ -27,6 +27,7 @@ PLUMBING = {
     "tasks/integrity.py",
     "tasks/locks.py",
     "tasks/params.py",
+    "tasks/run_labels.py",
     "tasks/stage.py",
     "tasks/tracking.py",
     "tasks/workspace.py",

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, integrity, protocol, stage
+from tasks import atomic, integrity, measures, protocol, stage
+from tasks.measures import Measurements
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.protocol import Draw, Scorer
 from tasks.stage import StageError
@@ -46,7 +47,7 @@ def evaluate(
 ) -> None:
     """Sample by a declared protocol and measure: distances to the held-out images without guidance, label accuracy
     and CLIP score with it, over several seed blocks, beside the floor. Then compare samplers and guidance scales,
-    classes and timesteps, and draw grids.
+    classes and timesteps, and draw grids. All of it goes to the folder `report`, and the headline to `metrics`.
 
     Raises `StageError` before anything is drawn where there are too few images for the features, unless
     `params.allow_small_n`.
@@ -75,6 +76,7 @@ def evaluate(
     grids = {"grid_unguided": unguided[0], "grid_ddpm": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         atomic.write_json(folder / "protocol.json", declared)
+        measured.write(folder / measures.FILE)
         rows = _rows(unguided, guided, others, scorer, params)
         atomic.write_text(folder / "samplers.csv", _csv(COLUMNS, rows))
         atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(model, scorer, params)))
@@ -88,7 +90,7 @@ def evaluate(
             save_png(picture(drawn, model.classes), folder / f"{name}.png")
         save_png(nearest_picture(unguided[0], scorer), folder / "grid_nearest.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
-    atomic.write_json(metrics, measured)
+    atomic.write_json(metrics, measured.headline())
     _print(measured)
 
 
@@ -249,26 +251,14 @@ def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:
     return {name: seconds / count for name, (seconds, count) in totals.items()}
 
 
-def _print(measured: dict[str, Any]) -> None:
-    beside = (
-        ("frechet_distance", "frechet_distance_floor", "floor"),
-        ("kid", "kid_floor", "floor"),
-        ("precision", "precision_floor", "floor"),
-        ("recall", "recall_floor", "floor"),
-        ("near_copies", "near_copies_real", "held-out images"),
-        ("inception_score", "inception_score_floor", "floor"),
-        ("inception_style_score", "inception_style_score_real", "real"),
-        ("clip_score", "clip_score_real", "real"),
-        ("label_accuracy", "label_accuracy_real", "real"),
-    )
-    few = f"; few images: {measured['small_n']}" if "small_n" in measured else ""
-    for name, other, what in beside:
-        if name in measured:
-            note = f"; {measured['clip_score_note']}" if name == "clip_score" and "clip_score_note" in measured else ""
-            print(
-                f"evaluate: {name} {measured[name]:.4g} +- {measured[f'{name}_spread']:.2g} "
-                f"({what} {measured[other]:.4g}){few}{note}"
-            )
+def _print(measured: Measurements) -> None:
+    few = f"; few images: {measured.small_n}" if measured.small_n else ""
+    for name, measure in measured.measures.items():
+        what, value = measure.reference or ("no reference", None)
+        beside = what if value is None else f"{what} {value:.4g}"
+        note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
+        mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
+        print(f"evaluate: {name} ({measure.condition}) {mean} ({beside}){few}{note}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Finding:
     """Rows that do not meet the expectation (they may be within the tolerance of a gate that holds)."""
     offenders: list[str]
     """Keys of the first of them."""
+    observed: str
+    """What was found, in words."""
 
 
 def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> list[Finding]:
@@ -120,4 +122,13 @@ def _finding(gate: Gate, result: Any) -> Finding:
     if result.exception_info.get("raised_exception"):
         raise RuntimeError(f"{gate.type} could not be run: {result.exception_info['exception_message']}")
     rows = found.get("partial_unexpected_index_list") or []
-    return Finding(gate, bool(result.success), found.get("unexpected_count", 0), [str(row["key"]) for row in rows])
+    unexpected, offenders = found.get("unexpected_count", 0), [str(row["key"]) for row in rows]
+    return Finding(gate, bool(result.success), unexpected, offenders, _observed(found))
+
+
+def _observed(found: dict[str, Any]) -> str:
+    """A result in words: the value that was found, or how many rows do not meet the expectation."""
+    if "unexpected_count" in found:
+        return f"{found['unexpected_count']} of {found['element_count']} rows"
+    value = found.get("observed_value")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

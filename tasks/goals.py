@@ -35,6 +35,8 @@ READING = (
     "`clip`, `self_supervised`) do not compare with published values. The floor is the distance of real training "
     "images to the same held-out ones. Rows with different fingerprints were measured differently."
 )
+FLOORS = ("eval/frechet_distance_floor", "frechet_distance_floor")
+"""The metric that holds the floor; runs of earlier versions have the second name."""
 COLUMNS = {
     "goal": "Goal",
     "data": "Data",
@@ -100,7 +102,7 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[dict[str, Any]]:
         "kind": _kind(told),
         "features": told.get("measurement.extractor", ""),
         "fingerprint": told.get("fingerprint", ""),
-        "floor": run.data.metrics.get("frechet_distance_floor"),
+        "floor": next((run.data.metrics[name] for name in FLOORS if name in run.data.metrics), None),
     }
     for row in table:
         eta = float(row.get("eta") or 0)  # tables of earlier versions have no such column

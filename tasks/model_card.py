@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from tasks import measures
+from tasks.measures import Measurements
 
 # How often something is written down says nothing about the weights.
 NOT_TRAINING = ("_every",)
@@ -16,19 +16,19 @@ def model_card(
     info: Mapping[str, Any],
     data: Mapping[str, Any],
     training: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    measured: Measurements,
     exported: Mapping[str, Any],
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
     info: `afterimage.json` of the pipeline. data: the index of the images. training: flat parameters of
-    the run. metrics: `reports/metrics.json`. exported: `reports/export.json`.
+    the run. measured: the evaluation. exported: `reports/export.json`.
     """
     sections = [
         _front_matter(data, info),
         _summary(info, data),
         _use(info, training),
-        _evaluation(metrics),
+        _evaluation(measured),
         _export(exported),
     ]
     return "\n\n".join([*sections, _data(data), _training(training, info), _limits(info, data)]) + "\n"
@@ -85,23 +85,35 @@ def _use(info: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluation(metrics: Mapping[str, Any]) -> str:
-    lines = ["## Evaluation", "", "| measure | value | spread between seed blocks | floor | real images |"]
-    lines += ["|---|---|---|---|---|"]
-    for name in measures.names(metrics):
-        cells = [metrics.get(name + part) for part in ("", measures.SPREAD, measures.FLOOR, measures.REAL)]
-        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:.6g}' for cell in cells)} |")
-    settings = ", ".join(f"{name} {value}" for name, value in sorted(measures.facts(metrics).items()))
+def _evaluation(measured: Measurements) -> str:
+    head = ["measure", "guidance", "samples", "value", "spread between seed blocks", "floor", "real images"]
+    lines = ["## Evaluation", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name, measure in sorted(measured.measures.items()):
+        numbers = (measure.value, measure.spread, measure.floor, measure.real)
+        cells = [name, f"{measure.guidance_scale:g}", f"{measured.seed_blocks} x {measure.n}"]
+        cells += ["" if number is None else f"{number:.6g}" for number in numbers]
+        lines.append(f"| {' | '.join(cells)} |")
+    eta = f", eta {measured.eta:g}" if measured.eta else ""
+    interval = measured.guidance_interval
+    guided = f" Guidance acts at noise levels from {interval[0]:g} to {interval[1]:g}." if interval else ""
     lines += [
         "",
-        "The floor is what as many training images score against the held-out ones.",
+        "Guidance 1 is none. The floor is what as many training images score against the held-out ones.",
         "",
-        f"Taken with {settings}.",
+        f"Sampler {measured.sampler}, {measured.steps} steps{eta}.{guided}",
+        (
+            f"Distances are those to {measured.n_reference} held-out images in the features of `{measured.extractor}`; "
+            f"{measured.n_floor} training images give the floor."
+        ),
+        f"Fingerprint of the measurement: `{measured.fingerprint}`; compare only numbers that share it.",
     ]
-    lines += ["Compare only numbers that share the fingerprint."]
-    absent = metrics.get("not_applicable") or {}
-    if absent:
-        lines += ["", "Not measured:", ""] + [f"- {name}: {reason}" for name, reason in sorted(absent.items())]
+    if measured.small_n:
+        lines += ["", f"Few images: {measured.small_n}. The distances say little."]
+    if measured.clip_score_note:
+        lines += ["", f"The CLIP score is {measured.clip_score_note}."]
+    if measured.not_applicable:
+        lines += ["", "Not measured:", ""]
+        lines += [f"- {name}: {reason}" for name, reason in sorted(measured.not_applicable.items())]
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
     pipeline/         weights and schedule, diffusers layout
     onnx/             the same network as an ONNX bundle with its sampler
-    metrics.json      the evaluation, with fingerprint and floor
+    measurements.json the evaluation, with guidance, fingerprint and floor of each number
     export.json       parity of the bundle
     README.md         the model card
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 PIPELINE = "pipeline"
 BUNDLE = "onnx"
-METRICS = "metrics.json"
+MEASUREMENTS = "measurements.json"
 EXPORT = "export.json"
 CARD = "README.md"
 

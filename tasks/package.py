@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, images, integrity, model_folder, stage
+from tasks import atomic, images, integrity, measures, model_folder, stage
 from tasks.model_card import model_card
 from tasks.verdict import require_accepted
 
 
 def package(
-    pipeline: Path, onnx: Path, accepted: Path, data: Path, training: Path, metrics: Path, export: Path, model: Path
+    pipeline: Path, onnx: Path, accepted: Path, data: Path, training: Path, evaluation: Path, export: Path, model: Path
 ) -> None:
-    """Put weights, ONNX bundle, metrics and model card together in `model`.
+    """Put weights, ONNX bundle, measurements and model card together in `model`.
 
-    `data` holds the images, of which the card tells source and licence; `training`, `metrics` and `export`
+    `data` holds the images, of which the card tells source and licence; `training`, `evaluation` and `export`
     are the reports of those stages. The same inputs give the same bytes.
     """
     require_accepted(accepted)
@@ -25,13 +25,13 @@ def package(
         info=integrity.read_described(pipeline, "afterimage.json", "train"),
         data=images.read_index(data),
         training=_read(training / "run.json")["params"],
-        metrics=_read(metrics),
+        measured=measures.read(evaluation / measures.FILE),
         exported=_read(export),
     )
     with atomic.writing_folder(model) as folder:
         shutil.copytree(pipeline, folder / model_folder.PIPELINE)
         shutil.copytree(onnx, folder / model_folder.BUNDLE, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(metrics, folder / model_folder.METRICS)
+        shutil.copyfile(evaluation / measures.FILE, folder / model_folder.MEASUREMENTS)
         shutil.copyfile(export, folder / model_folder.EXPORT)
         atomic.write_text(folder / model_folder.CARD, card)
     print(f"package: {model}, content {model_folder.content_key(model)[:12]}")

@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from tasks.images import load_pixels, read_index
+from tasks.measures import Measure, Measurements
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams, ImageParams
 from tasks.stage import StageError
 
@@ -104,7 +105,10 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "sampler": params.sampler,
         "steps": params.steps,
         "eta": params.eta,
-        "guidance_scale": params.guidance_scale,
+        "guidance_scales": {
+            "unguided": UNGUIDED,
+            "guided": params.guidance_scale if pipeline.conditioning != "none" else None,
+        },
         "guidance_interval": params.guidance_interval and list(params.guidance_interval),
         "batch_size": params.batch_size,
     }
@@ -126,8 +130,8 @@ def fingerprint(measurement: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: dict[str, Any]) -> dict[str, Any]:
-    """Draw from `pipeline` and measure it by `protocol`: the flat content of `metrics.json`.
+def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: dict[str, Any]) -> Measurements:
+    """Draw from `pipeline` and measure it by `protocol`.
 
     Raises `NotComparableError` where pipeline, images or judge are not those that the protocol can measure.
     """
@@ -136,17 +140,16 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: dict[str, 
 
 
 def draw_blocks(pipeline: Pipeline, protocol: dict[str, Any]) -> tuple[list[Draw], list[Draw]]:
-    """For each seed block the draw without guidance (for the distances), and for a conditional model the one with
-    `guidance_scale` (for accuracy and CLIP score), from the same seeds."""
+    """For each seed block the draw without guidance (for the distances), and for a conditional model the guided one
+    (for accuracy and CLIP score), from the same seeds."""
     facts = protocol["measurement"]
     _require_pipeline(pipeline, facts)
     unguided, guided = [], []
     for block in range(facts["seed_blocks"]):
         unguided.append(draw(pipeline, protocol, facts["n_distance"], block=block))
         if facts["labels"] is not None:
-            guided.append(
-                draw(pipeline, protocol, facts["n_accuracy"], guidance_scale=protocol["guidance_scale"], block=block)
-            )
+            scale = protocol["guidance_scales"]["guided"]
+            guided.append(draw(pipeline, protocol, facts["n_accuracy"], guidance_scale=scale, block=block))
     return unguided, guided
 
 
@@ -385,49 +388,59 @@ class Scorer:
         return {"clip_score": metrics.clip_score(embeds, texts)}
 
 
-def summary(
-    unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, protocol: dict[str, Any]
-) -> dict[str, Any]:
-    """Flat metrics of the draws of all seed blocks: mean, `_spread` (sample standard deviation over the blocks),
-    `_floor` (training images in the model's place) and `_real` (held-out images in the model's place)."""
-    facts = protocol["measurement"]
+def summary(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, protocol: dict[str, Any]) -> Measurements:
+    """What the draws of all seed blocks score, beside training images in the model's place and held-out images."""
+    facts, scales = protocol["measurement"], protocol["guidance_scales"]
     blocks = [
         scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
         for draw in unguided
     ]
     fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
-    floors = [scorer.distances(scorer.stand_ins(block)) for block in range(facts["seed_blocks"])]
-    measured = {**_mean_and_spread(blocks), **_mean_and_spread(fits), **_mean_and_spread(floors, "_floor")}
-    return {
-        **measured,
-        **{f"{name}_real": _rounded(value) for name, value in scorer.real().items() if name in measured},
-        "not_applicable": _not_applicable(scorer, facts),
-        "n_samples": facts["n_distance"],
-        "n_samples_accuracy": facts["n_accuracy"] if guided else 0,
-        "n_reference": facts["reference"]["images"],
-        "n_floor": len(scorer.stand_ins(0)),
-        "n_searched": len(scorer.searched[0]),
-        **({"small_n": scorer.small_n()} if scorer.small_n() else {}),
-        **({"clip_score_note": CLIP_IS_CONDITION} if protocol["clip_is_condition"] else {}),
-        "seed_blocks": facts["seed_blocks"],
-        "extractor": facts["extractor"],
-        "fingerprint": protocol["fingerprint"],
-        "sampler": protocol["sampler"],
-        "steps": protocol["steps"],
-        "guidance_scale": protocol["guidance_scale"],
-        **{name: protocol[name] for name in ("eta", "guidance_interval") if protocol[name]},
-    }
+    floors = _means_and_spreads([scorer.distances(scorer.stand_ins(block)) for block in range(facts["seed_blocks"])])
+    real = scorer.real()
+
+    def measured(found: list[dict[str, float]], drawn: Literal["unguided", "guided"], n: int) -> dict[str, Measure]:
+        result = {}
+        for name, (value, spread) in _means_and_spreads(found).items():
+            floor, floor_spread = floors.get(name, (None, None))
+            result[name] = Measure(
+                value=value,
+                spread=spread,
+                drawn=drawn,
+                guidance_scale=scales[drawn],
+                n=n,
+                floor=floor,
+                floor_spread=floor_spread,
+                real=_rounded(real[name]) if name in real else None,
+            )
+        return result
+
+    return Measurements(
+        fingerprint=protocol["fingerprint"],
+        sampler=protocol["sampler"],
+        steps=protocol["steps"],
+        eta=protocol["eta"],
+        guidance_interval=protocol["guidance_interval"],
+        guided_scale=scales["guided"],
+        seed_blocks=facts["seed_blocks"],
+        extractor=facts["extractor"],
+        n_samples=facts["n_distance"],
+        n_reference=facts["reference"]["images"],
+        n_floor=len(scorer.stand_ins(0)),
+        n_searched=len(scorer.searched[0]),
+        small_n=scorer.small_n(),
+        clip_score_note=CLIP_IS_CONDITION if protocol["clip_is_condition"] else None,
+        measures=measured(blocks, "unguided", facts["n_distance"]) | measured(fits, "guided", facts["n_accuracy"]),
+        not_applicable=_not_applicable(scorer, facts),
+    )
 
 
-def _mean_and_spread(blocks: Sequence[dict[str, float]], suffix: str = "") -> dict[str, float]:
+def _means_and_spreads(blocks: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Of each measure its mean over the seed blocks and their sample standard deviation."""
     import numpy as np
 
-    result = {}
-    for name in blocks[0] if blocks else ():
-        values = [block[name] for block in blocks]
-        result[f"{name}{suffix}"] = _rounded(float(np.mean(values)))
-        result[f"{name}{suffix}_spread"] = _rounded(float(np.std(values, ddof=1)))
-    return result
+    values = {name: [block[name] for block in blocks] for name in (blocks[0] if blocks else ())}
+    return {name: (_rounded(float(np.mean(its))), _rounded(float(np.std(its, ddof=1)))) for name, its in values.items()}
 
 
 def _rounded(value: float) -> float:

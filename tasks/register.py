@@ -17,8 +17,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import gates, integrity, lineage, locks, measures, model_folder, stage, tracking, workspace
+from tasks import (
+    adapter,
+    gates,
+    integrity,
+    lineage,
+    locks,
+    measures,
+    model_folder,
+    run_labels,
+    stage,
+    tracking,
+    workspace,
+)
+from tasks.gates import Judged
 from tasks.images import read_index
+from tasks.measures import Measurements
 from tasks.params import RegisterParams
 
 if TYPE_CHECKING:
@@ -35,7 +49,8 @@ LOGGED_MODEL = f"{TAG}logged_model"
 PROMOTION = gates.PROMOTION
 MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
-GATED = (gates.DISTANCE, gates.SPREAD, gates.FLOOR, gates.ACCURACY)
+GRIDS = ("grid_guided", "grid_unguided", "grid_ddpm", "grid_nearest")
+REPORT, REPORT_SHA256 = "report", f"{TAG}report_sha256"
 
 
 def register(
@@ -43,32 +58,36 @@ def register(
     judge: Path,
     data: Path,
     training: Path,
-    metrics: Path,
     evaluation: Path,
     timing: Path,
     export: Path,
+    page: Path,
     params: RegisterParams,
 ) -> None:
     """Find or create run and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
 
-    `training`, `metrics`, `evaluation` (and its `timing`) and `export` are the reports of those stages; what MLflow
-    lacks of them is replayed. `judge` and `data` (images) serve to measure a champion whose numbers were taken another
-    way.
+    `training`, `evaluation` (and its `timing`), `export` and `page` are the reports of those stages and of
+    `visualize`; what MLflow lacks of them is replayed. `judge` and `data` (images) serve to measure a champion whose
+    numbers were taken another way.
     """
     client = tracking.connect()
-    measured = _read(metrics)
+    measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)
         version = _model_version(client, params.model_name, model, measured, trained, read_index(data)["sha256"])
-        _evaluation_run(client, training, metrics, evaluation, (timing, export), trained, version)
+        evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
+        _describe(client, (trained, evaluated), measured, page)
         # The SQL stores give version numbers as int here and str there.
         aliases = {name: int(v) for name, v in client.get_registered_model(params.model_name).aliases.items()}
         champion = aliases.get(CHAMPION)
         if aliases.get(CHALLENGER) != int(version.version):
             client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
-        reason = _reason_against(client, version, champion, measured, judge, data, evaluation, params)
+        reason = _reason_against(client, version, champion, gates.judged(measured), judge, data, evaluation, params)
         standing = _set_champion(client, version, champion, reason)
+        adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
     print(f"register: {params.model_name} version {version.version}, {standing}")
+    if adapted:
+        print(f"register: {adapted}")
     print(
         f"register: run {trained.info.run_name} ({trained.info.run_id}), content {model_folder.content_key(model)[:12]}"
     )
@@ -78,8 +97,8 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any]) -> Run:
-    """The training run, with every point and picture of `reports/train` and the headline of this evaluation."""
+def _training_run(client: MlflowClient, report: Path, measured: Measurements) -> Run:
+    """The training run, with every point and picture of `reports/train` and the numbers of this evaluation."""
     facts = _read(report / "run.json")
     run = tracking.find_or_create_run(
         client,
@@ -99,13 +118,30 @@ def _training_run(client: MlflowClient, report: Path, measured: Mapping[str, Any
     reconstructions = report / "codec" / measures.RECONSTRUCTIONS
     if reconstructions.is_file() and ("reconstructions", 0) not in images:
         tracking.log_image(client, run_id, "reconstructions", 0, reconstructions)
-    told = measures.values(measured) | measures.of_codec(report / "codec")
+    told = run_labels.evaluation_metrics(measured) | measures.of_codec(report / "codec")
     changed = {name: value for name, value in told.items() if run.data.metrics.get(name) != value}
     if changed:
         client.log_batch(run_id, metrics=tracking.points(0, changed))
     if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
     return run
+
+
+def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurements, page: Path) -> None:
+    """Keep the report with the second of `runs`, the evaluation's, and write numbers and a link to it on both."""
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    evaluated = runs[1]
+    with page.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if evaluated.data.tags.get(REPORT_SHA256) != digest:
+        client.log_artifact(evaluated.info.run_id, str(page), REPORT)
+        client.set_tag(evaluated.info.run_id, REPORT_SHA256, digest)
+    run = f"#/experiments/{evaluated.info.experiment_id}/runs/{evaluated.info.run_id}"
+    note = run_labels.description(measured, f"{run}/artifacts/{REPORT}/{page.name}")
+    for each in runs:
+        if each.data.tags.get(MLFLOW_RUN_NOTE) != note:
+            client.set_tag(each.info.run_id, MLFLOW_RUN_NOTE, note)
 
 
 def _replay_history(client: MlflowClient, run: Run, history: Path) -> None:
@@ -115,7 +151,8 @@ def _replay_history(client: MlflowClient, run: Run, history: Path) -> None:
     with history.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             step = int(row.pop("step"))
-            values = {name: float(value) for name, value in row.items() if value and step not in logged.get(name, ())}
+            curves = run_labels.training_metrics({name: float(value) for name, value in row.items() if value})
+            values = {name: value for name, value in curves.items() if step not in logged.get(name, ())}
             missing += tracking.points(step, values)
     for start in range(0, len(missing), tracking.BATCH):
         client.log_batch(run.info.run_id, metrics=missing[start : start + tracking.BATCH])
@@ -126,16 +163,16 @@ def _replay_history(client: MlflowClient, run: Run, history: Path) -> None:
 def _evaluation_run(
     client: MlflowClient,
     training: Path,
-    metrics: Path,
     evaluation: Path,
     beside: tuple[Path, ...],
     parent: Run,
     version: ModelVersion,
-) -> None:
+) -> Run:
     """The nested run of this evaluation: its protocol as parameters, its numbers, tables and grids, and the files
     `beside` it as they are."""
-    facts, measured, protocol = _read(training / "run.json"), _read(metrics), _read(evaluation / "protocol.json")
-    identity = json.dumps([facts["train_key"], protocol, measured], sort_keys=True)
+    facts, protocol = _read(training / "run.json"), _read(evaluation / "protocol.json")
+    measured = measures.read(evaluation / measures.FILE)
+    identity = json.dumps([facts["train_key"], protocol, measured.model_dump(mode="json")], sort_keys=True)
     run = tracking.find_or_create_run(
         client,
         tracking.EVALUATION_KEY,
@@ -146,14 +183,21 @@ def _evaluation_run(
         parent=parent.info.run_id,
     )
     if run.info.status == "FINISHED":
-        return
-    run_id = run.info.run_id
-    missing = {name: value for name, value in measures.values(measured).items() if name not in run.data.metrics}
-    client.log_batch(run_id, metrics=tracking.points(0, missing, model_id=version.tags[LOGGED_MODEL]))
+        return run
+    run_id, steps = run.info.run_id, int(facts["params"]["train.steps"])
+    told = run_labels.evaluation_metrics(measured)
+    missing = {name: value for name, value in told.items() if name not in run.data.metrics}
+    client.log_batch(run_id, metrics=tracking.points(steps, missing, model_id=version.tags[LOGGED_MODEL]))
     client.log_artifacts(run_id, str(evaluation), "evaluation")
-    for file in (metrics, *beside):
+    for file in beside:
         client.log_artifact(run_id, str(file))
+    images = tracking.logged_images(client, run_id)
+    for name in GRIDS:
+        path = evaluation / f"{name}.png"
+        if path.is_file() and (name, steps) not in images:
+            tracking.log_image(client, run_id, name, steps, path)
     client.set_terminated(run_id, "FINISHED")
+    return run
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -168,7 +212,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _model_version(
-    client: MlflowClient, name: str, model: Path, measured: Mapping[str, Any], trained: Run, data_sha256: str
+    client: MlflowClient, name: str, model: Path, measured: Measurements, trained: Run, data_sha256: str
 ) -> ModelVersion:
     """The version of the registered model whose content is this folder; made where there is none."""
     from mlflow.exceptions import MlflowException
@@ -208,8 +252,7 @@ def _model_version(
         tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY],
         **lineage.tags(facts),
     }
-    tags |= {f"{TAG}{name}": repr(measured[name]) for name in GATED if name in measured}
-    tags[f"{TAG}{gates.FINGERPRINT}"] = measured[gates.FINGERPRINT]
+    tags |= {f"{TAG}{name}": value for name, value in gates.judged(measured).tags().items()}
     return client.create_model_version(
         name,
         source=logged.artifact_location,
@@ -249,7 +292,7 @@ def _reason_against(
     client: MlflowClient,
     version: ModelVersion,
     champion: int | None,
-    measured: Mapping[str, Any],
+    judged: Judged,
     judge: Path,
     data: Path,
     evaluation: Path,
@@ -258,15 +301,15 @@ def _reason_against(
     """Why this version must not become champion, or None where it may (or is)."""
     if champion == int(version.version):
         return None
-    reason = gates.not_good_enough(measured, params)
+    reason = gates.not_good_enough(judged, params)
     if reason or champion is None:
         return reason
     holder = client.get_model_version(version.name, str(champion))
     try:
-        numbers = _numbers_of(client, holder, measured[gates.FINGERPRINT], judge, data, evaluation)
+        numbers = _numbers_of(client, holder, judged.fingerprint, judge, data, evaluation)
     except Exception as error:  # whatever keeps the champion from being measured keeps it champion
         return f"champion version {champion} cannot be measured under this protocol ({_first_line(error)})"
-    return gates.not_better(measured, numbers)
+    return gates.not_better(judged, numbers)
 
 
 def _first_line(error: Exception) -> str:
@@ -275,21 +318,23 @@ def _first_line(error: Exception) -> str:
 
 def _numbers_of(
     client: MlflowClient, holder: ModelVersion, fingerprint: str, judge: Path, data: Path, evaluation: Path
-) -> dict[str, Any]:
+) -> Judged:
     """What the gates read of the champion, taken as `fingerprint` says: from its tags, else by sampling it again."""
     tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
-    if tagged.get(gates.FINGERPRINT) == fingerprint:
-        return {gates.FINGERPRINT: fingerprint} | {name: float(tagged[name]) for name in GATED if name in tagged}
+    known = gates.from_tags(tagged)
+    if known and known.fingerprint == fingerprint:
+        return known
     declared = _read(evaluation / "protocol.json")
     remembered = f"{MEASURED}.{hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]}"
     if remembered not in holder.tags:
         numbers = _measure_again(holder, judge, data, declared)
-        client.set_model_version_tag(holder.name, holder.version, remembered, json.dumps(numbers, sort_keys=True))
+        written = json.dumps(numbers.numbers(), sort_keys=True)
+        client.set_model_version_tag(holder.name, holder.version, remembered, written)
         return numbers
-    return json.loads(holder.tags[remembered])
+    return Judged(**json.loads(holder.tags[remembered]))
 
 
-def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict[str, Any]) -> dict[str, Any]:
+def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict[str, Any]) -> Judged:
     """Fetch the champion's weights and measure them by the protocol that its challenger was measured by."""
     import mlflow
 
@@ -302,8 +347,7 @@ def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.tags[LOGGED_MODEL]}", dst_path=scratch))
         pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
         integrity.read_described(judge, "judge.json", "judge")
-        measured = protocol.measure(pipeline, data, load_judge(judge), declared)
-    return {name: measured[name] for name in (*GATED, gates.FINGERPRINT) if name in measured}
+        return gates.judged(protocol.measure(pipeline, data, load_judge(judge), declared))
 
 
 def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | None, reason: str | None) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-TILE_CSS_PIXELS = 64
+TILE_CSS_PIXELS, NARROW_TILE = 64, 32
 LARGEST_PIXELATED = 64
 """Side in pixels up to which a picture is enlarged with hard edges; a bigger one is shown as a photograph."""
 
@@ -48,6 +48,8 @@ class Metric:
     """A row of the table of measures; empty strings where a column does not apply."""
 
     name: str
+    guidance: str
+    """The guidance scale it was measured at, or "none"."""
     value: str
     spread: str
     reference: str
@@ -83,6 +85,8 @@ class Table:
     notes: Sequence[tuple[str, str]] = ()
     chart_svg: str | None = None
     chart_label: str = ""
+    worded: Sequence[str] = ()
+    """Names of the columns that hold words, not numbers."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ class Report:
     training_svg: str
     progress: Sequence[Picture]
     neighbours: Neighbours | None
+    data: Sequence[Table]
+    """The verdict of every check of the data, and what was set aside."""
     codec: Table | None
     """What stands between images and the model; None where that is nothing."""
     reconstructions: Picture | None
@@ -141,8 +147,11 @@ def _tile_address(image: np.ndarray) -> str:
 
 
 def _tile_style(tiles: Tiles) -> str:
-    """CSS variables: a whole multiple of the image's side, so that all pixels are equally large."""
-    side = tiles.images.shape[-1]
+    """CSS variables: whole multiples of the image's side, so that all pixels are equally large; the number of columns
+    and the side on a narrow page, where ten images stand side by side."""
+    side, columns = tiles.images.shape[-1], tiles.images.shape[1]
+    narrow = f"--small-tile: {side * max(1, NARROW_TILE // side) if side <= NARROW_TILE else NARROW_TILE}px"
     if side > LARGEST_PIXELATED:
-        return f"--tile: {TILE_CSS_PIXELS}px; --rendering: auto"
-    return f"--tile: {side * max(1, round(TILE_CSS_PIXELS / side))}px; --rendering: pixelated"
+        return f"--columns: {columns}; {narrow}; --wide-tile: {TILE_CSS_PIXELS}px; --rendering: auto"
+    wide = side * max(1, round(TILE_CSS_PIXELS / side))
+    return f"--columns: {columns}; {narrow}; --wide-tile: {wide}px; --rendering: pixelated"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from tasks.measures import QUALITY, RECONSTRUCTIONS
+from tasks import validation_report
+from tasks.measures import QUALITY, RECONSTRUCTIONS, Measure, Measurements
 from tasks.report_page import Headline, Metric, Picture, Table
 
 MEASURES = {
@@ -77,67 +79,73 @@ def sampler_name(sampler: str, steps: int) -> str:
     return f"{SAMPLERS[sampler]} in {steps} steps"
 
 
-def measures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`metrics.json` -> the page's headlines, table of measures and what does not apply."""
-    present = [key for key in MEASURES if key in metrics]
-    first = [key for key in (*HEADLINES, *present) if key in metrics]
+def measures(measured: Measurements) -> dict[str, Any]:
+    """The page's headlines, table of measures and what does not apply."""
+    present = [key for key in MEASURES if key in measured.measures]
+    first = [key for key in (*HEADLINES, *present) if key in measured.measures]
     return {
-        "metrics": [_row(key, metrics) for key in present],
-        "headlines": [_headline(key, metrics) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
+        "metrics": [_row(key, measured) for key in present],
+        "headlines": [_headline(key, measured.measures[key]) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
         "not_applicable": [
             (MEASURES[key][0] if key in MEASURES else key, reason)
-            for key, reason in sorted(metrics["not_applicable"].items())
+            for key, reason in sorted(measured.not_applicable.items())
         ],
-        "protocol": _protocol(metrics),
-        "few_images": metrics.get("small_n", ""),
+        "protocol": _protocol(measured),
+        "few_images": measured.small_n or "",
     }
 
 
-def _protocol(metrics: dict[str, Any]) -> str:
+def _protocol(measured: Measurements) -> str:
     """How the numbers were drawn, in a sentence."""
-    sampler = sampler_name(metrics["sampler"], metrics["steps"])
-    sampler += f", η = {metrics['eta']:g}" if "eta" in metrics else ""
-    drawn = f"Drawn with {sampler}, over {metrics['seed_blocks']} seed blocks"
-    distances = f"{metrics['n_samples']} samples each, without guidance, for the distances"
-    guided = f"{metrics['n_samples_accuracy']} with guidance {metrics['guidance_scale']:g} for accuracy and CLIP score"
-    if "guidance_interval" in metrics:
-        guided += " at noise levels σ from {:g} to {:g}".format(*metrics["guidance_interval"])
-    return f"{drawn}: {distances}{', ' + guided if metrics['n_samples_accuracy'] else ''}."
+    sampler = sampler_name(measured.sampler, measured.steps)
+    sampler += f", η = {measured.eta:g}" if measured.eta else ""
+    drawn = f"Drawn with {sampler}, over {measured.seed_blocks} seed blocks"
+    unguided = f"{measured.n_samples} samples each, without guidance, for the distances"
+    guided = next((measure for measure in measured.measures.values() if measure.drawn == "guided"), None)
+    if guided is None:
+        return f"{drawn}: {unguided}."
+    text = f"{guided.n} with guidance {guided.guidance_scale:g} for accuracy and CLIP score"
+    if measured.guidance_interval:
+        text += " at noise levels σ from {:g} to {:g}".format(*measured.guidance_interval)
+    return f"{drawn}: {unguided}, {text}."
 
 
-def _row(key: str, metrics: dict[str, Any]) -> Metric:
-    reference = _reference(key, metrics)
-    name, reading = MEASURES[key]
-    reading += f"; {metrics['clip_score_note']}" if key == "clip_score" and "clip_score_note" in metrics else ""
+def _row(key: str, measured: Measurements) -> Metric:
+    measure, (name, reading) = measured.measures[key], MEASURES[key]
+    note = f"; {measured.clip_score_note}" if key == "clip_score" and measured.clip_score_note else ""
+    reference = ""
+    if measure.floor is not None:
+        reference = f"{_number(key, measure.floor)} {_spread(key, measure.floor_spread)}".strip()
+    elif measure.real is not None:
+        reference = _number(key, measure.real)
     return Metric(
         name,
-        _number(key, metrics[key]),
-        _spread(key, key, metrics),
-        f"{_number(key, metrics[reference])} {_spread(key, reference, metrics)}".strip() if reference else "",
-        reading,
+        _guidance(measure),
+        _number(key, measure.value),
+        _spread(key, measure.spread),
+        reference,
+        reading + note,
     )
 
 
-def _headline(key: str, metrics: dict[str, Any]) -> Headline:
-    reference = _reference(key, metrics)
-    if reference is None:
+def _guidance(measure: Measure) -> str:
+    return "none" if measure.drawn == "unguided" else f"w = {measure.guidance_scale:g}"
+
+
+def _headline(key: str, measure: Measure) -> Headline:
+    what, value = measure.reference or ("", None)
+    if value is None:
         note = "no reference"
-    elif key == "frechet_distance" and metrics[reference] > 0:
-        note = f"{metrics[key] / metrics[reference]:.1f} times the floor of {_number(key, metrics[reference])}"
+    elif key == "frechet_distance" and value > 0:
+        note = f"{measure.value / value:.1f} times the floor of {_number(key, value)}"
     else:
-        note = f"real images: {_number(key, metrics[reference])}"
-    return Headline(MEASURES[key][0], _number(key, metrics[key]), note)
+        note = f"{what}: {_number(key, value)}"
+    drawn = "without guidance" if measure.drawn == "unguided" else f"at guidance {measure.guidance_scale:g}"
+    return Headline(MEASURES[key][0], _number(key, measure.value), f"{drawn}; {note}")
 
 
-def _reference(key: str, metrics: dict[str, Any]) -> str | None:
-    """The entry that says what real images reach."""
-    return next((name for name in (f"{key}_floor", f"{key}_real") if name in metrics), None)
-
-
-def _spread(key: str, name: str, metrics: dict[str, Any]) -> str:
-    if f"{name}_spread" not in metrics:
-        return ""
-    return f"± {_number(key, metrics[f'{name}_spread'], digits=2)}"
+def _spread(key: str, spread: float | None) -> str:
+    return "" if spread is None else f"± {_number(key, spread, digits=2)}"
 
 
 def _number(key: str, value: float, digits: int = 3) -> str:
@@ -240,7 +248,24 @@ def codec(folder: Path) -> Table | None:
         "cannot draw what its autoencoder loses, nor heed what its text encoder does not tell apart."
     )
     rows = [[*CODEC[name][:1], f"{measured[name]:.3g}", *CODEC[name][1:]] for name in CODEC if name in measured]
-    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows)
+    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows, worded=["Reading"])
+
+
+def data(validation: Path) -> list[Table]:
+    """Every check of the data with its verdict and remedy, and the inputs that were set aside."""
+    rows = [[*astuple(check)] for check in validation_report.checks(validation)]
+    text = (
+        "What was expected of the images' metadata, and what was found. A check with the verdict "
+        '"warning" is listed in validate.warn_only; any other that fails stops the chain.'
+    )
+    columns = validation_report.COLUMNS
+    found = [Table("Checks of the data", text, columns, rows, worded=columns[1:])]
+    reasons = validation_report.quarantined_by_reason(validation)
+    text = "Inputs that did not become images of the data set, by reason; data/quarantine holds each of them."
+    if reasons:
+        cells = [[reason, str(count)] for reason, count in reasons.items()]
+        found.append(Table("Quarantine", text, ["Reason", "Inputs"], cells))
+    return found
 
 
 def reconstructions(folder: Path) -> Picture | None:
@@ -253,12 +278,12 @@ def reconstructions(folder: Path) -> Picture | None:
     )
 
 
-def grids(evaluation: Path, metrics: dict[str, Any]) -> list[Picture]:
+def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
     """The grids that `evaluate` drew, the protocol's own first."""
-    own = sampler_name(metrics["sampler"], metrics["steps"])
+    own = sampler_name(measured.sampler, measured.steps)
     captions = {
         "grid_unguided": f"{own}, without guidance",
-        "grid_guided": f"{own}, guidance {metrics['guidance_scale']:g}",
+        **({"grid_guided": f"{own}, guidance {measured.guided_scale:g}"} if measured.guided_scale is not None else {}),
         "grid_ddpm": "DDPM over all timesteps, without guidance",
         "grid_nearest": "The samples nearest to a training image by their features, and that image below",
     }

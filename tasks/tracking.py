@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import lineage, locks, workspace
+from tasks import lineage, locks, run_labels, workspace
 from tasks.stage import Preempted, StageError
 
 if TYPE_CHECKING:
@@ -221,7 +221,8 @@ def find_or_create_run(
             tags |= {name: value for name, value in environment.items() if value}
             if parent:
                 tags[MLFLOW_PARENT_RUN_ID] = parent
-            run = client.create_run(experiment_id(client), tags=tags, run_name=f"{kind}-{key[:8]}")
+            label = run_labels.label(kind, key, params)
+            run = client.create_run(experiment_id(client), tags=tags | label.tags, run_name=label.name)
         missing = [Param(name, str(value)) for name, value in sorted(params.items()) if name not in run.data.params]
         for start in range(0, len(missing), 100):
             client.log_batch(run.info.run_id, params=missing[start : start + 100])
@@ -293,9 +294,13 @@ class TrainingRun:
         self._reachable = True
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log `values` at `step`, asynchronously; what the run holds already (a resumed run) is left out."""
-        curves = {name: value for name, value in values.items() if name != "step"}
-        fresh = {name: value for name, value in curves.items() if step not in self._steps.setdefault(name, set())}
+        """Log `values` at `step` as metrics of training, asynchronously; what the run holds already (a resumed run) is
+        left out."""
+        self.log(step, run_labels.training_metrics({n: value for n, value in values.items() if n != "step"}))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The same under the names as they are."""
+        fresh = {name: value for name, value in values.items() if step not in self._steps.setdefault(name, set())}
         for name in fresh:
             self._steps[name].add(step)
         if fresh and self._reachable:

@@ -265,7 +265,7 @@ def _deferred_signals() -> Iterator[list[int]]:
 
 def _tell_codec(live: tracking.TrainingRun, codec: Path) -> None:
     """What stands between images and the model bounds what the model can reach, so its run holds those numbers, too."""
-    live.metrics(0, measures.of_codec(codec))
+    live.log(0, measures.of_codec(codec))
     if (codec / measures.RECONSTRUCTIONS).is_file():
         live.image("reconstructions", 0, codec / measures.RECONSTRUCTIONS)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, colours, decoding, demands, duplicates, expectations, stage
+from tasks import atomic, colours, decoding, demands, duplicates, expectations, stage, validation_report
 from tasks.expectations import Finding, Gate, Table
 from tasks.images import enlarged, read_columns, read_index, schema, schema_of
 from tasks.params import Demands, ValidateParams
@@ -31,7 +32,7 @@ NAMED_CLASSES = 3
 def validate(
     images: Path, quarantine: Path, accepted: Path, reports: Path, params: ValidateParams, asked: Demands
 ) -> None:
-    """Run the suite over the images' metadata; write Data Docs, and data/accepted.json if every gate holds.
+    """Run the suite over the images' metadata; write a page and Data Docs, and data/accepted.json if every gate holds.
 
     A failed gate ends the stage, names the first offenders and writes no accepted.json, so that
     nothing after it runs. A failed gate of a check in `params.warn_only` is reported, and that is all.
@@ -43,9 +44,11 @@ def validate(
     counts = _label_counts(images, index["classes"])
     with atomic.writing_folder(reports) as folder:
         findings = expectations.judge(
-            list(_tables(images, quarantine, index, counts, params, asked)), folder, params.warn_only
+            list(_tables(images, quarantine, index, counts, params, asked)),
+            folder / validation_report.DATA_DOCS,
+            params.warn_only,
         )
-        atomic.write_json(folder / "findings.json", [_report(finding, params) for finding in findings])
+        validation_report.write(folder, findings, params.warn_only, _quarantined(quarantine))
     failed = [finding for finding in findings if not finding.success]
     for note in dict.fromkeys(finding.gate.note for finding in findings if finding.gate.note):
         print(f"validate: {note}")
@@ -100,9 +103,12 @@ def _tables(
         yield Table("balance", balance, _balance_gates(balance, params))
 
 
-def _report(finding: Finding, params: ValidateParams) -> dict[str, Any]:
-    severity = "warning" if finding.gate.check in params.warn_only else "failure"
-    return {**asdict(finding), "severity": severity}
+def _quarantined(quarantine: Path) -> dict[str, int]:
+    """Number of inputs in quarantine by reason."""
+    import pyarrow.parquet as pq
+
+    reasons = pq.read_table(quarantine / QUARANTINE_FILE, columns=["reason"])["reason"].to_pylist()
+    return dict(sorted(Counter(reasons).items()))
 
 
 def _complaint(finding: Finding) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, integrity, report_tables, stage
+from tasks import atomic, integrity, measures, report_tables, stage
+from tasks.measures import Measurements
 from tasks.params import ImageParams, VisualizeParams
 from tasks.report_page import Neighbours, Picture, Report, Tiles, render
 
@@ -37,8 +38,8 @@ def visualize(
     pipeline: Path,
     images: Path,
     accepted: Path,
+    validation: Path,
     training: Path,
-    metrics: Path,
     evaluation: Path,
     figures: Path,
     page: Path,
@@ -48,7 +49,7 @@ def visualize(
 
     Writes PNG files to the folder `figures` and the page to `page`. The pictures: samples by class and
     guidance, forward and reverse process, the schedules, an animation of the sampling, training curves,
-    nearest training images. The page adds the tables and grids of the evaluation.
+    nearest training images. The page adds the verdicts of `validation`, and the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
     from tasks.images import load_pixels
@@ -70,7 +71,7 @@ def visualize(
     if neighbours:
         tiles["neighbours"] = neighbours.tiles
     charts = _charts(model, training)
-    measured = json.loads(metrics.read_text(encoding="utf-8"))
+    measured = measures.read(evaluation / measures.FILE)
     with atomic.writing_folder(figures) as folder:
         _write_figures(folder, tiles, charts, drawn)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
@@ -91,6 +92,7 @@ def visualize(
         schedules_svg=charts["schedules"].svg,
         training_svg=charts["training"].svg,
         progress=_progress(training / "samples"),
+        data=report_tables.data(validation),
         codec=report_tables.codec(training / "codec"),
         reconstructions=report_tables.reconstructions(training / "codec"),
         neighbours=neighbours,
@@ -404,9 +406,9 @@ def _progress(samples: Path) -> list[Picture]:
     ]
 
 
-def _provenance(model: Pipeline, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _provenance(model: Pipeline, measured: Measurements) -> list[tuple[str, str]]:
     """What identifies the weights and the measurement: no dates, so the page's bytes depend on its inputs alone."""
-    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", metrics["fingerprint"])]
+    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", measured.fingerprint)]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 from models import pictures, schedules
 from models.pipeline import save_pipeline
 from models.unet import UNet, UNetConfig
-from tasks import atomic
+from tasks import atomic, measures
 from tasks.export import export
+from tasks.measures import Measure, Measurements
 from tasks.package import package
 from tasks.params import ExportParams
 
@@ -109,24 +110,43 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     pictures.save_png(grid, train / "codec" / "reconstructions.png")
     evaluation = root / "reports" / "evaluation"
     evaluation.mkdir(parents=True, exist_ok=True)
-    pictures.save_png(grid, evaluation / "grid.png")
-    metrics = {
-        "frechet_distance": distance,
-        "frechet_distance_spread": 1.0,
-        "frechet_distance_floor": 10.0,
-        "frechet_distance_floor_spread": 0.5,
-        "label_accuracy": 0.99,
-        "label_accuracy_spread": 0.01,
-        "n_samples": 64,
-        "fingerprint": "f" * 64,
-        "not_applicable": {"clip_score": "the images have no captions"},
-    } | changes
-    atomic.write_json(root / "reports" / "metrics.json", metrics)
-    protocol = {"fingerprint": metrics["fingerprint"], "measurement": {"n_distance": 64, "labels": CLASSES}, "steps": 5}
+    pictures.save_png(grid, evaluation / "grid_guided.png")
+    measured = measurements(distance, **changes)
+    measured.write(evaluation / measures.FILE)
+    protocol = {"fingerprint": measured.fingerprint, "measurement": {"n_distance": 64, "labels": CLASSES}, "steps": 5}
     atomic.write_json(evaluation / "protocol.json", protocol)
+    atomic.write_text(root / "reports" / "index.html", "<title>the report</title>")
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
     index = {"format": 2, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}
     atomic.write_json(root / "data" / "images" / "index.json", index | {"licence": "CC0", "sha256": "d" * 64})
+
+
+def measurements(distance: float = 20.0, label_accuracy: float | None = 0.99, **changes: object) -> Measurements:
+    """What `evaluate` might have measured: distances unguided, label accuracy at guidance 1.5."""
+    found = {
+        "frechet_distance": Measure(
+            value=distance, spread=1.0, drawn="unguided", guidance_scale=1.0, n=64, floor=10.0, floor_spread=0.5
+        )
+    }
+    if label_accuracy is not None:
+        found["label_accuracy"] = Measure(
+            value=label_accuracy, spread=0.01, drawn="guided", guidance_scale=1.5, n=32, real=1.0
+        )
+    values = {
+        "fingerprint": "f" * 64,
+        "sampler": "ddim",
+        "steps": 5,
+        "guided_scale": 1.5,
+        "seed_blocks": 3,
+        "extractor": "classifier",
+        "n_samples": 64,
+        "n_reference": 30,
+        "n_floor": 60,
+        "n_searched": 60,
+        "measures": found,
+        "not_applicable": {"clip_score": "the images have no captions"},
+    }
+    return Measurements.model_validate(values | changes)
 
 
 def run_package(root: Path) -> None:
@@ -137,7 +157,7 @@ def run_package(root: Path) -> None:
         root / "data" / "accepted.json",
         root / "data" / "images",
         root / "reports" / "train",
-        root / "reports" / "metrics.json",
+        root / "reports" / "evaluation",
         root / "reports" / "export.json",
         root / "outputs" / "model",
     )

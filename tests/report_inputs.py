@@ -13,31 +13,62 @@ from models import pictures, schedules
 from models.pipeline import save_pipeline
 from models.unet import UNet, UNetConfig
 from tasks import images as normal_form
+from tasks import measures, validation_report
+from tasks.expectations import Finding, Gate
+from tasks.measures import Measure, Measurements
 from tasks.params import VisualizeParams
 from tasks.visualize import visualize
 
 SIZE, TIMESTEPS = 8, 20
 PARAMS = VisualizeParams(sampler="ddim", steps=10, guidance_scales=(1.0, 2.0), columns=5, seed=3)
-METRICS = {
-    "frechet_distance": 23.1,
-    "frechet_distance_floor": 10.2,
-    "frechet_distance_floor_spread": 0.31,
-    "frechet_distance_spread": 0.7,
-    "kid": 0.0123,
-    "label_accuracy": 0.994,
-    "fingerprint": "0f" * 32,
-    "n_samples": 512,
-    "n_samples_accuracy": 256,
-    "seed_blocks": 3,
-    "sampler": "dpm_solver_pp_2m",
-    "steps": 20,
-    "guidance_scale": 1.5,
-    "not_applicable": {"clip_score": "the images have no captions"},
-}
+MEASURED = Measurements(
+    fingerprint="0f" * 32,
+    sampler="dpm_solver_pp_2m",
+    steps=20,
+    guided_scale=1.5,
+    seed_blocks=3,
+    extractor="classifier",
+    n_samples=512,
+    n_reference=20,
+    n_floor=60,
+    n_searched=60,
+    measures={
+        "frechet_distance": Measure(
+            value=23.1, spread=0.7, drawn="unguided", guidance_scale=1.0, n=512, floor=10.2, floor_spread=0.31
+        ),
+        "kid": Measure(value=0.0123, spread=0.001, drawn="unguided", guidance_scale=1.0, n=512),
+        "label_accuracy": Measure(value=0.994, spread=0.002, drawn="guided", guidance_scale=1.5, n=256),
+    },
+    not_applicable={"clip_score": "the images have no captions"},
+)
+FINDINGS = [
+    Finding(
+        Gate(
+            "size",
+            "ExpectColumnValuesToBeBetween",
+            {"column": "shorter_side", "min_value": 8},
+            "images are smaller than validate.min_side 8; remove them or lower it",
+        ),
+        True,
+        0,
+        [],
+        "0 of 80 rows",
+    ),
+    Finding(
+        Gate("drift", "ExpectColumnSumToBeBetween", {"column": "moved", "max_value": 0.1}, "the <label> balance moved"),
+        False,
+        0,
+        [],
+        "0.35",
+    ),
+]
 SAMPLERS = """\
-sampler,steps,guidance_scale,n,seed_blocks,frechet_distance,kid,inception_style_score,clip_score,label_accuracy,note
-dpm_solver_pp_2m,20,1.0,512,3,23.1,0.0123,,,,
-ddpm,1000,1.0,32,1,,,,,,too few images for distances (128 needed)
+sampler,steps,eta,guidance_scale,n,seed_blocks,frechet_distance,kid,precision,recall,inception_score,\
+inception_style_score,clip_score,label_accuracy,note
+dpm_solver_pp_2m,20,,1.0,512,3,23.1,0.0123,0.912,0.871,4.123,9.123,81.23,0.943,
+dpm_solver_pp_2m,20,,1.5,256,3,24.5,-0.000123,0.912,0.871,4.123,9.456,81.71,0.996,
+ddim,50,0.5,1.0,128,1,23.9,-0.000456,0.912,0.871,4.123,9.001,80.12,0.943,
+ddpm,1000,,1.0,32,1,,,,,,,79.51,0.938,too few images for distances (128 needed)
 """
 
 
@@ -54,8 +85,8 @@ class Inputs:
             self.root / "outputs" / "pipeline",
             self.root / "data" / "images",
             self.root / "data" / "accepted.json",
+            reports / "validation",
             reports / "train",
-            reports / "metrics.json",
             reports / "evaluation",
             figures,
             page,
@@ -66,13 +97,20 @@ class Inputs:
 
 def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool = True) -> Inputs:
     """Inputs for a model of `classes`; none of them makes it unconditional and its images unlabelled."""
-    for folder in ("data/images", "outputs/pipeline", "reports/train/samples", "reports/evaluation"):
+    for folder in (
+        "data/images",
+        "outputs/pipeline",
+        "reports/train/samples",
+        "reports/evaluation",
+        "reports/validation",
+    ):
         (root / folder).mkdir(parents=True)
     (root / "data" / "accepted.json").write_text('{"verdict": "accepted"}')
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
-    (root / "reports" / "metrics.json").write_text(json.dumps(METRICS))
+    validation_report.write(root / "reports" / "validation", FINDINGS, ["drift"], {"not an image": 2})
+    MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
     pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")

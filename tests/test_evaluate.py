@@ -96,6 +96,10 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def measured_in(out):
+    return measures.read(out / "evaluation" / measures.FILE)
+
+
 def table(path):
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -110,21 +114,22 @@ def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real
         pipeline.unet, pipeline.betas, pipeline.info, images=load_pixels(images, "train", judge_inputs.IMAGE)
     )
     measured = protocol.measure(perfect, images, judge, protocol.declare(perfect, images, judge, PARAMS))
-    assert measured["frechet_distance_floor"] > 0
-    assert measured["frechet_distance"] < 3 * measured["frechet_distance_floor"]
-    assert measured["label_accuracy"] >= 0.97
-    assert measured["label_accuracy_real"] >= 0.95
-    assert measured["clip_score"] == pytest.approx(measured["clip_score_real"], rel=0.05)
-    assert measured["inception_style_score"] == pytest.approx(measured["inception_style_score_real"], rel=0.1)
-    assert measured["not_applicable"] == {}
+    found = measured.measures
+    assert found["frechet_distance"].floor > 0
+    assert found["frechet_distance"].value < 3 * found["frechet_distance"].floor
+    assert found["label_accuracy"].value >= 0.97
+    assert found["label_accuracy"].real >= 0.95
+    assert found["clip_score"].value == pytest.approx(found["clip_score"].real, rel=0.05)
+    assert found["inception_style_score"].value == pytest.approx(found["inception_style_score"].real, rel=0.1)
+    assert measured.not_applicable == {}
 
 
 def test_a_model_of_random_weights_is_far_from_the_floor(evaluated):
-    measured = read(evaluated / "metrics.json")
-    assert measured["frechet_distance"] > 10 * measured["frechet_distance_floor"]
-    assert measured["kid"] > measured["kid_floor"]
-    assert measured["label_accuracy"] < 0.8
-    assert measured["clip_score"] < measured["clip_score_real"]
+    found = measured_in(evaluated).measures
+    assert found["frechet_distance"].value > 10 * found["frechet_distance"].floor
+    assert found["kid"].value > found["kid"].floor
+    assert found["label_accuracy"].value < 0.8
+    assert found["clip_score"].value < found["clip_score"].real
 
 
 def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
@@ -138,8 +143,9 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
         seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
         drawn = to_uint8(pipeline.sample(seeds, labels, "dpm_solver_pp_2m", 3))
         values.append(scorer.distances(drawn)["frechet_distance"])
-    assert measured["frechet_distance"] == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
-    assert measured["frechet_distance_spread"] == pytest.approx(np.std(values, ddof=1), rel=0.05)
+    found = measured.measures["frechet_distance"]
+    assert found.value == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
+    assert found.spread == pytest.approx(np.std(values, ddof=1), rel=0.05)
 
 
 def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
@@ -187,7 +193,7 @@ def test_the_fingerprint_names_judge_images_and_labels(tree, pipeline, judge, tm
 def test_a_champion_is_measured_by_the_protocol_that_its_challenger_left(tree, evaluated, judge, tmp_path):
     declared = read(evaluated / "evaluation" / "protocol.json")
     champion = load_pipeline(judge_inputs.write_pipeline(tmp_path))
-    assert protocol.measure(champion, tree / "data" / "images", judge, declared) == read(evaluated / "metrics.json")
+    assert protocol.measure(champion, tree / "data" / "images", judge, declared) == measured_in(evaluated)
 
 
 @pytest.mark.parametrize(
@@ -223,16 +229,22 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
         (tmp_path / name).symlink_to(tree / name)
     judge_inputs.write_pipeline(tmp_path, classes=[])
     run(tmp_path, tmp_path / "out")
-    measured = read(tmp_path / "out" / "metrics.json")
-    assert set(measured["not_applicable"]) == {"label_accuracy", "clip_score"}
-    assert not {name for name in measured if name.startswith(("label_accuracy", "clip_score"))}
-    assert measured["n_samples_accuracy"] == 0
+    measured = measured_in(tmp_path / "out")
+    assert set(measured.not_applicable) == {"label_accuracy", "clip_score"}
+    assert measured.guided_scale is None
     distances = ["frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
-    assert measures.names(measured) == distances
+    assert sorted(measured.measures) == distances
+    assert {measure.drawn for measure in measured.measures.values()} == {"unguided"}
+    assert set(read(tmp_path / "out" / "metrics.json")) == {
+        "frechet_distance_unguided",
+        "frechet_distance_floor",
+        "fingerprint",
+    }
     assert {path.name for path in (tmp_path / "out" / "evaluation").iterdir()} == {
         "grid_unguided.png",
         "grid_ddpm.png",
         "grid_nearest.png",
+        "measurements.json",
         "protocol.json",
         "samplers.csv",
         "timesteps.csv",
@@ -243,10 +255,10 @@ def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
     judge_inputs.write_images(tmp_path, labels=False, captions=None)
     judge_inputs.run_judge(tmp_path)
     judge_inputs.write_pipeline(tmp_path, classes=[])
-    measured = read(run(tmp_path, tmp_path / "out") / "metrics.json")
-    assert measures.names(measured) == ["frechet_distance", "kid", "near_copies", "precision", "recall"]
-    assert set(measured["not_applicable"]) == {"inception_style_score", "label_accuracy", "clip_score"}
-    assert measured["extractor"] == "self_supervised"
+    measured = measured_in(run(tmp_path, tmp_path / "out"))
+    assert sorted(measured.measures) == ["frechet_distance", "kid", "near_copies", "precision", "recall"]
+    assert set(measured.not_applicable) == {"inception_style_score", "label_accuracy", "clip_score"}
+    assert measured.extractor == "self_supervised"
 
 
 @pytest.mark.parametrize(
@@ -259,32 +271,58 @@ def test_clip_score_needs_captions(tmp_path, captions, reason):
     judge = load_judge(judge_inputs.run_judge(tmp_path))
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     measured = protocol.measure(pipeline, images, judge, protocol.declare(pipeline, images, judge, PARAMS))
-    assert ("clip_score" in measured) == (reason is None)
-    assert reason is None or reason in measured["not_applicable"]["clip_score"]
+    assert ("clip_score" in measured.measures) == (reason is None)
+    assert reason is None or reason in measured.not_applicable["clip_score"]
 
 
 # The files of the stage
 
 
-def test_metrics_are_flat_and_complete(evaluated):
-    measured = read(evaluated / "metrics.json")
+def test_every_number_says_at_which_guidance_it_was_measured(evaluated):
+    measured = measured_in(evaluated)
     distances = {"frechet_distance", "kid", "precision", "recall"}
     beside_real = {"inception_style_score", "clip_score", "label_accuracy", "near_copies"}
-    means = distances | beside_real
-    spreads = {f"{name}_spread" for name in means}
-    floors = {f"{name}_floor{part}" for name in distances for part in ("", "_spread")}
-    real = {f"{name}_real" for name in beside_real}
-    counts = {"n_samples", "n_samples_accuracy", "n_reference", "n_floor", "n_searched", "seed_blocks", "steps"}
-    assert set(measured) == means | spreads | floors | real | counts | {
-        "not_applicable",
-        "extractor",
-        "fingerprint",
-        "sampler",
-        "guidance_scale",
+    guided = {"clip_score", "label_accuracy"}
+    assert set(measured.measures) == distances | beside_real
+    for name, measure in measured.measures.items():
+        assert (measure.drawn, measure.guidance_scale, measure.n) == (
+            ("guided", 2.0, 60) if name in guided else ("unguided", 1.0, 150)
+        )
+        assert (measure.floor is not None, measure.real is not None) == (name in distances, name in beside_real)
+    assert all(np.isfinite(value) for value in measured.flat().values())
+    assert {"frechet_distance_unguided", "label_accuracy_guided", "kid_floor", "clip_score_real"} < set(measured.flat())
+    assert (measured.guided_scale, measured.n_floor, measured.seed_blocks) == (2.0, 150, 3)
+    declared = read(evaluated / "evaluation" / "protocol.json")
+    assert measured.fingerprint == declared["fingerprint"]
+    assert declared["guidance_scales"] == {"unguided": 1.0, "guided": 2.0} and "guidance_scale" not in declared
+
+
+def test_the_headline_is_short_and_names_the_guidance(evaluated):
+    headline, measured = read(evaluated / "metrics.json"), measured_in(evaluated)
+    assert headline == {
+        "frechet_distance_unguided": measured.measures["frechet_distance"].value,
+        "frechet_distance_floor": measured.measures["frechet_distance"].floor,
+        "label_accuracy_guided": measured.measures["label_accuracy"].value,
+        "clip_score_guided": measured.measures["clip_score"].value,
+        "guided_scale": 2.0,
+        "fingerprint": measured.fingerprint[:12],
     }
-    assert all(np.isfinite(measured[name]) for name in means | spreads | floors | real)
-    assert (measured["n_samples"], measured["n_samples_accuracy"], measured["n_floor"]) == (150, 60, 150)
-    assert measured["fingerprint"] == read(evaluated / "evaluation" / "protocol.json")["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"frechet_distance": 0.7, "guidance_scale": 1.5}', "another version of this project"),
+        ("not JSON", "another version of this project"),
+        (None, "is missing"),
+    ],
+)
+def test_measurements_of_an_earlier_form_are_refused_with_the_remedy(tmp_path, text, complaint):
+    path = tmp_path / measures.FILE
+    if text:
+        path.write_text(text)
+    with pytest.raises(StageError, match=f"{complaint}.*; run 'dvc repro evaluate'|{complaint}; run 'dvc repro eval"):
+        measures.read(path)
 
 
 def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_misleads(evaluated):
@@ -296,9 +334,9 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
         ("ddim", "30", "1.0", "80", "1"),
         ("ddpm", "30", "1.0", "7", "1"),
     ]
-    measured = read(evaluated / "metrics.json")
-    assert float(rows[0]["frechet_distance"]) == pytest.approx(measured["frechet_distance"], rel=1e-5)
-    assert float(rows[1]["label_accuracy"]) == pytest.approx(measured["label_accuracy"], rel=1e-5)
+    found = measured_in(evaluated).measures
+    assert float(rows[0]["frechet_distance"]) == pytest.approx(found["frechet_distance"].value, rel=1e-5)
+    assert float(rows[1]["label_accuracy"]) == pytest.approx(found["label_accuracy"].value, rel=1e-5)
     small = [row for row in rows if int(row["n"]) < 2 * 32]
     assert [row["frechet_distance"] + row["kid"] + row["inception_style_score"] for row in small] == ["", ""]
     assert {row["note"] for row in small} == {"too few images for distances (64 needed)"}
@@ -332,7 +370,7 @@ def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp
 
 def test_few_images_are_measured_on_request_and_say_so(tree, tmp_path, capsys):
     out = run(tree, tmp_path, PARAMS.model_copy(update={"n_distance": 40, "allow_small_n": True}))
-    assert "32 dimensions" in read(out / "metrics.json")["small_n"]
+    assert "32 dimensions" in measured_in(out).small_n
     printed = [line for line in capsys.readouterr().out.splitlines() if "evaluate: frechet_distance" in line]
     assert printed and all("few images: 40 samples" in line for line in printed)
     assert all(row["frechet_distance"] for row in table(out / "evaluation" / "samplers.csv"))
@@ -364,10 +402,8 @@ def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
     assert [(row["class"], row["n"], row["n_unguided"]) for row in rows] == [
         (name, "60", "150") for name in judge_inputs.CLASSES
     ]
-    measured = read(evaluated / "metrics.json")
-    assert np.mean([float(row["label_accuracy"]) for row in rows]) == pytest.approx(
-        measured["label_accuracy"], abs=1e-5
-    )
+    accuracy = measured_in(evaluated).measures["label_accuracy"].value
+    assert np.mean([float(row["label_accuracy"]) for row in rows]) == pytest.approx(accuracy, abs=1e-5)
     assert all(float(row["kid"]) > float(row["kid_floor"]) for row in rows)
     steps = table(evaluated / "evaluation" / "timesteps.csv")
     assert [row["timestep"] for row in steps][:: len(steps) - 1] == ["0", "29"]
@@ -422,7 +458,7 @@ def test_dvc_shows_the_metrics(evaluated, tmp_path):
     dvc("init", "--no-scm", "--quiet")
     (tmp_path / "dvc.yaml").write_text("metrics: [metrics.json]\n")
     shown = json.loads(dvc("metrics", "show", "--json"))[""]["data"]["metrics.json"]["data"]
-    assert shown | {"not_applicable": {}} == read(evaluated / "metrics.json")
+    assert shown == read(evaluated / "metrics.json")
     assert "frechet_distance_floor" in dvc("metrics", "show")
 
 

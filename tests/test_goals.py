@@ -23,7 +23,16 @@ def evaluated(tmp_path, migrated_database, monkeypatch):
     monkeypatch.chdir(tmp_path)
     client = tracking.connect()
 
-    def call(key, distance, size=16, space="pixels", conditioning="label", fingerprint="f" * 64, end=True):
+    def call(
+        key,
+        distance,
+        size=16,
+        space="pixels",
+        conditioning="label",
+        fingerprint="f" * 64,
+        end=True,
+        floor=goals.FLOORS[0],
+    ):
         run = tracking.find_or_create_run(
             client,
             tracking.EVALUATION_KEY,
@@ -38,7 +47,7 @@ def evaluated(tmp_path, migrated_database, monkeypatch):
             },
             dataset={"name": "pets", "digest": "e" * 64},
         )
-        client.log_batch(run.info.run_id, metrics=tracking.points(0, {"frechet_distance_floor": 0.38}))
+        client.log_batch(run.info.run_id, metrics=tracking.points(0, {floor: 0.38}))
         (tmp_path / "samplers.csv").write_text(SAMPLERS.format(distance=distance))
         client.log_artifact(run.info.run_id, str(tmp_path / "samplers.csv"), "evaluation")
         timing = {
@@ -87,6 +96,10 @@ def test_pixels_fill_the_first_two_rows(evaluated):
     assert (rows["DDPM"]["fid"], rows["DDPM"]["clip_score"]) == ("", "79.5")
     assert "too few images" in rows["DDPM"]["note"]
     assert rows["Latent diffusion"]["note"] == rows["Stable Diffusion class"]["note"] == "no run yet"
+
+
+def test_runs_of_an_earlier_version_keep_their_floor(evaluated):
+    assert by_goal(evaluated("a", 2.0, floor="frechet_distance_floor"))["DDIM"]["floor"] == "0.38"
 
 
 def test_latents_and_large_text_to_image_fill_the_others_with_the_best_run(evaluated):

@@ -17,6 +17,7 @@ import yaml
 from infra import run as wrapper
 from infra import ui
 from tasks import preset
+from tests import model_outputs, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,3 +218,27 @@ def test_ci_runs_make_test():
 def test_the_readme_names_every_preset():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in preset.names() if f"`{name}`" not in readme] == []
+
+
+def test_the_first_results_come_with_the_way_to_a_baseline(tmp_path, monkeypatch):
+    """`dvc exp show` and `dvc metrics diff` compare with what the last commit's dvc.lock names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert wrapper.no_baseline() is None, "there is no Git"
+    tiny.git(tmp_path, "init", "--quiet")
+    assert wrapper.no_baseline() is None, "there are no results"
+    for text in ("one", "two"):
+        (tmp_path / "dvc.lock").write_text(text)
+        assert "git add dvc.lock && git commit" in (wrapper.no_baseline() or "")
+        tiny.git(tmp_path, "add", "dvc.lock")
+        tiny.git(tmp_path, "commit", "--quiet", "-m", text)
+        assert wrapper.no_baseline() is None
+
+
+def test_the_summary_names_the_guidance_of_each_number(capsys):
+    wrapper.print_measures(model_outputs.measurements())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["measure", "guidance", "value", "samples"]
+    assert ["frechet_distance", "none", "20", "3", "x", "64", "floor", "10"] in rows
+    assert ["label_accuracy", "1.5", "0.99", "3", "x", "32", "real", "images", "1"] in rows
+    assert ["clip_score", "-", "-", "-", "the", "images", "have", "no", "captions"] in rows

@@ -178,7 +178,7 @@ def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served
         metrics = {row[0] for row in store.execute("select key from latest_metrics")}
         lineage = {row[0]: row[1] for row in store.execute("select key, value from model_version_tags")}
         versions = store.execute("select count(*) from model_versions").fetchone()[0]
-    assert {"loss", "frechet_distance", "frechet_distance_floor", "label_accuracy"} <= metrics
+    assert {"train/loss", "eval/frechet_distance_unguided", "eval/label_accuracy_guided"} <= metrics
     assert lineage["afterimage.prefect_flow_run"] == run["id"]
     assert lineage["afterimage.git_dirty"] == "false"
     assert versions == 1

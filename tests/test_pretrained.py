@@ -168,9 +168,9 @@ def test_a_judge_of_published_networks_measures_and_its_fingerprint_names_them(t
     assert (judge.kind, judge.info["feature_dim"], judge.clip) == ("pretrained dinov2", 24, None)
     assert set(judge.info["hashes"]) == {"classifier", "extractor", "pretrained_clip"}
     measured = protocol.measure(pipeline, images, judge, declared)
-    assert measured["extractor"] == "pretrained dinov2"
-    assert measured["frechet_distance"] > measured["frechet_distance_floor"] > 0
-    assert 0 <= measured["clip_score"] <= 100 and "clip_score_note" not in measured
+    assert measured.extractor == "pretrained dinov2"
+    assert measured.measures["frechet_distance"].value > measured.measures["frechet_distance"].floor > 0
+    assert 0 <= measured.measures["clip_score"].value <= 100 and measured.clip_score_note is None
     (tmp_path / "judge").rename(tmp_path / "other")
     other = load_judge(judged(tmp_path, ("clip", clip), None))
     assert protocol.declare(pipeline, images, other, PARAMS)["fingerprint"] != declared["fingerprint"]
@@ -192,7 +192,7 @@ def test_a_score_by_the_weights_that_condition_the_model_says_so(tmp_path, clip)
     torch.nn.init.normal_(text.model.get_input_embeddings().weight)
     assert protocol.declare(told, images, judge, PARAMS)["clip_is_condition"] is False
     declared = protocol.declare(pipeline, images, judge, PARAMS) | {"clip_is_condition": True}
-    assert "flatters" in protocol.measure(pipeline, images, judge, declared)["clip_score_note"]
+    assert "flatters" in protocol.measure(pipeline, images, judge, declared).clip_score_note
 
 
 def test_weights_that_are_not_there_or_not_as_pinned_end_in_a_sentence(tmp_path, clip, monkeypatch):

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Workspace:
         outputs, reports = self.root / "outputs", self.root / "reports"
         inputs = [outputs / "model", outputs / "judge", self.root / "data" / "images", reports / "train"]
         evaluation = [reports / "evaluation", reports / "timing" / "evaluate.json"]
-        return [*inputs, reports / "metrics.json", *evaluation, reports / "export.json"]
+        return [*inputs, *evaluation, reports / "export.json", reports / "index.html"]
 
     @property
     def aliases(self) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Workspace:
         found = self.client.search_runs([tracking.experiment_id(self.client)], order_by=["start_time"])
         return [run for run in found if run.data.tags[tracking.KIND] == kind]
 
-    def history(self, run_id: str, name: str = "loss") -> list[tuple[int, float]]:
+    def history(self, run_id: str, name: str = "train/loss") -> list[tuple[int, float]]:
         return [(point.step, point.value) for point in self.client.get_metric_history(run_id, name)]
 
 
@@ -115,27 +115,29 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
     (trained,) = work.runs("training")
     assert (trained.info.status, version.run_id) == ("FINISHED", trained.info.run_id)
     assert trained.data.params["train.learning_rate"] == "0.002"
-    assert trained.data.metrics["frechet_distance"] == 20.0
+    assert trained.data.metrics["eval/frechet_distance_unguided"] == 20.0
     assert trained.data.metrics["codec/autoencoder_psnr"] == 23.5
-    assert "n_samples" not in trained.data.metrics
+    assert {name.split("/")[0] for name in trained.data.metrics} == {"train", "eval", "codec"}
     assert tracking.logged_images(work.client, trained.info.run_id) == {("samples", 100), ("reconstructions", 0)}
     with (work.root / "reports" / "train" / "history.csv").open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     assert work.history(trained.info.run_id) == rows
-    assert work.history(trained.info.run_id, "held_out_loss") == [(100, 0.5)]
+    assert work.history(trained.info.run_id, "train/held_out_loss") == [(100, 0.5)]
 
     (nested,) = work.runs("evaluation")
     assert nested.data.tags["mlflow.parentRunId"] == trained.info.run_id
     assert nested.data.params["measurement.n_distance"] == "64"
     assert json.loads(nested.data.params["measurement.labels"]) == model_outputs.CLASSES
-    assert nested.data.metrics["label_accuracy"] == 0.99
+    assert nested.data.metrics["eval/label_accuracy_guided"] == 0.99
     assert {file.path for file in work.client.list_artifacts(nested.info.run_id, "evaluation")} == {
-        "evaluation/grid.png",
+        "evaluation/grid_guided.png",
+        "evaluation/measurements.json",
         "evaluation/protocol.json",
     }
+    assert tracking.logged_images(work.client, nested.info.run_id) == {("grid_guided", 100)}
     (logged,) = work.client.search_logged_models([tracking.experiment_id(work.client)])
     assert logged.source_run_id == trained.info.run_id
-    assert {metric.key: metric.value for metric in logged.metrics}["frechet_distance"] == 20.0
+    assert {metric.key: metric.value for metric in logged.metrics}["eval/frechet_distance_unguided"] == 20.0
     (kept,) = work.client.list_artifacts(trained.info.run_id, "lineage")
     facts = json.loads(Path(work.client.download_artifacts(trained.info.run_id, kept.path)).read_text())
     assert facts["data_sha256"] == "d" * 64
@@ -208,10 +210,7 @@ def test_an_unconditional_model_is_registered_and_draws(
     tmp_path, exported_unconditional, migrated_database, monkeypatch
 ):
     work = workspace_in(tmp_path, exported_unconditional, migrated_database, monkeypatch)
-    model_outputs.write_reports(work.root)
-    path = work.root / "reports" / "metrics.json"
-    metrics = {name: value for name, value in model_outputs.read(path).items() if not name.startswith("label_")}
-    path.write_text(json.dumps(metrics))
+    model_outputs.write_reports(work.root, label_accuracy=None, guided_scale=None)
     model_outputs.run_package(work.root)
     work.again()
     assert work.aliases == {"challenger": 1, "champion": 1}
@@ -233,7 +232,10 @@ def test_parameters_a_b_a(work):
     work.register(**a)
     work.register(**b)
     assert work.aliases == {"challenger": 2, "champion": 1}
-    assert "25 does not beat the champion's 20 by more than the spread between seed blocks 1" in work.promotion(2)
+    assert (
+        "25 (unguided) does not beat the champion's 20 by more than the spread between seed blocks 1"
+        in work.promotion(2)
+    )
     work.register(**a)
     assert work.aliases == {"challenger": 1, "champion": 1}
     assert sorted(work.versions) == [1, 2]
@@ -258,9 +260,9 @@ def test_another_evaluation_of_the_same_weights_is_another_nested_run(work):
     work.register(distance=20.5, n_samples=128)
     (trained,) = work.runs("training")
     assert [run.data.tags["mlflow.parentRunId"] for run in work.runs("evaluation")] == [trained.info.run_id] * 2
-    assert trained.data.metrics["frechet_distance"] == 20.5
+    assert trained.data.metrics["eval/frechet_distance_unguided"] == 20.5
     work.register(distance=20.0)
-    assert work.runs("training")[0].data.metrics["frechet_distance"] == 20.0
+    assert work.runs("training")[0].data.metrics["eval/frechet_distance_unguided"] == 20.0
     assert len(work.runs("evaluation")) == 2
 
 
@@ -271,7 +273,7 @@ def test_a_first_version_that_fails_the_gates_is_challenger_only(work, capsys):
     assert "challenger; no champion: frechet_distance" in capsys.readouterr().out
     work.register(distance=20.0, label_accuracy=0.9)
     assert work.aliases == {"challenger": 2}
-    assert "label_accuracy 0.900 is under" in work.promotion(2)
+    assert "label_accuracy 0.900 (guidance 1.5) is under" in work.promotion(2)
     work.again(PARAMS.model_copy(update={"min_label_accuracy": 0.8}))
     assert work.aliases == {"challenger": 2, "champion": 2}
 
@@ -372,20 +374,22 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
     )
     declared = protocol.declare(pipeline, data, load_judge(folder), params)
     same_weights = protocol.measure(pipeline, data, load_judge(folder), declared)
+    measure = same_weights.measures["frechet_distance"]
     lenient = PARAMS.model_copy(update={"max_distance_over_floor": 1e9, "min_label_accuracy": 0.0})
 
     def challenge(factor: float) -> None:
         """A challenger that claims `factor` times the distance that the champion's weights really have."""
-        distance = same_weights["frechet_distance"] * factor
-        atomic.write_json(work.root / "reports" / "metrics.json", {**same_weights, "frechet_distance": distance})
+        claimed = measure.model_copy(update={"value": measure.value * factor})
+        found = {"measures": {**same_weights.measures, "frechet_distance": claimed}}
+        same_weights.model_copy(update=found).write(work.root / "reports" / "evaluation" / measures.FILE)
         atomic.write_json(work.root / "reports" / "evaluation" / "protocol.json", declared)
         model_outputs.run_package(work.root)
         work.again(lenient)
 
     challenge(1.0)
     assert work.aliases == {"challenger": 2, "champion": 1}
-    shown = f"{same_weights['frechet_distance']:.4g}"
-    assert f"{shown} does not beat the champion's {shown} by more than" in work.promotion(2)
+    shown = f"{measure.value:.4g}"
+    assert f"{shown} (unguided) does not beat the champion's {shown} by more than" in work.promotion(2)
     assert "measuring champion version 1" in capsys.readouterr().out
     challenge(0.1)
     assert work.aliases == {"challenger": 3, "champion": 3}
@@ -448,34 +452,27 @@ def test_killed_at_any_moment_the_next_run_completes_it(work):
     assert len(client.search_logged_models([tracking.experiment_id(client)])) == 1
 
 
-METRICS = {
-    "frechet_distance": 20.0,
-    "frechet_distance_spread": 1.0,
-    "frechet_distance_floor": 10.0,
-    "label_accuracy": 0.96,
-    "fingerprint": "f",
-}
+JUDGED = gates.Judged("f", 20.0, 1.0, 10.0, 0.96, 1.5)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({}, None),
-        ({"frechet_distance": 30.0}, None),
-        ({"frechet_distance": 30.1}, "3.01 times its floor 10"),
-        ({"frechet_distance": float("nan")}, "frechet_distance nan"),
-        ({"label_accuracy": 0.95}, None),
-        ({"label_accuracy": 0.949}, "label_accuracy 0.949 is under"),
+        ({"frechet_distance_unguided": 30.0}, None),
+        ({"frechet_distance_unguided": 30.1}, "30.1 (unguided) is 3.01 times its floor 10"),
+        ({"frechet_distance_unguided": float("nan")}, "frechet_distance nan"),
+        ({"label_accuracy_guided": 0.95}, None),
+        ({"label_accuracy_guided": 0.949}, "label_accuracy 0.949 (guidance 1.5) is under"),
     ],
 )
 def test_absolute_gates(changes, reason):
-    said = gates.not_good_enough(METRICS | changes, PARAMS)
+    said = gates.not_good_enough(replace(JUDGED, **changes), PARAMS)
     assert said is None if reason is None else reason in said
 
 
 def test_label_accuracy_is_no_gate_where_it_does_not_apply():
-    without = {name: value for name, value in METRICS.items() if name != "label_accuracy"}
-    assert gates.not_good_enough(without, PARAMS) is None
+    assert gates.not_good_enough(replace(JUDGED, label_accuracy_guided=None), PARAMS) is None
 
 
 @pytest.mark.parametrize(
@@ -491,21 +488,21 @@ def test_label_accuracy_is_no_gate_where_it_does_not_apply():
     ],
 )
 def test_a_challenger_must_win_by_more_than_the_larger_spread(distance, spread, champions_spread, wins):
-    challenger = METRICS | {"frechet_distance": distance, "frechet_distance_spread": spread}
-    champion = METRICS | {"frechet_distance_spread": champions_spread}
+    challenger = replace(JUDGED, frechet_distance_unguided=distance, frechet_distance_spread=spread)
+    champion = replace(JUDGED, frechet_distance_spread=champions_spread)
     assert (gates.not_better(challenger, champion) is None) == wins
 
 
 def test_numbers_with_different_fingerprints_are_never_compared():
     with pytest.raises(ValueError, match="not comparable"):
-        gates.not_better(METRICS, METRICS | {"fingerprint": "g"})
+        gates.not_better(JUDGED, replace(JUDGED, fingerprint="g"))
 
 
-def test_measurements_are_told_from_facts():
-    metrics = METRICS | {"n_samples": 64, "frechet_distance_floor_spread": 0.5, "not_applicable": {"kid": "why"}}
-    assert measures.names(metrics) == ["frechet_distance"]
-    assert set(measures.values(metrics)) == {name for name in metrics if name.startswith("frechet_distance")}
-    assert measures.facts(metrics) == {"label_accuracy": 0.96, "fingerprint": "f", "n_samples": 64}
+def test_the_gates_read_back_what_they_wrote_on_a_version_and_nothing_of_an_earlier_form():
+    assert gates.from_tags(JUDGED.tags()) == JUDGED
+    unconditional = replace(JUDGED, label_accuracy_guided=None, guided_scale=None)
+    assert gates.from_tags(unconditional.tags()) == unconditional
+    assert gates.from_tags({"fingerprint": "f", "frechet_distance": "20.0", "frechet_distance_floor": "10.0"}) is None
 
 
 def test_content_key_sees_names_and_bytes_and_no_caches(tmp_path):
@@ -537,7 +534,8 @@ def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
     for told in (
         "licence: CC0",
         "| train.learning_rate | 0.002 |",
-        "| frechet_distance | 20 | 1 | 10 |",
+        "| frechet_distance | 1 | 3 x 64 | 20 | 1 | 10 |",
+        "| label_accuracy | 1.5 | 3 x 32 | 0.99 | 0.01 |  | 1 |",
         "f" * 64,
         "clip_score: the images have no captions",
         "--prompt 'hot dog'",
@@ -545,7 +543,12 @@ def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
     ):
         assert told in card
     assert "log_every" not in card
-    for file in ("pipeline/unet/config.json", "onnx/unet.onnx", "onnx/afterimage_bundle/bundle.py", "metrics.json"):
+    for file in (
+        "pipeline/unet/config.json",
+        "onnx/unet.onnx",
+        "onnx/afterimage_bundle/bundle.py",
+        "measurements.json",
+    ):
         assert (model / file).is_file()
 
 
@@ -563,7 +566,7 @@ def test_card_of_an_unconditional_model_promises_no_prompt():
     }
     data = {"source": "s", "rows": 2, "splits": {"train": 2}, "licence": "l", "sha256": "h"}
     exported = {"opset": 20, "max_abs_difference": 1e-6, "min_psnr_db": 99.0, "providers": ["p"]}
-    card = model_card(info, data, {}, METRICS, exported | {"tensorrt": {"built": True}})
+    card = model_card(info, data, {}, model_outputs.measurements(), exported | {"tensorrt": {"built": True}})
     assert "prompt" not in card
     assert "DiffusionPipeline.from_pretrained" in card
 

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=f"no Chromium here (l
 
 UNLOADED = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+# What a reader would have to scroll sideways for, or never sees; one pixel is rounding.
+CLIPPED = """[...document.querySelectorAll('main *, header *, footer *')]
+  .filter(e => !e.closest('.unseen') && !(e instanceof SVGElement))
+  .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0 && getComputedStyle(e).display !== 'inline'
+    || e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+  .map(e => `${e.tagName} ${e.className} ${e.getAttribute('aria-label') || e.textContent.trim().slice(0, 40)}`)"""
 UNEVEN = """[...document.querySelectorAll('.tiles img')]
   .filter(image => image.width % image.naturalWidth || image.width !== image.height).length"""
 # WCAG 2: relative luminance of every element's text against the first opaque background behind it.
@@ -60,7 +66,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1280, 1400, 1920])
 def test_report_opens_complete_and_quiet(page: browser.Page, report: str, theme: str, width: int) -> None:
     page.theme(theme)
     page.size(width, 900)
@@ -70,6 +76,7 @@ def test_report_opens_complete_and_quiet(page: browser.Page, report: str, theme:
     assert page.errors == []
     assert page.requests == [report]
     assert page.evaluate(OVERFLOW) <= 0, "the page scrolls sideways"
+    assert page.evaluate(CLIPPED) == [], "something is cut off or must be scrolled sideways"
     assert page.evaluate(UNEVEN) == 0, "a tile's pixels are not all equally large"
     assert page.evaluate(FAINT) == [], "text is too faint to read"
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -93,6 +100,9 @@ def test_a_broken_page_would_be_noticed(page: browser.Page, tmp_path: Path) -> N
     page.visit(broken.as_uri())
     assert page.evaluate(UNLOADED) == ["lost"]
     assert page.evaluate(OVERFLOW) > 0
+    assert page.evaluate(CLIPPED) == []  # it looks below main, header and footer
+    page.evaluate("document.body.innerHTML = `<main>${document.body.innerHTML}</main>`")
+    assert page.evaluate(CLIPPED)
     assert page.evaluate(FAINT) == ["faint"]
     assert len(page.requests) == 2
     heard = " ".join(page.errors)

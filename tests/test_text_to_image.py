@@ -88,6 +88,29 @@ def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, 
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 2, name
     assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, 32))
     assert not (tree / "pipeline" / "lora").exists()
+    registered_adapter_is_that_of(tree)
+
+
+def registered_adapter_is_that_of(tree):
+    """MLflow's own flavour gives the adapter back, and with the base's place the pipeline that was trained."""
+    import mlflow
+
+    from tasks import adapter, tracking
+
+    client = tracking.connect()
+    key = json.loads((tree / "report-adapted" / "run.json").read_text())["train_key"]
+    run = tracking.find_run(client, tracking.TRAIN_KEY, key)
+    assert adapter.register(client, "pictures", tree / "adapted", run) == "adapter pictures-lora version 1"
+    assert adapter.register(client, "pictures", tree / "adapted", run) == "adapter pictures-lora version 1"
+    assert adapter.register(client, "pictures", tree / "pipeline", run) is None
+    loaded = mlflow.diffusers.load_model("models:/pictures-lora/1")
+    assert (loaded.base_model, loaded.base_model_revision, loaded.adapter_type) == ("./pipeline", None, "lora")
+    pipeline = loaded.load_pipeline(base_model=str(tree / "pipeline"), local_files_only=True)
+    wanted = load_pipeline(tree / "adapted").unet
+    x, t, text = torch.randn(1, 2, 8, 8), torch.tensor([7]), torch.randn(1, 8, 32)
+    with torch.inference_mode():
+        theirs = pipeline.unet(x, t, text).sample
+        assert torch.allclose(theirs, wanted(x, t, text), atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
@@ -146,6 +169,7 @@ def test_low_rank_additions_start_at_nothing_and_merge_exactly():
 def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_classes(tree):
     import csv
 
+    from tasks import measures
     from tasks.evaluate import evaluate
     from tasks.judge import judge
     from tasks.params import EvaluateParams, ImageParams, JudgeParams
@@ -157,8 +181,8 @@ def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_c
     counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_ddpm": 2, "batch_size": 3, "allow_small_n": True}
     params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
     evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
-    measured = json.loads((out / "m.json").read_text())
-    assert {"frechet_distance", "clip_score", "clip_score_real"} <= measured.keys()
+    measured = measures.read(out / "report" / measures.FILE)
+    assert {"frechet_distance", "clip_score"} <= measured.measures.keys() and measured.measures["clip_score"].real
     rows = list(csv.DictReader((out / "report" / "timesteps.csv").read_text().splitlines()))
     held_out = json.loads((tree / "images" / "index.json").read_text())["splits"]["test"]
     assert {row["n"] for row in rows} == {str(held_out)}

@@ -37,7 +37,7 @@ def runs(client) -> list:
     return client.search_runs([tracking.experiment_id(client)])
 
 
-def points(client, run_id: str, name: str = "loss") -> list[tuple[int, float]]:
+def points(client, run_id: str, name: str = "train/loss") -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
 
 
@@ -59,7 +59,7 @@ def test_a_run_holds_parameters_curves_pictures_and_its_data(client, tmp_path):
     seen = client.get_run(run.run_id)
     assert seen.info.status == "FINISHED"
     assert seen.data.params == {name: str(value) for name, value in PARAMS.items()}
-    assert seen.data.metrics["loss"] == 0.5
+    assert seen.data.metrics["train/loss"] == 0.5
     assert seen.data.tags[tracking.TRAIN_KEY] == "k1"
     data = seen.inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("digits", "ab" * 16)
@@ -82,7 +82,7 @@ def test_the_same_key_continues_the_run_and_repeats_no_point(client, tmp_path):
         again.image("samples", 5, tmp_path / "grid.png")
     assert first == run.run_id == again.run_id
     assert points(client, first) == [(step, 1 / step) for step in range(1, 9)]
-    assert points(client, first, "held_out_loss") == [(9, 0.25)]
+    assert points(client, first, "train/held_out_loss") == [(9, 0.25)]
     assert len([f for f in client.list_artifacts(first, "images") if f.path.endswith(".png")]) == 1
     assert client.get_run(first).data.params["train.log_every"] == "5"
     assert len(client.get_run(first).inputs.dataset_inputs) == 1

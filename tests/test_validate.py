@@ -1,6 +1,7 @@
 """The stage `validate`: good data passes, each kind of bad data fails by name, and then nothing after it starts."""
 
 import hashlib
+import html
 import io
 import json
 import os
@@ -110,8 +111,9 @@ def test_good_data_is_accepted_with_the_hash_of_the_data(tmp_path, judged):
 
 def test_the_data_docs_show_every_gate(tmp_path, judged):
     assert judged(CLASSED) is None
-    assert (tmp_path / "report" / "index.html").is_file()
-    pages = [path.read_text() for path in (tmp_path / "report" / "validations").rglob("*.html")]
+    docs = tmp_path / "report" / "data_docs"
+    assert (docs / "index.html").is_file()
+    pages = [path.read_text() for path in (docs / "validations").rglob("*.html")]
     assert len(pages) == 5
     assert any("aspect_ratio" in page for page in pages)
 
@@ -122,7 +124,7 @@ def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged):
     assert judged(CLASSED) is None
     assert (tmp_path / "accepted.json").read_bytes() == verdict
     assert contents(tmp_path / "report") == pages
-    for page in (tmp_path / "report").rglob("*.html"):
+    for page in (tmp_path / "report" / "data_docs").rglob("*.html"):
         (logo,) = re.findall(r'src="([^"]*logo-long.png[^"]*)"', page.read_text())
         assert (page.parent / logo).is_file()
 
@@ -258,7 +260,10 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert offender is None or f"({offender}" in said
     assert said.count("validate.") <= 2, "one gate fails, not a crowd of them"
     assert not (tmp_path / "accepted.json").exists()
-    assert (tmp_path / "report" / "index.html").is_file()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert re.search(r"The data is refused: [12] of \d+ checks", page) and complaint in html.unescape(page)
+    assert offender is None or offender.split(",")[0] in html.unescape(page)
+    assert not re.search(r"<script|https?://", page), "the page needs a network"
 
 
 @pytest.mark.parametrize("case", ["near repeats", "near leaks", "another script", "no class", "a lost line"])
