@@ -21,7 +21,7 @@ from string import Template
 
 import psutil
 
-from tasks import atomic
+from tasks import atomic, loopback
 from tasks.stage import StageError
 
 HOST = "127.0.0.1"
@@ -68,7 +68,9 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     }
     if port is not None:
         settings |= {"PREFECT_API_URL": f"{url(port)}/api", "PORT": str(port)}
-    return inherited | settings
+    variables = inherited | settings
+    loopback.exempt(variables)
+    return variables
 
 
 def alive(process: Process) -> bool:

@@ -28,6 +28,9 @@ import psutil
 import yaml
 
 from flows.repro import LEASH, dvc
+from tasks import loopback, store, workspace
+from tasks.redaction import redacted
+from tasks.stage import StageError
 
 SAMPLE_SECONDS = 1.0
 METRICS = Path("reports/metrics.json")
@@ -116,8 +119,13 @@ class Memory(threading.Thread):
 
 def main() -> int:
     print("repro: the chain of dvc.yaml", flush=True)
+    loopback.exempt(os.environ)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
+    try:
+        store.require_usable(workspace.tracking_uri())
+    except StageError as error:
+        sys.exit(f"repro: error: {redacted(str(error))}")
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
     with leashed(dvc("repro", *sys.argv[1:])) as process:

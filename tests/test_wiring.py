@@ -22,7 +22,10 @@ STAGES: dict[str, dict] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding=
 # How a stage starts, where things lie, whom it tells: none of it decides which bytes come out, and a stage
 # that depended on them would train again for a better error message. What they decide is in `params.yaml`.
 PLUMBING = {
-    f"tasks/{name}.py" for name in ("__init__", "atomic", "locks", "params", "stage", "tracking", "workspace")
+    f"tasks/{name}.py"
+    for name in (
+        *("__init__", "atomic", "locks", "loopback", "params", "redaction", "stage", "store", "tracking", "workspace"),
+    )
 } | {"models/__init__.py"}
 
 
