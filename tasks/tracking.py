@@ -8,6 +8,7 @@ this machine or another, continues the same run. `connect()` comes before anythi
 from __future__ import annotations
 
 import getpass
+import logging
 import multiprocessing
 import os
 import platform
@@ -37,6 +38,13 @@ KIND = "afterimage.kind"
 LOCK = "afterimage.lock"
 PROBE_SECONDS = 2.0
 SYSTEM_METRICS_SECONDS = 5.0
+ASYNCHRONOUS = (
+    "mlflow.utils.async_logging.async_logging_queue",
+    "mlflow.utils.async_logging.async_artifacts_logging_queue",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "urllib3.connectionpool",
+)
+"""Loggers of MLflow's threads and of its HTTP client, which report a lost server in long lines, again and again."""
 BATCH = 1000
 """Metrics that MLflow takes in one call."""
 
@@ -94,7 +102,8 @@ def _bring_home(path: Path) -> None:
         changed = store.bring_home(path)
     if changed:
         print(
-            f"mlflow: the work tree was moved or copied; {changed} places in {path.name} now name it", file=sys.stderr
+            f"mlflow: the work tree was moved or copied; {path.name} now names its new place ({changed} entries)",
+            file=sys.stderr,
         )
 
 
@@ -301,6 +310,14 @@ class TrainingRun:
         self._steps = logged_steps(client, run)
         self._images = logged_images(client, self.run_id)
         self._reachable = True
+        for name in ASYNCHRONOUS:
+            logging.getLogger(name).addFilter(self._heed)
+
+    def _heed(self, record: logging.LogRecord) -> bool:
+        """What a thread of MLflow reports: the server is lost, which is told once; the record itself is not shown."""
+        if record.levelno >= logging.ERROR:
+            self._lose(record.getMessage())
+        return False
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step`, asynchronously; what the run holds already (a resumed run) is left out."""
@@ -326,6 +343,8 @@ class TrainingRun:
 
         self._attempt(mlflow.flush_async_logging)
         self._attempt(self._client.set_terminated, self.run_id, status)
+        for name in ASYNCHRONOUS:
+            logging.getLogger(name).removeFilter(self._heed)
 
     def _attempt(self, call: Any, *arguments: Any) -> None:
         from mlflow.exceptions import MlflowException
@@ -335,9 +354,16 @@ class TrainingRun:
         try:
             call(*arguments)
         except (MlflowException, OSError) as error:
-            self._reachable = False
-            reason = redacted(str(error).splitlines()[0])[:200]
-            print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
+            self._lose(str(error))
+
+    def _lose(self, message: str) -> None:
+        """Say once that MLflow is lost, and leave it alone from here on."""
+        if not self._reachable:
+            return
+        self._reachable = False
+        gone = any(words in message for words in ("Max retries exceeded", "Connection refused", "timed out"))
+        reason = "its server does not answer" if gone else redacted(message.splitlines()[0])[:200]
+        print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
 
 
 @contextmanager
