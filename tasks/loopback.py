@@ -17,6 +17,5 @@ def exempt(environment: MutableMapping[str, str]) -> None:
     given = {name: environment[name] for name in _NAMES if environment.get(name)}
     for name in _NAMES:
         listed = [host.strip() for host in given.get(name, next(iter(given.values()), "")).split(",") if host.strip()]
-        missing = [host for host in HOSTS if host not in listed]
-        if "*" not in listed:  # which exempts every host, and only alone
-            environment[name] = ",".join([*listed, *missing])
+        missing = [] if "*" in listed else [host for host in HOSTS if host not in listed]  # '*' exempts every host
+        environment[name] = ",".join([*listed, *missing])
