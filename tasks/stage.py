@@ -25,6 +25,7 @@ from tasks.redaction import redacted
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
+_LOST = "MLflow stopped answering; start it again, then run the same command, which adds what it lacks"
 _DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
 
 
@@ -81,6 +82,8 @@ def main(function: Callable[..., None]) -> NoReturn:
     except Exception as error:  # the last resort: one sentence, and the trace on request
         if is_disk_full(error):
             _leave(name, _DISK_FULL.format(where=""), arguments.debug)
+        if _is_lost_connection(error):
+            _leave(name, _LOST, arguments.debug)
         _leave(name, f"{type(error).__name__}: {error} (run again with --debug for the trace)", arguments.debug)
     sys.exit(0)
 
@@ -117,6 +120,12 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in _DISK_FULL_WORDS)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether MLflow's client gave up on a server that answered before."""
+    is_mlflow = type(error).__module__.partition(".")[0] == "mlflow"
+    return is_mlflow and any(words in str(error) for words in ("Max retries exceeded", "failed with exception"))
 
 
 def _os_sentence(error: OSError) -> str:
