@@ -153,7 +153,7 @@ def _limits(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     return (
         "## Limits\n\n"
         f"It knows {code(data['source'])} and nothing else: what is rare or absent there it draws badly or not at all, "
-        f"and what is biased there is biased here.{classes} It may reproduce training images; whoever publishes its images "
-        "must respect the licence of the data. The measures above hold for the sampler and the settings they were "
-        "taken with."
+        f"and what is biased there is biased here.{classes} It may reproduce training images; whoever publishes its "
+        "images must respect the licence of the data. The measures above hold for the sampler and the settings they "
+        "were taken with."
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +219,7 @@ def test_an_unconditional_model_is_registered_and_draws(
     work.again()
     assert work.aliases == {"challenger": 1, "champion": 1}
     assert loaded().predict([{"seed": 1, "steps": 3}])[0][:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(Exception, match="unconditional"):
         loaded().predict([{"prompt": "cat", "steps": 3}])
 
 
@@ -567,6 +569,45 @@ def test_card_of_an_unconditional_model_promises_no_prompt():
     card = model_card(info, data, {}, METRICS, exported | {"tensorrt": {"built": True}})
     assert "prompt" not in card
     assert "DiffusionPipeline.from_pretrained" in card
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a|b",
+    "`x`",
+    "one\ntwo\n\n# three",
+    "](javascript:alert(1))",
+    "<img src=x onerror=alert(1)>",
+    "&lt;b&gt;",
+    "$(touch x)",
+]
+
+
+@pytest.mark.parametrize("conditioning", ["label", "text"])
+@pytest.mark.parametrize("first", range(len(HOSTILE)))
+def test_names_and_captions_in_the_card_are_text_and_nothing_else(conditioning, first):
+    """Rendered with the parser of MLflow's documentation and of Python's Markdown world, CommonMark."""
+    markdown = pytest.importorskip("markdown_it")
+    names = [*HOSTILE[first:], *HOSTILE[:first]]
+    info = {
+        "conditioning": conditioning,
+        "classes": names,
+        "prompts": names if conditioning == "text" else None,
+    } | {"channels": 3, "size": 32, "latent": None, "timesteps": 1000, "schedule": "linear"}
+    info |= {"prediction": "epsilon", "train_key": "k"}
+    data = {"source": "folder", "rows": 2, "splits": {"train": 2}, "licence": names[0], "sha256": "h"}
+    exported = {"opset": 20, "max_abs_difference": 1e-6, "min_psnr_db": 99.0, "providers": ["p"]}
+    exported["tensorrt"] = {"built": False, "reason": names[0]}
+    training = {"train.weights": names[0], "model.lora_rank": 4, "ingest.caption_templates": names}
+    metrics = METRICS | {"not_applicable": {"kid": names[0]}}
+    card = model_card(info, data, training, metrics, exported)
+    rendered = markdown.MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---", 2)[2])
+    assert not re.search(r"<(script|img)|href=.javascript|<h1>three", rendered)
+    headings = re.findall(r"<h\d>(.*?)</h\d>", rendered)
+    assert headings[1:] == ["How to use it", "Evaluation", "Export", "Data", "Training", "Limits"]
+    rows = re.findall(r"<tr>\n?(.*?)</tr>", rendered.split("<h2>Training</h2>")[1], re.DOTALL)
+    assert {row.count("<td>") + row.count("<th>") for row in rows} == {2}
+    assert "<script>alert(1)</script>" in html.unescape(rendered)
 
 
 def git(folder: Path, *arguments: str) -> str:
