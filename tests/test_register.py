@@ -198,6 +198,30 @@ def test_registered_model_refuses_what_it_cannot_do(registered, request_, compla
         registered.predict([request_])
 
 
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        ({"label": 7}, "labels must lie between 0 and 2"),
+        ({"prompt": "a bird"}, "names no class; name exactly one of"),
+        ({"label": 0, "steps": 21}, "sampling steps 21"),
+        ({"label": 0, "sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"label": 0, "step": 5}, "step"),
+        ({"label": 0, "seed": "one"}, "seed"),
+    ],
+)
+def test_served_model_answers_a_wrong_request_without_a_stack_trace(registered, request_, complaint):
+    """Through the application that `mlflow models serve` runs."""
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc import scoring_server
+
+    with TestClient(scoring_server.init(registered)) as client:
+        answer = client.post("/invocations", json={"inputs": [request_]})
+        right = client.post("/invocations", json={"inputs": [{"label": 0, "seed": 1, "steps": 2}]})
+    assert (answer.status_code, right.status_code) == (400, 200)
+    assert "stack_trace" not in answer.json() and "Traceback" not in answer.text
+    assert complaint in answer.json()["message"]
+
+
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory, exported, migrated_database):
     """The registered model, loaded once for all wrong requests."""
