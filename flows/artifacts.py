@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from pathlib import Path
+from urllib.parse import quote
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from tasks import gates, measures, params, tracking, workspace
+from tasks import gates, markdown, measures, params, tracking, workspace
+from tasks.redaction import redacted, without_user
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
@@ -93,8 +94,8 @@ def _grid(evaluation: Path) -> None:
 
 
 def _links(folder: Path) -> None:
-    lines = [f"- report: `{folder / 'reports' / 'index.html'}`"]
-    lines += [f"- ONNX bundle: `{folder / 'outputs' / 'onnx'}`", *_mlflow_lines(folder)]
+    lines = [f"- report: {markdown.code(str(folder / 'reports' / 'index.html'))}"]
+    lines += [f"- ONNX bundle: {markdown.code(str(folder / 'outputs' / 'onnx'))}", *_mlflow_lines(folder)]
     create_markdown_artifact("\n".join(lines), key="links", description="Where the results are")
 
 
@@ -104,11 +105,13 @@ def _mlflow_lines(folder: Path) -> list[str]:
     name = params.load(folder / "params.yaml").register_.model_name
     client = tracking.connect()
     run = tracking.find_run(client, tracking.TRAIN_KEY, key)
-    uri = re.sub(r"//[^/@]*@", "//", workspace.tracking_uri())  # without a password
-    pages = uri.rstrip("/") if uri.startswith(("http://", "https://")) else MLFLOW_UI
-    lines = [f"- MLflow store: `{uri}`" + (" (`make ui` serves it)" if pages == MLFLOW_UI else "")]
+    uri = redacted(workspace.tracking_uri())
+    is_server = uri.startswith(("http://", "https://"))
+    pages = without_user(workspace.tracking_uri()).rstrip("/") if is_server else MLFLOW_UI
+    lines = [f"- MLflow store: {markdown.code(uri)}" + (" (`make ui` serves it)" if pages == MLFLOW_UI else "")]
     if run is not None:
         lines.append(f"- [training run]({pages}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})")
     aliases = client.get_registered_model(name).aliases
-    lines += [f"- [{name}@{alias}]({pages}/#/models/{name}/versions/{n})" for alias, n in sorted(aliases.items())]
+    shown, place = markdown.escaped(name), quote(name)
+    lines += [f"- [{shown}@{alias}]({pages}/#/models/{place}/versions/{n})" for alias, n in sorted(aliases.items())]
     return lines

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
+import urllib.error
+import urllib.request
 
 from flows import server
-from tasks import preset, workspace
+from tasks import loopback, preset, store, workspace
+from tasks.redaction import redacted, without_user
 from tasks.stage import StageError
 
 INTERRUPTED = 130
+PROBE_SECONDS = 5.0
 
 
 def main() -> None:
     """Parse the command line, choose the server, run the flow, leave with 0 or one sentence."""
     arguments = _parser().parse_args()
+    loopback.exempt(os.environ)
     try:
+        store.require_usable(workspace.tracking_uri())
         print(f"pipeline: {_choose_server()}", flush=True)
     except StageError as error:
-        sys.exit(f"pipeline: error: {error}")
+        sys.exit(f"pipeline: error: {redacted(str(error))}")
     from flows.pipeline import COMMITTED, pipeline  # after the environment is set: Prefect reads it when it is imported
 
     try:
@@ -35,7 +40,7 @@ def main() -> None:
         print("pipeline: interrupted; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     if not state.is_completed():
-        sys.exit(f"pipeline: error: {state.message or state.name}")
+        sys.exit(f"pipeline: error: {redacted(state.message or state.name)}")
     print(f"pipeline: {state.message}")
 
 
@@ -60,14 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 def _choose_server() -> str:
     """Set the environment for the server to use, and say which: the caller's, this work tree's, or a passing one."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if given := os.environ.get("PREFECT_API_URL"):
-        shown = re.sub(r"//[^/@]*@", "//", given)  # without a password
-        if not server.answers(given):
-            raise StageError(
-                f"no Prefect server answers at {shown} (PREFECT_API_URL); start it, or unset the variable to use the "
-                "server of this work tree (make serve)"
-            )
-        return f"on the Prefect server {shown}"
+    if "PREFECT_API_URL" in os.environ:
+        _require_answer(os.environ["PREFECT_API_URL"])
+        return f"on the Prefect server {redacted(os.environ['PREFECT_API_URL'])}"
     root = workspace.root()
     process = server.running(root).get("server")
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
@@ -76,3 +76,16 @@ def _choose_server() -> str:
     if process:
         return f"on the Prefect server {server.url(process.port)}"
     return "no Prefect server runs here (make serve), so one is started for this run; some 10 s"
+
+
+def _require_answer(url: str) -> None:
+    """Raise `StageError` where no Prefect server answers at `url`: Prefect would end in a long stack trace."""
+    remedy = "start it, correct PREFECT_API_URL, or unset that to use the server of this work tree"
+    try:
+        urllib.request.urlopen(f"{without_user(url).rstrip('/')}/health", timeout=PROBE_SECONDS).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 500, 502, 503, 504):
+            raise StageError(f"{redacted(url)} answers {error.code}, so it is no Prefect server; {remedy}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StageError(f"no Prefect server answers at {redacted(url)} ({reason}); {remedy}") from None

@@ -35,6 +35,7 @@ from tasks import local_source
 from tasks import preset as presets
 from tasks import workspace as places
 from tasks.params import ParamsError
+from tasks.redaction import redacted
 from tasks.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)
@@ -98,7 +99,7 @@ def pipeline(
         with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
             return _chain(place)
     except (StageError, ParamsError) as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
 
 
 def _chain(place: Place) -> State[Any]:
@@ -138,7 +139,7 @@ def run_stage(stage: str, place: Place) -> State[Any]:
     try:
         ran = repro.repro(stage, place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds)
     except StageError as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
     return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")
 
 

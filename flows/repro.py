@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from tasks.redaction import redacted
 from tasks.stage import StageError
 
 LEASH = Path(__file__).with_name("leash.py")
@@ -119,13 +120,13 @@ def _start(
 
 
 def lines(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as they come, without blank ones; of a progress bar, which redraws itself, one every few seconds."""
+    """Lines as they come, without blank ones and secrets; of a progress bar, which redraws itself, one every few s."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pending, shown = "", -PROGRESS_SECONDS
     while chunk := os.read(stream.fileno(), 65536):
         *whole, pending = re.split(r"(?<=\n)|(?<=\r)(?!\n)", pending + decoder.decode(chunk))
         for text in whole:
-            line = _ESCAPES.sub("", text).strip()
+            line = redacted(_ESCAPES.sub("", text).strip())
             if not line:
                 continue
             if text.endswith("\r"):
@@ -133,7 +134,7 @@ def lines(stream: IO[bytes]) -> Iterator[str]:
                     continue
                 shown = time.monotonic()
             yield line
-    if line := _ESCAPES.sub("", pending).strip():
+    if line := redacted(_ESCAPES.sub("", pending).strip()):
         yield line
 
 

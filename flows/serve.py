@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows import on_demand, server
-from tasks import locks, workspace
+from tasks import locks, loopback, workspace
+from tasks.redaction import redacted
 from tasks.stage import StageError
 
 START_SECONDS = 180.0
@@ -31,13 +32,14 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, help=f"of the server (default {server.DEFAULT_PORT})")
     port = parser.parse_args().port
+    loopback.exempt(os.environ)
     root = workspace.root()
     print(f"serve: Prefect for {root}", flush=True)
     try:
         with locks.exclusive(root / ".prefect" / "serve.lock"):
             serve(root, port)
     except StageError as error:
-        sys.exit(f"serve: error: {error}")
+        sys.exit(f"serve: error: {redacted(str(error))}")
 
 
 def serve(root: Path, port: int | None) -> None:

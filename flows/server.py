@@ -25,7 +25,7 @@ from string import Template
 
 import psutil
 
-from tasks import atomic
+from tasks import atomic, loopback
 from tasks.stage import StageError
 
 HOST = "127.0.0.1"
@@ -98,7 +98,9 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     }
     if port is not None:
         settings |= {**client_settings(root, port), "PORT": str(port)}
-    return inherited | settings
+    variables = inherited | settings
+    loopback.exempt(variables)
+    return variables
 
 
 def client_settings(root: Path, port: int) -> dict[str, str]:

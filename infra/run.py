@@ -28,9 +28,10 @@ import psutil
 import yaml
 
 from flows.repro import LEASH, dvc
-from tasks import local_source, measures
+from tasks import local_source, loopback, measures, store, workspace
 from tasks.measures import SHORT_FINGERPRINT, Measurements
 from tasks.params import ParamsError
+from tasks.redaction import redacted
 from tasks.stage import StageError
 
 SAMPLE_SECONDS = 1.0
@@ -114,10 +115,15 @@ class Memory(threading.Thread):
 def main() -> int:
     given = parse_arguments()
     print("repro: the chain of dvc.yaml", flush=True)
+    loopback.exempt(os.environ)
     if not (getattr(importlib.util.find_spec("mlflow"), "origin", None) or "").endswith("__init__.py"):
         sys.exit("repro: error: the package mlflow is not installed; run 'make install'")
     require_repository()
     check_source(given)
+    try:
+        store.require_usable(workspace.tracking_uri())
+    except StageError as error:
+        sys.exit(f"repro: error: {redacted(str(error))}")
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
     with leashed(dvc("repro", *given)) as process:

@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 
-from tasks import tracking, workspace
+from tasks import loopback, tracking, workspace
+from tasks.redaction import redacted, without_user
 from tasks.stage import StageError
 
 HOST = "127.0.0.1"
@@ -17,16 +18,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m infra.ui", description="Serve the MLflow UI of this work tree.")
     parser.add_argument("--port", type=int, default=5000)
     port = parser.parse_args().port
+    loopback.exempt(os.environ)
+    uri = workspace.tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        print(f"ui: MLFLOW_TRACKING_URI names a server, which has its own UI: open {without_user(uri)}")
+        return
     print(f"ui: http://{HOST}:{port} in a few seconds; Ctrl-C ends it", flush=True)
     if port_is_taken(port):
         sys.exit(f"ui: error: port {port} is in use; name another one: make ui PORT={port + 1}")
     try:
         tracking.connect()  # a fresh database gets its tables from one process, before the server's start
     except StageError as error:
-        sys.exit(f"ui: error: {error}")
+        sys.exit(f"ui: error: {redacted(str(error))}")
     # One worker and no job execution: two processes and 5 s in place of fifteen processes and 24 s.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", workspace.tracking_uri()]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     os.execv(sys.executable, [*command, "--host", HOST, "--port", str(port), "--workers", "1"])  # noqa: S606
 
 

@@ -12,6 +12,7 @@ from typing import Optional
 
 import mlflow
 import pydantic
+from mlflow.exceptions import MlflowException
 
 
 # MLflow makes the model's signature of these annotations and wants to see `Optional` spelled out.
@@ -57,8 +58,12 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         self.bundle = self.sampler.Bundle(folder)
 
     def predict(self, model_input: list[Request]) -> list[bytes]:
-        """PNG files, one for each request. Raises `ValueError` for a wish that this model cannot fulfil."""
-        return [self._draw(request) for request in model_input]
+        """PNG files, one for each request. Raises `MlflowException` for a request that this model cannot fulfil: the
+        scoring server answers it with its sentence and HTTP 400, any other exception with a stack trace."""
+        try:
+            return [self._draw(request) for request in model_input]
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _draw(self, request: Request) -> bytes:
         wish = self.bundle.wish(request.label, request.prompt)

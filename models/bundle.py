@@ -231,6 +231,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
+    out: Path = arguments.out
+    if out.is_dir() or not out.parent.is_dir():
+        wrong = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
+        parser.error(f"--out {out} {wrong}; name a PNG file in a folder that exists")
     bundle = Bundle(Path(__file__).resolve().parent.parent)
     try:
         wish = bundle.wish(arguments.label, arguments.prompt)
@@ -245,8 +249,11 @@ def main() -> None:
         )
     except ValueError as error:
         parser.error(str(error))
-    arguments.out.write_bytes(png_bytes(images[0]))
-    print(arguments.out)
+    try:
+        out.write_bytes(png_bytes(images[0]))
+    except OSError as error:
+        parser.error(f"--out {out} cannot be written ({error.strerror}); choose another place")
+    print(out)
 
 
 if __name__ == "__main__":

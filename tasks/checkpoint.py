@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import atomic
-from tasks.stage import StageError
+from tasks.stage import StageError, is_disk_full
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +40,18 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write one checkpoint and remove all but the newest `KEEP` and the one with the smallest held-out loss."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic.writing_folder(folder / f"step-{checkpoint.step:08d}") as temporary:
         for group, tensors in checkpoint.tensors.items():
-            save_file(tensors, temporary / f"{group}.safetensors")
+            try:
+                save_file(tensors, temporary / f"{group}.safetensors")
+            except SafetensorError as error:  # not an OSError, also where the disk is full
+                raise StageError(
+                    f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({_reason(error)}); "
+                    "the one before it is kept, and the same command continues from there"
+                ) from None
         atomic.write_json(temporary / "extra.json", checkpoint.extra)
         manifest = {
             "step": checkpoint.step,
@@ -57,6 +64,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for old in _folders(folder)[:-KEEP]:
         if old != best:
             shutil.rmtree(old)
+
+
+def _reason(error: Exception) -> str:
+    return "no space left on the device: free some" if is_disk_full(error) else str(error)
 
 
 def refuse_other_network(folder: Path, network: dict[str, Any]) -> None:

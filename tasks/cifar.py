@@ -47,7 +47,8 @@ MAX_MEMBER_BYTES = 64 << 20
 
 def copy(raw: Path, params: DownloadParams, publication: Publication = OFFICIAL) -> str:
     """Fetch the published archive into `raw`; returns its address. `params.url` is tried first, where there is one."""
-    urls = ([params.url] if params.url else []) + list(publication.urls)
+    mirrors = [fetch.address(params.url, "download.url")] if params.url else []
+    urls = mirrors + list(publication.urls)
     return fetch.fetch(
         urls,
         raw / FILE,

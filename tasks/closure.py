@@ -26,9 +26,12 @@ PLUMBING = {
     "tasks/consistency.py",
     "tasks/integrity.py",
     "tasks/locks.py",
+    "tasks/loopback.py",
     "tasks/params.py",
+    "tasks/redaction.py",
     "tasks/run_labels.py",
     "tasks/stage.py",
+    "tasks/store.py",
     "tasks/tracking.py",
     "tasks/workspace.py",
 }

@@ -54,7 +54,7 @@ def _own_images(target: Path, params: DownloadParams) -> str:
     if params.url.startswith("s3://"):
         return s3.copy(target, params)
     origin = fetch.fetch(
-        [params.url],
+        [fetch.address(params.url, "download.url")],
         target / "images",
         sha256=params.sha256 or "",
         partial=workspace.scratch() / "downloads",

@@ -45,6 +45,7 @@ def _place_inception(file: Path, target: Path) -> None:
 
 def _inception_file(where: str, pin: str) -> Path:
     """The file of the weights: a local one, one behind an http(s) address, or the one in a model folder."""
+    where = fetch.address(where, "judge.extractor.weights")
     if where.startswith(("http://", "https://")):
         folder = workspace.scratch() / "weights"
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,16 @@
 
 What arrived is kept under the name of the expected checksum, so the same command continues after
 an accident, from whichever mirror answers. The file gets its real name when its checksum is right.
+
+User and password of a host come from ~/.netrc (or the file that NETRC names), or stand in an address that came from an
+environment variable; they are sent to that host alone.
 """
 
 from __future__ import annotations
 
+import base64
+import netrc
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 from tqdm import tqdm
 
 from tasks import addresses, atomic, locks
+from tasks.redaction import redacted
 from tasks.source import require_space, sha256_of
 from tasks.stage import StageError
 
@@ -28,6 +35,7 @@ MAX_REDIRECTS = 5
 ATTEMPTS = 3
 """Attempts in a row that may bring nothing, for each address."""
 CONNECT_SECONDS, READ_SECONDS, PAUSE_SECONDS = 10.0, 30.0, 0.5
+ENVIRONMENT = "env:"
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -100,19 +108,65 @@ def require_allowed(url: str, allow_private_addresses: bool) -> None:
 
     For addresses that another client will ask: it looks the name up again, so this screens and does not pin.
     """
-    import httpx
-
     try:
-        _screened(httpx.URL(url), Limits(0, 0, allow_private_addresses, {}))
+        _screened(_parsed(url), Limits(0, 0, allow_private_addresses, {}))
     except MirrorError as error:
         raise StageError(str(error)) from None
 
 
 def shown(url: str) -> str:
     """An address without what may be secret in it: user, password and query."""
+    return str(_parsed(url).copy_with(userinfo=b"", query=None, fragment=None))
+
+
+def address(where: str, key: str) -> str:
+    """The address that the parameter `key` means: itself, or where it is `env:NAME` what that variable holds.
+
+    Raises `StageError` where the variable is not set or holds no http(s) address.
+    """
+    if not where.startswith(ENVIRONMENT):
+        return where
+    name = where.removeprefix(ENVIRONMENT)
+    held = os.environ.get(name, "").strip()
+    if not held.startswith(("http://", "https://")):
+        wrong = "holds no http(s) address" if held else "is not set"
+        raise StageError(f"{key} names the environment variable {name}, which {wrong}; set it to the address")
+    return held
+
+
+def _parsed(url: str) -> httpx.URL:
     import httpx
 
-    return str(httpx.URL(url).copy_with(userinfo=b"", query=None, fragment=None))
+    try:
+        return httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise StageError(
+            f"{redacted(url.partition('?')[0])} is not a valid address ({str(error).rstrip('.')}); correct it"
+        ) from None
+
+
+def _authorization(url: httpx.URL) -> dict[str, str]:
+    """The header with user and password for the host of `url`, from the address or from netrc; empty without them."""
+    user, password = url.username, url.password
+    if not user and (entry := _netrc_entry(url.host)):
+        user, password = entry
+    if not user:
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")}
+
+
+def _netrc_entry(host: str) -> tuple[str, str] | None:
+    """User and password of `host` in the netrc file, or None. Raises `StageError` for a file that cannot be read."""
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    if not path.is_file():
+        return None
+    try:
+        found = netrc.netrc(path).authenticators(host)
+    except netrc.NetrcParseError as error:  # whose message may quote a password
+        raise StageError(f"{path} cannot be read (line {error.lineno}); correct it") from None
+    except OSError as error:
+        raise StageError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
+    return (found[0], found[2] or "") if found else None
 
 
 def _complete(url: str, part: Path, sha256: str, limits: Limits) -> None:
@@ -165,6 +219,8 @@ def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
             return True
         if response.status_code not in (200, 206):
             answer = f"the server answered {response.status_code} {response.reason_phrase}"
+            if response.status_code in (401, 403):
+                answer += ", so put user and password of that host into ~/.netrc, or renew a signed address"
             raise MirrorError(answer, response.status_code)
         if response.status_code == 200 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             if response.status_code == 206:
@@ -209,10 +265,12 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
     """The streamed answer to a GET, behind at most five redirects, each of which is screened as the first was."""
     import httpx
 
-    here = first = httpx.URL(url)
+    first = _parsed(url)
+    own = {**_authorization(first), **limits.headers}
+    here = first = first.copy_with(userinfo=b"")
     for _ in range(MAX_REDIRECTS + 1):
         with _client(here) as client:
-            private = limits.headers if (here.scheme, here.netloc) == (first.scheme, first.netloc) else {}
+            private = own if (here.scheme, here.netloc) == (first.scheme, first.netloc) else {}
             response = _send(client, here, {**headers, **private}, limits)
             try:
                 if not response.has_redirect_location:
@@ -226,7 +284,10 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
                     return
             finally:
                 response.close()
-        there = here.join(response.headers["Location"])
+        try:
+            there = here.join(response.headers["Location"])
+        except httpx.InvalidURL:
+            raise MirrorError("it redirects to an address that is not valid") from None
         if here.scheme == "https" and there.scheme != "https":
             raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
         here = there
@@ -246,7 +307,7 @@ def _client(url: httpx.URL) -> httpx.Client:
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         # Heeds SSL_CERT_FILE; reading all those certificates takes longer than many a file.
         verify=httpx.create_ssl_context() if url.scheme == "https" else False,
-        trust_env=False,  # which would also send what is in ~/.netrc
+        trust_env=False,  # proxies and netrc are read here: a request goes to an IP address, not to the host's name
     )
 
 
@@ -285,7 +346,8 @@ def _screened(url: httpx.URL, limits: Limits) -> list[str]:
     except OSError as error:
         if _proxy(url):
             return []  # behind some proxies names are the proxy's business alone
-        raise MirrorError(f"{url.host} cannot be found ({error.strerror or error}); is there a network?") from None
+        reason = error.strerror or error
+        raise MirrorError(f"{url.host} cannot be found ({reason}); is there a network?") from None
     if not limits.allow_private_addresses:
         addresses.require_public(url.host, found)
     return found

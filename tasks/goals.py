@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks import atomic, tracking
+from tasks.markdown import escaped
 from tasks.protocol import draw_name
+from tasks.redaction import redacted
 from tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ def _number(value: Any, digits: int = 3) -> str:
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table as Markdown, with what a reader must know to read it."""
     lines = [f"| {' | '.join(COLUMNS.values())} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(row[key] or '–' for key in COLUMNS)} |" for row in rows]
+    lines += [f"| {' | '.join(escaped(row[key]) or '–' for key in COLUMNS)} |" for row in rows]
     return "\n".join([*lines, "", READING]) + "\n"
 
 
@@ -173,7 +175,7 @@ def main() -> None:
     try:
         text = markdown(goals(tracking.connect()))
     except StageError as error:
-        sys.exit(f"goals: error: {error}")
+        sys.exit(f"goals: error: {redacted(str(error))}")
     if arguments.out is None:
         print(text, end="")
     else:

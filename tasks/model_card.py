@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from tasks.markdown import code, escaped, one_line
 from tasks.measures import Measurements
 
 # How often something is written down says nothing about the weights.
@@ -48,18 +50,16 @@ def _summary(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         f"({info['timesteps']} timesteps, {info['schedule']} schedule, {info['prediction']})."
     )
     if info["conditioning"] == "label":
-        text += f" It is asked for one of {len(info['classes'])} classes: {', '.join(info['classes'])}."
+        text += f" It is asked for one of {len(info['classes'])} classes: {', '.join(map(escaped, info['classes']))}."
     if info["conditioning"] == "text":
-        text += f" It is asked for by text, such as '{info['prompts'][0]}'."
+        text += f" It is asked for by text, such as '{escaped(info['prompts'][0])}'."
     if info["latent"]:
         text += f" It draws latents of {info['latent'][0]} x {info['latent'][1]} x {info['latent'][1]} numbers."
     return text
 
 
 def _use(info: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    asked = next(iter(info["prompts"] or info["classes"]), None) if info["conditioning"] != "none" else None
-    wish = f" --prompt {shlex.quote(asked)} --guidance 1.5" if asked else ""
-    request = f"'prompt': {asked!r}, " if asked else ""
+    wish, request = _example(info)
     tokenizers = ", and `tokenizers`" if info["conditioning"] == "text" else ""
     lines = [
         "## How to use it",
@@ -81,8 +81,21 @@ def _use(info: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         lines += [f"With diffusers, by component: `{network}.from_pretrained('pipeline', subfolder='unet')`."]
     if training.get("model.lora_rank"):
         given = training.get("train.weights") or "the weights that training began with"
-        lines += ["", f"The low-rank additions alone, into {given}: `base.load_lora_weights('pipeline/lora')`."]
+        lines += [
+            "",
+            f"The low-rank additions alone, into {escaped(given)}: `base.load_lora_weights('pipeline/lora')`.",
+        ]
     return "\n".join(lines)
+
+
+def _example(info: Mapping[str, Any]) -> tuple[str, str]:
+    """Options of the command line and fields of a request that ask for one image."""
+    if info["conditioning"] == "none":
+        return "", ""
+    asked = one_line(next(iter(info["prompts"] or info["classes"])))
+    if info["conditioning"] == "label" and not re.fullmatch(r"[\w ,.'-]+", asked):
+        return " --label 0 --guidance 1.5", "'label': 0, "  # a name that no shell or Markdown should have to carry
+    return f" --prompt {shlex.quote(asked)} --guidance 1.5", f"'prompt': {asked!r}, "
 
 
 def _evaluation(measured: Measurements) -> str:
@@ -113,13 +126,13 @@ def _evaluation(measured: Measurements) -> str:
         lines += ["", f"The CLIP score is {measured.clip_score_note}."]
     if measured.not_applicable:
         lines += ["", "Not measured:", ""]
-        lines += [f"- {name}: {reason}" for name, reason in sorted(measured.not_applicable.items())]
+        lines += [f"- {escaped(name)}: {escaped(reason)}" for name, reason in sorted(measured.not_applicable.items())]
     return "\n".join(lines)
 
 
 def _export(exported: Mapping[str, Any]) -> str:
     tensorrt = exported["tensorrt"]
-    engine = "measured" if tensorrt["built"] else f"not built ({tensorrt['reason']})"
+    engine = "measured" if tensorrt["built"] else f"not built ({escaped(tensorrt['reason'])})"
     return (
         "## Export\n\n"
         f"ONNX opset {exported['opset']}. Largest difference from PyTorch {exported['max_abs_difference']:.1e}; images "
@@ -131,13 +144,16 @@ def _export(exported: Mapping[str, Any]) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     splits = ", ".join(f"{count} {split}" for split, count in sorted(data["splits"].items()))
     return (
-        f"## Data\n\nSource `{data['source']}`, {data['rows']} images ({splits}), licence: {data['licence']}. "
+        f"## Data\n\nSource {code(data['source'])}, {data['rows']} images ({splits}), "
+        f"licence: {escaped(data['licence'])}. "
         f"Content hash `{data['sha256']}`."
     )
 
 
 def _training(training: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {value} |" for name, value in sorted(training.items()) if not name.endswith(NOT_TRAINING)]
+    rows = [
+        f"| {name} | {escaped(value)} |" for name, value in sorted(training.items()) if not name.endswith(NOT_TRAINING)
+    ]
     key = f"Identity of the training run: `{info['train_key']}`."
     return "\n".join(["## Training", "", "| parameter | value |", "|---|---|", *rows, "", key])
 
@@ -146,8 +162,8 @@ def _limits(info: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     classes = " A prompt only picks the class whose name it contains." if info["conditioning"] == "label" else ""
     return (
         "## Limits\n\n"
-        f"It knows `{data['source']}` and nothing else: what is rare or absent there it draws badly or not at all, and "
-        f"what is biased there is biased here.{classes} It may reproduce training images; whoever publishes its images "
-        "must respect the licence of the data. The measures above hold for the sampler and the settings they were "
-        "taken with."
+        f"It knows {code(data['source'])} and nothing else: what is rare or absent there it draws badly or not at all, "
+        f"and what is biased there is biased here.{classes} It may reproduce training images; whoever publishes its "
+        "images must respect the licence of the data. The measures above hold for the sampler and the settings they "
+        "were taken with."
     )

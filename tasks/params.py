@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.feature_widths import INCEPTION, stage_widths
+from tasks.redaction import redacted, secret_in_address
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,6 +32,10 @@ NO_LOCAL_SOURCE = "requirements.lock"
 NO_WARM_START = "requirements.lock"
 """The same for `train.init_from`: what is there in any case, and says which torch trains."""
 
+FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
+"""An address that must not be written down: the name of the environment variable that holds it."""
+MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
+"""Narrower than MLflow's rule for registered models: it must also do as a logged model's name, in filters and URIs."""
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 """Kinds of averages of the weights that `train.ema` may name, and what their number must stay below."""
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -127,7 +132,9 @@ class DownloadParams(Section):
     path: str = NO_LOCAL_SOURCE
     """Local folder, zip or tar of source `folder`; a DVC dependency, so an edit is seen."""
     url: str | None = None
-    """http(s) or s3:// address of source `folder` (an s3:// prefix ends in '/'), or a mirror for `cifar10`."""
+    """http(s) or s3:// address of source `folder` (an s3:// prefix ends in '/'), or a mirror for `cifar10`.
+    `env:NAME` takes an http(s) address, such as a signed one, from the environment variable NAME at run time; user and
+    password of a host come from ~/.netrc."""
     sha256: str | None = None
     """Expected sha256 of the file behind `url`, or of the listing of an s3:// prefix, which the stage says."""
     allow_private_addresses: bool = False
@@ -168,8 +175,10 @@ class DownloadParams(Section):
         if self.sha256 is not None and not (self.source == "folder" and remote):
             raise ValueError("download.sha256 is only read with source 'folder' and download.url; set it to null")
         kinds = ("http://", "https://", "s3://") if self.source == "folder" else ("http://", "https://")
-        if self.url is not None and not self.url.startswith(kinds):
-            raise ValueError(f"download.url must begin with {' or '.join(kinds)}")
+        if self.url is not None and not self.url.startswith(kinds) and not FROM_ENVIRONMENT.fullmatch(self.url):
+            raise ValueError(
+                f"download.url must begin with {' or '.join(kinds)}, or be env:NAME of an environment variable"
+            )
         return self
 
     def _is_prefix(self) -> bool:
@@ -510,7 +519,7 @@ class ExtractorParams(Section):
     """`in_domain` is trained here on the data; the others are published, `inception` being that of the usual FID."""
     weights: str | None = None
     """A hub repository, a local folder or s3://bucket/prefix with safetensors; for `inception` also the file
-    pt_inception-2015-12-05-6726825d.pth itself or its http(s) address."""
+    pt_inception-2015-12-05-6726825d.pth itself or its http(s) address (or env:NAME of a variable that holds that)."""
     pin: str | None = None
 
     @model_validator(mode="after")
@@ -631,6 +640,15 @@ class RegisterParams(Section):
     """Absolute gate of the first version: Frechet distance as a multiple of its floor."""
     min_label_accuracy: Fraction
     """Absolute gate; read only where label accuracy applies."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RegisterParams:
+        if not MODEL_NAME.fullmatch(self.model_name):
+            raise ValueError(
+                f"register.model_name {self.model_name!r} cannot name a model in MLflow; use at most 200 "
+                "letters, digits, '-', '_' and inner spaces"
+            )
+        return self
 
 
 class Demands(Section):
@@ -866,10 +884,37 @@ def parse(document: Any) -> Params:
     """Validate a parsed `params.yaml`. Raises `ParamsError` with one sentence."""
     if not isinstance(document, dict):
         raise ParamsError("params.yaml holds no sections; write it with 'python -m tasks.preset digits'")
+    _refuse_secrets(document, ())
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        raise ParamsError(_sentence(error)) from None
+        raise ParamsError(redacted(_sentence(error))) from None
+
+
+def _refuse_secrets(value: Any, where: tuple[str, ...]) -> None:
+    """Raise `ParamsError` for an address with a password or a token: parameters go to dvc.lock, the caches and MLflow.
+
+    Looks at every string at any depth, so that no address parameter of today or tomorrow is left out.
+    """
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _refuse_secrets(entry, (*where, str(name)))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _refuse_secrets(entry, where)
+    elif isinstance(value, str) and (found := secret_in_address(value)):
+        raise ParamsError(
+            f"{'.'.join(where)} holds {found}, which would be recorded in dvc.lock and MLflow; {_remedy(where, value)}"
+        )
+
+
+def _remedy(where: tuple[str, ...], address: str) -> str:
+    if not address.startswith(("http://", "https://")) or where[-1] == "endpoint_url":
+        return "remove it, and put credentials into the environment or the AWS profile"
+    return (
+        "remove it, and put user and password into ~/.netrc, or the whole address into an environment variable, such "
+        f"as AFTERIMAGE_URL, and write {where[-1]}: env:AFTERIMAGE_URL"
+    )
 
 
 def read(path: Path = Path("params.yaml")) -> Any:

@@ -234,6 +234,8 @@ def _model_version(
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
     facts = lineage.lineage(data_sha256)
+    for path, reason in sorted(facts["git"]["left_out"].items()):
+        print(f"register: the lineage leaves out the changes of {path}: {reason}")
     experiment = tracking.experiment_id(client)
     # One may be left by a registration that was killed, or by a version that was deleted.
     left = client.search_logged_models([experiment], f"tags.`{CONTENT_KEY}` = '{key}'", max_results=1)

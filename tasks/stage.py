@@ -13,14 +13,20 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from tasks import loopback
 from tasks.params import ParamsError, Section, load, names_of
+from tasks.redaction import redacted
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
+_DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
+_LOST = "MLflow stopped answering; start it again, then run the same command, which adds what it lacks"
+_DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
 
 
 class StageError(Exception):
@@ -50,6 +56,7 @@ def main(function: Callable[..., None]) -> NoReturn:
     name = function.__name__
     end_with_parent()
     let_threads_sleep()
+    loopback.exempt(os.environ)
     signal.signal(signal.SIGTERM, _raise_preempted)
     try:
         params = load(arguments.params)
@@ -77,6 +84,10 @@ def main(function: Callable[..., None]) -> NoReturn:
     except OSError as error:
         _leave(name, _os_sentence(error), arguments.debug)
     except Exception as error:  # the last resort: one sentence, and the trace on request
+        if is_disk_full(error):
+            _leave(name, _DISK_FULL.format(where=""), arguments.debug)
+        if _is_lost_connection(error):
+            _leave(name, _LOST, arguments.debug)
         _leave(name, f"{type(error).__name__}: {error} (run again with --debug for the trace)", arguments.debug)
     sys.exit(0)
 
@@ -103,15 +114,28 @@ def _is_section(hint: object) -> bool:
 
 def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
     if debug:
-        raise  # noqa: PLE0704 - called from an except clause
-    print(f"{name}: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+    print(f"{name}: error: {' '.join(redacted(sentence).split())}", file=sys.stderr, flush=True)
     sys.exit(FAILED)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception means a full disk, also one of a library that raises no `OSError` (safetensors, SQLite)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in _DISK_FULL_WORDS)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether MLflow's client gave up on a server that answered before."""
+    is_mlflow = type(error).__module__.partition(".")[0] == "mlflow"
+    return is_mlflow and any(words in str(error) for words in ("Max retries exceeded", "failed with exception"))
 
 
 def _os_sentence(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"no space left on the device{where}; free some, then run the same command again"
+    if is_disk_full(error):
+        return _DISK_FULL.format(where=where)
     if isinstance(error, FileNotFoundError):
         return f"a file is missing{where}; run 'dvc repro', which makes what this stage reads"
     return f"{error.strerror or error}{where}"

@@ -8,6 +8,7 @@ this machine or another, continues the same run. `connect()` comes before anythi
 from __future__ import annotations
 
 import getpass
+import logging
 import multiprocessing
 import os
 import platform
@@ -22,7 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import lineage, locks, run_labels, workspace
+from tasks import lineage, locks, loopback, run_labels, store, workspace
+from tasks.redaction import redacted, without_user
 from tasks.stage import Preempted, StageError
 
 if TYPE_CHECKING:
@@ -36,9 +38,15 @@ KIND = "afterimage.kind"
 LOCK = "afterimage.lock"
 PROBE_SECONDS = 2.0
 SYSTEM_METRICS_SECONDS = 5.0
+ASYNCHRONOUS = (
+    "mlflow.utils.async_logging.async_logging_queue",
+    "mlflow.utils.async_logging.async_artifacts_logging_queue",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "urllib3.connectionpool",
+)
+"""Loggers of MLflow's threads and of its HTTP client, which report a lost server in long lines, again and again."""
 BATCH = 1000
 """Metrics that MLflow takes in one call."""
-_SQLITE = "sqlite:///"
 
 
 def prepare() -> None:
@@ -68,26 +76,42 @@ def connect() -> MlflowClient:
     path = _sqlite_path(uri)
     if path is not None:
         _ensure_migrated(path)
+        _bring_home(path)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     mlflow.set_tracking_uri(uri)
     try:
         client = mlflow.MlflowClient()
         experiment_id(client)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as error:
         if "out-of-date database schema" in str(error):
+            named = '"$MLFLOW_TRACKING_URI"' if "MLFLOW_TRACKING_URI" in os.environ else uri
             raise StageError(
-                f"{uri} was made by another version of MLflow; run 'mlflow db upgrade {uri}' after a backup, "
-                "or set MLFLOW_TRACKING_URI to a new database"
+                f"{redacted(uri)} was made by another version of MLflow; run 'mlflow db upgrade {named}' after a "
+                "backup, or set MLFLOW_TRACKING_URI to a new database"
             ) from None
-        raise StageError(f"MLflow at {_without_password(uri)} refuses: {str(error).splitlines()[0]}") from None
+        raise StageError(f"MLflow at {redacted(uri)} refuses: {redacted(str(error).splitlines()[0])}") from None
     return client
+
+
+def _bring_home(path: Path) -> None:
+    with locks.exclusive(workspace.scratch() / "locks" / "mlflow-migration.lock"):
+        store.require_sound(path)
+        changed = store.bring_home(path)
+    if changed:
+        print(
+            f"mlflow: the work tree was moved or copied; {path.name} now names its new place ({changed} entries)",
+            file=sys.stderr,
+        )
 
 
 def _live_uri() -> str:
     """Where MLflow is, asked for a sign of life if it is a server; its client is quiet from here on."""
     uri = workspace.tracking_uri()
+    loopback.exempt(os.environ)
+    store.require_usable(uri)
     if uri.startswith(("http://", "https://")):
         _probe(uri)
     _quieten()
@@ -96,9 +120,9 @@ def _live_uri() -> str:
 
 def _probe(uri: str) -> None:
     """Ask the server for a sign of life. MLflow's own client would block for minutes."""
-    where = _without_password(uri)
+    where = redacted(uri)
     remedy = "start it, correct MLFLOW_TRACKING_URI, or unset that to use the database in the work tree"
-    health = f"{re.sub(r'//[^/@]*@', '//', uri).rstrip('/')}/health"
+    health = f"{without_user(uri).rstrip('/')}/health"
     try:
         urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says _live_uri()
     except urllib.error.HTTPError as error:
@@ -107,14 +131,10 @@ def _probe(uri: str) -> None:
         if error.code >= 500:
             raise StageError(f"MLflow at {where} answers {error.code}; {remedy}") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+        reason = redacted(str(getattr(error, "reason", error)))
         raise StageError(
             f"MLflow at {where} does not answer within {PROBE_SECONDS:.0f} s ({reason}); {remedy}"
         ) from None
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 def _quieten() -> None:
@@ -133,7 +153,7 @@ def _quieten() -> None:
 
 
 def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix(_SQLITE)).resolve() if uri.startswith(_SQLITE) else None
+    return Path(uri.removeprefix(store.SQLITE)).resolve() if uri.startswith(store.SQLITE) else None
 
 
 def _ensure_migrated(path: Path) -> None:
@@ -149,8 +169,7 @@ def _ensure_migrated(path: Path) -> None:
         fresh = path.with_name(path.name + ".new")
         fresh.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        store = SqlAlchemyStore(f"{_SQLITE}{fresh}", str(path.parent / "mlruns"))
-        store.engine.dispose()
+        SqlAlchemyStore(f"{store.SQLITE}{fresh}", str(path.parent / store.ARTIFACTS)).engine.dispose()
         fresh.replace(path)
 
 
@@ -165,7 +184,7 @@ def experiment_id(client: MlflowClient) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         path = _sqlite_path(workspace.tracking_uri())
-        artifacts = str(path.parent / "mlruns") if path else None
+        artifacts = str(path.parent / store.ARTIFACTS) if path else None
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
         except MlflowException:  # another process was quicker
@@ -292,6 +311,14 @@ class TrainingRun:
         self._steps = logged_steps(client, run)
         self._images = logged_images(client, self.run_id)
         self._reachable = True
+        for name in ASYNCHRONOUS:
+            logging.getLogger(name).addFilter(self._heed)
+
+    def _heed(self, record: logging.LogRecord) -> bool:
+        """What a thread of MLflow reports: the server is lost, which is told once; the record itself is not shown."""
+        if record.levelno >= logging.ERROR:
+            self._lose(record.getMessage())
+        return False
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step` as metrics of training, asynchronously; what the run holds already (a resumed run) is
@@ -321,6 +348,8 @@ class TrainingRun:
 
         self._attempt(mlflow.flush_async_logging)
         self._attempt(self._client.set_terminated, self.run_id, status)
+        for name in ASYNCHRONOUS:
+            logging.getLogger(name).removeFilter(self._heed)
 
     def _attempt(self, call: Any, *arguments: Any) -> None:
         from mlflow.exceptions import MlflowException
@@ -330,9 +359,16 @@ class TrainingRun:
         try:
             call(*arguments)
         except (MlflowException, OSError) as error:
-            self._reachable = False
-            reason = str(error).splitlines()[0][:200]
-            print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
+            self._lose(str(error))
+
+    def _lose(self, message: str) -> None:
+        """Say once that MLflow is lost, and leave it alone from here on."""
+        if not self._reachable:
+            return
+        self._reachable = False
+        gone = any(words in message for words in ("Max retries exceeded", "Connection refused", "timed out"))
+        reason = "its server does not answer" if gone else redacted(message.splitlines()[0])[:200]
+        print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tasks.download import download
 from tasks.stage import StageError
 from tests.data_inputs import (
+    ROOT,
     contents,
     folder_params,
     picture,
@@ -103,6 +106,29 @@ def test_an_archive_behind_an_address(tmp_path, monkeypatch):
         download(tmp_path / "raw", params)
     assert (tmp_path / "raw" / "images.zip").read_bytes() == data
     assert manifest(tmp_path / "raw")["origin"] == f"{site.address}/mine.zip"
+
+
+def test_a_signed_address_from_the_environment_leaves_no_trace(tmp_path):
+    """Through the real command: the address is in no output, and nothing of it is in any file that is left."""
+    data = write_zip(tmp_path / "mine.zip", FILES).read_bytes()
+    with serving() as site:
+        site.files["/mine.zip?X-Amz-Signature=SECRET"] = data
+        url = site.address.replace("http://", "http://me:PASSWORD@") + "/mine.zip?X-Amz-Signature=SECRET"
+        values = {"source": "folder", "url": "env:MY_SIGNED_URL", "sha256": hashlib.sha256(data).hexdigest()}
+        params = write_params(tmp_path / "params.yaml", download=values | {"allow_private_addresses": True})
+        command = [sys.executable, "-m", "tasks.download", str(tmp_path / "raw"), "--params", str(params)]
+        scratch = {"AFTERIMAGE_SCRATCH": str(tmp_path / "scratch")}
+        for variables, code in (({"MY_SIGNED_URL": url}, 0), ({"MY_SIGNED_URL": url + "x"}, 1), ({}, 1)):
+            done = subprocess.run(
+                command, cwd=ROOT, env=os.environ | scratch | variables, capture_output=True, text=True
+            )
+            assert done.returncode == code, done.stderr
+            assert "SECRET" not in done.stdout + done.stderr and "PASSWORD" not in done.stdout + done.stderr
+            assert code == 0 or len(done.stderr.strip().splitlines()) == 1
+    assert site.tokens[0][1].startswith("Basic ")
+    assert manifest(tmp_path / "raw")["origin"] == f"{site.address}/mine.zip"
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if b"SECRET" in path.read_bytes() or b"PASSWORD" in path.read_bytes()]
 
 
 def test_the_digits_come_with_scikit_learn(tmp_path):

@@ -224,6 +224,15 @@ def bare_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize(
+    ("out", "says"), [("missing/image.png", "lies in {}/missing, which is no folder"), (".", "is a folder")]
+)
+def test_the_bundles_command_refuses_a_place_that_cannot_hold_a_file(tree, tmp_path, out, says):
+    run = bare_run(tree / "outputs" / "onnx", "--label", "0", "--out", str(tmp_path / out))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert says.format(tmp_path) in run.stderr.splitlines()[-1]
+
+
 def test_the_bundles_command_draws_pytorchs_image_without_pytorch(tree, tmp_path):
     out = tmp_path / "image.png"
     run = bare_run(

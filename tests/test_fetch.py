@@ -1,5 +1,6 @@
 """Fetching over http: resumed, bounded, verified, screened. Against a real server on this machine."""
 
+import base64
 import hashlib
 import socket
 import time
@@ -233,6 +234,70 @@ def test_headers_go_to_the_host_that_was_asked_and_to_no_other(site, get, tmp_pa
         get(f"{site.address}/a", headers={"Authorization": "Bearer right"})
         assert site.tokens == [("/a", "Bearer right"), ("/b", "Bearer right")]
         assert other.tokens == [("/there", None)]
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def test_user_and_password_of_a_host_come_from_netrc(site, get, tmp_path, monkeypatch):
+    with serving() as other:
+        other.files["/there"] = DATA
+        site.redirects |= {"/a": "/b", "/b": f"{other.address.replace('127.0.0.1', 'localhost')}/there"}
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s p\n".replace("s p", '"s p"'))
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        get(f"{site.address}/a")
+    assert site.tokens == [("/a", basic("me", "s p")), ("/b", basic("me", "s p"))]
+    assert other.tokens == [("/there", None)]
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_without_an_entry_the_answer_401_names_netrc(site, get, tmp_path, monkeypatch):
+    site.refusals["/a"] = (401, {"WWW-Authenticate": "Basic"})
+    (tmp_path / "netrc").write_text("machine elsewhere.org login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(fetch.AccessError, match=r"401.*~/\.netrc"):
+        get(f"{site.address}/a")
+    assert site.tokens == [("/a", None)]
+
+
+def test_a_netrc_that_cannot_be_read_is_named_and_not_quoted(site, get, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me\nsecret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(StageError, match=r"netrc cannot be read \(line \d\); correct it") as refused:
+        get(f"{site.address}/a")
+    assert "secret" not in str(refused.value)
+
+
+def test_an_address_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MY_URL", "https://user:secret@host/x?signature=secret")
+    assert fetch.address("env:MY_URL", "download.url") == "https://user:secret@host/x?signature=secret"
+    assert fetch.address("https://host/x", "download.url") == "https://host/x"
+    monkeypatch.setenv("MY_URL", "secret")
+    with pytest.raises(StageError, match=r"download\.url names .* MY_URL, which holds no http\(s\) address") as refused:
+        fetch.address("env:MY_URL", "download.url")
+    assert "secret" not in str(refused.value)
+    monkeypatch.delenv("MY_URL")
+    with pytest.raises(StageError, match="MY_URL, which is not set; set it"):
+        fetch.address("env:MY_URL", "download.url")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://0177.0.0.1/", "http://a..b/x", "http://host:99999/", "http://[::1/x", "http://me:secret@0177.0.0.1/"],
+)
+def test_an_address_that_is_none_is_one_sentence(get, url):
+    with pytest.raises(StageError) as refused:
+        get(url, allow_private_addresses=False)
+    assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
+    with pytest.raises(StageError):
+        fetch.require_allowed(url, False)
+
+
+def test_a_redirect_to_an_address_that_is_none_is_one_sentence(site, get):
+    site.redirects["/a"] = "http://0177.0.0.1/"
+    with pytest.raises(StageError, match="redirects to an address that is not valid"):
+        get(f"{site.address}/a")
 
 
 def test_no_space_left_is_said_before_anything_comes(site, get, tmp_path, monkeypatch):

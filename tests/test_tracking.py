@@ -168,6 +168,62 @@ def test_training_survives_the_loss_of_mlflow(client, tmp_path, capsys):
     assert capsys.readouterr().err.count("mlflow: lost") == 1
 
 
+KILLED_SERVER = """
+import os, signal, sys, time
+from tasks import tracking
+tracking.SYSTEM_METRICS_SECONDS = 0.3
+tracking.connect()
+with tracking.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
+    run.metrics(1, {"loss": 1.0})
+    time.sleep(2)
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+    for step in range(2, 12):
+        run.metrics(step, {"loss": 1 / step})
+        time.sleep(0.5)
+print("trained to the end")
+"""
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migrated_database):
+    shutil.copy(migrated_database, tmp_path / "mlflow.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--host", "127.0.0.1", "--port", port]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "AFTERIMAGE_SCRATCH": str(tmp_path)}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *options, "--workers", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(int(port)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_SERVER, str(server.pid)],
+            cwd=ROOT,
+            env=environment | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert done.stdout == "trained to the end\n"
+    sentence = "mlflow: lost (its server does not answer); training goes on, register replays the rest"
+    assert done.stderr.strip() == sentence
+
+
 def test_a_closed_port_is_told_at_once(monkeypatch, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

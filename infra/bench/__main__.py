@@ -10,8 +10,10 @@ from pathlib import Path
 
 from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
+from tasks import loopback
 from tasks.params import ParamsError
 from tasks.preset import PresetError
+from tasks.redaction import redacted
 from tasks.stage import PREEMPTED, StageError, let_threads_sleep
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
@@ -31,11 +33,12 @@ def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # and with it the processes that were started
     let_threads_sleep()
+    loopback.exempt(os.environ)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
     try:
         arguments.run(arguments, Results(arguments.reports, arguments.again))
     except (StageError, ParamsError, PresetError) as error:
-        sys.exit(f"bench: error: {error}")
+        sys.exit(f"bench: error: {redacted(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\nbench: interrupted; the same command goes on with what is not measured yet")
     print(f"bench: {arguments.reports / 'bench.md'}, {arguments.reports / 'bench.json'}")
