@@ -16,7 +16,7 @@ from tasks.images import Samples, load_pixels
 from tasks.judge import caption_choices, class_prompts
 from tasks.stage import StageError
 from tests import judge_inputs
-from tests.data_inputs import contents
+from tests.data_inputs import contents, record_checksums
 
 
 @pytest.fixture(scope="module")
@@ -270,5 +270,6 @@ def test_held_out_images_too_few_to_measure_are_one_sentence(tmp_path):
     rows = pq.read_table(table)
     pq.write_table(rows.filter(pq.ParquetFile(table).read(["split"])["split"].to_numpy() == "train"), table)
     index.write_text(json.dumps(described))
+    record_checksums(index.parent)
     with pytest.raises(StageError, match=re.escape("0 held-out images")):
         judge_inputs.run_judge(tmp_path)

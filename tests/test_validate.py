@@ -32,6 +32,7 @@ from tests.data_inputs import (
     folder_params,
     ingest_params,
     picture,
+    record_checksums,
     run_and_measure,
     run_stage,
     write_params,
@@ -77,6 +78,7 @@ def rewrite(images, change):
         table = table.set_column(place, name, pa.array([values(row) for row in table.to_pylist()]))
         table = table.cast(schema()) if name != "width" else table
     pq.write_table(table, path)
+    record_checksums(images)
 
 
 @pytest.fixture
