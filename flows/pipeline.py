@@ -24,13 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 
-from flows import artifacts, clone, repro
+from flows import artifacts, cancelling, clone, repro
 from tasks import local_source
 from tasks import preset as presets
 from tasks import workspace as places
@@ -95,11 +96,13 @@ def pipeline(
         overrides: Parameters that differ from the preset, one `section.key=value` each, such as `train.steps=1000`.
         wait_seconds: Seconds to wait for another run in the same workspace before this one fails.
     """
-    try:
-        with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
-            return _chain(place)
-    except (StageError, ParamsError) as error:
-        return Failed(message=redacted(str(error)))
+    with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
+        try:
+            with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
+                state = _chain(place)
+        except (StageError, ParamsError) as error:
+            state = Failed(message=redacted(str(error)))
+    return Cancelled(message="ended by the run itself") if cancelled.is_set() else state
 
 
 def _chain(place: Place) -> State[Any]:

@@ -88,9 +88,6 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
         # Leases of concurrency slots are kept in files. By default the server keeps them in memory: killed, it loses
         # them, and never frees the slot of a run that was pending.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        # After 40 s without the server Prefect stops listening for cancellations, also when the server is back. A run
-        # that nobody can cancel is ended then; training saves a checkpoint first.
-        "PREFECT_RUNNER_CRASH_ON_CANCELLATION_FAILURE": "true",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is on this machine; a person who asks waits less
         "PREFECT_CLI_PROMPT": "false",

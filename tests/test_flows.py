@@ -401,12 +401,12 @@ def test_prefect_knows_the_settings_that_it_is_given(tmp_path: Path) -> None:
     """A misspelt variable would be ignored."""
     program = (
         "from prefect.settings import get_current_settings as get; s = get()\n"
-        "print(s.server.concurrency.lease_storage, s.runner.crash_on_cancellation_failure, s.flows.heartbeat_frequency)"
+        "print(s.server.concurrency.lease_storage, s.flows.heartbeat_frequency)"
     )
     command = [sys.executable, "-c", program]
     environment = server.environment(tmp_path, 4200)
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["prefect.server.concurrency.lease_storage.filesystem", "True", "30"]
+    assert done.stdout.split() == ["prefect.server.concurrency.lease_storage.filesystem", "30"]
 
 
 def test_stop_ends_the_server_last_whatever_started_first(tmp_path: Path) -> None:

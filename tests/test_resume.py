@@ -164,7 +164,7 @@ def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_da
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_two_processes_killed_and_continued(tmp_path, migrated_database):
     """Started by `accelerate launch` with the configuration in infra/, on the CPU."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -177,13 +177,13 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database):
     process.send_signal(signal.SIGTERM)
     for worker in workers:
         worker.resume()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 143, output
     assert "the same command continues" in output
     assert checkpoints(killed / "scratch")[-1].name < "step-00000060", "it left before its end"
     for folder in (whole, killed):
         process = start(folder, migrated_database, **TWO_PROCESSES)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     assert "continues at step" in output
     assert results(killed) == results(whole)
