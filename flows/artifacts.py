@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from tasks import gates, markdown, measures, params, tracking, workspace
-from tasks.redaction import redacted, without_user
+from tasks import params
+from tasks.runtime import markdown, measures, tracking, workspace
+from tasks.runtime.redaction import redacted, without_user
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
@@ -46,14 +47,14 @@ def publish_standing(folder: Path) -> str | None:
     name = params.load(folder / "params.yaml").register_.model_name
     client = tracking.connect()
     aliases = {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
-    challenger, champion = aliases.get(gates.CHALLENGER), aliases.get(gates.CHAMPION)
+    challenger, champion = aliases.get(tracking.CHALLENGER), aliases.get(tracking.CHAMPION)
     if challenger is None:
         return None
     if challenger == champion:
         text = f"Version {challenger} of `{name}` is the champion."
         create_markdown_artifact(text, key="promotion", description="Decision of the gates")
         return None
-    reason = client.get_model_version(name, str(challenger)).tags.get(gates.PROMOTION, "no reason given")
+    reason = client.get_model_version(name, str(challenger)).tags.get(tracking.PROMOTION, "no reason given")
     stays = f"version {champion} stays champion" if champion else "there is no champion"
     text = f"**Version {challenger} of `{name}` was refused:** {reason}\n\nResult: {stays}."
     create_markdown_artifact(text, key="promotion", description="Decision of the gates")

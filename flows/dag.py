@@ -7,8 +7,8 @@ import sys
 import textwrap
 
 from flows import repro
-from tasks import workspace
-from tasks.stage import StageError
+from tasks.runtime import workspace
+from tasks.runtime.stage import StageError
 
 WIDTH = 79
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from flows import server
-from tasks import preset, workspace
-from tasks.stage import StageError
+from tasks import preset
+from tasks.runtime import workspace
+from tasks.runtime.stage import StageError
 
 DEPLOYMENT = "afterimage/on-demand"
 

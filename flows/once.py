@@ -9,9 +9,10 @@ import urllib.error
 import urllib.request
 
 from flows import server
-from tasks import loopback, preset, store, workspace
-from tasks.redaction import redacted, without_user
-from tasks.stage import StageError
+from tasks import preset
+from tasks.runtime import loopback, store, workspace
+from tasks.runtime.redaction import redacted, without_user
+from tasks.runtime.stage import StageError
 
 INTERRUPTED = 130
 PROBE_SECONDS = 5.0

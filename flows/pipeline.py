@@ -32,12 +32,12 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows import artifacts, cancelling, clone, repro
-from tasks import local_source
 from tasks import preset as presets
-from tasks import workspace as places
 from tasks.params import ParamsError
-from tasks.redaction import redacted
-from tasks.stage import StageError
+from tasks.runtime import local_source
+from tasks.runtime import workspace as places
+from tasks.runtime.redaction import redacted
+from tasks.runtime.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)
 CACHED, NOT_REACHED = "Cached", "not reached"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from tasks.redaction import redacted
-from tasks.stage import StageError
+from tasks.runtime.redaction import redacted
+from tasks.runtime.stage import StageError
 
 LEASH = Path(__file__).with_name("leash.py")
 PROGRESS_SECONDS = 5.0

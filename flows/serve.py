@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows import on_demand, server
-from tasks import locks, loopback, workspace
-from tasks.redaction import redacted
-from tasks.stage import StageError
+from tasks.runtime import locks, loopback, workspace
+from tasks.runtime.redaction import redacted
+from tasks.runtime.stage import StageError
 
 START_SECONDS = 180.0
 SILENCE_SECONDS = 90

@@ -25,8 +25,8 @@ from string import Template
 
 import psutil
 
-from tasks import atomic, loopback
-from tasks.stage import StageError
+from tasks.runtime import atomic, loopback
+from tasks.runtime.stage import StageError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200

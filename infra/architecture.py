@@ -61,9 +61,8 @@ def diagram() -> str:
     lines = ["```mermaid", "flowchart TB"]
     for layer in LAYERS:
         lines.append(f"  subgraph {layer}_layer [{layer}/]")
-        for package in packages:
-            if package.partition(".")[0] == layer:
-                lines.append(f"    {_node(package)}[{_label(package)}]")
+        inside = [package for package in packages if package.partition(".")[0] == layer]
+        lines += [f"    {_node(package)}[{_label(package)}]" for package in inside]
         lines.append("  end")
     for package in packages:
         lines += [f"  {_node(package)} --> {_node(other)}" for other in sorted(arrows.get(package, ()))]

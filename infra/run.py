@@ -28,11 +28,11 @@ import psutil
 import yaml
 
 from flows.repro import LEASH, dvc
-from tasks import local_source, loopback, measures, store, workspace
-from tasks.measures import SHORT_FINGERPRINT, Measurements
 from tasks.params import ParamsError
-from tasks.redaction import redacted
-from tasks.stage import StageError
+from tasks.runtime import local_source, loopback, measures, store, workspace
+from tasks.runtime.measures import SHORT_FINGERPRINT, Measurements
+from tasks.runtime.redaction import redacted
+from tasks.runtime.stage import StageError
 
 SAMPLE_SECONDS = 1.0
 MEASUREMENTS = Path("reports/evaluation") / measures.FILE

@@ -7,9 +7,9 @@ import os
 import socket
 import sys
 
-from tasks import loopback, tracking, workspace
-from tasks.redaction import redacted, without_user
-from tasks.stage import StageError
+from tasks.runtime import loopback, tracking, workspace
+from tasks.runtime.redaction import redacted, without_user
+from tasks.runtime.stage import StageError
 
 HOST = "127.0.0.1"
 

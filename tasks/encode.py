@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, buckets, closure, decoding, integrity, locks, stage, workspace
-from tasks.blocks import Blocks
-from tasks.images import read_columns, read_encoded
-from tasks.latents import keys_hash, write_index, write_prompts, write_shards
+from tasks.encoding.blocks import Blocks
+from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
+from tasks.formats import buckets
+from tasks.formats.latents import keys_hash, write_index, write_prompts, write_shards
+from tasks.formats.verdict import require_accepted
 from tasks.params import EncodeParams
-from tasks.source import require_space
-from tasks.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
-from tasks.verdict import require_accepted
+from tasks.pictures import decoding
+from tasks.pictures.images import read_columns, read_encoded
+from tasks.runtime import atomic, closure, integrity, locks, stage, workspace
+from tasks.runtime.disk import require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,7 +214,7 @@ def _encoded_images(
         "autoencoder": description["autoencoder"]["sha256"],
         "buckets": [list(form) for form in forms],
         "mirrored copies": params.horizontal_flip,
-        "code of the transform": closure.digest("tasks/buckets.py", "tasks/transform.py"),
+        "code of the transform": closure.digest("tasks/formats/buckets.py", "tasks/encoding/transform.py"),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
     wanted = {row.sha256: forms[row.bucket] for its in rows.values() for row in its}
@@ -234,7 +236,7 @@ def _encode_missing(
     """Decode and encode in threads, which leave Python's lock for both; each chunk is kept as soon as it is done."""
     import torch
 
-    from models.autoencoder import load_autoencoder
+    from models.networks.autoencoder import load_autoencoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_autoencoder(codec / "vae", device)
@@ -344,7 +346,7 @@ class _Texts:
         self.most = max((len(row.captions) for its in rows.values() for row in its), default=0)
         recipe = {
             "text encoder": description["text"]["sha256"],
-            "code of the text encoder": closure.digest("models/text_encoder.py"),
+            "code of the text encoder": closure.digest("models/networks/text_encoder.py"),
         }
         self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
         self._compute(codec)
@@ -352,7 +354,7 @@ class _Texts:
     def _compute(self, codec: Path) -> None:
         import torch
 
-        from models.text_encoder import load_text_encoder
+        from models.networks.text_encoder import load_text_encoder
 
         wanted = {_text_hash(text): text for text in [*self.distinct, *self.prompts]}
         changed = self.blocks.changes()

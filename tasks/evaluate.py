@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, integrity, measures, protocol, stage
-from tasks.measures import Measurements
+from tasks.evaluation import protocol
+from tasks.evaluation.protocol import Draw, Scorer
+from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
-from tasks.protocol import Draw, Scorer
-from tasks.stage import StageError
-from tasks.verdict import require_accepted
+from tasks.runtime import atomic, integrity, measures, stage
+from tasks.runtime.measures import Measurements
+from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,7 @@ def evaluate(
     Raises `StageError` before anything is drawn where there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.judge import best_device, load_judge
+    from models.judges.judge import best_device, load_judge
     from models.pictures import save_png
     from models.pipeline import load_pipeline
 

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, images, integrity, measures, model_folder, stage
-from tasks.model_card import model_card
-from tasks.verdict import require_accepted
+from tasks.formats import model_folder
+from tasks.formats.model_card import model_card
+from tasks.formats.verdict import require_accepted
+from tasks.pictures import images
+from tasks.runtime import atomic, integrity, measures, stage
 
 
 def package(

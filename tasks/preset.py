@@ -21,8 +21,8 @@ from typing import Any, cast
 
 import yaml
 
-from tasks import atomic
 from tasks.params import Params, ParamsError, parse, read
+from tasks.runtime import atomic
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"

@@ -17,23 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import (
-    adapter,
-    gates,
-    integrity,
-    lineage,
-    locks,
-    measures,
-    model_folder,
-    run_labels,
-    stage,
-    tracking,
-    workspace,
-)
-from tasks.gates import Judged
-from tasks.images import read_index
-from tasks.measures import Measurements
+from tasks.formats import model_folder
 from tasks.params import RegisterParams
+from tasks.pictures.images import read_index
+from tasks.registration import adapter, gates
+from tasks.registration.gates import Judged
+from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
+from tasks.runtime.measures import Measurements
+from tasks.runtime.tracking import CHALLENGER, CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -42,11 +33,9 @@ if TYPE_CHECKING:
 
 CODE = Path("mlflow") / "diffusion_model.py"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
-CHALLENGER, CHAMPION = gates.CHALLENGER, gates.CHAMPION
 TAG = "afterimage."
 CONTENT_KEY = f"{TAG}content_key"
 LOGGED_MODEL = f"{TAG}logged_model"
-PROMOTION = gates.PROMOTION
 MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
 GRIDS = ("grid_guided", "grid_unguided", "grid_ddpm", "grid_nearest")
@@ -340,9 +329,9 @@ def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict
     """Fetch the champion's weights and measure them by the protocol that its challenger was measured by."""
     import mlflow
 
-    from models.judge import load_judge
+    from models.judges.judge import load_judge
     from models.pipeline import load_pipeline
-    from tasks import protocol
+    from tasks.evaluation import protocol
 
     print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, colours, decoding, demands, duplicates, expectations, stage, validation_report
-from tasks.expectations import Finding, Gate, Table
-from tasks.images import enlarged, read_columns, read_index, schema, schema_of
 from tasks.params import Demands, ValidateParams
-from tasks.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
-from tasks.quarantine import FILE as QUARANTINE_FILE
-from tasks.stage import StageError
+from tasks.pictures import colours, decoding
+from tasks.pictures.images import enlarged, read_columns, read_index, schema, schema_of
+from tasks.runtime import atomic, stage
+from tasks.runtime.stage import StageError
+from tasks.sources.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
+from tasks.sources.quarantine import FILE as QUARANTINE_FILE
+from tasks.validation import demands, duplicates, expectations
+from tasks.validation import report as validation_report
+from tasks.validation.expectations import Finding, Gate, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +212,7 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, An
     import numpy as np
     import pyarrow.compute as pc
 
-    from tasks.writing_systems import Reader
+    from tasks.validation.writing_systems import Reader
 
     reader = Reader(params.caption_scripts)
     parts: list[dict[str, Any]] = []

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, integrity, measures, report_tables, stage
-from tasks.measures import Measurements
 from tasks.params import ImageParams, VisualizeParams
-from tasks.report_page import Neighbours, Picture, Report, Tiles, render
+from tasks.report import tables as report_tables
+from tasks.report.page import Neighbours, Picture, Report, Tiles, render
+from tasks.runtime import atomic, integrity, measures, stage
+from tasks.runtime.measures import Measurements
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from models.pipeline import Pipeline
-    from tasks.images import Samples
+    from tasks.pictures.images import Samples
 
 STRIP_COLUMNS = 9
 FORWARD_ROWS, REVERSE_SAMPLES, UNCONDITIONAL_ROWS = 3, 2, 3
@@ -52,8 +53,8 @@ def visualize(
     nearest training images. The page adds the verdicts of `validation`, and the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
-    from tasks.images import load_pixels
-    from tasks.verdict import require_accepted
+    from tasks.formats.verdict import require_accepted
+    from tasks.pictures.images import load_pixels
 
     require_accepted(accepted)
     integrity.read_described(pipeline, "afterimage.json", "train")
@@ -280,7 +281,7 @@ def _neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Draw
     """
     import numpy as np
 
-    from tasks.images import load_pixels, read_index
+    from tasks.pictures.images import load_pixels, read_index
 
     count = read_index(images)["splits"].get("train", 0)
     if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
@@ -320,7 +321,7 @@ def _charts(model: Pipeline, training: Path) -> dict[str, Any]:
     import pandas as pd
 
     from models import schedules as noise
-    from tasks import charts
+    from tasks.report import charts
 
     curves = {}
     for name in noise.SCHEDULES:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
-from tasks import loopback
 from tasks.params import ParamsError
 from tasks.preset import PresetError
-from tasks.redaction import redacted
-from tasks.stage import PREEMPTED, StageError, let_threads_sleep
+from tasks.runtime import loopback
+from tasks.runtime.redaction import redacted
+from tasks.runtime.stage import PREEMPTED, StageError, let_threads_sleep
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"

@@ -19,8 +19,10 @@ class Ours:
     """One run of the project's training."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks import latents, training_key, training_run
-        from tasks.verdict import require_accepted
+        from tasks.formats import latents
+        from tasks.formats.verdict import require_accepted
+        from tasks.training import key as training_key
+        from tasks.training import run as training_run
 
         index = latents.read_index(inputs.latents)
         verdict = require_accepted(inputs.accepted)

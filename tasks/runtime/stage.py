@@ -1,0 +1,177 @@
+"""How a stage starts and how it ends: command line, parameters, one-sentence errors, exit codes.
+
+A stage is one function whose `Path` arguments are its files, in the order of `dvc.yaml`, and whose
+`Section` arguments are the parts of `params.yaml` that it reads. `main(function)` is its command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import inspect
+import os
+import signal
+import sys
+import traceback
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from tasks.params import ParamsError, Section, load, names_of
+from tasks.runtime import loopback
+from tasks.runtime.redaction import redacted
+
+FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
+_DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
+_LOST = "MLflow stopped answering; start it again, then run the same command, which adds what it lacks"
+_DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
+
+
+class StageError(Exception):
+    """What stops a stage and is the user's to mend; the message is one sentence: what, and what to do."""
+
+
+class Preempted(BaseException):
+    """SIGTERM arrived: save what is worth saving, then leave with `PREEMPTED`."""
+
+
+def sections_of(function: Callable[..., None]) -> list[str]:
+    """Names of the sections, or of single values, of `params.yaml` that a stage function reads."""
+    hints = typing.get_type_hints(function)
+    arguments = inspect.signature(function).parameters
+    return [key for name in arguments if _is_section(hints[name]) for key in names_of(hints[name])]
+
+
+def paths_of(function: Callable[..., None]) -> list[str]:
+    """Names of the `Path` arguments of a stage function, in order."""
+    hints = typing.get_type_hints(function)
+    return [name for name in inspect.signature(function).parameters if hints[name] is Path]
+
+
+def main(function: Callable[..., None]) -> NoReturn:
+    """Run a stage function from the command line and leave the process with its exit code."""
+    arguments = _parser(function).parse_args()
+    name = function.__name__
+    end_with_parent()
+    let_threads_sleep()
+    loopback.exempt(os.environ)
+    signal.signal(signal.SIGTERM, _raise_preempted)
+    try:
+        params = load(arguments.params)
+        paths = {path: getattr(arguments, path) for path in paths_of(function)}
+        print(f"{name}: {' '.join(str(path) for path in paths.values())}", flush=True)
+        from tasks.runtime import consistency  # which raises this file's StageError
+
+        consistency.require(name, paths, params)
+        hints = typing.get_type_hints(function)
+        sections = {
+            argument: params.section(hints[argument])
+            for argument in inspect.signature(function).parameters
+            if _is_section(hints[argument])
+        }
+        function(**paths, **sections)
+    except (StageError, ParamsError) as error:
+        _leave(name, str(error), arguments.debug)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Preempted:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being obeyed; a second one must not break that off
+        print(f"\n{name}: terminated; the same command continues", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    except OSError as error:
+        _leave(name, _os_sentence(error), arguments.debug)
+    except Exception as error:  # the last resort: one sentence, and the trace on request
+        if is_disk_full(error):
+            _leave(name, _DISK_FULL.format(where=""), arguments.debug)
+        if _is_lost_connection(error):
+            _leave(name, _LOST, arguments.debug)
+        _leave(name, f"{type(error).__name__}: {error} (run again with --debug for the trace)", arguments.debug)
+    sys.exit(0)
+
+
+def _parser(function: Callable[..., None]) -> argparse.ArgumentParser:
+    summary = inspect.getdoc(function) or function.__name__
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tasks.{function.__name__}",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for path in paths_of(function):
+        parser.add_argument(path, type=Path, help="written in dvc.yaml")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help=f"reads: {', '.join(sections_of(function)) or '-'}"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    return parser
+
+
+def _is_section(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
+    if debug:
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+    print(f"{name}: error: {' '.join(redacted(sentence).split())}", file=sys.stderr, flush=True)
+    sys.exit(FAILED)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception means a full disk, also one of a library that raises no `OSError` (safetensors, SQLite)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in _DISK_FULL_WORDS)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether MLflow's client gave up on a server that answered before."""
+    is_mlflow = type(error).__module__.partition(".")[0] == "mlflow"
+    return is_mlflow and any(words in str(error) for words in ("Max retries exceeded", "failed with exception"))
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if is_disk_full(error):
+        return _DISK_FULL.format(where=where)
+    if isinstance(error, FileNotFoundError):
+        return f"a file is missing{where}; run 'dvc repro', which makes what this stage reads"
+    return f"{error.strerror or error}{where}"
+
+
+def _raise_preempted(*_: object) -> NoReturn:
+    raise Preempted
+
+
+def let_threads_sleep() -> None:
+    """Have OpenMP threads that wait for each other spin for a moment, then sleep; must come before torch is loaded.
+
+    On a machine that does something else besides, threads that spin for long keep the one they wait for off its core:
+    a training step of the digits then takes 7 times as long. Threads that sleep at once are woken thousands of times a
+    step: on an idle machine it then takes 1.5 times as long. To spin as long as waking takes costs little in both.
+    What the environment says already stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 microseconds; GNU's OpenMP, as PyTorch brings it
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
+    if "DVC_STAGE" in os.environ:
+        _signal_on_parent_death()
+
+
+def end_with(parent: int) -> None:
+    """Ask Linux to send SIGTERM to this process when its parent, the process `parent`, dies."""
+    _signal_on_parent_death()
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _signal_on_parent_death() -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,187 @@
+"""What the README shows runs: each command in its order, in a clone; the sampler outside this project, on the weights
+as they are saved. A command or a block of code that stands in none of the tables here fails."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tasks import preset
+from tests.support import tiny
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+
+IN_ORDER = [
+    "make repro",
+    "make help",
+    "source .venv/bin/activate",
+    "dvc metrics show",
+    "dvc plots show",
+    "dvc exp show",
+    "cd outputs/onnx && python -m afterimage_bundle.bundle --label 3 --seed 0 --out three.png",
+    "make dag",
+    "dvc repro",
+    'git commit -m "Results of this machine" dvc.lock',
+    "dvc exp run -S train.learning_rate=0.001",
+    "dvc exp run --temp -S diffusion.schedule=linear",
+    "dvc exp show --only-changed",
+    "dvc params diff",
+    "python -m tasks.preset --list",
+    "python -m tasks.preset digits conditioning=text",
+]
+"""Commands that run in one shell of a clone with tiny parameters, in the README's order."""
+
+SERVERS = "starts servers that stay; tests/flows/test_prefect_server.py and tests/infra/test_infra.py do"
+LONG = "takes minutes to hours, and so do what it runs; see the other tests"
+DATA = "needs pictures or a network; its parameters are composed"
+NOT_HERE = {
+    "make repro PYTHON=python3.12": "would make another environment",
+    "make test": LONG,
+    "make drills": LONG,
+    "make bench": LONG,
+    "pytest -m slow": LONG,
+    "pytest -m gpu": "needs a GPU",
+    "python -m infra.bench encoding": LONG,
+    "python -m flows.pipeline": "tests/flows/test_flows.py runs it",
+    "python -m tasks.goals": "reads many runs; tests/tasks/test_goals.py runs it",
+    "AFTERIMAGE_ACCELERATE=infra/accelerate/multi_gpu.yaml make repro": "needs several GPUs",
+    "make ui": SERVERS,
+    "make serve": SERVERS,
+    "make serve PORT=4300": SERVERS,
+    "make stop": SERVERS,
+    'make run PRESET=digits ARGS="train.steps=1000"': SERVERS,
+    "python -m tasks.preset NAME [key=value ...]": "names its parts only",
+    "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
+    "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
+    "python -m tasks.preset hub download.hub.repo=OWNER/NAME": DATA,
+    "python -m tasks.preset cifar10_tiny download.path=cifar10-jpeg.zip && make repro": DATA,
+}
+"""Commands that are only checked for their form, with the reason."""
+
+PYTHON = {"UNet2DModel": "test_sampler_runs_without_this_project", "mlflow.pyfunc": "test_commands_in_their_order"}
+"""A word of each block of Python, and the test that runs it."""
+
+
+def commands() -> list[str]:
+    """Lines of the shell blocks, without comments, and what stands as code in the text and begins like a command."""
+    lines = [line for kind, block in BLOCKS if kind in ("bash", "sh", "console", "") for line in block.splitlines()]
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    inline = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow) [^`]+)`", text)
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in lines] + [" ".join(code.split()) for code in inline]
+    return list(dict.fromkeys(line for line in found if line))
+
+
+def test_every_command_and_block_is_known():
+    known = {*IN_ORDER, *NOT_HERE}
+    assert set(commands()) == known, "add it to IN_ORDER, or to NOT_HERE with the reason"
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "mermaid"}
+    for block in (block for kind, block in BLOCKS if kind == "python"):
+        assert sum(word in block for word in PYTHON) == 1, f"no test runs this block:\n{block}"
+    assert set(PYTHON.values()) <= set(globals())
+
+
+@pytest.mark.parametrize("command", [*IN_ORDER, *NOT_HERE])
+def test_command_has_a_form_that_its_program_takes(command, tmp_path, monkeypatch):
+    for part in command.split(" && "):
+        words = [word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)]
+        arguments = words[1:]
+        if words[0] == "make":
+            dry = ["make", "-n", "-o", "install", *shlex.split(part)[shlex.split(part).index("make") + 1 :]]
+            assert subprocess.run(dry, cwd=ROOT, capture_output=True).returncode == 0
+        elif words[0] == "dvc":
+            from dvc.cli.parser import get_main_parser
+
+            get_main_parser().parse_args(arguments)
+        elif words[0] == "pytest":
+            markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+            assert arguments[1] in [marker.split(":")[0] for marker in markers]
+        elif words[:3] == ["python", "-m", "tasks.preset"] and words[3] not in ("NAME", "--list"):
+            (tmp_path / "pictures").mkdir()
+            (tmp_path / "cifar10-jpeg.zip").touch()
+            for name in ("requirements.lock", "tasks"):
+                (tmp_path / name).symlink_to(ROOT / name)
+            monkeypatch.setenv("HOME", str(tmp_path))
+            monkeypatch.chdir(tmp_path)
+            preset.compose(words[3], words[4:])
+        elif words[0] == "python":
+            assert words[1] == "-m" and (words[2].startswith("afterimage_bundle") or importlib.util.find_spec(words[2]))
+        else:
+            assert words[0] in ("cd", "source", "git") and command in IN_ORDER
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_commands_in_their_order(tmp_path):
+    """In a fresh shell of a clone that has its `.venv`; the gates of a first version let a tiny model pass."""
+    clone = tiny.tree(tmp_path / "clone")
+    shutil.copy(ROOT / "dvc.lock", clone)
+    (clone / ".venv").symlink_to(sys.prefix)
+    passing = ["register.min_label_accuracy=0.0", "register.max_distance_over_floor=1e9"]
+    composed = [sys.executable, "-m", "tasks.preset", "digits", *tiny.OVERRIDES, *passing]
+    subprocess.run(composed, cwd=clone, check=True, capture_output=True)
+    tiny.git(clone, "add", ".")
+    tiny.git(clone, "commit", "--quiet", "-m", "tiny parameters")
+    shell = ['make() { command make -o install "$@"; }']  # the environment is there
+    shell += [f"({command})" if command.startswith("cd ") else command for command in IN_ORDER]
+    shell.insert(shell.index("dvc params diff") + 1, "git checkout -q params.yaml && python ../served.py")
+    block = next(block for kind, block in BLOCKS if kind == "python" and "mlflow.pyfunc" in block)
+    (tmp_path / "served.py").write_text(f"{block}\nassert png.startswith(b'\\x89PNG')\nprint('served')")
+    environment = {
+        name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG", "OMP_NUM_THREADS") if name in os.environ
+    }
+    environment |= {"PATH": "/usr/local/bin:/usr/bin:/bin", "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@test"}
+    environment |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@test"}
+    done = subprocess.run(
+        ["bash", "-exc", "\n".join(shell)], cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "served" in done.stdout and (clone / "outputs" / "onnx" / "three.png").exists()
+    assert "train.learning_rate" in done.stdout
+
+
+def save_random_pipeline(folder: Path) -> None:
+    """An untrained class-conditional pipeline of the default preset's form."""
+    import torch
+
+    from models import schedules
+    from models.networks.unet import UNet, UNetConfig
+    from models.pipeline import save_pipeline
+
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(16, 1, (8, 16), (False, True), 1, 4, 8, conditions=11))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    info = {"conditioning": "label", "prediction": "v_prediction"}
+    folder.mkdir(parents=True)
+    save_pipeline(folder, unet, dict(unet.state_dict()), schedules.betas("cosine", 1000), info)
+
+
+def test_sampler_runs_without_this_project(tmp_path):
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "UNet2DModel" in b)
+    assert len(block.strip().splitlines()) <= 20
+    save_random_pipeline(tmp_path / "outputs" / "pipeline")
+    code = (
+        f"{block}\nassert images.shape == (10, 1, 16, 16) and 0 <= images.min() and images.max() <= 1\nprint('drawn')"
+    )
+    # -I: neither the current folder nor the environment adds to the path, so nothing of this project is found
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "drawn", done.stderr
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z]+)", README))))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^\| `([a-z0-9_]+)` \|", README, re.M))))
+def test_presets_exist(name):
+    assert (ROOT / "tasks" / "presets" / f"{name}.yaml").exists()

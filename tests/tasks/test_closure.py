@@ -1,0 +1,104 @@
+"""The files that decide what a stage writes: the import closure, and the keys that are made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks import params
+from tasks.runtime import closure
+from tasks.training import key as training_key
+from tests.support.train_inputs import ROOT, write_inputs
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch) -> Path:
+    """The project's source files in a folder where they may be edited."""
+    for name in closure.NAMED:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(closure, "ROOT", tmp_path)
+    closure._files.cache_clear()
+    yield tmp_path
+    closure._files.cache_clear()
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text(encoding="utf-8") + "\n# edited\n", encoding="utf-8")
+
+
+def key_of(folder: Path) -> dict:
+    loaded = params.load(ROOT / "params.yaml")
+    index = json.loads((folder / "latents" / "index.json").read_text())
+    sections = (loaded.model, loaded.diffusion, loaded.train)
+    return training_key.facts(index, folder / "codec", {}, *sections)
+
+
+def test_every_file_that_train_imports_is_in_its_key_or_excluded_with_a_reason():
+    imported = set(closure.closure("tasks/train.py"))
+    assert set(training_key.NO_WEIGHT) <= imported, "remove from NO_WEIGHT what train no longer imports"
+    assert set(training_key.code()) == imported - set(training_key.NO_WEIGHT)
+    assert all(len(reason) > 10 for reason in training_key.NO_WEIGHT.values())
+    decisive = {
+        "models/networks/text_encoder.py",
+        "models/networks/network.py",
+        "models/networks/published.py",
+        "tasks/formats/latents.py",
+    }
+    assert decisive <= set(training_key.code())
+
+
+@pytest.mark.parametrize(
+    "file", ["models/networks/text_encoder.py", "models/networks/network.py", "tasks/formats/latents.py"]
+)
+def test_an_edited_file_gives_another_training_key(copied, tmp_path_factory, file):
+    inputs = tmp_path_factory.mktemp("inputs")
+    write_inputs(inputs)
+    before = key_of(inputs)
+    edit(copied / "models" / "samplers.py")
+    assert key_of(inputs) == before, "drawing previews alters no weight"
+    edit(copied / file)
+    after = key_of(inputs)
+    assert after["train_key"] != before["train_key"] and after["trajectory_key"] != before["trajectory_key"]
+
+
+def test_a_missing_file_is_an_error(copied):
+    with pytest.raises(FileNotFoundError, match=r"tasks/gone\.py does not exist"):
+        closure.closure("tasks/gone.py")
+    with pytest.raises(FileNotFoundError, match=r"tasks/gone\.py does not exist"):
+        closure.closure("tasks/train.py", without=["tasks/gone.py"])
+    (copied / "models" / "ema.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"imports models\.ema"):
+        training_key.code()
+
+
+def test_stages_depend_on_no_more_than_they_need():
+    train, export, encode = (set(closure.closure(f"tasks/{name}.py")) for name in ("train", "export", "encode"))
+    decoder = {"tasks/pictures/decoding.py", "tasks/pictures/images.py"}
+    assert not decoder & (train | export), "editing the image decoder must not retrain"
+    assert "tasks/training/bucketed.py" not in encode, "editing what training draws must not encode again"
+    assert "tasks/formats/buckets.py" not in train
+
+
+def test_latents_are_kept_by_the_code_that_made_them(copied):
+    starts = ("tasks/formats/buckets.py", "tasks/encoding/transform.py")
+    assert {"tasks/pictures/decoding.py", "models/networks/autoencoder.py"} <= set(closure.closure(*starts))
+    before = closure.digest(*starts)
+    edit(copied / "tasks" / "training" / "bucketed.py")
+    edit(copied / "tasks" / "encode.py")
+    assert closure.digest(*starts) == before
+    edit(copied / "tasks" / "pictures" / "decoding.py")
+    assert closure.digest(*starts) != before
+
+
+def test_the_bundle_carries_what_its_code_imports():
+    """It runs as a package of its own, so nothing of `tasks` and no PyTorch may come along."""
+    files = closure.closure("models/bundle.py")
+    assert files == ["models/bundle.py", "models/samplers.py"]
+    assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
+
+
+def _top_imports(file: str) -> list[str]:
+    return [line for line in (ROOT / file).read_text().splitlines() if line.startswith(("import ", "from "))]

@@ -1,0 +1,61 @@
+"""A disk that is full while a checkpoint is written: one sentence, and the checkpoint before it stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.runtime import stage
+
+ROOT = Path(__file__).resolve().parents[2]
+SAVE_TWICE = """
+import sys
+from pathlib import Path
+import torch
+from tasks import checkpoint, stage
+def saved(folder: Path) -> None:
+    for step in (1, 2):
+        weights = {"model": {"weight": torch.zeros(SIZE)}}
+        checkpoint.save(folder, checkpoint.Checkpoint(step, weights, {"history": "x" * EXTRA * (step - 1)}, {}))
+stage.main(saved)
+"""
+
+
+@pytest.mark.parametrize(("size", "extra"), [(100_000, 0), (1000, 2_000_000)], ids=["weights", "history"])
+def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tmp_path):
+    """On a file system of 600 KB, which an ordinary user may mount in a name space of his own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=600k none {shlex.quote(str(disk))}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system of his own")
+    script = SAVE_TWICE.replace("SIZE", str(size)).replace("EXTRA", str(extra))
+    save = shlex.join([sys.executable, "-c", script, str(disk / "run")])
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount} && {save}; echo code $?; ls {shlex.quote(str(disk / 'run'))}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("saved: error: ") and "no space left on the device" in done.stderr
+    assert done.stdout.splitlines()[1:] == ["code 1", "step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_known_in_the_words_of_each_library(error):
+    assert stage.is_disk_full(error)
+    assert not stage.is_disk_full(ValueError("something else"))

@@ -1,0 +1,255 @@
+"""Presets: each is complete and valid, `params.yaml` is the default one, and mistakes end in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks import params, preset
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH = f"download.path={ROOT / 'tests'}"
+OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"}
+PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
+TINY = {f"{name}_tiny" for name in PICTURES}
+SAID_BY_A_PERSON = {"hub": ["download.hub.repo=owner/name"]} | {
+    name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY}
+}
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tasks.preset", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_presets_of_the_readme_exist():
+    assert set(preset.names()) == OF_THE_README | PICTURES | TINY
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
+    large, tiny = preset.compose(name, SAID_BY_A_PERSON.get(name, [])), preset.compose(f"{name}_tiny", [PATH])
+    for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
+        assert large[section][key] == tiny[section][key]
+    assert tiny["image"]["resolution"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None
+    assert tiny["train"]["steps"] <= 2000 and tiny["evaluate"]["allow_small_n"]
+
+
+def test_a_large_preset_takes_pictures_from_a_folder_instead():
+    document = preset.compose("celebahq_ddim64", ["source=folder", PATH])
+    assert (document["download"]["source"], document["download"]["hub"]["repo"]) == ("folder", None)
+
+
+@pytest.mark.parametrize("name", preset.names())
+def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
+    document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
+    assert document["preset"] == name
+    file = tmp_path / "params.yaml"
+    file.write_text(preset.dump(document, name), encoding="utf-8")
+    assert params.load(file).model_dump(mode="json", by_alias=True) == document
+
+
+DROPPED_BY_DVC = {"size", "nfiles"}
+"""Names that DVC's run cache leaves out of its key at any depth: it would restore the outputs of another value."""
+
+
+def keys_of(value: object) -> Iterator[str]:
+    """Every key of a parsed document, at any depth."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield key
+            yield from keys_of(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from keys_of(below)
+
+
+@pytest.mark.parametrize("name", preset.names())
+def test_no_parameter_has_a_name_that_dvc_drops(name):
+    document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
+    assert not DROPPED_BY_DVC & set(keys_of(document))
+
+
+def test_no_section_has_a_field_that_dvc_drops():
+    def models(kind: type[params.Section]) -> Iterator[type]:
+        yield kind
+        for below in kind.__subclasses__():
+            yield from models(below)
+
+    for model in models(params.Section):
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        assert not DROPPED_BY_DVC & names, model.__name__
+
+
+LONG = "several licences that are named here, one after the other: as many as do not go on one line of a file"
+
+
+@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("others", [[], [f"download.licence='{LONG}'", "train.learning_rate=1e-6"]], ids=["", "odd"])
+def test_dvc_changes_one_line_of_it(name, others, tmp_path):
+    """What `dvc exp run -S` calls rewrites the whole file: in its own style only the changed value differs."""
+    from dvc.utils.hydra import apply_overrides
+
+    file = tmp_path / "params.yaml"
+    text = preset.dump(preset.compose(name, [*SAID_BY_A_PERSON.get(name, []), *others]), name)
+    file.write_text(text, encoding="utf-8")
+    apply_overrides(file, ["train.learning_rate=0.0123"])
+    removed, added = different_lines(text, file.read_text(encoding="utf-8"))
+    assert len(removed) == 1 and added == ["  learning_rate: 0.0123"]
+
+
+def different_lines(before: str, after: str) -> tuple[list[str], list[str]]:
+    lines = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    return tuple([line[2:] for line in lines if line[0] == sign] for sign in "-+")
+
+
+def test_base_names_every_parameter():
+    """What a preset leaves out is seen in one file, and never comes from a default in the code."""
+    base = yaml.safe_load((preset.PRESETS / "base.yaml").read_text(encoding="utf-8"))
+    complete = preset.compose("digits", [])
+    assert {key: set(value) for key, value in base.items() if isinstance(value, dict)} == {
+        key: set(value) for key, value in complete.items() if isinstance(value, dict)
+    }
+
+
+def test_params_yaml_is_the_default_preset():
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    assert text == preset.dump(preset.compose("digits", []), "digits"), "run: python -m tasks.preset digits"
+
+
+def test_overrides_of_values_and_of_parts():
+    document = preset.compose(
+        "folder",
+        [
+            PATH,
+            "conditioning=label",
+            "train.learning_rate=2e-4",
+            "model.block_out_channels=[16,32]",
+            "model.attention=[false,true]",
+        ],
+    )
+    assert document["codec"]["conditioning"] == "label"
+    assert document["train"]["condition_dropout"] > 0
+    assert document["train"]["learning_rate"] == 2e-4
+    assert document["model"]["block_out_channels"] == [16, 32]
+
+
+@pytest.mark.parametrize("source", sorted(set(preset.parts()["source"]) - {"folder"}))
+def test_every_source_of_the_hub_is_valid(source):
+    document = preset.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
+    assert document["download"]["source"] in ("hub", "laion")
+
+
+@pytest.mark.parametrize(
+    "name", ["pics #1", "pics ", " pics", "a\tb", "2023", "null", "a: b", "~x", "[1]", "'quoted'", "1e3", "no", "a=b"]
+)
+def test_a_path_is_taken_as_it_was_typed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for path in (name, str(tmp_path / name)):
+        document = preset.compose("folder", [f"download.path={path}"])
+        Path("params.yaml").write_text(preset.dump(document, "folder"))
+        assert params.load(Path("params.yaml")).download.path == path
+
+
+def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
+    (tmp_path / "my pictures (1)").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    document = preset.compose("folder", ["download.path=~/my pictures (1)"])
+    assert document["download"]["path"] == str(tmp_path / "my pictures (1)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["digit"], "there is no preset 'digit'; did you mean 'digits'?"),
+        (["base"], "there is no preset 'base'"),
+        (["digits", "train.stepps=3"], "unknown parameter 'train.stepps'; did you mean 'steps'?"),
+        (
+            ["digits", "stepps=3"],
+            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or visualize.",
+        ),
+        (["digits", "train.n_distance=3"], "unknown parameter 'train.n_distance'; did you mean evaluate.n_distance?"),
+        (["digits", "sorce=folder"], "unknown part 'sorce'; did you mean 'source'?"),
+        (["digits", "download=3"], "'download' is a section and not a value; set one of its keys, such as download.so"),
+        (
+            ["digits", "train.init_from=/no/where"],
+            "train.init_from '/no/where' does not exist; give the path of a folder",
+        ),
+        (["digits", "validate.baseline=/no/where"], "validate.baseline '/no/where' does not exist; give the path of a"),
+        (["digits", "train.steps=many"], "parameter 'train.steps' is 'many'"),
+        (["digits", "train"], "'train' is no override"),
+        (["digits", "model.attention=["], "the overrides cannot be read"),
+        (["digits", "conditioning=labels"], "there is no conditioning 'labels'; did you mean 'label'?"),
+        (["digits", "source=celebahq"], "preset 'digits' lets nobody choose its source"),
+        (["hub"], "set download.hub.repo"),
+        (["digits_ddpm", "evaluate.guidance_scale=2.0"], "guidance needs a condition"),
+        (["folder"], "set either download.path"),
+        (["folder", "download.path=~nobody-of-that-name/x"], "a user whom this machine does not know"),
+        (["folder", "download.path=/d/${y}"], "'dvc exp run' takes for a parameter"),
+        (["folder", "download.path=/nowhere/at/all"], "download.path '/nowhere/at/all' does not exist"),
+        (["digits", "image.resolution=18"], "image.resolution 18 cannot be halved 2 times"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_change_nothing(arguments, sentence, tmp_path):
+    target = tmp_path / "params.yaml"
+    target.write_text("as it was", encoding="utf-8")
+    done = run(*arguments, "--params", str(target))
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert done.stderr.startswith("preset: error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert target.read_text(encoding="utf-8") == "as it was"
+
+
+def test_list_names_each_preset_with_its_purpose():
+    lines = run("--list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == preset.names()
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_what_was_edited_by_hand_is_kept_beside_it(tmp_path):
+    target = tmp_path / "params.yaml"
+    written = run("digits", "train.steps=600", "--params", str(target)).stdout
+    assert ".bak" not in written and " -> " not in written
+    target.write_text(target.read_text().replace("batch_size: 64", "batch_size: 48", 1) + "# mine\n")
+    edited = target.read_text()
+    done = run("digits", "train.seed=5", "--params", str(target)).stdout.splitlines()
+    assert done[0] == f"preset: {target} had been edited; the old one is kept as {target}.bak"
+    assert {"preset: train.steps: 600 -> 500", "preset: train.seed: 0 -> 5"} < set(done)
+    assert sum(" -> " in line for line in done) == 3
+    assert Path(f"{target}.bak").read_text() == edited
+    # as written by a preset, so nothing is lost with it
+    assert ".bak" not in run("digits", "--params", str(target)).stdout
+    target.write_text(edited)
+    assert f"kept as {target}.bak" in run("digits", "--params", str(target)).stdout
+    target.write_text("train: [")
+    assert f"kept as {target}.bak2" in run("digits", "--params", str(target)).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "params.yaml.bak", "params.yaml.bak2"]
+
+
+def test_the_kept_files_are_ignored_by_git(tmp_path):
+    command = ["git", "check-ignore", "params.yaml.bak", "params.yaml.bak2"]
+    assert len(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()) == 2
+
+
+def test_of_many_changes_some_are_shown(tmp_path):
+    target = tmp_path / "params.yaml"
+    run("digits", "--params", str(target))
+    lines = run("cifar10_ddpm", "--params", str(target)).stdout.splitlines()
+    assert sum(" -> " in line for line in lines) == preset.SHOWN_CHANGES
+    assert lines[-2].startswith("preset: and ") and lines[-2].endswith(" more")
+
+
+def test_it_answers_at_once(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run("digits", "--params", str(tmp_path / "params.yaml")).returncode == 0
+    assert run("digits", "train.seed=1", "--params", str(tmp_path / "params.yaml")).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 2

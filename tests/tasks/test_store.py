@@ -1,0 +1,187 @@
+"""What lies behind MLflow: refused in one sentence where it cannot serve, and never written outside the work tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tasks.runtime import store, tracking
+from tasks.runtime.stage import StageError
+
+ROOT = Path(__file__).parents[2]
+DATASET = {"name": "digits", "digest": "ab" * 32}
+WHOLE_LIFE = """
+import sys
+from tasks import tracking
+client = tracking.connect()
+with tracking.training_run(sys.argv[1], {}, {"name": "digits", "digest": "ab"}) as run:
+    client.log_dict(run.run_id, {"a": 1}, "lineage/a.json")
+made = client.create_logged_model(tracking.experiment_id(client), name="m", source_run_id=run.run_id)
+print(made.artifact_location)
+"""
+
+
+def work_tree(folder: Path, database: Path) -> Path:
+    """A folder with an MLflow database of its own, as a first run leaves it."""
+    folder.mkdir(parents=True)
+    shutil.copy(database, folder / "mlflow.db")
+    home = str(folder / "mlruns")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as opened, opened:
+        opened.execute("UPDATE experiments SET artifact_location = ?", (f"{home}/0",))
+    return folder
+
+
+def run_in(folder: Path, key: str) -> subprocess.CompletedProcess[str]:
+    """The life of a run in the work tree `folder`, without any setting of its place."""
+    without = ("MLFLOW_TRACKING_URI", "AFTERIMAGE_SCRATCH")
+    environment = {name: value for name, value in os.environ.items() if name not in without}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", WHOLE_LIFE, key]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def files(folder: Path) -> dict[str, tuple[int, float]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(how, tmp_path, migrated_database):
+    old = work_tree(tmp_path / "old" / "tree", migrated_database)
+    first = run_in(old, "one")
+    assert first.returncode == 0, first.stderr
+    new = tmp_path / "new" / "tree"
+    (shutil.copytree if how == "copied" else shutil.move)(old, new)
+    before = files(tmp_path / "old")
+    second = run_in(new, "two")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.strip().startswith(str(new / "mlruns"))
+    assert second.stderr.count("the work tree was moved or copied") == 1
+    assert files(tmp_path / "old") == before
+    with closing(sqlite3.connect(new / "mlflow.db")) as database:
+        places = [row[0] for row in database.execute("SELECT artifact_location FROM experiments")]
+        places += [row[0] for row in database.execute("SELECT artifact_uri FROM runs")]
+    assert len(places) >= 4 and all(place.startswith(str(new)) for place in places)
+    assert store.bring_home(new / "mlflow.db") == 0
+
+
+def test_artifacts_that_somebody_put_elsewhere_stay_there(tmp_path, migrated_database):
+    tree = work_tree(tmp_path / "tree", migrated_database)
+    for elsewhere in ("s3://bucket/mlruns", str(tmp_path / "artifacts")):
+        with closing(sqlite3.connect(tree / "mlflow.db")) as opened, opened:
+            opened.execute("UPDATE experiments SET artifact_location = ?", (f"{elsewhere}/0",))
+        assert store.bring_home(tree / "mlflow.db") == 0
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+def test_a_path_that_mlflow_would_misread_is_refused_and_nothing_is_written(name, tmp_path):
+    folder = tmp_path / name / "tree"
+    folder.mkdir(parents=True)
+    done = run_in(folder, "one")
+    assert done.returncode == 1
+    assert f"MLflow would not find its database at {folder}/mlflow.db" in done.stderr
+    assert files(tmp_path) == {}
+
+
+def test_other_odd_paths_work(tmp_path, migrated_database):
+    name = "a b#ü, 50% off"
+    folder = work_tree(tmp_path / name / "tree", migrated_database)
+    done = run_in(folder, "one")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(folder / "mlruns"))
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+def refused(uri: str, monkeypatch, tmp_path) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    with pytest.raises(StageError) as error:
+        tracking.connect()
+    assert "\n" not in str(error.value) and "SECRET" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("postgresql", "psycopg2-binary"), ("postgresql+psycopg", "psycopg[binary]"), ("mysql", "mysqlclient")],
+)
+def test_a_database_without_its_driver_names_the_package(scheme, package, monkeypatch, tmp_path):
+    find = store.importlib.util.find_spec
+    drivers = {module for module, _ in (("psycopg2", 0), ("psycopg", 0), ("MySQLdb", 0))}
+    monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: None if name in drivers else find(name))
+    told = refused(f"{scheme}://user:SECRET@SECRET@127.0.0.1:9/db", monkeypatch, tmp_path)
+    assert package in told and "pip install" in told and "MLFLOW_TRACKING_URI" in told
+
+
+def test_a_database_server_that_does_not_answer_is_told_at_once(monkeypatch, tmp_path):
+    find = store.importlib.util.find_spec
+    monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: name if name == "psycopg2" else find(name))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = refused(f"postgresql://user:SECRET@127.0.0.1:{port}/db", monkeypatch, tmp_path)
+    assert f"postgresql://***@127.0.0.1:{port}/db does not answer" in told
+
+
+def test_an_address_that_mlflow_does_not_know_is_one_sentence(monkeypatch, tmp_path):
+    assert "refuses" in refused("nonsense://SECRET@x", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "cut", "zeroed"])
+def test_a_damaged_database_is_one_sentence(damage, monkeypatch, tmp_path, migrated_database):
+    data = bytearray(migrated_database.read_bytes())
+    if damage == "overwritten":
+        data[:100] = b"x" * 100
+    elif damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[8192 : len(data) // 2] = bytes(len(data) // 2 - 8192)
+    (tmp_path / "mlflow.db").write_bytes(data)
+    told = refused(f"sqlite:///{tmp_path / 'mlflow.db'}", monkeypatch, tmp_path)
+    assert f"the MLflow database {tmp_path / 'mlflow.db'} is damaged" in told and "move it away" in told
+
+
+def test_another_version_and_a_password_with_an_at_sign(monkeypatch, tmp_path, migrated_database):
+    """The sentence repeats neither: where the address is in the environment, it is named by its variable."""
+    shutil.copy(migrated_database, tmp_path / "old.db")
+    with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'c48cb773bb87'")
+    told = refused(f"sqlite:///{tmp_path / 'old.db'}", monkeypatch, tmp_path)
+    assert 'mlflow db upgrade "$MLFLOW_TRACKING_URI"' in told
+    told = refused("http://user:SECRET@SECRET@127.0.0.1:9", monkeypatch, tmp_path)
+    assert "http://***@127.0.0.1:9 does not answer" in told
+
+
+@pytest.mark.parametrize("module", ["infra.run", "infra.ui", "flows.pipeline"])
+def test_the_commands_say_it_before_they_begin(module, tmp_path):
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/a?b.db",
+        "AFTERIMAGE_SCRATCH": str(tmp_path),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = ["--port", str(free.getsockname()[1])] if module == "infra.ui" else []
+    command = [sys.executable, "-m", module, *port]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert re.match(r"\w+: error: MLflow would not find its database at ", done.stderr)
+
+
+def test_the_ui_of_a_server_is_where_the_server_is(tmp_path):
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "http://me:SECRET@mlflow.example.org:5000"}
+    command = [sys.executable, "-m", "infra.ui"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.strip().endswith("open http://mlflow.example.org:5000")
