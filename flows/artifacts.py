@@ -9,7 +9,8 @@ from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks import params, tracking, workspace
+from tasks import params
+from tasks.runtime import tracking, workspace
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves the store of the work tree."""

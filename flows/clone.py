@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.repro import dvc
-from tasks import atomic, params
-from tasks.stage import StageError
+from tasks import params
+from tasks.runtime import atomic
+from tasks.runtime.stage import StageError
 
 Log = Callable[[str], None]
 

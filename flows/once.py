@@ -7,7 +7,7 @@ import os
 import sys
 
 from flows import server
-from tasks import workspace
+from tasks.runtime import workspace
 
 INTERRUPTED = 130
 

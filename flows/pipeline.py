@@ -29,9 +29,9 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import artifacts, clone, repro
-from tasks import workspace as places
 from tasks.params import ParamsError
-from tasks.stage import StageError
+from tasks.runtime import workspace as places
+from tasks.runtime.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)
 CACHED = "Cached"

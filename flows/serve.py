@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows import server
-from tasks import locks, workspace
-from tasks.stage import StageError
+from tasks.runtime import locks, workspace
+from tasks.runtime.stage import StageError
 
 START_SECONDS = 180.0
 SILENCE_SECONDS = 90

@@ -21,8 +21,8 @@ from string import Template
 
 import psutil
 
-from tasks import atomic
-from tasks.stage import StageError
+from tasks.runtime import atomic
+from tasks.runtime.stage import StageError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from flows import server
-from tasks import locks, workspace
+from tasks.runtime import locks, workspace
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 SIZES = ROOT / "infra" / "download-sizes.json"
-ASIDE = ("tasks/img2dataset.in", "tasks/img2dataset-cluster.in")
+ASIDE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")
 """What environments of their own ask for; the lock of each lies beside it."""
 UV = "uv==0.13.9"
 OLDEST_PYTHON = "3.11"

@@ -7,8 +7,8 @@ import os
 import socket
 import sys
 
-from tasks import tracking, workspace
-from tasks.stage import StageError
+from tasks.runtime import tracking, workspace
+from tasks.runtime.stage import StageError
 
 HOST = "127.0.0.1"
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.autoencoder import APPLY_BATCH, encode
-from models.classifier import to_input
-from models.fit import Recipe, fit, seeded
+from models.judges.classifier import to_input
+from models.judges.fit import Recipe, fit, seeded
+from models.networks.autoencoder import APPLY_BATCH, encode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from models.text_encoder import pack
+from models.networks.text_encoder import pack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
 
 def text_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]; of two encoders with `ids_2`
-    and packed (`models/text_encoder.py`), [batch, L + 1, D]."""
+    and packed (`models/networks/text_encoder.py`), [batch, L + 1, D]."""
     assert pipeline.text is not None, "asked for a text-conditional model alone"
     towers = pipeline.text.towers
     ids = tuple(tower.token_ids([""] * EXAMPLE_BATCH) for tower in towers)

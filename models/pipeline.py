@@ -22,8 +22,8 @@ from models import samplers, schedules
 if TYPE_CHECKING:
     import torch
 
-    from models.network import Network
-    from models.text_encoder import AnyEncoder
+    from models.networks.network import Network
+    from models.networks.text_encoder import AnyEncoder
 
 FORMAT = 2
 PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -101,8 +101,8 @@ class Pipeline:
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Labels, or for a text-conditional model prompts -> (condition, null condition): int64 [N] each, float32
-        [N, L, D] each (of two encoders packed, see `models/text_encoder.py`), or two Nones. Raises `ValueError` where
-        they and the model do not fit each other."""
+        [N, L, D] each (of two encoders packed, see `models/networks/text_encoder.py`), or two Nones. Raises
+        `ValueError` where they and the model do not fit each other."""
         import torch
 
         if self.conditioning == "none":
@@ -124,7 +124,7 @@ class Pipeline:
         assert self.text is not None and prompts is not None, "just seen to"
         embedded = self.text.encode([*prompts, ""]).to(self.device)
         if self.text.pooled is not None:
-            from models.text_encoder import with_sizes
+            from models.networks.text_encoder import with_sizes
 
             embedded = with_sizes(embedded, self.text.pooled, torch.tensor(self.sizes))
         return embedded[:-1], embedded[-1:].expand_as(embedded[:-1])
@@ -135,7 +135,7 @@ class Pipeline:
 
         if self.autoencoder is None:
             return torch.from_numpy(from_uint8(pixels)).to(self.device)
-        from models.autoencoder import encode
+        from models.networks.autoencoder import encode
 
         return encode(self.autoencoder, pixels)[0]
 
@@ -143,7 +143,7 @@ class Pipeline:
         """What the network sees, float [N, *input_shape] -> images, float [N, C, H, W], about [-1, 1]."""
         if self.autoencoder is None:
             return x
-        from models.autoencoder import decode
+        from models.networks.autoencoder import decode
 
         return decode(self.autoencoder, x)
 
@@ -309,14 +309,14 @@ def _model_index(folder: Path, conditioning: str) -> dict[str, Any] | None:
 
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     """Read a folder that `save_pipeline` wrote, or one of an unconditional `DDPMPipeline` or `DDIMPipeline` that
-    somebody published in diffusers format (`models.published`).
+    somebody published in diffusers format (`models.networks.published`).
 
     Raises `FileNotFoundError` when it is neither, `ValueError` in one sentence for another format or for what our
     network and samplers cannot do.
     """
-    from models import published
-    from models.network import build, config_of
-    from models.unet import UNetConfig
+    from models.networks import published
+    from models.networks.network import build, config_of
+    from models.networks.unet import UNetConfig
 
     unet_folder, scheduler_folder = published.parts(folder)
     config = config_of(_read(unet_folder / "config.json"))
@@ -345,11 +345,11 @@ def _codec_parts(folder: Path, device: str) -> dict[str, Any]:
     """`autoencoder` and `text` of a pipeline, those that it has."""
     parts: dict[str, Any] = {}
     if (folder / "vae").is_dir():
-        from models.autoencoder import load_autoencoder
+        from models.networks.autoencoder import load_autoencoder
 
         parts["autoencoder"] = load_autoencoder(folder / "vae", device)
     if (folder / "text_encoder").is_dir():
-        from models.text_encoder import load_text_encoder
+        from models.networks.text_encoder import load_text_encoder
 
         parts["text"] = load_text_encoder(folder, device)
     return parts

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.classifier import Backbone, apply, shift_and_flip, to_input
-from models.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
-from models.fit import Recipe, fit, seeded
-from models.text_encoder import APPLY_BATCH, ProjectedEncoder, TextEncoder
+from models.judges.classifier import Backbone, apply, shift_and_flip, to_input
+from models.judges.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
+from models.judges.fit import Recipe, fit, seeded
+from models.networks.text_encoder import APPLY_BATCH, ProjectedEncoder, TextEncoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.formats.images import Samples, load_pixels, read_index, require_accepted
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
-from tasks.stage import StageError
+from tasks.runtime import atomic, stage
+from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.text_encoder import AnyEncoder, TextEncoder
+    from models.networks.text_encoder import AnyEncoder, TextEncoder
 
 FORMAT = 2
 MEASURED_IMAGES = 1024
@@ -72,8 +72,8 @@ def _autoencoder(
     train: Samples, held_out: Samples, folder: Path, params: CodecParams, quality: dict[str, float]
 ) -> dict[str, Any]:
     """Write `vae/` with its scaling, and what it does to held-out images; returns what codec.json says about it."""
-    from models import autoencoder
     from models import autoencoder_training as training
+    from models.networks import autoencoder
 
     network = _trained(train, params) if params.autoencoder.weights is None else _published(params.autoencoder)
     _require_fits(network, train, params.autoencoder)
@@ -103,7 +103,7 @@ def _autoencoder(
 
 def _trained(train: Samples, params: CodecParams) -> Any:
     from models.autoencoder_training import AutoencoderConfig, train_autoencoder
-    from models.fit import Recipe
+    from models.judges.fit import Recipe
 
     wanted = params.autoencoder
     config = AutoencoderConfig(
@@ -122,8 +122,8 @@ def _trained(train: Samples, params: CodecParams) -> Any:
 
 
 def _published(params: AutoencoderParams) -> Any:
-    from models.autoencoder import load_autoencoder
-    from tasks import weights
+    from models.networks.autoencoder import load_autoencoder
+    from tasks.transfer import weights
 
     assert params.weights is not None and params.pin is not None, "the parameters were checked"
     folder = weights.part(weights.bring(params.weights, params.pin, ("vae",)), "vae")
@@ -135,7 +135,7 @@ def _published(params: AutoencoderParams) -> Any:
 
 def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> None:
     """Published weights must have the shape that the parameters state, on which the model's shape was checked."""
-    from models.autoencoder import shrinking
+    from models.networks.autoencoder import shrinking
 
     config, given = network.config, "codec.autoencoder.weights"
     if config.in_channels != train.pixels.shape[1]:
@@ -174,7 +174,7 @@ def _text(
 ) -> dict[str, Any]:
     """Write the text encoders and their tokenizers; returns what codec.json says about them, and the prompts by which
     samples are asked for: one of each class, or where there are none captions of held-out images."""
-    from models.text_encoder import save_text_encoder
+    from models.networks.text_encoder import save_text_encoder
 
     for samples in (train, held_out):
         without = [key for key, captions in zip(samples.keys, samples.captions, strict=True) if not captions]
@@ -204,7 +204,7 @@ def _some_captions(samples: Samples) -> list[str]:
 
 def _trained_text(train: Samples, held_out: Samples, params: CodecParams, quality: dict[str, float]) -> AnyEncoder:
     """One encoder, or two of different seeds, the second with the projection that it was trained in."""
-    from models.text_encoder import PairedEncoder
+    from models.networks.text_encoder import PairedEncoder
     from models.text_training import projected
 
     encoder, pair = _trained_tower(train, params, params.text.width, params.seed)
@@ -217,7 +217,7 @@ def _trained_text(train: Samples, held_out: Samples, params: CodecParams, qualit
 
 
 def _trained_tower(train: Samples, params: CodecParams, width: int, seed: int) -> tuple[TextEncoder, Any]:
-    from models.fit import Recipe
+    from models.judges.fit import Recipe
     from models.text_training import TextConfig, train_text_encoder
 
     wanted = params.text
@@ -238,8 +238,8 @@ def _retrieval(pair: Any, encoder: TextEncoder, held_out: Samples, seed: int, na
 
 
 def _published_text(params: CodecParams) -> AnyEncoder:
-    from models.text_encoder import SIZES, SUFFIXES, load_text_encoder
-    from tasks import weights
+    from models.networks.text_encoder import SIZES, SUFFIXES, load_text_encoder
+    from tasks.transfer import weights
 
     wanted = params.text
     assert wanted.weights is not None and wanted.pin is not None, "the parameters were checked"
@@ -264,8 +264,8 @@ def _hash(folder: Path) -> str:
     """sha256 over text encoders and tokenizers."""
     import hashlib
 
-    from models.autoencoder import seal
-    from models.text_encoder import SUFFIXES
+    from models.networks.autoencoder import seal
+    from models.networks.text_encoder import SUFFIXES
 
     parts = [folder / f"{name}{suffix}" for suffix in SUFFIXES for name in ("text_encoder", "tokenizer")]
     return hashlib.sha256("".join(seal(part) for part in parts if part.is_dir()).encode()).hexdigest()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks import archives, atomic, cifar, digits, fetch, folder, hub, laion, picture_tables, s3, stage, workspace
 from tasks.params import DownloadParams
-from tasks.source import read_manifest, write_manifest
-from tasks.stage import StageError
+from tasks.runtime import atomic, stage, workspace
+from tasks.runtime.stage import StageError
+from tasks.sources import archives, cifar, digits, folder, hub, laion, picture_tables, s3
+from tasks.sources.entry import read_manifest, write_manifest
+from tasks.transfer import fetch
 
 
 def download(raw: Path, params: DownloadParams) -> None:

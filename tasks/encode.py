@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, buckets, decoding, locks, stage, workspace
-from tasks.blocks import Blocks
-from tasks.images import read_columns, read_encoded, require_accepted
-from tasks.latents import keys_hash, write_index, write_prompts, write_shards
+from tasks.encoding.blocks import Blocks
+from tasks.formats import buckets, decoding
+from tasks.formats.images import read_columns, read_encoded, require_accepted
+from tasks.formats.latents import keys_hash, write_index, write_prompts, write_shards
 from tasks.params import EncodeParams
-from tasks.source import require_space
+from tasks.runtime import atomic, locks, stage, workspace
+from tasks.sources.entry import require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ FED_AHEAD = 3
 """Chunks that are with a GPU: one in work, the others ready for it."""
 TEXT_BLOCK = 4096
 BFLOAT16_BYTES = 2
-TRANSFORM_CODE = ("tasks/buckets.py", "tasks/decoding.py", "models/autoencoder.py")
+TRANSFORM_CODE = ("tasks/formats/buckets.py", "tasks/formats/decoding.py", "models/networks/autoencoder.py")
 
 Encoded: TypeAlias = "tuple[str, bytes, int]"
 """sha256, bytes and number of pixels of a picture."""
@@ -255,7 +256,7 @@ def _encode_missing(
     """Decode and encode in threads, which leave Python's lock for both; each chunk is kept as soon as it is done."""
     import torch
 
-    from models.autoencoder import load_autoencoder
+    from models.networks.autoencoder import load_autoencoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_autoencoder(codec / "vae", device)
@@ -332,7 +333,7 @@ def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str,
     import numpy as np
     import torch
 
-    from models import autoencoder
+    from models.networks import autoencoder
 
     views = [pixels, pixels[..., ::-1]] if mirrored else [pixels]
     means, deviations = [], []
@@ -397,7 +398,7 @@ class _Texts:
     def _compute(self, codec: Path) -> None:
         import torch
 
-        from models.text_encoder import load_text_encoder
+        from models.networks.text_encoder import load_text_encoder
 
         wanted = {_text_hash(text): text for text in [*self.distinct, *self.prompts]}
         if self.blocks.changes():

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, protocol, stage
-from tasks.images import require_accepted
+from tasks.evaluation import protocol
+from tasks.evaluation.protocol import Draw, Scorer
+from tasks.formats.images import require_accepted
 from tasks.params import EvaluateParams
-from tasks.protocol import Draw, Scorer
-from tasks.stage import StageError
+from tasks.runtime import atomic, stage
+from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ def evaluate(
     Raises `StageError` before anything is drawn where there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.judge import best_device, load_judge
+    from models.judges.judge import best_device, load_judge
     from models.pictures import save_png
     from models.pipeline import load_pipeline
 

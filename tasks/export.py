@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, images, stage, workspace
+from tasks.formats import images
 from tasks.params import ExportParams
-from tasks.stage import StageError
+from tasks.runtime import atomic, stage, workspace
+from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     if trained.autoencoder is not None:
         onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
     if trained.text is not None:
-        from models.text_encoder import SUFFIXES
+        from models.networks.text_encoder import SUFFIXES
 
         onnx_graph.write(onnx_graph.text_to_onnx(trained, params.opset), folder / "text_encoder.onnx")
         info["text"] = {

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, tracking
-from tasks.protocol import draw_name
-from tasks.stage import StageError
+from tasks.evaluation.protocol import draw_name
+from tasks.runtime import atomic, tracking
+from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

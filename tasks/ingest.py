@@ -19,13 +19,15 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from tasks import atomic, cifar, decoding, digits, folder, picture_tables, stage
-from tasks import quarantine as apart
-from tasks.images import Writer, split_of
+from tasks.formats import decoding
+from tasks.formats.images import Writer, split_of
 from tasks.params import IngestParams
-from tasks.source import Entry, Problem, Source, read_manifest
-from tasks.stage import StageError
-from tasks.writing_systems import is_control
+from tasks.runtime import atomic, stage
+from tasks.runtime.stage import StageError
+from tasks.sources import cifar, digits, folder, picture_tables
+from tasks.sources import quarantine as apart
+from tasks.sources.entry import Entry, Problem, Source, read_manifest
+from tasks.validation.writing_systems import is_control
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import extractors, stage
-from tasks.images import Samples, load_pixels, read_index, require_accepted
+from tasks.evaluation import extractors
+from tasks.formats.images import Samples, load_pixels, read_index, require_accepted
 from tasks.params import ImageParams, JudgeParams
+from tasks.runtime import stage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.judge import Judge
+    from models.judges.judge import Judge
 
 CHOICES = 10
 """Captions offered for each held-out image, one of them right, where no prompts name the classes."""
@@ -32,8 +33,8 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     captions from a self-supervised encoder. Each is tested on the held-out images. Where `params.extractor` or
     `params.clip` names a published network, it comes in their place.
     """
-    from models.judge import save_judge
-    from tasks.atomic import writing_folder
+    from models.judges.judge import save_judge
+    from tasks.runtime.atomic import writing_folder
 
     require_accepted(accepted)
     classes = read_index(images)["classes"]
@@ -52,7 +53,7 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
 
 def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
     """Bring the published networks into `folder`; returns them as arguments of `Judge`."""
-    from models.judge import EXTRACTOR, PRETRAINED_CLIP, best_device, load_published
+    from models.judges.judge import EXTRACTOR, PRETRAINED_CLIP, best_device, load_published
 
     kind = params.extractor.kind if params.extractor.kind != "in_domain" else None
     if kind:
@@ -67,11 +68,11 @@ def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
-    from models.classifier import train_classifier
-    from models.clip import train_clip
-    from models.fit import Recipe
-    from models.judge import Judge, best_device
-    from models.selfsupervised import train_encoder
+    from models.judges.classifier import train_classifier
+    from models.judges.clip import train_clip
+    from models.judges.fit import Recipe
+    from models.judges.judge import Judge, best_device
+    from models.judges.selfsupervised import train_encoder
 
     device = best_device()
     clip_recipe = Recipe(
@@ -96,9 +97,9 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
 
 def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any]:
     """How good each network is on held-out images: the `*_accuracy` entries of `judge.json`."""
-    from models.clip import choice_accuracy
-    from models.metrics import accuracy
-    from models.selfsupervised import twin_accuracy
+    from models.judges.clip import choice_accuracy
+    from models.judges.metrics import accuracy
+    from models.judges.selfsupervised import twin_accuracy
 
     found: dict[str, Any] = {}
     labelled = held_out.labels >= 0

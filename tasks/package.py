@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic, images, model_folder, stage
-from tasks.model_card import model_card
+from tasks.formats import images, model_folder
+from tasks.report.model_card import model_card
+from tasks.runtime import atomic, stage
 
 
 def package(

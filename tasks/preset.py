@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import yaml
 
-from tasks import atomic
 from tasks.params import ParamsError, parse
+from tasks.runtime import atomic
 
 PRESETS = Path(__file__).with_name("presets")
 BASE = "base"

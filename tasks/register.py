@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import gates, lineage, locks, measures, model_folder, stage, tracking, workspace
-from tasks.images import read_index
+from tasks.evaluation import gates
+from tasks.formats import measures, model_folder
+from tasks.formats.images import read_index
 from tasks.params import RegisterParams
+from tasks.runtime import lineage, locks, stage, tracking, workspace
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -293,9 +295,9 @@ def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict
     """Fetch the champion's weights and measure them by the protocol that its challenger was measured by."""
     import mlflow
 
-    from models.judge import load_judge
+    from models.judges.judge import load_judge
     from models.pipeline import load_pipeline
-    from tasks import protocol
+    from tasks.evaluation import protocol
 
     print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,7 @@
 """Stage `train`: latents -> a trained diffusion pipeline.
 
-The loop is `fit`. What it works on is a `Run` (`tasks/training_run.py`); what names a run is its key
-(`tasks/training_key.py`). Checkpoints live in a scratch folder named by what determines the weights, outside DVC's
+The loop is `fit`. What it works on is a `Run` (`tasks/training/run.py`); what names a run is its key
+(`tasks/training/key.py`). Checkpoints live in a scratch folder named by what determines the weights, outside DVC's
 outputs: a killed run continues from there and ends in the same bytes as one that was left alone.
 """
 
@@ -17,13 +17,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import atomic, checkpoint, images, latents, launch, locks, measures, stage, tracking, training_key, workspace
+from tasks.formats import images, latents, measures
 from tasks.params import DiffusionParams, ModelParams, TrainParams
-from tasks.stage import Preempted
+from tasks.runtime import atomic, locks, stage, tracking, workspace
+from tasks.runtime.stage import Preempted
+from tasks.training import checkpoint, launch
+from tasks.training import key as training_key
 
 if TYPE_CHECKING:
-    from tasks.training_log import Row
-    from tasks.training_run import Run
+    from tasks.training.log import Row
+    from tasks.training.run import Run
 
 ASK_EVERY = 10
 """Steps after which several processes tell each other whether a signal arrived; to ask costs a message."""
@@ -45,8 +48,9 @@ def train(
     parameters of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
     verdict = images.require_accepted(accepted)
-    from models.autoencoder import load_autoencoder
-    from tasks import training_run, warm_start
+    from models.networks.autoencoder import load_autoencoder
+    from tasks.training import run as training_run
+    from tasks.training import warm_start
 
     index = latents.read_index(data)
     training_run.check_fits(index, params)
@@ -93,9 +97,10 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
     import torch
     from tqdm import tqdm
 
-    from tasks import previews, training_log
-    from tasks.batches import seed_for
-    from tasks.training_run import gathered, snapshot
+    from tasks.training import log as training_log
+    from tasks.training import previews
+    from tasks.training.batches import seed_for
+    from tasks.training.run import gathered, snapshot
 
     params, accelerator = run.params, run.accelerator
     meter = training_log.Meter(run) if live else None
@@ -184,7 +189,8 @@ def _closed(run: Run, live: tracking.TrainingRun | None) -> list[Row]:
     They are not in the checkpoint, so that a longer run that continues from there has the history of one that
     never ended here.
     """
-    from tasks import previews, training_log
+    from tasks.training import log as training_log
+    from tasks.training import previews
 
     history = list(run.history)
     if not history or history[-1]["step"] != run.step:
@@ -239,7 +245,8 @@ def _tell_codec(live: tracking.TrainingRun, codec: Path) -> None:
 def _write_report(
     report: Path, run: Run, history: list[Row], facts: dict[str, Any], dataset: dict[str, str], codec: Path
 ) -> None:
-    from tasks import previews, training_log
+    from tasks.training import log as training_log
+    from tasks.training import previews
 
     chosen = run.params.pipeline_ema
     text = io.StringIO()
@@ -268,9 +275,9 @@ def _compared(run: Run, history: list[Row]) -> dict[str, float]:
 
 
 def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
+    from models.networks.text_unet import adapter, merged
     from models.pipeline import save_pipeline
     from models.schedules import betas
-    from models.text_unet import adapter, merged
 
     info = {
         "conditioning": index["conditioning"],

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, decoding, duplicates, expectations, stage
-from tasks.expectations import Finding, Gate, Table
-from tasks.images import read_columns, read_index, schema, schema_of
+from tasks.formats import decoding
+from tasks.formats.images import read_columns, read_index, schema, schema_of
 from tasks.params import ValidateParams
-from tasks.quarantine import FILE as QUARANTINE_FILE
-from tasks.quarantine import NO_IMAGE_FILE
-from tasks.stage import StageError
+from tasks.runtime import atomic, stage
+from tasks.runtime.stage import StageError
+from tasks.sources.quarantine import FILE as QUARANTINE_FILE
+from tasks.sources.quarantine import NO_IMAGE_FILE
+from tasks.validation import duplicates, expectations
+from tasks.validation.expectations import Finding, Gate, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,7 +184,7 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, An
     import numpy as np
     import pyarrow.compute as pc
 
-    from tasks.writing_systems import Reader
+    from tasks.validation.writing_systems import Reader
 
     reader = Reader(params.caption_scripts)
     parts: list[dict[str, Any]] = []

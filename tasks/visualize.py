@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks import atomic, report_tables, stage
 from tasks.params import ImageParams, VisualizeParams
-from tasks.report_page import Neighbours, Picture, Report, Tiles, render
+from tasks.report import tables as report_tables
+from tasks.report.page import Neighbours, Picture, Report, Tiles, render
+from tasks.runtime import atomic, stage
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from models.pipeline import Pipeline
-    from tasks.images import Samples
+    from tasks.formats.images import Samples
 
 STRIP_COLUMNS = 9
 FORWARD_ROWS, REVERSE_SAMPLES, UNCONDITIONAL_ROWS = 3, 2, 3
@@ -51,7 +52,7 @@ def visualize(
     nearest training images. The page adds the tables and grids of the evaluation.
     """
     from models.pipeline import load_pipeline
-    from tasks.images import load_pixels, require_accepted
+    from tasks.formats.images import load_pixels, require_accepted
 
     require_accepted(accepted)
     model = load_pipeline(pipeline, _device())
@@ -276,7 +277,7 @@ def _neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Draw
     """
     import numpy as np
 
-    from tasks.images import load_pixels, read_index
+    from tasks.formats.images import load_pixels, read_index
 
     count = read_index(images)["splits"].get("train", 0)
     if not count or count * image.channels * image.size**2 > SEARCH_BYTES:
@@ -316,7 +317,7 @@ def _charts(model: Pipeline, training: Path) -> dict[str, Any]:
     import pandas as pd
 
     from models import schedules as noise
-    from tasks import charts
+    from tasks.report import charts
 
     curves = {}
     for name in noise.SCHEDULES:

@@ -31,7 +31,7 @@ def migrated_database(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mlflow")
     path = folder / "mlflow.db"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(folder)}
-    connect = "from tasks import tracking; tracking.connect()"
+    connect = "from tasks.runtime import tracking; tracking.connect()"
     subprocess.run([sys.executable, "-c", connect], cwd=ROOT, env=environment, check=True)
     with closing(sqlite3.connect(path)) as database:  # whose artifacts would lie beside this file, not the copy
         database.execute("DELETE FROM experiments WHERE name = 'afterimage'")
@@ -42,7 +42,7 @@ def migrated_database(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
     """A work tree in which `export` has run on a class-conditional network; copy it before writing there."""
-    from tests import model_outputs
+    from tests.support import model_outputs
 
     return model_outputs.exported(tmp_path_factory.mktemp("exported"))
 
@@ -50,7 +50,7 @@ def exported(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported_unconditional(tmp_path_factory) -> Path:
     """The same for an unconditional network."""
-    from tests import model_outputs
+    from tests.support import model_outputs
 
     return model_outputs.exported(tmp_path_factory.mktemp("exported"), "none")
 

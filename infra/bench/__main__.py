@@ -12,7 +12,7 @@ from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
 from tasks.preset import PresetError
-from tasks.stage import PREEMPTED, StageError, let_threads_sleep
+from tasks.runtime.stage import PREEMPTED, StageError, let_threads_sleep
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from infra.bench.inputs import Inputs
 from tasks.params import Params
-from tasks.stage import let_threads_sleep
+from tasks.runtime.stage import let_threads_sleep
 
 Side: TypeAlias = Literal["ours", "peer"]
 
@@ -170,10 +170,10 @@ def now() -> tuple[float, float]:
 
 def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
     from infra.bench import peer
+    from models.networks.unet import UNet
     from models.pipeline import save_pipeline
     from models.schedules import betas
-    from models.unet import UNet
-    from tasks.atomic import writing_folder
+    from tasks.runtime.atomic import writing_folder
 
     own = params.diffusion
     named = (own.schedule, own.timesteps, own.zero_terminal_snr)

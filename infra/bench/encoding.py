@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from infra.bench.ours import Ours
-    from models.text_encoder import TextEncoder
-    from tasks.batches import Batches
+    from models.networks.text_encoder import TextEncoder
+    from tasks.training.batches import Batches
 
 PRESET = "digits"
 CASES = {
@@ -117,7 +117,7 @@ def told(row: dict[str, Any]) -> str:
 
 def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
     from infra.bench.ours import Ours
-    from tasks.batches import Batches
+    from tasks.training.batches import Batches
 
     os.environ["AFTERIMAGE_SCRATCH"] = str(plan.work / "scratch")
     ours = Ours(params, inputs)
@@ -182,8 +182,8 @@ def ratio_by_operations(params: Params) -> float:
 
     from models import autoencoder_training as training
     from models.flops import forward_flops
-    from models.network import build
-    from tasks.training_run import network_config
+    from models.networks.network import build
+    from tasks.training.run import network_config
 
     wanted, image = params.codec.autoencoder, params.image
     shape = training.AutoencoderConfig(image.channels, wanted.latent_channels, wanted.widths, wanted.layers_per_block)
@@ -200,8 +200,8 @@ def ratio_by_operations(params: Params) -> float:
 
 def _encode_once(params: Params, inputs: Inputs) -> Block:
     """The stage as it runs on data that it has never seen."""
-    from tasks import latents
     from tasks.encode import encode
+    from tasks.formats import latents
 
     before = os.environ["AFTERIMAGE_SCRATCH"]
     with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
@@ -222,9 +222,9 @@ class Encoders:
     def __init__(self, params: Params, inputs: Inputs, stored: Batches) -> None:
         import torch
 
-        from models.autoencoder import load_autoencoder
-        from models.text_encoder import load_text_encoder
-        from tasks import latents
+        from models.networks.autoencoder import load_autoencoder
+        from models.networks.text_encoder import load_text_encoder
+        from tasks.formats import latents
 
         weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
         self.device = stored.device
@@ -247,7 +247,7 @@ class EncodedOnline:
     where = "encoded online"
 
     def __init__(self, encoders: Encoders, pixels: Drawn) -> None:
-        from tasks import latents
+        from tasks.formats import latents
 
         own = encoders.own
         assert own.mean is not None and own.std is not None and own.captions is not None, "text to image in latents"
@@ -257,7 +257,7 @@ class EncodedOnline:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        from models.autoencoder import encode
+        from models.networks.autoencoder import encode
 
         del following
         mean, std = encode(self.autoencoder, self.pixels(rows))
@@ -294,7 +294,7 @@ class Pictures:
     """The training images' files in memory, decoded and resized whenever they are asked for."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks.images import read_columns
+        from tasks.formats.images import read_columns
 
         table = read_columns(inputs.images, ["key", "split", "image", "width", "height"]).sort_by("key")
         self.files = [row for row in table.to_pylist() if row["split"] == "train"]
@@ -303,7 +303,7 @@ class Pictures:
     def __call__(self, rows: Tensor) -> np.ndarray:
         import numpy as np
 
-        from tasks.decoding import ingested
+        from tasks.formats.decoding import ingested
 
         drawn = [self.files[row] for row in rows.tolist()]
         pixels = (ingested(its["image"], its["width"] * its["height"], self.form, self.channels) for its in drawn)
@@ -317,7 +317,7 @@ class Pixels:
     """The training images, decoded and resized beforehand."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks.images import load_pixels
+        from tasks.formats.images import load_pixels
 
         self.pixels = load_pixels(inputs.images, "train", params.image).pixels
 
@@ -332,7 +332,7 @@ class Captions:
     """All captions, tokenized whenever they are asked for."""
 
     def __init__(self, inputs: Inputs, text: TextEncoder) -> None:
-        from tasks.images import read_columns
+        from tasks.formats.images import read_columns
 
         captions = read_columns(inputs.images, ["captions"]).column(0).to_pylist()
         self.texts = sorted({one for several in captions for one in several})

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic
 from tasks.params import Params, parse
 from tasks.preset import compose
-from tasks.source import sha256_of
+from tasks.runtime import atomic
+from tasks.sources.entry import sha256_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _once(out: Path, make: Callable[[Path], None]) -> None:
 
 def _write_files(images: Path, folder: Path) -> None:
     """The training split's pictures with the bytes that were published."""
-    from tasks.images import read_columns
+    from tasks.formats.images import read_columns
 
     with atomic.writing_folder(folder) as temporary:
         columns = read_columns(images, ["image", "split"]).to_pydict()

@@ -19,7 +19,9 @@ class Ours:
     """One run of the project's training."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks import images, latents, training_key, training_run
+        from tasks.formats import images, latents
+        from tasks.training import key as training_key
+        from tasks.training import run as training_run
 
         index = latents.read_index(inputs.latents)
         verdict = images.require_accepted(inputs.accepted)

@@ -131,7 +131,7 @@ class Peer:
 
 def network(params: Params) -> Any:
     """The unconditional network of these parameters, a `UNetConfig`."""
-    from tasks.training_run import network_config
+    from tasks.training.run import network_config
 
     form = {"size": params.image.size, "channels": params.image.channels}
     return network_config({**form, "conditioning": "none", "classes": []}, params.model)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, key, parameters, prepare
-from tasks import atomic
 from tasks.params import Params
+from tasks.runtime import atomic
 
 FIRST_SEED = 5_000_000
 CALIBRATION_STEPS = 20
@@ -62,8 +62,8 @@ class Scale:
     """Measures pipelines against one data set: always the same seeds, and real training images for the floor."""
 
     def __init__(self, inputs: Inputs, params: Params, measure: Measure) -> None:
-        from models.judge import best_device, load_judge
-        from tasks.images import load_pixels
+        from models.judges.judge import best_device, load_judge
+        from tasks.formats.images import load_pixels
 
         self.how = measure
         self.device = best_device()
@@ -95,7 +95,7 @@ class Scale:
         return self._to_reference(to_uint8(images)), seconds / count
 
     def _to_reference(self, pixels: Any) -> float:
-        from models.metrics import frechet_distance
+        from models.judges.metrics import frechet_distance
 
         return float(f"{frechet_distance(self.judge.features(pixels), self.reference):.5g}")
 

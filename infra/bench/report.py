@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.bench.results import csv_text
-from tasks import atomic
+from tasks.runtime import atomic
 
 QUALITY = "quality_"
 PRECISION = {"no": "float32", "bf16": "bfloat16"}
@@ -140,7 +140,7 @@ def _quality(part: dict[str, Any]) -> Made:
         rows += [{"seed": run["seed"], "side": side, **row} for side in ("peer", "ours") for row in run[side]["curve"]]
 
     def draw(axes: Any) -> None:
-        from tasks.charts import COLOURS
+        from tasks.report.charts import COLOURS
 
         for side, colour, label in (("peer", "series-2", "reference loop"), ("ours", "series-1", "ours")):
             for number, run in enumerate(part["runs"]):
@@ -177,7 +177,7 @@ def _sampling(part: dict[str, Any]) -> Made:
     lines = [[NAMES[row["sampler"]], row["steps"], row["img_s"], row["distance"]] for row in part["rows"]]
 
     def draw(axes: Any) -> None:
-        from tasks.charts import COLOURS
+        from tasks.report.charts import COLOURS
 
         for number, sampler in enumerate(dict.fromkeys(row["sampler"] for row in part["rows"])):
             rows = [row for row in part["rows"] if row["sampler"] == sampler]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import atomic
+from tasks.runtime import atomic
 
 FORMAT = 1
 

@@ -126,7 +126,7 @@ def training_flops(params: Params) -> float:
     import torch
 
     from models.flops import forward_flops
-    from models.unet import UNet
+    from models.networks.unet import UNet
 
     with torch.device("meta"):
         image = torch.empty(1, params.image.channels, params.image.size, params.image.size)

@@ -1,0 +1,343 @@
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), written to be read.
+
+Modules bear the names that diffusers' `UNet2DModel` gives them, so a state dict of one loads into the
+other as it is. Legend: B batch, C channels, H x W pixels, E = 4 * first width (time embedding).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.networks.published import require
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What shapes the network. `conditions` is the number of class embeddings (null class included),
+    0 for none; with `embedded` the condition is an embedding [B, E] instead of a class index."""
+
+    size: int
+    channels: int
+    block_out_channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    attention_head_dim: int | None
+    dropout: float = 0.0
+    conditions: int = 0
+    embedded: bool = False
+    # What published weights may have otherwise than ours.
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    """Time features are [cos, sin], not [sin, cos]."""
+    freq_shift: float = 0
+    downsample_padding: int = 1
+    """Around each image before it is halved; 0 pads one row below and one column to the right."""
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `config.json` of a diffusers `UNet2DModel` with the same architecture."""
+        down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in self.attention]
+        up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(self.attention)]
+        return {
+            "_class_name": "UNet2DModel",
+            "_diffusers_version": "0.42.1",
+            "sample_size": self.size,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": down,
+            "up_block_types": up,
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+            "attention_head_dim": self.attention_head_dim,
+            "dropout": self.dropout,
+            "freq_shift": self.freq_shift,
+            "flip_sin_to_cos": self.flip_sin_to_cos,
+            "downsample_padding": self.downsample_padding,
+            "class_embed_type": "identity" if self.embedded else None,
+            "num_class_embeds": self.conditions or None,
+        }
+
+    @staticmethod
+    def from_diffusers(config: dict[str, Any]) -> UNetConfig:
+        """Inverse of `to_diffusers`, also for configurations of other makers; absent keys have diffusers' defaults.
+
+        Raises `ValueError` in one sentence for an architecture that this network does not have.
+        """
+        widths = tuple(config["block_out_channels"])
+        attention = tuple(name.startswith("Attn") for name in config["down_block_types"])
+        _refuse_other_architectures(config, attention)
+        return UNetConfig(
+            size=config["sample_size"],
+            channels=config["in_channels"],
+            block_out_channels=widths,
+            attention=attention,
+            layers_per_block=config.get("layers_per_block", 2),
+            norm_num_groups=config.get("norm_num_groups", 32),
+            attention_head_dim=config.get("attention_head_dim", 8),
+            dropout=config.get("dropout", 0.0),
+            conditions=config.get("num_class_embeds") or 0,
+            embedded=config.get("class_embed_type") == "identity",
+            norm_eps=config.get("norm_eps", 1e-5),
+            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
+            freq_shift=config.get("freq_shift", 0),
+            downsample_padding=config.get("downsample_padding", 1),
+        )
+
+
+def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, ...]) -> None:
+    """Compare what a `UNet2DModel` can be and this network cannot."""
+    up = ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)]
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+    wanted: dict[str, Any] = {
+        "_class_name": ("UNet2DModel",),
+        "down_block_types": (down,),
+        "mid_block_type": ("UNetMidBlock2D",),
+        "up_block_types": (up,),
+        "out_channels": (config["in_channels"],),
+        "act_fn": ("silu",),
+        "add_attention": (True,),
+        "attn_norm_num_groups": (None,),
+        "center_input_sample": (False,),
+        "class_embed_type": (None, "identity"),
+        "downsample_padding": (0, 1),
+        "downsample_type": ("conv",),
+        "mid_block_scale_factor": (1,),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "upsample_type": ("conv",),
+    }
+    require(config, wanted, "the network's", "this U-Net knows")
+    if not isinstance(config["sample_size"], int):
+        raise ValueError(f"the network's sample_size is {config['sample_size']!r}; this U-Net knows square images")
+
+
+def timestep_embedding(t: Tensor, config: UNetConfig) -> Tensor:
+    """t [B] -> sinusoidal features float32 [B, first width] (Vaswani et al. 2017, section 3.5; base 10,000)."""
+    half = config.block_out_channels[0] // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(exponents / (half - config.freq_shift))[None]
+    pair = (angles.cos(), angles.sin()) if config.flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(pair, dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features [B, width] -> [B, E] through a two-layer perceptron."""
+
+    def __init__(self, width: int, embed: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, embed)
+        self.linear_2 = nn.Linear(embed, embed)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around which the input is added; the time embedding enters between them."""
+
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, embed: int) -> None:
+        super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embed, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q [B, heads, N, D], k and v [B, heads, M, D] (Vaswani et al. 2017, eq. 1).
+
+    The fused kernel keeps no [N, M] matrix. On a CPU its gradient takes up to twice as long as the formula's over few
+    tokens M and up to fifteen times as long in bfloat16, so there it is left to many.
+    """
+    few = 256 if q.dtype == torch.bfloat16 else 32
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= few:
+        return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Self-attention over the H*W positions, with its input added."""
+
+    def __init__(self, config: UNetConfig, width: int) -> None:
+        super().__init__()
+        self.heads = width // (config.attention_head_dim or width)
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, width, height, breadth = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = (
+            project(tokens).unflatten(2, (self.heads, width // self.heads)).transpose(1, 2)  # [B, heads, HW, C/heads]
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = attend(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.to_out[0](mixed).transpose(1, 2).unflatten(2, (height, breadth))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if any(self.conv.padding) else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where asked for."""
+
+    recompute = False
+    """Keep a block's input alone and compute the rest again when the gradient needs it (Chen et al. 2016)."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(config, n, width, embed) for n in inputs)
+        if attention:
+            self.attentions = nn.ModuleList(Attention(config, width) for _ in inputs)
+        self.has_attention = attention
+
+    def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, i, x, embedding, use_reentrant=False)
+        return self._block(i, x, embedding)
+
+    def _block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.resnets[i](x, embedding)
+        return self.attentions[i](x) if self.has_attention else x
+
+
+class DownLevel(Level):
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
+        super().__init__(config, inputs, width, embed, attention)
+        self.downsamplers = None if last else nn.ModuleList([Downsample(width, config.downsample_padding)])
+
+    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, embedding)
+            skips.append(x)
+        if self.downsamplers:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class UpLevel(Level):
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
+        super().__init__(config, inputs, width, embed, attention)
+        self.upsamplers = None if last else nn.ModuleList([Upsample(width)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.block(i, torch.cat([x, skips.pop()], dim=1), embedding)
+        return self.upsamplers[0](x) if self.upsamplers else x
+
+
+class Middle(nn.Module):
+    def __init__(self, config: UNetConfig, width: int, embed: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(config, width, width, embed) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(config, width)])
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, embedding))
+        return self.resnets[1](x, embedding)
+
+
+class UNet(nn.Module):
+    """x_t [B, C, H, W], t int64 [B], condition -> the network's output [B, C, H, W].
+
+    The condition is a class index int64 [B] (the last index is the null class), an embedding float
+    [B, E], or None for an unconditional model.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers = config.block_out_channels, config.layers_per_block
+        embed = 4 * widths[0]
+        self.time_embedding = TimeEmbedding(widths[0], embed)
+        self.class_embedding = nn.Embedding(config.conditions, embed) if config.conditions else None
+        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            inputs = [skips[-1]] + [width] * (layers - 1)
+            self.down_blocks.append(DownLevel(config, inputs, width, embed, config.attention[level], last))
+            skips += [width] * (layers + (not last))
+
+        self.mid_block = Middle(config, widths[-1], embed)
+
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for level, width in reversed(list(enumerate(widths))):
+            inputs = []
+            for _ in range(layers + 1):
+                inputs.append(below + skips.pop())
+                below = width
+            self.up_blocks.append(UpLevel(config, inputs, width, embed, config.attention[level], level == 0))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        """Zero the last layer of every residual branch and of the network, as the authors' code does."""
+        branches = [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
+        for layer in [*branches, self.conv_out]:
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.recompute = on
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        embedding = self.time_embedding(timestep_embedding(t, self.config).to(x.dtype))
+        if condition is not None:
+            embedding = embedding + (self.class_embedding(condition) if self.class_embedding else condition)
+        x = self.conv_in(x)
+        skips = [x]
+        for down in self.down_blocks:
+            x, more = down(x, embedding)
+            skips += more
+        x = self.mid_block(x, embedding)
+        for up in self.up_blocks:
+            x = up(x, skips, embedding)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

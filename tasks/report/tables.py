@@ -1,0 +1,269 @@
+"""What `evaluate` measured -> the words and numbers of the report's tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.formats.measures import QUALITY, RECONSTRUCTIONS
+from tasks.report.page import Headline, Metric, Picture, Table
+
+MEASURES = {
+    "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
+    "kid": ("KID", "kernel distance: the same question without assuming a Gaussian; lower is better"),
+    "precision": ("Precision", "share of the samples that look real; higher is better"),
+    "recall": ("Recall", "share of the real images that the samples cover; higher is better"),
+    "inception_score": ("Inception score", "clear and varied images, in the classes of ImageNet; higher is better"),
+    "inception_style_score": ("Inception-style score", "clear and varied classes; higher is better"),
+    "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
+    "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
+    "near_copies": (
+        "Near copies",
+        "share of the samples nearer to a training image than all but 1 % of held-out images are; lower is better",
+    ),
+}
+HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
+"""What one wants to see first, where it was measured."""
+SAMPLER_COLUMNS = {
+    "sampler": "Sampler",
+    "steps": "Steps",
+    "eta": "η",
+    "guidance_scale": "Guidance",
+    "n": "n",
+    "seed_blocks": "Blocks",
+    "frechet_distance": "Fréchet",
+    "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "inception_score": "IS",
+    "inception_style_score": "Inception-style",
+    "label_accuracy": "Accuracy",
+    "clip_score": "CLIP",
+}
+SWEEP_COLUMNS = {"guidance_scale": "Guidance", "n": "n"} | {
+    name: SAMPLER_COLUMNS[name]
+    for name in ("frechet_distance", "kid", "precision", "recall", "label_accuracy", "clip_score")
+}
+CLASS_COLUMNS = {
+    "class": "Class",
+    "n": "n, guided",
+    "label_accuracy": "Accuracy",
+    "clip_score": "CLIP",
+    "n_unguided": "n, unguided",
+    "kid": "KID",
+    "kid_floor": "KID floor",
+}
+TIMESTEP_COLUMNS = {
+    "timestep": "t",
+    "alpha_bar": "Signal left",
+    "n": "n",
+    "squared_error": "Squared error",
+    "psnr": "PSNR, dB",
+}
+SHARES = ("label_accuracy", "precision", "recall", "near_copies")
+WHOLE = ("steps", "n", "n_unguided", "seed_blocks", "timestep")
+SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler_ancestral": "Euler ancestral",
+    "dpm_solver_pp_2m": "DPM-Solver++ 2M",
+}
+
+
+def sampler_name(sampler: str, steps: int) -> str:
+    """For example "DDIM in 50 steps"."""
+    return f"{SAMPLERS[sampler]} in {steps} steps"
+
+
+def measures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """`metrics.json` -> the page's headlines, table of measures and what does not apply."""
+    present = [key for key in MEASURES if key in metrics]
+    first = [key for key in (*HEADLINES, *present) if key in metrics]
+    return {
+        "metrics": [_row(key, metrics) for key in present],
+        "headlines": [_headline(key, metrics) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
+        "not_applicable": [
+            (MEASURES[key][0] if key in MEASURES else key, reason)
+            for key, reason in sorted(metrics["not_applicable"].items())
+        ],
+        "protocol": _protocol(metrics),
+        "few_images": metrics.get("small_n", ""),
+    }
+
+
+def _protocol(metrics: dict[str, Any]) -> str:
+    """How the numbers were drawn, in a sentence."""
+    sampler = sampler_name(metrics["sampler"], metrics["steps"])
+    sampler += f", η = {metrics['eta']:g}" if "eta" in metrics else ""
+    drawn = f"Drawn with {sampler}, over {metrics['seed_blocks']} seed blocks"
+    distances = f"{metrics['n_samples']} samples each, without guidance, for the distances"
+    guided = f"{metrics['n_samples_accuracy']} with guidance {metrics['guidance_scale']:g} for accuracy and CLIP score"
+    if "guidance_interval" in metrics:
+        guided += " at noise levels σ from {:g} to {:g}".format(*metrics["guidance_interval"])
+    return f"{drawn}: {distances}{', ' + guided if metrics['n_samples_accuracy'] else ''}."
+
+
+def _row(key: str, metrics: dict[str, Any]) -> Metric:
+    reference = _reference(key, metrics)
+    name, reading = MEASURES[key]
+    reading += f"; {metrics['clip_score_note']}" if key == "clip_score" and "clip_score_note" in metrics else ""
+    return Metric(
+        name,
+        _number(key, metrics[key]),
+        _spread(key, key, metrics),
+        f"{_number(key, metrics[reference])} {_spread(key, reference, metrics)}".strip() if reference else "",
+        reading,
+    )
+
+
+def _headline(key: str, metrics: dict[str, Any]) -> Headline:
+    reference = _reference(key, metrics)
+    if reference is None:
+        note = "no reference"
+    elif key == "frechet_distance" and metrics[reference] > 0:
+        note = f"{metrics[key] / metrics[reference]:.1f} times the floor of {_number(key, metrics[reference])}"
+    else:
+        note = f"real images: {_number(key, metrics[reference])}"
+    return Headline(MEASURES[key][0], _number(key, metrics[key]), note)
+
+
+def _reference(key: str, metrics: dict[str, Any]) -> str | None:
+    """The entry that says what real images reach."""
+    return next((name for name in (f"{key}_floor", f"{key}_real") if name in metrics), None)
+
+
+def _spread(key: str, name: str, metrics: dict[str, Any]) -> str:
+    if f"{name}_spread" not in metrics:
+        return ""
+    return f"± {_number(key, metrics[f'{name}_spread'], digits=2)}"
+
+
+def _number(key: str, value: float, digits: int = 3) -> str:
+    text = f"{100 * value:.1f} %" if key in SHARES else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def tables(evaluation: Path) -> list[Table]:
+    """The tables that `evaluate` wrote, those that there are."""
+    found = [_sampler_table(evaluation / "samplers.csv")]
+    if (evaluation / "guidance.csv").exists():
+        found.append(_guidance_table(evaluation / "guidance.csv"))
+    if (evaluation / "classes.csv").exists():
+        text = (
+            "All seed blocks together. Accuracy and CLIP score of the guided images; KID of the unguided ones to the "
+            "held-out images of their class, beside that of as many training images."
+        )
+        columns, rows = _cells(_read(evaluation / "classes.csv"), CLASS_COLUMNS)
+        found.append(Table("By class", text, columns, rows))
+    if (evaluation / "timesteps.csv").exists():
+        text = (
+            "Held-out images with noise of timestep t added, and how far the clean image that the model predicts is "
+            "from them. The last timesteps are guesswork, for every model."
+        )
+        columns, rows = _cells(_read(evaluation / "timesteps.csv"), TIMESTEP_COLUMNS)
+        found.append(Table("By timestep", text, columns, rows))
+    return found
+
+
+def _sampler_table(path: Path) -> Table:
+    rows = _read(path)
+    text = (
+        "The same weights, drawn with different samplers, numbers of steps and guidance. Distances of rows with "
+        "unequal n do not compare: fewer images, larger distance."
+    )
+    notes = [(sampler_name(row["sampler"], int(row["steps"])), row["note"]) for row in rows if row.get("note")]
+    return Table("Samplers compared", text, *_cells(rows, SAMPLER_COLUMNS), notes)
+
+
+def _guidance_table(path: Path) -> Table:
+    """With the curve of distance against agreement, where both were measured."""
+    from tasks.report import charts
+
+    rows = _read(path)
+    agreement = next((name for name in ("clip_score", "label_accuracy") if any(row[name] for row in rows)), None)
+    points = [
+        (float(row[agreement]), float(row["frechet_distance"]), float(row["guidance_scale"]))
+        for row in rows
+        if agreement and row[agreement] and row["frechet_distance"]
+    ]
+    text = (
+        "Stronger guidance w makes images agree better with what was asked for and, from some point on, less like real "
+        "ones as a whole: the way down and to the right is better. One seed block."
+    )
+    notes = [(f"w = {float(row['guidance_scale']):g}", row["note"]) for row in rows if row.get("note")]
+    title, (columns, cells) = "Guidance", _cells(rows, SWEEP_COLUMNS)
+    if len(points) < 2 or agreement is None:
+        return Table(title, text, columns, cells, notes)
+    label = f"Fréchet distance against {MEASURES[agreement][0]}, one point for each guidance scale"
+    return Table(title, text, columns, cells, notes, charts.guidance(points, MEASURES[agreement][0]).svg, label)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """The columns that hold anything, in the order of `known`, by their readable names; and the rows."""
+    keys = [key for key in known if any(row.get(key) for row in rows)]
+
+    def cell(key: str, text: str) -> str:
+        if key in ("sampler", "class"):
+            return SAMPLERS.get(text, text)
+        if not text or key in WHOLE:
+            return text or "–"
+        return _number(key, float(text))
+
+    return [known[key] for key in keys], [[cell(key, row[key]) for key in keys] for row in rows]
+
+
+CODEC = {
+    "autoencoder_psnr": ("PSNR, decoded images", "dB, mean over the images; higher is better"),
+    "autoencoder_ssim": ("SSIM, decoded images", "1 where nothing was lost"),
+    "text_retrieval_accuracy": ("Text encoder", "share of the images whose own caption it finds among those offered"),
+    "text_retrieval_chance": ("by chance", "what guessing finds"),
+    "second_text_retrieval_accuracy": ("Second text encoder", "the same"),
+    "second_text_retrieval_chance": ("by chance", "what guessing finds"),
+}
+
+
+def codec(folder: Path) -> Table | None:
+    """What autoencoder and text encoder do on held-out images; None where neither was measured."""
+    file = folder / QUALITY
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not measured:
+        return None
+    text = (
+        "On held-out images: what is left of them in the latents, and whether captions are told apart. The model "
+        "cannot draw what its autoencoder loses, nor heed what its text encoder does not tell apart."
+    )
+    rows = [[*CODEC[name][:1], f"{measured[name]:.3g}", *CODEC[name][1:]] for name in CODEC if name in measured]
+    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows)
+
+
+def reconstructions(folder: Path) -> Picture | None:
+    """Held-out images above what the autoencoder makes of them; None where there is none."""
+    file = folder / RECONSTRUCTIONS
+    if not file.is_file():
+        return None
+    return Picture(
+        file.read_bytes(), "Held-out images, and the same decoded from their latents", "Held-out images above decoded"
+    )
+
+
+def grids(evaluation: Path, metrics: dict[str, Any]) -> list[Picture]:
+    """The grids that `evaluate` drew, the protocol's own first."""
+    own = sampler_name(metrics["sampler"], metrics["steps"])
+    captions = {
+        "grid_unguided": f"{own}, without guidance",
+        "grid_guided": f"{own}, guidance {metrics['guidance_scale']:g}",
+        "grid_ddpm": "DDPM over all timesteps, without guidance",
+        "grid_nearest": "The samples nearest to a training image by their features, and that image below",
+    }
+    return [
+        Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")
+        for name, caption in captions.items()
+        if (evaluation / f"{name}.png").exists()
+    ]

@@ -1,0 +1,384 @@
+"""MLflow: where it is, how a run is found again by its key, and what training tells it.
+
+A run is named by a tag, not by its id: `afterimage.train_key` for a training run,
+`afterimage.evaluation_key` for the evaluation nested in it. Whoever comes with the same key, on
+this machine or another, continues the same run. `connect()` comes before anything else here.
+"""
+
+from __future__ import annotations
+
+import getpass
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.runtime import lineage, locks, workspace
+from tasks.runtime.stage import Preempted, StageError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "afterimage"
+TRAIN_KEY = "afterimage.train_key"
+EVALUATION_KEY = "afterimage.evaluation_key"
+KIND = "afterimage.kind"
+LOCK = "afterimage.lock"
+PROBE_SECONDS = 2.0
+SYSTEM_METRICS_SECONDS = 5.0
+BATCH = 1000
+"""Metrics that MLflow takes in one call."""
+_SQLITE = "sqlite:///"
+
+
+def prepare() -> None:
+    """What `connect()` would wait for, while its caller still has something else to do: a server is asked for a sign
+    of life, and the tables of a fresh SQLite file are made in another process.
+
+    Raises `StageError` where a tracking server does not answer within 2 s.
+    """
+    path = _sqlite_path(_live_uri())
+    if path is not None and not _exists(path):
+        # Not a thread: Python's lock would hold up the caller. Not a fork: he may have threads.
+        multiprocessing.get_context("spawn").Process(target=_make_database, args=(path,), daemon=True).start()
+
+
+def _make_database(path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that waits for this one
+    _ensure_migrated(path)
+
+
+def connect() -> MlflowClient:
+    """Reach MLflow and return a client of it; the first call on a fresh SQLite file makes its tables.
+
+    Raises `StageError` where a tracking server does not answer within 2 s or the database is of
+    another MLflow version. Several processes may call this at once.
+    """
+    uri = _live_uri()
+    path = _sqlite_path(uri)
+    if path is not None:
+        _ensure_migrated(path)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(uri)
+    try:
+        client = mlflow.MlflowClient()
+        experiment_id(client)
+    except MlflowException as error:
+        if "out-of-date database schema" in str(error):
+            raise StageError(
+                f"{uri} was made by another version of MLflow; run 'mlflow db upgrade {uri}' after a backup, "
+                "or set MLFLOW_TRACKING_URI to a new database"
+            ) from None
+        raise StageError(f"MLflow at {_without_password(uri)} refuses: {str(error).splitlines()[0]}") from None
+    return client
+
+
+def _live_uri() -> str:
+    """Where MLflow is, asked for a sign of life if it is a server; its client is quiet from here on."""
+    uri = workspace.tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        _probe(uri)
+    _quieten()
+    return uri
+
+
+def _probe(uri: str) -> None:
+    """Ask the server for a sign of life. MLflow's own client would block for minutes."""
+    where = _without_password(uri)
+    remedy = "start it, correct MLFLOW_TRACKING_URI, or unset that to use the database in the work tree"
+    health = f"{re.sub(r'//[^/@]*@', '//', uri).rstrip('/')}/health"
+    try:
+        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says _live_uri()
+    except urllib.error.HTTPError as error:
+        if error.code == 403:
+            raise StageError(f"MLflow at {where} answers 403; list this host in its --allowed-hosts") from None
+        if error.code >= 500:
+            raise StageError(f"MLflow at {where} answers {error.code}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StageError(
+            f"MLflow at {where} does not answer within {PROBE_SECONDS:.0f} s ({reason}); {remedy}"
+        ) from None
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def _quieten() -> None:
+    """Have MLflow say only what is wrong, fail soon, and call nobody. Must come before its import."""
+    for name, value in {
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix(_SQLITE)).resolve() if uri.startswith(_SQLITE) else None
+
+
+def _ensure_migrated(path: Path) -> None:
+    """Make the tables of a fresh database beside its place, then rename: a killed migration leaves no half of it."""
+    if _exists(path):
+        return
+    with locks.exclusive(workspace.scratch() / "locks" / "mlflow-migration.lock"):
+        if _exists(path):
+            return
+        print(f"mlflow: making the database {path} (once, about 7 s)", file=sys.stderr, flush=True)
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        fresh = path.with_name(path.name + ".new")
+        fresh.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store = SqlAlchemyStore(f"{_SQLITE}{fresh}", str(path.parent / "mlruns"))
+        store.engine.dispose()
+        fresh.replace(path)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """Id of the experiment, made or restored where it is missing; its artifacts get an absolute path."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        path = _sqlite_path(workspace.tracking_uri())
+        artifacts = str(path.parent / "mlruns") if path else None
+        try:
+            return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        except MlflowException:  # another process was quicker
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
+
+
+def find_run(client: MlflowClient, tag: str, key: str) -> Run | None:
+    """The run whose tag `tag` is `key`, or None; a deleted run counts as none."""
+    found = client.search_runs([experiment_id(client)], f"tags.`{tag}` = '{key}'", max_results=1)
+    return found[0] if found else None
+
+
+def find_or_create_run(
+    client: MlflowClient,
+    tag: str,
+    key: str,
+    *,
+    kind: str,
+    params: Mapping[str, Any],
+    dataset: Mapping[str, str],
+    parent: str | None = None,
+) -> Run:
+    """The run whose tag `tag` is `key`, with these params and this input; what it lacks is added.
+
+    `dataset` has `name`, `digest` (hex) and optionally `source` (a path or address). A new run is
+    RUNNING until somebody ends it.
+    """
+    from mlflow.entities import Param
+    from mlflow.utils.mlflow_tags import (
+        MLFLOW_GIT_COMMIT,
+        MLFLOW_PARENT_RUN_ID,
+        MLFLOW_SOURCE_NAME,
+        MLFLOW_SOURCE_TYPE,
+        MLFLOW_USER,
+    )
+
+    with locks.exclusive(workspace.scratch() / "locks" / "mlflow-run.lock"):
+        run = find_run(client, tag, key)
+        if run is None:
+            tags = {
+                tag: key,
+                KIND: kind,
+                MLFLOW_SOURCE_NAME: f"tasks/{'train' if kind == 'training' else 'evaluate'}.py",
+                MLFLOW_SOURCE_TYPE: "LOCAL",
+                MLFLOW_USER: _user(),
+            }
+            environment = {MLFLOW_GIT_COMMIT: lineage.git_commit(), "afterimage.prefect_flow_run": lineage.flow_run()}
+            tags |= {name: value for name, value in environment.items() if value}
+            if parent:
+                tags[MLFLOW_PARENT_RUN_ID] = parent
+            run = client.create_run(experiment_id(client), tags=tags, run_name=f"{kind}-{key[:8]}")
+        missing = [Param(name, str(value)) for name, value in sorted(params.items()) if name not in run.data.params]
+        for start in range(0, len(missing), 100):
+            client.log_batch(run.info.run_id, params=missing[start : start + 100])
+        if run.inputs is None or not run.inputs.dataset_inputs:
+            client.log_inputs(run.info.run_id, [_dataset_input(dataset, context=kind)])
+    return run
+
+
+def _user() -> str:
+    with suppress(KeyError, OSError):  # a container's user may have no name
+        return getpass.getuser()
+    return "unknown"
+
+
+def _dataset_input(dataset: Mapping[str, str], context: str) -> Any:
+    """MLflow's form of a data set: digests are at most 36 characters there."""
+    import json
+
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    source = json.dumps({"uri": dataset.get("source", dataset["name"])})
+    profile = json.dumps({name: value for name, value in sorted(dataset.items()) if name not in ("name", "source")})
+    entity = Dataset(dataset["name"], dataset["digest"][:32], "local", source, profile=profile)
+    return DatasetInput(entity, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+
+
+def logged_steps(client: MlflowClient, run: Run) -> dict[str, set[int]]:
+    """Metric name -> steps that the run holds already; system metrics are left out."""
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    return {name: {point.step for point in client.get_metric_history(run.info.run_id, name)} for name in names}
+
+
+def logged_images(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
+    """(key, step) of the images by step that the run holds already."""
+    pattern = re.compile(r"images/(.+?)\+step\+(\d+)\+timestamp\+.*\.png$")
+    matches = (pattern.match(file.path) for file in client.list_artifacts(run_id, "images"))
+    return {(match[1], int(match[2])) for match in matches if match}
+
+
+def points(step: int, values: Mapping[str, float], model_id: str | None = None) -> list[Metric]:
+    """Metric values of one step in MLflow's form, linked to a logged model where one is named."""
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    return [Metric(name, float(value), now, step, model_id=model_id) for name, value in values.items()]
+
+
+def log_image(client: MlflowClient, run_id: str, key: str, step: int, path: Path) -> None:
+    """Log the picture at `path` under `key`, so that the UI can page through its steps."""
+    from PIL import Image
+
+    with Image.open(path, formats=["PNG"]) as image:
+        client.log_image(run_id, image.convert("RGB"), key=key, step=step, synchronous=True)
+
+
+class TrainingRun:
+    """What the training loop holds: tells MLflow, never waits for it and never fails because of it.
+
+    What is lost because a server went away in the middle is replayed from `reports/train` by the
+    stage `register`.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self.run_id: str = run.info.run_id
+        self._client = client
+        self._steps = logged_steps(client, run)
+        self._images = logged_images(client, self.run_id)
+        self._reachable = True
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` at `step`, asynchronously; what the run holds already (a resumed run) is left out."""
+        curves = {name: value for name, value in values.items() if name != "step"}
+        fresh = {name: value for name, value in curves.items() if step not in self._steps.setdefault(name, set())}
+        for name in fresh:
+            self._steps[name].add(step)
+        if fresh and self._reachable:
+            self._client.log_batch(self.run_id, metrics=points(step, fresh), synchronous=False)
+
+    def image(self, key: str, step: int, path: Path) -> None:
+        """Log the picture at `path` as `key` at `step`, unless the run holds it already."""
+        if (key, step) not in self._images:
+            self._attempt(log_image, self._client, self.run_id, key, step, path)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy the file `path` to the run's artifacts."""
+        self._attempt(self._client.log_artifact, self.run_id, str(path), folder)
+
+    def end(self, status: str) -> None:
+        """Send what is still waiting and set the run's status."""
+        import mlflow
+
+        self._attempt(mlflow.flush_async_logging)
+        self._attempt(self._client.set_terminated, self.run_id, status)
+
+    def _attempt(self, call: Any, *arguments: Any) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if not self._reachable:
+            return
+        try:
+            call(*arguments)
+        except (MlflowException, OSError) as error:
+            self._reachable = False
+            reason = str(error).splitlines()[0][:200]
+            print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
+
+
+@contextmanager
+def training_run(train_key: str, params: Mapping[str, Any], dataset: Mapping[str, str]) -> Iterator[TrainingRun]:
+    """The MLflow run of this training, RUNNING for the length of the block; `connect()` comes first.
+
+    Finds the run by `train_key` or creates it. Leaving the block ends the run as FINISHED, as KILLED
+    on Ctrl-C or SIGTERM, as FAILED on any other exception. A run whose process was killed outright
+    is continued here under the same key, and set to KILLED when a run with another key starts.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    run = find_or_create_run(client, TRAIN_KEY, train_key, kind="training", params=params, dataset=dataset)
+    lock = workspace.scratch() / "locks" / f"run-{run.info.run_id}.lock"
+    with locks.exclusive(lock):
+        client.set_tag(run.info.run_id, LOCK, f"{platform.node()}:{lock}")
+        client.update_run(run.info.run_id, status="RUNNING")
+        _end_orphans(client)
+        handle = TrainingRun(client, client.get_run(run.info.run_id))
+        status = "FAILED"
+        try:
+            with _system_metrics(run.info.run_id):
+                yield handle
+            status = "FINISHED"
+        except (KeyboardInterrupt, Preempted):
+            status = "KILLED"
+            raise
+        finally:
+            handle.end(status)
+    lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _system_metrics(run_id: str) -> Iterator[None]:
+    """Sample CPU, memory, disk, network and, where there is one, GPU into the run."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_SECONDS, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _end_orphans(client: MlflowClient) -> None:
+    """Set to KILLED the runs of this machine that say RUNNING although nobody holds their lock."""
+    unfinished = f"attributes.status = 'RUNNING' and tags.`{KIND}` = 'training'"
+    running = client.search_runs([experiment_id(client)], unfinished)
+    for run in running:
+        host, _, lock = run.data.tags.get(LOCK, "").partition(":")
+        if lock and host == platform.node() and not locks.is_held(Path(lock)):
+            client.set_terminated(run.info.run_id, "KILLED")

@@ -1,0 +1,102 @@
+"""What is looked at while a network trains: losses on held-out samples, and grids of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.runtime import atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from models.ema import EMA
+    from tasks.training.run import Run
+
+STEPS, COLUMNS, ROWS = 20, 10, 4
+LARGE = 3 * 64 * 64
+"""Numbers of a sample from which on one row of them must do."""
+MOST_PIXELS, SCALE = 128, 4
+"""Of the side of an image in a grid, and how many times it is enlarged at most."""
+
+
+def held_out_losses(run: Run) -> dict[str, float]:
+    """Loss of each average on held-out samples, with the same noise and timesteps every time."""
+    import torch
+
+    losses = {}
+    for name, average in run.averages.items():
+        with torch.inference_mode(), averaged(run.network, average):
+            parts = [run.objective(run.network, batch) for batch in run.held_out]
+        losses[f"held_out_loss/{name}"] = torch.cat(parts).mean().item()
+    return losses
+
+
+def sample_grid(run: Run) -> Path:
+    """Draw a few images from the first of the averages; kept beside the checkpoints as a PNG."""
+    import numpy as np
+    import torch
+
+    from models import pictures
+
+    count = COLUMNS * (ROWS if math.prod(run.batches.shape) <= LARGE else 1)
+    condition = run.batches.conditions(count)
+    # In parts of a training batch: of what fits for training, so many fit for drawing.
+    parts = [range(start, min(start + run.batches.size, count)) for start in range(0, count, run.batches.size)]
+    with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
+        drawn = [_drawn(run, part, None if condition is None else condition[part[0] : part[-1] + 1]) for part in parts]
+    shown = pictures.shrunk(np.concatenate(drawn), MOST_PIXELS)
+    path = grid_path(run.folder, run.step)
+    grid = pictures.grid(shown, COLUMNS, max(1, min(SCALE, MOST_PIXELS // shown.shape[-1])))
+    atomic.write_bytes(path, pictures.png_bytes(grid))
+    return path
+
+
+def _drawn(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray:
+    """Images of the network as it is, uint8 [n, C, H, W], each from the noise of its seed."""
+    import torch
+
+    from models import samplers
+    from models.networks import autoencoder
+    from models.pipeline import to_uint8
+
+    draw, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
+
+    def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
+        return run.network(x, torch.full((len(x),), t, device=device), condition)
+
+    clip = run.autoencoder is None
+    denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition, clip=clip)
+    steps = min(STEPS, run.diffusion.timesteps)
+    drawn = samplers.sample(
+        "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
+    )
+    if run.autoencoder is not None:
+        drawn = autoencoder.decode(run.autoencoder, drawn)
+    return to_uint8(drawn.float().cpu().numpy())
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    return folder / "samples" / f"step-{step:06d}.png"
+
+
+@contextmanager
+def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
+    """Exchange the weights for an average of them, and training mode for evaluation, for the length of the block."""
+    import torch
+
+    parameters = average.followed
+    trained = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average.weights)
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, trained)

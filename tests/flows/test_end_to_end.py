@@ -1,0 +1,201 @@
+"""The whole chain, tiny, in a work tree of its own: once as `make repro` runs it, then what reruns and what not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import repro
+from tests.support import tiny
+
+STAGES = list(yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+ALWAYS = "register"
+COMPUTING = [name for name in STAGES if name != ALWAYS]
+
+
+def run(tree: Path, *command: str) -> str:
+    """Output of a Python module, run in `tree` as a person would who has nothing set."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AFTERIMAGE_"))}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def results(output: str) -> dict[str, str]:
+    """Stage -> ran, cached or unchanged, from the summary's table."""
+    found = re.findall(r"^(\w+) +(ran|cached|unchanged|not reached|FAILED)\b", output, re.MULTILINE)
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, str]:
+    """The tree after the first run, and what that run printed."""
+    tree = tiny.tree(tmp_path_factory.mktemp("chain") / "tree")
+    return tree, run(tree, "infra.run")
+
+
+@pytest.fixture
+def tree(first):
+    """The tree as the first run left it; parameters that a test changes are put back."""
+    folder = first[0]
+    before = (folder / "params.yaml").read_text(encoding="utf-8")
+    yield folder
+    (folder / "params.yaml").write_text(before, encoding="utf-8")
+
+
+@pytest.mark.timeout(900)
+def test_one_command_makes_every_artefact_and_a_summary(first):
+    tree, output = first
+    assert results(output) == dict.fromkeys(STAGES, "ran")
+    for path in (
+        "reports/index.html",
+        "reports/validation/index.html",
+        "outputs/pipeline/unet/diffusion_pytorch_model.safetensors",
+        "outputs/onnx/unet.onnx",
+        "outputs/model",
+        "mlflow.db",
+    ):
+        assert (tree / path).exists(), path
+    metrics = json.loads((tree / "reports/metrics.json").read_text(encoding="utf-8"))
+    for name in ("frechet_distance", "kid", "label_accuracy"):
+        assert re.search(rf"^{name} +\S+ +(floor|real images) \S", output, re.MULTILINE), name
+    assert f"fingerprint {metrics['fingerprint'][:12]}" in output
+    assert int(re.search(r"peak memory of the process tree: ([\d,]+) MiB", output).group(1).replace(",", "")) > 100
+    assert re.search(r"^registered +afterimage-digits version 1, ", output, re.MULTILINE)
+    for what in ("report", "pictures", "ONNX bundle", "MLflow UI"):
+        assert re.search(rf"^{what} +\S", output, re.MULTILINE)
+
+
+def test_at_most_the_lock_differs_afterwards(first):
+    assert tiny.git(first[0], "status", "--porcelain") in ("?? dvc.lock", "")
+
+
+def test_again_everything_is_skipped(tree):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = run(tree, "infra.run")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert results(output) == dict.fromkeys(COMPUTING, "unchanged") | {ALWAYS: "ran"}
+    assert "version 1" in output and "version 2" not in output
+    work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert work < 15, "10 s on two idle cores, which is less than this much work"
+
+
+def test_what_dvc_users_expect_works(tree):
+    assert "frechet_distance" in run(tree, "dvc", "metrics", "show")
+    assert "download" in run(tree, "dvc", "dag")
+    run(tree, "dvc", "plots", "show")
+    page = (tree / "dvc_plots" / "index.html").read_text(encoding="utf-8")
+    assert "reports_figures_samples.png" in page and "Training loss by step" in page
+    before = yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8"))["train"]["learning_rate"]
+    change(tree, "train", "learning_rate", 0.005)
+    differences = json.loads(run(tree, "dvc", "params", "diff", "--json"))
+    assert list(differences["params.yaml"]) == ["train.learning_rate"]
+    assert differences["params.yaml"]["train.learning_rate"]["old"] == before != 0.005
+
+
+# A changed parameter -> the stages that read it. Each of them, and what depends on its outs, is what runs again.
+READERS = {
+    "preset": set(),
+    "download.licence": {"download"},
+    "ingest.shards": {"ingest"},
+    "validate.min_side": {"validate"},
+    "image.channels": {"codec", "judge"},
+    "codec.text_steps": {"codec"},
+    "encode.shard_size": {"encode"},
+    "model.dropout": {"train"},
+    "diffusion.schedule": {"train"},
+    "train.learning_rate": {"train"},
+    "judge.seed": {"judge"},
+    "evaluate.seed": {"evaluate"},
+    "visualize.columns": {"visualize"},
+    "export.seed": {"export"},
+    "register.min_label_accuracy": {"register"},
+}
+AFTER = {
+    "train": {"train", "evaluate", "visualize", "export", "package", "register"},
+    "judge": {"judge", "evaluate", "visualize", "package", "register"},
+    "evaluate": {"evaluate", "visualize", "package", "register"},
+    "visualize": {"visualize"},
+    "export": {"export", "package", "register"},
+    "encode": {"encode", "train", "evaluate", "visualize", "export", "package", "register"},
+    "register": {"register"},
+}
+
+
+def test_a_changed_parameter_concerns_the_stages_that_read_it(tree):
+    """All are changed at once: DVC says for each stage which sections of its own changed."""
+    for name in READERS:
+        section, _, key = name.rpartition(".")
+        change(tree, section, key, "another value")
+    concerned: dict[str, set[str]] = {name.split(".")[0]: set() for name in READERS}
+    for stage, reasons in json.loads(run(tree, "dvc", "status", "--json")).items():
+        for reason in reasons:
+            if reason != "always changed":
+                assert list(reason) == ["changed deps"] and list(reason["changed deps"]) == ["params.yaml"]
+                for section in reason["changed deps"]["params.yaml"]:
+                    concerned[section].add(stage)
+    assert concerned == {name.split(".")[0]: stages for name, stages in READERS.items()}
+    assert set(concerned) == set(yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("stage", AFTER)
+def test_what_follows_from_a_stage(stage):
+    """The graph's order, as DVC sees it, says what a changed out makes run again."""
+    document = yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    following = {stage}
+    for name in repro.stages(tiny.ROOT):
+        made = {out for other in following for kind in ("outs", "metrics") for out in document[other].get(kind, [])}
+        if made & set(document[name]["deps"]):
+            following.add(name)
+    assert following == AFTER[stage]
+
+
+@pytest.mark.timeout(300)
+def test_a_changed_parameter_reruns_its_stages_and_no_other(tree):
+    change(tree, "visualize", "columns", 3)
+    output = run(tree, "infra.run")
+    assert {name for name, result in results(output).items() if result == "ran"} == {"visualize", ALWAYS}
+
+
+@pytest.mark.timeout(300)
+def test_results_of_before_come_from_the_cache(tree):
+    """After A, B: A again. Nothing is computed, and a deleted result is back."""
+    shutil.rmtree(tree / "reports" / "figures")
+    shutil.rmtree(tree / "outputs" / "onnx")
+    output = run(tree, "infra.run")
+    ran = {name for name, result in results(output).items() if result == "ran"}
+    assert ran == {ALWAYS}
+    assert (tree / "outputs" / "onnx" / "unet.onnx").exists() and (
+        tree / "reports" / "figures" / "samples.png"
+    ).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_experiment_leaves_the_work_tree_alone(tree):
+    tiny.git(tree, "add", "dvc.lock")
+    tiny.git(tree, "commit", "--quiet", "-m", "results")
+    before = tiny.git(tree, "status", "--porcelain")
+    run(tree, "dvc", "exp", "run", "--temp", "-S", "train.learning_rate=0.004", "--name", "faster")
+    assert tiny.git(tree, "status", "--porcelain") == before
+    shown = run(tree, "dvc", "exp", "show", "--csv")
+    assert "faster" in shown and "0.004" in shown
+
+
+def change(tree: Path, section: str, key: str, value) -> None:
+    file = tree / "params.yaml"
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    (document[section] if section else document)[key] = value
+    file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,241 @@
+"""What the tests of the data stages share: pictures, trees of files, a web server, the command line."""
+
+import hashlib
+import io
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import psutil
+import yaml
+
+from tasks import preset
+from tasks.params import DownloadParams, IngestParams
+
+ROOT = Path(__file__).parents[2]
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """An encoded picture of smooth noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def folder_params(path: Path | None = None, **others: object) -> DownloadParams:
+    return DownloadParams.model_validate({"source": "folder", **({"path": str(path)} if path else {}), **others})
+
+
+def ingest_params(**others: object) -> IngestParams:
+    return IngestParams.model_validate({"shards": 1, "held_out_fraction": 0.25, **others})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_stage(stage: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
+    """A stage through its real entry point."""
+    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def run_and_measure(stage: str, *paths: Path, params: Path) -> tuple[subprocess.CompletedProcess[str], int]:
+    """A stage through its real entry point, and the most memory in bytes that it and its processes held at once."""
+    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        watched, peak, finished = psutil.Process(process.pid), [0], threading.Event()
+
+        def watch() -> None:
+            while not finished.wait(0.05):
+                with suppress(psutil.Error):
+                    family = [watched, *watched.children(recursive=True)]
+                    peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        out, err = process.communicate()
+        finished.set()
+        watcher.join()
+    return subprocess.CompletedProcess(command, process.returncode, out, err), peak[0]
+
+
+def write_params(path: Path, **sections: dict[str, object]) -> Path:
+    """The default parameters with some values changed: `ingest={"shards": 1}` and so on."""
+    document = preset.compose("digits", [])
+    for section, values in sections.items():
+        document[section] |= values
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@dataclass
+class Site:
+    """A web server on 127.0.0.1 that answers ranges, redirects, and breaks connections when told to."""
+
+    address: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None
+    """Close every connection after so many bytes of a body."""
+    ranges: bool = True
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Range header of each request."""
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Path -> further headers of its answer."""
+    refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Path -> status and headers for whoever does not send `Authorization: Bearer right`."""
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Authorization header of each request."""
+
+
+@contextmanager
+def serving(certificate: Path | None = None) -> Iterator[Site]:
+    """A `Site` for the length of the block; https with `certificate` (and its key), else http."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.requests.append((self.path, self.headers["Range"]))
+            site.tokens.append((self.path, self.headers["Authorization"]))
+            if self.path in site.refusals and self.headers["Authorization"] != "Bearer right":
+                status, headers = site.refusals[self.path]
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return
+            if self.path in site.redirects:
+                self.send_response(302)
+                self.send_header("Location", site.redirects[self.path])
+                self.end_headers()
+                return
+            if self.path not in site.files:
+                self.send_error(404)
+                return
+            data = site.files[self.path]
+            start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and site.ranges else 0
+            if start and start >= len(data):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(data) - start))
+            for name, value in site.headers.get(self.path, {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            end = len(data) if site.cut_after is None else start + site.cut_after
+            self.wfile.write(data[start:end])
+
+        def do_HEAD(self) -> None:
+            found = self.path in site.files
+            self.send_response(200 if found else 404)
+            headers = {"Content-Length": str(len(site.files.get(self.path, b"")))} | site.headers.get(self.path, {})
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a client that leaves early is part of the tests
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    site = Site(f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class Relay:
+    """A wire to a server on 127.0.0.1 that breaks."""
+
+    port: int
+    cuts: list[int]
+    """Bytes of the answers after which the next connections break, one each."""
+
+
+@contextmanager
+def cutting(address: str, cuts: list[int]) -> Iterator[Relay]:
+    """A `Relay` to the server at `address` for the length of the block; it breaks as many connections as `cuts` say.
+
+    An answer that is over before its cut leaves the cut to the next connection.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    relay = Relay(listener.getsockname()[1], list(cuts))
+    upstream = ("127.0.0.1", int(address.rpartition(":")[2]))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def carry(client: socket.socket) -> None:
+        with client, socket.create_connection(upstream) as server, suppress(OSError):
+            threading.Thread(target=pump, args=(client, server), daemon=True).start()
+            seen = 0
+            while data := server.recv(4096):
+                seen += len(data)
+                if relay.cuts and seen >= relay.cuts[0]:
+                    client.sendall(data[: len(data) - (seen - relay.cuts.pop(0))])
+                    client.shutdown(socket.SHUT_RDWR)
+                    server.shutdown(socket.SHUT_RDWR)
+                    return
+                client.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=carry, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield relay
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def random_cuts(size: int, count: int = 20) -> list[int]:
+    """Places at which `count` broken connections get through less than an answer of `size` bytes between them."""
+    return np.random.default_rng(0).integers(3000, size // (count + 1), count).tolist()

@@ -1,0 +1,92 @@
+"""What the tests of `judge` and `evaluate` share: the normal form of scikit-learn's digits, with or without labels
+and captions, a small judge of them, and a pipeline that draws something of their size."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from models import schedules
+from models.networks.unet import UNet, UNetConfig
+from models.pipeline import save_pipeline
+from tasks.formats.images import Writer
+from tasks.judge import judge
+from tasks.params import ImageParams, JudgeParams
+from tasks.runtime import atomic
+
+CLASSES = ["zero", "one", "two"]
+TIMESTEPS = 30
+IMAGE = ImageParams(size=8, channels=1)
+PARAMS = JudgeParams(classifier_steps=60, clip_steps=60, batch_size=32, seed=1)
+
+
+def template_captions(label: int) -> list[str]:
+    return [f"the digit {CLASSES[label]}", f"a {CLASSES[label]}"]
+
+
+def write_images(root: Path, labels: bool = True, captions=template_captions) -> Path:
+    """Real zeros, ones and twos as `root/data/images`, every fourth held out, and their acceptance beside them."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits(n_class=len(CLASSES))
+    folder = root / "data" / "images"
+    folder.mkdir(parents=True)
+    writer = Writer(folder, shards=1)
+    for number, (image, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        encoded = io.BytesIO()
+        PIL.Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(encoded, "PNG")
+        writer.add(
+            {
+                "key": f"{number:04d}.png",
+                "image": encoded.getvalue(),
+                "width": 8,
+                "height": 8,
+                "mode": "L",
+                "label": label if labels else None,
+                "captions": captions(label) if captions else [],
+                "split": "test" if number % 4 == 3 else "train",
+                "sha256": "",
+                "phash": "",
+                "safety": None,
+                "licence": "BSD-3-Clause",
+                "source": "digits",
+            }
+        )
+    atomic.write_json(folder / "index.json", {**writer.close(), "classes": CLASSES if labels else []})
+    atomic.write_json(root / "data" / "accepted.json", {"verdict": "accepted"})
+    return folder
+
+
+def run_judge(root: Path, params: JudgeParams = PARAMS) -> Path:
+    """Run the stage on `root/data`. Returns the folder it wrote."""
+    judge(root / "data" / "images", root / "data" / "accepted.json", root / "judge", params, IMAGE)
+    return root / "judge"
+
+
+def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
+    """A tiny pipeline of random weights as `root/outputs/pipeline`: it draws noise of a kind."""
+    import torch
+
+    torch.manual_seed(0)
+    classes = CLASSES if classes is None else classes
+    unet = UNet(UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=len(classes) + 1 if classes else 0))
+    for weights in unet.parameters():  # the last layer starts at zero, and would not heed the label
+        torch.nn.init.normal_(weights, std=0.2)
+    info = {
+        "conditioning": "label" if classes else "none",
+        "classes": classes,
+        "channels": 1,
+        "size": 8,
+        "timesteps": TIMESTEPS,
+        "prediction": "v_prediction",
+        "schedule": "cosine",
+        "null_label": len(classes) if classes else None,
+        "train_key": "0" * 64,
+    }
+    folder = root / "outputs" / "pipeline"
+    folder.mkdir(parents=True)
+    save_pipeline(folder, unet, unet.state_dict(), schedules.betas("cosine", TIMESTEPS), info)
+    return folder

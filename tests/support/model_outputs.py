@@ -1,0 +1,147 @@
+"""What `export`, `package` and `register` read, made on the fly: a tiny network of random weights and the reports
+of a run that never was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from models import pictures, schedules
+from models.networks.unet import UNet, UNetConfig
+from models.pipeline import save_pipeline
+from tasks.export import export
+from tasks.package import package
+from tasks.params import ExportParams
+from tasks.runtime import atomic
+
+CLASSES = ["hot dog", "dog", "cat"]
+SIZE, TIMESTEPS = 8, 20
+STEPS = range(10, 101, 10)
+PARAMS = ExportParams(latency_batches=(1,))
+
+
+def write_pipeline(folder: Path, conditioning: str = "label") -> None:
+    """A pipeline whose weights are small random numbers, so that every layer has a say in its output."""
+    import torch
+
+    torch.manual_seed(0)
+    conditions = len(CLASSES) + 1 if conditioning == "label" else 0
+    unet = UNet(
+        UNetConfig(
+            size=SIZE,
+            channels=1,
+            block_out_channels=(8, 16),
+            attention=(False, True),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=8,
+            conditions=conditions,
+        )
+    )
+    weights = {name: value + 0.05 * torch.randn_like(value) for name, value in unet.state_dict().items()}
+    info = {
+        "conditioning": conditioning,
+        "classes": CLASSES,
+        "channels": 1,
+        "size": SIZE,
+        "timesteps": TIMESTEPS,
+        "schedule": "cosine",
+        "prediction": "v_prediction",
+        "null_label": len(CLASSES) if conditioning == "label" else None,
+        "train_key": "a" * 64,
+    }
+    folder.mkdir(parents=True)
+    save_pipeline(folder, unet, weights, schedules.betas("cosine", TIMESTEPS), info)
+
+
+def write_accepted(path: Path) -> None:
+    atomic.write_json(path, {"verdict": "accepted", "source": "pets", "data_sha256": "d" * 64})
+
+
+def run_export(root: Path, params: ExportParams = PARAMS) -> None:
+    """Run the stage on `root/outputs/pipeline`."""
+    export(
+        root / "outputs" / "pipeline",
+        root / "data" / "accepted.json",
+        root / "outputs" / "onnx",
+        root / "reports" / "export.json",
+        root / "reports" / "timing" / "latency.json",
+        params,
+    )
+
+
+def exported(root: Path, conditioning: str = "label") -> Path:
+    """A work tree in which `export` has run."""
+    write_pipeline(root / "outputs" / "pipeline", conditioning)
+    write_accepted(root / "data" / "accepted.json")
+    run_export(root)
+    return root
+
+
+def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-3, **changes: object) -> None:
+    """The reports of a training and its evaluation; the learning rate names the training."""
+    train = root / "reports" / "train"
+    shutil.rmtree(train, ignore_errors=True)
+    (train / "samples").mkdir(parents=True)
+    atomic.write_json(
+        train / "run.json",
+        {
+            "train_key": f"{learning_rate:.6f}".encode().hex().ljust(64, "0"),
+            "params": {"train.learning_rate": learning_rate, "train.steps": 100, "train.log_every": 10},
+            "data": {"digest": "e" * 64},
+            "dataset": {"name": "pets", "digest": "e" * 64, "source": "data/latents"},
+        },
+    )
+    with (train / "history.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "loss", "held_out_loss"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {"step": s, "loss": learning_rate / s, "held_out_loss": 0.5 if s == 100 else ""} for s in STEPS
+        )
+    grid = pictures.grid(np.full((4, 1, SIZE, SIZE), 99, np.uint8), 2)
+    pictures.save_png(grid, train / "samples" / "step-000100.png")
+    (train / "codec").mkdir()
+    atomic.write_json(train / "codec" / "quality.json", {"autoencoder_psnr": 23.5})
+    pictures.save_png(grid, train / "codec" / "reconstructions.png")
+    evaluation = root / "reports" / "evaluation"
+    evaluation.mkdir(parents=True, exist_ok=True)
+    pictures.save_png(grid, evaluation / "grid.png")
+    metrics = {
+        "frechet_distance": distance,
+        "frechet_distance_spread": 1.0,
+        "frechet_distance_floor": 10.0,
+        "frechet_distance_floor_spread": 0.5,
+        "label_accuracy": 0.99,
+        "label_accuracy_spread": 0.01,
+        "n_samples": 64,
+        "fingerprint": "f" * 64,
+        "not_applicable": {"clip_score": "the images have no captions"},
+    } | changes
+    atomic.write_json(root / "reports" / "metrics.json", metrics)
+    protocol = {"fingerprint": metrics["fingerprint"], "measurement": {"n_distance": 64, "labels": CLASSES}, "steps": 5}
+    atomic.write_json(evaluation / "protocol.json", protocol)
+    atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
+    index = {"format": 1, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}
+    atomic.write_json(root / "data" / "images" / "index.json", index | {"licence": "CC0", "sha256": "d" * 64})
+
+
+def run_package(root: Path) -> None:
+    """Run the stage on what `exported` and `write_reports` made."""
+    package(
+        root / "outputs" / "pipeline",
+        root / "outputs" / "onnx",
+        root / "data" / "accepted.json",
+        root / "data" / "images",
+        root / "reports" / "train",
+        root / "reports" / "metrics.json",
+        root / "reports" / "export.json",
+        root / "outputs" / "model",
+    )
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

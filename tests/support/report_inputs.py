@@ -1,0 +1,150 @@
+"""What `visualize` reads, made on the fly: real digits, a tiny network of random weights, tables like evaluate's."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models import pictures, schedules
+from models.networks.unet import UNet, UNetConfig
+from models.pipeline import save_pipeline
+from tasks.formats import images as normal_form
+from tasks.params import VisualizeParams
+from tasks.visualize import visualize
+
+SIZE, TIMESTEPS = 8, 20
+PARAMS = VisualizeParams(sampler="ddim", steps=10, guidance_scales=(1.0, 2.0), columns=5, seed=3)
+METRICS = {
+    "frechet_distance": 23.1,
+    "frechet_distance_floor": 10.2,
+    "frechet_distance_floor_spread": 0.31,
+    "frechet_distance_spread": 0.7,
+    "kid": 0.0123,
+    "label_accuracy": 0.994,
+    "fingerprint": "0f" * 32,
+    "n_samples": 512,
+    "n_samples_accuracy": 256,
+    "seed_blocks": 3,
+    "sampler": "dpm_solver_pp_2m",
+    "steps": 20,
+    "guidance_scale": 1.5,
+    "not_applicable": {"clip_score": "the images have no captions"},
+}
+SAMPLERS = """\
+sampler,steps,guidance_scale,n,seed_blocks,frechet_distance,kid,inception_style_score,clip_score,label_accuracy,note
+dpm_solver_pp_2m,20,1.0,512,3,23.1,0.0123,,,,
+ddpm,1000,1.0,32,1,,,,,,too few images for distances (128 needed)
+"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A folder laid out like a work tree."""
+
+    root: Path
+
+    def draw(self, into: str, params: VisualizeParams = PARAMS) -> tuple[Path, Path]:
+        """Run the stage; returns the folder of figures and the page."""
+        reports, figures, page = self.root / "reports", self.root / into / "figures", self.root / into / "index.html"
+        visualize(
+            self.root / "outputs" / "pipeline",
+            self.root / "data" / "images",
+            self.root / "data" / "accepted.json",
+            reports / "train",
+            reports / "metrics.json",
+            reports / "evaluation",
+            figures,
+            page,
+            params,
+        )
+        return figures, page
+
+
+def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool = True) -> Inputs:
+    """Inputs for a model of `classes`; none of them makes it unconditional and its images unlabelled."""
+    for folder in ("data/images", "outputs/pipeline", "reports/train/samples", "reports/evaluation"):
+        (root / folder).mkdir(parents=True)
+    (root / "data" / "accepted.json").write_text('{"verdict": "accepted"}')
+    pixels = _write_images(root / "data" / "images", classes, channels)
+    _write_pipeline(root / "outputs" / "pipeline", classes, channels)
+    _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
+    (root / "reports" / "metrics.json").write_text(json.dumps(METRICS))
+    (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
+    pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
+    pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")
+    return Inputs(root)
+
+
+def _write_images(folder: Path, classes: list[str], channels: int) -> np.ndarray:
+    """80 of scikit-learn's digits, three in four for training; as colours, each channel another digit."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = (load_digits().images[: 80 * channels] * (255 / 16)).astype(np.uint8)
+    pixels = digits.reshape(80, channels, SIZE, SIZE)
+    writer = normal_form.Writer(folder, shards=1)
+    for number, image in enumerate(pixels):
+        encoded = io.BytesIO()
+        Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0)).save(encoded, "PNG")
+        writer.add(
+            {
+                "key": f"{number:03d}.png",
+                "image": encoded.getvalue(),
+                "width": SIZE,
+                "height": SIZE,
+                "mode": "L" if channels == 1 else "RGB",
+                "label": number % len(classes) if classes else None,
+                "captions": [],
+                "split": "test" if number % 4 == 3 else "train",
+                "sha256": "",
+                "phash": "",
+                "safety": None,
+                "licence": "BSD-3-Clause",
+                "source": "digits",
+            }
+        )
+    (folder / "index.json").write_text(json.dumps({**writer.close(), "classes": classes}))
+    return pixels
+
+
+def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    conditions = len(classes) + 1 if classes else 0
+    unet = UNet(UNetConfig(SIZE, channels, (8, 16), (False, True), 1, 4, 8, conditions=conditions))
+    for weights in unet.parameters():  # the last layer starts at zero, and would draw nothing
+        torch.nn.init.normal_(weights, std=0.2)
+    info = {
+        "conditioning": "label" if classes else "none",
+        "classes": classes,
+        "channels": channels,
+        "size": SIZE,
+        "timesteps": TIMESTEPS,
+        "prediction": "v_prediction" if classes else "epsilon",
+        "schedule": "cosine" if classes else "linear",
+        "null_label": len(classes) if classes else None,
+        "train_key": "ab" * 32,
+    }
+    save_pipeline(folder, unet, unet.state_dict(), schedules.betas(str(info["schedule"]), TIMESTEPS), info)
+
+
+def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weighting: str) -> None:
+    told = {"diffusion.loss_weighting": weighting, "diffusion.min_snr_gamma": 2.5}
+    (folder / "run.json").write_text(json.dumps({"params": told}))
+    lines = ["step,loss,held_out_loss,learning_rate,grad_norm"]
+    for step in range(10, 210, 10):
+        held_out = f"{1.1 / step:.6f}" if held_out_loss and step % 50 == 0 else ""
+        lines.append(f"{step},{1 / step:.6f},{held_out},{1e-3 * step / 200:.6f},0.5")
+    (folder / "history.csv").write_text("\n".join(lines) + "\n")
+    for step in range(20, 201, 20):
+        pictures.save_png(pictures.grid(pixels[:6], 3, scale=2), folder / "samples" / f"step-{step:06d}.png")
+    if weighting == "min_snr":
+        (folder / "codec").mkdir()
+        quality = {"autoencoder_psnr": 23.456, "text_retrieval_accuracy": 0.8, "text_retrieval_chance": 0.1}
+        (folder / "codec" / "quality.json").write_text(json.dumps(quality))
+        pictures.save_png(pictures.grid(pixels[:8], 4), folder / "codec" / "reconstructions.png")

@@ -1,0 +1,133 @@
+"""Captioned pictures taken through the stages from `download` to `export`: every part real, everything small."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.codec import codec
+from tasks.download import download
+from tasks.encode import encode
+from tasks.export import export
+from tasks.ingest import ingest
+from tasks.params import (
+    CodecParams,
+    DiffusionParams,
+    EncodeParams,
+    ExportParams,
+    ImageParams,
+    ModelParams,
+    TrainParams,
+)
+from tasks.preset import compose
+from tasks.runtime import atomic
+from tasks.train import train
+from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
+
+LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
+MODEL = ModelParams(
+    block_out_channels=(8, 16), attention=(False, True), layers_per_block=1, norm_num_groups=4, attention_head_dim=8
+)
+DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_prediction")
+
+
+def train_params(**others) -> TrainParams:
+    given = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
+    given |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
+    return TrainParams.model_validate({**compose("digits", [])["train"], **given, **others})
+
+
+def through(root: Path, database: Path, params: CodecParams, form: tuple[int, int] = (16, 16)) -> Path:
+    """Make 48 captioned pictures of `form` below `root`, and run the stages on them; returns `root`."""
+    files = {f"{seed:02d}.png": picture(seed, form) for seed in range(48)}
+    with pytest.MonkeyPatch.context() as patch:
+        shutil.copy(database, root / "mlflow.db")
+        at_home(root, patch)
+        (root / "requirements.lock").touch()
+        source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
+        download(root / "raw", folder_params(source))
+        ingest(root / "raw", root / "images", root / "aside", ingest_params())
+        atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
+        codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(size=16, channels=3))
+        encode(
+            root / "images",
+            root / "accepted.json",
+            root / "codec",
+            root / "latents",
+            EncodeParams(shard_size=20, horizontal_flip=True),
+        )
+        run_train(root, "pipeline")
+        export(
+            root / "pipeline",
+            root / "accepted.json",
+            root / "onnx",
+            root / "export.json",
+            root / "latency.json",
+            ExportParams(latency_batches=(1,)),
+        )
+    return root
+
+
+def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let MLflow, the scratch folder and relative paths be those of `root`."""
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    patch.setenv("AFTERIMAGE_SCRATCH", str(root / "scratch"))
+    patch.chdir(root)
+
+
+def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
+    train(
+        root / "latents",
+        root / "codec",
+        root / "accepted.json",
+        root / name,
+        root / f"report-{name}",
+        model,
+        DIFFUSION,
+        train_params(**others),
+    )
+
+
+def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The picture [3, H, W], 0 to 1, that diffusers' pipeline, which must be of this `kind`, and ours draw by DDIM of
+    one prompt from the same noise."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from models.pipeline import load_pipeline
+    from models.samplers import SeededNoise
+
+    with warnings.catch_warnings(record=True) as complaints:
+        theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
+    assert not any("outdated" in str(complaint.message) for complaint in complaints)
+    assert type(theirs).__name__ == kind
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
+    noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
+    prompt, shared = "dark picture of thing 2", {"guidance_scale": guidance_scale}
+    form = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
+    given = theirs(prompt, num_inference_steps=5, latents=noise, **form, **shared).images[0]
+    ours = load_pipeline(pipeline).sample([7], prompts=[prompt], sampler="ddim", steps=5, **shared)
+    return given.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
+
+
+def is_base_with_adapter(base: Path, adapted: Path, condition: torch.Tensor, **told) -> bool:
+    """Whether diffusers' pipeline of `base`, with the adapter that lies beside the weights of `adapted` loaded into it,
+    has the network of `adapted`; for token embeddings [1, L, D] and what else the network is `told`."""
+    from diffusers import DiffusionPipeline
+
+    pipelines = [DiffusionPipeline.from_pretrained(folder, local_files_only=True) for folder in (base, adapted)]
+    inputs = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([7]), condition
+
+    def drawn(pipeline):
+        with torch.inference_mode():
+            return pipeline.unet(*inputs, added_cond_kwargs=told).sample
+
+    before, wanted = map(drawn, pipelines)
+    pipelines[0].load_lora_weights(adapted / "lora")
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    return torch.allclose(drawn(pipelines[0]), wanted, atol=1e-5)

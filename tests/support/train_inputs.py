@@ -1,0 +1,195 @@
+"""A tiny training: its inputs as the stages before write them, and ways to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_inputs(
+    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, forms: tuple = ((8, 8),)
+) -> None:
+    """Latents, codec and verdict of a tiny data set, in the forms that the stages before write: `count` training
+    images in each of the buckets `forms`."""
+    import torch
+
+    from tasks.formats import latents
+    from tasks.runtime import atomic
+
+    rng = np.random.default_rng(0)
+    classes = [] if conditioning == "none" else ["light", "dark"]
+    codec = {"kind": "identity", "conditioning": conditioning, "size": 8, "channels": 1, "classes": classes}
+
+    def split(name, n):
+        shards = [{**shard, "bucket": bucket} for bucket in range(len(forms)) for shard in some(name, n, bucket)]
+        return {"count": n * len(forms), "keys_sha256": "keys", "shards": shards}
+
+    def some(name, n, bucket):
+        labels = rng.integers(0, 2, n)
+        pixels = (rng.integers(0, 100, (n, 1, *forms[bucket])) + 150 * (1 - labels)[:, None, None, None]).astype(
+            np.uint8
+        )
+        columns = {"pixels": pixels}
+        if conditioning == "label":
+            columns["labels"] = labels
+        if conditioning == "text":
+            columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
+            columns["captions"][:, 0] = labels
+            columns["captions"][:, 1:] = -np.sort(-columns["captions"][:, 1:])  # who has fewer has -1 at the end
+        return latents.write_shards(
+            folder / "latents",
+            f"{name}-{bucket}",
+            n,
+            lambda part: {key: column[part] for key, column in columns.items()},
+            shard_size,
+        )
+
+    (folder / "latents").mkdir(parents=True)
+    splits = {"train": split("train", count), "test": split("test", 32)}
+    texts = prompts = None
+    if conditioning == "text":
+        embeddings = torch.from_numpy(rng.standard_normal((4, 5, 32))).to(torch.bfloat16)
+        texts = latents.write_shards(
+            folder / "latents", "texts", 4, lambda part: {"embeddings": embeddings[part]}, shard_size
+        )
+        prompts = latents.write_prompts(
+            folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
+        )
+        codec |= {"text": {"width": 32, "length": 5}, "prompts": ["a light", "a dark"]}
+    latents.write_index(folder / "latents", codec, splits, forms, texts, prompts)
+    atomic.write_json(folder / "codec" / "codec.json", {"format": 1, **codec})
+    atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
+
+
+def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0, **train) -> None:
+    """Parameters of a training of 60 steps, some of whose rows, checkpoints and grids fall together and some not."""
+    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    document["image"] = {"size": 8, "channels": 1}
+    document["codec"]["conditioning"] = conditioning
+    if conditioning == "none":
+        document["evaluate"]["guidance_scale"] = 1.0
+        document["evaluate"]["guidance_sweep"] = []
+        document["visualize"]["guidance_scales"] = [1.0]
+    document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
+    document["model"]["dropout"] = dropout
+    document["diffusion"]["timesteps"] = 50
+    document["evaluate"]["steps"] = document["visualize"]["steps"] = 10
+    document["diffusion"]["loss_weighting"] = "plain"
+    document["train"] |= {
+        "steps": 60,
+        "batch_size": 16,
+        "learning_rate": 0.002,
+        "ema": ["decay-0.99", "std-0.10"],
+        "pipeline_ema": "decay-0.99",
+        "warmup_steps": 5,
+        "log_every": 7,
+        "checkpoint_every": 10,
+        "sample_every": 25,
+    } | train
+    (folder / "params.yaml").write_text(yaml.safe_dump(document))
+
+
+PATHS = ("latents", "codec", "accepted.json", "pipeline", "report")
+
+
+def command(folder: Path) -> list[str]:
+    arguments = [str(folder / path) for path in PATHS]
+    return [sys.executable, "-m", "tasks.train", *arguments, "--params", str(folder / "params.yaml")]
+
+
+def environment(folder: Path, database: Path) -> dict[str, str]:
+    """A scratch folder of its own and the migrated MLflow database of the session, copied."""
+    uri = folder / "mlflow.db"
+    if not uri.exists():
+        uri.write_bytes(database.read_bytes())
+    return os.environ | {
+        "AFTERIMAGE_SCRATCH": str(folder / "scratch"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{uri}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run(folder: Path, database: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(folder), cwd=ROOT, env=environment(folder, database), capture_output=True, text=True, timeout=300
+    )
+
+
+def results(folder: Path, pipeline: str = "pipeline", report: str = "report", scratch: str = "scratch") -> dict:
+    """Name -> hash of every file that a run leaves: pipeline, report, and the last checkpoint with every average."""
+    last = checkpoints(folder / scratch)[-1]
+    parts = {"pipeline": folder / pipeline, "report": folder / report, last.name: last}
+    return {
+        f"{name}/{file.relative_to(root)}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, root in parts.items()
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+    }
+
+
+def train_here(folder: Path, monkeypatch, database: Path) -> None:
+    """The stage function in this process, for what needs no process of its own; packages are loaded once."""
+    from tasks.train import train
+
+    loaded = _as_a_process(folder, monkeypatch, database)
+    train(*(folder / path for path in PATHS), loaded.model, loaded.diffusion, loaded.train)
+
+
+def prepare_here(folder: Path, monkeypatch, database: Path):
+    """The run that the stage would train, before its first step."""
+    from tasks.formats import images, latents
+    from tasks.training import key as training_key
+    from tasks.training import run as training_run
+
+    loaded = _as_a_process(folder, monkeypatch, database)
+    index, verdict = latents.read_index(folder / "latents"), images.require_accepted(folder / "accepted.json")
+    sections = (loaded.model, loaded.diffusion, loaded.train)
+    facts = training_key.facts(index, folder / "codec", verdict, *sections)
+    network = training_run.network_config(index, loaded.model)
+    return training_run.prepare(folder / "latents", index, facts, network, loaded.diffusion, loaded.train)
+
+
+def _as_a_process(folder: Path, monkeypatch, database: Path):
+    """Environment and accelerate's state as in a process of its own; returns the parameters."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from tasks import params
+
+    for name, value in environment(folder, database).items():
+        monkeypatch.setenv(name, value)
+    for state in (AcceleratorState, GradientState, PartialState):  # a process has them once, and keeps a precision
+        state._reset_state()
+    monkeypatch.chdir(ROOT)
+    return params.load(folder / "params.yaml")
+
+
+def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
+    """The inputs of another run, with what it made named in `more`."""
+    for name in ("latents", "codec", *more):
+        shutil.copytree(undisturbed / name, folder / name)
+    for name in ("accepted.json", "params.yaml"):
+        shutil.copy(undisturbed / name, folder / name)
+
+
+def checkpoints(scratch: Path) -> list[Path]:
+    return sorted((scratch / "train").glob("*/step-*"))
+
+
+def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Callable[[], None] | None = None) -> None:
+    """kill -9 as soon as `happens()`, unless the process ends before."""
+    while process.poll() is None and not happens():
+        time.sleep(0.002)
+    if process.poll() is None:
+        (kill or process.kill)()
+    process.wait()

@@ -1,0 +1,48 @@
+"""Which rows show the same picture: against comparing every pair."""
+
+import numpy as np
+import pytest
+
+from tasks.validation import duplicates
+
+
+def crowded(count, seed=0):
+    """Hashes of which many are a few bits apart: copies of few with some bits turned."""
+    random = np.random.default_rng(seed)
+    hashes = random.choice(random.integers(0, 2**63, count // 4, dtype=np.uint64), count)
+    for _ in range(3):
+        turned = random.integers(0, 2, count, dtype=np.uint64)
+        hashes ^= turned << random.integers(0, 64, count, dtype=np.uint64)
+    return hashes
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 5])
+def test_all_near_pairs_are_found_and_no_others(bits):
+    hashes = np.unique(crowded(800))
+    left, right = np.nonzero(np.triu(np.bitwise_count(hashes[:, None] ^ hashes[None]) <= bits, 1))
+    found = duplicates.near_pairs(hashes, bits)
+    assert set(zip(*map(np.ndarray.tolist, found), strict=True)) == set(zip(left.tolist(), right.tolist(), strict=True))
+    assert bits == 0 or len(left) > 10
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+def test_a_row_resembles_the_first_one_that_is_near(bits):
+    hashes = crowded(500, seed=1)
+    hashes[100:120] = hashes[:20]
+    distances = np.bitwise_count(hashes[:, None] ^ hashes[None])
+    own = np.arange(500)
+    expected = [min(np.flatnonzero(row <= bits)) for row in distances]
+    expected = [-1 if first == row else first for row, first in enumerate(expected)]
+    assert duplicates.resembled(hashes, own, own, bits).tolist() == expected
+    rows, among = own[300:], own[:300]
+    expected = [min(np.flatnonzero(distances[row][:300] <= bits), default=-1) for row in rows]
+    assert duplicates.resembled(hashes, rows, among, bits).tolist() == expected
+
+
+def test_a_crowd_of_equal_hashes_is_found_at_once():
+    hashes = np.full(200_000, 0xF0F0, np.uint64)
+    assert (duplicates.resembled(hashes, np.arange(200_000), np.arange(200_000), 3)[1:] == 0).all()
+
+
+def test_hashes_are_read_as_numbers():
+    assert duplicates.to_numbers(["00000000000000ff", "8000000000000000"]).tolist() == [255, 2**63]

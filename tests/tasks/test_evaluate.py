@@ -1,0 +1,427 @@
+"""Measuring by a declared protocol: known answers, what may be compared, what does not apply, the stage's files."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from models.judges.judge import load_judge
+from models.pipeline import Pipeline, from_uint8, load_pipeline, to_uint8
+from tasks.evaluate import evaluate, picture
+from tasks.evaluation import protocol
+from tasks.formats import measures
+from tasks.formats.images import load_pixels
+from tasks.params import EvaluateParams
+from tasks.runtime.stage import StageError
+from tests.support import judge_inputs
+from tests.support.data_inputs import contents
+
+PARAMS = EvaluateParams(
+    sampler="dpm_solver_pp_2m",
+    steps=3,
+    n_distance=150,
+    n_accuracy=60,
+    n_compare=80,
+    n_ddpm=7,
+    guidance_scale=2.0,
+    seed_blocks=3,
+    guidance_sweep=(1.0, 2.0, 4.0),
+    n_sweep=70,
+    batch_size=64,
+    seed=5,
+)
+
+
+@dataclass(frozen=True)
+class Copyist(Pipeline):
+    """A perfect model: it draws training images of the class that it is asked for."""
+
+    images: object = None
+
+    def sample(self, seeds, labels=None, *_, **__):
+        rows = [np.flatnonzero(self.images.labels == label) for label in range(len(self.classes))]
+        chosen = [rows[label][seed % len(rows[label])] for seed, label in zip(seeds, labels, strict=True)]
+        return from_uint8(self.images.pixels[chosen])
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Labelled and captioned digits, their judge, and a pipeline of random weights; read it only."""
+    root = tmp_path_factory.mktemp("tree")
+    judge_inputs.write_images(root)
+    judge_inputs.run_judge(root)
+    judge_inputs.write_pipeline(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipeline(tree):
+    return load_pipeline(tree / "outputs" / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def judge(tree):
+    return load_judge(tree / "judge")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tree, tmp_path_factory):
+    """What the stage wrote about the pipeline of random weights."""
+    return run(tree, tmp_path_factory.mktemp("evaluated"))
+
+
+def run(tree, out, params=PARAMS):
+    evaluate(
+        tree / "outputs" / "pipeline",
+        tree / "data" / "images",
+        tree / "data" / "accepted.json",
+        tree / "judge",
+        out / "metrics.json",
+        out / "evaluation",
+        out / "timing" / "evaluate.json",
+        params if load_pipeline(tree / "outputs" / "pipeline").conditioning != "none" else unguided(params),
+    )
+    return out
+
+
+def unguided(params):
+    return params.model_copy(update={"guidance_scale": 1.0, "guidance_sweep": ()})
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Known answers
+
+
+def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real_ones(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    perfect = Copyist(
+        pipeline.unet, pipeline.betas, pipeline.info, images=load_pixels(images, "train", judge_inputs.IMAGE)
+    )
+    measured = protocol.measure(perfect, images, judge, protocol.declare(perfect, images, judge, PARAMS))
+    assert measured["frechet_distance_floor"] > 0
+    assert measured["frechet_distance"] < 3 * measured["frechet_distance_floor"]
+    assert measured["label_accuracy"] >= 0.97
+    assert measured["label_accuracy_real"] >= 0.95
+    assert measured["clip_score"] == pytest.approx(measured["clip_score_real"], rel=0.05)
+    assert measured["inception_style_score"] == pytest.approx(measured["inception_style_score_real"], rel=0.1)
+    assert measured["not_applicable"] == {}
+
+
+def test_a_model_of_random_weights_is_far_from_the_floor(evaluated):
+    measured = read(evaluated / "metrics.json")
+    assert measured["frechet_distance"] > 10 * measured["frechet_distance_floor"]
+    assert measured["kid"] > measured["kid_floor"]
+    assert measured["label_accuracy"] < 0.8
+    assert measured["clip_score"] < measured["clip_score_real"]
+
+
+def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    declared = protocol.declare(pipeline, images, judge, PARAMS)
+    measured = protocol.measure(pipeline, images, judge, declared)
+    scorer = protocol.Scorer(images, judge, declared)
+    labels = [index % 3 for index in range(PARAMS.n_distance)]
+    values = []
+    for block in range(3):
+        seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
+        drawn = to_uint8(pipeline.sample(seeds, labels, "dpm_solver_pp_2m", 3))
+        values.append(scorer.distances(drawn)["frechet_distance"])
+    assert measured["frechet_distance"] == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
+    assert measured["frechet_distance_spread"] == pytest.approx(np.std(values, ddof=1), rel=0.05)
+
+
+def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    scorer = protocol.Scorer(images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    stand_ins = scorer.stand_ins(0)
+    train = load_pixels(images, "train", judge_inputs.IMAGE)
+    label_of = {pixels.tobytes(): label for pixels, label in zip(train.pixels, train.labels.tolist(), strict=True)}
+    assert sorted(label_of[pixels.tobytes()] for pixels in stand_ins) == [0] * 50 + [1] * 50 + [2] * 50
+    assert len({pixels.tobytes() for pixels in stand_ins}) == 150
+    assert {pixels.tobytes() for pixels in scorer.stand_ins(1)} != {pixels.tobytes() for pixels in stand_ins}
+    many = protocol.declare(pipeline, images, judge, PARAMS.model_copy(update={"n_distance": 10_000}))
+    assert len(protocol.Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
+
+
+# What may be compared
+
+
+def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeline, judge):
+    def of(**changes):
+        params = PARAMS.model_copy(update=changes)
+        return protocol.declare(pipeline, tree / "data" / "images", judge, params)["fingerprint"]
+
+    same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_ddpm": 2}
+    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True}
+    assert {of(**{name: value}) for name, value in same.items()} == {of()}
+    other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
+    assert len({of(), *(of(**{name: value}) for name, value in other.items())}) == 1 + len(other)
+
+
+def test_the_fingerprint_names_judge_images_and_labels(tree, pipeline, judge, tmp_path):
+    def of(model, images, scale):
+        return protocol.declare(model, images, scale, PARAMS)["fingerprint"]
+
+    images = tree / "data" / "images"
+    hashes = judge.info["hashes"] | {"clip": "0" * 64}
+    other_judge = replace(judge, info=judge.info | {"hashes": hashes})
+    other_images = judge_inputs.write_images(tmp_path, captions=lambda label: [f"number {label}"])
+    other_model = replace(pipeline, info=pipeline.info | {"classes": ["a", "b", "c"]})
+    found = {of(pipeline, images, judge), of(pipeline, images, other_judge)}
+    found |= {of(pipeline, other_images, judge), of(other_model, images, judge)}
+    assert len(found) == 4
+
+
+def test_a_champion_is_measured_by_the_protocol_that_its_challenger_left(tree, evaluated, judge, tmp_path):
+    declared = read(evaluated / "evaluation" / "protocol.json")
+    champion = load_pipeline(judge_inputs.write_pipeline(tmp_path))
+    assert protocol.measure(champion, tree / "data" / "images", judge, declared) == read(evaluated / "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        ({"classes": ["zero", "one"]}, "other classes"),
+        ({"conditioning": "none"}, "other classes"),
+        ({"size": 16}, "1 x 16 x 16 images and the protocol measures 1 x 8 x 8"),
+    ],
+)
+def test_a_champion_that_draws_something_else_cannot_be_measured_alike(tree, pipeline, judge, info, reason):
+    images = tree / "data" / "images"
+    declared = protocol.declare(pipeline, images, judge, PARAMS)
+    with pytest.raises(protocol.NotComparableError, match=reason):
+        protocol.measure(replace(pipeline, info=pipeline.info | info), images, judge, declared)
+
+
+def test_neither_another_judge_nor_other_images_serve_a_protocol(tree, pipeline, judge, tmp_path):
+    images = tree / "data" / "images"
+    declared = protocol.declare(pipeline, images, judge, PARAMS)
+    with pytest.raises(protocol.NotComparableError, match="judge is not the one"):
+        protocol.measure(pipeline, images, replace(judge, info=judge.info | {"hashes": {}}), declared)
+    other = judge_inputs.write_images(tmp_path, captions=None)
+    with pytest.raises(protocol.NotComparableError, match="images are not those"):
+        protocol.measure(pipeline, other, judge, declared)
+
+
+# What does not apply
+
+
+def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tmp_path):
+    for name in ("data", "judge"):
+        (tmp_path / name).symlink_to(tree / name)
+    judge_inputs.write_pipeline(tmp_path, classes=[])
+    run(tmp_path, tmp_path / "out")
+    measured = read(tmp_path / "out" / "metrics.json")
+    assert set(measured["not_applicable"]) == {"label_accuracy", "clip_score"}
+    assert not {name for name in measured if name.startswith(("label_accuracy", "clip_score"))}
+    assert measured["n_samples_accuracy"] == 0
+    distances = ["frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
+    assert measures.names(measured) == distances
+    assert {path.name for path in (tmp_path / "out" / "evaluation").iterdir()} == {
+        "grid_unguided.png",
+        "grid_ddpm.png",
+        "grid_nearest.png",
+        "protocol.json",
+        "samplers.csv",
+        "timesteps.csv",
+    }
+
+
+def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
+    judge_inputs.write_images(tmp_path, labels=False, captions=None)
+    judge_inputs.run_judge(tmp_path)
+    judge_inputs.write_pipeline(tmp_path, classes=[])
+    measured = read(run(tmp_path, tmp_path / "out") / "metrics.json")
+    assert measures.names(measured) == ["frechet_distance", "kid", "near_copies", "precision", "recall"]
+    assert set(measured["not_applicable"]) == {"inception_style_score", "label_accuracy", "clip_score"}
+    assert measured["extractor"] == "self_supervised"
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [(None, "no captions"), (lambda label: [["a round one", "one stroke", "a swan"][label], "a digit"], None)],
+    ids=["no captions", "captions"],
+)
+def test_clip_score_needs_captions(tmp_path, captions, reason):
+    images = judge_inputs.write_images(tmp_path, captions=captions)
+    judge = load_judge(judge_inputs.run_judge(tmp_path))
+    pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
+    measured = protocol.measure(pipeline, images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    assert ("clip_score" in measured) == (reason is None)
+    assert reason is None or reason in measured["not_applicable"]["clip_score"]
+
+
+# The files of the stage
+
+
+def test_metrics_are_flat_and_complete(evaluated):
+    measured = read(evaluated / "metrics.json")
+    distances = {"frechet_distance", "kid", "precision", "recall"}
+    beside_real = {"inception_style_score", "clip_score", "label_accuracy", "near_copies"}
+    means = distances | beside_real
+    spreads = {f"{name}_spread" for name in means}
+    floors = {f"{name}_floor{part}" for name in distances for part in ("", "_spread")}
+    real = {f"{name}_real" for name in beside_real}
+    counts = {"n_samples", "n_samples_accuracy", "n_reference", "n_floor", "n_searched", "seed_blocks", "steps"}
+    assert set(measured) == means | spreads | floors | real | counts | {
+        "not_applicable",
+        "extractor",
+        "fingerprint",
+        "sampler",
+        "guidance_scale",
+    }
+    assert all(np.isfinite(measured[name]) for name in means | spreads | floors | real)
+    assert (measured["n_samples"], measured["n_samples_accuracy"], measured["n_floor"]) == (150, 60, 150)
+    assert measured["fingerprint"] == read(evaluated / "evaluation" / "protocol.json")["fingerprint"]
+
+
+def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_misleads(evaluated):
+    rows = table(evaluated / "evaluation" / "samplers.csv")
+    assert [(row["sampler"], row["steps"], row["guidance_scale"], row["n"], row["seed_blocks"]) for row in rows] == [
+        ("dpm_solver_pp_2m", "3", "1.0", "150", "3"),
+        ("dpm_solver_pp_2m", "3", "2.0", "60", "3"),
+        ("dpm_solver_pp_2m", "3", "1.0", "80", "1"),
+        ("ddim", "30", "1.0", "80", "1"),
+        ("ddpm", "30", "1.0", "7", "1"),
+    ]
+    measured = read(evaluated / "metrics.json")
+    assert float(rows[0]["frechet_distance"]) == pytest.approx(measured["frechet_distance"], rel=1e-5)
+    assert float(rows[1]["label_accuracy"]) == pytest.approx(measured["label_accuracy"], rel=1e-5)
+    small = [row for row in rows if int(row["n"]) < 2 * 32]
+    assert [row["frechet_distance"] + row["kid"] + row["inception_style_score"] for row in small] == ["", ""]
+    assert {row["note"] for row in small} == {"too few images for distances (64 needed)"}
+    assert all(row["label_accuracy"] and row["clip_score"] for row in rows)
+
+
+def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
+    noisy = {"sampler": "ddim", "steps": 30, "eta": 0.5, "n_sweep": 1, "guidance_sweep": (), "seed_blocks": 3}
+    out = run(tree, tmp_path, PARAMS.model_copy(update=noisy))
+    rows = table(out / "evaluation" / "samplers.csv")
+    compared = [row for row in rows if row["n"] == "80"]
+    assert [(row["sampler"], row["eta"]) for row in compared] == [
+        ("ddim", "0.5"),
+        ("ddim", ""),
+        ("dpm_solver_pp_2m", ""),
+    ]
+    assert compared[0]["frechet_distance"] != compared[1]["frechet_distance"]
+    assert {"ddim (eta 0.5), 30 steps, guidance 1", "ddim, 30 steps, guidance 1"} < set(
+        read(out / "timing" / "evaluate.json")["seconds_per_image"]
+    )
+
+
+def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp_path, monkeypatch):
+    few = PARAMS.model_copy(update={"n_distance": 40})
+    monkeypatch.setattr(protocol, "draw", lambda *_, **__: pytest.fail("drew"))
+    with pytest.raises(
+        StageError, match=r"40 samples and 134 held-out .* 32 dimensions, which need 64 of each; .*small"
+    ):
+        run(tree, tmp_path, few)
+
+
+def test_few_images_are_measured_on_request_and_say_so(tree, tmp_path, capsys):
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"n_distance": 40, "allow_small_n": True}))
+    assert "32 dimensions" in read(out / "metrics.json")["small_n"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "evaluate: frechet_distance" in line]
+    assert printed and all("few images: 40 samples" in line for line in printed)
+    assert all(row["frechet_distance"] for row in table(out / "evaluation" / "samplers.csv"))
+
+
+def test_the_sweep_shows_distance_and_agreement_at_each_guidance_scale(evaluated):
+    rows = table(evaluated / "evaluation" / "guidance.csv")
+    assert [(row["guidance_scale"], row["n"]) for row in rows] == [("1.0", "70"), ("2.0", "70"), ("4.0", "70")]
+    assert all(row["frechet_distance"] and row["clip_score"] and row["label_accuracy"] for row in rows)
+    assert len({row["frechet_distance"] for row in rows}) == 3
+
+
+def test_what_the_sweep_needs_and_was_drawn_already_is_not_drawn_again(tree, tmp_path, monkeypatch):
+    drawn, real = [], protocol.draw
+
+    def counted(*arguments, **options):
+        drawn.append(options.get("guidance_scale", 1.0))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(protocol, "draw", counted)
+    params = PARAMS.model_copy(update={"guidance_sweep": (1.0, 2.0, 4.0), "n_sweep": 60})
+    rows = table(run(tree, tmp_path, params) / "evaluation" / "guidance.csv")
+    assert drawn.count(4.0) == 1 and drawn.count(2.0) == 3
+    assert {row["note"] for row in rows} == {"too few images for distances (64 needed)"}
+
+
+def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
+    rows = table(evaluated / "evaluation" / "classes.csv")
+    assert [(row["class"], row["n"], row["n_unguided"]) for row in rows] == [
+        (name, "60", "150") for name in judge_inputs.CLASSES
+    ]
+    measured = read(evaluated / "metrics.json")
+    assert np.mean([float(row["label_accuracy"]) for row in rows]) == pytest.approx(
+        measured["label_accuracy"], abs=1e-5
+    )
+    assert all(float(row["kid"]) > float(row["kid_floor"]) for row in rows)
+    steps = table(evaluated / "evaluation" / "timesteps.csv")
+    assert [row["timestep"] for row in steps][:: len(steps) - 1] == ["0", "29"]
+    assert float(steps[0]["squared_error"]) < float(steps[-1]["squared_error"])
+    assert float(steps[0]["psnr"]) == pytest.approx(10 * np.log10(4 / float(steps[0]["squared_error"])), rel=1e-4)
+
+
+def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    scorer = protocol.Scorer(images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    rows, distances = scorer.nearest_training(scorer.train.pixels[:40])
+    assert rows.tolist() == list(range(40)) and distances.max() < 1e-3
+    assert scorer.near_copies(scorer.train.pixels[:40]) == {"near_copies": 1.0}
+    assert scorer.near_copies(scorer.held_out.pixels)["near_copies"] <= 0.02
+
+
+def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
+    with PIL.Image.open(evaluated / "evaluation" / "grid_guided.png") as grid:
+        assert grid.width == 3 * 80 + 2 * 2
+        assert grid.height > 10 * 80 + 9 * 2  # the titles stand above
+    labels = [0, 1, 2, 0]
+    drawn = protocol.Draw("ddim", 1, 1.0, labels, np.zeros((4, 1, 8, 8), np.uint8), 0.0)
+    assert picture(drawn, judge_inputs.CLASSES).height < 2 * 80  # an incomplete row is left out
+    assert picture(drawn.first(2), judge_inputs.CLASSES).width > 3 * 80  # too few for a row of all: plain
+    large = protocol.Draw("ddim", 1, 1.0, labels[:3], np.zeros((3, 1, 512, 512), np.uint8), 0.0)
+    assert picture(large, judge_inputs.CLASSES).width < 3 * 160  # shown smaller
+
+
+def test_a_rerun_gives_the_same_bytes_and_only_timing_holds_times(tree, evaluated, tmp_path):
+    again = run(tree, tmp_path)
+    first, second = contents(evaluated), contents(again)
+    assert {name for name in first if first[name] != second[name]} <= {"timing/evaluate.json"}
+    seconds = read(again / "timing" / "evaluate.json")["seconds_per_image"]
+    assert set(seconds) == {
+        "dpm_solver_pp_2m, 3 steps, guidance 1",
+        "dpm_solver_pp_2m, 3 steps, guidance 2",
+        "dpm_solver_pp_2m, 3 steps, guidance 4",
+        "ddim, 30 steps, guidance 1",
+        "ddpm, 30 steps, guidance 1",
+    }
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_dvc_shows_the_metrics(evaluated, tmp_path):
+    def dvc(*command):
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *command], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    (tmp_path / "metrics.json").write_bytes((evaluated / "metrics.json").read_bytes())
+    dvc("init", "--no-scm", "--quiet")
+    (tmp_path / "dvc.yaml").write_text("metrics: [metrics.json]\n")
+    shown = json.loads(dvc("metrics", "show", "--json"))[""]["data"]["metrics.json"]["data"]
+    assert shown | {"not_applicable": {}} == read(evaluated / "metrics.json")
+    assert "frechet_distance_floor" in dvc("metrics", "show")

@@ -1,0 +1,275 @@
+"""The exported network: any batch size, PyTorch's numbers, and a sampler that runs where nothing else is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from models import onnx_graph, tensorrt_engine
+from models.bundle import CPU, Bundle, to_pixels
+from models.pipeline import load_pipeline, to_uint8
+from tasks.runtime.stage import StageError
+from tests.support import model_outputs
+from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
+
+ROOT = Path(__file__).parents[2]
+LABELS = [0, 1, 2, 0, 1]
+
+
+@pytest.fixture
+def tree(exported) -> Path:
+    return exported
+
+
+@pytest.fixture(scope="module")
+def bundle(exported) -> Bundle:
+    return Bundle(exported / "outputs" / "onnx")
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """In dB, of images in [-1, 1]."""
+    return 10 * math.log10(4 / max(float(((first - second) ** 2).mean()), 1e-20))
+
+
+def shapes(graph: onnx.ModelProto) -> dict[str, list]:
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*graph.graph.input, *graph.graph.output]
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 16])
+def test_every_batch_size_gives_pytorchs_numbers(tree, bundle, batch):
+    import torch
+
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    x = np.random.default_rng(batch).standard_normal((batch, 1, SIZE, SIZE), dtype=np.float32)
+    label = np.arange(batch) % 4
+    for t in (0, TIMESTEPS - 1):
+        with torch.inference_mode():
+            expected = trained.unet(torch.from_numpy(x), torch.full((batch,), t), torch.from_numpy(label)).numpy()
+        np.testing.assert_allclose(bundle.predict(x, t, label), expected, atol=1e-5)
+    assert np.abs(bundle.predict(x, 0, label) - bundle.predict(x, TIMESTEPS - 1, label)).max() > 1e-3
+    assert np.abs(bundle.predict(x, 0, label) - bundle.predict(x, 0, (label + 1) % 4)).max() > 1e-3
+
+
+def test_graph_has_a_free_batch_and_nothing_of_this_machine(tree):
+    content = (tree / "outputs" / "onnx" / "unet.onnx").read_bytes()
+    graph = onnx.load_model_from_string(content)
+    onnx.checker.check_model(graph, full_check=True)
+    image = ["batch", 1, SIZE, SIZE]
+    assert shapes(graph) == {"sample": image, "timestep": ["batch"], "label": ["batch"], "output": image}
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+    for trace in (str(ROOT), "site-packages", "unet.py"):
+        assert trace.encode() not in content
+
+
+def test_a_second_export_gives_the_same_bytes(tree, tmp_path):
+    again = onnx_graph.to_onnx(load_pipeline(tree / "outputs" / "pipeline"), PARAMS.opset)
+    (written,) = onnx_graph.write(again, tmp_path / "unet.onnx")
+    assert written.read_bytes() == (tree / "outputs" / "onnx" / "unet.onnx").read_bytes()
+
+
+def test_weights_that_exceed_the_limit_of_protobuf_lie_beside_the_graph(tree, tmp_path):
+    """The limit is lowered here to what this network exceeds; the folder is moved before anybody reads it."""
+    from tasks.formats import model_folder
+
+    whole = tree / "outputs" / "onnx"
+    built = tmp_path / "built" / "onnx"
+    shutil.copytree(whole, built)
+    (built / "unet.onnx").unlink()
+    graph, beside = onnx_graph.write(onnx.load(whole / "unet.onnx"), built / "unet.onnx", most=1000)
+    assert beside.name == "unet.onnx.data"
+    assert graph.stat().st_size < beside.stat().st_size < (whole / "unet.onnx").stat().st_size
+    key = model_folder.content_key(built)
+    moved = shutil.copytree(built, tmp_path / "moved" / "onnx")
+    shutil.rmtree(built)
+    assert model_folder.content_key(moved) == key
+    drawn = [Bundle(folder, threads=1).sample([3, 4], [0, 1], steps=4) for folder in (whole, moved)]
+    assert np.array_equal(*drawn)
+    (moved / "unet.onnx.data").write_bytes((moved / "unet.onnx.data").read_bytes()[::-1])
+    assert model_folder.content_key(moved) != key
+
+
+def test_a_batch_that_the_exporter_fixed_is_noticed(tree, monkeypatch):
+    fixed = onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    monkeypatch.setattr(onnx_graph, "_traced", lambda *_: fixed)
+    with pytest.raises(RuntimeError, match="fixed the batch size of 'sample'"):
+        onnx_graph.to_onnx(load_pipeline(tree / "outputs" / "pipeline"), PARAMS.opset)
+
+
+def test_unconditional_network_takes_no_label(exported_unconditional):
+    unconditional = exported_unconditional
+    graph = onnx.load(unconditional / "outputs" / "onnx" / "unet.onnx")
+    assert set(shapes(graph)) == {"sample", "timestep", "output"}
+    bundle = Bundle(unconditional / "outputs" / "onnx")
+    trained = load_pipeline(unconditional / "outputs" / "pipeline")
+    assert psnr(bundle.sample([4, 5], steps=5), trained.sample([4, 5], sampler="dpm_solver_pp_2m", steps=5)) > 50
+    with pytest.raises(ValueError, match="unconditional"):
+        bundle.sample([4], [0])
+    with pytest.raises(ValueError, match="guidance"):
+        bundle.sample([4], guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"])
+def test_bundle_draws_pytorchs_images(tree, bundle, sampler):
+    seeds = range(11, 16)
+    settings = {"sampler": sampler, "steps": 7, "guidance_scale": 2.0}
+    ours = bundle.sample(seeds, LABELS, **settings)
+    theirs = load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, **settings)
+    assert psnr(ours, theirs) > 50
+    assert psnr(ours[:1], ours[3:4]) < 30, "another seed gives another image"
+
+
+def test_an_image_depends_on_its_seed_and_label_alone(bundle):
+    together = bundle.sample([7, 8, 9], [0, 1, 2], "ddpm", TIMESTEPS, 1.5)
+    alone = bundle.sample([8], [1], "ddpm", TIMESTEPS, 1.5)
+    assert psnr(together[1:2], alone) > 80
+
+
+def test_report_tells_what_was_measured(tree):
+    report = model_outputs.read(tree / "reports" / "export.json")
+    assert 0 < report["max_abs_difference"] <= PARAMS.max_abs_difference
+    assert report["max_abs_difference"] == max(report["abs_difference"].values())
+    assert {key.split(",")[0] for key in report["abs_difference"]} == {"batch 1", "batch 2", "batch 5", "batch 8"}
+    assert {key.split(" t ")[1] for key in report["abs_difference"]} == {"0", "10", "19"}
+    assert set(report["psnr_db"]) == {"ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"}
+    assert PARAMS.min_psnr < report["min_psnr_db"] == min(report["psnr_db"].values())
+    assert report["providers"][-1] == CPU
+    assert report["tensorrt"]["built"] or report["tensorrt"]["reason"] == tensorrt_engine.unavailable_because()
+    latency = model_outputs.read(tree / "reports" / "timing" / "latency.json")
+    assert latency["onnxruntime_providers"][-1] == CPU
+    assert all(row["torch_ms"] > 0 and row["onnxruntime_ms"] > 0 for row in latency["rows"])
+
+
+def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_path, monkeypatch):
+    """The exported graph is that of other weights: what the parity check is for."""
+    graph = onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
+    for weights in graph.graph.initializer:
+        if weights.data_type == onnx.TensorProto.FLOAT:
+            weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * 1.001, weights.name))
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: graph)
+    model_outputs.write_pipeline(tmp_path / "outputs" / "pipeline")
+    model_outputs.write_accepted(tmp_path / "data" / "accepted.json")
+    with pytest.raises(StageError, match=r"differs from PyTorch's by .* export\.max_abs_difference"):
+        model_outputs.run_export(tmp_path)
+    with pytest.raises(StageError, match=r"agree with PyTorch's to .* export\.min_psnr"):
+        model_outputs.run_export(tmp_path, PARAMS.model_copy(update={"max_abs_difference": 1.0, "min_psnr": 100}))
+    assert not (tmp_path / "outputs" / "onnx").exists()
+    assert not (tmp_path / "reports").exists()
+
+
+def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    other = dataclasses.replace(trained, info={**trained.info, "conditioning": "style"})
+    with pytest.raises(ValueError, match="style"):
+        onnx_graph.to_onnx(other, PARAMS.opset)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [("a dog", 1), ("A photo of a HOT DOG!", 0), ("cat", 2), ("one cat, a grey cat", 2), ("hot-dog dog", 1)],
+)
+def test_a_prompt_means_the_class_that_it_names(bundle, prompt, label):
+    assert bundle.label_of(prompt) == label
+
+
+@pytest.mark.parametrize("prompt", ["", "a catalogue of dogs", "hotdog", "a cat and a dog", "a hot dog for a dog"])
+def test_a_prompt_that_names_no_class_or_several_is_refused(bundle, prompt):
+    with pytest.raises(ValueError, match="name exactly one of: hot dog, dog, cat"):
+        bundle.label_of(prompt)
+
+
+@pytest.mark.parametrize(
+    ("wish", "complaint"),
+    [
+        ({"labels": None}, "needs a label"),
+        ({"labels": [0, 1]}, "needs a label for each"),
+        ({"labels": [4]}, "between 0 and 2"),
+        ({"labels": [-1]}, "between 0 and 2"),
+        ({"labels": [0], "sampler": "euler"}, "unknown sampler"),
+        ({"labels": [0], "steps": 0}, "steps 0"),
+        ({"labels": [0], "steps": TIMESTEPS + 1}, "steps 21"),
+    ],
+)
+def test_an_impossible_wish_is_refused(bundle, wish, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        bundle.sample([0], **wish)
+
+
+def bare_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the bundle's command where importing anything but NumPy, ONNX Runtime and Pillow is an error."""
+    guard = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'diffusers', 'mlflow', 'scipy', 'models', 'tasks', 'pydantic', 'onnx'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.argv = ['bundle', *{list(arguments)!r}]\n"
+        "runpy.run_module('afterimage_bundle.bundle', run_name='__main__')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-B", "-c", guard], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_bundles_command_draws_pytorchs_image_without_pytorch(tree, tmp_path):
+    out = tmp_path / "image.png"
+    run = bare_run(
+        tree / "outputs" / "onnx",
+        *("--prompt", "a cat", "--seed", "5", "--steps", "6", "--sampler", "ddim", "--guidance", "1.5"),
+        *("--out", str(out)),
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    drawn = load_pipeline(tree / "outputs" / "pipeline").sample([5], [2], "ddim", 6, 1.5)
+    pixels = np.asarray(Image.open(io.BytesIO(out.read_bytes())))
+    assert pixels.shape == (SIZE, SIZE)
+    assert np.abs(pixels.astype(int) - to_uint8(drawn)[0, 0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--label", "9"], "labels must lie between 0 and 2"),
+        (["--prompt", "a bird"], "names no class"),
+        ([], "needs a label"),
+        (["--label", "0", "--steps", "999"], "sampling steps 999"),
+    ],
+)
+def test_the_bundles_command_says_what_is_wrong(tree, tmp_path, arguments, complaint):
+    run = bare_run(tree / "outputs" / "onnx", *arguments, "--out", str(tmp_path / "image.png"))
+    assert run.returncode == 2
+    assert complaint in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "image.png").exists()
+
+
+def test_pixels_are_rounded_and_clipped():
+    values = np.array([-1.2, -1.0, 0.0, 1.0, 1.2], np.float32).reshape(1, 1, 1, 5)
+    assert to_pixels(values).ravel().tolist() == [0, 0, 128, 255, 255]
+    assert to_pixels(values).ravel().tolist() == to_uint8(values).ravel().tolist()
+
+
+@pytest.mark.gpu
+def test_tensorrt_engine_draws_pytorchs_images(tree):
+    reason = tensorrt_engine.unavailable_because()
+    if reason:
+        pytest.skip(reason)
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    engine = tensorrt_engine.Engine(tensorrt_engine.build(tree / "outputs" / "onnx" / "unet.onnx"))
+    bundle = Bundle(tree / "outputs" / "onnx")
+    for batch in (1, 5, 64):
+        x = np.random.default_rng(batch).standard_normal((batch, trained.channels, SIZE, SIZE), dtype=np.float32)
+        label = np.arange(batch) % 4
+        assert psnr(engine.predict(x, 3, label), bundle.predict(x, 3, label)) > 35

@@ -1,0 +1,77 @@
+"""A split whose pixels are too many for the memory: they lie in a file, and nothing that is made of them differs."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from tasks.codec import codec
+from tasks.formats import images
+from tasks.ingest import ingest
+from tasks.params import AutoencoderParams, CodecParams, ImageParams
+from tasks.runtime.stage import StageError
+from tests.support import judge_inputs
+from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
+
+BRIEF = judge_inputs.PARAMS.model_copy(update={"classifier_steps": 3, "clip_steps": 3})
+CODEC = CodecParams(
+    kind="autoencoder",
+    conditioning="label",
+    autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=2, batch_size=8),
+)
+
+
+@pytest.fixture
+def in_files(tmp_path, monkeypatch):
+    """Let every split be too large."""
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
+
+
+def made(root: Path) -> dict[str, str]:
+    """What codec and judge write, by name and hash."""
+    accepted = root / "data" / "accepted.json"
+    codec(root / "data" / "images", accepted, root / "codec", CODEC, judge_inputs.IMAGE)
+    return contents(root / "codec") | contents(judge_inputs.run_judge(root, BRIEF))
+
+
+def test_codec_and_judge_write_the_same_bytes(tmp_path, monkeypatch, request):
+    judge_inputs.write_images(tmp_path)
+    expected = made(tmp_path)
+    request.getfixturevalue("in_files")
+    assert made(tmp_path) == expected
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def anonymous_bytes() -> int:
+    """What this process holds in memory beside files."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def test_the_memory_holds_no_copy(tmp_path, in_files):
+    from tasks.download import download
+
+    source = write_tree(tmp_path / "in", {f"{seed}.jpg": picture(seed, (8, 8), "JPEG") for seed in range(24)})
+    download(tmp_path / "raw", folder_params(source))
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    large = ImageParams(size=1024, channels=3)
+    images.load_pixels(tmp_path / "images", "test", large)  # brings what it imports
+    before = anonymous_bytes()
+    samples = images.load_pixels(tmp_path / "images", "train", large)
+    assert samples.pixels.nbytes > 40e6
+    assert anonymous_bytes() - before < samples.pixels.nbytes / 4
+    assert samples.pixels[-1].std() > 1  # it is a picture, not an empty file
+
+
+def test_a_disk_without_room_is_told_before_anything_is_read(tmp_path, in_files):
+    judge_inputs.write_images(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StageError, match=r"has no room for them \(.*\); free some, let AFTERIMAGE_SCRATCH"):
+            images.load_pixels(tmp_path / "data" / "images", "train", judge_inputs.IMAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,0 +1,126 @@
+"""`params.yaml`: strict types, unknown keys, and combinations that cannot work, each with one sentence."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks import params
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The default parameters with `section__key=value` replaced."""
+    document = copy.deepcopy(DIGITS)
+    for where, value in values.items():
+        section, key = where.split("__")
+        document[section][key] = value
+    return document
+
+
+def test_defaults_are_valid_and_frozen():
+    loaded = params.load(ROOT / "params.yaml")
+    assert loaded.train.steps == DIGITS["train"]["steps"]
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.train.steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"train__learning_rte": 0.1}, "unknown parameter 'train.learning_rte'; did you mean 'learning_rate'?"),
+        ({"train__steps": "500"}, "parameter 'train.steps' is '500'"),
+        ({"train__steps": 500.0}, "parameter 'train.steps' is 500.0"),
+        ({"train__horizontal_flip": 1}, "parameter 'train.horizontal_flip' is 1"),
+        ({"train__precision": False}, "parameter 'train.precision' is False"),
+        ({"train__steps": 0}, "parameter 'train.steps' is 0"),
+        ({"train__warmup_steps": 500}, "train.warmup_steps 500 leaves nothing of train.steps 500"),
+        ({"train__gradient_accumulation": 3}, "train.gradient_accumulation must divide train.batch_size"),
+        ({"train__condition_dropout": 0.0}, "set train.condition_dropout above 0"),
+        ({"train__condition_dropout": 1.0}, "train.condition_dropout 1 never shows the network its condition"),
+        ({"train__clip_norm": float("inf")}, "parameter 'train.clip_norm' is inf: input should be a finite number"),
+        ({"model__dropout": 1.0}, "parameter 'model.dropout' is 1.0"),
+        ({"evaluate__seed": -1}, "parameter 'evaluate.seed' is -1"),
+        ({"model__attention": [False, True]}, "model.attention has 2 flags for 3 resolutions"),
+        ({"model__norm_num_groups": 7}, "model.norm_num_groups 7 does not divide"),
+        ({"model__attention_head_dim": 5}, "model.attention_head_dim 5 does not divide"),
+        ({"image__size": 18}, "image.size 18 cannot be halved 2 times"),
+        ({"image__channels": 2}, "parameter 'image.channels' is 2"),
+        ({"diffusion__schedule": "cosin"}, "parameter 'diffusion.schedule' is 'cosin'"),
+        ({"evaluate__steps": 2000}, "evaluate.steps 2000 exceeds diffusion.timesteps 1000"),
+        ({"codec__conditioning": "none"}, "guidance needs a condition"),
+        (
+            {"codec__kind": "autoencoder", "train__weights": "a/b", "train__pin": "0" * 40},
+            "name that in codec.autoencoder.weights and set codec.autoencoder.scaling to 'published'",
+        ),
+        ({"codec__conditioning": "text", "train__weights": "a/b", "train__pin": "0" * 40}, "in codec.text.weights"),
+        ({"ingest__caption_templates": ["no place"]}, "exactly one '{}'"),
+        ({"download__source": "folder"}, "set either download.path"),
+        ({"download__path": "tests"}, "download.path is only read by download.source 'folder' and 'laion'"),
+        ({"download__source": "hub"}, "set download.hub.repo"),
+        ({"download__source": "laion"}, "set either download.path (local Parquet tables of addresses)"),
+        ({"download__hub": {"repo": "a/b"}}, "download.hub is only read by download.source 'hub' and 'laion'"),
+        ({"download__hub": {"rep": "a/b"}}, "unknown parameter 'download.hub.rep'; did you mean 'repo'?"),
+        ({"download__images": 5}, "download.columns and download.images are only read by download.source 'hub'"),
+        ({"download__laion": {"threads": 3}}, "download.laion is only read by download.source 'laion'"),
+        ({"download__url": "http://localhost/x"}, "download.url is not read by download.source 'digits'"),
+        ({"download__source": "folder", "download__url": "http://x/y.zip"}, "download.url needs download.sha256"),
+        (
+            {"download__source": "folder", "download__url": "ftp://x/y.zip", "download__sha256": "0" * 64},
+            "must begin with http",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(values, sentence):
+    with pytest.raises(params.ParamsError) as error:
+        params.parse(changed(**values))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_parameter_missing_section_and_no_sections():
+    document = copy.deepcopy(DIGITS)
+    del document["train"]["steps"]
+    with pytest.raises(params.ParamsError, match=r"parameter 'train.steps' is missing; add it"):
+        params.parse(document)
+    with pytest.raises(params.ParamsError, match="unknown parameter 'trian'; did you mean 'train'"):
+        params.parse({**DIGITS, "trian": {}})
+    with pytest.raises(params.ParamsError, match="holds no sections"):
+        params.parse(None)
+
+
+def test_files_that_are_not_there_or_not_yaml(tmp_path):
+    with pytest.raises(params.ParamsError, match=r"does not exist; write it with 'python -m tasks.preset digits'"):
+        params.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("train:\n  steps: [1\nx: 2\n", encoding="utf-8")
+    with pytest.raises(params.ParamsError, match="is not valid YAML at line 3"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_a_mistake_in_the_last_section_stops_the_first_stage(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(changed(register__min_label_accuracy=95)), encoding="utf-8")
+    command = [sys.executable, "-m", "tasks.download", str(tmp_path / "raw"), "--params", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("download: error: parameter 'register.min_label_accuracy' is 95")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "raw").exists()
+
+
+def test_the_file_as_dvc_rewrites_it(tmp_path):
+    """`dvc exp run -S` writes YAML 1.2, where `no` needs no quotes and 1e-05 no point."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    rewritten = text.replace("precision: 'no'", "precision: no").replace("learning_rate: 0.004", "learning_rate: 1e-05")
+    assert rewritten.count("\n") == text.count("\n") and rewritten != text
+    (tmp_path / "params.yaml").write_text(rewritten, encoding="utf-8")
+    train = params.load(tmp_path / "params.yaml").train
+    assert (train.precision, train.learning_rate) == ("no", 1e-5)

@@ -1,0 +1,101 @@
+"""The report in a real browser: every picture loads, nothing complains, nothing is asked of the network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import browser
+from tests.support import report_inputs
+
+EXECUTABLE = browser.find()
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=f"no Chromium here (looked for {', '.join(browser.NAMES)})")
+
+UNLOADED = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+UNEVEN = """[...document.querySelectorAll('.tiles img')]
+  .filter(image => image.width % image.naturalWidth || image.width !== image.height).length"""
+# WCAG 2: relative luminance of every element's text against the first opaque background behind it.
+FAINT = """(() => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const background = element => {
+    for (; element; element = element.parentElement) {
+      const [r, g, b, alpha = 1] = channels(getComputedStyle(element).backgroundColor);
+      if (alpha > 0) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  return [...document.body.querySelectorAll('*')]
+    .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()))
+    .filter(e => {
+      const [a, b] = [luminance(channels(getComputedStyle(e).color)), luminance(background(e))].sort((x, y) => y - x);
+      return (a + 0.05) / (b + 0.05) < 4.5;
+    }).map(e => e.textContent.trim());
+})()"""
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[browser.Page]:
+    assert EXECUTABLE is not None
+    with browser.browse(EXECUTABLE) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    _, path = report_inputs.make(folder, digits).draw("out")
+    # Elsewhere and alone, as one who got it by mail would open it.
+    alone = folder / "mailed" / "report.html"
+    alone.parent.mkdir()
+    path.rename(alone)
+    return alone.as_uri()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_report_opens_complete_and_quiet(page: browser.Page, report: str, theme: str, width: int) -> None:
+    page.theme(theme)
+    page.size(width, 900)
+    page.visit(report)
+    assert page.evaluate("document.images.length") > 50
+    assert page.evaluate(UNLOADED) == []
+    assert page.errors == []
+    assert page.requests == [report]
+    assert page.evaluate(OVERFLOW) <= 0, "the page scrolls sideways"
+    assert page.evaluate(UNEVEN) == 0, "a tile's pixels are not all equally large"
+    assert page.evaluate(FAINT) == [], "text is too faint to read"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (json.loads(f"[{ground[4:-1]}]")[0] < 128) == (theme == "dark")
+
+
+def test_links_of_the_contents_lead_to_their_sections(page: browser.Page, report: str) -> None:
+    page.visit(report)
+    targets = page.evaluate("[...document.querySelectorAll('nav a')].map(link => !!document.querySelector(link.hash))")
+    assert len(targets) >= 6
+    assert all(targets)
+
+
+def test_a_broken_page_would_be_noticed(page: browser.Page, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.html"
+    broken.write_text(
+        "<meta charset=utf-8><p style='color:#ccc'>faint</p><div style='width:9000px'>wide</div>"
+        "<img src=missing.png alt=lost><script>console.error('out loud'); throw new Error('thrown')</script>"
+    )
+    page.theme("light")
+    page.visit(broken.as_uri())
+    assert page.evaluate(UNLOADED) == ["lost"]
+    assert page.evaluate(OVERFLOW) > 0
+    assert page.evaluate(FAINT) == ["faint"]
+    assert len(page.requests) == 2
+    heard = " ".join(page.errors)
+    assert "out loud" in heard
+    assert "Uncaught" in heard
+    assert "ERR_FILE_NOT_FOUND" in heard

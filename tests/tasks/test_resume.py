@@ -1,0 +1,193 @@
+"""Exact resume: a training that was killed, stopped or damaged ends in the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.train_inputs import (
+    ROOT,
+    checkpoints,
+    command,
+    copy_of,
+    environment,
+    kill_when,
+    results,
+    run,
+    write_inputs,
+    write_params,
+)
+
+KILLED = -signal.SIGKILL
+ONE_PROCESS, TWO_PROCESSES = (
+    {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)} for name in ("cpu.yaml", "cpu_2proc.yaml")
+)
+TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, migrated_database):
+    """The folder of 60 steps with dropout that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_inputs(folder)
+    write_params(folder, dropout=0.2)
+    done = run(folder, migrated_database)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def start(folder: Path, database: Path, arguments: list[str] | None = None, **more: str) -> subprocess.Popen[str]:
+    """The training, or `arguments` in its place, as the leader of a session of its own; its output in one pipe."""
+    return subprocess.Popen(
+        arguments or command(folder),
+        cwd=folder if arguments else ROOT,
+        env=environment(folder, database) | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_at(folder: Path, database: Path, happens, **start_options) -> int:
+    """Start a training, kill -9 it and all below it as soon as `happens()`; returns its exit code."""
+    process = start(folder, database, **start_options)
+    kill_when(process, happens, kill=lambda: os.killpg(process.pid, signal.SIGKILL))
+    process.stdout.close()
+    return process.returncode
+
+
+def has_step(folder: Path, step: int):
+    return lambda: any((folder / "scratch" / "train").glob(f"*/step-{step:08d}/manifest.json"))
+
+
+def writes_a_checkpoint(folder: Path):
+    return lambda: any((folder / "scratch" / "train").glob("*/.step-*.tmp"))
+
+
+def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
+    copy_of(undisturbed, tmp_path)
+    writes = writes_a_checkpoint(tmp_path)
+    moments = (writes, has_step(tmp_path, 10), writes, has_step(tmp_path, 30), has_step(tmp_path, 40))
+    assert [kill_at(tmp_path, migrated_database, moment) for moment in moments] == [KILLED] * 5
+    done = run(tmp_path, migrated_database)
+    assert done.returncode == 0, done.stderr
+    assert "continues at step" in done.stdout
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
+    """The stage as dvc.yaml has it, killed together with dvc; DVC removes the outputs before each try."""
+    dvc_tree(undisturbed, tmp_path)
+    repro = [sys.executable, "-m", "dvc", "repro", "train"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    moments = (has_step(tmp_path, 10), writes_a_checkpoint(tmp_path), has_step(tmp_path, 40))
+    for moment in moments:
+        assert kill_at(tmp_path, migrated_database, moment, arguments=repro, PATH=path) == KILLED
+    process = start(tmp_path, migrated_database, repro, PATH=path)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "continues at step" in output
+    assert results(tmp_path, "outputs/pipeline", "reports/train") == results(undisturbed)
+
+
+def dvc_tree(undisturbed: Path, folder: Path) -> None:
+    """A folder in which DVC knows the one stage `train`, with the inputs of another run."""
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
+    for name in ("tasks", "models"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
+    shutil.copytree(undisturbed / "codec", folder / "outputs" / "codec")
+    shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
+    for file in (undisturbed / "params.yaml", ROOT / "requirements.lock"):
+        shutil.copy(file, folder / file.name)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
+
+
+def signalled_at(folder: Path, database: Path, step: int, number: int, **more: str) -> tuple[int, str]:
+    """Start a training and send the signal to what was started, and to nothing else; its exit code and output."""
+    process = start(folder, database, **more)
+    while not has_step(folder, step)():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])
+def test_a_signal_saves_and_leaves_with_its_own_code(undisturbed, tmp_path, migrated_database, number, code, more):
+    """Also where it is accelerate's launcher that gets the signal."""
+    copy_of(undisturbed, tmp_path)
+    left, output = signalled_at(tmp_path, migrated_database, 10, number, **more)
+    assert left == code, output
+    assert "the same command continues" in output
+    done = run(tmp_path, migrated_database)
+    assert int(re.search(r"continues at step (\d+)", done.stdout)[1]) > 10
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_database):
+    copy_of(undisturbed, tmp_path, "scratch")
+    newest = checkpoints(tmp_path / "scratch")[-1]
+    damaged = bytearray((newest / "model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(damaged)
+    done = run(tmp_path, migrated_database)
+    assert f"{newest.name} is damaged" in done.stderr
+    assert "continues at step 50 of 60" in done.stdout
+    assert results(tmp_path) == results(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_killed_and_continued(tmp_path, migrated_database):
+    """Started by `accelerate launch` with the configuration in infra/, on the CPU."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_inputs(folder)
+        write_params(folder, dropout=0.2, steps=60)
+    assert kill_at(killed, migrated_database, has_step(killed, 10), **TWO_PROCESSES) == KILLED
+    left, output = signalled_at(killed, migrated_database, 20, signal.SIGTERM, **TWO_PROCESSES)
+    assert left == 143 and "the same command continues" in output
+    for folder in (whole, killed):
+        process = start(folder, migrated_database, **TWO_PROCESSES)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    assert "continues at step" in output
+    assert results(killed) == results(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_random_moments_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database, seed):
+    """Five kills each: two while a checkpoint is written, three at a random moment between start and end."""
+    copy_of(undisturbed, tmp_path)
+    chance = random.Random(seed)
+    started = time.monotonic()
+    kill_at(tmp_path, migrated_database, has_step(tmp_path, chance.choice((10, 20))))
+    reach = time.monotonic() - started
+
+    def after(seconds: float):
+        until = time.monotonic() + seconds
+        return lambda: time.monotonic() > until
+
+    writes = [writes_a_checkpoint(tmp_path)] * 2
+    moments = chance.sample([*writes, *(None for _ in range(2))], 4)
+    for moment in moments:
+        kill_at(tmp_path, migrated_database, moment or after(chance.uniform(0, 1.5 * reach)))
+    done = run(tmp_path, migrated_database)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == results(undisturbed)

@@ -1,0 +1,173 @@
+"""Text to image in latents: from captioned pictures to a pipeline that diffusers loads, and a bundle without it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.networks.text_unet import TextUNet, TextUNetConfig, merged
+from models.pipeline import load_pipeline, to_uint8
+from tasks.params import AutoencoderParams, CodecParams, TextParams
+from tests.support import text_inputs
+from tests.support.text_inputs import MODEL, run_train
+
+CODEC = CodecParams(
+    kind="autoencoder",
+    conditioning="text",
+    autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8, horizontal_flip=True),
+    text=TextParams(steps=3, width=32, length=8, words=600),
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, migrated_database):
+    """The folder in which the stages from `download` to `export` have run."""
+    return text_inputs.through(tmp_path_factory.mktemp("text-to-image"), migrated_database, CODEC)
+
+
+def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
+    model = load_pipeline(tree / "pipeline")
+    assert (model.size, model.channels, model.input_shape) == (16, 3, (2, 8, 8))
+    draw = {"steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
+    bright, dark = (model.sample([5], prompts=[f"{word} picture of thing 1"], **draw) for word in ("bright", "dark"))
+    assert bright.shape == (1, 3, 16, 16)
+    assert not np.array_equal(bright, dark)
+    assert np.array_equal(bright, model.sample([5], prompts=["bright picture of thing 1"], **draw))
+    by_label = model.sample([5], [0], **draw)
+    assert np.array_equal(by_label, model.sample([5], prompts=[model.prompts[0]], **draw))
+    with pytest.raises(ValueError, match="a prompt, for each image"):
+        model.sample([5], **draw)
+
+
+def test_diffusers_loads_it_whole_and_draws_the_same(tree):
+    """`DiffusionPipeline.from_pretrained` alone: our DDIM and theirs give the same picture from the same noise."""
+    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0)
+    assert np.abs(theirs - ours).max() < 1e-4
+
+
+def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
+    from models.bundle import Bundle
+
+    bundle = Bundle(tree / "onnx")
+    prompts = ["bright picture of thing 3", "something never seen"]
+    draw = {"steps": 4, "guidance_scale": 2.0, "sampler": "dpm_solver_pp_2m", "prompts": prompts}
+    ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
+    assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
+    assert bundle.wish(None, "anything at all") == {"prompts": ["anything at all"]}
+    assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
+
+
+def test_training_draws_another_caption_and_mirror_each_epoch(tree):
+    from tasks.training.batches import Batches, conditioning_of, open_store
+
+    device = torch.device("cpu")
+    given = conditioning_of(tree / "latents", "device", device)
+    common = {"batch_size": 36, "timesteps": 20, "seed": 0, "device": device, **given}
+    store = open_store(tree / "latents", "train", "device", device)
+    plain = Batches(store, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
+    dropped = Batches(store, condition_dropout=1.0, horizontal_flip=True, **common).draw(0)
+    assert plain.x0.shape == (36, 2, 8, 8) and plain.condition.shape == (36, 8, 32)
+    assert torch.equal(dropped.condition, given["null_text"].expand(36, 8, 32))
+    streamed = open_store(tree / "latents", "train", "stream", device)
+    again = Batches(streamed, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
+    assert torch.equal(plain.x0, again.x0) and torch.equal(plain.condition, again.condition)
+    assert len({tuple(row) for row in plain.condition.flatten(1).tolist()}) > 1
+
+
+def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree / 'mlflow.db'}")
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))
+    monkeypatch.chdir(tree)
+    run_train(tree, "adapted", MODEL.model_copy(update={"lora_rank": 2}), init_from="pipeline", learning_rate=0.5)
+    before, after = (load_pipeline(tree / name).unet.state_dict() for name in ("pipeline", "adapted"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".attn" in name and name.endswith(".weight") for name in changed)
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 2, name
+    assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, 32))
+    assert not (tree / "pipeline" / "lora").exists()
+
+
+@pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_the_network_is_that_of_diffusers_in_output_and_gradients(precision, limit, tokens):
+    """Also where attention goes another way than theirs: over few tokens, and in bfloat16."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    config = TextUNetConfig(8, 2, 32, (8, 16), (True, True), 1, 4, attention_head_dim=8)
+    ours = TextUNet(config)
+    theirs = UNet2DConditionModel.from_config(config.to_diffusers())
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    x, t, text = torch.randn(2, 2, 8, 8), torch.tensor([3, 9]), torch.randn(2, tokens, 32)
+    wanted = theirs(x, t, text, return_dict=False)[0]
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        found = ours(x, t, text)
+    weigh = torch.randn(2, 2, 8, 8)
+    for output in (found.float(), wanted):
+        (output * weigh).sum().backward()
+    assert (found - wanted).abs().max() < limit * wanted.abs().max()
+    gradients = dict(ours.named_parameters())
+    theirs_and_ours = [(its.grad, gradients[name].grad) for name, its in theirs.named_parameters()]
+    assert len(theirs_and_ours) == len(gradients)
+    for its, same in theirs_and_ours if precision == torch.float32 else ():
+        assert (its - same).abs().max() <= limit * max(1, its.abs().max())
+    its, same = (torch.cat([pair[side].flatten() for pair in theirs_and_ours]) for side in (0, 1))
+    assert (its - same).norm() < limit * its.norm()
+
+
+def test_low_rank_additions_start_at_nothing_and_merge_exactly():
+    torch.manual_seed(0)
+    config = TextUNetConfig(8, 2, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
+    plain = TextUNet(config)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    from dataclasses import replace
+
+    network = TextUNet(replace(config, lora_rank=2))
+    network.load_published(plain.state_dict())
+    inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 9]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.allclose(network(*inputs), plain(*inputs), atol=1e-6)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert not torch.allclose(network(*inputs), plain(*inputs), atol=1e-3)
+        again = TextUNet(config)
+        again.load_state_dict(merged(network.state_dict()))
+        assert torch.allclose(again(*inputs), network(*inputs), atol=1e-5)
+    assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
+
+
+def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_classes(tree):
+    import csv
+
+    from tasks.evaluate import evaluate
+    from tasks.judge import judge
+    from tasks.params import EvaluateParams, ImageParams, JudgeParams
+
+    data, out = (tree / "images", tree / "accepted.json"), tree / "evaluated"
+    brief = JudgeParams(classifier_steps=2, clip_steps=2, batch_size=8)
+    judge(*data, tree / "judge", brief, ImageParams(size=16, channels=3))
+    scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
+    counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_ddpm": 2, "batch_size": 3, "allow_small_n": True}
+    params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
+    evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
+    measured = json.loads((out / "m.json").read_text())
+    assert {"frechet_distance", "clip_score", "clip_score_real"} <= measured.keys()
+    rows = list(csv.DictReader((out / "report" / "timesteps.csv").read_text().splitlines()))
+    held_out = json.loads((tree / "images" / "index.json").read_text())["splits"]["test"]
+    assert {row["n"] for row in rows} == {str(held_out)}
+    assert [row["timestep"] for row in rows][:: len(rows) - 1] == ["0", "19"]
+    assert len({row["squared_error"] for row in rows}) > 1 and all(float(row["squared_error"]) > 0 for row in rows)
+
+
+def test_pictures_are_pictures(tree):
+    grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
+    assert grid and grid[0].read_bytes().startswith(b"\x89PNG")
+    drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], steps=2))
+    assert drawn.shape == (1, 3, 16, 16)

@@ -1,0 +1,394 @@
+"""The stage `validate`: good data passes, each kind of bad data fails by name, and then nothing after it starts."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tasks.download import download
+from tasks.formats.images import schema
+from tasks.ingest import ingest
+from tasks.params import ValidateParams
+from tasks.runtime.stage import StageError
+from tasks.sources import quarantine
+from tasks.validate import validate
+from tests.support.data_inputs import (
+    ROOT,
+    contents,
+    folder_params,
+    ingest_params,
+    picture,
+    run_and_measure,
+    run_stage,
+    write_params,
+    write_tree,
+)
+
+CLASSED = {
+    f"{split}/{name}/{seed}.png": picture(seed + 100 * position)
+    for position, (split, name) in enumerate(
+        [("train", "cat"), ("train", "dog"), ("train", "owl"), ("test", "cat"), ("test", "dog"), ("test", "owl")]
+    )
+    for seed in range(8)
+}
+
+
+def gates(**others):
+    values = {
+        "min_images": 10,
+        "min_side": 8,
+        "max_aspect_ratio": 2.0,
+        "max_quarantined_fraction": 0.02,
+        "min_images_per_class": 5,
+        "max_duplicate_fraction": 0.05,
+    }
+    return ValidateParams.model_validate(values | others)
+
+
+def rewrite(images, change):
+    """Replace a column of every row of the shard: what no source of ours writes, but a damaged one might."""
+    name, values = change
+    path = images / "shard-0.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    if values is None:
+        table = table.remove_column(place)
+    else:
+        table = table.set_column(place, name, pa.array([values(row) for row in table.to_pylist()]))
+        table = table.cast(schema()) if name != "width" else table
+    pq.write_table(table, path)
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
+
+    def call(files, licence="mine", change=None, **limits):
+        folder = write_tree(tmp_path / "in", files)
+        download(tmp_path / "raw", folder_params(folder, licence=licence))
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        if change:
+            rewrite(tmp_path / "images", change)
+        (tmp_path / "accepted.json").unlink(missing_ok=True)
+        try:
+            paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
+            validate(*paths, gates(**limits))
+        except StageError as error:
+            return str(error)
+        return None
+
+    return call
+
+
+def test_good_data_is_accepted_with_the_hash_of_the_data(tmp_path, judged):
+    assert judged(CLASSED) is None
+    verdict = json.loads((tmp_path / "accepted.json").read_text())
+    index = json.loads((tmp_path / "images" / "index.json").read_text())
+    assert verdict["verdict"] == "accepted"
+    assert verdict["sha256"] == index["sha256"]
+    assert not re.search(r"20\d\d-\d\d", (tmp_path / "accepted.json").read_text())
+
+
+def test_the_data_docs_show_every_gate(tmp_path, judged):
+    assert judged(CLASSED) is None
+    assert (tmp_path / "report" / "index.html").is_file()
+    pages = [path.read_text() for path in (tmp_path / "report" / "validations").rglob("*.html")]
+    assert len(pages) == 4
+    assert any("aspect_ratio" in page for page in pages)
+
+
+def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged):
+    assert judged(CLASSED) is None
+    verdict, pages = (tmp_path / "accepted.json").read_bytes(), contents(tmp_path / "report")
+    assert judged(CLASSED) is None
+    assert (tmp_path / "accepted.json").read_bytes() == verdict
+    assert contents(tmp_path / "report") == pages
+    for page in (tmp_path / "report").rglob("*.html"):
+        (logo,) = re.findall(r'src="([^"]*logo-long.png[^"]*)"', page.read_text())
+        assert (page.parent / logo).is_file()
+
+
+def with_captions(text):
+    return CLASSED | {"captions.csv": text.encode()}
+
+
+def every_caption(special):
+    lines = [f"{name},{special if name == 'train/cat/3.png' else 'a thing'}" for name in CLASSED]
+    return "image,caption\n" + "\n".join(lines)
+
+
+def near(seed):
+    """Almost `picture(seed)`: another file whose perceptual hash is the same or a bit apart."""
+    image = PIL.Image.open(io.BytesIO(picture(seed))).convert("RGB")
+    file = io.BytesIO()
+    image.point(lambda value: max(0, value - 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+CASES = {
+    "too few": (CLASSED, {"min_images": 100}, "48 images are fewer than validate.min_images 100", None),
+    "too small": (CLASSED | {"train/cat/x.png": picture(900, (4, 9))}, {}, "min_side 8", "train/cat/x.png"),
+    "too long": (CLASSED | {"train/cat/x.png": picture(900, (90, 9))}, {}, "max_aspect_ratio", "train/cat/x.png"),
+    "damaged": (
+        CLASSED | {"train/cat/x.png": b"no", "train/dog/y.png": b""},
+        {},
+        "max_quarantined_fraction 0.02",
+        "train/cat/x.png, train/dog/y.png",
+    ),
+    "a small class": (CLASSED | {"train/fox/x.png": picture(900)}, {}, "min_images_per_class 5", "fox"),
+    "a class of unreadable images": (
+        CLASSED | {"train/fox/x.png": b"no"},
+        {"max_quarantined_fraction": 0.5},
+        "min_images_per_class",
+        "fox",
+    ),
+    "no class": (CLASSED | {"train/x.png": picture(900)}, {}, "no class folder", "train/x.png"),
+    "repeats": (
+        CLASSED | {f"train/cat/copy{seed}.png": picture(0) for seed in range(9)},
+        {},
+        "repeat another",
+        "train/cat/copy0.png",
+    ),
+    "leaks": (
+        CLASSED | {f"test/cat/copy{seed}.png": picture(seed) for seed in range(8)},
+        {},
+        "held out and trained on",
+        "test/cat/copy0.png",
+    ),
+    "a long caption": (with_captions(every_caption("x" * 3000)), {}, "max_caption_characters", "train/cat/3.png"),
+    "no caption": (with_captions(every_caption("")), {}, "no caption", "train/cat/3.png"),
+    "near repeats": (
+        CLASSED | {f"train/cat/near{seed}.png": near(seed) for seed in range(8)},
+        {"warn_only": []},
+        "nearly repeat another",
+        "train/cat/near0.png",
+    ),
+    "near leaks": (
+        CLASSED | {f"test/cat/near{seed}.png": near(seed) for seed in range(8)},
+        {"warn_only": []},
+        "nearly the same was trained on",
+        "test/cat/near0.png",
+    ),
+    "another script": (with_captions(every_caption("кошка (cat)")), {"warn_only": []}, "LATIN", "train/cat/3.png"),
+    "unsafe": (
+        CLASSED,
+        {"change": ("safety", lambda row: "unsafe" if row["key"] == "train/cat/3.png" else "safe")},
+        "not marked safe",
+        "train/cat/3.png",
+    ),
+    "safety unknown": (
+        CLASSED,
+        {"change": ("safety", lambda row: None if row["key"] == "train/cat/3.png" else "safe")},
+        "not marked safe",
+        "train/cat/3.png",
+    ),
+    "no origin": (CLASSED, {"change": ("source", lambda row: "")}, "no origin", "test/cat/0.png"),
+    "labels that are not there": (
+        CLASSED,
+        {"change": ("label", lambda row: 7 if row["key"] == "train/owl/3.png" else row["label"])},
+        "labels name no class",
+        "train/owl/3.png",
+    ),
+    "labels that are NaN": (
+        CLASSED,
+        {"change": ("label", lambda row: None if row["key"] == "train/owl/3.png" else row["label"])},
+        "no class folder",
+        "train/owl/3.png",
+    ),
+    "a column gone": (CLASSED, {"change": ("phash", None)}, "columns of the shards", "shard-0.parquet: phash"),
+    "a column of another type": (
+        CLASSED,
+        {"change": ("width", lambda row: float("nan"))},
+        "columns of the shards",
+        "shard-0.parquet: width",
+    ),
+    "hashes that are none": (
+        CLASSED,
+        {"change": ("phash", lambda row: "0" if row["key"] == "train/owl/3.png" else row["phash"])},
+        "hashes are damaged",
+        "train/owl/3.png",
+    ),
+    "no test split": ({"one.png": picture(1)}, {"min_images": 1}, "a split is empty", None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
+    files, limits, complaint, offender = CASES[case]
+    said = judged(files, **limits)
+    assert said is not None
+    assert complaint in said
+    assert offender is None or f"({offender}" in said
+    assert said.count("validate.") <= 2, "one gate fails, not a crowd of them"
+    assert not (tmp_path / "accepted.json").exists()
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("case", ["near repeats", "near leaks", "another script"])
+def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case):
+    files, _, complaint, offender = CASES[case]
+    assert judged(files) is None
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
+    assert complaint in said
+    assert offender in said
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    (failed,) = [finding for finding in findings if not finding["success"]]
+    assert (failed["severity"], failed["offenders"][0]) == ("warning", offender)
+    assert {finding["severity"] for finding in findings} == {"warning", "failure"}
+
+
+def test_a_failure_may_be_made_a_warning(judged):
+    assert "min_side" in judged(CLASSED, min_side=100)
+    assert judged(CLASSED, min_side=100, warn_only=["size"]) is None
+
+
+def test_labels_are_weighed_against_the_version_accepted_before(tmp_path, judged):
+    """The baseline is a file that a person copies and commits: the same files give the same verdict."""
+    assert judged(CLASSED) is None
+    baseline = tmp_path / "baseline.json"
+    shutil.copy(tmp_path / "accepted.json", baseline)
+    limits = {"baseline": str(baseline), "warn_only": [], "max_label_drift": 0.1}
+    assert judged(CLASSED, **limits) is None
+    grown = CLASSED | {f"train/cat/new{seed}.png": picture(900 + seed) for seed in range(20)}
+    said = judged(grown, **limits)
+    assert "the label balance moved by 19.6%" in said  # cats: 16 of 48, then 36 of 68
+    assert "cat 33.3% to 52.9%" in said
+    assert judged(grown, **limits | {"max_label_drift": 0.2}) is None
+    assert judged(grown, **limits | {"warn_only": ["drift"]}) is None
+    shutil.copy(tmp_path / "accepted.json", baseline)
+    assert judged(grown, **limits) is None
+    baseline.write_text(json.dumps(json.loads(baseline.read_text()) | {"source": "another"}))
+    assert judged(CLASSED, **limits) is None, "another source has another balance"
+
+
+@pytest.mark.parametrize("text", ["[]", "no JSON", '{"labels": {"cat": "many"}}'])
+def test_a_baseline_that_cannot_be_read_is_no_baseline(tmp_path, judged, text):
+    (tmp_path / "baseline.json").write_text(text)
+    assert "validate.baseline" in judged(CLASSED, baseline=str(tmp_path / "baseline.json"))
+
+
+def test_no_licence_is_no_answer(judged):
+    assert "download.licence" in judged(CLASSED, licence="")
+
+
+def test_some_damage_is_tolerated(judged):
+    assert judged(CLASSED | {"train/cat/x.png": b"no"}, max_quarantined_fraction=0.03) is None
+
+
+def test_a_text_beside_the_images_is_no_damage(judged):
+    assert judged(CLASSED | {f"notes{number}.txt": b"x" for number in range(10)}) is None
+
+
+def test_many_offenders_are_counted(judged):
+    said = judged(CLASSED, min_side=100)
+    assert re.search(r"min_side 100.*\((\S+, ){4}\S+ and 43 more\)", said)
+
+
+def test_through_the_entry_point_nothing_after_it_runs(tmp_path):
+    """A failed gate ends with one sentence, and the stages behind it refuse, each by itself."""
+    params = write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
+    where = {
+        name: tmp_path / name for name in ("raw", "images", "aside", "accepted.json", "report", "codec", "latents")
+    }
+    assert run_stage("download", where["raw"], params=params).returncode == 0
+    assert run_stage("ingest", where["raw"], where["images"], where["aside"], params=params).returncode == 0
+    done = run_stage(
+        "validate", where["images"], where["aside"], where["accepted.json"], where["report"], params=params
+    )
+    assert done.returncode == 1
+    (sentence,) = [line for line in done.stderr.splitlines() if "validate: error:" in line]
+    assert "1797 images are fewer than validate.min_images 5000" in sentence
+    assert "Traceback" not in done.stderr
+    after = run_stage("codec", where["images"], where["accepted.json"], where["codec"], params=params)
+    assert after.returncode == 1
+    assert "was not accepted" in after.stderr
+    assert not where["codec"].exists()
+
+
+def test_dvc_trains_nothing_on_refused_data(tmp_path):
+    """A later stage asked for by name in a clone: DVC stops at the failed gate."""
+    for name in ("dvc.yaml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("tasks", "models", "flows"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
+    dvc = [sys.executable, "-m", "dvc"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+    subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run([*dvc, "repro", "train"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "1797 images are fewer than validate.min_images 5000" in done.stderr
+    assert "Running stage 'validate'" in done.stdout
+    assert "Running stage 'codec'" not in done.stdout
+    assert (tmp_path / "reports" / "validation" / "index.html").is_file()
+    for missing in ("data/accepted.json", "data/latents", "outputs/codec", "outputs/pipeline"):
+        assert not (tmp_path / missing).exists()
+
+
+def test_every_stage_behind_it_depends_on_the_verdict():
+    """Asking for a later stage by name runs `validate` first: DVC follows this dependency."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    names = list(stages)
+    producers = {out: name for name, its in stages.items() for out in its.get("outs", []) + its.get("metrics", [])}
+
+    def needs(name):
+        return {name}.union(*(needs(producers[dep]) for dep in stages[name]["deps"] if dep in producers))
+
+    for name in names[names.index("validate") + 1 :]:
+        assert "validate" in needs(name), name
+
+
+def write_metadata(root, count):
+    """A normal form of `count` rows in 16 shards, 1% of them repeating another, with pictures of a byte."""
+    random = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "aside").mkdir()
+    quarantine.Writer(root / "aside").close()
+    each, shards = count // 16, [f"shard-{number:x}.parquet" for number in range(16)]
+    for number, shard in enumerate(shards):
+        ids = range(number * each, (number + 1) * each)
+        columns = {
+            "key": [f"images/{i:08d}.jpg" for i in ids],
+            "image": [b"x"] * each,
+            "width": random.integers(256, 512, each),
+            "height": random.integers(256, 512, each),
+            "mode": ["RGB"] * each,
+            "label": random.integers(0, 10, each),
+            "captions": [[f"a photo, number {i}, of something", f"another of {i}"] for i in ids],
+            "split": random.choice(["train", "test"], each, p=[0.9, 0.1]).tolist(),
+            "sha256": [hashlib.sha256(str(i - i % 100 if i % 100 == 1 else i).encode()).hexdigest() for i in ids],
+            "phash": [f"{value:016x}" for value in random.integers(0, 2**63, each).tolist()],
+            "safety": ["safe"] * each,
+            "licence": ["CC0-1.0"] * each,
+            "source": ["hub"] * each,
+        }
+        pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
+    index = {"format": 1, "shards": shards, "rows": count, "splits": {"train": 1, "test": 1}, "caption_count": count}
+    index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
+    (root / "images" / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.slow
+def test_a_million_rows_in_under_a_minute_and_little_memory(tmp_path):
+    write_metadata(tmp_path, 1_000_000)
+    params = write_params(tmp_path / "params.yaml", validate={"max_duplicate_fraction": 0.02})
+    started = time.monotonic()
+    paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
+    done, peak = run_and_measure("validate", *paths, params=params)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 60
+    assert peak < 1.5 * 2**30

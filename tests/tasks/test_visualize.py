@@ -1,0 +1,297 @@
+"""The stage that draws: the pictures show what they say, and the page holds together offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models import schedules
+from models.pipeline import load_pipeline, to_uint8
+from tasks.formats.images import load_pixels
+from tasks.params import ImageParams, VisualizeParams
+from tasks.report import charts
+from tasks.runtime.stage import StageError
+from tasks.visualize import nearest_images
+from tests.support import report_inputs
+
+TEN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "<eight> & co", "nine"]
+FIGURES = {
+    "samples.png",
+    "forward.png",
+    "forward_by_schedule.png",
+    "reverse.png",
+    "neighbours.png",
+    "schedules.png",
+    "training.png",
+    "denoising.png",
+    "denoised.png",
+}
+
+
+class Outline(HTMLParser):
+    """Tables of tiles by their caption, and everything that could break or call out."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[np.ndarray]]] = {}
+        self.headings: dict[str, list[str]] = {}
+        self.images: list[dict[str, str]] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self._table, self._text, self._open = "", "", ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        self.tags.add(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.addresses += [values[name] for name in ("src", "srcset", "href", "xlink:href") if name in values]
+        self._open = tag
+        if tag in ("caption", "th"):
+            self._text = ""
+        if tag == "tr" and self._table:
+            self.tables[self._table].append([])
+        if tag == "img":
+            self.images.append(values)
+            if self._table:
+                self.tables[self._table][-1].append(pixels(values["src"]))
+
+    def handle_data(self, data: str) -> None:
+        if self._open in ("caption", "th", "small"):
+            self._text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "caption":
+            self._table = self._text
+            self.tables[self._table], self.headings[self._table] = [], []
+        if tag == "th" and self._table:
+            self.headings[self._table].append(self._text)
+        if tag == "table":
+            self._table = ""
+
+    def tiles(self, caption: str) -> np.ndarray:
+        """uint8 [rows, columns, H, W, C]; the row of headings holds none."""
+        return np.array([row for row in self.tables[caption] if row])
+
+
+def pixels(address: str) -> np.ndarray:
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))))
+    return image if image.ndim == 3 else image[..., None]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> report_inputs.Inputs:
+    return report_inputs.make(tmp_path_factory.mktemp("digits"), TEN)
+
+
+@pytest.fixture(scope="module")
+def drawn(inputs: report_inputs.Inputs) -> tuple[Path, Path]:
+    return inputs.draw("first")
+
+
+@pytest.fixture(scope="module")
+def outline(drawn: tuple[Path, Path]) -> Outline:
+    return Outline(drawn[1].read_text(encoding="utf-8"))
+
+
+def held_out(inputs: report_inputs.Inputs, channels: int = 1) -> np.ndarray:
+    image = ImageParams.model_validate({"size": report_inputs.SIZE, "channels": channels})
+    return load_pixels(inputs.root / "data" / "images", "test", image).pixels.transpose(0, 2, 3, 1)
+
+
+def test_every_figure_is_a_picture(drawn: tuple[Path, Path]) -> None:
+    assert {path.name for path in drawn[0].iterdir()} == FIGURES
+    for path in drawn[0].iterdir():
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) > 50
+            assert len(np.unique(np.asarray(image))) > 16, f"{path.name} is blank"
+
+
+def test_the_same_inputs_give_the_same_bytes(inputs: report_inputs.Inputs, drawn: tuple[Path, Path]) -> None:
+    again = inputs.draw("second")
+    assert again[1].read_bytes() == drawn[1].read_bytes()
+    for path in drawn[0].iterdir():
+        assert (again[0] / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_page_calls_nothing_from_outside(outline: Outline) -> None:
+    assert outline.images
+    assert all(address.startswith(("data:", "#")) for address in outline.addresses), "a link leads out of the page"
+    assert not outline.tags & {"script", "iframe", "object", "embed"}
+    assert all(image["alt"].strip() for image in outline.images), "an image has no text beside it"
+    assert len(set(outline.ids)) == len(outline.ids), "an id stands twice"
+    assert {address[1:] for address in outline.addresses if address.startswith("#")} <= set(outline.ids)
+
+
+def test_samples_are_the_model_s_own_by_class_and_guidance(inputs: report_inputs.Inputs, outline: Outline) -> None:
+    model = load_pipeline(inputs.root / "outputs" / "pipeline")
+    tiles = outline.tiles("Samples by class and guidance")
+    assert outline.headings["Samples by class and guidance"] == [
+        *("zero", "two", "four", "six", "<eight> & co"),
+        *("w = 1", "w = 2"),
+    ]
+    seeds = [report_inputs.PARAMS.seed + column for column in range(5)]
+    for row, scale in enumerate(report_inputs.PARAMS.guidance_scales):
+        expected = to_uint8(model.sample(seeds, [0, 2, 4, 6, 8], "ddim", 10, scale)).transpose(0, 2, 3, 1)
+        assert np.array_equal(tiles[row], expected)
+    assert not np.array_equal(tiles[0], tiles[1])
+
+
+def test_forward_strip_begins_with_real_images_and_ends_in_noise(
+    inputs: report_inputs.Inputs, outline: Outline
+) -> None:
+    tiles = outline.tiles("Forward process: held-out images at growing timesteps").astype(float)
+    real = held_out(inputs)
+    for strip in tiles:
+        assert any(np.array_equal(strip[0], image) for image in real)
+        likeness = [np.corrcoef(strip[0].ravel(), step.ravel())[0, 1] for step in strip]
+        assert likeness[0] == pytest.approx(1)
+        assert likeness[1] > 0.8
+        assert abs(likeness[-1]) < 0.4
+    headings = outline.headings["Forward process: held-out images at growing timesteps"]
+    assert headings[8].startswith(f"t = {report_inputs.TIMESTEPS - 1}")
+    assert headings[9:] == ["one", "five", "nine"], "every second class is held out here"
+
+
+def test_schedules_start_from_one_image_and_part(outline: Outline) -> None:
+    caption = "Forward process of one image under each schedule"
+    tiles = outline.tiles(caption)
+    assert outline.headings[caption][-len(schedules.SCHEDULES) :] == list(schedules.SCHEDULES)
+    assert np.array_equal(tiles[0, 0], tiles[1, 0])
+    assert np.array_equal(tiles[0, 0], tiles[2, 0])
+    assert not np.array_equal(tiles[0, 4], tiles[1, 4])
+
+
+def test_reverse_strip_runs_from_the_seeded_noise_to_the_sample(inputs: report_inputs.Inputs, outline: Outline) -> None:
+    from models.samplers import SeededNoise
+
+    tiles = outline.tiles("Reverse process: noisy images and predicted clean images at falling timesteps")
+    followed = outline.tiles("Samples by class and guidance")[1]  # the middle guidance, rounded up
+    columns = [1, 3]
+    for pair, column in enumerate(columns):
+        noise = SeededNoise([report_inputs.PARAMS.seed + column], (1, report_inputs.SIZE, report_inputs.SIZE))()
+        assert np.array_equal(tiles[2 * pair, 0], to_uint8(noise)[0].transpose(1, 2, 0))
+        assert np.array_equal(tiles[2 * pair + 1, -1], followed[column]), "the last prediction is the sample"
+
+
+def test_animation_ends_with_the_still_picture(drawn: tuple[Path, Path]) -> None:
+    with Image.open(drawn[0] / "denoising.png") as animation, Image.open(drawn[0] / "denoised.png") as still:
+        assert animation.n_frames == report_inputs.PARAMS.steps
+        animation.seek(animation.n_frames - 1)
+        assert np.array_equal(np.asarray(animation.convert("RGBA")), np.asarray(still.convert("RGBA")))
+
+
+def test_neighbours_are_training_images(inputs: report_inputs.Inputs, outline: Outline) -> None:
+    image = ImageParams.model_validate({"size": report_inputs.SIZE, "channels": 1})
+    train = load_pixels(inputs.root / "data" / "images", "train", image).pixels.transpose(0, 2, 3, 1)
+    samples, nearest = outline.tiles("Samples and their nearest training images")
+    for sample, neighbour in zip(samples, nearest, strict=True):
+        distances = ((train.astype(float) - sample) ** 2).sum(axis=(1, 2, 3))
+        assert np.array_equal(neighbour, train[distances.argmin()])
+
+
+def test_nearest_images_across_blocks() -> None:
+    generator = np.random.default_rng(1)
+    candidates = generator.integers(0, 256, (9000, 1, 3, 3), dtype=np.uint8)
+    queries = np.concatenate([candidates[[7, 4095, 4096, 8999]], generator.integers(0, 256, (5, 1, 3, 3), np.uint8)])
+    index, distance = nearest_images(queries, candidates)
+    differences = (queries[:, None].astype(float) - candidates[None].astype(float)) / 255
+    exact = np.sqrt((differences**2).mean(axis=(2, 3, 4)))
+    assert list(index[:4]) == [7, 4095, 4096, 8999]
+    assert np.allclose(distance, exact.min(axis=1), atol=1e-12)
+    assert (distance[:4] == 0).all()
+    assert (distance[4:] > 0).all()
+
+
+def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
+    text = re.sub(r"<[^>]+>", " ", drawn[1].read_text(encoding="utf-8"))
+    text = " ".join(text.split())
+    for expected in (
+        "2.3 times the floor of 10.2",
+        "Fréchet distance 23.1 ± 0.7 10.2 ± 0.31",
+        "99.4 %",
+        "the images have no captions",
+        "CLIP score is absent",
+        "512 samples each, without guidance",
+        "DPM-Solver++ 2M 20 1 512 3 23.1 0.0123",
+        "DDPM 1000 1 32 1 – –",
+        "DDPM in 1000 steps : too few images for distances (128 needed)",
+        "DPM-Solver++ 2M in 20 steps, without guidance",
+        "0f" * 32,
+        "step 200",
+        "error of the predicted v, weighted by timestep: it is the squared error of the clean image times min(SNR, γ)",
+        "where γ = 2.5",
+    ):
+        assert expected in text, expected
+
+
+def test_what_stands_between_images_and_model_has_its_numbers_and_picture(drawn: tuple[Path, Path]) -> None:
+    text = " ".join(re.sub("<[^>]*>", " ", drawn[1].read_text(encoding="utf-8")).split())
+    assert "PSNR, decoded images 23.5 dB" in text
+    assert "Text encoder 0.8 share of the images whose own caption it finds among those offered by chance 0.1" in text
+    assert "Held-out images, and the same decoded from their latents" in text
+
+
+def test_class_names_are_text_and_never_markup(drawn: tuple[Path, Path]) -> None:
+    source = drawn[1].read_text(encoding="utf-8")
+    assert "&lt;eight&gt; &amp; co" in source
+    assert "<eight>" not in source
+
+
+def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
+    inputs = report_inputs.make(tmp_path, classes=[], channels=3, held_out_loss=False)
+    params = VisualizeParams(sampler="ddpm", steps=20, guidance_scales=(1.0,), columns=4, seed=0)
+    figures, page = inputs.draw("out", params)
+    assert {path.name for path in figures.iterdir()} == FIGURES
+    outline = Outline(page.read_text(encoding="utf-8"))
+    samples = outline.tiles("Samples")
+    assert samples.shape == (3, 4, 8, 8, 3)
+    assert len(np.unique(samples.reshape(12, -1), axis=0)) == 12, "each image has a seed of its own"
+    assert all(image["alt"].strip() for image in outline.images)
+    strip = outline.tiles("Forward process: held-out images at growing timesteps")
+    assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
+    assert "mean squared error of the predicted noise ε. Held-out" in page.read_text(encoding="utf-8")
+    assert "Latents and text" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])
+def test_columns_spread_over_few_and_many_classes(count: int, expected: list[str], tmp_path: Path) -> None:
+    inputs = report_inputs.make(tmp_path, [f"a{number}" for number in range(count)])
+    _, page = inputs.draw("out")
+    outline = Outline(page.read_text(encoding="utf-8"))
+    assert outline.headings["Samples by class and guidance"][:5] == expected
+
+
+def test_data_that_was_not_accepted_is_not_drawn(tmp_path: Path) -> None:
+    inputs = report_inputs.make(tmp_path, TEN)
+    (tmp_path / "data" / "accepted.json").write_text('{"verdict": "refused"}')
+    with pytest.raises(StageError, match="accepted"):
+        inputs.draw("out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
+    curves = {}
+    for name in schedules.SCHEDULES:
+        beta = schedules.betas(name, 50)
+        bar = schedules.alpha_bar(beta)
+        curves[name] = {"beta": beta, "alpha_bar": bar, "log_snr": schedules.log_snr(bar)}
+    chart = charts.schedules(curves, "sigmoid")
+    assert "sigmoid (this model)" in chart.svg
+    assert "cosine (this model)" not in chart.svg
+    assert chart == charts.schedules(curves, "sigmoid")
+    assert chart != charts.schedules(curves, "linear")
+    for name, colour in charts.COLOURS.items():
+        assert f"var(--{name})" in chart.svg
+        assert colour not in chart.svg
+    assert not re.search(r"\d{4}-\d{2}-\d{2}", chart.svg), "a date would change the bytes every day"
+    assert set(Image.open(io.BytesIO(chart.png)).info) <= {"dpi"}

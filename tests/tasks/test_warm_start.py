@@ -1,0 +1,140 @@
+"""First weights that others published: what would be trained on in silence as something that it is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from models.networks.text_unet import TextUNet, TextUNetConfig
+from tasks.params import DiffusionParams
+from tasks.runtime.stage import StageError
+from tasks.training import warm_start
+from tests.support.text_inputs import train_params
+
+CONFIG = TextUNetConfig(8, 4, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
+STABLE = DiffusionParams(schedule="scaled_linear", timesteps=1000, prediction="epsilon")
+# As runwayml/stable-diffusion-v1-5 has it: no word of what is predicted, which is the noise then.
+PNDM = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Makes the folder of a published network with this scheduler and these changes of its config.json."""
+
+    def call(scheduler=PNDM, **network):
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(CONFIG.to_diffusers() | network))
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not read")
+        if scheduler is not None:
+            (tmp_path / "scheduler").mkdir(exist_ok=True)
+            (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        found = warm_start.given(train_params(init_from=str(tmp_path)))
+        assert found is not None
+        return found
+
+    return call
+
+
+def said(given, diffusion, capsys) -> str:
+    warm_start.check(given, CONFIG, diffusion)
+    return capsys.readouterr().out
+
+
+def test_stable_diffusion_is_trained_on_in_silence(published, capsys):
+    assert said(published(), STABLE, capsys) == ""
+    euler = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "use_karras_sigmas": False}
+    assert said(published(PNDM | euler), STABLE, capsys) == ""
+
+
+def test_another_prediction_is_refused(published):
+    wrong = STABLE.model_copy(update={"prediction": "v_prediction"})
+    with pytest.raises(StageError, match=r"predicts epsilon, not v_prediction; set diffusion\.prediction to epsilon"):
+        warm_start.check(published(), CONFIG, wrong)
+    with pytest.raises(StageError, match=r"predicts v_prediction, not epsilon"):
+        warm_start.check(published(PNDM | {"prediction_type": "v_prediction"}), CONFIG, STABLE)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "remedy"),
+    [
+        ({"schedule": "cosine"}, {}, "set diffusion.schedule to 'scaled_linear' to keep"),
+        ({"timesteps": 100}, {}, "set diffusion.timesteps to 1000 to keep"),
+        (
+            {"zero_terminal_snr": True, "prediction": "v_prediction"},
+            {"prediction_type": "v_prediction"},
+            "set diffusion.zero_terminal_snr to false to keep",
+        ),
+        ({}, {"beta_end": 0.02}, "choose a diffusion.schedule nearer to it"),
+    ],
+)
+def test_another_noise_is_told_with_its_remedy(published, capsys, ours, theirs, remedy):
+    told = said(published(PNDM | theirs), STABLE.model_copy(update=ours), capsys)
+    assert told.startswith("train: warning: ") and "learned another noise" in told and remedy in told
+    assert len(told.splitlines()) == 1
+
+
+def test_without_a_scheduler_it_is_said_what_the_network_is_taken_for(published, capsys):
+    assert "is taken for diffusion.prediction 'epsilon'" in said(published(None), STABLE, capsys)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_data": 0.5},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        PNDM | {"prediction_type": "flow_prediction"},
+        PNDM | {"beta_schedule": "laplace"},
+    ],
+)
+def test_another_kind_of_diffusion_is_refused(published, scheduler):
+    """Playground 2.5 has the network of Stable Diffusion XL and another diffusion."""
+    with pytest.raises(StageError, match=r"cannot be trained here: its .* these losses know .*; choose another"):
+        warm_start.check(published(scheduler), CONFIG, STABLE)
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"time_cond_proj_dim": 256},  # distilled, and told the guidance
+        {"flip_sin_to_cos": False},
+        {"mid_block_type": None},
+        {"only_cross_attention": True},
+        {"out_channels": 8},
+    ],
+)
+def test_what_a_network_is_otherwise_is_refused_though_it_may_shape_no_weight(published, difference):
+    (name,) = difference
+    with pytest.raises(StageError, match=f"cannot be trained here: the network's {name} is"):
+        published(**difference)
+
+
+def test_weights_are_loaded_whatever_their_precision_and_those_of_another_network_refused(published):
+    from safetensors.torch import save_file
+
+    given = published()
+    halves = {name: torch.randn(value.shape).half() for name, value in TextUNet(CONFIG).state_dict().items()}
+    save_file(halves, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    network = TextUNet(CONFIG)
+    warm_start.load(network, given)
+    assert all(torch.equal(value, halves[name].float()) for name, value in network.state_dict().items())
+    other = TextUNet(CONFIG).state_dict()
+    other["conv_in.weight"] = other["conv_in.weight"][:4].contiguous()
+    save_file(other, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(StageError, match=r"is not of the network that its config\.json describes"):
+        warm_start.load(TextUNet(CONFIG), given)
+    (given.folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(StageError, match=r"damaged .* fetch it again"):
+        warm_start.load(TextUNet(CONFIG), given)
