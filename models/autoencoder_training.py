@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from models.judges.fit import Recipe, fit, seeded
 from models.networks.autoencoder import APPLY_BATCH, encode
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import AutoencoderKL
 
     from models.networks.autoencoder import Autoencoder

@@ -138,11 +138,12 @@ class Bundle:
         options.intra_op_num_threads = threads
         use = list(providers or usable_providers())
 
-        def session(name: str) -> onnxruntime.InferenceSession | None:
+        def optional(name: str) -> onnxruntime.InferenceSession | None:
             file = folder / f"{name}.onnx"
             return onnxruntime.InferenceSession(str(file), options, providers=use) if file.exists() else None
 
-        self.session, self.decoder, self.text_encoder = map(session, ("unet", "decoder", "text_encoder"))
+        self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
+        self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
         self.tokenizers = _load_tokenizers(folder, self.info.text) if self.info.text else []
 
     @property

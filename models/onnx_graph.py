@@ -140,8 +140,7 @@ class _Decoder(torch.nn.Module):
         self.autoencoder, self.factor = autoencoder, autoencoder.config.scaling_factor
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        images: torch.Tensor = self.autoencoder.decode(latent / self.factor, return_dict=False)[0]
-        return images
+        return self.autoencoder.decode(latent / self.factor, return_dict=False)[0]
 
 
 class _Hidden(torch.nn.Module):
@@ -152,8 +151,7 @@ class _Hidden(torch.nn.Module):
         self.model = model
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(input_ids=ids).last_hidden_state
-        return hidden
+        return self.model(input_ids=ids).last_hidden_state
 
 
 class _Packed(torch.nn.Module):

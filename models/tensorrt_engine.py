@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BATCHES = (1, 16, 256)
 """Smallest, optimal and largest batch size of the optimisation profile."""

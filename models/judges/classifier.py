@@ -44,8 +44,7 @@ class Backbone(nn.Module):
         self.features = width
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.stages(self.stem(images)).mean(dim=(2, 3))
-        return features
+        return self.stages(self.stem(images)).mean(dim=(2, 3))
 
 
 class Classifier(nn.Module):
@@ -57,8 +56,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.backbone.features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(images))
-        return logits
+        return self.head(self.backbone(images))
 
 
 class _Residual(nn.Module):
@@ -69,7 +67,7 @@ class _Residual(nn.Module):
         self.body = nn.Sequential(_convolution(width, width), _convolution(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)  # type: ignore[no-any-return]
+        return x + self.body(x)
 
 
 def _convolution(inward: int, outward: int, stride: int = 1) -> nn.Sequential:

@@ -46,8 +46,7 @@ class TextTower(nn.Module):
         padding = ids == 0
         hidden = self.layers(self.token(ids) + self.position[: ids.shape[1]], src_key_padding_mask=padding)
         present = (~padding).unsqueeze(-1)
-        features: Tensor = (self.norm(hidden) * present).sum(1) / present.sum(1)
-        return features
+        return (self.norm(hidden) * present).sum(1) / present.sum(1)
 
 
 class Clip(nn.Module):

@@ -22,10 +22,10 @@ class Convolution(nn.Module):
 
     def __init__(
         self, inward: int, outward: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padding: int = -1
-    ):
+    ) -> None:
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        reach = tuple(side // 2 for side in sides) if padding < 0 else (padding, padding)
+        reach = (sides[0] // 2, sides[1] // 2) if padding < 0 else (padding, padding)
         self.conv = nn.Conv2d(inward, outward, sides, stride, reach, bias=False)
         self.bn = nn.BatchNorm2d(outward, eps=0.001)
 
@@ -148,8 +148,7 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        features: Tensor = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(dim=(2, 3))
-        return features
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(dim=(2, 3))
 
 
 def to_input(pixels: Tensor) -> Tensor:

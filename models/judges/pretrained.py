@@ -73,8 +73,7 @@ class PretrainedClip:
 
         A text encoder with the same weights has the same ones.
         """
-        weight: Tensor = self.model.text_model.get_input_embeddings().weight
-        return weight
+        return self.model.text_model.get_input_embeddings().weight
 
 
 def load_extractor(name: str, folder: Path, device: str = "cpu") -> Extractor:
@@ -196,8 +195,7 @@ def _side(size: Any) -> int | None:  # JSON: an integer or one of several mappin
 
 
 def _embedding(output: Any) -> Tensor:  # transformers 5 returns an output object, earlier versions a tensor
-    embedding: Tensor = getattr(output, "pooler_output", output)
-    return embedding
+    return getattr(output, "pooler_output", output)
 
 
 def _batches(pixels: np.ndarray) -> list[np.ndarray]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.judges.classifier import Backbone, apply_batch, to_input
 from models.judges.fit import Recipe, fit, seeded
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEMPERATURE = 0.2
 PROJECTION = 64
@@ -29,8 +33,7 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION))
 
     def forward(self, images: Tensor) -> Tensor:
-        projections: Tensor = self.head(self.backbone(images))
-        return projections
+        return self.head(self.backbone(images))
 
 
 def view(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from models.json_files import JsonObject
+if TYPE_CHECKING:
+    from models.json_files import JsonObject
 
 DIFFUSERS_VERSION = version("diffusers")
 """The `_diffusers_version` of the files that we write."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from models.json_files import JsonObject
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
+
+if TYPE_CHECKING:
+    from models.json_files import JsonObject
 
 NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig
 Network: TypeAlias = UNet | TextUNet
@@ -49,7 +51,6 @@ def predictor(network: nn.Module) -> Predict:
     """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch."""
 
     def predict(x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        output: Tensor = network(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
-        return output
+        return network(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
 
     return predict

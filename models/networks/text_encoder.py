@@ -88,7 +88,7 @@ class TextEncoder:
 class ProjectedEncoder(TextEncoder):
     """The second encoder of SDXL: a `CLIPTextModelWithProjection`, whose projection is the pooled embedding."""
 
-    model: CLIPTextModelWithProjection  # type: ignore[assignment]
+    model: CLIPTextModelWithProjection
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models.json_files import JsonObject
 from models.networks.attention import attend
 from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
 from models.networks.text_encoder import SIZES
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
+
+    from models.json_files import JsonObject
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER = "default"
@@ -179,6 +180,8 @@ class TextUNet(nn.Module):
     With `pooled` the condition is packed as [B, L + 1, D], see `models/networks/text_encoder.py`.
     """
 
+    network: UNet2DConditionModel
+
     def __init__(self, config: TextUNetConfig) -> None:
         from diffusers import UNet2DConditionModel
 
@@ -201,8 +204,7 @@ class TextUNet(nn.Module):
         if pooled is not None:
             tokens, last = tokens[:, :-1], condition[:, -1]
             added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
-        output: Tensor = self.network(x, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
-        return output
+        return self.network(x, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: less memory for activations, a second forward pass of each block."""
@@ -250,8 +252,7 @@ class Attend:
         projected = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
         q, k, v = (x.unflatten(2, (layer.heads, x.shape[2] // layer.heads)).transpose(1, 2) for x in projected)
         project, dropout = layer.to_out
-        output: Tensor = dropout(project(attend(q, k, v).transpose(1, 2).flatten(2)))
-        return output
+        return dropout(project(attend(q, k, v).transpose(1, 2).flatten(2)))
 
 
 def _add_lora(network: UNet2DConditionModel, rank: int) -> None:

@@ -92,10 +92,7 @@ class UNetConfig:
 
 
 def _require_supported_architecture(config: JsonObject, attention: tuple[bool, ...]) -> None:
-    """Check the options of `UNet2DModel` that this network lacks.
-
-    Most of them change no weight's shape: the weights would load, and give other images.
-    """
+    """Check the options of `UNet2DModel` that this network lacks; most change images, but no weight's shape."""
     up = ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)]
     down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
     supported: Supported = {
@@ -154,12 +151,12 @@ class ResnetBlock(nn.Module):
     [B, inputs, H, W] -> [B, outputs, H, W].
     """
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, embed: int) -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embed, outputs)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
@@ -221,9 +218,9 @@ class Level(nn.Module):
     recompute = False
     """Gradient checkpointing: store the input of each block only (Chen et al. 2016)."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, n, width, embed) for n in inputs)
+        self.resnets = nn.ModuleList(ResnetBlock(config, n, width) for n in inputs)
         if attention:
             self.attentions = nn.ModuleList(Attention(config, width) for _ in inputs)
         self.has_attention = attention
@@ -242,8 +239,8 @@ class Level(nn.Module):
 class DownLevel(Level):
     """One resolution of the encoder; every level but the last halves the resolution at its end."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
-        super().__init__(config, inputs, width, embed, attention)
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool, last: bool) -> None:
+        super().__init__(config, inputs, width, attention)
         self.downsamplers = None if last else nn.ModuleList([Downsample(width, config.downsample_padding)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -261,8 +258,8 @@ class DownLevel(Level):
 class UpLevel(Level):
     """One resolution of the decoder; every level but the last doubles the resolution at its end."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
-        super().__init__(config, inputs, width, embed, attention)
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool, last: bool) -> None:
+        super().__init__(config, inputs, width, attention)
         self.upsamplers = None if last else nn.ModuleList([Upsample(width)])
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
@@ -275,9 +272,9 @@ class UpLevel(Level):
 class Middle(nn.Module):
     """Residual block, self-attention and residual block at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig, width: int, embed: int) -> None:
+    def __init__(self, config: UNetConfig, width: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, width, width, embed) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(config, width)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -305,10 +302,10 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
             inputs = [skips[-1]] + [width] * (layers - 1)
-            self.down_blocks.append(DownLevel(config, inputs, width, embed, config.attention[level], last))
+            self.down_blocks.append(DownLevel(config, inputs, width, config.attention[level], last))
             skips += [width] * (layers + (not last))
 
-        self.mid_block = Middle(config, widths[-1], embed)
+        self.mid_block = Middle(config, widths[-1])
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
@@ -317,7 +314,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 inputs.append(below + skips.pop())
                 below = width
-            self.up_blocks.append(UpLevel(config, inputs, width, embed, config.attention[level], level == 0))
+            self.up_blocks.append(UpLevel(config, inputs, width, config.attention[level], level == 0))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
