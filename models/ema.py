@@ -61,7 +61,8 @@ class EMA:
     def __init__(self, module: nn.Module, profile: str) -> None:
         self.profile = profile
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self.names, self.followed = list(trained), list(trained.values())
+        self.names = list(trained)
+        self.followed: list[Tensor] = list(trained.values())
         self.weights = [parameter.detach().float().clone() for parameter in self.followed]
 
     @torch.no_grad()

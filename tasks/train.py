@@ -116,7 +116,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
     run.module.train()
     while run.step < until:
         if params.full_steps:
-            run.network.train_adapter(train=run.step >= params.full_steps)
+            run.network.train_adapter(train=run.step >= params.full_steps)  # type: ignore[operator]
 
         # batch, loss, backward; in as many parts as the gradient is accumulated over
         torch.manual_seed(seed_for(params.seed, "dropout", run.step, accelerator.process_index))

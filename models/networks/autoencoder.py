@@ -92,7 +92,7 @@ def save_autoencoder(folder: Path, network: Autoencoder) -> str:
 
 
 def seal(folder: Path) -> str:
-    """Remove the path that a network was loaded from from its `config.json`; returns the sha256 of the folder's files.
+    """Remove the local path from a network's `config.json`; returns the SHA-256 of the folder.
 
     The hash covers names and contents.
     """
