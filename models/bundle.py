@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -53,8 +53,8 @@ class BundleText:
 class BundleInfo(Description):
     """`bundle.json`: what sampling needs besides the graphs."""
 
-    FORMAT: ClassVar[int] = 3
-    REMEDY: ClassVar[str] = "export the model again"
+    FORMAT = 3  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
+    REMEDY = "export the model again"
 
     conditioning: str
     """"none", "label" or "text"."""

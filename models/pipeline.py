@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ ADAPTER = "lora/pytorch_lora_weights.safetensors"
 class PipelineInfo(Description):
     """`afterimage.json`: what the model draws and how it is conditioned."""
 
-    FORMAT: ClassVar[int] = 2
-    REMEDY: ClassVar[str] = "train the model again"
+    FORMAT = 2
+    REMEDY = "train the model again"
 
     conditioning: str
     """"none", "label" or "text"."""

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,8 +41,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class JudgeInfo(Description):
     """`judge.json`."""
 
-    FORMAT: ClassVar[int] = 1
-    REMEDY: ClassVar[str] = "train the judge again"
+    FORMAT = 1
+    REMEDY = "train the judge again"
 
     classes: list[str]
     prompts: list[str] | None
