@@ -1,27 +1,30 @@
-"""Training the autoencoder between images and latents, measuring what it loses, and normalising its latents.
+"""The autoencoder between images and latents: training, reconstruction quality, and normalisation of its latents.
 
-It is the KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1) without adversary and without a
-perceptual network: what keeps edges sharp is a loss on finite differences.
+It is the KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1) without discriminator and perceptual
+loss; a loss on finite differences keeps edges sharp instead.
 
-Legend: B images, C channels, S their side; k latent channels, s side of a latent.
+Legend: B images, C channels, S height and width; k latent channels, s height and width of a latent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models.judges.classifier import to_input
 from models.judges.fit import Recipe, fit, seeded
 from models.networks.autoencoder import APPLY_BATCH, encode
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import AutoencoderKL
+
+    from models.networks.autoencoder import Autoencoder
 
 LEARNING_RATE = 2e-3
 NORM_GROUPS = 4
@@ -30,21 +33,23 @@ FIRST_LOG_VARIANCE = -6.0
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`widths` has one entry per resolution, highest first; every one but the last halves it."""
+    """Architecture and loss weights."""
 
     channels: int
     latent_channels: int
     widths: tuple[int, ...]
+    """Channels of each resolution, highest first; every level but the last halves the resolution."""
     layers_per_block: int
     reconstruction: str = "l1"
-    """ "l1" or "l2": the distance between an image and its reconstruction."""
+    """Distance between an image and its reconstruction: "l1" or "l2"."""
     edge_weight: float = 0.5
+    """Weight of the loss on finite differences."""
     kl_weight: float = 1e-6
-    """Of the divergence from a standard normal in nats, summed over a latent, per number of its image."""
+    """Weight of the KL divergence from the standard normal, nats summed over a latent, per value of its image."""
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
-    """An untrained network, its scaling factor 1: what is measured later is folded into its weights."""
+    """Build an untrained network of scaling factor 1; `fold_scaling` moves the measured one into the weights."""
     from diffusers import AutoencoderKL
 
     levels = len(config.widths)
@@ -59,61 +64,58 @@ def build(config: AutoencoderConfig) -> AutoencoderKL:
         norm_num_groups=NORM_GROUPS,
         scaling_factor=1.0,
     )
-    # With the posterior's usual first deviation of 1 the noise drowns for long what the decoder could learn from.
+    # With the usual initial standard deviation of 1, noise dominates the latents for many steps.
     torch.nn.init.constant_(network.quant_conv.bias[config.latent_channels :], FIRST_LOG_VARIANCE)
     return network
 
 
 def train_autoencoder(pixels: np.ndarray, config: AutoencoderConfig, recipe: Recipe) -> AutoencoderKL:
-    """Train on uint8 images [N, C, S, S]; the same recipe gives the same weights. Returns it in evaluation mode."""
+    """Train on uint8 images [N, C, S, S]; returns the network in evaluation mode. The result is reproducible."""
     network = seeded(lambda: build(config), recipe.seed).to(recipe.device)
 
     def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
         images = to_input(pixels[rows])
         if recipe.flip:
-            mirrored = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
-            images = torch.where(mirrored, images.flip(3), images)
+            flipped = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
+            images = torch.where(flipped, images.flip(3), images)
         posterior = network.encode(images.to(recipe.device)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(recipe.device)
-        drawn = network.decode(posterior.mean + posterior.std * noise).sample
-        return reconstruction_loss(drawn, images.to(recipe.device), config) + (
-            config.kl_weight * posterior.kl().sum() / images.numel()
-        )
+        decoded = network.decode(posterior.mean + posterior.std * noise).sample
+        kl: Tensor = config.kl_weight * posterior.kl().sum() / images.numel()
+        return reconstruction_loss(decoded, images.to(recipe.device), config) + kl
 
     fit(network, loss, len(pixels), replace(recipe, learning_rate=LEARNING_RATE))
     return network
 
 
-def reconstruction_loss(drawn: Tensor, images: Tensor, config: AutoencoderConfig) -> Tensor:
-    """Mean distance of reconstructions, float [B, C, S, S], to their images, and that of their edges."""
+def reconstruction_loss(decoded: Tensor, images: Tensor, config: AutoencoderConfig) -> Tensor:
+    """Return the distance of reconstructions, float [B, C, S, S], to their images, plus that of finite differences."""
     distance = {"l1": F.l1_loss, "l2": F.mse_loss}[config.reconstruction]
-    across, down = (distance(drawn.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
-    return distance(drawn, images) + config.edge_weight * (across + down)
+    vertical, horizontal = (distance(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
+    return distance(decoded, images) + config.edge_weight * (vertical + horizontal)
 
 
 def quality(pixels: np.ndarray, reconstructed: np.ndarray) -> dict[str, float]:
-    """Mean over images of PSNR in dB, and SSIM (Wang et al. 2004) where images have at least 11 pixels a side.
+    """Return the mean PSNR in dB and, for images of at least 11 x 11 pixels, the mean SSIM (Wang et al. 2004).
 
-    Both uint8 [N, C, S, S].
+    pixels and reconstructed: uint8 [N, C, S, S].
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     errors, similar, large = [], [], min(pixels.shape[2:]) >= 11
-    for start in range(0, len(pixels), APPLY_BATCH):  # of 512 large images at once it would take 100 GB
+    for start in range(0, len(pixels), APPLY_BATCH):  # SSIM of 512 large images at once needs 100 GB
         part = slice(start, start + APPLY_BATCH)
         first, second = (torch.from_numpy(images[part]).double() for images in (reconstructed, pixels))
         errors.append((second - first).square().mean(dim=(1, 2, 3)))
         if large:
-            alike = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
-            similar.append(alike.flatten())
+            ssim = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
+            similar.append(ssim.flatten())
     decibels = 10 * torch.log10(255**2 / torch.cat(errors).clamp(min=1e-3))
     return {"psnr": float(decibels.mean())} | ({"ssim": float(torch.cat(similar).mean())} if large else {})
 
 
-def measure_scaling(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every latent channel over images uint8 [N, C, S, S]: float64 [k] each.
+def measure_scaling(network: Autoencoder, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each latent channel over uint8 images [N, C, S, S], float64 [k] each.
 
-    The deviation is that of drawn latents: of their means, and of the posterior around them.
+    The standard deviation is that of sampled latents: it includes the posterior's own.
     """
     means, deviations = [], []
     for start in range(0, len(pixels), APPLY_BATCH):
@@ -126,22 +128,27 @@ def measure_scaling(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def fold_scaling(network: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Change weights so that latents z come out as (z - mean) / std, channel by channel, and go in like that.
+    """Change the weights in place so that the network encodes to and decodes from (z - mean) / std per channel.
 
-    The layers next to the latents are linear and 1 x 1, so this is exact, and every program that knows the network
-    sees normalised latents with scaling factor 1. Raises `ValueError` for a network without those layers.
+    The layers next to the latents, `quant_conv` and `post_quant_conv`, are linear and 1 x 1, so this is exact. Every
+    program that loads the network then gets normalised latents with scaling factor 1.
+
+    Raises:
+        ValueError: for a network without those layers.
     """
     if getattr(network, "quant_conv", None) is None or getattr(network, "post_quant_conv", None) is None:
-        raise ValueError(f"{type(network).__name__} has no linear layer around its latents")
-    # `encode` multiplied by the factor before anything was measured.
+        raise ValueError(
+            f"{type(network).__name__} has no quant_conv and post_quant_conv; its latents cannot be scaled"
+        )
+    # `encode` has multiplied what was measured by the factor.
     factor = network.config.scaling_factor
     mean, std = (value.to(network.quant_conv.weight) / factor for value in (mean, std))
     half = len(mean)
     with torch.no_grad():
-        entry, way_out = network.quant_conv, network.post_quant_conv
-        way_out.bias += way_out.weight[:, :, 0, 0] @ mean
-        way_out.weight *= std[None, :, None, None]
-        entry.weight[:half] /= std[:, None, None, None]
-        entry.bias[:half] = (entry.bias[:half] - mean) / std
-        entry.bias[half:] -= 2 * std.log()  # the logarithm of the variance
+        before, after = network.quant_conv, network.post_quant_conv
+        after.bias += after.weight[:, :, 0, 0] @ mean
+        after.weight *= std[None, :, None, None]
+        before.weight[:half] /= std[:, None, None, None]
+        before.bias[:half] = (before.bias[:half] - mean) / std
+        before.bias[half:] -= 2 * std.log()  # these channels are the logarithm of the variance
     network.register_to_config(scaling_factor=1.0)

@@ -1,6 +1,6 @@
-"""Draw images from the exported ONNX network with NumPy and ONNX Runtime alone (and `tokenizers`, for text).
+"""Sampling from the exported ONNX network with NumPy and ONNX Runtime (and `tokenizers`, for text).
 
-This file and `samplers.py` are copied as they stand into the bundle, as the package `afterimage_bundle`
+Copies of this file, `samplers.py`, `pixels.py` and `json_files.py` form the package `afterimage_bundle`, which lies
 beside `unet.onnx` and `bundle.json`. There, without PyTorch and without this project:
 
     python -m afterimage_bundle.bundle --label 3 --seed 0 --out image.png
@@ -10,154 +10,253 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
+import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .samplers import SAMPLERS, Interval, SeededNoise, denoiser, sample
+from .json_files import Description, JsonObject
+from .pixels import to_uint8
+from .samplers import DEFAULT_SAMPLING, SAMPLERS, Sampling, SchedulerConfig, SeededNoise, denoiser, sample
 
-FORMAT = 3
+if TYPE_CHECKING:
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    from models.pipeline import PipelineInfo
+
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+Provider: TypeAlias = str | tuple[str, dict[str, Any]]  # ONNX Runtime's options have values of several types
+Condition: TypeAlias = "np.ndarray | None"
+
+
+@dataclass(frozen=True)
+class BundleText:
+    """How prompts are tokenised and packed."""
+
+    length: int
+    """L: tokens per prompt, padded or truncated."""
+    pads: dict[str, int]
+    """Suffix of each tokenizer's file name ("" or "_2") -> id of its padding token."""
+    pooled: int | None = None
+    """P: width of the pooled embedding (SDXL conditioning); None without it."""
+    sizes: Sequence[int] = ()
+    """Original size, crop and target size, which follow the pooled embedding."""
+
+
+@dataclass(frozen=True)
+class BundleInfo(Description):
+    """`bundle.json`: what sampling needs besides the graphs."""
+
+    FORMAT = 3  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
+    REMEDY = "export the model again"
+
+    conditioning: str
+    """"none", "label" or "text"."""
+    classes: list[str]
+    prompts: list[str] | None
+    """The caption of each class, for a text-conditional model."""
+    channels: int
+    size: int
+    """Height and width of an image, pixels."""
+    latent: Sequence[int] | None
+    """(channels, side) of the latents; None for a model of pixels."""
+    prediction: str
+    null_label: int | None
+    """Class index of the null condition; None unless the model is class-conditional."""
+    train_key: str
+    alpha_bar: list[float]
+    sampling: dict[str, str | int]
+    """`variance`, `spacing` and `steps_offset` of the trained scheduler."""
+    text: BundleText | None = None
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> BundleInfo:
+        """Build the description, with the text section if there is one."""
+        text = values.get("text")
+        return cls(**{**values, "text": BundleText(**text) if text else None})
+
+    def to_json(self) -> JsonObject:
+        """Return the content of the file; without a text encoder it has no text section."""
+        values = super().to_json()
+        return values if self.text else {key: value for key, value in values.items() if key != "text"}
+
+    @classmethod
+    def of(cls, info: PipelineInfo, scheduler: SchedulerConfig, text: BundleText | None) -> BundleInfo:
+        """Describe the bundle of a trained pipeline."""
+        return cls(
+            conditioning=info.conditioning,
+            classes=info.classes,
+            prompts=info.prompts,
+            channels=info.channels,
+            size=info.size,
+            latent=info.latent,
+            prediction=info.prediction,
+            null_label=info.null_label,
+            train_key=info.train_key,
+            alpha_bar=[float(level) for level in scheduler.alpha_bar],
+            sampling={
+                "variance": scheduler.variance_type,
+                "spacing": scheduler.timestep_spacing,
+                "steps_offset": scheduler.steps_offset,
+            },
+            text=text,
+        )
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """What the trained model prescribes for sampling."""
+        return SchedulerConfig(
+            self.alpha_bar,
+            self.prediction,
+            clip_sample=self.latent is None,
+            variance_type=str(self.sampling["variance"]),
+            timestep_spacing=str(self.sampling["spacing"]),
+            steps_offset=int(self.sampling["steps_offset"]),
+        )
 
 
 class Bundle:
-    """An ONNX network with the schedule it was trained on. `info` is `bundle.json`.
+    """An ONNX network with its noise schedule.
 
-    `threads` 0 leaves their number to ONNX Runtime. Raises `ValueError` for another format.
+    `threads` is the number of ONNX Runtime's threads; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        ValueError: for a bundle of another format.
     """
 
-    def __init__(self, folder: Path, providers: Sequence[Any] | None = None, threads: int = 0) -> None:
+    def __init__(self, folder: Path, providers: Sequence[Provider] | None = None, threads: int = 0) -> None:
         import onnxruntime
 
-        self.info: dict[str, Any] = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        if self.info["format"] != FORMAT:
-            raise ValueError(f"{folder} has format {self.info['format']}, this version reads {FORMAT}")
+        self.info = BundleInfo.read(folder / "bundle.json")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         use = list(providers or usable_providers())
 
-        def session(name: str) -> Any:
+        def optional(name: str) -> onnxruntime.InferenceSession | None:
             file = folder / f"{name}.onnx"
             return onnxruntime.InferenceSession(str(file), options, providers=use) if file.exists() else None
 
-        self.session, self.decoder, self.text_encoder = map(session, ("unet", "decoder", "text_encoder"))
-        self.tokenizers = self._load_tokenizers(folder) if self.text_encoder else []
-
-    def _load_tokenizers(self, folder: Path) -> list[Any]:
-        """One for each encoder, each with a padding of its own."""
-        from tokenizers import Tokenizer
-
-        text, tokenizers = self.info["text"], []
-        for suffix, pad in text["pads"].items():
-            tokenizer = Tokenizer.from_file(str(folder / f"tokenizer{suffix}.json"))
-            tokenizer.enable_truncation(text["length"])
-            tokenizer.enable_padding(pad_id=pad, pad_token=tokenizer.id_to_token(pad), length=text["length"])
-            tokenizers.append(tokenizer)
-        return tokenizers
+        self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
+        self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
+        self.tokenizers = _load_tokenizers(folder, self.info.text) if self.info.text else []
 
     @property
     def providers(self) -> list[str]:
-        """What ONNX Runtime really uses, first choice first."""
-        return self.session.get_providers()
+        """The execution providers that ONNX Runtime uses, in order of priority."""
+        return list(self.session.get_providers())
 
-    def predict(self, x: np.ndarray, t: int, condition: np.ndarray | None = None) -> np.ndarray:
-        """The network's raw output: x float32 [N, C, H, W], one timestep, condition int64 [N] (labels) or float32
-        [N, L, D] (embedded text) -> float32 [N, C, H, W]."""
+    def predict(self, x: np.ndarray, t: int, condition: Condition = None) -> np.ndarray:
+        """Evaluate the network at one timestep.
+
+        x: float32 [N, C, H, W]. condition: labels int64 [N] or embedded text float32 [N, L, D]. Returns float32
+        [N, C, H, W].
+        """
         feed = {"sample": x, "timestep": np.full(len(x), t, np.int64)}
         if condition is not None:
-            feed[self.info["conditioning"]] = condition
-        return self.session.run(["output"], feed)[0]
+            feed[self.info.conditioning] = condition
+        return np.asarray(self.session.run(["output"], feed)[0])
 
     def sample(
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | None = None,
-        sampler: str = "dpm_solver_pp_2m",
-        steps: int = 20,
-        guidance_scale: float = 1.0,
-        eta: float = 0.0,
-        guidance_interval: Interval = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
         prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i] (or, of a
-        text-conditional model, prompts[i]) alone.
+        """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1].
 
-        `eta` belongs to `ddim`; `guidance_interval` (low, high) limits guidance to these noise levels, see
-        `samplers.denoiser`. Raises `ValueError` for labels that do not fit, guidance without a condition, an
-        unknown sampler, an eta that it does not have, or a number of steps that the model does not have.
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i].
+
+        Raises:
+            ValueError: for labels or prompts that do not match the model, guidance without a condition, or a number
+                of steps that the model does not support.
         """
-        condition, null = self._condition(labels, prompts, len(seeds))
-        if guidance_scale != 1.0 and condition is None:
-            raise ValueError("guidance needs a conditional model; use guidance 1")
         info = self.info
-        clip, levels = info["latent"] is None, info["alpha_bar"]
-        denoise = denoiser(
-            self.predict, info["prediction"], levels, condition, null, guidance_scale, guidance_interval, clip
-        )
-        channels, size = info["latent"] or (info["channels"], info["size"])
-        noise = SeededNoise(seeds, (channels, size, size))
-        drawn = sample(sampler, denoise, noise, levels, steps, eta=eta, **info["sampling"])
-        return self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn
+        condition, null = self._condition(labels, prompts, len(seeds))
+        if sampling.guidance_scale != 1.0 and condition is None:
+            raise ValueError("guidance needs a conditional model; use guidance 1")
+        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null)
+        channels, size = info.latent or (info.channels, info.size)
+        drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling)
+        return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts -> float32 [N, L, D]; of two encoders [N, L + 1, D], whose last row holds the pooled embedding, then
-        sizes and crop. Raises `ValueError` where the model knows no text."""
-        if self.text_encoder is None:
-            raise ValueError("this model knows classes and no text; give labels")
+        """Encode prompts to float32 [N, L, D].
+
+        With two text encoders the result is [N, L + 1, D]; its last row holds the pooled embedding, then the sizes.
+
+        Raises:
+            ValueError: if the model is not text-conditional.
+        """
+        text = self.info.text
+        if self.text_encoder is None or text is None:
+            raise ValueError("this model is class-conditional and takes no text; give labels")
         feed = {
             name: np.array([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))], np.int64)
             for name, tokenizer in zip(("ids", "ids_2"), self.tokenizers, strict=False)
         }
-        embedded: np.ndarray = self.text_encoder.run(["output"], feed)[0]
-        pooled = self.info["text"]["pooled"]
-        if pooled is not None:
-            embedded[[not prompt for prompt in prompts]] = 0  # the empty text stands for none
-            embedded[:, -1, pooled : pooled + len(self.info["text"]["sizes"])] = self.info["text"]["sizes"]
+        embedded = np.asarray(self.text_encoder.run(["output"], feed)[0])
+        if text.pooled is not None:
+            embedded[[not prompt for prompt in prompts]] = 0  # the empty prompt is the null condition
+            embedded[:, -1, text.pooled : text.pooled + len(text.sizes)] = text.sizes
         return embedded
 
     def _condition(
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        if self.info["conditioning"] == "none":
+    ) -> tuple[Condition, Condition]:
+        """Return (condition, null condition) for `count` images, or two Nones."""
+        info = self.info
+        if info.conditioning == "none":
             if labels is not None or prompts is not None:
                 raise ValueError("this model is unconditional; ask for images without a label")
             return None, None
         if prompts is not None:
             embedded = self.embed([*prompts, ""])
             return embedded[:-1], np.repeat(embedded[-1:], len(embedded) - 1, axis=0)
-        classes = self.info["classes"]
+        last, names = len(info.classes) - 1, ", ".join(info.classes)
         if labels is None or len(labels) != count:
-            raise ValueError(f"this model needs a label for each image: 0 to {len(classes) - 1} ({', '.join(classes)})")
-        # The index after the last class is the null condition: an image of no class in particular.
-        if min(labels) < 0 or max(labels) > len(classes):
-            raise ValueError(f"labels must lie between 0 and {len(classes) - 1} ({', '.join(classes)})")
-        if self.info["conditioning"] == "text":
-            return self._condition(None, [[*self.info["prompts"], ""][label] for label in labels], count)
-        wanted = np.asarray(labels, np.int64)
-        return wanted, np.full_like(wanted, self.info["null_label"])
+            raise ValueError(f"this model needs a label for each image: 0 to {last} ({names})")
+        # The index after the last class is the null condition.
+        if min(labels) < 0 or max(labels) > len(info.classes):
+            raise ValueError(f"labels must lie between 0 and {last} ({names})")
+        if info.conditioning == "text":
+            return self._condition(None, [[*(info.prompts or ()), ""][label] for label in labels], count)
+        chosen = np.asarray(labels, np.int64)
+        return chosen, np.full_like(chosen, info.null_label)
 
-    def wish(self, label: int | None, prompt: str | None) -> dict[str, Any]:
-        """What `sample` is asked for one image by a label or a prompt: a text-conditional model reads the prompt, one
-        of classes takes the class that it names. Raises `ValueError` where both are given or the class is unclear."""
+    def condition_arguments(
+        self, label: int | None, prompt: str | None
+    ) -> dict[str, Any]:  # keyword arguments of two types
+        """Turn one label or one prompt into the keyword arguments `labels` or `prompts` of `sample`.
+
+        A text-conditional model takes the prompt; a class-conditional one takes the class that the prompt names.
+
+        Raises:
+            ValueError: if both are given, or if the prompt does not name exactly one class.
+        """
         if label is not None and prompt is not None:
             raise ValueError("give label or prompt, not both")
-        if prompt is not None and self.info["conditioning"] == "text":
+        if prompt is not None and self.info.conditioning == "text":
             return {"prompts": [prompt]}
-        wanted = self.label_of(prompt) if prompt is not None else label
-        return {} if wanted is None else {"labels": [wanted]}
+        chosen = self.label_of(prompt) if prompt is not None else label
+        return {} if chosen is None else {"labels": [chosen]}
 
     def label_of(self, prompt: str) -> int:
-        """The class whose name stands in `prompt` as whole words, whatever their case.
+        """Return the class whose name `prompt` contains as whole words, in any case.
 
-        Where one name holds another ("hot dog", "dog") the longer counts. Raises `ValueError` where no
-        class or more than one is named.
+        If one name contains another ("hot dog", "dog"), the longer one counts.
+
+        Raises:
+            ValueError: if no class or more than one is named.
         """
-        classes: list[str] = self.info["classes"]
+        classes = self.info.classes
         spans = [
             (match.start(), match.end(), label)
             for label, name in enumerate(classes)
@@ -174,21 +273,34 @@ class Bundle:
         return named.pop()
 
 
-def usable_providers() -> list[Any]:
-    """CUDA where its driver finds a GPU, then the CPU.
+def _load_tokenizers(folder: Path, text: BundleText) -> list[Tokenizer]:
+    """Load one tokenizer for each text encoder, each with its own padding token."""
+    from tokenizers import Tokenizer
 
-    ONNX Runtime offers CUDA wherever it was compiled in, and complains at length where there is none.
+    tokenizers = []
+    for suffix, pad in text.pads.items():
+        tokenizer = Tokenizer.from_file(str(folder / f"tokenizer{suffix}.json"))
+        tokenizer.enable_truncation(text.length)
+        tokenizer.enable_padding(pad_id=pad, pad_token=tokenizer.id_to_token(pad), length=text.length)
+        tokenizers.append(tokenizer)
+    return tokenizers
+
+
+def usable_providers() -> list[Provider]:
+    """Return CUDA, if its driver finds a GPU, then the CPU.
+
+    ONNX Runtime lists CUDA whenever it was compiled in, and logs errors if there is no GPU.
     """
     import onnxruntime
 
     if CUDA not in onnxruntime.get_available_providers() or not _has_gpu():
         return [CPU]
     onnxruntime.preload_dlls()
-    return [(CUDA, {"use_tf32": 0}), CPU]  # full float32, so that the images are those of the CPU
+    return [(CUDA, {"use_tf32": 0}), CPU]  # full float32, so that the images match those of the CPU
 
 
 def _has_gpu() -> bool:
-    """Whether the NVIDIA driver is here and finds a device."""
+    """Return whether the NVIDIA driver is installed and finds a device."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(name)
@@ -199,53 +311,41 @@ def _has_gpu() -> bool:
     return False
 
 
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded; what lies outside is clipped."""
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
 def png_bytes(image: np.ndarray) -> bytes:
-    """One image, float [C, H, W] in [-1, 1], C = 1 or 3 -> a PNG file of its own size. Needs Pillow."""
-    import io
-
+    """Encode one image, float [C, H, W] in [-1, 1] with C = 1 or 3, as a PNG file. Needs Pillow."""
     from PIL import Image
 
-    pixels = to_pixels(image[None])[0]
+    pixels = to_uint8(image).transpose(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def main() -> None:
-    """Draw one image from the bundle that this package lies in."""
+    """Draw one image from the bundle that contains this package."""
+    defaults = DEFAULT_SAMPLING
     parser = argparse.ArgumentParser(prog="python -m afterimage_bundle.bundle", description=main.__doc__)
     parser.add_argument("--label", type=int, help="class index")
-    parser.add_argument("--prompt", help="text, or for a model of classes text that names one, instead of --label")
+    parser.add_argument("--prompt", help="text; for a class-conditional model, text that names one class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm_solver_pp_2m")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler 'ddim', 0 to 1")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none; needs a conditional model")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler)
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--eta", type=float, default=defaults.eta, help="stochasticity of the sampler 'ddim', 0 to 1")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 disables it")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide at"
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance"
     )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    arguments = parser.parse_args()
-    out: Path = arguments.out
+    chosen = parser.parse_args()
+    out: Path = chosen.out
     if out.is_dir() or not out.parent.is_dir():
         wrong = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
         parser.error(f"--out {out} {wrong}; name a PNG file in a folder that exists")
     bundle = Bundle(Path(__file__).resolve().parent.parent)
     try:
-        wish = bundle.wish(arguments.label, arguments.prompt)
+        sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, chosen.guidance_interval)
         images = bundle.sample(
-            [arguments.seed],
-            sampler=arguments.sampler,
-            steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-            eta=arguments.eta,
-            guidance_interval=arguments.guidance_interval,
-            **wish,
+            [chosen.seed], sampling=sampling, **bundle.condition_arguments(chosen.label, chosen.prompt)
         )
     except ValueError as error:
         parser.error(str(error))

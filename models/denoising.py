@@ -1,55 +1,51 @@
-"""How well a trained network denoises, timestep by timestep, on images it has not seen."""
+"""How well a trained network denoises held-out images, timestep by timestep."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 
-from models import samplers
-from models.pipeline import from_uint8
+from models.pixels import from_uint8
+from models.samplers import SeededNoise
 
 if TYPE_CHECKING:
     from models.pipeline import Pipeline
+
+Conditions: TypeAlias = Mapping[str, Sequence[Any]]  # integers for labels, strings for prompts
+"""`labels` or `prompts` [N] of a conditional model; empty for an unconditional one."""
 
 
 def error_by_timestep(
     pipeline: Pipeline,
     pixels: np.ndarray,
-    wishes: Mapping[str, Sequence[Any]],
+    conditions: Conditions,
     timesteps: Sequence[int],
     seed: int,
     batch_size: int,
 ) -> list[float]:
-    """Mean squared error of the predicted clean image, in [-1, 1], at each of `timesteps`.
+    """Return the mean squared error of the predicted clean image, values in [-1, 1], at each of `timesteps`.
 
-    pixels: uint8 [N, C, S, S]. Each is noised by x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4), the
-    same eps at every timestep, from `seed` on; `wishes` are the `labels` or `prompts` [N] of a conditional model.
+    pixels: uint8 [N, C, S, S]. Each image is noised by x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4);
+    eps is the same at every timestep, and that of image i has the seed `seed` + i.
     """
     totals = np.zeros(len(timesteps))
     for start in range(0, len(pixels), batch_size):
         part = slice(start, start + batch_size)
-        own = {name: values[part] for name, values in wishes.items()}
-        totals += _errors(pipeline, pixels[part], own, timesteps, seed + start)
-    return (totals / len(pixels)).tolist()
+        batch = {name: values[part] for name, values in conditions.items()}
+        totals += _errors(pipeline, pixels[part], batch, timesteps, seed + start)
+    return [float(error) for error in totals / len(pixels)]
 
 
 def _errors(
-    pipeline: Pipeline, pixels: np.ndarray, wishes: Mapping[str, Any], timesteps: Sequence[int], seed: int
+    pipeline: Pipeline, pixels: np.ndarray, conditions: Conditions, timesteps: Sequence[int], seed: int
 ) -> np.ndarray:
-    """The errors of one batch at each timestep, summed over its images, float64 [T]."""
-    import torch
-
+    """Return the errors of one batch at each timestep, summed over its images, float64 [T]."""
     images, clean = torch.from_numpy(from_uint8(pixels)).to(pipeline.device), pipeline.encode(pixels)
-    noise = torch.from_numpy(samplers.SeededNoise(range(seed, seed + len(clean)), clean.shape[1:])()).to(clean.device)
-    condition, null = pipeline.condition(wishes.get("labels"), wishes.get("prompts"))
-
-    def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
-        return pipeline.unet(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
-
-    clip = pipeline.autoencoder is None
-    denoise = samplers.denoiser(predict, pipeline.prediction, pipeline.alpha_bar, condition, null, clip=clip)
+    noise = torch.from_numpy(SeededNoise(range(seed, seed + len(clean)), clean.shape[1:])()).to(clean.device)
+    denoise = pipeline.denoiser(conditions.get("labels"), conditions.get("prompts"))
     errors = []
     with torch.inference_mode():
         for t in timesteps:

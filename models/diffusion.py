@@ -1,7 +1,7 @@
-"""The training side of diffusion: noising, targets, loss and its weighting. Torch tensors.
+"""The training side of diffusion: noising, targets, loss and loss weighting, on torch tensors.
 
-Legend: `x0` clean images float [B, C, H, W] in [-1, 1]; `eps` standard normal of that shape; `a` =
-alpha_bar_t of each sample, float [B]; `t` int64 [B].
+Legend: `x0` clean images float [B, C, H, W] in [-1, 1]; `eps` standard normal noise of that shape; `a` alpha_bar_t of
+each sample, float [B]; `t` int64 [B].
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from torch import Tensor
 
 
 def add_noise(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
-    """x_t = sqrt(a) x0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4)."""
+    """Return x_t = sqrt(a) x0 + sqrt(1 - a) eps, float [B, C, H, W] (Ho et al. 2020, eq. 4)."""
     a = a[:, None, None, None]
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
 def target(prediction: str, x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
-    """What the network learns to output: eps (Ho et al. 2020), x0 ("sample"), or v = sqrt(a) eps - sqrt(1 - a) x0
-    (Salimans & Ho 2022, section 4); the names are those of diffusers.
+    """Return what the network learns to predict, float [B, C, H, W]; the names are those of diffusers.
 
-    Raises `ValueError` for another prediction.
+    `epsilon`: eps (Ho et al. 2020). `sample`: x0. `v_prediction`: v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022,
+    section 4).
+
+    Raises:
+        ValueError: for another prediction.
     """
     if prediction == "epsilon":
         return eps
@@ -33,11 +36,13 @@ def target(prediction: str, x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
 
 
 def loss_weights(weighting: str, prediction: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Factor of each timestep's squared error, float32 [T], from alpha_bar float [T].
+    """Return the weight of the squared error at each timestep, float32 [T], from alpha_bar float [T].
 
-    `plain`: 1, the error of the network's own output. `min_snr`: what makes that error, whatever the network
-    predicts, the error of x0 weighted by min(SNR, gamma) (Hang et al. 2023): the error of eps is SNR
-    times, that of v SNR + 1 times the error of x0. Raises `ValueError` for another weighting or prediction.
+    `plain` is 1. `min_snr` weights the error of x0 by min(SNR, gamma), whatever the network predicts (Hang et al.
+    2023): the squared error of eps is SNR times that of x0, the squared error of v is SNR + 1 times that of x0.
+
+    Raises:
+        ValueError: for another weighting or prediction.
     """
     snr = alpha_bar.double() / (1 - alpha_bar.double())
     if weighting == "plain":
@@ -51,13 +56,13 @@ def loss_weights(weighting: str, prediction: str, alpha_bar: Tensor, gamma: floa
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped: Tensor) -> Tensor:
-    """Replace the condition of the `dropped` bool [B] samples by `null` (Ho & Salimans 2022, algorithm 1).
+    """Replace the condition of the samples in `dropped`, bool [B], by `null` (Ho & Salimans 2022, algorithm 1).
 
-    `condition` is int64 [B] with `null` a scalar, or float [B, E] with `null` float [E].
+    `condition` is int64 [B] and `null` a scalar, or `condition` is float [B, ...] and `null` float [...].
     """
     return torch.where(dropped.reshape(-1, *[1] * (condition.ndim - 1)), null.to(condition.dtype), condition)
 
 
-def squared_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of each sample, float32 [B] (Ho et al. 2020, eq. 14)."""
-    return (output.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample, float32 [B] (Ho et al. 2020, eq. 14)."""
+    return (output.float() - target.float()).square().mean(dim=(1, 2, 3))

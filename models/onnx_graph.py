@@ -1,4 +1,7 @@
-"""The U-Net as an ONNX graph, and what stands around it: float32, any batch size, the same bytes every time."""
+"""Export to ONNX: the network, the autoencoder's decoder and the text encoders, in float32 with a dynamic batch size.
+
+An export of the same model gives the same bytes. onnx is imported where it is used (0.5 s).
+"""
 
 from __future__ import annotations
 
@@ -11,69 +14,79 @@ import torch
 from models.networks.text_encoder import pack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     import onnx
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    from models.networks.autoencoder import Autoencoder
     from models.pipeline import Pipeline
 
 INPUTS = ("sample", "timestep", "label", "text")
 OUTPUT = "output"
 EXAMPLE_BATCH = 2
-"""A batch of 1 can be taken for a constant, whatever is declared dynamic."""
-MOST_WEIGHTS = 2**31 - 2**26
-"""Bytes of weights in a graph's own file. Protobuf writes no message of 2 GiB or more, and the nodes need some."""
+"""The exporter can treat a batch of 1 as a constant even if its dimension is declared dynamic."""
+MAX_EMBEDDED_BYTES = 2**31 - 2**26
+"""Most bytes of weights inside a graph's file: protobuf messages are limited to 2 GiB, nodes included."""
 
 
 def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
-    """Graph with inputs `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, where the model
-    is conditional, `label` int64 [batch] or `text` float32 [batch, L, D]; output `output` float32 [batch, C, H, W].
+    """Export the network.
 
-    Raises `ValueError` for a model conditioned on anything else, `RuntimeError` where the exporter
-    fixed the batch size.
+    Inputs: `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, for a conditional model, `label` int64
+    [batch] or `text` float32 [batch, L, D]. Output: `output` float32 [batch, C, H, W].
+
+    Raises:
+        ValueError: for a model with another kind of condition.
+        RuntimeError: if the exporter fixed the batch size.
     """
-    if pipeline.conditioning not in ("none", "label", "text"):
-        raise ValueError(f"a model conditioned on {pipeline.conditioning!r} has no ONNX form here; use none or label")
-    names = [*INPUTS[:2], *([pipeline.conditioning] if pipeline.conditioning != "none" else [])]
+    conditioning = pipeline.info.conditioning
+    if conditioning not in ("none", "label", "text"):
+        raise ValueError(f"a model conditioned on {conditioning!r} cannot be exported to ONNX; use none, label or text")
+    names = [*INPUTS[:2], *([conditioning] if conditioning != "none" else [])]
     return _graph(pipeline.unet, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
 
 
 def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
-    """Graph from latents to images: `latent` float32 [batch, k, s, s] -> `output` float32 [batch, C, H, W]."""
-    latent = torch.zeros(EXAMPLE_BATCH, *pipeline.input_shape)
+    """Export the decoder: `latent` float32 [batch, k, s, s] -> `output` float32 [batch, C, H, W]."""
+    assert pipeline.autoencoder is not None, "called for a model of latents"
+    latent = torch.zeros(EXAMPLE_BATCH, *pipeline.info.input_shape)
     return _graph(_Decoder(pipeline.autoencoder), (latent,), ["latent"], opset)
 
 
 def text_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
-    """Graph of the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D]; of two encoders with `ids_2`
-    and packed (`models/networks/text_encoder.py`), [batch, L + 1, D]."""
-    assert pipeline.text is not None, "asked for a text-conditional model alone"
+    """Export the text encoder: `ids` int64 [batch, L] -> `output` float32 [batch, L, D].
+
+    With two encoders there is a second input `ids_2`, and the output is packed (see `models/networks/text_encoder.py`):
+    [batch, L + 1, D].
+    """
+    assert pipeline.text is not None, "called for a text-conditional model"
     towers = pipeline.text.towers
     ids = tuple(tower.token_ids([""] * EXAMPLE_BATCH) for tower in towers)
     module = _Hidden(*(tower.model for tower in towers)) if len(towers) == 1 else _Packed(*(t.model for t in towers))
     return _graph(module, ids, ["ids", "ids_2"][: len(ids)], opset)
 
 
-def write(graph: onnx.ModelProto, file: Path, most: int = MOST_WEIGHTS) -> list[Path]:
-    """Write a graph, the same bytes every time, into a folder of its own files; returns what was written.
+def write(graph: onnx.ModelProto, file: Path, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> list[Path]:
+    """Write a graph deterministically; returns the files written.
 
-    Where its weights take over `most` bytes they go into a second file beside it, `<name>.data`, which whoever loads
-    the first finds by itself.
+    Weights of more than `max_embedded_bytes` go into a second file, `<name>.data`, in ONNX's external data format.
     """
     from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
-    beside = file.with_name(f"{file.name}.data")
-    if sum(len(weight.raw_data) for weight in graph.graph.initializer) > most:
-        convert_model_to_external_data(graph, location=beside.name)
+    external = file.with_name(f"{file.name}.data")
+    if sum(len(weight.raw_data) for weight in graph.graph.initializer) > max_embedded_bytes:
+        convert_model_to_external_data(graph, location=external.name)
         write_external_data_tensors(graph, str(file.parent))
     file.write_bytes(graph.SerializeToString(deterministic=True))
-    return [path for path in (file, beside) if path.exists()]
+    return [path for path in (file, external) if path.exists()]
 
 
 def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
-    """Zeros in the shapes and dtypes of the network's inputs."""
-    inputs = (torch.zeros(batch, *pipeline.input_shape), torch.zeros(batch, dtype=torch.int64))
-    condition, _ = pipeline.condition(None if pipeline.conditioning == "none" else [0] * batch)
+    """Return zeros with the shapes and dtypes of the network's inputs."""
+    inputs = (torch.zeros(batch, *pipeline.info.input_shape), torch.zeros(batch, dtype=torch.int64))
+    condition, _ = pipeline.condition(None if pipeline.info.conditioning == "none" else [0] * batch)
     return inputs if condition is None else (*inputs, torch.zeros_like(condition))
 
 
@@ -88,7 +101,7 @@ def _graph(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: lis
 
 def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> onnx.ModelProto:
     batch = torch.export.Dim("batch")
-    # It reports the operators of packages that are not here, and the axis that inputs share.
+    # The exporter logs operators of packages that are not installed, and the dimension that inputs share.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -103,29 +116,26 @@ def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: li
             verbose=False,
         )
     if program is None:
-        raise RuntimeError("the exporter gave no graph")
+        raise RuntimeError("torch.onnx.export returned no graph")
     return program.model_proto
 
 
 def _strip(graph: onnx.ModelProto) -> None:
-    """Drop what only the exporter's debugger reads: traces with the paths of this machine, inferred shapes."""
-
-    def clear(message: Any) -> None:
+    """Remove debugging data: stack traces, which contain paths of this machine, and inferred shapes."""
+    inner = graph.graph
+    parts: Iterable[Any] = [*inner.node, *inner.input, *inner.output, *inner.initializer]  # protobuf messages
+    for message in parts:
         del message.metadata_props[:]
-
-    clear(graph)
-    clear(graph.graph)
-    for part in (graph.graph.node, graph.graph.input, graph.graph.output, graph.graph.initializer):
-        for message in part:
-            clear(message)
-            message.doc_string = ""
-    del graph.graph.value_info[:]
+        message.doc_string = ""
+    for owner in (graph, inner):
+        del owner.metadata_props[:]
+    del inner.value_info[:]
 
 
 class _Decoder(torch.nn.Module):
-    """Latents as the network sees them -> images."""
+    """Scaled latents -> images."""
 
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder, self.factor = autoencoder, autoencoder.config.scaling_factor
 
@@ -136,7 +146,7 @@ class _Decoder(torch.nn.Module):
 class _Hidden(torch.nn.Module):
     """Token ids -> the text encoder's last hidden state."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CLIPTextModel) -> None:
         super().__init__()
         self.model = model
 
@@ -147,7 +157,7 @@ class _Hidden(torch.nn.Module):
 class _Packed(torch.nn.Module):
     """Token ids of two tokenizers -> the packed condition without sizes."""
 
-    def __init__(self, first: Any, second: Any) -> None:
+    def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection) -> None:
         super().__init__()
         self.first, self.second = first, second
 

@@ -1,7 +1,7 @@
-"""Arrays to pictures: grids with titles, animations, and PNG files with the same bytes every time.
+"""Arrays to pictures: grids with titles, animations, and PNG files with reproducible bytes.
 
-Pixels are enlarged by repetition, never interpolated, so that one sees what the model drew. Gaps and
-margins are transparent and titles mid-grey: a picture reads on a light page and on a dark one.
+Pixels are enlarged by repetition, without interpolation, so that a picture shows what the model drew. Gaps and margins
+are transparent and titles mid-grey, so that pictures are legible on light and dark pages.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 TITLE_COLOUR = (118, 122, 130, 255)
 """Contrast about 4:1 against white and against near-black."""
@@ -31,16 +28,19 @@ def grid(
     column_titles: Sequence[str] | None = None,
     padding: int = 2,
 ) -> Image.Image:
-    """Lay out images row by row, `columns` in each, every pixel a square of `scale` by `scale`.
+    """Arrange images in rows of `columns`; returns an RGBA image.
 
-    images: uint8 [N, C, H, W], C = 1 (grey) or 3 (RGB), N >= 1. Cells after the last image stay transparent.
-    row_titles: one for each of the ceil(N / columns) rows, to their left. column_titles: one for each
-    column, above. A column title wider than its column is cut and ends in "..".
-    padding: transparent pixels between neighbours. Returns an RGBA image.
-    Raises ValueError for another dtype or shape, and for a wrong number of titles.
+    Args:
+        images: uint8 [N, C, H, W], C = 1 (grey) or 3 (RGB), N >= 1. Cells after the last image are transparent.
+        columns: images per row.
+        scale: each pixel becomes a square of `scale` x `scale`.
+        row_titles: one for each of the ceil(N / columns) rows, on the left.
+        column_titles: one for each column, above it; titles wider than the column are truncated and end in "..".
+        padding: transparent pixels between neighbours.
+
+    Raises:
+        ValueError: for another dtype or shape, or a wrong number of titles.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     tiles = _tiles(images, scale)
     count, height, width = tiles.shape[:3]
     rows = -(-count // columns)
@@ -64,7 +64,7 @@ def grid(
         draw.text((left - TITLE_GAP, middle), title, TITLE_COLOUR, font, anchor="rm")
     for column, title in enumerate(column_titles or ()):
         middle = left + column * step_x + width / 2
-        draw.text((middle, top - TITLE_GAP), _cut(title, width, font), TITLE_COLOUR, font, anchor="ms")
+        draw.text((middle, top - TITLE_GAP), _truncated(title, width, font), TITLE_COLOUR, font, anchor="ms")
     return canvas
 
 
@@ -82,16 +82,14 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def tile_png(image: np.ndarray) -> bytes:
     """Encode one image, uint8 [C, H, W] with C = 1 or 3, as a PNG of its own size."""
-    from PIL import Image
-
     array = _tiles(image[None], 1)[0]
     return png_bytes(Image.fromarray(array[..., :3] if len(image) == 3 else array[..., 0]))
 
 
 def shrunk(images: np.ndarray, largest: int) -> np.ndarray:
-    """Halve the sides, averaging squares of four, until none exceeds `largest` pixels.
+    """Halve height and width by averaging squares of four pixels until neither exceeds `largest`.
 
-    uint8 [..., H, W] -> uint8 [..., H / 2^k, W / 2^k]; it stops early at an odd side.
+    uint8 [..., H, W] -> uint8 [..., H / 2^k, W / 2^k]; stops early at an odd height or width.
     """
     while max(images.shape[-2:]) > largest and not any(side % 2 for side in images.shape[-2:]):
         *others, height, width = images.shape
@@ -101,10 +99,10 @@ def shrunk(images: np.ndarray, largest: int) -> np.ndarray:
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, frame_ms: int = 80) -> None:
-    """Write frames of one size as an animated PNG that loops for ever and rests on its last frame.
+    """Write frames of one size as an animated PNG that loops without end and pauses on its last frame.
 
-    frame_ms: milliseconds of each frame. An animated PNG keeps every grey and colour, which a GIF's 256
-    colours would not; viewers that cannot animate show the first frame.
+    frame_ms: duration of a frame in milliseconds. Unlike a GIF, which is limited to 256 colours, an animated PNG keeps
+    every grey and colour; viewers without animation show the first frame.
     """
     durations = [frame_ms] * (len(frames) - 1) + [LAST_FRAME_MS]
     first, *rest = (_bare(frame) for frame in frames)
@@ -112,7 +110,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, frame_ms: int = 80
 
 
 def _tiles(images: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 [N, C, H, W] -> opaque uint8 [N, H * scale, W * scale, 4]."""
+    """Enlarge images to opaque RGBA: uint8 [N, C, H, W] -> uint8 [N, H * scale, W * scale, 4]."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images must be uint8 [N, 1 or 3, H, W] with N >= 1, not {images.dtype} {images.shape}")
     colours = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
@@ -125,7 +123,7 @@ def _check_titles(name: str, titles: Sequence[str] | None, needed: int) -> None:
         raise ValueError(f"{name} has {len(titles)} entries, but the grid needs {needed}")
 
 
-def _cut(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _truncated(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(title) <= width:
         return title
     while title and font.getlength(f"{title}..") > width:
@@ -134,7 +132,7 @@ def _cut(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
 
 
 def _bare(image: Image.Image) -> Image.Image:
-    """A copy without the metadata that Pillow would write along."""
+    """Return a copy without the metadata that Pillow would write."""
     bare = image.copy()
     bare.info = {}
     return bare

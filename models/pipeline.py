@@ -1,362 +1,346 @@
 """A trained model on disk (diffusers layout) and in memory (ready to sample).
 
-`unet/` and `scheduler/` are what diffusers writes, and so are `vae/`, `text_encoder/` and `tokenizer/` (of a second
-encoder with `_2` at their end) where latents and captions are used, so the weights load there without this project;
-`afterimage.json` holds what diffusers has no place for, and the sha256 of every other file. `lora/` holds what was
-added to given weights, which are whole in `unet/`: a small file for who has the given ones.
+`unet/`, `scheduler/`, and for latents and captions `vae/`, `text_encoder/` and `tokenizer/` (with the suffix `_2` for a
+second encoder) are in diffusers' format, so diffusers loads the weights without this project. `afterimage.json`
+(`PipelineInfo`) holds what that format has no place for, and the SHA-256 of every other file. `lora/` holds a LoRA
+adapter alone, as a small file for users who have the base weights; `unet/` contains the merged weights.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from models import samplers, schedules
+from models.hashing import file_sha256, files_sha256
+from models.json_files import Description, JsonObject, read_json, write_json
+from models.networks import autoencoder as autoencoders
+from models.networks import published
+from models.networks.config import DIFFUSERS_VERSION
+from models.networks.network import build, config_of, predictor
+from models.networks.text_encoder import load_text_encoder, with_sizes
+from models.networks.unet import UNetConfig
+from models.pixels import from_uint8
+from models.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from models.networks.network import Network
+    from models.networks.network import Network, NetworkConfig
     from models.networks.text_encoder import AnyEncoder
 
-FORMAT = 2
-PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-"""What the codec made and a pipeline carries with it."""
+INFO = "afterimage.json"
+CODEC_FOLDERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+"""Folders that a pipeline copies from the codec."""
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
-"""Its name is the one that diffusers' `load_lora_weights(folder)` looks for."""
+"""The file name that diffusers' `load_lora_weights(folder)` expects."""
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A U-Net in evaluation mode with the schedule it was trained on. `info` is `afterimage.json`.
+class PipelineInfo(Description):
+    """`afterimage.json`: what the model draws and how it is conditioned."""
 
-    `autoencoder` is there where it draws latents, `text` where captions condition it.
-    """
+    FORMAT = 2
+    REMEDY = "train the model again"
 
-    unet: Network
-    betas: schedules.Array
-    info: dict[str, Any]
-    device: str = "cpu"
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """What `samplers.sample` is told of it: `variance`, `spacing`, `steps_offset`."""
-    autoencoder: Any = None
-    text: AnyEncoder | None = None
-
-    @property
-    def alpha_bar(self) -> schedules.Array:
-        return schedules.alpha_bar(self.betas)
-
-    @property
-    def prediction(self) -> str:
-        return self.info["prediction"]
-
-    @property
-    def conditioning(self) -> str:
-        return self.info["conditioning"]
-
-    @property
-    def classes(self) -> list[str]:
-        """What may be asked for by label: the classes; for captions without classes, some of them; else nothing."""
-        return self.info["classes"]
-
-    @property
-    def prompts(self) -> list[str] | None:
-        """For each of `classes` the caption that asks for it, where captions condition the model."""
-        return self.info["prompts"]
+    conditioning: str
+    """"none", "label" or "text"."""
+    channels: int
+    size: int
+    """Height and width of an image, pixels."""
+    schedule: str
+    """One of `schedules.SCHEDULES`, or "trained" for betas that match none of them."""
+    timesteps: int
+    prediction: str
+    """One of `samplers.PREDICTION_TYPES`."""
+    train_key: str
+    """Identity of the training run; for a published model, the SHA-256 of its weights."""
+    classes: list[str]
+    """Names of the labels; for captions without classes, examples of captions; empty for an unconditional model."""
+    null_label: int | None = None
+    """Class index of the null condition; None unless the model is class-conditional."""
+    prompts: list[str] | None = None
+    """The caption of each of `classes`, for a text-conditional model."""
+    latent: Sequence[int] | None = None
+    """(channels, side) of the latents; None for a model of pixels."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Relative path -> SHA-256 of every other file of the folder; set by `save_pipeline`."""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of what the network sees: of an image, or of a latent."""
-        channels, size = self.info["latent"] or (self.channels, self.size)
+        """Shape of the network's input, an image or a latent: (channels, height, width)."""
+        channels, size = self.latent or (self.channels, self.size)
         return channels, size, size
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """What a network of two text encoders is told: a picture that is as large as what is drawn, and not cropped."""
+        """SDXL's conditioning on original size, crop and target size: an image of full size, not cropped."""
         return self.size, self.size, 0, 0, self.size, self.size
 
-    @property
-    def channels(self) -> int:
-        return self.info["channels"]
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A U-Net in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
+
+    unet: Network
+    betas: schedules.Array
+    """float64 [T]."""
+    scheduler: SchedulerConfig
+    info: PipelineInfo
+    device: str = "cpu"
+    autoencoder: autoencoders.Autoencoder | None = None
+    text: AnyEncoder | None = None
 
     @property
-    def size(self) -> int:
-        return self.info["size"]
-
-    @property
-    def timesteps(self) -> int:
-        return len(self.betas)
-
-    @property
-    def null_label(self) -> int | None:
-        return self.info["null_label"]
+    def alpha_bar(self) -> schedules.Array:
+        """Remaining share of the signal's variance, float64 [T]."""
+        return np.asarray(self.scheduler.alpha_bar)
 
     def condition(
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Labels, or for a text-conditional model prompts -> (condition, null condition): int64 [N] each, float32
-        [N, L, D] each (of two encoders packed, see `models/networks/text_encoder.py`), or two Nones. Raises
-        `ValueError` where they and the model do not fit each other."""
-        import torch
+        """Convert labels, or for a text-conditional model prompts, to (condition, null condition).
 
-        if self.conditioning == "none":
+        Returns int64 [N] each for labels; float32 [N, L, D] each for text, with two encoders packed (see
+        `models/networks/text_encoder.py`); two Nones for an unconditional model.
+
+        Raises:
+            ValueError: if labels or prompts do not match the model.
+        """
+        if self.info.conditioning == "none":
             if labels is not None or prompts is not None:
                 raise ValueError("this model is unconditional; ask for images without labels")
             return None, None
         if prompts is not None and self.text is None:
-            raise ValueError("this model knows classes and no text; give labels")
+            raise ValueError("this model is class-conditional and takes no text; give labels")
         if (labels is None) == (prompts is None):
             raise ValueError("this model is conditional; give a label, or for text a prompt, for each image")
-        if labels is not None:
-            null = len(self.classes)
-            wanted = torch.as_tensor(list(labels), dtype=torch.int64, device=self.device)
-            if wanted.min() < 0 or wanted.max() > null:
-                raise ValueError(f"labels must lie between 0 and {null - 1}")
-            if self.text is None:
-                return wanted, torch.full_like(wanted, null)
-            prompts = [[*(self.prompts or ()), ""][label] for label in wanted.tolist()]
-        assert self.text is not None and prompts is not None, "just seen to"
-        embedded = self.text.encode([*prompts, ""]).to(self.device)
-        if self.text.pooled is not None:
-            from models.networks.text_encoder import with_sizes
+        if self.text is None:
+            indices = self._class_indices(labels or ())
+            return indices, torch.full_like(indices, len(self.info.classes))
+        if prompts is None:
+            captions = [*(self.info.prompts or ()), ""]
+            prompts = [captions[label] for label in self._class_indices(labels or ()).tolist()]
+        return self._embedded(self.text, prompts)
 
-            embedded = with_sizes(embedded, self.text.pooled, torch.tensor(self.sizes))
+    def _class_indices(self, labels: Sequence[int]) -> torch.Tensor:
+        """Return labels as int64 [N]; the index after the last class is the null condition."""
+        indices = torch.as_tensor(list(labels), dtype=torch.int64, device=self.device)
+        last = len(self.info.classes)
+        if indices.min() < 0 or indices.max() > last:
+            raise ValueError(f"labels must lie between 0 and {last - 1}")
+        return indices
+
+    def _embedded(self, text: AnyEncoder, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embedded = text.encode([*prompts, ""]).to(self.device)
+        if text.pooled is not None:
+            embedded = with_sizes(embedded, text.pooled, torch.tensor(self.info.sizes))
         return embedded[:-1], embedded[-1:].expand_as(embedded[:-1])
 
     def encode(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 images [N, C, H, W] -> what the network sees, float32 [N, *input_shape]."""
-        import torch
-
+        """Convert uint8 images [N, C, H, W] to the network's input, float32 [N, *input_shape]."""
         if self.autoencoder is None:
             return torch.from_numpy(from_uint8(pixels)).to(self.device)
-        from models.networks.autoencoder import encode
-
-        return encode(self.autoencoder, pixels)[0]
+        return autoencoders.encode(self.autoencoder, pixels)[0]
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network sees, float [N, *input_shape] -> images, float [N, C, H, W], about [-1, 1]."""
-        if self.autoencoder is None:
-            return x
-        from models.networks.autoencoder import decode
+        """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
+        return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
 
-        return decode(self.autoencoder, x)
+    def denoiser(
+        self,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> samplers.Denoise:
+        """Return `denoise(x, t) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
+
+        Raises:
+            ValueError: if labels or prompts do not match the model.
+        """
+        condition, null = self.condition(labels, prompts)
+        return samplers.denoiser(predictor(self.unet), self.scheduler, sampling, condition, null)
 
     def sample(
         self,
         seeds: Sequence[int],
         labels: Sequence[int] | None = None,
-        sampler: str = "ddim",
-        steps: int = 50,
-        guidance_scale: float = 1.0,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
+        prompts: Sequence[str] | None = None,
         batch_size: int = 256,
         callback: samplers.Callback | None = None,
-        progress: Callable[[int], object] | None = None,
-        eta: float = 0.0,
-        guidance_interval: samplers.Interval = None,
-        prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1]; image i depends on seeds[i] and labels[i], or for
-        a text-conditional model on prompts[i].
+        """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
-        `callback(i, t, x, x0)` sees torch tensors of `input_shape` after each step; `progress(n)` is told how many
-        images a finished batch held. `eta` belongs to `ddim`; `guidance_interval` (low, high) limits guidance to these
-        noise levels, see `samplers.denoiser`. Raises `ValueError` for guidance on an unconditional model, labels
-        that do not fit, an unknown sampler, an eta it does not have, or too many steps.
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
+        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`.
+
+        Raises:
+            ValueError: for guidance on an unconditional model, labels or prompts that do not match the model, or a
+                number of steps that it does not support.
         """
-        if guidance_scale != 1.0 and self.conditioning == "none":
+        if sampling.guidance_scale != 1.0 and self.info.conditioning == "none":
             raise ValueError("guidance needs a conditional model; use guidance_scale 1")
         batches = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
-            conditions = self.condition(
-                labels[part] if labels is not None else None, prompts[part] if prompts is not None else None
+            denoise = self.denoiser(
+                None if labels is None else labels[part], None if prompts is None else prompts[part], sampling
             )
-            denoise = self._denoiser(conditions, guidance_scale, guidance_interval)
-            images = self._sample_batch(seeds[part], denoise, sampler, steps, callback, eta)
-            batches.append(images)
-            if progress:
-                progress(len(images))
+            batches.append(self._sample_batch(seeds[part], denoise, sampling, callback))
         return np.concatenate(batches)
 
-    def _denoiser(self, conditions: Any, scale: float, interval: samplers.Interval) -> samplers.Denoise:
-        import torch
-
-        def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
-            return self.unet(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
-
-        condition, null = conditions
-        clip = self.autoencoder is None
-        return samplers.denoiser(predict, self.prediction, self.alpha_bar, condition, null, scale, interval, clip)
-
-    def _sample_batch(self, seeds: Any, denoise: Any, sampler: str, steps: int, callback: Any, eta: float) -> Any:
-        import torch
-
-        draw = samplers.SeededNoise(seeds, self.input_shape)
+    def _sample_batch(
+        self, seeds: Sequence[int], denoise: samplers.Denoise, sampling: Sampling, callback: samplers.Callback | None
+    ) -> np.ndarray:
+        draw = samplers.SeededNoise(seeds, self.info.input_shape)
 
         def noise() -> torch.Tensor:
             return torch.from_numpy(draw()).to(self.device)
 
         with torch.inference_mode():
-            images = samplers.sample(sampler, denoise, noise, self.alpha_bar, steps, callback, eta, **self.sampling)
-            images = self.decode(images)
+            images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback))
         return images.float().cpu().numpy()
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """float [N, C, H, W] in [-1, 1] -> uint8, rounded; what lies outside is clipped."""
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def from_uint8(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]; inverse of `to_uint8` up to its rounding."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def scheduler_config(betas: schedules.Array, prediction: str, clip: bool = True) -> dict[str, Any]:
-    """A diffusers `DDPMScheduler` that denoises as we do; it carries the betas themselves.
-
-    Latents are not clipped; Stable Diffusion's pipelines expect their scheduler to begin at timestep 1 where it leaves
-    out the last ones ("leading", which ours does not), and complain of another.
-    """
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": "0.42.1",
-        "num_train_timesteps": len(betas),
-        "trained_betas": [float(beta) for beta in betas],
-        "prediction_type": prediction,
-        "variance_type": "fixed_small",
-        "clip_sample": clip,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "trailing",
-        **({} if clip else {"steps_offset": 1}),
-    }
 
 
 def save_pipeline(
     folder: Path,
     unet: Network,
     weights: dict[str, torch.Tensor],
-    betas: Any,
-    info: dict[str, Any],
+    betas: schedules.Array,
+    info: PipelineInfo,
     codec: Path | None = None,
-    additions: dict[str, torch.Tensor] | None = None,
+    adapter: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the layout into an existing empty `folder`; the caller makes it appear atomically.
 
-    `codec` is the folder that holds autoencoder, text encoder and tokenizer, where there are any; `additions` are the
-    low-rank ones that `weights` contain, see `text_unet.adapter`.
+    Args:
+        folder: where to write.
+        unet: the network, of which only the configuration is used.
+        weights: its state dict under diffusers' names.
+        betas: float64 [T].
+        info: the content of `afterimage.json`.
+        codec: folder with autoencoder, text encoders and tokenizers, if the model has any.
+        adapter: the LoRA adapter alone, see `text_unet.adapter`; `weights` already contain it.
     """
-    from safetensors.torch import save_file
-
-    def write(path: Path, value: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    for part in PARTS:
+    for part in CODEC_FOLDERS:
         if codec is not None and (codec / part).is_dir():
             shutil.copytree(codec / part, folder / part)
-    write(folder / "unet" / "config.json", unet.config.to_diffusers())
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    if additions:
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(exist_ok=True)
+    write_json(folder / "unet" / "config.json", unet.config.to_diffusers())
+    save_file(weights, folder / "unet" / published.WEIGHTS, metadata={"format": "pt"})
+    if adapter:
         (folder / ADAPTER).parent.mkdir()
-        save_file(additions, folder / ADAPTER, metadata={"format": "pt"})
-    scheduler = scheduler_config(betas, info["prediction"], clip=not (folder / "vae").is_dir())
-    write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = _model_index(folder, info["conditioning"])
-    if index:
-        write(folder / "model_index.json", {"_diffusers_version": "0.42.1", **index})
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    write(folder / "afterimage.json", {"format": FORMAT, "latent": None, "prompts": None, **info, "files": files})
+        save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
+    scheduler = scheduler_config(betas, info.prediction, clip_sample=not (folder / "vae").is_dir())
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    if index := _model_index(folder, info.conditioning):
+        write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
+    replace(info, files=files_sha256(folder)).write(folder / INFO)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: bool = True) -> JsonObject:
+    """Return the configuration of a diffusers `DDPMScheduler` that denoises as our samplers do.
+
+    It contains the betas themselves. Latents are not clipped, and get the `steps_offset` that Stable Diffusion's
+    pipelines warn about otherwise; trailing spacing does not use it.
+    """
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": len(betas),
+        "trained_betas": [float(beta) for beta in betas],
+        "prediction_type": prediction_type,
+        "variance_type": "fixed_small",
+        "clip_sample": clip_sample,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "trailing",
+        **({} if clip_sample else {"steps_offset": 1}),
+    }
 
 
-def _model_index(folder: Path, conditioning: str) -> dict[str, Any] | None:
-    """What `DiffusionPipeline.from_pretrained` reads, for the pipelines that diffusers has: unconditional in pixels,
-    and text to image in latents. The others load by component."""
-    if (folder / "vae").is_dir() and conditioning == "text":
-        kind = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        described = {
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "scheduler": ["diffusers", "DDPMScheduler"],
-            "vae": ["diffusers", kind],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-        }
-        if not (folder / "text_encoder_2").is_dir():
-            unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
-            return {"_class_name": "StableDiffusionPipeline", **described, **unchecked}
-        second = {
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "force_zeros_for_empty_prompt": True,
-        }
-        return {"_class_name": "StableDiffusionXLPipeline", **described, **second}
-    if conditioning == "none" and not (folder / "vae").is_dir():
-        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-        return {"_class_name": "DDPMPipeline", **parts}
-    return None
+def _model_index(folder: Path, conditioning: str) -> JsonObject | None:
+    """Return what `DiffusionPipeline.from_pretrained` reads, for the models that diffusers has a pipeline for.
+
+    These are unconditional models of pixels and text-conditional models of latents; others load by component.
+    """
+    unet, scheduler = ["diffusers", "UNet2DModel"], ["diffusers", "DDPMScheduler"]
+    latent = (folder / "vae").is_dir()
+    if conditioning == "none" and not latent:
+        return {"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler}
+    if conditioning != "text" or not latent:
+        return None
+    components = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": scheduler,
+        "vae": ["diffusers", read_json(folder / "vae" / "config.json")["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if not (folder / "text_encoder_2").is_dir():
+        unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
+        return {"_class_name": "StableDiffusionPipeline", **components, **unchecked}
+    second = {
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    return {"_class_name": "StableDiffusionXLPipeline", **components, **second}
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
-    """Read a folder that `save_pipeline` wrote, or one of an unconditional `DDPMPipeline` or `DDIMPipeline` that
-    somebody published in diffusers format (`models.networks.published`).
+    """Load what `save_pipeline` wrote, or a published unconditional `DDPMPipeline` or `DDIMPipeline` of pixels.
 
-    Raises `FileNotFoundError` when it is neither, `ValueError` in one sentence for another format or for what our
-    network and samplers cannot do.
+    Raises:
+        FileNotFoundError: if the folder is neither.
+        ValueError: for another format, or a model that our network and samplers do not reproduce; in one sentence.
     """
-    from models.networks import published
-    from models.networks.network import build, config_of
-    from models.networks.unet import UNetConfig
-
     unet_folder, scheduler_folder = published.parts(folder)
-    config = config_of(_read(unet_folder / "config.json"))
-    clips = not (folder / "vae").is_dir()
-    scheduler = published.read_scheduler(_read(scheduler_folder / "scheduler_config.json"), clips)
+    config = config_of(read_json(unet_folder / "config.json"))
+    of_pixels = not (folder / "vae").is_dir()
+    scheduler = published.read_scheduler(read_json(scheduler_folder / "scheduler_config.json"), clip_sample=of_pixels)
     weights = published.read_weights(unet_folder)
-    if (folder / "afterimage.json").exists():
-        info = _read(folder / "afterimage.json")
-        if info["format"] != FORMAT:
-            raise ValueError(f"{folder} has format {info['format']}, this version reads {FORMAT}; train it again")
-    elif isinstance(config, UNetConfig) and clips:
-        described = published.describe(unet_folder, config, scheduler)
-        info = {"format": FORMAT, "latent": None, "prompts": None, **described}
+    if (folder / INFO).exists():
+        info = PipelineInfo.read(folder / INFO)
     else:
-        raise ValueError(f"{folder} is no unconditional pipeline of pixels; start training from it by train.init_from")
+        info = _published_info(unet_folder, config, scheduler, of_pixels)
     unet = build(config)
     try:
         unet.load_state_dict(weights)
-    except RuntimeError:  # names every tensor that does not fit
+    except RuntimeError:  # its message lists every tensor that does not fit
         raise ValueError(f"the weights in {unet_folder} are not those of the network in its config.json") from None
     unet.eval().requires_grad_(False).to(device)
-    return Pipeline(unet, scheduler.betas, info, device, scheduler.sampling, **_codec_parts(folder, device))
+    autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
+    text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
+    return Pipeline(unet, scheduler.betas, scheduler.config, info, device, autoencoder, text)
 
 
-def _codec_parts(folder: Path, device: str) -> dict[str, Any]:
-    """`autoencoder` and `text` of a pipeline, those that it has."""
-    parts: dict[str, Any] = {}
-    if (folder / "vae").is_dir():
-        from models.networks.autoencoder import load_autoencoder
-
-        parts["autoencoder"] = load_autoencoder(folder / "vae", device)
-    if (folder / "text_encoder").is_dir():
-        from models.networks.text_encoder import load_text_encoder
-
-        parts["text"] = load_text_encoder(folder, device)
-    return parts
+def _published_info(
+    unet_folder: Path, config: NetworkConfig, scheduler: published.Scheduler, of_pixels: bool
+) -> PipelineInfo:
+    """Describe a published unconditional network; the SHA-256 of its weights takes the place of the training key."""
+    if not isinstance(config, UNetConfig) or not of_pixels:
+        raise ValueError(
+            f"{unet_folder} is not an unconditional pipeline of pixels; to train from it, set train.init_from"
+        )
+    if config.conditions:
+        raise ValueError("the network is class-conditional, and diffusers' format does not say what its classes are")
+    return PipelineInfo(
+        conditioning="none",
+        channels=config.channels,
+        size=config.size,
+        schedule=scheduler.schedule,
+        timesteps=len(scheduler.betas),
+        prediction=scheduler.config.prediction_type,
+        train_key=file_sha256(unet_folder / published.WEIGHTS),
+        classes=[],
+    )

@@ -1,30 +1,89 @@
-"""Samplers as free functions, from the papers, for torch tensors and NumPy arrays alike.
+"""Samplers as free functions, from the papers, and the two settings objects that they take.
 
-Only arithmetic operators touch the images, so the same lines run under torch here and under NumPy in
-the exported bundle, into which this file is copied as it stands.
+`Sampling` is what a user chooses (sampler, steps, eta, guidance); `SchedulerConfig` is what the trained model
+prescribes. Only arithmetic operators touch the images, so the same code runs on torch tensors and on NumPy arrays.
+The ONNX bundle contains a copy of this file, so it imports only NumPy.
 
-Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image, about [-1, 1]; `a` = alpha_bar.
-`denoise(x, t)` maps x_t and the integer timestep to x0; `noise()` draws standard normal noise shaped
-like x; `timesteps` falls from about T-1 towards 0. `callback(i, t, x, x0)` sees every step after it was made.
+Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image of the same shape, about [-1, 1]; `a` is
+alpha_bar at the current timestep. `denoise(x, t)` maps x_t and an integer timestep to x0; `noise()` returns standard
+normal noise in the shape of x; `timesteps` decrease from about T - 1 to about 0. `callback(i, t, x, x0)` is called
+after each step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-Denoise: TypeAlias = Callable[[Any, int], Any]
-Noise: TypeAlias = Callable[[], Any]
+Batch: TypeAlias = Any  # a torch tensor or a NumPy array; the two have no common type
+Predict: TypeAlias = Callable[[Batch, int, Batch], Batch]
+"""`predict(x, t, condition)` returns the raw network output for one timestep."""
+Denoise: TypeAlias = Callable[[Batch, int], Batch]
+Noise: TypeAlias = Callable[[], Batch]
 Levels: TypeAlias = "Sequence[float] | np.ndarray"
-Callback: TypeAlias = Callable[[int, int, Any, Any], None]
+Callback: TypeAlias = Callable[[int, int, Batch, Batch], None]
 Interval: TypeAlias = "Sequence[float] | None"
+
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: sampler, number of steps, and classifier-free guidance.
+
+    Raises:
+        ValueError: for an unknown sampler, an `eta` that the sampler does not support, or an empty interval.
+    """
+
+    sampler: str = "dpm_solver_pp_2m"
+    """A key of `SAMPLERS`."""
+    steps: int = 20
+    """Network evaluations per image, or twice as many with guidance; at most the model's timesteps."""
+    eta: float = 0.0
+    """Stochasticity of DDIM, 0 (deterministic) to 1 (the variance of DDPM); 0 for the other samplers."""
+    guidance_scale: float = 1.0
+    """w of classifier-free guidance; 1 disables it."""
+    guidance_interval: Interval = None
+    """(low, high): apply guidance only at noise levels low < sigma <= high; None applies it at all levels."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
+        if not 0 <= self.eta <= (1 if self.sampler == "ddim" else 0):
+            raise ValueError(
+                f"eta {self.eta:g} is not valid for sampler {self.sampler!r}; it is 0 to 1 for 'ddim' and 0 for the "
+                "others"
+            )
+        interval = self.guidance_interval
+        if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
+            raise ValueError(f"guidance interval {list(interval)} is not two noise levels, the lower one first")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What a trained model prescribes for sampling; the names are those of a diffusers `scheduler_config.json`."""
+
+    alpha_bar: Levels
+    """float [T], decreasing."""
+    prediction_type: str
+    """What the network outputs: one of `PREDICTION_TYPES`."""
+    clip_sample: bool = True
+    """Clip x0 to [-1, 1]: true for pixels, false for latents, which are unbounded."""
+    variance_type: str = "fixed_small"
+    """Variance of `ddpm`: one of `VARIANCE_TYPES`."""
+    timestep_spacing: str = "trailing"
+    """"trailing" or "leading", see `timesteps_for`."""
+    steps_offset: int = 0
+    """The last timestep of leading spacing."""
 
 
 class SeededNoise:
-    """Standard normal draws in which image i depends on `seeds[i]` alone, whatever the batch.
+    """Standard normal noise in which image i depends on `seeds[i]` alone, whatever the batch size.
 
     Calling it returns float32 [N, *shape]. NumPy's Philox generator gives the same bits on every platform.
     """
@@ -33,28 +92,32 @@ class SeededNoise:
         self.generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
         self.shape = tuple(shape)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> np.ndarray:
         return np.stack([rng.standard_normal(self.shape, dtype=np.float32) for rng in self.generators])
 
 
 def trailing_timesteps(total: int, steps: int) -> list[int]:
-    """`steps` timesteps of 0..total-1, falling and evenly spaced, the first always total-1.
+    """Return `steps` decreasing, evenly spaced timesteps of 0..total-1; the first is always total - 1.
 
-    Lin et al. 2024, table 2 ("trailing"): sampling must begin where training ended.
-    Raises `ValueError` if `steps` is not in 1..total.
+    "Trailing" in Lin et al. 2024, table 2: sampling starts at the timestep at which training ended.
+
+    Raises:
+        ValueError: if `steps` is not in 1..total.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {total} timesteps")
-    # In the same arithmetic as diffusers, so that halves are rounded to the same side.
+    # The arithmetic of diffusers, so that halves are rounded to the same side.
     return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))[:steps]]
 
 
 def leading_timesteps(total: int, steps: int, offset: int = 0, intervals: int | None = None) -> list[int]:
-    """`steps` timesteps of 0..total-1, falling, multiples of total // steps plus `offset`; the last is `offset`.
+    """Return `steps` decreasing multiples of total // steps, each plus `offset`; the last one is `offset`.
 
-    Lin et al. 2024, table 2 ("leading"): as many published models were sampled, beginning below total-1. With more
-    `intervals` than steps the multiples are of total // intervals, and the lowest ones are left out. Raises
-    `ValueError` where the first would not be a timestep.
+    "Leading" in Lin et al. 2024, table 2: the spacing of many published models, which starts below total - 1. If
+    `intervals` exceeds `steps`, the multiples are those of total // intervals without the lowest ones.
+
+    Raises:
+        ValueError: if the first one would not be a timestep, or for an impossible number of steps.
     """
     intervals = intervals or steps
     if not 1 <= steps <= intervals <= total:
@@ -66,10 +129,13 @@ def leading_timesteps(total: int, steps: int, offset: int = 0, intervals: int | 
 
 
 def timesteps_for(sampler: str, total: int, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
-    """The timesteps at which `sampler` calls the network, in the spacing "trailing" or "leading".
+    """Return the timesteps at which `sampler` evaluates the network, with "trailing" or "leading" spacing.
 
-    Leading, `dpm_solver_pp_2m` has one interval more than steps and stops before the last, as in diffusers. Raises
-    `ValueError` for another spacing or an impossible number of steps.
+    With leading spacing `dpm_solver_pp_2m` has one interval more than steps and stops before the last one, as in
+    diffusers.
+
+    Raises:
+        ValueError: for another spacing or an impossible number of steps.
     """
     if spacing == "trailing":
         return trailing_timesteps(total, steps)
@@ -78,58 +144,57 @@ def timesteps_for(sampler: str, total: int, steps: int, spacing: str = "trailing
     return leading_timesteps(total, steps, offset, steps + (sampler == "dpm_solver_pp_2m"))
 
 
-def to_x0(prediction: str, output: Any, x: Any, a: float) -> Any:
-    """Network output -> x0. `epsilon`: Ho et al. 2020, eq. 15. `sample`: x0 itself. `v_prediction`: Salimans &
-    Ho 2022, section 4.
+def to_x0(prediction_type: str, output: Batch, x: Batch, a: float) -> Batch:
+    """Convert the network output to x0.
 
-    Raises `ValueError` for another prediction, and for `epsilon` where alpha_bar is 0: x_t is then that very noise.
+    `epsilon`: Ho et al. 2020, eq. 15. `sample`: the output is x0. `v_prediction`: Salimans & Ho 2022, section 4.
+
+    Raises:
+        ValueError: for another prediction type, and for `epsilon` at alpha_bar 0, where x_t is the noise itself.
     """
-    if prediction == "epsilon":
+    if prediction_type == "epsilon":
         if a == 0:
-            raise ValueError("the noise in pure noise says nothing of an image; train with another prediction")
+            raise ValueError(
+                "epsilon prediction is undefined at alpha_bar 0, pure noise; train with another prediction"
+            )
         return (x - math.sqrt(1 - a) * output) / math.sqrt(a)
-    if prediction == "sample":
+    if prediction_type == "sample":
         return output
-    if prediction == "v_prediction":
+    if prediction_type == "v_prediction":
         return math.sqrt(a) * x - math.sqrt(1 - a) * output
-    raise ValueError(f"unknown prediction {prediction!r}; known: epsilon, sample, v_prediction")
+    raise ValueError(f"unknown prediction {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
 def denoiser(
-    predict: Callable[[Any, int, Any], Any],
-    prediction: str,
-    alpha_bar: Levels,
-    condition: Any = None,
-    null_condition: Any = None,
-    guidance_scale: float = 1.0,
-    guidance_interval: Interval = None,
-    clip: bool = True,
+    predict: Predict,
+    scheduler: SchedulerConfig,
+    sampling: Sampling | None = None,
+    condition: Batch = None,
+    null_condition: Batch = None,
 ) -> Denoise:
-    """Wrap a network as `denoise(x, t) -> x0`, clipped to [-1, 1] unless told not to (latents have no bounds).
+    """Wrap a network as `denoise(x, t) -> x0`, with guidance and clipping.
 
-    `predict(x, t, condition)` is the network's raw output. With a `guidance_scale` w other than 1 the
-    output is u + w (c - u), c conditional and u with `null_condition` (Ho & Salimans 2022, in the
-    parametrisation where w = 1 is no guidance); with a `guidance_interval` (low, high) only where
-    low < sigma <= high, sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024), which also saves the
-    second evaluation elsewhere. x0 is clipped before anything else is derived from it, so the noise that a
-    sampler infers stays consistent with it. Raises `ValueError` for an empty interval.
+    With a guidance scale w other than 1 the output is u + w (c - u): c with `condition`, u with `null_condition`
+    (Ho & Salimans 2022, in the parametrisation in which w = 1 disables guidance). With a guidance interval (low,
+    high) this applies only where low < sigma <= high, sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024); other
+    steps need one network evaluation. x0 is clipped before the samplers derive the noise from it, so that both stay
+    consistent. Without `sampling` there is no guidance.
     """
-    if guidance_interval is not None and (len(guidance_interval) != 2 or guidance_interval[0] >= guidance_interval[1]):
-        raise ValueError(f"guidance interval {list(guidance_interval)} is not two noise levels, the lower one first")
+    scale, interval = (sampling.guidance_scale, sampling.guidance_interval) if sampling else (1.0, None)
 
-    def denoise(x: Any, t: int) -> Any:
-        output, a = predict(x, t, condition), float(alpha_bar[t])
-        if guidance_scale != 1.0 and _within(guidance_interval, a):
+    def denoise(x: Batch, t: int) -> Batch:
+        output, a = predict(x, t, condition), float(scheduler.alpha_bar[t])
+        if scale != 1.0 and _within(interval, a):
             unguided = predict(x, t, null_condition)
-            output = unguided + guidance_scale * (output - unguided)
-        x0 = to_x0(prediction, output, x, a)
-        return x0.clip(-1, 1) if clip else x0
+            output = unguided + scale * (output - unguided)
+        x0 = to_x0(scheduler.prediction_type, output, x, a)
+        return x0.clip(-1, 1) if scheduler.clip_sample else x0
 
     return denoise
 
 
 def _within(interval: Interval, a: float) -> bool:
-    """Whether the noise level at alpha_bar `a` lies in (low, high]; None is everywhere."""
+    """Return whether the noise level at alpha_bar `a` lies in (low, high]; None contains every level."""
     if interval is None:
         return True
     sigma = math.sqrt((1 - a) / a) if a > 0 else math.inf
@@ -137,7 +202,7 @@ def _within(interval: Interval, a: float) -> bool:
 
 
 def _pairs(alpha_bar: Levels, timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
-    """(i, t, alpha_bar at t, alpha_bar at the next timestep); after the last comes a clean image, 1."""
+    """Return (i, t, alpha_bar at t, alpha_bar at the next timestep); the last step leads to a clean image, 1."""
     levels = [float(alpha_bar[t]) for t in timesteps] + [1.0]
     return [(i, t, levels[i], levels[i + 1]) for i, t in enumerate(timesteps)]
 
@@ -146,25 +211,25 @@ def _log_snr(a: float) -> float:
     return math.log(a / (1 - a)) if a > 0 else -math.inf
 
 
-def _report(callback: Callback | None, i: int, t: int, x: Any, x0: Any) -> None:
+def _report(callback: Callback | None, i: int, t: int, x: Batch, x0: Batch) -> None:
     if callback:
         callback(i, t, x, x0)
 
 
 def ddpm(
     denoise: Denoise,
-    x: Any,
+    x: Batch,
     noise: Noise,
     alpha_bar: Levels,
     timesteps: Sequence[int],
-    callback: Any = None,
-    variance: str = "fixed_small",
-) -> Any:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 6-7), also over a subset of timesteps.
+    callback: Callback | None = None,
+    variance_type: str = "fixed_small",
+) -> Batch:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 6-7), also over a subset of the timesteps.
 
-    `variance` is one of `VARIANCES`, the two choices of section 3.2 there: that of the posterior q(x_s | x_t, x_0),
-    or the larger beta; the last step adds none. (With `fixed_small` this, `ddim` with eta 1 and `euler_ancestral`
-    are one process in three notations.)
+    `variance_type` selects one of the two variances of section 3.2: `fixed_small` is that of the posterior
+    q(x_s | x_t, x_0), `fixed_large` is beta. The last step adds no noise. With `fixed_small` this sampler, `ddim`
+    with eta 1 and `euler_ancestral` are the same process in three notations.
     """
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
@@ -172,21 +237,21 @@ def ddpm(
         beta = 1 - alpha
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a_next) / (1 - a) * x
         if a_next < 1:
-            x = x + math.sqrt(beta if variance == "fixed_large" else (1 - a_next) / (1 - a) * beta) * noise()
+            x = x + math.sqrt(beta if variance_type == "fixed_large" else (1 - a_next) / (1 - a) * beta) * noise()
         _report(callback, i, t, x, x0)
     return x
 
 
 def ddim(
     denoise: Denoise,
-    x: Any,
+    x: Batch,
     noise: Noise,
     alpha_bar: Levels,
     timesteps: Sequence[int],
-    callback: Any = None,
+    callback: Callback | None = None,
     eta: float = 0.0,
-) -> Any:
-    """Song et al. 2021, eq. 12 and 16; `eta` 0 is deterministic, 1 has the noise of `ddpm`."""
+) -> Batch:
+    """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of `ddpm`."""
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
@@ -199,18 +264,23 @@ def ddim(
 
 
 def euler_ancestral(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
-) -> Any:
-    """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (k-diffusion's sampler of that name).
+    denoise: Denoise,
+    x: Batch,
+    noise: Noise,
+    alpha_bar: Levels,
+    timesteps: Sequence[int],
+    callback: Callback | None = None,
+) -> Batch:
+    """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (k-diffusion's sampler of this name).
 
-    It steps down to sigma_down = sigma_next^2 / sigma and adds noise of sigma_up^2 = sigma_next^2 - sigma_down^2.
-    Written with r = (sigma_next / sigma)^2, which is 0 where alpha_bar is 0 and sigma infinite.
+    A step goes down to sigma_down = sigma_next^2 / sigma and adds noise of variance sigma_up^2 = sigma_next^2 -
+    sigma_down^2. Written with r = (sigma_next / sigma)^2, which is 0 where alpha_bar is 0 and sigma infinite.
     """
     for i, t, a, a_next in _pairs(alpha_bar, timesteps):
         x0 = denoise(x, t)
         sigma_next = math.sqrt((1 - a_next) / a_next)
         r = sigma_next**2 * a / (1 - a)
-        # x / sqrt(a) is the image in units where the signal has size 1 and the noise size sigma
+        # x / sqrt(a): the image in units in which the signal has scale 1 and the noise scale sigma
         scaled = (1 - r) * x0 + sigma_next**2 * math.sqrt(a) / (1 - a) * x
         if a_next < 1:
             scaled = scaled + sigma_next * math.sqrt(1 - r) * noise()
@@ -220,12 +290,17 @@ def euler_ancestral(
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoise, x: Any, noise: Noise, alpha_bar: Levels, timesteps: Sequence[int], callback: Any = None
-) -> Any:
-    """DPM-Solver++(2M), second-order multistep (Lu et al. 2022b, algorithm 2); draws no `noise`.
+    denoise: Denoise,
+    x: Batch,
+    noise: Noise,
+    alpha_bar: Levels,
+    timesteps: Sequence[int],
+    callback: Callback | None = None,
+) -> Batch:
+    """DPM-Solver++(2M), a second-order multistep solver (Lu et al. 2022b, algorithm 2); it draws no noise.
 
-    The last step, to a clean image, is the prediction itself. From pure noise (alpha_bar 0) h is infinite, and this
-    step and the one after it are of first order.
+    The last step, to a clean image, returns x0. At zero terminal SNR (alpha_bar 0) the first h is infinite; that
+    step and the next one are of first order.
     """
     del noise
     previous, h_previous = None, 0.0
@@ -242,36 +317,36 @@ def dpm_solver_pp_2m(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Any]] = {
+SAMPLERS: dict[str, Callable[..., Batch]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler_ancestral": euler_ancestral,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
 }
-VARIANCES = ("fixed_small", "fixed_large")
+DEFAULT_SAMPLING = Sampling()
 
 
 def sample(
-    sampler: str,
     denoise: Denoise,
     noise: Noise,
-    alpha_bar: Levels,
-    steps: int,
-    callback: Any = None,
-    eta: float = 0.0,
-    variance: str = "fixed_small",
-    spacing: str = "trailing",
-    steps_offset: int = 0,
-) -> Any:
-    """Draw clean images from pure noise: the first call of `noise` is x_T, later ones feed the sampler.
+    scheduler: SchedulerConfig,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    callback: Callback | None = None,
+) -> Batch:
+    """Draw images, float [N, C, H, W], from pure noise: the first call of `noise` is x_T, later calls feed the sampler.
 
-    `eta` is read by `ddim` and `variance` by `ddpm`; `spacing` and `steps_offset` are those of `timesteps_for`. Raises
-    `ValueError` for an unknown sampler, an impossible number of steps, or an `eta` that the sampler does not have.
+    Guidance is part of `denoise`, see `denoiser`.
+
+    Raises:
+        ValueError: for a number of steps that the model does not support.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= (1 if sampler == "ddim" else 0):
-        raise ValueError(f"eta {eta:g} does not fit sampler {sampler!r}; it is 0 to 1 for 'ddim' and 0 for the others")
-    own: dict[str, dict[str, Any]] = {"ddim": {"eta": eta}, "ddpm": {"variance": variance}}
-    timesteps = timesteps_for(sampler, len(alpha_bar), steps, spacing, steps_offset)
-    return SAMPLERS[sampler](denoise, noise(), noise, alpha_bar, timesteps, callback, **own.get(sampler, {}))
+    options: dict[str, float | str] = {}
+    if sampling.sampler == "ddim":
+        options["eta"] = sampling.eta
+    if sampling.sampler == "ddpm":
+        options["variance_type"] = scheduler.variance_type
+    timesteps = timesteps_for(
+        sampling.sampler, len(scheduler.alpha_bar), sampling.steps, scheduler.timestep_spacing, scheduler.steps_offset
+    )
+    draw = SAMPLERS[sampling.sampler]
+    return draw(denoise, noise(), noise, scheduler.alpha_bar, timesteps, callback, **options)

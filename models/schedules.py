@@ -1,4 +1,4 @@
-"""Noise schedules: beta_t for t = 0..T-1, and what follows from it. NumPy float64 throughout.
+"""Noise schedules: beta_t for t = 0..T-1 and the quantities derived from it, in NumPy float64.
 
 The forward process adds noise by q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
 (Ho et al. 2020, eq. 4), with alpha_bar_t = prod_{s<=t} (1 - beta_s).
@@ -16,7 +16,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "scaled_linear")
 BETA_START, BETA_END = 1e-4, 0.02  # Ho et al. 2020, section 4; kept for any T, as diffusers does
-SCALED_START, SCALED_END = 0.00085, 0.012  # of Stable Diffusion's published configuration
+SCALED_START, SCALED_END = 0.00085, 0.012  # Stable Diffusion's published configuration
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps from being singular
 
 
@@ -27,11 +27,14 @@ def betas(
     start: float | None = None,
     end: float | None = None,
 ) -> Array:
-    """beta of a named schedule, float64 [T], each in (0, 1); the last is 1 with `zero_terminal_snr`.
+    """Return the betas of a named schedule, float64 [T], each in (0, 1); with `zero_terminal_snr` the last one is 1.
 
-    `linear`: Ho et al. 2020, from `start` to `end`. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the
-    schedule of that name in diffusers (a logistic ramp over [-6, 6], from `start` to `end`). `scaled_linear`: that of
-    latent diffusion (Rombach et al. 2022), in which sqrt(beta) is linear. Raises `ValueError` for another name.
+    `linear`: Ho et al. 2020, from `start` to `end`. `cosine`: Nichol & Dhariwal 2021, eq. 17. `sigmoid`: the schedule
+    of that name in diffusers (a logistic ramp over [-6, 6], from `start` to `end`). `scaled_linear`: that of latent
+    diffusion (Rombach et al. 2022), in which sqrt(beta) is linear.
+
+    Raises:
+        ValueError: for another name.
     """
     first, last = (SCALED_START, SCALED_END) if schedule == "scaled_linear" else (BETA_START, BETA_END)
     beta = _named(schedule, timesteps, first if start is None else start, last if end is None else end)
@@ -54,9 +57,9 @@ def _named(schedule: str, timesteps: int, start: float, end: float) -> Array:
 
 
 def rescaled_to_zero_snr(beta: Array) -> Array:
-    """Shift and scale sqrt(alpha_bar) so that it keeps its first value and ends at 0: x_T is pure noise.
+    """Shift and scale sqrt(alpha_bar) so that it keeps its first value and ends at 0 (Lin et al. 2024, algorithm 1).
 
-    Lin et al. 2024, algorithm 1. float64 [T] -> float64 [T], T at least 2; the last beta is exactly 1.
+    x_T is then pure noise. float64 [T] -> float64 [T], T at least 2; the last beta is exactly 1.
     """
     root = np.sqrt(alpha_bar(beta))
     level = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -64,16 +67,11 @@ def rescaled_to_zero_snr(beta: Array) -> Array:
 
 
 def alpha_bar(beta: Array) -> Array:
-    """Share of the signal's variance that is left, float64 [T], falling from nearly 1 towards (or to) 0."""
+    """Return alpha_bar_t, the remaining share of the signal's variance, float64 [T], decreasing from 1 towards 0."""
     return np.cumprod(1 - beta, dtype=np.float64)
 
 
-def snr(alpha_bar: Array) -> Array:
-    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 [T] (Kingma et al. 2021, eq. 2)."""
-    return alpha_bar / (1 - alpha_bar)
-
-
 def log_snr(alpha_bar: Array) -> Array:
-    """Natural logarithm of `snr`, float64 [T] (Kingma et al. 2021, eq. 3); minus infinity where alpha_bar is 0."""
+    """Return the natural logarithm of the SNR, float64 [T] (Kingma et al. 2021, eq. 3); -inf where alpha_bar is 0."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar), dtype=np.float64)

@@ -1,28 +1,27 @@
-"""A TensorRT engine from the ONNX graph: built, run, and where that cannot be, the reason.
+"""TensorRT engines: built from the ONNX graph and run; on a machine without TensorRT, the reason why not.
 
-Needs an NVIDIA GPU and the extra `tensorrt`. An engine serves only the GPU and the TensorRT version it
-was built with, and its bytes differ from build to build: it is a cache, never part of a model.
+Needs an NVIDIA GPU and the extra `tensorrt`, whose package is imported where it is used. An engine works only with the
+GPU and the TensorRT version that it was built with, and its bytes differ between builds: it is a cache, never part of a
+model.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 BATCHES = (1, 16, 256)
-"""Smallest, usual and largest batch of the optimisation profile."""
+"""Smallest, optimal and largest batch size of the optimisation profile."""
 
 
 def unavailable_because() -> str | None:
-    """Why no engine can be built here, or None where it can."""
-    import torch
-
+    """Return why no engine can be built on this machine; None if one can."""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU that this PyTorch can use"
     if importlib.util.find_spec("tensorrt") is None:
@@ -31,17 +30,17 @@ def unavailable_because() -> str | None:
 
 
 def identity() -> str:
-    """What an engine depends on besides the graph: the TensorRT version and the GPU."""
+    """Return the TensorRT version and the GPU, which an engine depends on besides the graph."""
     import tensorrt
-    import torch
 
     return f"tensorrt {tensorrt.__version__} on {torch.cuda.get_device_name()}"
 
 
 def build(graph: Path) -> bytes:
-    """ONNX file -> serialised engine whose batch may be anything within `BATCHES`.
+    """Build a serialised engine from an ONNX file, for batch sizes within `BATCHES`.
 
-    Raises `RuntimeError` with TensorRT's first complaint where it cannot take the graph.
+    Raises:
+        RuntimeError: with TensorRT's first error, if it cannot parse the graph or build the engine.
     """
     import tensorrt as trt
 
@@ -73,23 +72,19 @@ class Engine:
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(serialised)
         if self._engine is None:
-            raise RuntimeError("TensorRT cannot load the engine; delete it, so that it is built anew")
+            raise RuntimeError("TensorRT cannot load the engine; delete it, so that it is built again")
         self._context = self._engine.create_execution_context()
 
     def predict(self, x: np.ndarray, t: int, label: np.ndarray | None = None) -> np.ndarray:
-        """The network's raw output: x float32 [N, C, H, W], one timestep, label int64 [N] -> float32 [N, C, H, W]."""
-        import torch
-
+        """Evaluate the network at one timestep: x float32 [N, C, H, W], label int64 [N] -> float32 [N, C, H, W]."""
         feed = {"sample": torch.from_numpy(x), "timestep": torch.full((len(x),), t, dtype=torch.int64)}
         if label is not None:
             feed["label"] = torch.from_numpy(label)
         return self.run({name: value.cuda() for name, value in feed.items()}).cpu().numpy()
 
     def run(self, feed: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Inputs on the GPU by name -> output on the GPU, finished when this returns."""
-        import torch
-
-        held: dict[str, Any] = {name: value.contiguous() for name, value in feed.items()}
+        """Run the engine on inputs on the GPU, by name; returns the output on the GPU after synchronisation."""
+        held = {name: value.contiguous() for name, value in feed.items()}
         output = torch.empty_like(held["sample"])
         for name, value in held.items():
             self._context.set_input_shape(name, tuple(value.shape))

@@ -1,6 +1,8 @@
-"""Training a text encoder contrastively on a data set's captions (Radford et al. 2021), with a tokenizer learned there.
+"""Contrastive training of a text encoder on a data set's captions (Radford et al. 2021), with its own tokenizer.
 
-Legend: B images, U captions, L tokens of each (padded), D width of a token's embedding, E of the shared space.
+transformers and tokenizers are imported where they are used: models of pixels load neither.
+
+Legend: B images, U captions, L tokens of each (padded), D width of a token embedding, E of the shared space.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,22 +28,25 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 HEAD_DIM = 16
-OFFERED = 10
-"""Captions offered for each image when retrieval is measured, one of them its own."""
+CHOICES = 10
+"""Captions among which `retrieval_accuracy` chooses, the correct one included."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """`width` D, a multiple of 16; `length` L; `words` is the most entries that the vocabulary may have."""
+    """Architecture of the text encoder."""
 
     width: int
+    """D, a multiple of `HEAD_DIM`."""
     layers: int
     length: int
+    """L."""
     words: int
+    """Largest size of the vocabulary."""
 
 
 class Towers(nn.Module):
-    """An image tower and a text tower into one space of dimension E (Radford et al. 2021)."""
+    """An image tower and a text tower with a shared space of E dimensions (Radford et al. 2021)."""
 
     def __init__(self, channels: int, size: int, text: CLIPTextModel) -> None:
         super().__init__()
@@ -51,20 +56,20 @@ class Towers(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1 / FIRST_TEMPERATURE).log())
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """float [B, C, S, S] in [-1, 1] -> [B, E] of length 1."""
+        """Embed images, float [B, C, S, S] in [-1, 1], as unit vectors [B, E]."""
         return F.normalize(self.image_projection(self.image(images)), dim=-1)
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """int64 [U, L] -> [U, E] of length 1."""
+        """Embed token ids, int64 [U, L], as unit vectors [U, E]."""
         return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
 
 
 def train_text_encoder(
     pixels: np.ndarray, captions: Sequence[Sequence[str]], config: TextConfig, recipe: Recipe
 ) -> tuple[TextEncoder, Towers]:
-    """Train on uint8 images [N, C, S, S] with at least one caption each; the same recipe gives the same weights.
+    """Train on uint8 images [N, C, S, S] with at least one caption each; the result is reproducible.
 
-    Returns the encoder and, for `retrieval_accuracy`, the towers that it was trained in.
+    Returns the encoder and both towers, which `retrieval_accuracy` needs.
     """
     distinct, own = own_captions(captions)
     tokenizer = make_tokenizer(distinct, config)
@@ -87,7 +92,7 @@ def train_text_encoder(
 
 
 def projected(encoder: TextEncoder, pair: Towers) -> ProjectedEncoder:
-    """The encoder with the way into the space in which it met the images: its pooled embedding [U, E]."""
+    """Return the encoder with its projection into the shared space, which gives the pooled embedding [U, E]."""
     from transformers import CLIPTextModelWithProjection
 
     config = copy.deepcopy(encoder.model.config)
@@ -99,6 +104,7 @@ def projected(encoder: TextEncoder, pair: Towers) -> ProjectedEncoder:
 
 
 def text_tower(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Build an untrained text encoder with the vocabulary of `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -117,9 +123,9 @@ def text_tower(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_tokenizer(captions: Sequence[str], config: TextConfig) -> CLIPTokenizer:
-    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4) with pairs learned from `captions`.
+    """Learn CLIP's byte-pair encoding (Radford et al. 2021, section 2.4) from `captions`.
 
-    Every byte is in the vocabulary, inside a word and at its end: any text can be encoded.
+    The vocabulary contains every byte, inside a word and at its end, so any text can be encoded.
     """
     from tokenizers import Tokenizer, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -127,7 +133,7 @@ def make_tokenizer(captions: Sequence[str], config: TextConfig) -> CLIPTokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=config.words,
-        # Ends of words are named beforehand: learned, they would be numbered in another order each time.
+        # The trainer would number the word-final bytes in another order each time, so they are listed here.
         special_tokens=[BEGIN, END, *(f"{byte}</w>" for byte in alphabet)],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
@@ -135,7 +141,7 @@ def make_tokenizer(captions: Sequence[str], config: TextConfig) -> CLIPTokenizer
     )
     learner = Tokenizer.from_str(CLIPTokenizer().backend_tokenizer.to_str())
     learner.train_from_iterator(captions, trainer)
-    learned: dict[str, Any] = json.loads(learner.to_str())["model"]
+    learned = json.loads(learner.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=config.length)
 
@@ -143,18 +149,24 @@ def make_tokenizer(captions: Sequence[str], config: TextConfig) -> CLIPTokenizer
 def retrieval_accuracy(
     pair: Towers, encoder: TextEncoder, pixels: np.ndarray, captions: Sequence[Sequence[str]], seed: int
 ) -> tuple[float, int]:
-    """Share of images uint8 [N, C, S, S] to which their first caption is nearer than each of `OFFERED` - 1 others,
-    drawn from those that belong to other images; and how many were offered, fewer where there are fewer."""
+    """Return the accuracy of choosing each image's first caption among `CHOICES`, and the number of choices.
+
+    pixels: uint8 [N, C, S, S]. The other captions are drawn from those of other images; with few distinct captions
+    there are fewer choices.
+
+    Raises:
+        ValueError: if all images have the same captions.
+    """
     distinct, own = own_captions(captions)
-    offered = min(OFFERED, len(distinct) - max(map(len, captions)) + 1)
-    if offered < 2:
-        raise ValueError("all images share their captions, so there is nothing to tell apart")
+    choices = min(CHOICES, len(distinct) - max(map(len, captions)) + 1)
+    if choices < 2:
+        raise ValueError("all images have the same captions, so retrieval cannot be measured")
     random = np.random.default_rng(seed)
     others = np.stack(
-        [random.choice(np.setdiff1d(np.arange(len(distinct)), row), offered - 1, replace=False) for row in own]
+        [random.choice(np.setdiff1d(np.arange(len(distinct)), row), choices - 1, replace=False) for row in own]
     )
     images = apply(pair.embed_images, pixels, str(encoder.model.device))
     with torch.inference_mode():
         ids = encoder.token_ids(distinct).to(encoder.model.device)
-        texts = torch.cat([pair.embed_text(some) for some in ids.split(APPLY_BATCH)]).cpu().numpy()
-    return choice_accuracy(images, texts, own[:, 0], others), offered
+        texts = torch.cat([pair.embed_text(batch) for batch in ids.split(APPLY_BATCH)]).cpu().numpy()
+    return choice_accuracy(images, texts, own[:, 0], others), choices

@@ -100,7 +100,7 @@ def _autoencoder(
     return {
         "sha256": autoencoder.save_autoencoder(folder / "vae", network),
         "channels": network.config.latent_channels,
-        "size": held_out.pixels.shape[-1] // autoencoder.shrinking(network),
+        "size": held_out.pixels.shape[-1] // autoencoder.downscale_factor(network),
         "scaling": params.autoencoder.scaling,
         # Of the latents that the network gives without it, over the training images.
         "measured_mean": [_rounded(value) for value in mean.tolist()],
@@ -110,6 +110,7 @@ def _autoencoder(
 
 def _trained(train: Samples, params: CodecParams) -> Any:
     from models.autoencoder_training import AutoencoderConfig, train_autoencoder
+    from models.device import best_device
     from models.judges.fit import Recipe
 
     wanted = params.autoencoder
@@ -123,26 +124,27 @@ def _trained(train: Samples, params: CodecParams) -> Any:
         kl_weight=wanted.kl_weight,
     )
     recipe = Recipe(
-        wanted.steps, wanted.batch_size, params.seed, wanted.horizontal_flip, _device(), _bar("autoencoder")
+        wanted.steps, wanted.batch_size, params.seed, wanted.horizontal_flip, best_device(), _bar("autoencoder")
     )
     return train_autoencoder(train.pixels, config, recipe)
 
 
 def _published(params: AutoencoderParams) -> Any:
+    from models.device import best_device
     from models.networks.autoencoder import load_autoencoder
     from tasks.pretrained import weights
 
     assert params.weights is not None and params.pin is not None, "the parameters were checked"
     folder = weights.part(weights.bring(params.weights, params.pin, ("vae",)), "vae")
     try:
-        return load_autoencoder(folder, _device())
+        return load_autoencoder(folder, best_device())
     except (OSError, ValueError) as error:
         raise StageError(f"codec.autoencoder.weights '{params.weights}': {error}") from None
 
 
 def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> None:
     """Published weights must have the shape that the parameters state, on which the model's shape was checked."""
-    from models.networks.autoencoder import shrinking
+    from models.networks.autoencoder import downscale_factor
 
     config, given = network.config, "codec.autoencoder.weights"
     if config.in_channels != train.pixels.shape[1]:
@@ -153,9 +155,9 @@ def _require_fits(network: Any, train: Samples, params: AutoencoderParams) -> No
         raise StageError(
             f"{given} make {config.latent_channels} latent channels; set codec.autoencoder.latent_channels"
         )
-    if shrinking(network) != 2 ** (len(params.widths) - 1):
+    if downscale_factor(network) != 2 ** (len(params.widths) - 1):
         raise StageError(
-            f"{given} make a side {shrinking(network)} times smaller, and codec.autoencoder.widths says "
+            f"{given} make a side {downscale_factor(network)} times smaller, and codec.autoencoder.widths says "
             f"{2 ** (len(params.widths) - 1)} times; state the widths of the weights"
         )
     if getattr(config, "latents_mean", None) is not None:
@@ -217,12 +219,13 @@ def _trained_text(train: Samples, held_out: Samples, params: CodecParams, qualit
 
 
 def _trained_tower(train: Samples, params: CodecParams, width: int, seed: int) -> tuple[TextEncoder, Any]:
+    from models.device import best_device
     from models.judges.fit import Recipe
     from models.text_training import TextConfig, train_text_encoder
 
     wanted = params.text
     config = TextConfig(width, wanted.layers, wanted.length, wanted.words)
-    recipe = Recipe(wanted.steps, seed=seed, device=_device(), progress=_bar("text encoder"))
+    recipe = Recipe(wanted.steps, seed=seed, device=best_device(), progress=_bar("text encoder"))
     return train_text_encoder(train.pixels, train.captions, config, recipe)
 
 
@@ -238,6 +241,7 @@ def _retrieval(pair: Any, encoder: TextEncoder, held_out: Samples, seed: int, na
 
 
 def _published_text(params: CodecParams) -> AnyEncoder:
+    from models.device import best_device
     from models.networks.text_encoder import SIZES, SUFFIXES, load_text_encoder
     from tasks.pretrained import weights
 
@@ -248,7 +252,7 @@ def _published_text(params: CodecParams) -> AnyEncoder:
     names = [f"{name}{suffix}" for suffix in suffixes for name in ("text_encoder", "tokenizer")]
     folder = weights.bring(wanted.weights, wanted.pin, tuple(names))
     try:
-        encoder = load_text_encoder(folder, _device(), paired)
+        encoder = load_text_encoder(folder, best_device(), paired)
     except (OSError, ValueError) as error:
         raise StageError(f"codec.text.weights '{wanted.weights}': {error}") from None
     found = dict(zip(("width", "second_width"), (tower.width for tower in encoder.towers), strict=False))
@@ -274,12 +278,6 @@ def _hash(folder: Path) -> str:
 def _rounded(value: float) -> float:
     """To six digits: more are noise of the order of summation."""
     return float(f"{value:.6g}")
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _bar(what: str) -> Callable[..., Any]:

@@ -236,9 +236,10 @@ def _encode_missing(
     """Decode and encode in threads, which leave Python's lock for both; each chunk is kept as soon as it is done."""
     import torch
 
+    from models.device import best_device
     from models.networks.autoencoder import load_autoencoder
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     network = load_autoencoder(codec / "vae", device)
     threads = torch.get_num_threads()
     # One thread for each worker's arithmetic: no sum is divided differently on another machine.
@@ -354,6 +355,7 @@ class _Texts:
     def _compute(self, codec: Path) -> None:
         import torch
 
+        from models.device import best_device
         from models.networks.text_encoder import load_text_encoder
 
         wanted = {_text_hash(text): text for text in [*self.distinct, *self.prompts]}
@@ -365,7 +367,7 @@ class _Texts:
         self.blocks.open()
         missing = self.blocks.missing(wanted)
         if missing:
-            encoder = load_text_encoder(codec, "cuda" if torch.cuda.is_available() else "cpu")
+            encoder = load_text_encoder(codec, best_device())
             starts = range(0, len(missing), TEXT_BLOCK)
             for start in tqdm(starts, desc="encode: captions", mininterval=1, dynamic_ncols=True, delay=2):
                 keys = missing[start : start + TEXT_BLOCK]

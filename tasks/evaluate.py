@@ -53,7 +53,8 @@ def evaluate(
     Raises `StageError` before anything is drawn where there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.judges.judge import best_device, load_judge
+    from models.device import best_device
+    from models.judges.judge import load_judge
     from models.pictures import save_png
     from models.pipeline import load_pipeline
 
@@ -85,10 +86,10 @@ def evaluate(
             sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
             atomic.write_text(folder / "guidance.csv", _csv(SWEEP_COLUMNS, sweep_rows))
         if guided and scorer.has_labels:
-            class_rows = _class_rows(unguided, guided, scorer, model.classes)
+            class_rows = _class_rows(unguided, guided, scorer, model.info.classes)
             atomic.write_text(folder / "classes.csv", _csv(CLASS_COLUMNS, class_rows))
         for name, drawn in grids.items():
-            save_png(picture(drawn, model.classes), folder / f"{name}.png")
+            save_png(picture(drawn, model.info.classes), folder / f"{name}.png")
         save_png(nearest_picture(unguided[0], scorer), folder / "grid_nearest.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
     atomic.write_json(metrics, measured.headline())
@@ -99,8 +100,8 @@ def _other_draws(model: Pipeline, declared: dict[str, Any], params: EvaluatePara
     """The samplers of the table that the protocol does not use, one seed block each; the full DDPM comes last."""
     for sampler, steps in COMPARED.items():
         if (sampler, 0.0) != (params.sampler, params.eta):
-            yield protocol.draw(model, declared, params.n_compare, sampler, min(steps, model.timesteps))
-    yield protocol.draw(model, declared, params.n_ddpm, "ddpm", model.timesteps)
+            yield protocol.draw(model, declared, params.n_compare, sampler, min(steps, model.info.timesteps))
+    yield protocol.draw(model, declared, params.n_ddpm, "ddpm", model.info.timesteps)
 
 
 def _sweep(
@@ -154,7 +155,7 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> I
 
     seen = int((model.alpha_bar > 0).sum())  # of pure noise, where the last timestep is that, there is no image to tell
     timesteps = sorted({round(t) for t in np.linspace(0, seen - 1, min(TIMESTEPS, seen))})
-    pixels, wishes = scorer.held_out_for(model.conditioning, N_TIMESTEP)
+    pixels, wishes = scorer.held_out_for(model.info.conditioning, N_TIMESTEP)
     options = {"seed": params.seed, "batch_size": params.batch_size}
     errors = error_by_timestep(model, pixels, wishes, timesteps, **options) if len(pixels) else []
     for t, error in zip(timesteps, errors, strict=False):

@@ -71,36 +71,29 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
     from models import onnx_graph
-    from models.bundle import FORMAT
+    from models.bundle import BundleInfo, BundleText
 
     try:
         onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
     except ValueError as error:
         raise StageError(str(error)) from None
-    names = ("conditioning", "classes", "prompts", "channels", "size", "latent", "prediction", "train_key")
-    info: dict[str, Any] = {name: trained.info[name] for name in (*names, "null_label")}
+    text = None
     if trained.autoencoder is not None:
         onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
     if trained.text is not None:
         from models.networks.text_encoder import SUFFIXES
 
         onnx_graph.write(onnx_graph.text_to_onnx(trained, params.opset), folder / "text_encoder.onnx")
-        info["text"] = {
-            "length": trained.text.length,
-            "pooled": trained.text.pooled,
-            "sizes": trained.sizes,
-            "pads": {},
-        }
+        text = BundleText(trained.text.length, {}, trained.text.pooled, trained.info.sizes)
         for tower, suffix in zip(trained.text.towers, SUFFIXES, strict=False):
             tokenizer = tower.tokenizer.backend_tokenizer.to_str()
             (folder / f"tokenizer{suffix}.json").write_text(tokenizer, encoding="utf-8")
-            info["text"]["pads"][suffix] = tower.tokenizer.pad_token_id
-    constants = {"alpha_bar": trained.alpha_bar.tolist(), "sampling": trained.sampling}
-    atomic.write_json(folder / "bundle.json", {"format": FORMAT, **constants, **info})
+            text.pads[suffix] = tower.tokenizer.pad_token_id
+    BundleInfo.of(trained.info, trained.scheduler, text).write(folder / "bundle.json")
     package = folder / PACKAGE
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in closure.closure("models/bundle.py"):
+    for name in closure.closure("models/bundle.py", plumbing=()):
         shutil.copyfile(closure.ROOT / name, package / Path(name).name)
 
 
@@ -120,7 +113,8 @@ def _one_thread() -> Iterator[None]:
 def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str, Any]:
     """Compare raw outputs and drawn images. Raises `StageError` where either differs too much."""
     differences = {}
-    points = [(batch, t) for batch in PARITY_BATCHES for t in (0, trained.timesteps // 2, trained.timesteps - 1)]
+    timesteps = trained.info.timesteps
+    points = [(batch, t) for batch in PARITY_BATCHES for t in (0, timesteps // 2, timesteps - 1)]
     for batch, t in tqdm(points, desc="parity", unit="batch", mininterval=1, dynamic_ncols=True):
         differences[f"batch {batch}, t {t}"] = _difference(trained, bundle.predict, batch, t, params.seed)
     where, worst = max(differences.items(), key=lambda item: item[1])
@@ -149,10 +143,10 @@ def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray,
     """Standard normal x float32 [batch, *input_shape], and a condition that goes through all labels or prompts."""
     import numpy as np
 
-    x = np.random.default_rng(seed).standard_normal((batch, *trained.input_shape), dtype=np.float32)
-    if trained.conditioning == "none":
+    x = np.random.default_rng(seed).standard_normal((batch, *trained.info.input_shape), dtype=np.float32)
+    if trained.info.conditioning == "none":
         return x, None
-    condition, _ = trained.condition([row * 3 % (len(trained.classes) + 1) for row in range(batch)])
+    condition, _ = trained.condition([row * 3 % (len(trained.info.classes) + 1) for row in range(batch)])
     assert condition is not None, "the model is conditional"
     return x, condition.cpu().numpy()
 
@@ -160,11 +154,14 @@ def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray,
 def _torch_predict(trained: Pipeline) -> Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]:
     import torch
 
+    from models.networks.network import predictor
+
+    evaluate = predictor(trained.unet)
+
     def predict(x: np.ndarray, t: int, label: np.ndarray | None) -> np.ndarray:
-        timestep = torch.full((len(x),), t, dtype=torch.int64, device=trained.device)
         condition = None if label is None else torch.from_numpy(label).to(trained.device)
         with torch.inference_mode():
-            return trained.unet(torch.from_numpy(x).to(trained.device), timestep, condition).cpu().numpy()
+            return evaluate(torch.from_numpy(x).to(trained.device), t, condition).cpu().numpy()
 
     return predict
 
@@ -178,19 +175,15 @@ def _difference(trained: Pipeline, predict: Callable[..., np.ndarray], batch: in
 
 def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int) -> dict[str, float]:
     """Sampler -> PSNR in dB of its worst image against PyTorch's for the same noise."""
-    from models.samplers import SAMPLERS
+    from models.samplers import SAMPLERS, Sampling
 
     seeds = range(seed, seed + DRAWN_IMAGES)
-    conditional = trained.conditioning != "none"
-    labels = [i % len(trained.classes) for i in range(DRAWN_IMAGES)] if conditional else None
-    settings: dict[str, Any] = {
-        "steps": min(DRAWN_STEPS, trained.timesteps),
-        "guidance_scale": GUIDANCE if conditional else 1.0,
-    }
+    conditional = trained.info.conditioning != "none"
+    labels = [i % len(trained.info.classes) for i in range(DRAWN_IMAGES)] if conditional else None
+    steps, scale = min(DRAWN_STEPS, trained.info.timesteps), GUIDANCE if conditional else 1.0
+    settings = {name: Sampling(name, steps, guidance_scale=scale) for name in SAMPLERS}
     return {
-        name: _psnr(
-            sample(seeds, labels, sampler=name, **settings), trained.sample(seeds, labels, sampler=name, **settings)
-        )
+        name: _psnr(sample(seeds, labels, settings[name]), trained.sample(seeds, labels, settings[name]))
         for name in tqdm(SAMPLERS, desc="draw", unit="sampler", mininterval=1, dynamic_ncols=True)
     }
 
@@ -204,10 +197,10 @@ def _psnr(first: np.ndarray, second: np.ndarray) -> float:
 def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Engine | None, dict[str, Any]]:
     """Build (or find) the engine and draw with it, where a GPU and the package are there."""
     from models import tensorrt_engine
-    from models.samplers import SeededNoise, denoiser, sample
+    from models.samplers import Sampling, SeededNoise, denoiser, sample
 
     reason = tensorrt_engine.unavailable_because()
-    if trained.conditioning == "text" or trained.autoencoder is not None:
+    if trained.info.conditioning == "text" or trained.autoencoder is not None:
         reason = "engines are built for pixels and labels alone"
     if reason:
         return None, {"built": False, "reason": reason}
@@ -218,13 +211,11 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         print("export: building the TensorRT engine (minutes)", flush=True)
         atomic.write_bytes(path, tensorrt_engine.build(graph))
     engine = tensorrt_engine.Engine(path.read_bytes())
-    alpha_bar = trained.alpha_bar.tolist()
 
-    def draw(seeds: Any, labels: Any, sampler: str, steps: int, guidance_scale: float) -> np.ndarray:
+    def draw(seeds: Any, labels: Any, sampling: Sampling) -> np.ndarray:
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
-        denoise = denoiser(engine.predict, trained.prediction, alpha_bar, condition, null, guidance_scale)
-        noise = SeededNoise(seeds, trained.input_shape)
-        return sample(sampler, denoise, noise, alpha_bar, steps, **trained.sampling)
+        denoise = denoiser(engine.predict, trained.scheduler, sampling, condition, null)
+        return sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
 
     decibel = _drawn_psnr(trained, draw, params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])

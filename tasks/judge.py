@@ -43,13 +43,14 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     with writing_folder(folder) as temporary:
         published = _place_published(temporary, params)  # before hours of training: it may not be there
         trained = replace(_train(train, classes, params, image), **published)
-        info = {**trained.info, **_test(trained, held_out, params), "held_out_images": len(held_out.keys)}
+        info = replace(trained.info, **_test(trained, held_out, params), held_out_images=len(held_out.keys))
         save_judge(temporary, replace(trained, info=info))
 
 
 def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
     """Bring the published networks into `folder`; returns them as arguments of `Judge`."""
-    from models.judges.judge import EXTRACTOR, PRETRAINED_CLIP, best_device, load_published
+    from models.device import best_device
+    from models.judges.judge import EXTRACTOR, PRETRAINED_CLIP, load_published
 
     kind = params.extractor.kind if params.extractor.kind != "in_domain" else None
     if kind:
@@ -64,10 +65,11 @@ def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
+    from models.device import best_device
     from models.judges.classifier import train_classifier
     from models.judges.clip import train_clip
     from models.judges.fit import Recipe
-    from models.judges.judge import Judge, best_device
+    from models.judges.judge import Judge, JudgeInfo
     from models.judges.selfsupervised import train_encoder
 
     device = best_device()
@@ -82,12 +84,12 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
         clip, tokenizer = train_clip(train.pixels, train.captions, clip_recipe)
     if classifier is None and clip is None and params.extractor.kind == "in_domain":
         encoder = train_encoder(train.pixels, recipe)
-    info = {
-        "classes": classes,
-        "prompts": class_prompts(train, len(classes)),
-        "image": {"size": image.resolution, "channels": image.channels},
-        "train_images": len(train.keys),
-    }
+    info = JudgeInfo(
+        classes=classes,
+        prompts=class_prompts(train, len(classes)),
+        image={"size": image.resolution, "channels": image.channels},
+        train_images=len(train.keys),
+    )
     return Judge(info, classifier, clip, tokenizer, encoder, device)
 
 
@@ -102,7 +104,7 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
     if judge.classifier is not None and labelled.any():
         logits = judge.class_logits(held_out.pixels)[labelled]
         found["classifier_accuracy"] = accuracy(logits, held_out.labels[labelled])
-    rows, texts, right, others = caption_choices(held_out, judge.prompts, params.seed)
+    rows, texts, right, others = caption_choices(held_out, judge.info.prompts, params.seed)
     if judge.reads_captions and rows:
         embeds = judge.clip_image_embeds(held_out.pixels)[rows]
         found["clip_accuracy"] = choice_accuracy(embeds, judge.clip_text_embeds(texts), right, others)

@@ -120,7 +120,7 @@ def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: in
     run.module.train()
     while run.step < until:
         if params.full_steps:
-            run.network.train_additions(alone=run.step >= params.full_steps)
+            run.network.train_adapter(train=run.step >= params.full_steps)  # type: ignore[operator]
 
         # batch, loss, backward; in as many parts as the gradient is accumulated over
         torch.manual_seed(seed_for(params.seed, "dropout", run.step, accelerator.process_index))
@@ -298,22 +298,22 @@ def _compared(run: Run, history: list[Row]) -> dict[str, float]:
 
 def _write_pipeline(pipeline: Path, codec: Path, run: Run, index: dict[str, Any], facts: dict[str, Any]) -> None:
     from models.networks.text_unet import adapter, merged
-    from models.pipeline import save_pipeline
+    from models.pipeline import PipelineInfo, save_pipeline
     from models.schedules import betas
 
-    info = {
-        "conditioning": index["conditioning"],
-        "classes": index["classes"] or index["prompts"] or [],
-        "prompts": index["prompts"],
-        "channels": index["image"]["channels"],
-        "size": index["image"]["size"],
-        "latent": [index["channels"], index["size"]] if index["autoencoder"] else None,
-        "timesteps": run.diffusion.timesteps,
-        "schedule": run.diffusion.schedule,
-        "prediction": run.diffusion.prediction,
-        "null_label": len(index["classes"]) if index["conditioning"] == "label" else None,
-        "train_key": facts["train_key"],
-    }
+    info = PipelineInfo(
+        conditioning=index["conditioning"],
+        channels=index["image"]["channels"],
+        size=index["image"]["size"],
+        schedule=run.diffusion.schedule,
+        timesteps=run.diffusion.timesteps,
+        prediction=run.diffusion.prediction,
+        train_key=facts["train_key"],
+        classes=index["classes"] or index["prompts"] or [],
+        null_label=len(index["classes"]) if index["conditioning"] == "label" else None,
+        prompts=index["prompts"],
+        latent=[index["channels"], index["size"]] if index["autoencoder"] else None,
+    )
     frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
     final = frozen | run.averages[run.params.pipeline_ema].state_dict()
     weights, additions = (

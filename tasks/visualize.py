@@ -52,14 +52,15 @@ def visualize(
     guidance, forward and reverse process, the schedules, an animation of the sampling, training curves,
     nearest training images. The page adds the verdicts of `validation`, and the tables and grids of the evaluation.
     """
+    from models.device import best_device
     from models.pipeline import load_pipeline
     from tasks.formats.verdict import require_accepted
     from tasks.pictures.images import load_pixels
 
     require_accepted(accepted)
     integrity.read_described(pipeline, "afterimage.json", "train")
-    model = load_pipeline(pipeline, _device())
-    image = ImageParams.model_validate({"resolution": model.size, "channels": model.channels})
+    model = load_pipeline(pipeline, best_device())
+    image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out = load_pixels(images, "test", image)
     drawn = _draw(model, params)
     tiles = {
@@ -79,10 +80,10 @@ def visualize(
     report = Report(
         title=_title(model),
         facts=_facts(model, params),
-        conditional=model.conditioning != "none",
-        prediction=model.prediction,
+        conditional=model.info.conditioning != "none",
+        prediction=model.info.prediction,
         min_snr_gamma=_min_snr_gamma(training),
-        schedule=model.info["schedule"],
+        schedule=model.info.schedule,
         sampler=report_tables.sampler_name(params.sampler, params.steps),
         animation=animation,
         still=still,
@@ -106,12 +107,6 @@ def visualize(
     print(f"visualize: {page} shows {len(list(figures.iterdir()))} figures, also in {figures}")
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @dataclass
 class Trajectory:
     """Sampler callback that keeps some steps: t, and uint8 [K, C, H, W] of x_t and of the predicted x_0."""
@@ -126,7 +121,7 @@ class Trajectory:
     predicted: list[np.ndarray] = field(default_factory=list)
 
     def __call__(self, i: int, t: int, x: Any, x0: Any) -> None:
-        from models.pipeline import to_uint8
+        from models.pixels import to_uint8
 
         if i in self.kept:
             self.times.append(t)
@@ -148,13 +143,13 @@ def _draw(model: Pipeline, params: VisualizeParams) -> Drawn:
     import numpy as np
     import torch
 
-    from models.pipeline import to_uint8
-    from models.samplers import SeededNoise
+    from models.pixels import to_uint8
+    from models.samplers import Sampling, SeededNoise
 
     columns = range(params.columns)
-    conditional = model.conditioning != "none"
-    labels = [column * len(model.classes) // params.columns for column in columns] if conditional else None
-    names = [model.classes[label] for label in labels] if labels else [""] * params.columns
+    conditional = model.info.conditioning != "none"
+    labels = [column * len(model.info.classes) // params.columns for column in columns] if conditional else None
+    names = [model.info.classes[label] for label in labels] if labels else [""] * params.columns
     scales = params.guidance_scales if conditional else (1.0,) * UNCONDITIONAL_ROWS
     followed = len(scales) // 2 if conditional else 0
     rows = []
@@ -164,20 +159,16 @@ def _draw(model: Pipeline, params: VisualizeParams) -> Drawn:
         for row, scale in enumerate(scales):
             # The same seeds in every row of a conditional model: a column differs by its guidance alone.
             seeds = [params.seed + column + (0 if conditional else row * params.columns) for column in columns]
-            start = torch.from_numpy(SeededNoise(seeds, model.input_shape)()).to(model.device)
+            start = torch.from_numpy(SeededNoise(seeds, model.info.input_shape)()).to(model.device)
             kept = _spread(params.steps, ANIMATION_FRAMES) if row == followed else ()
             path = Trajectory(start, kept, model.decode)
             rows.append(
                 model.sample(
                     seeds,
                     labels,
-                    params.sampler,
-                    params.steps,
-                    scale,
-                    len(seeds),
-                    _both(path, bar.update),
-                    eta=params.eta,
-                    guidance_interval=params.guidance_interval,
+                    Sampling(params.sampler, params.steps, params.eta, scale, params.guidance_interval),
+                    batch_size=len(seeds),
+                    callback=_both(path, bar.update),
                 )
             )
             if row == followed:
@@ -215,17 +206,17 @@ def _noised(model: Pipeline, pixels: np.ndarray, alpha_bar: np.ndarray, times: S
     import numpy as np
     import torch
 
-    from models.pipeline import to_uint8
+    from models.pixels import to_uint8
     from models.samplers import SeededNoise
 
     clean = model.encode(pixels[None])
-    noise = torch.from_numpy(SeededNoise([seed], model.input_shape)()).to(clean.device)
+    noise = torch.from_numpy(SeededNoise([seed], model.info.input_shape)()).to(clean.device)
     steps = [float(np.sqrt(alpha_bar[t])) * clean + float(np.sqrt(1 - alpha_bar[t])) * noise for t in times]
     return np.concatenate([pixels[None], to_uint8(model.decode(torch.cat(steps)).float().cpu().numpy())])
 
 
 def _forward_times(model: Pipeline) -> list[int]:
-    return _spread(model.timesteps, STRIP_COLUMNS)[1:]
+    return _spread(model.info.timesteps, STRIP_COLUMNS)[1:]
 
 
 def _forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
@@ -249,8 +240,8 @@ def _forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles
 
     times, index = _forward_times(model), _choose(held_out, FORWARD_ROWS)[-1]
     names = list(schedules.SCHEDULES)
-    own = model.info["schedule"]
-    betas = [model.betas if name == own else schedules.betas(name, model.timesteps) for name in names]
+    own = model.info.schedule
+    betas = [model.betas if name == own else schedules.betas(name, model.info.timesteps) for name in names]
     levels = [schedules.alpha_bar(beta) for beta in betas]
     strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
     columns = ["image", *(f"t = {t}" for t in times)]
@@ -258,7 +249,7 @@ def _forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles
 
 
 def _class_name(model: Pipeline, label: int) -> str:
-    return model.classes[label] if 0 <= label < len(model.classes) else ""
+    return model.info.classes[label] if 0 <= label < len(model.info.classes) else ""
 
 
 def _reverse(trajectory: Trajectory, names: Sequence[str]) -> Tiles:
@@ -325,11 +316,11 @@ def _charts(model: Pipeline, training: Path) -> dict[str, Any]:
 
     curves = {}
     for name in noise.SCHEDULES:
-        betas = model.betas if name == model.info["schedule"] else noise.betas(name, model.timesteps)
+        betas = model.betas if name == model.info.schedule else noise.betas(name, model.info.timesteps)
         alpha_bar = noise.alpha_bar(betas)
         curves[name] = {"beta": betas, "alpha_bar": alpha_bar, "log_snr": noise.log_snr(alpha_bar)}
     return {
-        "schedules": charts.schedules(curves, model.info["schedule"]),
+        "schedules": charts.schedules(curves, model.info.schedule),
         "training": charts.training(pd.read_csv(training / "history.csv")),
     }
 
@@ -372,21 +363,21 @@ def _frames(trajectory: Trajectory, names: Sequence[str]) -> list[Any]:
 
 
 def _title(model: Pipeline) -> str:
-    kinds = {"none": "unconditional", "label": f"{len(model.classes)} classes", "text": "drawn from text"}
-    kind = kinds[model.conditioning]
-    colour = "grey" if model.channels == 1 else "colour"
-    return f"A diffusion model of {model.size} × {model.size} {colour} images, {kind}"
+    kinds = {"none": "unconditional", "label": f"{len(model.info.classes)} classes", "text": "drawn from text"}
+    kind = kinds[model.info.conditioning]
+    colour = "grey" if model.info.channels == 1 else "colour"
+    return f"A diffusion model of {model.info.size} × {model.info.size} {colour} images, {kind}"
 
 
 def _facts(model: Pipeline, params: VisualizeParams) -> list[tuple[str, str]]:
     weights = sum(parameter.numel() for parameter in model.unet.parameters())
     return [
         ("Network", f"U-Net, {weights / 1e6:.2f} M weights"),
-        ("Images", f"{model.size} × {model.size}, {'grey' if model.channels == 1 else 'RGB'}"),
-        *([("Drawn as", f"latents, {' × '.join(map(str, model.input_shape))}")] if model.autoencoder else []),
-        ("Condition", model.conditioning),
-        ("Schedule", f"{model.info['schedule']}, T = {model.timesteps}"),
-        ("Prediction", {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}[model.prediction]),
+        ("Images", f"{model.info.size} × {model.info.size}, {'grey' if model.info.channels == 1 else 'RGB'}"),
+        *([("Drawn as", f"latents, {' × '.join(map(str, model.info.input_shape))}")] if model.autoencoder else []),
+        ("Condition", model.info.conditioning),
+        ("Schedule", f"{model.info.schedule}, T = {model.info.timesteps}"),
+        ("Prediction", {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}[model.info.prediction]),
         ("Drawn with", report_tables.sampler_name(params.sampler, params.steps)),
     ]
 
@@ -409,7 +400,7 @@ def _progress(samples: Path) -> list[Picture]:
 
 def _provenance(model: Pipeline, measured: Measurements) -> list[tuple[str, str]]:
     """What identifies the weights and the measurement: no dates, so the page's bytes depend on its inputs alone."""
-    return [("Training key", model.info["train_key"]), ("Fingerprint of the measurement", measured.fingerprint)]
+    return [("Training key", model.info.train_key), ("Fingerprint of the measurement", measured.fingerprint)]
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def now() -> tuple[float, float]:
 def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
     from infra.bench import peer
     from models.networks.unet import UNet
-    from models.pipeline import save_pipeline
+    from models.pipeline import PipelineInfo, save_pipeline
     from models.schedules import betas
     from tasks.runtime.atomic import writing_folder
 
@@ -179,14 +179,17 @@ def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
     named = (own.schedule, own.timesteps, own.zero_terminal_snr)
     schedule = named if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS, False)
     conditional = run.config.conditions > 0
-    info = {
-        "conditioning": "label" if conditional else "none",
-        "classes": [str(number) for number in range(run.config.conditions - 1)],
-        "channels": run.config.channels,
-        "size": run.config.size,
-        "prediction": own.prediction if side == "ours" else peer.PREDICTION,
-        "null_label": run.config.conditions - 1 if conditional else None,
-    }
+    info = PipelineInfo(
+        conditioning="label" if conditional else "none",
+        channels=run.config.channels,
+        size=run.config.size,
+        schedule=schedule[0],
+        timesteps=schedule[1],
+        prediction=own.prediction if side == "ours" else peer.PREDICTION,
+        train_key="",
+        classes=[str(number) for number in range(run.config.conditions - 1)],
+        null_label=run.config.conditions - 1 if conditional else None,
+    )
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
         save_pipeline(temporary, UNet(run.config), weights, betas(*schedule), info)

@@ -254,7 +254,7 @@ class EncodedOnline:
         self.autoencoder, self.pixels, self.count = encoders.autoencoder, pixels, own.count
         self.captions = latents.as_tensor(own.captions).to(encoders.device)
         columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}  # type: ignore[attr-defined]
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         from models.networks.autoencoder import encode

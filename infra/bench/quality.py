@@ -62,7 +62,8 @@ class Scale:
     """Measures pipelines against one data set: always the same seeds, and real training images for the floor."""
 
     def __init__(self, inputs: Inputs, params: Params, measure: Measure) -> None:
-        from models.judges.judge import best_device, load_judge
+        from models.device import best_device
+        from models.judges.judge import load_judge
         from tasks.pictures.images import load_pixels
 
         self.how = measure
@@ -78,17 +79,18 @@ class Scale:
 
     def distance_by(self, pipeline: Path, sampler: str, steps: int) -> tuple[float, float]:
         """Distance of one sampler's images, and the seconds that drawing one of them took."""
-        from models.pipeline import load_pipeline, to_uint8
+        from models.pipeline import load_pipeline
+        from models.pixels import to_uint8
+        from models.samplers import Sampling
 
         model, count = load_pipeline(pipeline, self.device), self.how.samples
-        labels = [i % len(model.classes) for i in range(count)] if model.conditioning == "label" else None
+        labels = [i % len(model.info.classes) for i in range(count)] if model.info.conditioning == "label" else None
         with tqdm(total=count * steps, desc=f"draw: {sampler}", unit="step", mininterval=1, leave=False) as bar:
             began = time.perf_counter()
             images = model.sample(
                 range(FIRST_SEED, FIRST_SEED + count),
                 labels,
-                sampler,
-                steps,
+                Sampling(sampler, steps),
                 callback=lambda i, t, x, x0: bar.update(len(x)),
             )
             seconds = time.perf_counter() - began

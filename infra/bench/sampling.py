@@ -40,7 +40,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     params = parameters(PRESET, None, *plan.overrides)
     inputs = prepare(plan.work, params, judge=True)
     folder = plan.pipeline or _trained(plan, params, inputs)
-    timesteps = load_pipeline(folder).timesteps
+    timesteps = load_pipeline(folder).info.timesteps
     scale = Scale(inputs, params, Measure(plan.samples, 0, ()))
     scale.distance_by(folder, "ddim", 1)  # kernels are chosen, memory is there
     with Piecewise(plan.work / "pieces") as kept:

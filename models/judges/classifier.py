@@ -1,4 +1,7 @@
-"""A small residual network: images -> features -> class logits. It measures; it never draws."""
+"""The judge's classifier, a small residual network: images -> features -> class logits.
+
+Also here: the backbone that the judge's other networks share, augmentation, and batched application.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from torch.nn import functional as F
 
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.judges.fit import Recipe, fit, seeded
+from models.pixels import from_uint8
 
-# Features spread less unevenly than without, so distances depend less on single images.
-LABEL_SMOOTHING = 0.1
+LABEL_SMOOTHING = 0.1  # spreads the features more evenly, so that distances depend less on single images
 APPLY_BATCH, APPLY_VALUES = 500, 1 << 24
-"""Images that are looked at together, at most, and the numbers that they consist of."""
+"""Most images in one batch of `apply`, and most values in it."""
 
 
 class Backbone(nn.Module):
-    """Images, float [B, channels, size, size] in [-1, 1] -> features, float [B, features], not negative.
+    """Images, float [B, channels, size, size] in [-1, 1] -> non-negative features, float [B, features].
 
-    The first convolution brings images above `MAX_RESOLUTION` down to it; then each stage halves the resolution,
-    until it is at most 4, and doubles the width, up to `MAX_FEATURES`.
+    The stride of the first convolution reduces larger images to `MAX_RESOLUTION`; each stage then halves the
+    resolution, down to 4 or less, and doubles the width, up to `MAX_FEATURES`.
     """
 
     def __init__(self, channels: int, size: int, width: int = FIRST_WIDTH) -> None:
@@ -70,14 +73,14 @@ def _convolution(inward: int, outward: int, stride: int = 1) -> nn.Sequential:
 
 
 def to_input(pixels: np.ndarray, device: str = "cpu") -> Tensor:
-    """uint8 [N, C, H, W] -> float32 tensor of the same shape in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float().div(127.5).sub(1)
+    """Convert uint8 [N, C, H, W] to a float32 tensor of the same shape in [-1, 1]."""
+    return from_uint8(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
 
 
 def shift_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """Move each image by up to a sixteenth of its side, repeating the edge; with `flip`, mirror half of them.
+    """Shift each image by up to a sixteenth of its side with replicated edges; with `flip`, flip half of them.
 
-    images: float [B, C, H, W]; returns the same shape.
+    images: float [B, C, S, S]. Returns the same shape.
     """
     count, _, side, _ = images.shape
     reach = max(1, side // 16)
@@ -92,19 +95,18 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Te
 
 
 def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recipe: Recipe) -> Classifier:
-    """Train on those of uint8 images [N, C, S, S] whose int64 labels [N] are in [0, classes) and not -1.
+    """Train on uint8 images [N, C, S, S] with int64 labels [N]; images of label -1 are ignored.
 
-    Returns it in evaluation mode.
+    Returns the network in evaluation mode.
     """
     network = seeded(lambda: Classifier(pixels.shape[1], pixels.shape[2], classes), recipe.seed).to(recipe.device)
-
     labelled = np.flatnonzero(labels >= 0)
 
-    def loss(some: np.ndarray, generator: torch.Generator) -> Tensor:
-        rows = labelled[some]
+    def loss(batch: np.ndarray, generator: torch.Generator) -> Tensor:
+        rows = labelled[batch]
         images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
-        wanted = torch.from_numpy(labels[rows]).to(recipe.device)
-        return F.cross_entropy(network(images), wanted, label_smoothing=LABEL_SMOOTHING)
+        target = torch.from_numpy(labels[rows]).to(recipe.device)
+        return F.cross_entropy(network(images), target, label_smoothing=LABEL_SMOOTHING)
 
     fit(network, loss, len(labelled), recipe)
     return network
@@ -112,8 +114,10 @@ def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recip
 
 @torch.inference_mode()
 def apply(function: Callable[[Tensor], Tensor], pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """`function` of images in [-1, 1] (a network in evaluation mode), batch by batch over uint8 images
-    [N, C, H, W], N >= 1. Returns float32 [N, D]."""
+    """Apply a network in evaluation mode to uint8 images [N, C, H, W], N >= 1, in batches; returns float32 [N, D].
+
+    `function` receives float32 images in [-1, 1].
+    """
     size = apply_batch(pixels)
     return np.concatenate(
         [
@@ -124,5 +128,5 @@ def apply(function: Callable[[Tensor], Tensor], pixels: np.ndarray, device: str 
 
 
 def apply_batch(pixels: np.ndarray) -> int:
-    """How many of the images [N, C, H, W] are looked at together: fewer of large ones."""
+    """Return the batch size of `apply` for images [N, C, H, W]; large images get smaller batches."""
     return max(1, min(APPLY_BATCH, APPLY_VALUES // math.prod(pixels.shape[1:])))

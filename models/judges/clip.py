@@ -1,6 +1,9 @@
-"""A small CLIP (Radford et al. 2021) that scores how well a picture fits a caption. It measures; it never draws.
+"""The judge's CLIP (Radford et al. 2021), a small one that scores how well an image matches a caption.
 
-Legend: B images, U different captions, L tokens of a caption, E dimensions of the shared space.
+It is trained on the data set and never conditions a model. tokenizers is imported where it is used, because stages that
+have no captions load this file.
+
+Legend: B images, U distinct captions, L tokens of a caption, E dimensions of the shared embedding space.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class TextTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Two towers into one space of dimension `EMBED`; embeddings have length 1."""
+    """An image tower and a text tower with a shared space of `EMBED` dimensions; embeddings have unit length."""
 
     def __init__(self, channels: int, size: int, words: int) -> None:
         super().__init__()
@@ -58,23 +61,24 @@ class Clip(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W] in [-1, 1] -> [B, E] of length 1."""
+        """Embed images, float [B, C, H, W] in [-1, 1], as unit vectors [B, E]."""
         return F.normalize(self.image_projection(self.image(images)), dim=-1)
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """int64 [U, L] -> [U, E] of length 1."""
+        """Embed token ids, int64 [U, L], as unit vectors [U, E]."""
         return F.normalize(self.text_projection(self.text(ids)), dim=-1)
 
     def logits(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Scaled cosine similarities [B, U]."""
+        """Return the scaled cosine similarities [B, U] of images and captions."""
         scale = self.log_scale.exp().clamp(max=MAX_SCALE)
         return scale * self.embed_images(images) @ self.embed_text(ids).T
 
 
 def make_tokenizer(captions: Sequence[str]) -> Tokenizer:
-    """A word-level tokenizer (lower case, split at spaces and punctuation) with the most frequent words of `captions`.
+    """Build a word-level tokenizer of the most frequent words of `captions`.
 
-    Frames each text in `[BOS]` and `[EOS]`, cuts it at `MAX_TOKENS`; `[PAD]` has the id 0.
+    It converts text to lower case, splits it at spaces and punctuation, adds `[BOS]` and `[EOS]`, and truncates it to
+    `MAX_TOKENS`. `[PAD]` has the id 0.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -97,7 +101,7 @@ def make_tokenizer(captions: Sequence[str]) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
-    """Captions -> ids, int64 [U, L], padded with 0 to the longest."""
+    """Tokenise captions to int64 [U, L], padded with 0 to the longest one."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(captions))]
     ids = np.zeros((len(encoded), max(map(len, encoded))), np.int64)
     for row, tokens in zip(ids, encoded, strict=True):
@@ -106,7 +110,7 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
 
 
 def own_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The different captions in alphabetical order, and int64 [N, most] of each image's indices, padded with -1."""
+    """Return the distinct captions, sorted, and the indices of each image's captions, int64 [N, K], padded with -1."""
     distinct = sorted({text for texts in captions for text in texts})
     index = {text: number for number, text in enumerate(distinct)}
     own = np.full((len(captions), max(map(len, captions))), -1, np.int64)
@@ -116,19 +120,19 @@ def own_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarr
 
 
 def contrastive_loss(logits: Tensor, matches: Tensor) -> Tensor:
-    """Cross entropy in both directions, with every caption that fits an image as a right answer.
+    """Return the symmetric cross entropy with several correct captions per image, a scalar.
 
-    logits: [B, U]; matches: bool [B, U], at least one in each row and column. With one match each this is
-    CLIP's loss (figure 3 there); several are needed because images share captions.
+    logits: [B, U]; matches: bool [B, U], at least one true value in each row and column. With one match in each it is
+    CLIP's loss (Radford et al. 2021, figure 3); images that share captions have several.
     """
-    right = matches.float()
-    to_text = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
-    to_image = F.cross_entropy(logits.T, (right / right.sum(0)).T)
+    target = matches.float()
+    to_text = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, (target / target.sum(0)).T)
     return (to_text + to_image) / 2
 
 
 def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Recipe) -> tuple[Clip, Tokenizer]:
-    """Train on those of uint8 images [N, C, S, S] that have captions. Returns the model in evaluation mode."""
+    """Train on the uint8 images [N, C, S, S] that have captions; returns the model in evaluation mode."""
     distinct, own = own_captions(captions)
     tokenizer = make_tokenizer(distinct)
     ids = tokenize(tokenizer, distinct)
@@ -137,8 +141,8 @@ def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Re
     counts = torch.from_numpy((own >= 0).sum(1))
     captioned = counts.numpy().nonzero()[0]
 
-    def loss(some: np.ndarray, generator: torch.Generator) -> Tensor:
-        rows = captioned[some]
+    def loss(batch: np.ndarray, generator: torch.Generator) -> Tensor:
+        rows = captioned[batch]
         images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
         choice = (torch.rand(len(rows), generator=generator) * counts[rows]).long().numpy()
         drawn = np.unique(own[rows, choice])
@@ -151,10 +155,10 @@ def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Re
 
 
 def choice_accuracy(images: np.ndarray, texts: np.ndarray, right: np.ndarray, others: np.ndarray) -> float:
-    """Share of images whose right caption is closer than all wrong ones that are offered beside it.
+    """Return the accuracy of choosing each image's caption among K by cosine similarity.
 
-    images: [N, E], texts: [U, E] of length 1; right: int64 [N]; others: int64 [N, K - 1], indices into texts.
+    images: [N, E] and texts: [U, E], unit vectors; right: int64 [N] and others: int64 [N, K - 1], indices into texts.
     """
-    offered = np.concatenate([right[:, None], others], axis=1)
-    similarity = np.einsum("ne,nke->nk", images, texts[offered])
+    choices = np.concatenate([right[:, None], others], axis=1)
+    similarity = np.einsum("ne,nke->nk", images, texts[choices])
     return float((similarity[:, 1:].max(1) < similarity[:, 0]).mean())

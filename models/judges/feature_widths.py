@@ -8,8 +8,10 @@ INCEPTION = 2048
 
 
 def stage_widths(resolution: int, width: int = FIRST_WIDTH) -> list[int]:
-    """Width of each stage of `models.judges.classifier.Backbone`: doubled whenever the resolution is halved, until
-    it is at most 4. The last is the number of features."""
+    """Width of each stage of `models.judges.classifier.Backbone`; the last one is the number of features.
+
+    The width is doubled whenever the resolution is halved, until the resolution is at most 4.
+    """
     side, widths = resolution // max(1, resolution // MAX_RESOLUTION), [width]
     while side > 4:
         side //= 2

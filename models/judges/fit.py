@@ -1,48 +1,43 @@
-"""The training loop of the small networks that measure: the same seed gives the same weights on a CPU."""
+"""The training loop of the judge's and the codec's networks: on a CPU the same seed gives the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 Progress: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the range of steps, as `tqdm` does."""
 
-
 PEAK_LEARNING_RATE = 3e-3
 WARM_UP = 0.2
-"""Share of the steps in which the learning rate rises; then it falls to zero."""
+"""Fraction of the steps with linear warm-up of the learning rate; linear decay to zero follows."""
 WEIGHT_DECAY = 0.02
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, on what and from which seed a network is trained."""
+    """Hyperparameters of `fit`."""
 
     steps: int
     batch_size: int = 64
     seed: int = 0
     flip: bool = False
-    """Mirror half of the images at random."""
+    """Flip half of the images horizontally, at random."""
     device: str = "cpu"
     progress: Progress = iter
     learning_rate: float = PEAK_LEARNING_RATE
-    """At its peak."""
+    """Peak of the schedule."""
 
 
 Network = TypeVar("Network", bound="torch.nn.Module")
 
 
 def seeded(build: Callable[[], Network], seed: int) -> Network:
-    """`build()` with first weights that depend on `seed` alone; torch's own random state is left as it was."""
-    import torch
-
+    """Return `build()` with initial weights that depend on `seed` alone; torch's global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -54,19 +49,17 @@ def fit(
     count: int,
     recipe: Recipe,
 ) -> None:
-    """Train `network` in place with AdamW and one linear rise and fall of the learning rate.
+    """Train `network` in place with AdamW, linear warm-up and linear decay; it ends in evaluation mode.
 
-    `loss(rows, generator)` gets the int64 indices [B] of a batch out of `count` and a generator for its
-    random choices, and returns a scalar. Every epoch is a new permutation. Leaves the network in evaluation mode.
+    `loss(rows, generator)` receives the int64 indices [B] of a batch out of `count` samples and a generator for random
+    augmentation, and returns a scalar. Each epoch is a new permutation.
     """
-    import torch
-
     network.train()
     steps = recipe.steps
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    rise = max(1, round(WARM_UP * steps))
+    warmup = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     generator = torch.Generator().manual_seed(recipe.seed)
     order = _rows(count, recipe.batch_size, np.random.default_rng(recipe.seed))
@@ -80,7 +73,7 @@ def fit(
 
 
 def _rows(count: int, batch_size: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches of indices for ever, each epoch shuffled anew; the last incomplete batch is left out."""
+    """Yield batches of indices without end; each epoch is shuffled, and its incomplete last batch is dropped."""
     size = min(batch_size, count)
     while True:
         order = random.permutation(count)

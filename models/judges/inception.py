@@ -1,9 +1,9 @@
-"""The network whose features the published FID compares: Inception v3 as TensorFlow released it on 2015-12-05.
+"""Inception v3 as TensorFlow released it on 2015-12-05, the feature extractor of the published FID.
 
-Szegedy et al. 2016, "Rethinking the Inception Architecture"; Heusel et al. 2017 for its use. It differs from the
-Inception v3 of today's libraries in 1,008 classes, in averages that leave the padding out, and in the last block,
-whose pooling branch takes the maximum. The names of the weights are those of the file
-`pt_inception-2015-12-05-6726825d.pth` (also `weights-inception-2015-12-05-6726825d.pth`), which holds it for PyTorch.
+Szegedy et al. 2016, "Rethinking the Inception Architecture"; Heusel et al. 2017 for FID. It differs from the Inception
+v3 of current libraries in its 1,008 classes, in average pooling that excludes the padding, and in the last block,
+whose pooling branch takes the maximum. Weights have the names of the PyTorch file
+`pt_inception-2015-12-05-6726825d.pth` (also published as `weights-inception-2015-12-05-6726825d.pth`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BATCH = 32
 
 
 class Convolution(nn.Module):
-    """Convolution without bias, normalisation, ReLU."""
+    """Convolution without bias, batch normalisation, ReLU."""
 
     def __init__(
         self, inward: int, outward: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padding: int = -1
-    ):
+    ) -> None:
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        reach = tuple(side // 2 for side in sides) if padding < 0 else (padding, padding)
+        reach = (sides[0] // 2, sides[1] // 2) if padding < 0 else (padding, padding)
         self.conv = nn.Conv2d(inward, outward, sides, stride, reach, bias=False)
         self.bn = nn.BatchNorm2d(outward, eps=0.001)
 
@@ -40,7 +40,7 @@ def _average(x: Tensor) -> Tensor:
 
 
 class BlockA(nn.Module):
-    """35 x 35: 1x1, 5x5, two 3x3, and the average (figure 5)."""
+    """35 x 35: branches of 1x1, 5x5, two 3x3, and average pooling (Szegedy et al. 2016, figure 5)."""
 
     def __init__(self, inward: int, pooled: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17: 7x7 convolutions as 1x7 and 7x1 (figure 6)."""
+    """17 x 17: 7x7 convolutions factorised into 1x7 and 7x1 (figure 6)."""
 
     def __init__(self, inward: int, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8: 3x3 convolutions side by side as 1x3 and 3x1 (figure 7); `largest` pools the maximum."""
+    """8 x 8: parallel 1x3 and 3x1 convolutions (figure 7); `largest` selects max pooling over average pooling."""
 
     def __init__(self, inward: int, largest: bool) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images, float [B, 3, 299, 299] in about [-1, 1] -> features, float [B, 2048]; `fc` makes logits of them."""
+    """Images, float [B, 3, 299, 299], about [-1, 1] -> features, float [B, 2048]; `fc` maps them to logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,10 +154,10 @@ class Inception(nn.Module):
 
 
 def to_input(pixels: Tensor) -> Tensor:
-    """uint8 [N, 1 or 3, S, S] -> float32 [N, 3, 299, 299] in about [-1, 1], as the original graph does.
+    """Preprocess uint8 [N, 1 or 3, S, S] as the original graph does: float32 [N, 3, 299, 299], about [-1, 1].
 
-    Resized bilinearly without antialiasing and from corner to corner, sample i at i S / 299, and scaled by
-    (x - 128) / 128: another resize alone moves the distance by several points.
+    Bilinear interpolation without antialiasing, sample i at i S / 299, then (x - 128) / 128. Another resampling alone
+    changes the FID by several points.
     """
     images = pixels.float().expand(-1, 3, -1, -1)
     for axis in (2, 3):
@@ -166,20 +166,20 @@ def to_input(pixels: Tensor) -> Tensor:
 
 
 def _stretched(images: Tensor, axis: int) -> Tensor:
-    """Linear interpolation to `SIDE` samples along one axis."""
+    """Interpolate linearly to `SIDE` samples along one axis."""
     side = images.shape[axis]
-    place = torch.arange(SIDE, device=images.device, dtype=torch.float32) * (side / SIDE)
-    low = place.long().clamp(max=side - 1)
+    position = torch.arange(SIDE, device=images.device, dtype=torch.float32) * (side / SIDE)
+    low = position.long().clamp(max=side - 1)
     shape = [1] * images.ndim
     shape[axis] = SIDE
-    weight = (place - low).view(shape)
+    weight = (position - low).view(shape)
     lower, upper = (images.index_select(axis, index) for index in (low, (low + 1).clamp(max=side - 1)))
     return lower + (upper - lower) * weight
 
 
 @torch.inference_mode()
 def extract(network: Inception, pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """uint8 images [N, 1 or 3, S, S] -> features float32 [N, 2048]."""
+    """Extract features, float32 [N, 2048], from uint8 images [N, 1 or 3, S, S]."""
     features = []
     for start in range(0, len(pixels), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BATCH])).to(device)

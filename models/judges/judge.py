@@ -1,64 +1,100 @@
-"""What measures, on disk and in memory: a feature extractor, a classifier where there are labels, a CLIP where
-there are captions.
+"""The judge on disk and in memory: feature extractor, classifier (with labels) and CLIP (with captions).
 
-    outputs/judge/judge.json                  what is there, and how good it is on held-out images
-    outputs/judge/{classifier,clip,self_supervised}.safetensors
-    outputs/judge/tokenizer.json              of the CLIP
-    outputs/judge/{extractor,pretrained_clip}/  published networks in their place, where those were asked for
+outputs/judge/judge.json                    `JudgeInfo`: what there is, and its accuracy on held-out images
+outputs/judge/{classifier,clip,self_supervised}.safetensors
+outputs/judge/tokenizer.json                tokenizer of the CLIP
+outputs/judge/{extractor,pretrained_clip}/  published networks that replace them, if any
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.hashing import files_sha256, folder_sha256
+from models.json_files import Description, JsonObject
+from models.judges.classifier import Classifier, apply
+from models.judges.clip import Clip, tokenize
+from models.judges.pretrained import load_clip, load_extractor
+from models.judges.selfsupervised import Encoder
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
-    from models.judges.classifier import Backbone, Classifier
-    from models.judges.clip import Clip
+    from models.judges.classifier import Backbone
     from models.judges.pretrained import Extractor, PretrainedClip
-    from models.judges.selfsupervised import Encoder
 
-FORMAT = 1
 EXTRACTOR, PRETRAINED_CLIP = "extractor", "pretrained_clip"
 """Folders of published networks."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class JudgeInfo(Description):
+    """`judge.json`."""
+
+    FORMAT = 1
+    REMEDY = "train the judge again"
+
+    classes: list[str]
+    prompts: list[str] | None
+    """The caption of each class, if captions follow from the class."""
+    image: dict[str, int]
+    """`channels` and `size` (height and width in pixels) of the images."""
+    train_images: int
+    held_out_images: int = 0
+    features: str = ""
+    """See `Judge.kind`; set by `save_judge`, as are the next three."""
+    feature_dim: int = 0
+    extractor: str | None = None
+    """Name of the published feature extractor, if any."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each network's files, by which a measurement names its judge."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Relative path -> SHA-256 of every other file of the folder; set by `save_judge`."""
+    classifier_accuracy: float | None = None
+    """Accuracies on held-out images; None for a network that the judge does not have."""
+    clip_accuracy: float | None = None
+    clip_choices: int | None = None
+    """Captions among which `clip_accuracy` chooses."""
+    self_supervised_accuracy: float | None = None
+
+    def to_json(self) -> JsonObject:
+        """Return the content of the file, without the accuracies that were not measured."""
+        measured = {"classifier_accuracy", "clip_accuracy", "clip_choices", "self_supervised_accuracy"}
+        return {key: value for key, value in super().to_json().items() if value is not None or key not in measured}
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Networks in evaluation mode; `info` is `judge.json`. Images are uint8 [N, C, S, S] of `info["image"]`."""
+    """Networks in evaluation mode. Images are uint8 [N, C, S, S] of the shape `info.image`."""
 
-    info: dict[str, Any]
+    info: JudgeInfo
     classifier: Classifier | None = None
     clip: Clip | None = None
     tokenizer: Tokenizer | None = None
     encoder: Encoder | None = None
     device: str = "cpu"
     extractor: Extractor | None = None
-    """Published, in the place of the networks trained here."""
+    """Published; replaces the networks trained here as feature extractor."""
     pretrained_clip: PretrainedClip | None = None
-    """Published, in the place of `clip`."""
-
-    @property
-    def classes(self) -> list[str]:
-        return self.info["classes"]
-
-    @property
-    def prompts(self) -> list[str] | None:
-        """One caption per class, where the captions follow from the class."""
-        return self.info["prompts"]
+    """Published; replaces `clip`."""
 
     @property
     def kind(self) -> str:
-        """What extracts the features: "classifier", "clip" or "self_supervised", which are trained here, or
-        "pretrained inception", "pretrained clip" or "pretrained dinov2"."""
+        """The feature extractor.
+
+        "classifier", "clip" or "self_supervised" were trained here; "pretrained inception", "pretrained clip" and
+        "pretrained dinov2" are published.
+        """
         if self.extractor is not None:
             return f"pretrained {self.extractor.name}"
         return "classifier" if self.classifier else "clip" if self.clip else "self_supervised"
@@ -70,12 +106,12 @@ class Judge:
 
     @property
     def reads_captions(self) -> bool:
-        """Whether there is a CLIP of either kind."""
+        """Whether there is a CLIP, trained here or published."""
         return self.clip is not None or self.pretrained_clip is not None
 
     @property
     def backbone(self) -> Backbone:
-        """The extractor: of the classifier, without one the CLIP's image tower, else the self-supervised encoder's."""
+        """The feature extractor trained here: of the classifier, else of the CLIP, else of the SimCLR encoder."""
         if self.classifier is not None:
             return self.classifier.backbone
         if self.clip is not None:
@@ -85,31 +121,39 @@ class Judge:
         raise ValueError("this judge has no network to extract features with")
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [N, D], what the distances compare."""
+        """Extract features for the distances, float32 [N, D]."""
         if self.extractor is not None:
             return self.extractor.features(pixels)
         return self._apply(self.backbone, pixels)
 
     def class_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [N, classes]. Raises ValueError where no classifier was trained."""
+        """Classify images: logits, float32 [N, classes].
+
+        Raises:
+            ValueError: without a classifier.
+        """
         if self.classifier is None:
             raise ValueError("this judge has no classifier: its data had no labels")
         return self._apply(self.classifier, pixels)
 
     def clip_image_embeds(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 images -> float32 [N, E] of length 1. Raises ValueError where there is no CLIP."""
+        """Embed images as unit vectors, float32 [N, E].
+
+        Raises:
+            ValueError: without a CLIP.
+        """
         if self.pretrained_clip is not None:
             return self.pretrained_clip.embed_images(pixels)
         return self._apply(self._clip().embed_images, pixels)
 
     def clip_text_embeds(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions -> float32 [N, E] of length 1. Raises ValueError where there is no CLIP."""
+        """Embed captions as unit vectors, float32 [N, E].
+
+        Raises:
+            ValueError: without a CLIP.
+        """
         if self.pretrained_clip is not None:
             return self.pretrained_clip.embed_texts(captions)
-        import torch
-
-        from models.judges.clip import tokenize
-
         clip = self._clip()
         assert self.tokenizer is not None, "a CLIP comes with its tokenizer"
         with torch.inference_mode():
@@ -121,28 +165,16 @@ class Judge:
             raise ValueError("this judge has no CLIP: its data had no captions")
         return self.clip
 
-    def _apply(self, function: Any, pixels: np.ndarray) -> np.ndarray:
-        from models.judges.classifier import apply
-
+    def _apply(self, function: Callable[[Tensor], Tensor], pixels: np.ndarray) -> np.ndarray:
         return apply(function, pixels, self.device)
 
 
-def best_device() -> str:
-    """Where the judge computes: on the GPU where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def save_judge(folder: Path, judge: Judge) -> None:
-    """Write into an existing `folder` that holds nothing but the folders of published networks; the caller makes it
-    appear atomically.
+    """Write the judge into an existing `folder`, which holds at most the folders of published networks.
 
-    Adds to `judge.json` what extracts the features, their dimension, the sha256 of each network's files by which a
-    measurement names its judge, and that of each file by which a damaged one is found.
+    Sets the fields of `judge.json` that describe the feature extractor, the hash of each network, and the SHA-256 of
+    each file. The caller makes the folder appear atomically.
     """
-    from safetensors.torch import save_file
-
     networks = {"classifier": judge.classifier, "clip": judge.clip, "self_supervised": judge.encoder}
     hashes = {}
     if judge.tokenizer is not None:
@@ -157,66 +189,46 @@ def save_judge(folder: Path, judge: Judge) -> None:
             hashes[name] = content.hexdigest()
     for name in (EXTRACTOR, PRETRAINED_CLIP):
         if (folder / name).is_dir():
-            hashes[name] = _content(folder / name)
-    info = {
-        **judge.info,
-        "format": FORMAT,
-        "features": judge.kind,
-        "feature_dim": judge.dimensions,
-        "extractor": judge.extractor.name if judge.extractor else None,
-        "hashes": hashes,
-        "files": {
-            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        },
-    }
-    (folder / "judge.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _content(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files."""
-    content = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        content.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return content.hexdigest()
+            hashes[name] = folder_sha256(folder / name)
+    extractor = judge.extractor.name if judge.extractor else None
+    info = replace(judge.info, features=judge.kind, feature_dim=judge.dimensions, extractor=extractor, hashes=hashes)
+    replace(info, files=files_sha256(folder)).write(folder / "judge.json")
 
 
 def load_judge(folder: Path, device: str = "cpu") -> Judge:
-    """Read what `save_judge` wrote. Raises FileNotFoundError when it is not one, ValueError for another format."""
-    from tokenizers import Tokenizer
+    """Load what `save_judge` wrote.
 
-    from models.judges.classifier import Classifier
-    from models.judges.clip import Clip
-    from models.judges.selfsupervised import Encoder
-
-    info = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
-    if info["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {info['format']}, this version reads {FORMAT}; train the judge again")
-    channels, size, names = info["image"]["channels"], info["image"]["size"], info["hashes"]
+    Raises:
+        FileNotFoundError: if there is no judge.
+        ValueError: for another format, or a published network of another kind; in one sentence.
+    """
+    info = JudgeInfo.read(folder / "judge.json")
+    channels, size = info.image["channels"], info.image["size"]
     classifier = clip = tokenizer = encoder = None
-    if "classifier" in names:
-        classifier = _load(Classifier(channels, size, len(info["classes"])), folder / "classifier.safetensors", device)
-    if "clip" in names:
+    if "classifier" in info.hashes:
+        classifier = _load(Classifier(channels, size, len(info.classes)), folder / "classifier.safetensors", device)
+    if "clip" in info.hashes:
+        from tokenizers import Tokenizer
+
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         clip = _load(Clip(channels, size, tokenizer.get_vocab_size()), folder / "clip.safetensors", device)
-    if "self_supervised" in names:
+    if "self_supervised" in info.hashes:
         encoder = _load(Encoder(channels, size), folder / "self_supervised.safetensors", device)
-    return Judge(info, classifier, clip, tokenizer, encoder, device, *load_published(folder, info["extractor"], device))
+    return Judge(info, classifier, clip, tokenizer, encoder, device, *load_published(folder, info.extractor, device))
 
 
 def load_published(folder: Path, extractor: str | None, device: str) -> tuple[Extractor | None, PretrainedClip | None]:
-    """The published networks of a judge's folder. Raises ValueError in one sentence where one is another network."""
-    from models.judges.pretrained import load_clip, load_extractor
+    """Load the published networks in a judge's folder.
 
+    Raises:
+        ValueError: if one is a network of another kind, in one sentence.
+    """
     return (
         load_extractor(extractor, folder / EXTRACTOR, device) if extractor else None,
         load_clip(folder / PRETRAINED_CLIP, device) if (folder / PRETRAINED_CLIP).is_dir() else None,
     )
 
 
-def _load(network: Any, file: Path, device: str) -> Any:
-    from safetensors.torch import load_file
-
+def _load(network: Module, file: Path, device: str) -> Module:
     network.load_state_dict(load_file(file))
     return network.eval().requires_grad_(False).to(device)

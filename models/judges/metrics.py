@@ -1,33 +1,41 @@
-"""Features to numbers. Extraction is the judge's; nothing here sees an image.
+"""Metrics of image quality from features, logits and embeddings, in float64; the judge extracts those from images.
 
-Legend: N, M numbers of images; D feature dimensions; K classes; E dimensions of CLIP's space.
-All arithmetic is in float64.
+Legend: N, M numbers of images; D feature dimensions; K classes; E dimensions of CLIP's embedding space.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURHOOD = 3
-"""Neighbours that set the size of a ball in precision and recall; the paper's choice."""
+"""k of precision and recall, as in the paper."""
 BLOCK = 1024
-"""Rows of distances in memory at once."""
+"""Rows of the distance matrix in memory at once."""
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Squared Frechet distance between the normal distributions fitted to [N, D] and [M, D]
-    (Heusel et al. 2017, equation 6).
+    """Return the squared Frechet distance of the normal distributions fitted to [N, D] and [M, D].
+
+    Heusel et al. 2017, equation 6:
 
         |m - m'|^2 + tr(S) + tr(S') - 2 tr((S S')^(1/2))
 
-    With S = R^T R and S' = R'^T R' the last trace is the sum of the singular values of R R'^T. The QR
-    decomposition gives R with at most min(N, D) rows: exact and quick whether N < D or not, and no complex root.
-    Not negative. Raises ValueError for fewer than 2 images or different D.
+    With S = R^T R and S' = R'^T R' the last trace is the sum of the singular values of R R'^T. The QR decomposition
+    gives R with at most min(N, D) rows, so this is exact and fast for N < D too, without complex square roots.
+
+    Raises:
+        ValueError: for fewer than 2 images or different D.
     """
     x, y = _pair(features, reference)
     root_x, root_y = _covariance_root(x), _covariance_root(y)
@@ -37,13 +45,13 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
-    """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), mean over random subsets.
+    """Return KID, the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    May be slightly negative. Raises ValueError for fewer than 2 images or different D.
+    The mean over random subsets of [N, D] and [M, D]; slightly negative values are possible.
+
+    Raises:
+        ValueError: for fewer than 2 images or different D.
     """
-    import torch
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     x, y = _pair(features, reference)
     subset = min(len(x), len(y), KERNEL_SUBSET_SIZE)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -56,10 +64,12 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
 
 
 def squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:
-    """The unbiased estimate that `kernel_distance` averages over subsets, once over all of [N, D] and [M, D]: for
-    sets so small that each is a subset of its own.
+    """Return the unbiased squared MMD of `kernel_distance` over all of [N, D] and [M, D], without subsets.
 
-    May be slightly negative. Raises ValueError for fewer than 2 images or different D.
+    For sets that are too small to draw subsets from; slightly negative values are possible.
+
+    Raises:
+        ValueError: for fewer than 2 images or different D.
     """
     x, y = _pair(features, reference)
 
@@ -74,32 +84,35 @@ def squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = NEIGHBOURHOOD) -> tuple[float, float]:
-    """Shares of samples [N, D] within the manifold of real images [M, D], and of those within the samples' own
-    (Kynkaanniemi et al. 2019, equations 1 and 2): precision says how lifelike, recall how varied.
+    """Return improved precision and recall of samples [N, D] against real images [M, D].
 
-    The manifold of a set is the union of balls around its members, each up to its `k`-th nearest other member.
-    Raises ValueError for fewer than 2 images or different D.
+    Kynkäänniemi et al. 2019, equations 1 and 2. Precision is the fraction of samples inside the manifold of the real
+    images; recall is the fraction of real images inside the manifold of the samples. The manifold of a set is the union
+    of balls around its members, each reaching its `k`-th nearest neighbour in the set.
+
+    Raises:
+        ValueError: for fewer than 2 images or different D.
     """
     x, y = _pair(features, reference)
     return _within(x, y, k), _within(y, x, k)
 
 
 def _within(points: NDArray[np.float64], members: NDArray[np.float64], k: int) -> float:
-    """Share of points [N, D] in a ball around one of the members [M, D]."""
+    """Return the fraction of points [N, D] inside the manifold of the members [M, D]."""
     k = min(k, len(members) - 1)
     radii = np.concatenate([np.partition(squares, k, axis=1)[:, k] for squares in _squares(members, members)])
     return float(np.concatenate([np.any(squares <= radii, axis=1) for squares in _squares(points, members)]).mean())
 
 
 def nearest(queries: np.ndarray, candidates: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Of each query [N, D] the nearest of the candidates [M, D]: its index int64 [N], and its distance float64 [N]."""
+    """Find the nearest candidate [M, D] of each query [N, D]: index int64 [N] and distance float64 [N]."""
     x, y = np.asarray(queries, np.float64), np.asarray(candidates, np.float64)
     found = [(squares.argmin(1), squares.min(1)) for squares in _squares(x, y)]
     return np.concatenate([index for index, _ in found]), np.sqrt(np.concatenate([square for _, square in found]))
 
 
 def _squares(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """Squared distances of rows of x [N, D] to all rows of y [M, D], in blocks [<= BLOCK, M]; not negative."""
+    """Yield the squared distances of the rows of x [N, D] to those of y [M, D], in blocks [<= BLOCK, M]."""
     lengths = np.square(y).sum(1)
     for start in range(0, len(x), BLOCK):
         block = x[start : start + BLOCK]
@@ -107,17 +120,14 @@ def _squares(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray
 
 
 def inception_style_score(logits: np.ndarray) -> float:
-    """exp of the mean KL(p(class | image) || p(class)) over logits [N, K] (Salimans et al. 2016), in one split.
+    """Return exp of the mean KL(p(class | image) || p(class)) over logits [N, K] (Salimans et al. 2016), in one split.
 
-    Between 1 and K; "style", because the classes are the data's own and not Inception's. Label smoothing keeps it
-    well below K for perfect images too: it is to be read beside the score of real ones.
+    The result lies between 1 and K. It is not the published Inception score, because the classes are those of the data.
+    The judge's label smoothing keeps it well below K for perfect images too; compare it with the score of real images.
     """
-    import torch
-    from torchmetrics.image.inception import InceptionScore
-
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Metric `InceptionScore`")
-        # One split has no spread; torchmetrics warns that its standard deviation is not a number.
+        # torchmetrics warns that the standard deviation over one split is not a number.
         warnings.filterwarnings("ignore", message="std\\(\\): degrees of freedom")
         metric = InceptionScore(torch.nn.Identity(), splits=1)
         metric.update(torch.from_numpy(np.asarray(logits, np.float64)))
@@ -125,14 +135,14 @@ def inception_style_score(logits: np.ndarray) -> float:
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
-    """100 max(cos, 0) between embeddings [N, E] of images and of their captions, mean over N (Hessel et al. 2021)."""
+    """Return the mean of 100 max(cos, 0) between the embeddings [N, E] of images and captions (Hessel et al. 2021)."""
     x, y = np.asarray(images, np.float64), np.asarray(texts, np.float64)
     cosine = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
     return float(100 * np.maximum(cosine, 0).mean())
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of rows of logits [N, K] whose largest entry is at labels [N]."""
+    """Return the fraction of logits [N, K] whose largest entry is at labels [N]."""
     return float((np.argmax(logits, axis=1) == np.asarray(labels)).mean())
 
 
@@ -145,5 +155,5 @@ def _pair(features: np.ndarray, reference: np.ndarray) -> tuple[NDArray[np.float
 
 
 def _covariance_root(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R, [min(N, D), D], with R^T R = the sample covariance of x [N, D]."""
+    """Return R, [min(N, D), D], with R^T R = the sample covariance of x [N, D]."""
     return np.asarray(np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r"))

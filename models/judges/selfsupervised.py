@@ -1,14 +1,18 @@
-"""An encoder for images that have neither labels nor captions: SimCLR (Chen et al. 2020), small."""
+"""The judge's encoder for data without labels and captions: a small SimCLR (Chen et al. 2020)."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.judges.classifier import Backbone, apply_batch, to_input
 from models.judges.fit import Recipe, fit, seeded
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEMPERATURE = 0.2
 PROJECTION = 64
@@ -19,7 +23,7 @@ BRIGHTNESS, CONTRAST = 0.3, 0.3
 class Encoder(nn.Module):
     """Images, float [B, channels, size, size] in [-1, 1] -> projections, float [B, `PROJECTION`].
 
-    What measures are the features of `backbone`; the projection head serves the training alone.
+    The judge uses the features of `backbone`; the projection head is for training only.
     """
 
     def __init__(self, channels: int, size: int) -> None:
@@ -33,9 +37,9 @@ class Encoder(nn.Module):
 
 
 def view(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """A random square crop of each image, back at full size, with random brightness and contrast.
+    """Augment each image: a random square crop, resized back, with random brightness and contrast.
 
-    images: float [B, C, H, W] in [-1, 1]; returns the same shape, about the same range.
+    images: float [B, C, H, W] in [-1, 1]. Returns the same shape, about the same range.
     """
     count = len(images)
 
@@ -54,7 +58,10 @@ def view(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
 
 
 def twin_loss(projections: Tensor) -> Tensor:
-    """NT-Xent, equation 1 of SimCLR. projections: [2 B, D]; rows i and i + B are views of one image."""
+    """Return the NT-Xent loss (Chen et al. 2020, eq. 1), a scalar.
+
+    projections: [2 B, D]; rows i and i + B are two views of one image.
+    """
     count = len(projections) // 2
     unit = F.normalize(projections, dim=-1)
     similarity = (unit @ unit.T / TEMPERATURE).fill_diagonal_(float("-inf"))
@@ -63,7 +70,7 @@ def twin_loss(projections: Tensor) -> Tensor:
 
 
 def train_encoder(pixels: np.ndarray, recipe: Recipe) -> Encoder:
-    """Train on uint8 images [N, C, S, S]. Returns the encoder in evaluation mode."""
+    """Train on uint8 images [N, C, S, S]; returns the encoder in evaluation mode."""
     network = seeded(lambda: Encoder(pixels.shape[1], pixels.shape[2]), recipe.seed).to(recipe.device)
 
     def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
@@ -77,7 +84,10 @@ def train_encoder(pixels: np.ndarray, recipe: Recipe) -> Encoder:
 
 @torch.inference_mode()
 def twin_accuracy(network: Encoder, pixels: np.ndarray, seed: int, flip: bool = False, device: str = "cpu") -> float:
-    """Share of uint8 images [N, C, S, S] whose second random view is the nearest to their first among all N."""
+    """Return how often the nearest neighbour of an image's first random view is its second, among all N.
+
+    pixels: uint8 [N, C, S, S].
+    """
     generator = torch.Generator().manual_seed(seed)
     size = apply_batch(pixels)
     batches = [to_input(pixels[start : start + size]) for start in range(0, len(pixels), size)]

@@ -1,0 +1,1 @@
+"""The networks that a model consists of, and their configuration in diffusers' format."""

@@ -1,37 +1,47 @@
-"""Images to latents and back, with an autoencoder in diffusers' layout: reading, writing, encoding, decoding.
+"""Images to latents and back with an autoencoder in diffusers' layout: reading, writing, encoding, decoding.
 
-Legend: B images, C channels, S their side; k latent channels, s side of a latent.
+diffusers is imported where it is used, because models of pixels load this file and not it (4 s).
+
+Legend: B images, C channels, S height and width; k latent channels, s height and width of a latent.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.hashing import folder_sha256
+from models.json_files import read_json, write_json
+from models.pixels import from_uint8, to_uint8
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+Autoencoder: TypeAlias = "AutoencoderKL | AutoencoderTiny"
+Rows = TypeVar("Rows", "np.ndarray", "Tensor")
+
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 APPLY_BATCH = 16
-PART_PIXELS = 8 * 512 * 512
-"""Of the images that pass the network together: of large ones few, whatever the batch of what works on latents."""
+CHUNK_PIXELS = 8 * 512 * 512
+"""Most pixels that pass through the autoencoder at once, whatever the batch size of the caller."""
 
 
-def encode(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 images [B, C, S, S] -> mean and standard deviation of their latents, float32 [B, k, s, s] each.
+def encode(network: Autoencoder, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Encode uint8 images [B, C, S, S] to the mean and standard deviation of their latents, float32 [B, k, s, s] each.
 
-    They are in the units in which a diffusion model sees them: times the network's scaling factor. An
-    `AutoencoderTiny` knows no deviation: it is 0.
+    Both are multiplied by the autoencoder's scaling factor, as the diffusion model sees them. An `AutoencoderTiny` has
+    no standard deviation; it is 0.
     """
     factor, parts = network.config.scaling_factor, []
-    for some in _parts(pixels, pixels.shape[-1] * pixels.shape[-2]):
-        images = torch.from_numpy(np.ascontiguousarray(some)).to(network.device).float()
+    for chunk in _chunks(pixels, pixels.shape[-1] * pixels.shape[-2]):
+        images = from_uint8(torch.from_numpy(np.ascontiguousarray(chunk)).to(network.device))
         with torch.inference_mode():
-            encoded = network.encode(images.div(127.5).sub(1).to(network.dtype))
+            encoded = network.encode(images.to(network.dtype))
         if hasattr(encoded, "latents"):
             mean = encoded.latents.float() * factor
             parts.append((mean, torch.zeros_like(mean)))
@@ -42,23 +52,23 @@ def encode(network: Any, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     return _joined(means), _joined(deviations)
 
 
-def decode(network: Any, latents: Tensor) -> Tensor:
-    """Latents as a diffusion model sees them, float [B, k, s, s] -> images, float [B, C, S, S], about [-1, 1]."""
+def decode(network: Autoencoder, latents: Tensor) -> Tensor:
+    """Decode scaled latents, float [B, k, s, s], to images of the same dtype [B, C, S, S], about [-1, 1]."""
     with torch.inference_mode():
         scaled = (latents / network.config.scaling_factor).to(network.device, network.dtype)
-        pixels = shrinking(network) ** 2 * latents.shape[-1] * latents.shape[-2]
-        return _joined([network.decode(some).sample.to(latents.dtype) for some in _parts(scaled, pixels)])
+        pixels = downscale_factor(network) ** 2 * latents.shape[-1] * latents.shape[-2]
+        return _joined([network.decode(chunk).sample.to(latents.dtype) for chunk in _chunks(scaled, pixels)])
 
 
-def shrinking(network: Any) -> int:
-    """How many times smaller than the side of an image that of its latent is."""
+def downscale_factor(network: Autoencoder) -> int:
+    """Return S / s, diffusers' `vae_scale_factor`."""
     widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
-    return 2 ** (len(widths) - 1)
+    return int(2 ** (len(widths) - 1))
 
 
-def _parts(batch: Any, pixels: int) -> list[Any]:
-    """A batch, of which each image has so many `pixels`, in parts of `PART_PIXELS` at most."""
-    size = max(1, PART_PIXELS // pixels)
+def _chunks(batch: Rows, pixels: int) -> list[Rows]:
+    """Split a batch whose images have `pixels` pixels each into chunks of at most `CHUNK_PIXELS`."""
+    size = max(1, CHUNK_PIXELS // pixels)
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
@@ -66,43 +76,44 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
-def reconstruct(network: Any, pixels: np.ndarray) -> np.ndarray:
-    """uint8 images [N, C, S, S] -> the same after encoding (the mean) and decoding, uint8."""
+def reconstruct(network: Autoencoder, pixels: np.ndarray) -> np.ndarray:
+    """Encode uint8 images [N, C, S, S] to the mean of their latents and decode it; returns uint8 of the same shape."""
     parts = []
     for start in range(0, len(pixels), APPLY_BATCH):
-        drawn = decode(network, encode(network, pixels[start : start + APPLY_BATCH])[0])
-        parts.append(drawn.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
+        decoded = decode(network, encode(network, pixels[start : start + APPLY_BATCH])[0])
+        parts.append(to_uint8(decoded).cpu().numpy())
     return np.concatenate(parts)
 
 
-def save_autoencoder(folder: Path, network: Any) -> str:
-    """Write diffusers' layout into `folder`; returns the sha256 of what was written."""
+def save_autoencoder(folder: Path, network: Autoencoder) -> str:
+    """Write the autoencoder in diffusers' layout into `folder`; returns the sha256 of the files."""
     network.save_pretrained(folder, safe_serialization=True)
     return seal(folder)
 
 
 def seal(folder: Path) -> str:
-    """Take the path a network was loaded from out of its `config.json`; returns the sha256 of the folder's files."""
+    """Remove the local path from a network's `config.json`; returns the SHA-256 of the folder.
+
+    The hash covers names and contents.
+    """
     file = folder / "config.json"
     if file.exists():
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        whole.update(path.name.encode("utf-8") + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()
+        write_json(file, config)
+    return folder_sha256(folder)
 
 
-def load_autoencoder(folder: Path, device: str = "cpu") -> Any:
-    """Read diffusers' layout: an `AutoencoderKL` or `AutoencoderTiny` in evaluation mode, float32.
+def load_autoencoder(folder: Path, device: str = "cpu") -> Autoencoder:
+    """Load an `AutoencoderKL` or `AutoencoderTiny` in evaluation mode, float32, from safetensors.
 
-    Weights come from safetensors alone. Raises `ValueError` for another kind of network, `FileNotFoundError`
-    where there is none.
+    Raises:
+        ValueError: for another kind of network.
+        FileNotFoundError: if there is none.
     """
     import diffusers
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a {kind}; give an {' or '.join(KINDS)}")
     network = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)

@@ -1,35 +1,56 @@
-"""Which network: ours, or diffusers' text-conditional one where captions condition it."""
+"""The choice between the two networks: our U-Net, or diffusers' text-conditional one; both have the same interface."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor, nn
 
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from models.json_files import JsonObject
 
 NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig
 Network: TypeAlias = UNet | TextUNet
+Predict: TypeAlias = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
 def build(config: NetworkConfig) -> Network:
-    """An untrained network."""
+    """Build an untrained network."""
     return TextUNet(config) if isinstance(config, TextUNetConfig) else UNet(config)
 
 
-def config_of(described: dict[str, Any]) -> NetworkConfig:
-    """A `config.json` in diffusers' form -> what shapes the network."""
-    if described.get("_class_name") == "UNet2DConditionModel":
-        return TextUNetConfig.from_diffusers(described)
-    return UNetConfig.from_diffusers(described)
+def config_of(config: JsonObject) -> NetworkConfig:
+    """Convert the content of a diffusers `config.json` to the configuration of the network that it describes.
+
+    Raises:
+        ValueError: for an unsupported architecture, in one sentence.
+    """
+    if config.get("_class_name") == "UNet2DConditionModel":
+        return TextUNetConfig.from_diffusers(config)
+    return UNetConfig.from_diffusers(config)
 
 
 def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
-    """Load weights under diffusers' names; low-rank additions stay. Raises `RuntimeError` where they do not fit."""
+    """Load weights under diffusers' names into the network; its LoRA adapter keeps its weights.
+
+    Raises:
+        RuntimeError: if a name or a shape differs.
+    """
     if isinstance(network, TextUNet):
         network.load_published(weights)
     else:
         network.load_state_dict(weights)
+
+
+def predictor(network: nn.Module) -> Predict:
+    """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch."""
+
+    def predict(x: Tensor, t: int, condition: Tensor | None) -> Tensor:
+        return network(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
+
+    return predict

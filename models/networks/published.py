@@ -1,23 +1,25 @@
-"""What others published in diffusers format, read as ours: an unconditional U-Net and the schedule it was trained on.
+"""Published models in diffusers format: reading their schedulers and weights as ours.
 
-What our network and samplers would not reproduce is refused in one sentence instead of drawn otherwise.
+Whatever our network and samplers would not reproduce is rejected in one sentence.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from models import schedules
+from models.networks.config import Supported, require_supported
+from models.samplers import PREDICTION_TYPES, SchedulerConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from models.networks.unet import UNetConfig
+    from models.json_files import JsonObject
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULES = {
@@ -26,29 +28,31 @@ SCHEDULES = {
     "sigmoid": "sigmoid",
     "scaled_linear": "scaled_linear",
 }
-"""diffusers' name of a schedule -> ours."""
+"""`beta_schedule` of diffusers -> name of ours."""
 OTHER_DIFFUSION = ("FlowMatch", "FlowMap", "EDM", "CMStochastic", "CosineDPM", "KarrasVe", "ScoreSde")
-"""How the names of diffusers' schedulers begin that know no betas."""
-VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
+"""First letters of the diffusers schedulers that are not defined by betas."""
+VARIANCE_TYPES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
+"""`variance_type` of diffusers -> one of `samplers.VARIANCE_TYPES`."""
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Layers of attention as the first versions of diffusers called them."""
+"""Names of attention layers in the first versions of diffusers -> names of today."""
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A `scheduler_config.json`: `schedule` is our name of the betas (or "trained"), `sampling` what `samplers.sample`
-    needs to know to follow it."""
+    """A `scheduler_config.json`."""
 
     betas: schedules.Array
+    """float64 [T]."""
     schedule: str
-    prediction: str
-    sampling: dict[str, Any]
+    """One of `schedules.SCHEDULES`, or "trained" for betas that match none of them."""
+    config: SchedulerConfig
 
 
 def parts(folder: Path) -> tuple[Path, Path]:
-    """Folders of the network and of the scheduler: each its own, or everything in one as in the oldest repositories.
+    """Return the folders of the network and of the scheduler; in the oldest repositories both are `folder` itself.
 
-    Raises `FileNotFoundError` for a folder that is no pipeline.
+    Raises:
+        FileNotFoundError: if the folder is not a pipeline.
     """
     if (folder / "unet" / "config.json").exists():
         return folder / "unet", folder / "scheduler"
@@ -57,60 +61,65 @@ def parts(folder: Path) -> tuple[Path, Path]:
     raise FileNotFoundError(2, "no pipeline in diffusers format", str(folder))
 
 
-def require(config: dict[str, Any], wanted: dict[str, tuple[Any, ...]], whose: str, who: str) -> None:
-    """Compare a configuration with the values that we know of each key, the first of which stands for an absent one.
+def read_diffusion(config: JsonObject) -> Scheduler:
+    """Read the noise schedule and prediction type that a network was trained with, from any scheduler with betas.
 
-    Raises `ValueError`, which begins with `whose` key it is and ends with `who` knows what.
-    """
-    for key, known in wanted.items():
-        value = config.get(key, known[0])
-        if value not in known:
-            raise ValueError(f"{whose} {key} is {value!r}; {who} {', '.join(map(repr, known))}")
+    How that scheduler samples is ignored: training needs only the diffusion process.
 
-
-def read_diffusion(config: dict[str, Any]) -> Scheduler:
-    """What a network was trained on, by any scheduler that adds noise by betas, whatever it samples like.
-
-    Raises `ValueError` for another kind of diffusion, such as flow matching or EDM, which our losses do not train.
+    Raises:
+        ValueError: for other kinds of diffusion, such as flow matching or EDM, which our losses do not train.
     """
     name = str(config.get("_class_name", ""))
     if name.startswith(OTHER_DIFFUSION) or "sigma_data" in config:
-        raise ValueError(f"its {name} adds noise in another way than by betas, and these losses know no other")
-    wanted = {
+        raise ValueError(f"its {name} does not add noise by betas, which is the only kind supported")
+    supported: Supported = {
         "beta_schedule": tuple(SCHEDULES),
-        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "prediction_type": PREDICTION_TYPES,
         "use_flow_sigmas": (False,),
     }
-    require(config, wanted, "its scheduler's", "these losses know")
+    require_supported(config, supported, "scheduler")
     betas, schedule = _betas(config)
-    return Scheduler(betas, schedule, config.get("prediction_type", "epsilon"), {})
+    prediction_type = config.get("prediction_type", "epsilon")
+    return Scheduler(betas, schedule, SchedulerConfig(schedules.alpha_bar(betas), prediction_type))
 
 
-def read_scheduler(config: dict[str, Any], clips: bool = True) -> Scheduler:
-    """`clips` is whether x0 has bounds, as pixels do. Raises `ValueError` for a scheduler that our samplers do not
-    follow; absent keys have diffusers' defaults."""
-    wanted: dict[str, Any] = {
+def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
+    """Read a scheduler for sampling; absent keys take diffusers' defaults.
+
+    `clip_sample` is what the scheduler must say of clipping: true for pixels, false for latents.
+
+    Raises:
+        ValueError: for a scheduler that our samplers do not reproduce, in one sentence.
+    """
+    supported: Supported = {
         "_class_name": ("DDPMScheduler", "DDIMScheduler"),
         "beta_schedule": tuple(SCHEDULES),
-        "clip_sample": (clips,),
+        "clip_sample": (clip_sample,),
         "clip_sample_range": (1.0,),
-        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "prediction_type": PREDICTION_TYPES,
         "set_alpha_to_one": (True,),
         "thresholding": (False,),
         "timestep_spacing": ("leading", "trailing"),
-        "variance_type": tuple(VARIANCES),
+        "variance_type": tuple(VARIANCE_TYPES),
     }
-    require(config, wanted, "the scheduler's", "these samplers know")
+    require_supported(config, supported, "scheduler")
     betas, name = _betas(config)
-    sampling = {
-        "variance": VARIANCES[config.get("variance_type", "fixed_small")],
-        "spacing": config.get("timestep_spacing", "leading"),
-        "steps_offset": config.get("steps_offset", 0),
-    }
-    return Scheduler(betas, name, config.get("prediction_type", "epsilon"), sampling)
+    return Scheduler(
+        betas,
+        name,
+        SchedulerConfig(
+            schedules.alpha_bar(betas),
+            config.get("prediction_type", "epsilon"),
+            clip_sample,
+            VARIANCE_TYPES[config.get("variance_type", "fixed_small")],
+            config.get("timestep_spacing", "leading"),
+            config.get("steps_offset", 0),
+        ),
+    )
 
 
-def _betas(config: dict[str, Any]) -> tuple[schedules.Array, str]:
+def _betas(config: JsonObject) -> tuple[schedules.Array, str]:
+    """Return the betas of a scheduler, float64 [T], and the name of their schedule."""
     timesteps = config.get("num_train_timesteps", 1000)
     limits = config.get("beta_start", schedules.BETA_START), config.get("beta_end", schedules.BETA_END)
     to_zero = config.get("rescale_betas_zero_snr", False)
@@ -125,15 +134,15 @@ def _betas(config: dict[str, Any]) -> tuple[schedules.Array, str]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a network's folder, float32, under today's names. Raises `ValueError` for pickled weights."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Read the state dict in a network's folder, float32, under the layer names of today.
 
+    Raises:
+        ValueError: for pickled or damaged weights.
+    """
     if not (folder / WEIGHTS).exists() and any(folder.glob("*.bin")):
         raise ValueError(
-            f"{folder} holds its weights as a pickle, which could run code; let diffusers write them as safetensors "
-            "(DDPMPipeline.from_pretrained(...).save_pretrained(...)) where you trust their maker"
+            f"{folder} holds its weights as a pickle, which could run code; if you trust their author, convert them to "
+            "safetensors with diffusers: DDPMPipeline.from_pretrained(...).save_pretrained(...)"
         )
     try:
         loaded = load_file(folder / WEIGHTS)
@@ -145,24 +154,3 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             name = name.replace(old, new) if ".attentions." in name else name
         state[name] = tensor.to(torch.float32)
     return state
-
-
-def describe(folder: Path, config: UNetConfig, scheduler: Scheduler) -> dict[str, Any]:
-    """What `afterimage.json` would say of an unconditional network; its weights' sha256 stands for the training.
-
-    Raises `ValueError` for a class-conditional one, which does not say what its classes are.
-    """
-    if config.conditions or config.embedded:
-        raise ValueError("the network is class-conditional, and diffusers' format does not say what its classes are")
-    return {
-        "conditioning": "none",
-        "condition_source": "none",
-        "classes": [],
-        "channels": config.channels,
-        "size": config.size,
-        "timesteps": len(scheduler.betas),
-        "schedule": scheduler.schedule,
-        "prediction": scheduler.prediction,
-        "null_label": None,
-        "train_key": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-    }

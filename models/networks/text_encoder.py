@@ -1,38 +1,40 @@
-"""The text encoder that conditions a model: captions -> token sequences. Trained on the data set's own captions, or
-published; in either case transformers' `CLIPTextModel` and `CLIPTokenizer`, as Stable Diffusion has them.
+"""The text encoders that condition a model: captions to token embeddings, with one encoder or with SDXL's two.
 
-It belongs to the model. The CLIP that scores samples (`models/judges/judge.py`) is another one with a seed of its
-own, so that what draws and what measures never share weights.
+They are transformers' `CLIPTextModel` and `CLIPTokenizer`, as in Stable Diffusion, trained on the data set's own
+captions or published. They belong to the model; the CLIP that scores samples (`models/judges/judge.py`) is another one
+with its own seed and shares no weights with them. transformers is imported where it is used, because models of pixels
+load this file and not it.
 
-Stable Diffusion XL has two encoders and is told more than tokens (Podell et al. 2023, section 2). All of it is packed
-into one tensor, so that what samples, drops or stores a condition need not know what it is made of: after the L token
-embeddings comes one more row, which holds the pooled embedding of the second encoder (P numbers), then the `SIZES`
-numbers of size and crop, then zeros.
+Stable Diffusion XL has two encoders and further conditioning (Podell et al. 2023, section 2). All of it is packed into
+one tensor, so that sampling, condition dropout and storage are the same for every model: after the L token embeddings
+comes one more row with the pooled embedding of the second encoder (P values), the `SIZES` values of size and crop, then
+zeros.
 
-Legend: U captions, L tokens of each (padded), D width of a token's embedding (of both encoders together).
+Legend: U captions, L tokens of each (padded), D width of a token embedding (of both encoders together).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.json_files import read_json, write_json
+
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 APPLY_BATCH = 64
 SIZES = 6
-"""Height and width of the picture as it was, top and left of the crop, height and width of what is drawn."""
+"""Original height and width, top and left of the crop, target height and width, in pixels."""
 SUFFIXES = ("", "_2")
-"""What diffusers appends to the names of each encoder's folders."""
+"""Suffix of each encoder's folders in diffusers' layout."""
 
 
 @dataclass(frozen=True)
@@ -42,91 +44,94 @@ class TextEncoder:
     model: CLIPTextModel
     tokenizer: CLIPTokenizer
 
-    pooled = None
-    """P, which belongs to two encoders."""
+    pooled: ClassVar[None] = None
+    """A single encoder gives no pooled embedding."""
 
     @property
     def towers(self) -> tuple[TextEncoder, ...]:
+        """The encoders, one after the other."""
         return (self,)
 
     @property
     def length(self) -> int:
-        """L: the tokens that every caption is padded or cut to."""
-        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        """L: number of tokens that every caption is padded or truncated to."""
+        return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
     @property
     def width(self) -> int:
-        """D"""
-        return self.model.config.hidden_size
+        """D: width of a token embedding."""
+        return int(self.model.config.hidden_size)
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> int64 [U, L]."""
+        """Tokenise captions to int64 [U, L]."""
         padded = self.tokenizer(
             list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="np"
         )
         return torch.from_numpy(np.asarray(padded["input_ids"], np.int64))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> float32 [U, L, D], as a Stable Diffusion pipeline does it; the empty text stands for none.
+        """Encode captions to float32 [U, L, D] as in a Stable Diffusion pipeline; "" is the null condition.
 
-        A batch is always filled up to the same size, so that a caption's embedding does not depend on its company.
+        Batches are padded to a constant size, so that an embedding does not depend on the other captions.
         """
         parts = []
         for start in range(0, len(captions), APPLY_BATCH):
-            some = list(captions[start : start + APPLY_BATCH])
-            ids = self.token_ids(some + [""] * (APPLY_BATCH - len(some)))
+            batch = list(captions[start : start + APPLY_BATCH])
+            ids = self.token_ids(batch + [""] * (APPLY_BATCH - len(batch)))
             with torch.inference_mode():
                 hidden = self.model(ids.to(self.model.device)).last_hidden_state
-            parts.append(hidden[: len(some)].float().cpu())
+            parts.append(hidden[: len(batch)].float().cpu())
         return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class ProjectedEncoder(TextEncoder):
-    """The second of two: a `CLIPTextModelWithProjection`, whose projection gives the pooled embedding."""
+    """The second encoder of SDXL: a `CLIPTextModelWithProjection`, whose projection is the pooled embedding."""
 
-    model: CLIPTextModelWithProjection  # type: ignore[assignment]
+    model: CLIPTextModelWithProjection
 
 
 @dataclass(frozen=True)
 class PairedEncoder:
-    """The two encoders of Stable Diffusion XL, which read the same captions."""
+    """The two encoders of Stable Diffusion XL, which encode the same captions."""
 
     first: TextEncoder
     second: ProjectedEncoder
 
     @property
     def towers(self) -> tuple[TextEncoder, ...]:
+        """The encoders, one after the other."""
         return self.first, self.second
 
     @property
     def length(self) -> int:
-        """L: both pad to the same."""
+        """L: number of tokens that every caption is padded or truncated to."""
         return min(self.first.length, self.second.length)
 
     @property
     def width(self) -> int:
-        """D: the embeddings of a token stand beside each other."""
+        """D: the embeddings of both encoders are concatenated."""
         return self.first.width + self.second.width
 
     @property
     def pooled(self) -> int:
-        """P: the width of the pooled embedding."""
-        return self.second.model.config.projection_dim
+        """P: width of the pooled embedding."""
+        return int(self.second.model.config.projection_dim)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> float32 [U, L + 1, D], the last row without its sizes, as a Stable Diffusion XL pipeline does it:
-        both encoders' last but one layer, and zeros for the empty text, which stands for none.
+        """Encode captions to float32 [U, L + 1, D] as in a Stable Diffusion XL pipeline; the sizes are left 0.
+
+        The token embeddings are the penultimate hidden states of both encoders. "" gives zeros, the null condition.
         """
         parts = []
         for start in range(0, len(captions), APPLY_BATCH):
-            some = list(captions[start : start + APPLY_BATCH])
-            filled = some + [""] * (APPLY_BATCH - len(some))  # see TextEncoder.encode
-            ids = [tower.token_ids(filled).to(tower.model.device) for tower in self.towers]
+            batch = list(captions[start : start + APPLY_BATCH])
+            padded = batch + [""] * (APPLY_BATCH - len(batch))  # see TextEncoder.encode
+            ids = [tower.token_ids(padded).to(tower.model.device) for tower in self.towers]
             with torch.inference_mode():
                 packed = pack(self.first.model, self.second.model, *ids)
-            blank = torch.tensor([not caption for caption in some], device=packed.device)
-            parts.append(packed[: len(some)].float().masked_fill(blank[:, None, None], 0).cpu())
+            empty = torch.tensor([not caption for caption in batch], device=packed.device)
+            parts.append(packed[: len(batch)].float().masked_fill(empty[:, None, None], 0).cpu())
         return torch.cat(parts)
 
 
@@ -134,7 +139,7 @@ AnyEncoder: TypeAlias = TextEncoder | PairedEncoder
 
 
 def pack(first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: Tensor, second_ids: Tensor) -> Tensor:
-    """Token ids of both tokenizers, int64 [U, L] each -> [U, L + 1, D] without sizes (see the head of this file)."""
+    """Encode token ids of both tokenizers, int64 [U, L] each, to the packed condition [U, L + 1, D] without sizes."""
     one = first(input_ids=ids, output_hidden_states=True)
     two = second(input_ids=second_ids, output_hidden_states=True)
     tokens = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
@@ -143,30 +148,34 @@ def pack(first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: Tensor,
 
 
 def with_sizes(condition: Tensor, pooled: int, sizes: Tensor) -> Tensor:
-    """A packed condition [B, L + 1, D] with `sizes` [B, SIZES] (or [SIZES], for all) in their place."""
-    told = condition.clone()
-    told[:, -1, pooled : pooled + SIZES] = sizes.to(told)
-    return told
+    """Return a packed condition [B, L + 1, D] with the sizes [B, SIZES], or [SIZES] for all, set."""
+    complete = condition.clone()
+    complete[:, -1, pooled : pooled + SIZES] = sizes.to(complete)
+    return complete
 
 
 def save_text_encoder(folder: Path, encoder: AnyEncoder) -> None:
-    """Write `text_encoder/` and `tokenizer/` in transformers' layout into an existing folder, and those of a second
-    encoder with a "_2" at their end."""
+    """Write `text_encoder/` and `tokenizer/` in transformers' layout into an existing folder.
+
+    Those of a second encoder are `text_encoder_2/` and `tokenizer_2/`.
+    """
     for tower, suffix in zip(encoder.towers, SUFFIXES, strict=False):
         tower.model.save_pretrained(folder / f"text_encoder{suffix}")
         tower.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
         for name in (f"text_encoder{suffix}/config.json", f"tokenizer{suffix}/tokenizer_config.json"):
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = read_json(folder / name)
             for key in ("_name_or_path", "name_or_path", "local_files_only", "is_local"):
-                config.pop(key, None)  # where it was loaded from is this machine's business
-            (folder / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                config.pop(key, None)  # the path it was loaded from differs between machines
+            write_json(folder / name, config)
 
 
 def load_text_encoder(folder: Path, device: str = "cpu", paired: bool | None = None) -> AnyEncoder:
-    """Read `text_encoder/` and `tokenizer/`, weights from safetensors alone, in float32; and a second encoder beside
-    them, where there is one, or as `paired` says.
+    """Load `text_encoder/` and `tokenizer/` in float32, from safetensors, in evaluation mode.
 
-    Raises `FileNotFoundError` where one is missing.
+    `paired` says whether to load a second encoder; None loads it if its folder exists.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -175,7 +184,7 @@ def load_text_encoder(folder: Path, device: str = "cpu", paired: bool | None = N
             raise FileNotFoundError(folder / name)
         return folder / name
 
-    def model(kind: Any, name: str) -> Any:
+    def model(kind: Any, name: str) -> Any:  # a class of transformers, and its instance
         network = kind.from_pretrained(part(name), use_safetensors=True, dtype=torch.float32)
         return network.eval().requires_grad_(False).to(device)
 

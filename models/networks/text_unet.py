@@ -1,60 +1,71 @@
-"""The text-conditional network: diffusers' `UNet2DConditionModel`, from tiny to Stable Diffusion XL, called as ours is.
+"""The text-conditional network: diffusers' `UNet2DConditionModel` with the interface of our U-Net, and its LoRA.
 
-It is theirs so that image-to-image, inpainting, ControlNet and adapters run on what is trained here. Legend: B batch,
-C channels, H x W the side of an image or latent, L tokens, D width of their embeddings, P of the pooled one.
+It is diffusers' own network, so that their image-to-image, inpainting, ControlNet and adapter pipelines run on weights
+trained here. Sizes range from tiny to Stable Diffusion XL. diffusers and peft are imported where they are used, because
+models of pixels load this file and not them (4 s).
+
+Legend: B batch, C channels, H x W an image or latent, L tokens, D width of a token embedding, P of the pooled one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from models.networks.published import require
+from models.networks.attention import attend
+from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
 from models.networks.text_encoder import SIZES
-from models.networks.unet import attend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
+
+    from models.json_files import JsonObject
+
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER = "default"
 SIZE_WIDTH = 256
-"""Sines and cosines by which Stable Diffusion XL is told each number of size and crop."""
+"""Width of the sinusoidal embedding of each size and crop value in Stable Diffusion XL."""
 
 
 @dataclass(frozen=True)
 class TextUNetConfig:
-    """What shapes the network. `attention` says at which resolutions it looks at the text, highest first; heads are
-    `heads` everywhere, or as many as there are `attention_head_dim` channels (one where both are None)."""
+    """Architecture of a `TextUNet`; the sequences have one entry per resolution, highest first."""
 
     size: int
+    """Height and width of the input."""
     channels: int
+    """Channels of input and output."""
     cross_attention_dim: int
+    """D: width of the token embeddings."""
     block_out_channels: tuple[int, ...]
     attention: tuple[bool, ...]
+    """Whether the blocks of a resolution attend to the text."""
     layers_per_block: int
     norm_num_groups: int
     attention_head_dim: int | None = None
+    """Channels per attention head; not used if `heads` is set. With neither there is a single head."""
     heads: int | None = None
+    """Number of attention heads at every resolution."""
     transformer_layers: tuple[int, ...] | None = None
-    """Transformer blocks at each resolution; None is one everywhere."""
+    """Transformer blocks per layer; None is one at every resolution."""
     linear_projection: bool = False
     dropout: float = 0.0
     pooled: int | None = None
-    """P of a network that is told a pooled embedding, sizes and crop, as Stable Diffusion XL is; None is not told."""
+    """P: width of the pooled prompt embedding (SDXL conditioning); None without it."""
     lora_rank: int | None = None
-    """Train low-rank additions to the attention's matrices (Hu et al. 2021) and nothing else."""
+    """Rank of the LoRA adapter of the attention layers (Hu et al. 2021), which alone is trained; None without one."""
 
-    def to_diffusers(self) -> dict[str, Any]:
-        """The `config.json` of the network."""
+    def to_diffusers(self) -> JsonObject:
+        """Return the `config.json` of the network."""
         heads = [self.heads or width // (self.attention_head_dim or width) for width in self.block_out_channels]
-        added = {} if self.pooled is None else _added(self.pooled)
         return {
             "_class_name": "UNet2DConditionModel",
-            "_diffusers_version": "0.42.1",
+            "_diffusers_version": DIFFUSERS_VERSION,
             "sample_size": self.size,
             "in_channels": self.channels,
             "out_channels": self.channels,
@@ -68,16 +79,19 @@ class TextUNetConfig:
             "transformer_layers_per_block": list(self.transformer_layers or [1] * len(self.attention)),
             "use_linear_projection": self.linear_projection,
             "dropout": self.dropout,
-            **added,
+            **({} if self.pooled is None else _pooled_conditioning(self.pooled)),
         }
 
     @staticmethod
-    def from_diffusers(config: dict[str, Any]) -> TextUNetConfig:
-        """Inverse of `to_diffusers`, without what was only for training; absent keys have diffusers' defaults.
+    def from_diffusers(config: JsonObject) -> TextUNetConfig:
+        """Convert a `config.json`, ours or a published one; absent keys take diffusers' defaults.
 
-        Raises `ValueError` in one sentence for a `UNet2DConditionModel` that this one cannot be.
+        `lora_rank`, which only training needs, is not part of the file.
+
+        Raises:
+            ValueError: for an architecture that this network does not support, in one sentence.
         """
-        _refuse_other_architectures(config)
+        _require_supported_architecture(config)
         pooled = None
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
@@ -103,11 +117,13 @@ class TextUNetConfig:
         )
 
 
-def _refuse_other_architectures(config: dict[str, Any]) -> None:
-    """Compare what a `UNet2DConditionModel` can be and is not here. Most of it shapes no weight: other weights would
-    load, and draw something else."""
+def _require_supported_architecture(config: JsonObject) -> None:
+    """Check the options of `UNet2DConditionModel` that are not used here.
+
+    Most of them change no weight's shape: the weights would load, and give other images.
+    """
     attention = [name.startswith("CrossAttn") for name in config["down_block_types"]]
-    wanted: dict[str, tuple[Any, ...]] = {
+    supported: Supported = {
         "down_block_types": (["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "up_block_types": (["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],),
@@ -141,12 +157,16 @@ def _refuse_other_architectures(config: dict[str, Any]) -> None:
         "time_embedding_type": ("positional",),
         "timestep_post_act": (None,),
     }
-    require(config, wanted, "the network's", "this U-Net knows")
+    require_supported(config, supported, "network")
     if not (isinstance(config["sample_size"], int) and isinstance(config.get("layers_per_block", 2), int)):
-        raise ValueError("the network is of no square images, or has other numbers of layers at each resolution")
+        raise ValueError(
+            "the network's sample_size and layers_per_block must be one integer each: square images, and the same "
+            "number of layers at every resolution"
+        )
 
 
-def _added(pooled: int) -> dict[str, Any]:
+def _pooled_conditioning(pooled: int) -> JsonObject:
+    """Return the options of SDXL's conditioning on the pooled embedding, sizes and crop."""
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": SIZE_WIDTH,
@@ -155,10 +175,12 @@ def _added(pooled: int) -> dict[str, Any]:
 
 
 class TextUNet(nn.Module):
-    """x_t [B, C, H, W], t int64 [B], token embeddings float [B, L, D] -> the network's output [B, C, H, W].
+    """The network: x_t float [B, C, H, W], t int64 [B], token embeddings float [B, L, D] -> output float [B, C, H, W].
 
-    With `pooled` the condition is packed, [B, L + 1, D], see `models/networks/text_encoder.py`.
+    With `pooled` the condition is packed as [B, L + 1, D], see `models/networks/text_encoder.py`.
     """
+
+    network: UNet2DConditionModel
 
     def __init__(self, config: TextUNetConfig) -> None:
         from diffusers import UNet2DConditionModel
@@ -167,69 +189,73 @@ class TextUNet(nn.Module):
         self.config = config
         arguments = {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
         network = UNet2DConditionModel(**arguments)
-        nn.init.zeros_(network.conv_out.weight)  # as our own network starts: its first prediction is 0
+        nn.init.zeros_(network.conv_out.weight)  # as in `UNet`: the untrained network outputs 0
         nn.init.zeros_(network.conv_out.bias)
         network.set_attn_processor(Attend())
         if config.lora_rank:
             _add_lora(network, config.lora_rank)
-        # Its parts become ours under their own names, and it stays out of sight: weights bear diffusers' names.
+        # Its children are registered here and the network itself is not, so that weights keep diffusers' names.
         self.__dict__["network"] = network
         for name, part in network.named_children():
             self.add_module(name, part)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        tokens, told, pooled = condition.to(x.dtype), None, self.config.pooled
+        tokens, added, pooled = condition.to(x.dtype), None, self.config.pooled
         if pooled is not None:
             tokens, last = tokens[:, :-1], condition[:, -1]
-            told = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
-        return self.network(x, t, tokens, added_cond_kwargs=told, return_dict=False)[0]
+            added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        return self.network(x, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
     def checkpoint_gradients(self) -> None:
-        """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
+        """Enable gradient checkpointing: less memory for activations, a second forward pass of each block."""
         self.network.enable_gradient_checkpointing()
 
-    def train_additions(self, alone: bool) -> None:
-        """Train the low-rank additions and nothing else, as from the beginning, or everything but them."""
+    def train_adapter(self, train: bool) -> None:
+        """Train the LoRA adapter and freeze the other weights, or the reverse if `train` is false."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_((".lora_" in name) == alone)
+            parameter.requires_grad_((".lora_" in name) == train)
 
     def load_published(self, weights: Mapping[str, Tensor]) -> None:
-        """Load diffusers' weights, around which the low-rank additions stay as they are. Raises `RuntimeError` where
-        a name or shape differs."""
+        """Load weights under diffusers' names; the LoRA adapter keeps its weights.
+
+        Raises:
+            RuntimeError: if a name or a shape differs.
+        """
         named = {
-            _around(name, self.config.lora_rank is not None and _is_target(name)): value
+            _wrapped_name(name) if self.config.lora_rank is not None and _is_target(name) else name: value
             for name, value in weights.items()
         }
         missing, unexpected = self.load_state_dict(named, strict=False)
         missing = [name for name in missing if ".lora_" not in name]
         if missing or unexpected:
-            raise RuntimeError(f"weights are of another network: {[*missing, *unexpected][:3]}")
+            raise RuntimeError(f"the weights belong to another network: {[*missing, *unexpected][:3]}")
 
 
 class Attend:
-    """What diffusers' attention does between its projections, by `attend`, which is faster to train on a CPU."""
+    """A diffusers attention processor that calls `attend`, which trains faster on a CPU."""
 
     def __call__(
         self,
-        layer: Any,
+        layer: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [B, N, C], which look at those of the text [B, M, D] or at each other -> [B, N, C].
+        """Apply cross-attention to the text [B, M, D], or without it self-attention: [B, N, C] -> [B, N, C].
 
-        Raises `ValueError` for a mask, which no network of ours is given.
+        Raises:
+            ValueError: for an attention mask, which is not supported.
         """
         if attention_mask is not None:
-            raise ValueError("attention here knows no mask; give none")
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = layer.to_q(hidden_states), layer.to_k(seen), layer.to_v(seen)
+            raise ValueError("attention masks are not supported; pass None")
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
         q, k, v = (x.unflatten(2, (layer.heads, x.shape[2] // layer.heads)).transpose(1, 2) for x in projected)
         project, dropout = layer.to_out
         return dropout(project(attend(q, k, v).transpose(1, 2).flatten(2)))
 
 
-def _add_lora(network: Any, rank: int) -> None:
+def _add_lora(network: UNet2DConditionModel, rank: int) -> None:
     from peft import LoraConfig
 
     network.requires_grad_(False)
@@ -239,17 +265,22 @@ def _add_lora(network: Any, rank: int) -> None:
 
 
 def _is_target(name: str) -> bool:
+    """Return whether a weight belongs to a layer with a LoRA adapter."""
     owner = name.rsplit(".", 1)[0]
     return any(owner.endswith(f".{target}") for target in LORA_TARGETS)
 
 
-def _around(name: str, wrapped: bool) -> str:
+def _wrapped_name(name: str) -> str:
+    """Return the name that peft gives the original weight of a layer with an adapter."""
     owner, _, kind = name.rpartition(".")
-    return f"{owner}.base_layer.{kind}" if wrapped else name
+    return f"{owner}.base_layer.{kind}"
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with low-rank additions -> those of the plain network: W + B A (Hu et al. 2021, eq. 3; alpha = rank)."""
+    """Merge the LoRA adapter into the weights: W + B A (Hu et al. 2021, eq. 3, with alpha = rank).
+
+    Returns the state dict of the plain network; weights without an adapter are returned unchanged.
+    """
     plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
     for name, down in weights.items():
         if name.endswith(f".lora_A.{ADAPTER}.weight"):
@@ -260,18 +291,12 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The low-rank additions alone, named as diffusers' `load_lora_weights` wants them; nothing where there are none.
+    """Return the LoRA adapter alone under the names of diffusers' `load_lora_weights`; empty without an adapter.
 
-    Their scale is not stored: without one it is taken to be the rank, as it is here.
+    No scale is stored: diffusers then assumes alpha = rank, which holds here.
     """
     from diffusers.utils import convert_state_dict_to_diffusers
 
     ending = f".{ADAPTER}.weight"
-    additions = {f"unet.{name.replace(ending, '.weight')}": v for name, v in weights.items() if name.endswith(ending)}
-    return convert_state_dict_to_diffusers(additions) if additions else {}
-
-
-def parameter_count(config: TextUNetConfig) -> int:
-    """Number of weights, found without memory for one."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in TextUNet(config).parameters())
+    lora = {f"unet.{name.replace(ending, '.weight')}": v for name, v in weights.items() if name.endswith(ending)}
+    return dict(convert_state_dict_to_diffusers(lora)) if lora else {}

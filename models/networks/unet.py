@@ -1,53 +1,51 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B), written to be read.
+"""The U-Net of DDPM (Ho et al. 2020, appendix B) and its configuration.
 
-Modules bear the names that diffusers' `UNet2DModel` gives them, so a state dict of one loads into the
-other as it is. Legend: B batch, C channels, H x W pixels, E = 4 * first width (time embedding).
+Modules have the names of diffusers' `UNet2DModel`, so a state dict of one loads into the other unchanged.
+
+Legend: B batch, C channels, H x W pixels, E = 4 * first width (time embedding).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.networks.published import require
+from models.json_files import JsonObject
+from models.networks.attention import attend
+from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What shapes the network. `conditions` is the number of class embeddings (null class included),
-    0 for none; with `embedded` the condition is an embedding [B, E] instead of a class index."""
+    """Architecture of a `UNet`; the sequences have one entry per resolution, highest first."""
 
-    size: int
-    channels: int
+    size: int  # height and width of the input
+    channels: int  # of input and output
     block_out_channels: tuple[int, ...]
-    attention: tuple[bool, ...]
+    attention: tuple[bool, ...]  # self-attention in the blocks of a resolution; the middle block always has it
     layers_per_block: int
     norm_num_groups: int
-    attention_head_dim: int | None
+    attention_head_dim: int | None  # channels per attention head; None is a single head
     dropout: float = 0.0
-    conditions: int = 0
-    embedded: bool = False
-    # What published weights may have otherwise than ours.
+    conditions: int = 0  # number of class embeddings, the null class included; 0 for an unconditional network
+    # The values below differ from these defaults in published weights only.
     norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True
-    """Time features are [cos, sin], not [sin, cos]."""
+    flip_sin_to_cos: bool = True  # order of the timestep features: [cos, sin] if true, else [sin, cos]
     freq_shift: float = 0
-    downsample_padding: int = 1
-    """Around each image before it is halved; 0 pads one row below and one column to the right."""
+    downsample_padding: int = 1  # of the strided convolution; 0 pads one row at the bottom and one column on the right
 
-    def to_diffusers(self) -> dict[str, Any]:
-        """The `config.json` of a diffusers `UNet2DModel` with the same architecture."""
+    def to_diffusers(self) -> JsonObject:
+        """Return the `config.json` of a diffusers `UNet2DModel` with the same architecture."""
         down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in self.attention]
         up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(self.attention)]
         return {
             "_class_name": "UNet2DModel",
-            "_diffusers_version": "0.42.1",
+            "_diffusers_version": DIFFUSERS_VERSION,
             "sample_size": self.size,
             "in_channels": self.channels,
             "out_channels": self.channels,
@@ -62,19 +60,20 @@ class UNetConfig:
             "freq_shift": self.freq_shift,
             "flip_sin_to_cos": self.flip_sin_to_cos,
             "downsample_padding": self.downsample_padding,
-            "class_embed_type": "identity" if self.embedded else None,
+            "class_embed_type": None,
             "num_class_embeds": self.conditions or None,
         }
 
     @staticmethod
-    def from_diffusers(config: dict[str, Any]) -> UNetConfig:
-        """Inverse of `to_diffusers`, also for configurations of other makers; absent keys have diffusers' defaults.
+    def from_diffusers(config: JsonObject) -> UNetConfig:
+        """Convert a `config.json`, ours or a published one; absent keys take diffusers' defaults.
 
-        Raises `ValueError` in one sentence for an architecture that this network does not have.
+        Raises:
+            ValueError: for an architecture that this network does not support, in one sentence.
         """
         widths = tuple(config["block_out_channels"])
         attention = tuple(name.startswith("Attn") for name in config["down_block_types"])
-        _refuse_other_architectures(config, attention)
+        _require_supported_architecture(config, attention)
         return UNetConfig(
             size=config["sample_size"],
             channels=config["in_channels"],
@@ -85,7 +84,6 @@ class UNetConfig:
             attention_head_dim=config.get("attention_head_dim", 8),
             dropout=config.get("dropout", 0.0),
             conditions=config.get("num_class_embeds") or 0,
-            embedded=config.get("class_embed_type") == "identity",
             norm_eps=config.get("norm_eps", 1e-5),
             flip_sin_to_cos=config.get("flip_sin_to_cos", True),
             freq_shift=config.get("freq_shift", 0),
@@ -93,11 +91,11 @@ class UNetConfig:
         )
 
 
-def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, ...]) -> None:
-    """Compare what a `UNet2DModel` can be and this network cannot."""
+def _require_supported_architecture(config: JsonObject, attention: tuple[bool, ...]) -> None:
+    """Check the options of `UNet2DModel` that this network lacks; most change images, but no weight's shape."""
     up = ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)]
     down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
-    wanted: dict[str, Any] = {
+    supported: Supported = {
         "_class_name": ("UNet2DModel",),
         "down_block_types": (down,),
         "mid_block_type": ("UNetMidBlock2D",),
@@ -107,7 +105,7 @@ def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, .
         "add_attention": (True,),
         "attn_norm_num_groups": (None,),
         "center_input_sample": (False,),
-        "class_embed_type": (None, "identity"),
+        "class_embed_type": (None,),
         "downsample_padding": (0, 1),
         "downsample_type": ("conv",),
         "mid_block_scale_factor": (1,),
@@ -116,13 +114,18 @@ def _refuse_other_architectures(config: dict[str, Any], attention: tuple[bool, .
         "time_embedding_type": ("positional",),
         "upsample_type": ("conv",),
     }
-    require(config, wanted, "the network's", "this U-Net knows")
+    require_supported(config, supported, "network")
     if not isinstance(config["sample_size"], int):
-        raise ValueError(f"the network's sample_size is {config['sample_size']!r}; this U-Net knows square images")
+        raise ValueError(
+            f"the network's sample_size is {config['sample_size']!r}; supported: square images, one integer"
+        )
 
 
 def timestep_embedding(t: Tensor, config: UNetConfig) -> Tensor:
-    """t [B] -> sinusoidal features float32 [B, first width] (Vaswani et al. 2017, section 3.5; base 10,000)."""
+    """Sinusoidal features of the timesteps (Vaswani et al. 2017, section 3.5; base 10,000).
+
+    t: [B]. Returns float32 [B, first width].
+    """
     half = config.block_out_channels[0] // 2
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(exponents / (half - config.freq_shift))[None]
@@ -131,7 +134,7 @@ def timestep_embedding(t: Tensor, config: UNetConfig) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features [B, width] -> [B, E] through a two-layer perceptron."""
+    """A two-layer perceptron: sinusoidal features [B, width] -> [B, E]."""
 
     def __init__(self, width: int, embed: int) -> None:
         super().__init__()
@@ -143,14 +146,17 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added; the time embedding enters between them."""
+    """A residual block of two 3x3 convolutions; the time embedding [B, E] is added between them.
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, embed: int) -> None:
+    [B, inputs, H, W] -> [B, outputs, H, W].
+    """
+
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embed, outputs)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
@@ -163,20 +169,8 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q [B, heads, N, D], k and v [B, heads, M, D] (Vaswani et al. 2017, eq. 1).
-
-    The fused kernel keeps no [N, M] matrix. On a CPU its gradient takes up to twice as long as the formula's over few
-    tokens M and up to fifteen times as long in bfloat16, so there it is left to many.
-    """
-    few = 256 if q.dtype == torch.bfloat16 else 32
-    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= few:
-        return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, with its input added."""
+    """Self-attention over the H*W positions, with a residual connection: [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, config: UNetConfig, width: int) -> None:
         super().__init__()
@@ -197,6 +191,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A strided convolution that halves height and width."""
+
     def __init__(self, width: int, padding: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
@@ -206,6 +202,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour interpolation that doubles height and width, and a convolution."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
@@ -215,19 +213,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where asked for."""
+    """The residual blocks of one resolution, each followed by self-attention if `attention` is set."""
 
     recompute = False
-    """Keep a block's input alone and compute the rest again when the gradient needs it (Chen et al. 2016)."""
+    """Gradient checkpointing: store the input of each block only (Chen et al. 2016)."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, n, width, embed) for n in inputs)
+        self.resnets = nn.ModuleList(ResnetBlock(config, n, width) for n in inputs)
         if attention:
             self.attentions = nn.ModuleList(Attention(config, width) for _ in inputs)
         self.has_attention = attention
 
     def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+        """Apply block i and its attention, with gradient checkpointing if `recompute` is set."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._block, i, x, embedding, use_reentrant=False)
         return self._block(i, x, embedding)
@@ -238,11 +237,14 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
-        super().__init__(config, inputs, width, embed, attention)
+    """One resolution of the encoder; every level but the last halves the resolution at its end."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool, last: bool) -> None:
+        super().__init__(config, inputs, width, attention)
         self.downsamplers = None if last else nn.ModuleList([Downsample(width, config.downsample_padding)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the output and the skip connections for the decoder."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.block(i, x, embedding)
@@ -254,20 +256,25 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, embed: int, attention: bool, last: bool):
-        super().__init__(config, inputs, width, embed, attention)
+    """One resolution of the decoder; every level but the last doubles the resolution at its end."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attention: bool, last: bool) -> None:
+        super().__init__(config, inputs, width, attention)
         self.upsamplers = None if last else nn.ModuleList([Upsample(width)])
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        """Concatenate each block's input with the last of `skips`, which is removed from the list."""
         for i in range(len(self.resnets)):
             x = self.block(i, torch.cat([x, skips.pop()], dim=1), embedding)
         return self.upsamplers[0](x) if self.upsamplers else x
 
 
 class Middle(nn.Module):
-    def __init__(self, config: UNetConfig, width: int, embed: int) -> None:
+    """Residual block, self-attention and residual block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, width: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, width, width, embed) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(config, width)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -276,10 +283,9 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t [B, C, H, W], t int64 [B], condition -> the network's output [B, C, H, W].
+    """The network: x_t float [B, C, H, W], t int64 [B], condition -> output float [B, C, H, W].
 
-    The condition is a class index int64 [B] (the last index is the null class), an embedding float
-    [B, E], or None for an unconditional model.
+    The condition is a class index, int64 [B], of which the last is the null class; None for an unconditional network.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -296,10 +302,10 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
             inputs = [skips[-1]] + [width] * (layers - 1)
-            self.down_blocks.append(DownLevel(config, inputs, width, embed, config.attention[level], last))
+            self.down_blocks.append(DownLevel(config, inputs, width, config.attention[level], last))
             skips += [width] * (layers + (not last))
 
-        self.mid_block = Middle(config, widths[-1], embed)
+        self.mid_block = Middle(config, widths[-1])
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
@@ -308,30 +314,30 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 inputs.append(below + skips.pop())
                 below = width
-            self.up_blocks.append(UpLevel(config, inputs, width, embed, config.attention[level], level == 0))
+            self.up_blocks.append(UpLevel(config, inputs, width, config.attention[level], level == 0))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
-        """Zero the last layer of every residual branch and of the network, as the authors' code does."""
+        """Set the last layer of every residual branch and of the network to zero, as in the authors' code."""
         branches = [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
         for layer in [*branches, self.conv_out]:
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def checkpoint_gradients(self, on: bool = True) -> None:
-        """Trade time for memory in training: activations inside a block are computed twice instead of kept."""
+    def checkpoint_gradients(self) -> None:
+        """Enable gradient checkpointing: less memory for activations, a second forward pass of each block."""
         for module in self.modules():
             if isinstance(module, Level):
-                module.recompute = on
+                module.recompute = True
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.time_embedding(timestep_embedding(t, self.config).to(x.dtype))
-        if condition is not None:
-            embedding = embedding + (self.class_embedding(condition) if self.class_embedding else condition)
+        if self.class_embedding is not None and condition is not None:
+            embedding = embedding + self.class_embedding(condition)
         x = self.conv_in(x)
         skips = [x]
         for down in self.down_blocks:

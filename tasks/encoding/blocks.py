@@ -110,7 +110,7 @@ class Blocks:
 def _sha256(tensor: torch.Tensor) -> str:
     import torch
 
-    return hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _keys(file: Path) -> list[str]:

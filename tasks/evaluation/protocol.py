@@ -88,26 +88,26 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "seed_blocks": params.seed_blocks,
         "reference": {"split": "test", "images": index["splits"]["test"], "sha256": index["sha256"]},
         "floor": {"split": "train", "images": "as many, of the classes asked for, as far as there are"},
-        "judge": judge.info["hashes"],
+        "judge": judge.info.hashes,
         "extractor": judge.kind,
-        "feature_dim": judge.info["feature_dim"],
-        "image": judge.info["image"],
+        "feature_dim": judge.info.feature_dim,
+        "image": judge.info.image,
         "quantisation": "uint8",
-        "labels": pipeline.classes if pipeline.conditioning != "none" else None,
-        "prompts": pipeline.prompts or judge.prompts,
+        "labels": pipeline.info.classes if pipeline.info.conditioning != "none" else None,
+        "prompts": pipeline.info.prompts or judge.info.prompts,
     }
     return {
         "measurement": measurement,
         "fingerprint": fingerprint(measurement),
-        "space": "pixels" if pipeline.info.get("latent") is None else "latents",
-        "conditioning": pipeline.info.get("condition_source", pipeline.conditioning),
+        "space": "pixels" if pipeline.info.latent is None else "latents",
+        "conditioning": pipeline.info.conditioning,
         "clip_is_condition": _share_text_weights(pipeline, judge),
         "sampler": params.sampler,
         "steps": params.steps,
         "eta": params.eta,
         "guidance_scales": {
             "unguided": UNGUIDED,
-            "guided": params.guidance_scale if pipeline.conditioning != "none" else None,
+            "guided": params.guidance_scale if pipeline.info.conditioning != "none" else None,
         },
         "guidance_interval": params.guidance_interval and list(params.guidance_interval),
         "batch_size": params.batch_size,
@@ -164,7 +164,8 @@ def draw(
 ) -> Draw:
     """The first `count` images of a seed block, labels in a balanced cycle; sampler, its eta and steps are the
     protocol's unless a sampler is given."""
-    from models.pipeline import to_uint8
+    from models.pixels import to_uint8
+    from models.samplers import Sampling
 
     eta = 0.0 if sampler else protocol["eta"]
     sampler, steps = sampler or protocol["sampler"], steps or protocol["steps"]
@@ -184,13 +185,9 @@ def draw(
         images = pipeline.sample(
             range(first, first + count),
             labels,
-            sampler,
-            steps,
-            guidance_scale,
-            protocol["batch_size"],
+            Sampling(sampler, steps, eta, guidance_scale, protocol["guidance_interval"]),
+            batch_size=protocol["batch_size"],
             callback=lambda i, t, x, x0: bar.update(len(x)),
-            eta=eta,
-            guidance_interval=protocol["guidance_interval"],
         )
     return Draw(sampler, steps, guidance_scale, labels, to_uint8(images), time.perf_counter() - started, eta)
 
@@ -465,18 +462,19 @@ def _not_applicable(scorer: Scorer, facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _require_pipeline(pipeline: Pipeline, facts: dict[str, Any]) -> None:
-    labels = pipeline.classes if pipeline.conditioning != "none" else None
+    drawn = pipeline.info
+    labels = drawn.classes if drawn.conditioning != "none" else None
     if labels != facts["labels"]:
         raise NotComparableError("the model draws other classes than the protocol asks for; measure it by its own")
-    if {"size": pipeline.size, "channels": pipeline.channels} != facts["image"]:
+    if {"size": drawn.size, "channels": drawn.channels} != facts["image"]:
         raise NotComparableError(
-            f"the model draws {pipeline.channels} x {pipeline.size} x {pipeline.size} images and the protocol measures "
+            f"the model draws {drawn.channels} x {drawn.size} x {drawn.size} images and the protocol measures "
             f"{facts['image']['channels']} x {facts['image']['size']} x {facts['image']['size']}; measure it by its own"
         )
 
 
 def _require_judge(images: Path, judge: Judge, facts: dict[str, Any]) -> None:
-    if judge.info["hashes"] != facts["judge"]:
+    if judge.info.hashes != facts["judge"]:
         raise NotComparableError("the judge is not the one that the protocol names; run 'dvc repro judge evaluate'")
     if read_index(images)["sha256"] != facts["reference"]["sha256"]:
         raise NotComparableError("the images are not those that the protocol names; run 'dvc repro evaluate'")

@@ -21,8 +21,12 @@ NAMED = (*PACKAGES, "mlflow")
 # that depended on them would train again for a better error message. What they decide is in `params.yaml`.
 PLUMBING = {
     "models/__init__.py",
+    "models/device.py",
+    "models/hashing.py",
+    "models/json_files.py",
     "tasks/__init__.py",
     "tasks/runtime/atomic.py",
+    "tasks/runtime/closure.py",
     "tasks/runtime/consistency.py",
     "tasks/runtime/disk.py",
     "tasks/runtime/integrity.py",
@@ -38,11 +42,11 @@ PLUMBING = {
 }
 
 
-def closure(*starts: str, without: Collection[str] = ()) -> list[str]:
+def closure(*starts: str, without: Collection[str] = (), plumbing: Collection[str] = PLUMBING) -> list[str]:
     """The files `starts`, what they import or name, what that imports, and so on; sorted paths from the project's root.
 
-    Does not enter `PLUMBING` or the files in `without`. Raises `FileNotFoundError` where one of the given files, or an
-    imported module of the project, does not exist.
+    Does not enter the files in `plumbing` or in `without`. Raises `FileNotFoundError` if one of the named files or an
+    imported module of the project does not exist.
     """
     for name in (*starts, *without):
         if not (ROOT / name).is_file():
@@ -51,7 +55,7 @@ def closure(*starts: str, without: Collection[str] = ()) -> list[str]:
     waiting = list(starts)
     while waiting:
         file = waiting.pop()
-        if file in found or file in PLUMBING or file in without or _is_empty(file):
+        if file in found or file in plumbing or file in without or _is_empty(file):
             continue
         found.add(file)
         if file.endswith(".py"):

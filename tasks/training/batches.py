@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.pixels import from_uint8
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
 
@@ -208,7 +209,7 @@ class Batches:
         if self.horizontal_flip:
             flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
         if "pixels" in columns:
-            x0 = columns["pixels"].float() / 127.5 - 1
+            x0 = from_uint8(columns["pixels"])
             return torch.where(flipped[:, None, None, None], x0.flip(3), x0) if self.horizontal_flip else x0
         rows = torch.arange(count, device=self.device)
         mean, std = (columns[name][rows, flipped.long()].float() for name in ("mean", "std"))

@@ -20,7 +20,6 @@ NO_WEIGHT = {
     "models/pictures.py": "draws the grids of previews",
     "models/pipeline.py": "writes finished weights",
     "models/samplers.py": "draws previews",
-    "tasks/runtime/closure.py": "finds the files of this key",
     "tasks/training/launch.py": "starts the processes, whose number is in the key",
     "tasks/runtime/measures.py": "copies what `codec` measured into the log",
     "tasks/training/memory.py": "returns freed memory to the system",

@@ -48,19 +48,16 @@ def _drawn(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray
 
     from models import samplers
     from models.networks import autoencoder
-    from models.pipeline import to_uint8
+    from models.networks.network import predictor
+    from models.pixels import to_uint8
 
     draw, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
 
-    def predict(x: torch.Tensor, t: int, condition: torch.Tensor | None) -> torch.Tensor:
-        return run.network(x, torch.full((len(x),), t, device=device), condition)
-
     clip = run.autoencoder is None
-    denoise = samplers.denoiser(predict, run.diffusion.prediction, run.alpha_bar, condition, clip=clip)
-    steps = min(STEPS, run.diffusion.timesteps)
-    drawn = samplers.sample(
-        "dpm_solver_pp_2m", denoise, lambda: torch.from_numpy(draw()).to(device), run.alpha_bar, steps
-    )
+    scheduler = samplers.SchedulerConfig(run.alpha_bar, run.diffusion.prediction, clip_sample=clip)
+    sampling = samplers.Sampling("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
+    denoise = samplers.denoiser(predictor(run.network), scheduler, sampling, condition)
+    drawn = samplers.sample(denoise, lambda: torch.from_numpy(draw()).to(device), scheduler, sampling)
     if run.autoencoder is not None:
         drawn = autoencoder.decode(run.autoencoder, drawn)
     return to_uint8(drawn.float().cpu().numpy())

@@ -153,7 +153,7 @@ def prepare(
         warm_start.load(network, first)
     if params.full_steps:
         network.requires_grad_(True)  # each has its time; the loop says whose it is
-    network = network.to(accelerator.device, memory_format=_memory_format(params))
+    network = network.to(accelerator.device, memory_format=_memory_format(params))  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
@@ -165,7 +165,7 @@ def prepare(
     run = Run(
         accelerator=accelerator,
         network=network,
-        module=torch.compile(module) if params.compile else module,
+        module=torch.compile(module) if params.compile else module,  # type: ignore[arg-type]
         objective=Objective(diffusion, levels, accelerator.device),
         optimizer=prepared,
         averages={profile: EMA(network, profile) for profile in params.ema},

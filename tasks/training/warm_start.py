@@ -96,10 +96,10 @@ def _check_diffusion(given: Given, diffusion: DiffusionParams) -> None:
         learned = read_diffusion(_read(file))
     except ValueError as error:
         raise StageError(f"{given.name} cannot be trained here: {error}; choose another") from None
-    if learned.prediction != diffusion.prediction:
+    prediction = learned.config.prediction_type
+    if prediction != diffusion.prediction:
         raise StageError(
-            f"{given.name} predicts {learned.prediction}, not {diffusion.prediction}; set diffusion.prediction to "
-            f"{learned.prediction}"
+            f"{given.name} predicts {prediction}, not {diffusion.prediction}; set diffusion.prediction to {prediction}"
         )
     _compare_noise(given, learned.betas, learned.schedule, diffusion)
 

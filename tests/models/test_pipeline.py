@@ -9,8 +9,8 @@ import torch
 
 from models import schedules
 from models.networks.unet import UNet, UNetConfig
-from models.pipeline import load_pipeline, save_pipeline
-from models.samplers import SAMPLERS
+from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
+from models.samplers import SAMPLERS, Sampling
 from tests.support import model_outputs
 
 CONFIG = UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8)
@@ -50,7 +50,7 @@ def test_a_published_model_is_sampled_at_the_timesteps_of_its_scheduler(tmp_path
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(theirs.unet(x, t).sample, t, x, **options).prev_sample
-    drawn = ours.sample([3, 4], sampler=sampler, steps=7, callback=lambda i, t, x, x0: seen.append(t))
+    drawn = ours.sample([3, 4], sampling=Sampling(sampler, 7), callback=lambda i, t, x, x0: seen.append(t))
     assert seen == scheduler.timesteps.tolist() and seen[0] < T - 1
     assert np.abs(drawn - x.numpy()).max() < 1e-4
 
@@ -58,7 +58,7 @@ def test_a_published_model_is_sampled_at_the_timesteps_of_its_scheduler(tmp_path
 def noises(seeds: list[int], pipeline, count: int) -> np.ndarray:
     from models.samplers import SeededNoise
 
-    draw = SeededNoise(seeds, (pipeline.channels, pipeline.size, pipeline.size))
+    draw = SeededNoise(seeds, (pipeline.info.channels, pipeline.info.size, pipeline.info.size))
     return np.stack([draw() for _ in range(count)])
 
 
@@ -69,9 +69,9 @@ def difference_from_diffusers(folder, monkeypatch) -> float:
     ours = load_pipeline(folder)
     theirs = DDPMPipeline.from_pretrained(str(folder))
     theirs.set_progress_bar_config(disable=True)
-    fed_to_diffusers(monkeypatch, noises([3, 4], ours, ours.timesteps + 1))
-    expected = theirs(batch_size=2, num_inference_steps=ours.timesteps, output_type="np").images
-    drawn = ours.sample([3, 4], sampler="ddpm", steps=ours.timesteps)
+    fed_to_diffusers(monkeypatch, noises([3, 4], ours, ours.info.timesteps + 1))
+    expected = theirs(batch_size=2, num_inference_steps=ours.info.timesteps, output_type="np").images
+    drawn = ours.sample([3, 4], sampling=Sampling("ddpm", ours.info.timesteps))
     assert expected.std() > 0.05, "the comparison needs pictures with something in them"
     return float(np.abs((drawn / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1) - expected).max())
 
@@ -84,9 +84,9 @@ def test_saved_pipeline_gives_the_same_images_in_diffusers(tmp_path, monkeypatch
     if to_zero and prediction == "epsilon":
         pytest.skip("refused at load: the noise in pure noise says nothing of an image")
     unet = UNet(CONFIG)
-    info = {"conditioning": "none", "classes": [], "channels": 1, "size": 8, "prediction": prediction}
+    info = PipelineInfo("none", 1, 8, schedule, T, prediction, train_key="", classes=[])
     betas = schedules.betas(schedule, T, to_zero)
-    save_pipeline(tmp_path, unet, random_weights(unet), betas, {**info, "schedule": schedule, "null_label": None})
+    save_pipeline(tmp_path, unet, random_weights(unet), betas, info)
     assert difference_from_diffusers(tmp_path, monkeypatch) < 1e-4
 
 
@@ -167,26 +167,26 @@ def test_a_repository_of_the_first_days(tmp_path, monkeypatch):
     assert any(".proj_attn." in name for name in weights)
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     assert difference_from_diffusers(folder, monkeypatch) < 1e-4
-    assert load_pipeline(folder).info["schedule"] == "linear"
+    assert load_pipeline(folder).info.schedule == "linear"
 
 
 @pytest.mark.parametrize(
     ("file", "change", "sentence"),
     [
-        ("unet/config.json", {"out_channels": 6}, "out_channels is 6; this U-Net knows 3"),
+        ("unet/config.json", {"out_channels": 6}, "out_channels is 6; supported: 3"),
         ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
         ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is 'scale_shift'"),
         ("unet/config.json", {"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types is"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
-        ("unet/config.json", {"sample_size": [8, 16]}, "knows square images"),
+        ("unet/config.json", {"sample_size": [8, 16]}, "supported: square images"),
         ("unet/config.json", {"num_class_embeds": 10}, "does not say what its classes are"),
         ("unet/config.json", {"layers_per_block": 1}, "are not those of the network in its config.json"),
         ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
-        ("scheduler/scheduler_config.json", {"clip_sample": False}, "clip_sample is False; these samplers know True"),
+        ("scheduler/scheduler_config.json", {"clip_sample": False}, "clip_sample is False; supported: True"),
         ("scheduler/scheduler_config.json", {"set_alpha_to_one": False}, "set_alpha_to_one is False"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding is True"),
-        ("scheduler/scheduler_config.json", {"timestep_spacing": "linspace"}, "know 'leading', 'trailing'"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "linspace"}, "supported: 'leading', 'trailing'"),
         ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "2 trained_betas for 30"),
     ],
@@ -208,7 +208,7 @@ def test_pickled_damaged_and_absent_weights(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         load_pipeline(tmp_path)
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(ValueError, match=r"as a pickle, which could run code; let diffusers write them"):
+    with pytest.raises(ValueError, match=r"as a pickle, which could run code; if you trust their author, convert them"):
         load_pipeline(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_pipeline(tmp_path / "nothing here")
@@ -224,15 +224,15 @@ def conditional(tmp_path_factory):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_depends_on_its_seed_whatever_the_batch(conditional, sampler):
     seeds, labels = list(range(7)), [0, 1, 2, 0, 1, 2, 0]
-    eta = 1.0 if sampler == "ddim" else 0.0
+    sampling = Sampling(sampler, 10, 1.0 if sampler == "ddim" else 0.0, 1.5)
 
     def draw(batch_size):
-        return conditional.sample(seeds, labels, sampler, 10, 1.5, batch_size, eta=eta)
+        return conditional.sample(seeds, labels, sampling, batch_size=batch_size)
 
     together = draw(7)
     for batch_size in (1, 2, 3, 5):
         assert np.abs(draw(batch_size) - together).max() < 1e-4
-    alone = conditional.sample([5], [2], sampler, 10, 1.5, eta=eta)
+    alone = conditional.sample([5], [2], sampling)
     assert np.abs(alone[0] - together[5]).max() < 1e-4
     assert np.abs(together[0] - together[6]).max() > 1e-2
 
@@ -244,7 +244,7 @@ def test_the_noise_has_the_same_bits_whatever_the_batch(conditional):
 
 def test_guidance_acts_at_its_noise_levels_alone(conditional):
     def draw(scale, interval=None):
-        return conditional.sample([1, 2], [0, 1], "ddim", 10, scale, guidance_interval=interval)
+        return conditional.sample([1, 2], [0, 1], Sampling("ddim", 10, 0.0, scale, interval))
 
     assert np.array_equal(draw(3.0, (0.0, float("inf"))), draw(3.0))
     assert np.array_equal(draw(3.0, (1e6, 1e7)), draw(1.0))

@@ -165,8 +165,8 @@ def test_a_judge_of_published_networks_measures_and_its_fingerprint_names_them(t
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     judge = load_judge(judged(tmp_path, ("dinov2", dinov2), clip))
     declared = protocol.declare(pipeline, images, judge, PARAMS)
-    assert (judge.kind, judge.info["feature_dim"], judge.clip) == ("pretrained dinov2", 24, None)
-    assert set(judge.info["hashes"]) == {"classifier", "extractor", "pretrained_clip"}
+    assert (judge.kind, judge.info.feature_dim, judge.clip) == ("pretrained dinov2", 24, None)
+    assert set(judge.info.hashes) == {"classifier", "extractor", "pretrained_clip"}
     measured = protocol.measure(pipeline, images, judge, declared)
     assert measured.extractor == "pretrained dinov2"
     assert measured.measures["frechet_distance"].value > measured.measures["frechet_distance"].floor > 0

@@ -8,10 +8,15 @@ import torch
 
 from models import samplers, schedules
 from models.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
+from models.samplers import Sampling, SchedulerConfig
 
 T = 1000
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", T))
 SHAPE = (2, 1, 8, 8)
+
+
+def drawn_by(sampler, steps, denoise, noise, levels=ALPHA_BAR):
+    return samplers.sample(denoise, noise, SchedulerConfig(levels, "sample"), Sampling(sampler, steps))
 
 
 def x0_of(x, t):
@@ -44,7 +49,7 @@ def scheduler_for(sampler, levels_of, prediction, spacing="trailing", offset=0):
 
 STEPS = {"ddpm": 100, "ddim": 50, "ddim eta 0.5": 50, "ddim eta 1": 50}
 STEPS |= {"euler_ancestral": 100, "dpm_solver_pp_2m": 20}
-OPTIONS = {"ddim eta 0.5": {"eta": 0.5}, "ddim eta 1": {"eta": 1.0}, "ddpm large": {"variance": "fixed_large"}}
+OPTIONS = {"ddim eta 0.5": {"eta": 0.5}, "ddim eta 1": {"eta": 1.0}, "ddpm large": {"variance_type": "fixed_large"}}
 MODULES = {"ddpm": "ddpm", "ddim": "ddim", "euler": "euler_ancestral_discrete", "dpm": "dpmsolver_multistep"}
 
 
@@ -79,7 +84,7 @@ def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, step
     chosen = samplers.timesteps_for(sampler.split()[0], T, steps, spacing, offset)
     assert [int(t) for t in scheduler.timesteps] == chosen
     samplers.SAMPLERS[sampler.split()[0]](
-        samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), prediction, levels),
+        samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), SchedulerConfig(levels, prediction)),
         draws[0],
         lambda: next(noise),
         levels,
@@ -141,7 +146,7 @@ def test_pure_noise_is_the_limit_of_almost_pure_noise(sampler):
         assert levels[-1] == 0
         levels[-1] = last
         noise = samplers.SeededNoise([1, 2], (1, 8, 8))
-        return samplers.sample(sampler, lambda x, t: 0.8 * np.tanh(x), noise, levels, 12)
+        return drawn_by(sampler, 12, lambda x, t: 0.8 * np.tanh(x), noise, levels)
 
     assert np.isfinite(draw(0.0)).all()
     assert np.abs(draw(0.0) - draw(1e-14)).max() < 1e-4
@@ -217,7 +222,7 @@ def test_order_of_convergence_with_fresh_noise(sampler):
 def test_perfect_denoiser_gives_the_image(sampler):
     image = np.linspace(-1, 1, 64).reshape(1, 1, 8, 8).astype(np.float32)
     noise = samplers.SeededNoise([3], (1, 8, 8))
-    drawn = samplers.sample(sampler, lambda x, t: image, noise, ALPHA_BAR, 25)
+    drawn = drawn_by(sampler, 25, lambda x, t: image, noise)
     assert np.abs(drawn - image).max() < 1e-5
 
 
@@ -225,7 +230,7 @@ def test_perfect_denoiser_gives_the_image(sampler):
 def test_torch_and_numpy_agree(sampler):
     def draw(convert):
         noise = samplers.SeededNoise([1, 2], (1, 8, 8))
-        return samplers.sample(sampler, lambda x, t: x.clip(-1, 1), lambda: convert(noise()), ALPHA_BAR, 20)
+        return drawn_by(sampler, 20, lambda x, t: x.clip(-1, 1), lambda: convert(noise()))
 
     assert np.abs(draw(torch.from_numpy).numpy() - draw(lambda a: a)).max() < 1e-5
 
@@ -239,7 +244,8 @@ def test_image_depends_on_its_own_seed_alone():
 
 
 def test_guidance_moves_away_from_the_null_condition():
-    denoise = samplers.denoiser(lambda x, t, c: 0 * x + c, "epsilon", ALPHA_BAR, 0.2, 0.1, guidance_scale=3.0)
+    scheduler = SchedulerConfig(ALPHA_BAR, "epsilon")
+    denoise = samplers.denoiser(lambda x, t, c: 0 * x + c, scheduler, Sampling(guidance_scale=3.0), 0.2, 0.1)
     x, a = np.zeros((1, 1, 2, 2)), ALPHA_BAR[100]
     assert denoise(x, 100) == pytest.approx(-math.sqrt(1 - a) * (0.1 + 3 * 0.1) / math.sqrt(a))
 
@@ -252,7 +258,9 @@ def test_guidance_is_kept_to_its_noise_levels():
         asked.append(condition)
         return 0 * x + condition
 
-    denoise = samplers.denoiser(predict, "sample", [0.9, 0.5, 0.1, 0.0], 0.2, 0.1, 3.0, guidance_interval=(0.5, 3.0))
+    sampling = Sampling(guidance_scale=3.0, guidance_interval=(0.5, 3.0))
+    scheduler = SchedulerConfig([0.9, 0.5, 0.1, 0.0], "sample")
+    denoise = samplers.denoiser(predict, scheduler, sampling, 0.2, 0.1)
     sigmas = [1 / 3, 1.0, 3.0, math.inf]
     drawn = [float(denoise(np.zeros((1, 1, 1, 1)), t)[0, 0, 0, 0]) for t in range(4)]
     assert drawn == pytest.approx([0.4 if 0.5 < sigma <= 3.0 else 0.2 for sigma in sigmas])
@@ -262,14 +270,13 @@ def test_guidance_is_kept_to_its_noise_levels():
 @pytest.mark.parametrize("interval", [(1.0, 1.0), (2.0, 1.0), (1.0,)])
 def test_an_empty_interval_of_guidance_is_refused(interval):
     with pytest.raises(ValueError, match="is not two noise levels"):
-        samplers.denoiser(lambda x, t, c: x, "sample", ALPHA_BAR, 0.2, 0.1, 3.0, interval)
+        Sampling(guidance_scale=3.0, guidance_interval=interval)
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.1), ("ddim", -0.1), ("ddpm", 0.5)])
 def test_an_eta_that_the_sampler_does_not_have_is_refused(sampler, eta):
-    noise = samplers.SeededNoise([1], (1, 8, 8))
     with pytest.raises(ValueError, match="it is 0 to 1 for 'ddim' and 0 for the others"):
-        samplers.sample(sampler, lambda x, t: x, noise, ALPHA_BAR, 5, eta=eta)
+        Sampling(sampler, 5, eta)
 
 
 @pytest.mark.parametrize("steps", [0, T + 1])
@@ -311,7 +318,7 @@ def test_the_image_in_pure_noise_follows_from_v_and_x0_alone():
     x, output = np.ones((1, 1, 1, 1)), np.full((1, 1, 1, 1), 0.25)
     assert samplers.to_x0("sample", output, x, 0.0) == 0.25
     assert samplers.to_x0("v_prediction", output, x, 0.0) == -0.25
-    with pytest.raises(ValueError, match="says nothing of an image"):
+    with pytest.raises(ValueError, match="undefined at alpha_bar 0"):
         samplers.to_x0("epsilon", output, x, 0.0)
 
 

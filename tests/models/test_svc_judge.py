@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.pipeline import load_pipeline, to_uint8
+from models.pipeline import load_pipeline
+from models.pixels import to_uint8
+from models.samplers import Sampling
 from tasks import params
 from tasks.params import ImageParams
 from tasks.pictures.images import load_pixels, read_index
@@ -33,7 +35,7 @@ def digits():
         pytest.skip("needs the outputs of 'make repro' in this work tree")
     chosen = params.load(ROOT / "params.yaml")
     loaded = load_pipeline(pipeline)
-    if read_index(images)["source"] != "digits" or loaded.conditioning != "label":
+    if read_index(images)["source"] != "digits" or loaded.info.conditioning != "label":
         pytest.skip("the outputs in this work tree are not those of the preset 'digits'")
     return chosen, loaded
 
@@ -47,11 +49,14 @@ def test_an_independent_judge_reads_the_digits_that_were_asked_for(digits):
     assert judge.score(area_mean(held_out.pixels, 8), held_out.labels) >= 0.95
 
     protocol = chosen.evaluate
-    labels = np.arange(protocol.n_accuracy) % len(pipeline.classes)
+    labels = np.arange(protocol.n_accuracy) % len(pipeline.info.classes)
     seeds = range(protocol.seed, protocol.seed + protocol.n_accuracy)
     drawn = to_uint8(
         pipeline.sample(
-            seeds, labels.tolist(), protocol.sampler, protocol.steps, protocol.guidance_scale, batch_size=128
+            seeds,
+            labels.tolist(),
+            Sampling(protocol.sampler, protocol.steps, guidance_scale=protocol.guidance_scale),
+            batch_size=128,
         )
     )
     assert judge.score(area_mean(drawn, 8), labels) >= AGREEMENT

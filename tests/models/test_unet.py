@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.networks.unet import UNet, UNetConfig, attend
+from models.networks.attention import attend
+from models.networks.unet import UNet, UNetConfig
 
 DIGITS = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, conditions=11)
-EMBEDDED = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, embedded=True)
 RGB = UNetConfig(16, 3, (16, 32), (True, False), 2, 4, None)
 PUBLISHED = replace(RGB, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
 CIFAR_PAPER = UNetConfig(32, 3, (128, 256, 256, 256), (False, True, False, False), 2, 32, None)
@@ -25,14 +25,10 @@ def randomised(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def condition_for(config: UNetConfig) -> torch.Tensor | None:
-    if config.embedded:
-        return torch.randn(3, 4 * config.block_out_channels[0])
     return torch.tensor([0, 5, 10]) if config.conditions else None
 
 
-@pytest.mark.parametrize(
-    "config", [DIGITS, EMBEDDED, RGB, PUBLISHED], ids=["label", "embedding", "unconditional", "published"]
-)
+@pytest.mark.parametrize("config", [DIGITS, RGB, PUBLISHED], ids=["label", "unconditional", "published"])
 @pytest.mark.parametrize("direction", ["ours to diffusers", "diffusers to ours"])
 def test_same_output_as_diffusers(config, direction):
     from diffusers import UNet2DModel
@@ -52,9 +48,15 @@ def test_parameters_of_the_paper():
         assert sum(p.numel() for p in UNet(CIFAR_PAPER).parameters()) == 35_746_307
 
 
-@pytest.mark.parametrize("config", [DIGITS, EMBEDDED, CIFAR_PAPER, PUBLISHED])
+@pytest.mark.parametrize("config", [DIGITS, CIFAR_PAPER, PUBLISHED])
 def test_config_survives_the_round_trip(config):
     assert UNetConfig.from_diffusers(config.to_diffusers()) == config
+
+
+def test_a_condition_that_is_not_a_class_is_refused():
+    """diffusers' "identity", whose condition is an embedding, has the weights of an unconditional network."""
+    with pytest.raises(ValueError, match="class_embed_type is 'identity'; supported: None"):
+        UNetConfig.from_diffusers(RGB.to_diffusers() | {"class_embed_type": "identity"})
 
 
 def test_untrained_network_predicts_zero():

@@ -11,7 +11,7 @@ import PIL.Image
 
 from models import schedules
 from models.networks.unet import UNet, UNetConfig
-from models.pipeline import save_pipeline
+from models.pipeline import PipelineInfo, save_pipeline
 from tasks.judge import judge
 from tasks.params import ImageParams, JudgeParams
 from tasks.pictures.images import Writer
@@ -75,17 +75,17 @@ def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
     unet = UNet(UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=len(classes) + 1 if classes else 0))
     for weights in unet.parameters():  # the last layer starts at zero, and would not heed the label
         torch.nn.init.normal_(weights, std=0.2)
-    info = {
-        "conditioning": "label" if classes else "none",
-        "classes": classes,
-        "channels": 1,
-        "size": 8,
-        "timesteps": TIMESTEPS,
-        "prediction": "v_prediction",
-        "schedule": "cosine",
-        "null_label": len(classes) if classes else None,
-        "train_key": "0" * 64,
-    }
+    info = PipelineInfo(
+        conditioning="label" if classes else "none",
+        classes=classes,
+        channels=1,
+        size=8,
+        timesteps=TIMESTEPS,
+        prediction="v_prediction",
+        schedule="cosine",
+        null_label=len(classes) if classes else None,
+        train_key="0" * 64,
+    )
     folder = root / "outputs" / "pipeline"
     folder.mkdir(parents=True)
     save_pipeline(folder, unet, unet.state_dict(), schedules.betas("cosine", TIMESTEPS), info)

@@ -12,7 +12,7 @@ import numpy as np
 
 from models import pictures, schedules
 from models.networks.unet import UNet, UNetConfig
-from models.pipeline import save_pipeline
+from models.pipeline import PipelineInfo, save_pipeline
 from tasks.export import export
 from tasks.package import package
 from tasks.params import ExportParams
@@ -44,17 +44,17 @@ def write_pipeline(folder: Path, conditioning: str = "label") -> None:
         )
     )
     weights = {name: value + 0.05 * torch.randn_like(value) for name, value in unet.state_dict().items()}
-    info = {
-        "conditioning": conditioning,
-        "classes": CLASSES,
-        "channels": 1,
-        "size": SIZE,
-        "timesteps": TIMESTEPS,
-        "schedule": "cosine",
-        "prediction": "v_prediction",
-        "null_label": len(CLASSES) if conditioning == "label" else None,
-        "train_key": "a" * 64,
-    }
+    info = PipelineInfo(
+        conditioning=conditioning,
+        classes=CLASSES,
+        channels=1,
+        size=SIZE,
+        timesteps=TIMESTEPS,
+        schedule="cosine",
+        prediction="v_prediction",
+        null_label=len(CLASSES) if conditioning == "label" else None,
+        train_key="a" * 64,
+    )
     folder.mkdir(parents=True)
     save_pipeline(folder, unet, weights, schedules.betas("cosine", TIMESTEPS), info)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from models import pictures, schedules
 from models.networks.unet import UNet, UNetConfig
-from models.pipeline import save_pipeline
+from models.pipeline import PipelineInfo, save_pipeline
 from tasks.params import VisualizeParams
 from tasks.pictures import images as normal_form
 from tasks.runtime import measures
@@ -158,18 +158,18 @@ def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
     unet = UNet(UNetConfig(SIZE, channels, (8, 16), (False, True), 1, 4, 8, conditions=conditions))
     for weights in unet.parameters():  # the last layer starts at zero, and would draw nothing
         torch.nn.init.normal_(weights, std=0.2)
-    info = {
-        "conditioning": "label" if classes else "none",
-        "classes": classes,
-        "channels": channels,
-        "size": SIZE,
-        "timesteps": TIMESTEPS,
-        "prediction": "v_prediction" if classes else "epsilon",
-        "schedule": "cosine" if classes else "linear",
-        "null_label": len(classes) if classes else None,
-        "train_key": "ab" * 32,
-    }
-    save_pipeline(folder, unet, unet.state_dict(), schedules.betas(str(info["schedule"]), TIMESTEPS), info)
+    info = PipelineInfo(
+        conditioning="label" if classes else "none",
+        classes=classes,
+        channels=channels,
+        size=SIZE,
+        timesteps=TIMESTEPS,
+        prediction="v_prediction" if classes else "epsilon",
+        schedule="cosine" if classes else "linear",
+        null_label=len(classes) if classes else None,
+        train_key="ab" * 32,
+    )
+    save_pipeline(folder, unet, unet.state_dict(), schedules.betas(info.schedule, TIMESTEPS), info)
 
 
 def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weighting: str) -> None:

@@ -99,7 +99,7 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from models.pipeline import load_pipeline
-    from models.samplers import SeededNoise
+    from models.samplers import Sampling, SeededNoise
 
     with warnings.catch_warnings(record=True) as complaints:
         theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
@@ -108,10 +108,10 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
-    prompt, shared = "dark picture of thing 2", {"guidance_scale": guidance_scale}
+    prompt, sampling = "dark picture of thing 2", Sampling("ddim", 5, guidance_scale=guidance_scale)
     form = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
-    given = theirs(prompt, num_inference_steps=5, latents=noise, **form, **shared).images[0]
-    ours = load_pipeline(pipeline).sample([7], prompts=[prompt], sampler="ddim", steps=5, **shared)
+    given = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **form).images[0]
+    ours = load_pipeline(pipeline).sample([7], sampling=sampling, prompts=[prompt])
     return given.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
 
 

@@ -11,7 +11,9 @@ import PIL.Image
 import pytest
 
 from models.judges.judge import load_judge
-from models.pipeline import Pipeline, from_uint8, load_pipeline, to_uint8
+from models.pipeline import Pipeline, load_pipeline
+from models.pixels import from_uint8, to_uint8
+from models.samplers import Sampling
 from tasks.evaluate import evaluate, picture
 from tasks.evaluation import protocol
 from tasks.params import EvaluateParams
@@ -44,7 +46,7 @@ class Copyist(Pipeline):
     images: object = None
 
     def sample(self, seeds, labels=None, *_, **__):
-        rows = [np.flatnonzero(self.images.labels == label) for label in range(len(self.classes))]
+        rows = [np.flatnonzero(self.images.labels == label) for label in range(len(self.info.classes))]
         chosen = [rows[label][seed % len(rows[label])] for seed, label in zip(seeds, labels, strict=True)]
         return from_uint8(self.images.pixels[chosen])
 
@@ -84,7 +86,7 @@ def run(tree, out, params=PARAMS):
         out / "metrics.json",
         out / "evaluation",
         out / "timing" / "evaluate.json",
-        params if load_pipeline(tree / "outputs" / "pipeline").conditioning != "none" else unguided(params),
+        params if load_pipeline(tree / "outputs" / "pipeline").info.conditioning != "none" else unguided(params),
     )
     return out
 
@@ -112,7 +114,11 @@ def table(path):
 def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real_ones(tree, pipeline, judge):
     images = tree / "data" / "images"
     perfect = Copyist(
-        pipeline.unet, pipeline.betas, pipeline.info, images=load_pixels(images, "train", judge_inputs.IMAGE)
+        pipeline.unet,
+        pipeline.betas,
+        pipeline.scheduler,
+        pipeline.info,
+        images=load_pixels(images, "train", judge_inputs.IMAGE),
     )
     measured = protocol.measure(perfect, images, judge, protocol.declare(perfect, images, judge, PARAMS))
     found = measured.measures
@@ -142,7 +148,7 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
     values = []
     for block in range(3):
         seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
-        drawn = to_uint8(pipeline.sample(seeds, labels, "dpm_solver_pp_2m", 3))
+        drawn = to_uint8(pipeline.sample(seeds, labels, Sampling("dpm_solver_pp_2m", 3)))
         values.append(scorer.distances(drawn)["frechet_distance"])
     found = measured.measures["frechet_distance"]
     assert found.value == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
@@ -182,10 +188,10 @@ def test_the_fingerprint_names_judge_images_and_labels(tree, pipeline, judge, tm
         return protocol.declare(model, images, scale, PARAMS)["fingerprint"]
 
     images = tree / "data" / "images"
-    hashes = judge.info["hashes"] | {"clip": "0" * 64}
-    other_judge = replace(judge, info=judge.info | {"hashes": hashes})
+    hashes = judge.info.hashes | {"clip": "0" * 64}
+    other_judge = replace(judge, info=replace(judge.info, hashes=hashes))
     other_images = judge_inputs.write_images(tmp_path, captions=lambda label: [f"number {label}"])
-    other_model = replace(pipeline, info=pipeline.info | {"classes": ["a", "b", "c"]})
+    other_model = replace(pipeline, info=replace(pipeline.info, classes=["a", "b", "c"]))
     found = {of(pipeline, images, judge), of(pipeline, images, other_judge)}
     found |= {of(pipeline, other_images, judge), of(other_model, images, judge)}
     assert len(found) == 4
@@ -209,14 +215,14 @@ def test_a_champion_that_draws_something_else_cannot_be_measured_alike(tree, pip
     images = tree / "data" / "images"
     declared = protocol.declare(pipeline, images, judge, PARAMS)
     with pytest.raises(protocol.NotComparableError, match=reason):
-        protocol.measure(replace(pipeline, info=pipeline.info | info), images, judge, declared)
+        protocol.measure(replace(pipeline, info=replace(pipeline.info, **info)), images, judge, declared)
 
 
 def test_neither_another_judge_nor_other_images_serve_a_protocol(tree, pipeline, judge, tmp_path):
     images = tree / "data" / "images"
     declared = protocol.declare(pipeline, images, judge, PARAMS)
     with pytest.raises(protocol.NotComparableError, match="judge is not the one"):
-        protocol.measure(pipeline, images, replace(judge, info=judge.info | {"hashes": {}}), declared)
+        protocol.measure(pipeline, images, replace(judge, info=replace(judge.info, hashes={})), declared)
     other = judge_inputs.write_images(tmp_path, captions=None)
     with pytest.raises(protocol.NotComparableError, match="images are not those"):
         protocol.measure(pipeline, other, judge, declared)

@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 
 from models import onnx_graph, tensorrt_engine
-from models.bundle import CPU, Bundle, to_pixels
-from models.pipeline import load_pipeline, to_uint8
+from models.bundle import CPU, Bundle
+from models.pipeline import load_pipeline
+from models.pixels import to_uint8
+from models.samplers import Sampling
 from tasks.runtime.stage import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
@@ -89,14 +91,14 @@ def test_weights_that_exceed_the_limit_of_protobuf_lie_beside_the_graph(tree, tm
     built = tmp_path / "built" / "onnx"
     shutil.copytree(whole, built)
     (built / "unet.onnx").unlink()
-    graph, beside = onnx_graph.write(onnx.load(whole / "unet.onnx"), built / "unet.onnx", most=1000)
+    graph, beside = onnx_graph.write(onnx.load(whole / "unet.onnx"), built / "unet.onnx", max_embedded_bytes=1000)
     assert beside.name == "unet.onnx.data"
     assert graph.stat().st_size < beside.stat().st_size < (whole / "unet.onnx").stat().st_size
     key = model_folder.content_key(built)
     moved = shutil.copytree(built, tmp_path / "moved" / "onnx")
     shutil.rmtree(built)
     assert model_folder.content_key(moved) == key
-    drawn = [Bundle(folder, threads=1).sample([3, 4], [0, 1], steps=4) for folder in (whole, moved)]
+    drawn = [Bundle(folder, threads=1).sample([3, 4], [0, 1], Sampling(steps=4)) for folder in (whole, moved)]
     assert np.array_equal(*drawn)
     (moved / "unet.onnx.data").write_bytes((moved / "unet.onnx.data").read_bytes()[::-1])
     assert model_folder.content_key(moved) != key
@@ -116,26 +118,28 @@ def test_unconditional_network_takes_no_label(exported_unconditional):
     assert set(shapes(graph)) == {"sample", "timestep", "output"}
     bundle = Bundle(unconditional / "outputs" / "onnx")
     trained = load_pipeline(unconditional / "outputs" / "pipeline")
-    assert psnr(bundle.sample([4, 5], steps=5), trained.sample([4, 5], sampler="dpm_solver_pp_2m", steps=5)) > 50
+    sampling = Sampling("dpm_solver_pp_2m", 5)
+    assert psnr(bundle.sample([4, 5], sampling=sampling), trained.sample([4, 5], sampling=sampling)) > 50
     with pytest.raises(ValueError, match="unconditional"):
         bundle.sample([4], [0])
     with pytest.raises(ValueError, match="guidance"):
-        bundle.sample([4], guidance_scale=2.0)
+        bundle.sample([4], sampling=Sampling(guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"])
 def test_bundle_draws_pytorchs_images(tree, bundle, sampler):
     seeds = range(11, 16)
-    settings = {"sampler": sampler, "steps": 7, "guidance_scale": 2.0}
-    ours = bundle.sample(seeds, LABELS, **settings)
-    theirs = load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, **settings)
+    sampling = Sampling(sampler, 7, guidance_scale=2.0)
+    ours = bundle.sample(seeds, LABELS, sampling)
+    theirs = load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, sampling)
     assert psnr(ours, theirs) > 50
     assert psnr(ours[:1], ours[3:4]) < 30, "another seed gives another image"
 
 
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
-    together = bundle.sample([7, 8, 9], [0, 1, 2], "ddpm", TIMESTEPS, 1.5)
-    alone = bundle.sample([8], [1], "ddpm", TIMESTEPS, 1.5)
+    sampling = Sampling("ddpm", TIMESTEPS, guidance_scale=1.5)
+    together = bundle.sample([7, 8, 9], [0, 1, 2], sampling)
+    alone = bundle.sample([8], [1], sampling)
     assert psnr(together[1:2], alone) > 80
 
 
@@ -173,7 +177,7 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
 
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
     trained = load_pipeline(tree / "outputs" / "pipeline")
-    other = dataclasses.replace(trained, info={**trained.info, "conditioning": "style"})
+    other = dataclasses.replace(trained, info=dataclasses.replace(trained.info, conditioning="style"))
     with pytest.raises(ValueError, match="style"):
         onnx_graph.to_onnx(other, PARAMS.opset)
 
@@ -193,20 +197,20 @@ def test_a_prompt_that_names_no_class_or_several_is_refused(bundle, prompt):
 
 
 @pytest.mark.parametrize(
-    ("wish", "complaint"),
+    ("labels", "settings", "complaint"),
     [
-        ({"labels": None}, "needs a label"),
-        ({"labels": [0, 1]}, "needs a label for each"),
-        ({"labels": [4]}, "between 0 and 2"),
-        ({"labels": [-1]}, "between 0 and 2"),
-        ({"labels": [0], "sampler": "euler"}, "unknown sampler"),
-        ({"labels": [0], "steps": 0}, "steps 0"),
-        ({"labels": [0], "steps": TIMESTEPS + 1}, "steps 21"),
+        (None, {}, "needs a label"),
+        ([0, 1], {}, "needs a label for each"),
+        ([4], {}, "between 0 and 2"),
+        ([-1], {}, "between 0 and 2"),
+        ([0], {"sampler": "euler"}, "unknown sampler"),
+        ([0], {"steps": 0}, "steps 0"),
+        ([0], {"steps": TIMESTEPS + 1}, "steps 21"),
     ],
 )
-def test_an_impossible_wish_is_refused(bundle, wish, complaint):
+def test_an_impossible_request_is_refused(bundle, labels, settings, complaint):
     with pytest.raises(ValueError, match=complaint):
-        bundle.sample([0], **wish)
+        bundle.sample([0], labels, Sampling(**settings))
 
 
 def bare_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -241,7 +245,7 @@ def test_the_bundles_command_draws_pytorchs_image_without_pytorch(tree, tmp_path
         *("--out", str(out)),
     )
     assert (run.returncode, run.stderr) == (0, "")
-    drawn = load_pipeline(tree / "outputs" / "pipeline").sample([5], [2], "ddim", 6, 1.5)
+    drawn = load_pipeline(tree / "outputs" / "pipeline").sample([5], [2], Sampling("ddim", 6, guidance_scale=1.5))
     pixels = np.asarray(Image.open(io.BytesIO(out.read_bytes())))
     assert pixels.shape == (SIZE, SIZE)
     assert np.abs(pixels.astype(int) - to_uint8(drawn)[0, 0]).max() <= 1
@@ -265,9 +269,11 @@ def test_the_bundles_command_says_what_is_wrong(tree, tmp_path, arguments, compl
 
 
 def test_pixels_are_rounded_and_clipped():
+    import torch
+
     values = np.array([-1.2, -1.0, 0.0, 1.0, 1.2], np.float32).reshape(1, 1, 1, 5)
-    assert to_pixels(values).ravel().tolist() == [0, 0, 128, 255, 255]
-    assert to_pixels(values).ravel().tolist() == to_uint8(values).ravel().tolist()
+    assert to_uint8(values).ravel().tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(torch.from_numpy(values)).ravel().tolist() == to_uint8(values).ravel().tolist()
 
 
 @pytest.mark.gpu
@@ -279,6 +285,6 @@ def test_tensorrt_engine_draws_pytorchs_images(tree):
     engine = tensorrt_engine.Engine(tensorrt_engine.build(tree / "outputs" / "onnx" / "unet.onnx"))
     bundle = Bundle(tree / "outputs" / "onnx")
     for batch in (1, 5, 64):
-        x = np.random.default_rng(batch).standard_normal((batch, trained.channels, SIZE, SIZE), dtype=np.float32)
+        x = np.random.default_rng(batch).standard_normal((batch, trained.info.channels, SIZE, SIZE), dtype=np.float32)
         label = np.arange(batch) % 4
         assert psnr(engine.predict(x, 3, label), bundle.predict(x, 3, label)) > 35

@@ -34,21 +34,21 @@ def held_out(root):
 def test_labelled_and_captioned_images_give_a_classifier_and_a_clip_that_know_held_out_digits(labelled):
     judge = load_judge(labelled / "judge")
     images = held_out(labelled)
-    assert judge.kind == judge.info["features"] == "classifier"
-    assert judge.classes == judge_inputs.CLASSES
-    assert judge.prompts == ["a zero", "a one", "a two"]
-    assert judge.info["classifier_accuracy"] >= 0.95
-    assert judge.info["clip_accuracy"] >= 0.95
-    assert judge.info["clip_choices"] == 3
+    assert judge.kind == judge.info.features == "classifier"
+    assert judge.info.classes == judge_inputs.CLASSES
+    assert judge.info.prompts == ["a zero", "a one", "a two"]
+    assert judge.info.classifier_accuracy >= 0.95
+    assert judge.info.clip_accuracy >= 0.95
+    assert judge.info.clip_choices == 3
 
     features = judge.features(images.pixels)
-    assert features.shape == (len(images.keys), judge.info["feature_dim"])
+    assert features.shape == (len(images.keys), judge.info.feature_dim)
     assert features.dtype == np.float32
     right = judge.class_logits(images.pixels).argmax(1) == images.labels
-    assert right.mean() == judge.info["classifier_accuracy"]
-    texts = judge.clip_text_embeds(judge.prompts)
+    assert right.mean() == judge.info.classifier_accuracy
+    texts = judge.clip_text_embeds(judge.info.prompts)
     chosen = (judge.clip_image_embeds(images.pixels) @ texts.T).argmax(1)
-    assert (chosen == images.labels).mean() == judge.info["clip_accuracy"]
+    assert (chosen == images.labels).mean() == judge.info.clip_accuracy
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-6)
 
 
@@ -82,11 +82,11 @@ def test_captions_without_labels_give_the_image_tower_of_the_clip(tmp_path):
     judge_inputs.write_images(tmp_path, labels=False)
     judge = load_judge(judge_inputs.run_judge(tmp_path))
     assert judge.kind == "clip"
-    assert judge.prompts is None
-    assert judge.info["clip_accuracy"] >= 0.9
-    assert judge.info["clip_choices"] == 10
-    assert "classifier_accuracy" not in judge.info
-    assert judge.features(held_out(tmp_path).pixels).shape[1] == judge.info["feature_dim"]
+    assert judge.info.prompts is None
+    assert judge.info.clip_accuracy >= 0.9
+    assert judge.info.clip_choices == 10
+    assert judge.info.classifier_accuracy is None
+    assert judge.features(held_out(tmp_path).pixels).shape[1] == judge.info.feature_dim
     with pytest.raises(ValueError, match="no classifier"):
         judge.class_logits(held_out(tmp_path).pixels)
 
@@ -98,10 +98,10 @@ def test_images_alone_give_a_self_supervised_encoder_whose_features_tell_digits_
     longer = judge_inputs.PARAMS.model_copy(update={"classifier_steps": 120})
     judge = load_judge(judge_inputs.run_judge(tmp_path, longer))
     assert judge.kind == "self_supervised"
-    assert sorted(judge.info["hashes"]) == ["self_supervised"]
+    assert sorted(judge.info.hashes) == ["self_supervised"]
     untrained = selfsupervised.train_encoder(held_out(tmp_path).pixels, Recipe(steps=1, batch_size=2))
     before = selfsupervised.twin_accuracy(untrained, held_out(tmp_path).pixels, seed=1)
-    assert judge.info["self_supervised_accuracy"] >= max(0.1, 3 * before)  # chance is 1 in 134
+    assert judge.info.self_supervised_accuracy >= max(0.1, 3 * before)  # chance is 1 in 134
     with pytest.raises(ValueError, match="no CLIP"):
         judge.clip_text_embeds(["a zero"])
 
@@ -133,12 +133,13 @@ def test_the_hash_of_the_clip_covers_its_tokenizer(labelled, tmp_path):
     judge.tokenizer.enable_truncation(5)
     save_judge(tmp_path, judge)
     saved = json.loads((tmp_path / "judge.json").read_text())["hashes"]
-    assert saved["clip"] != judge.info["hashes"]["clip"]
-    assert saved["classifier"] == judge.info["hashes"]["classifier"]
+    assert saved["clip"] != judge.info.hashes["clip"]
+    assert saved["classifier"] == judge.info.hashes["classifier"]
 
 
 def test_another_format_is_refused(labelled, tmp_path):
-    (tmp_path / "judge.json").write_text(json.dumps(load_judge(labelled / "judge").info | {"format": 0}))
+    described = json.loads((labelled / "judge" / "judge.json").read_text())
+    (tmp_path / "judge.json").write_text(json.dumps(described | {"format": 0}))
     with pytest.raises(ValueError, match="format 0"):
         load_judge(tmp_path)
 

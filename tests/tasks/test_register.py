@@ -151,7 +151,9 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
 
 
 def test_registered_model_draws_what_pytorch_draws(work):
-    from models.pipeline import load_pipeline, to_uint8
+    from models.pipeline import load_pipeline
+    from models.pixels import to_uint8
+    from models.samplers import Sampling
 
     work.register()
     model = loaded()
@@ -172,8 +174,8 @@ def test_registered_model_draws_what_pytorch_draws(work):
     expected = to_uint8(
         np.concatenate(
             [
-                pipeline.sample([5], [2], "ddim", 6, guidance_scale=1.5),
-                pipeline.sample([6], [2], "ddim", 6, guidance_scale=1.5, eta=0.5, guidance_interval=(0.1, 2.0)),
+                pipeline.sample([5], [2], Sampling("ddim", 6, guidance_scale=1.5)),
+                pipeline.sample([6], [2], Sampling("ddim", 6, 0.5, 1.5, (0.1, 2.0))),
             ]
         )
     )

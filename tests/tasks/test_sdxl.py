@@ -14,6 +14,7 @@ import torch
 
 from models.networks.text_encoder import PairedEncoder, load_text_encoder
 from models.pipeline import load_pipeline
+from models.samplers import Sampling
 from tasks.formats import latents
 from tasks.params import AutoencoderParams, CodecParams, TextParams
 from tests.support import text_inputs
@@ -95,7 +96,7 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
 
     bundle = Bundle(tree / "onnx")
     for prompts in (["bright picture of thing 3", "something never seen"], ["", "dark picture of thing 4"]):
-        draw = {"steps": 4, "guidance_scale": 2.0, "sampler": "dpm_solver_pp_2m", "prompts": prompts}
+        draw = {"sampling": Sampling("dpm_solver_pp_2m", 4, guidance_scale=2.0), "prompts": prompts}
         ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
         assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
@@ -121,7 +122,7 @@ def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypa
     text_inputs.at_home(tree, monkeypatch)
     run_train(tree, "adapted", LORA, init_from="pipeline", learning_rate=0.5)
     assert changed_attention(weights(tree / "pipeline"), weights(tree / "adapted"))
-    prompt = {"prompts": ["dark picture of thing 2"], "steps": 4}
+    prompt = {"prompts": ["dark picture of thing 2"], "sampling": Sampling("ddim", 4)}
     first, adapted = (load_pipeline(tree / name).sample([3], **prompt) for name in ("pipeline", "adapted"))
     assert not np.array_equal(first, adapted)
     told = {"text_embeds": torch.randn(1, POOLED), "time_ids": torch.tensor([[16.0, 24, 0, 4, 16, 16]])}

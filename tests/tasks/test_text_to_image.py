@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
-from models.pipeline import load_pipeline, to_uint8
+from models.pipeline import load_pipeline
+from models.pixels import to_uint8
+from models.samplers import Sampling
 from tasks.params import AutoencoderParams, CodecParams, TextParams
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
@@ -28,14 +30,14 @@ def tree(tmp_path_factory, migrated_database):
 
 def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
     model = load_pipeline(tree / "pipeline")
-    assert (model.size, model.channels, model.input_shape) == (16, 3, (2, 8, 8))
-    draw = {"steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
+    assert (model.info.size, model.info.channels, model.info.input_shape) == (16, 3, (2, 8, 8))
+    draw = {"sampling": Sampling("ddim", 4, guidance_scale=3.0)}
     bright, dark = (model.sample([5], prompts=[f"{word} picture of thing 1"], **draw) for word in ("bright", "dark"))
     assert bright.shape == (1, 3, 16, 16)
     assert not np.array_equal(bright, dark)
     assert np.array_equal(bright, model.sample([5], prompts=["bright picture of thing 1"], **draw))
     by_label = model.sample([5], [0], **draw)
-    assert np.array_equal(by_label, model.sample([5], prompts=[model.prompts[0]], **draw))
+    assert np.array_equal(by_label, model.sample([5], prompts=[model.info.prompts[0]], **draw))
     with pytest.raises(ValueError, match="a prompt, for each image"):
         model.sample([5], **draw)
 
@@ -51,10 +53,10 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
 
     bundle = Bundle(tree / "onnx")
     prompts = ["bright picture of thing 3", "something never seen"]
-    draw = {"steps": 4, "guidance_scale": 2.0, "sampler": "dpm_solver_pp_2m", "prompts": prompts}
+    draw = {"sampling": Sampling("dpm_solver_pp_2m", 4, guidance_scale=2.0), "prompts": prompts}
     ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
     assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
-    assert bundle.wish(None, "anything at all") == {"prompts": ["anything at all"]}
+    assert bundle.condition_arguments(None, "anything at all") == {"prompts": ["anything at all"]}
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
 
 
@@ -194,5 +196,5 @@ def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_c
 def test_pictures_are_pictures(tree):
     grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
     assert grid and grid[0].read_bytes().startswith(b"\x89PNG")
-    drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], steps=2))
+    drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], Sampling("ddim", 2)))
     assert drawn.shape == (1, 3, 16, 16)

@@ -168,13 +168,15 @@ def test_mlflow_holds_every_curve_and_grid(trained):
 @pytest.mark.parametrize("conditioning", ["none", "text"])
 def test_other_conditionings_train(trained, conditioning):
     from models.pipeline import load_pipeline
+    from models.samplers import Sampling
 
     folder = trained(conditioning=conditioning)
     info = json.loads((folder / "pipeline" / "afterimage.json").read_text())
     assert info["conditioning"] == conditioning
     assert (folder / "pipeline" / "model_index.json").exists() == (conditioning == "none")
     if conditioning == "none":
-        assert load_pipeline(folder / "pipeline").sample([1, 2], steps=5).shape == (2, 1, 8, 8)
+        drawn = load_pipeline(folder / "pipeline").sample([1, 2], sampling=Sampling("ddim", 5))
+        assert drawn.shape == (2, 1, 8, 8)
 
 
 def test_unconditional_pipeline_runs_in_diffusers(trained):

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from models import schedules
-from models.pipeline import load_pipeline, to_uint8
+from models.pipeline import load_pipeline
+from models.pixels import to_uint8
+from models.samplers import Sampling
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts
@@ -141,7 +143,8 @@ def test_samples_are_the_model_s_own_by_class_and_guidance(inputs: report_inputs
     ]
     seeds = [report_inputs.PARAMS.seed + column for column in range(5)]
     for row, scale in enumerate(report_inputs.PARAMS.guidance_scales):
-        expected = to_uint8(model.sample(seeds, [0, 2, 4, 6, 8], "ddim", 10, scale)).transpose(0, 2, 3, 1)
+        sampling = Sampling("ddim", 10, guidance_scale=scale)
+        expected = to_uint8(model.sample(seeds, [0, 2, 4, 6, 8], sampling)).transpose(0, 2, 3, 1)
         assert np.array_equal(tiles[row], expected)
     assert not np.array_equal(tiles[0], tiles[1])
 

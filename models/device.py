@@ -1,0 +1,13 @@
+"""The device that evaluation, encoding and sampling run on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def best_device() -> str:
+    """Return "cuda" if PyTorch can use an NVIDIA GPU, else "cpu".
+
+    Apple's MPS is not used: it has no float64.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
