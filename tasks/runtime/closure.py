@@ -25,6 +25,7 @@ PLUMBING = {
     "models/hashing.py",
     "models/json_files.py",
     "tasks/__init__.py",
+    "tasks/params",
     "tasks/runtime/atomic.py",
     "tasks/runtime/closure.py",
     "tasks/runtime/consistency.py",
@@ -32,7 +33,7 @@ PLUMBING = {
     "tasks/runtime/integrity.py",
     "tasks/runtime/locks.py",
     "tasks/runtime/loopback.py",
-    "tasks/params/__init__.py",
+    "tasks/runtime/progress.py",
     "tasks/runtime/redaction.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",
@@ -55,7 +56,12 @@ def closure(*starts: str, without: Collection[str] = (), plumbing: Collection[st
     waiting = list(starts)
     while waiting:
         file = waiting.pop()
-        if file in found or file in plumbing or file in without or _is_empty(file):
+        if (
+            file in found
+            or file in without
+            or not plumbing.isdisjoint({file, file.rpartition("/")[0]})
+            or _is_empty(file)
+        ):
             continue
         found.add(file)
         if file.endswith(".py"):

@@ -25,6 +25,7 @@ NO_WEIGHT = {
     "tasks/training/memory.py": "returns freed memory to the system",
     "tasks/transfer/objects.py": "downloads first weights, whose sha256 is in the key",
     "tasks/training/previews.py": "draws previews",
+    "tasks/training/tracked.py": "logs to MLflow",
     "tasks/training/key.py": "makes this key",
     "tasks/formats/verdict.py": "reads whether the data was accepted",
     "tasks/pretrained/weights.py": "finds first weights, whose sha256 is in the key",

@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[2]
 DATASET = {"name": "digits", "digest": "ab" * 32}
 WHOLE_LIFE = """
 import sys
-from tasks import tracking
+from tasks.runtime import tracking
+from tasks.training import tracked
 client = tracking.connect()
-with tracking.training_run(sys.argv[1], {}, {"name": "digits", "digest": "ab"}) as run:
+with tracked.training_run(sys.argv[1], {}, {"name": "digits", "digest": "ab"}) as run:
     client.log_dict(run.run_id, {"a": 1}, "lineage/a.json")
 made = client.create_logged_model(tracking.experiment_id(client), name="m", source_run_id=run.run_id)
 print(made.artifact_location)
