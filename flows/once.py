@@ -10,8 +10,8 @@ import urllib.request
 
 from flows import server
 from tasks import preset
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, store, workspace
-from tasks.runtime.redaction import redacted, without_user
 from tasks.runtime.stage import StageError
 
 INTERRUPTED = 130

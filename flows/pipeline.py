@@ -34,9 +34,9 @@ from prefect.states import Cancelled, Completed, Failed, State
 from flows import artifacts, cancelling, clone, repro
 from tasks import preset as presets
 from tasks.params import ParamsError
+from tasks.params.redaction import redacted
 from tasks.runtime import local_source
 from tasks.runtime import workspace as places
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)

@@ -11,9 +11,9 @@ from pathlib import Path
 from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
+from tasks.params.redaction import redacted
 from tasks.preset import PresetError
 from tasks.runtime import loopback
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import PREEMPTED, StageError, let_threads_sleep
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"

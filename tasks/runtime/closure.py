@@ -34,7 +34,6 @@ PLUMBING = {
     "tasks/runtime/locks.py",
     "tasks/runtime/loopback.py",
     "tasks/runtime/progress.py",
-    "tasks/runtime/redaction.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",
     "tasks/runtime/store.py",
@@ -56,17 +55,17 @@ def closure(*starts: str, without: Collection[str] = (), plumbing: Collection[st
     waiting = list(starts)
     while waiting:
         file = waiting.pop()
-        if (
-            file in found
-            or file in without
-            or not plumbing.isdisjoint({file, file.rpartition("/")[0]})
-            or _is_empty(file)
-        ):
+        if file in found or file in without or _is_in(file, plumbing) or _is_empty(file):
             continue
         found.add(file)
         if file.endswith(".py"):
             waiting += _read_by(file)
     return sorted(found)
+
+
+def _is_in(file: str, listed: Collection[str]) -> bool:
+    """Whether `file` or its folder is listed."""
+    return file in listed or file.rpartition("/")[0] in listed
 
 
 def _is_empty(file: str) -> bool:

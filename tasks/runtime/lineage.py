@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from tasks.runtime.redaction import holds_credentials, redacted, redacted_values
+from tasks.params.redaction import holds_credentials, redacted, redacted_values
 
 TAG_CHARACTERS = 500
 FLOW_RUN = "AFTERIMAGE_FLOW_RUN_ID"

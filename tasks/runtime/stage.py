@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
+from tasks.params.redaction import redacted
 from tasks.runtime import loopback
-from tasks.runtime.redaction import redacted
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"

@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tasks.runtime.redaction import redacted
+from tasks.params.redaction import redacted
 from tasks.runtime.stage import StageError
 
 SQLITE = "sqlite:///"

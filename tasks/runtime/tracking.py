@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import lineage, locks, loopback, run_labels, store, workspace
-from tasks.runtime.redaction import redacted, without_user
 from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:

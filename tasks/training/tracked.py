@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.params.redaction import redacted
 from tasks.runtime import locks, run_labels, tracking, workspace
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import Preempted
 
 if TYPE_CHECKING:
