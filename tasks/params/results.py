@@ -11,7 +11,7 @@ from models.judges.feature_widths import INCEPTION, stage_widths
 from tasks.params.section import Fraction, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
 
 MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
-"""Stricter than MLflow's rule for registered models, as the name also occurs in filters, in URIs and as a logged model."""
+"""Stricter than MLflow's rule for registered models: the name also occurs in filters and URIs."""
 IMAGES_PER_DIMENSION = 2
 """Least number of images per feature dimension; the estimate of the covariance is poor below it."""
 Extractor = Literal["in_domain", "inception", "clip", "dinov2"]
