@@ -24,7 +24,7 @@ from tasks.evaluation.protocol import draw_name
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, tracking
 from tasks.runtime.markdown import escaped
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -12,7 +12,7 @@ from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
 from tasks.params.redaction import redacted
-from tasks.preset import PresetError
+from tasks.params.composition import PresetError
 from tasks.runtime import loopback
 from tasks.runtime.stage import PREEMPTED, StageError, let_threads_sleep
 

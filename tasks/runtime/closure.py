@@ -30,6 +30,7 @@ PLUMBING = {
     "tasks/runtime/closure.py",
     "tasks/runtime/consistency.py",
     "tasks/runtime/disk.py",
+    "tasks/runtime/errors.py",
     "tasks/runtime/integrity.py",
     "tasks/runtime/locks.py",
     "tasks/runtime/loopback.py",

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.params import load
-from tasks.runtime.stage import StageError
-from tasks.sources import archives
+from tasks.runtime.disk import printable_name
+from tasks.runtime.errors import StageError
 
 SHOWN = 3
 
@@ -47,7 +47,7 @@ def _require_hashable(key: str, name: str, path: Path) -> None:
     found = list(_unhashable(path))
     if not found:
         return
-    shown = "; ".join(f"{archives.text(file)}: {reason}" for file, reason in found[:SHOWN])
+    shown = "; ".join(f"{printable_name(file)}: {reason}" for file, reason in found[:SHOWN])
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     remedy = (
         "remove or replace them, or give a tar of the folder, in which they are set aside: "

@@ -21,20 +21,15 @@ from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
 from tasks.params.redaction import redacted
-from tasks.runtime import loopback
+from tasks.runtime import consistency, loopback
+from tasks.runtime.errors import Preempted, StageError
+
+__all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "Preempted", "StageError", "main", "paths_of", "sections_of"]
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
 _LOST = "MLflow stopped answering; start it again, then run the same command, which adds what it lacks"
 _DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
-
-
-class StageError(Exception):
-    """What stops a stage and is the user's to mend; the message is one sentence: what, and what to do."""
-
-
-class Preempted(BaseException):
-    """SIGTERM arrived: save what is worth saving, then leave with `PREEMPTED`."""
 
 
 def sections_of(function: Callable[..., None]) -> list[str]:
@@ -62,8 +57,6 @@ def main(function: Callable[..., None]) -> NoReturn:
         params = load(arguments.params)
         paths = {path: getattr(arguments, path) for path in paths_of(function)}
         print(f"{name}: {' '.join(str(path) for path in paths.values())}", flush=True)
-        from tasks.runtime import consistency  # which raises this file's StageError
-
         consistency.require(name, paths, params)
         hints = typing.get_type_hints(function)
         sections = {

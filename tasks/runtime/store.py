@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tasks.params.redaction import redacted
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlruns"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.params.redaction import redacted, without_user
 from tasks.runtime import lineage, locks, loopback, run_labels, store, workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.params.redaction import redacted
 from tasks.runtime import locks, run_labels, tracking, workspace
-from tasks.runtime.stage import Preempted
+from tasks.runtime.errors import Preempted
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

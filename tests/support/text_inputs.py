@@ -25,7 +25,7 @@ from tasks.params import (
     ModelParams,
     TrainParams,
 )
-from tasks.preset import compose
+from tasks.params.composition import compose
 from tasks.runtime import atomic
 from tasks.train import train
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
