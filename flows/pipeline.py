@@ -32,8 +32,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows import artifacts, cancelling, clone, repro
-from tasks.params import composition
-from tasks.params import ParamsError
+from tasks.params import ParamsError, composition
 from tasks.params.redaction import redacted
 from tasks.runtime import local_source
 from tasks.runtime import workspace as places

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from tasks.evaluation.protocol import draw_name
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, tracking
-from tasks.runtime.markdown import escaped
 from tasks.runtime.errors import StageError
+from tasks.runtime.markdown import escaped
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

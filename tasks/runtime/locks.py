@@ -1,8 +1,8 @@
 """Locks between processes by `flock(2)`: the kernel releases a lock when its holder ends, however it ends.
 
-The package filelock does not replace these lines: version 4.3 polls every 50 ms instead of waiting in the kernel, cannot
-tell whether another process holds a lock without acquiring it, and takes 0.2 s to import. `flows.clone` and
-`infra.install` call `flock` themselves: they pass the descriptor on to child processes, which then keep the lock.
+The package filelock does not replace these lines: version 4.3 polls every 50 ms instead of waiting in the kernel,
+cannot tell whether another process holds a lock without acquiring it, and takes 0.2 s to import. `flows.clone`
+calls `flock` itself: it passes the descriptor to child processes, which then keep the lock.
 """
 
 from __future__ import annotations

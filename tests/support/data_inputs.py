@@ -20,8 +20,7 @@ import PIL.Image
 import psutil
 import yaml
 
-from tasks.params import composition
-from tasks.params import DownloadParams, IngestParams
+from tasks.params import DownloadParams, IngestParams, composition
 from tasks.runtime import integrity
 
 ROOT = Path(__file__).parents[2]

@@ -133,8 +133,8 @@ def resolutions(folder: Path) -> dict[str, int]:
     """Artefact -> the resolution that it says it is for."""
     outs = {"codec": "outputs/codec", "encode": "data/latents", "train": "outputs/pipeline", "judge": "outputs/judge"}
     outs |= {"export": "outputs/onnx", "package": "outputs/model"}
-    artefacts = {its.made_by: its for read in consistency.READ.values() for its in read.values()}
+    artefacts = {artefact.made_by: artefact for inputs in consistency.INPUTS.values() for artefact in inputs.values()}
     return {
-        name: its.facts(json.loads((folder / outs[name] / its.description).read_text()))["image.resolution"]
-        for name, its in artefacts.items()
+        name: artefact.values(json.loads((folder / outs[name] / artefact.description).read_text()))["image.resolution"]
+        for name, artefact in artefacts.items()
     }

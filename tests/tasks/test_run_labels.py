@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks import preset
+from tasks.params import composition
 from tasks.registration import adapter
 from tasks.runtime import run_labels
 from tests.support import model_outputs
