@@ -108,7 +108,7 @@ def test_an_unreadable_file_is_named(tree, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, *_, **__: not path.endswith("1.png")) if os.geteuid() == 0 else (
         tree.parent / "pictures" / "1.png"
     ).chmod(0)
-    with pytest.raises(StageError, match=r"1\.png: a file that must not be read"):
+    with pytest.raises(StageError, match=r"1\.png: a file without read permission"):
         local_source.require_hashable(tree)
 
 
