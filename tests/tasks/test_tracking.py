@@ -223,7 +223,7 @@ def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migra
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert done.stdout == "trained to the end\n"
-    sentence = "mlflow: lost (its server does not answer); training goes on, register replays the rest"
+    sentence = "mlflow: lost (its server does not answer); training continues, register replays the rest"
     assert done.stderr.strip() == sentence
 
 
