@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows import once
 from tasks import params
@@ -17,7 +16,7 @@ from tasks.params.redaction import redacted, redacted_values, without_user
 from tests.support.data_inputs import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize(
