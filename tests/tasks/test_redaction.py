@@ -1,4 +1,4 @@
-"""Secrets: taken out of every message, refused in every parameter, and never sent through the wrong door."""
+"""Secrets are masked in messages and refused in parameters."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
     ],
 )
 def test_no_secret_is_left(text):
-    told = redacted(f"('{text}' refused)")
-    assert "SECRET" not in told and "***" in told
-    assert redacted(told) == told
+    message = redacted(f"('{text}' refused)")
+    assert "SECRET" not in message and "***" in message
+    assert redacted(message) == message
     assert "SECRET" not in str(redacted_values({"a": [text, {"b": text}], "c": 1}))
 
 
