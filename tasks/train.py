@@ -23,7 +23,7 @@ from tasks.formats.verdict import require_accepted
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, integrity, locks, measures, stage, tracking, workspace
 from tasks.runtime.stage import Preempted
-from tasks.training import checkpoint, launch
+from tasks.training import checkpoint, launch, tracked
 from tasks.training import key as training_key
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def train(
         live = None
         if first:
             tracking.connect()
-            live = stack.enter_context(tracking.training_run(facts["train_key"], facts["params"], dataset))
+            live = stack.enter_context(tracked.training_run(facts["train_key"], facts["params"], dataset))
             _tell_codec(live, codec)
         asked = stack.enter_context(_deferred_signals())
         fit(run, live, asked, params.steps)
@@ -91,7 +91,7 @@ def train(
     print(f"train: {run.params.steps} steps, loss {history[-1]['loss']:.4f}, key {facts['train_key'][:12]}")
 
 
-def fit(run: Run, live: tracking.TrainingRun | None, asked: list[int], until: int) -> None:
+def fit(run: Run, live: tracked.TrainingRun | None, asked: list[int], until: int) -> None:
     """The training loop up to step `until`: batch, loss, backward, step, average, log, save.
 
     Only the process with `live` draws, tells and writes. A signal in `asked` saves and leaves with `Preempted`, or
@@ -187,7 +187,7 @@ def _row(run: Run) -> Row:
     return {"step": run.step, "learning_rate": learning_rate, **run.tally.row(summed)}
 
 
-def _closed(run: Run, live: tracking.TrainingRun | None) -> list[Row]:
+def _closed(run: Run, live: tracked.TrainingRun | None) -> list[Row]:
     """The history of a run at its end: the last step has a row, a held-out loss and a grid, whatever the cadence.
 
     They are not in the checkpoint, so that a longer run that continues from there has the history of one that
@@ -257,7 +257,7 @@ def _deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _tell_codec(live: tracking.TrainingRun, codec: Path) -> None:
+def _tell_codec(live: tracked.TrainingRun, codec: Path) -> None:
     """What stands between images and the model bounds what the model can reach, so its run holds those numbers, too."""
     live.log(0, measures.of_codec(codec))
     if (codec / measures.RECONSTRUCTIONS).is_file():

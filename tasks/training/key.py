@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
+from tasks.params import NO_PATH, DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, closure
 from tasks.training import checkpoint
 
@@ -25,6 +25,7 @@ NO_WEIGHT = {
     "tasks/training/memory.py": "returns freed memory to the system",
     "tasks/transfer/objects.py": "downloads first weights, whose sha256 is in the key",
     "tasks/training/previews.py": "draws previews",
+    "tasks/training/tracked.py": "logs to MLflow",
     "tasks/training/key.py": "makes this key",
     "tasks/formats/verdict.py": "reads whether the data was accepted",
     "tasks/pretrained/weights.py": "finds first weights, whose sha256 is in the key",
@@ -57,7 +58,7 @@ def facts(
         flat["train.weights"] = Path(params.weights).name  # where it lies is this machine's business
     determining = {key: value for key, value in flat.items() if key.removeprefix("train.") not in FREE}
     data = {"digest": index["digest"], "codec": _sha256(codec / "codec.json")}
-    if params.init_from != NO_WARM_START:
+    if params.init_from != NO_PATH:
         data["init_from"] = _sha256(weights_of(Path(params.init_from)))
     trajectory = {
         **{key: value for key, value in determining.items() if not _is_free(key, params)},

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.params import NO_WARM_START, DiffusionParams, TrainParams
+from tasks.params import NO_PATH, DiffusionParams, TrainParams
 from tasks.runtime.stage import StageError
 from tasks.training import checkpoint
 from tasks.training import key as training_key
@@ -42,7 +42,7 @@ def first_weights(params: TrainParams) -> Path | None:
 
     if params.weights is not None and params.pin is not None:
         return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
-    return None if params.init_from == NO_WARM_START else Path(params.init_from)
+    return None if params.init_from == NO_PATH else Path(params.init_from)
 
 
 def given(params: TrainParams) -> Given | None:

@@ -1,4 +1,4 @@
-"""The files that decide what a stage writes: the import closure, and the keys that are made of it."""
+"""The import closure of a stage, and the keys that are made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.train_inputs import ROOT, write_inputs
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
-    """The project's source files in a folder where they may be edited."""
+    """The project's source files in a folder that may be edited."""
     for name in closure.NAMED:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(closure, "ROOT", tmp_path)
@@ -94,7 +94,7 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 
 
 def test_the_bundle_carries_what_its_code_imports():
-    """It runs as a package of its own, so nothing of `tasks` and no PyTorch may come along."""
+    """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
     assert files == [f"models/{name}.py" for name in ("bundle", "json_files", "pixels", "samplers")]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))

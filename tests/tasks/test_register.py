@@ -27,6 +27,7 @@ from tasks.params import EvaluateParams, ImageParams, JudgeParams, RegisterParam
 from tasks.register import register
 from tasks.registration import gates
 from tasks.runtime import lineage, measures, tracking
+from tasks.training import tracked
 from tests.support import model_outputs
 from tests.support.report_inputs import MEASURED
 
@@ -343,7 +344,7 @@ def test_points_that_were_lost_on_the_way_are_replayed_and_no_other(work):
     model_outputs.write_reports(work.root)
     facts = model_outputs.read(work.root / "reports" / "train" / "run.json")
     tracking.connect()
-    with tracking.training_run(facts["train_key"], facts["params"], facts["dataset"]) as run:
+    with tracked.training_run(facts["train_key"], facts["params"], facts["dataset"]) as run:
         for step in (10, 20, 50):
             run.metrics(step, {"loss": 2e-3 / step})
     work.register()
@@ -716,7 +717,7 @@ def test_lineage_keeps_code_and_parameters_and_no_secret(changed_tree):
     assert facts["left_out"] == {
         ".dvc/config": lineage.NOT_CODE,
         "notes.txt": lineage.NOT_CODE,
-        "tasks/other.py": "holds what looks like a secret (Secret Keyword)",
+        "tasks/other.py": "contains a possible secret (Secret Keyword)",
     }
     assert not any(secret in json.dumps(facts) for secret in ("correct-horse", "wJalr", "555"))
     assert (

@@ -1,4 +1,4 @@
-"""MLflow: found or refused at once, runs continued without a point twice, and never in training's way."""
+"""MLflow: found or refused at once, runs continued without duplicate points, and training independent of it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from tasks.runtime import tracking
 from tasks.runtime.stage import Preempted, StageError
+from tasks.training import tracked
 
 ROOT = Path(__file__).parents[2]
 PARAMS = {"train.learning_rate": 0.002, "train.steps": 100}
@@ -42,7 +43,7 @@ def points(client, run_id: str, name: str = "train/loss") -> list[tuple[int, flo
 
 
 def train(key: str, steps: range) -> str:
-    with tracking.training_run(key, PARAMS, DATASET) as run:
+    with tracked.training_run(key, PARAMS, DATASET) as run:
         for step in steps:
             run.metrics(step, {"loss": 1 / step})
     return run.run_id
@@ -51,7 +52,7 @@ def train(key: str, steps: range) -> str:
 def test_a_run_holds_parameters_curves_pictures_and_its_data(client, tmp_path):
     Image.new("L", (4, 4), 200).save(tmp_path / "grid.png")
     (tmp_path / "history.csv").write_text("step,loss\n")
-    with tracking.training_run("k1", PARAMS, DATASET) as run:
+    with tracked.training_run("k1", PARAMS, DATASET) as run:
         assert client.get_run(run.run_id).info.status == "RUNNING"
         run.metrics(10, {"loss": 0.5, "learning_rate": 0.002})
         run.image("samples", 10, tmp_path / "grid.png")
@@ -71,13 +72,13 @@ def test_a_run_holds_parameters_curves_pictures_and_its_data(client, tmp_path):
 def test_the_same_key_continues_the_run_and_repeats_no_point(client, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "grid.png")
     first = train("k1", range(1, 6))
-    with tracking.training_run("k1", PARAMS | {"train.log_every": 5}, DATASET) as run:
+    with tracked.training_run("k1", PARAMS | {"train.log_every": 5}, DATASET) as run:
         for step in range(4, 9):
             run.metrics(step, {"loss": 1 / step})
         for _ in range(2):
             run.metrics(9, {"held_out_loss": 0.25})
         run.image("samples", 5, tmp_path / "grid.png")
-    with tracking.training_run("k1", PARAMS, DATASET) as again:
+    with tracked.training_run("k1", PARAMS, DATASET) as again:
         again.metrics(9, {"held_out_loss": 0.25})
         again.image("samples", 5, tmp_path / "grid.png")
     assert first == run.run_id == again.run_id
@@ -95,7 +96,7 @@ def test_the_same_key_continues_the_run_and_repeats_no_point(client, tmp_path):
 )
 def test_how_a_run_ended_shows(client, error, status):
     def interrupted():
-        with tracking.training_run("k1", PARAMS, DATASET) as run:
+        with tracked.training_run("k1", PARAMS, DATASET) as run:
             run.metrics(1, {"loss": 1.0})
             raise error
 
@@ -108,9 +109,10 @@ def test_how_a_run_ended_shows(client, error, status):
 
 KILLED = """
 import os, signal, time
-from tasks import tracking
+from tasks.runtime import tracking
+from tasks.training import tracked
 tracking.connect()
-with tracking.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
+with tracked.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
     for step in range(1, 4):
         run.metrics(step, {"loss": 1 / step})
     time.sleep(3)
@@ -119,7 +121,7 @@ with tracking.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
 """
 
 
-def test_a_run_whose_process_was_killed_outright_does_not_run_for_ever(client):
+def test_a_run_whose_process_was_killed_ends(client):
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     (orphan,) = runs(client)
@@ -131,8 +133,8 @@ def test_a_run_whose_process_was_killed_outright_does_not_run_for_ever(client):
     assert points(client, orphan.info.run_id) == [(step, 1 / step) for step in range(1, 8)]
 
 
-def test_a_run_that_somebody_holds_is_left_alone(client):
-    with tracking.training_run("k1", PARAMS, DATASET) as held:
+def test_a_run_that_another_process_holds_is_not_changed(client):
+    with tracked.training_run("k1", PARAMS, DATASET) as held:
         train("k2", range(1, 2))
         assert client.get_run(held.run_id).info.status == "RUNNING"
 
@@ -148,8 +150,8 @@ def test_a_deleted_run_or_experiment_comes_back(client):
 
 
 def test_system_metrics_are_sampled(client, monkeypatch):
-    monkeypatch.setattr(tracking, "SYSTEM_METRICS_SECONDS", 0.2)
-    with tracking.training_run("k1", PARAMS, DATASET) as run:
+    monkeypatch.setattr(tracked, "SYSTEM_METRICS_SECONDS", 0.2)
+    with tracked.training_run("k1", PARAMS, DATASET) as run:
         deadline = time.monotonic() + 20
         name = "system/system_memory_usage_megabytes"
         while name not in client.get_run(run.run_id).data.metrics and time.monotonic() < deadline:
@@ -159,7 +161,7 @@ def test_system_metrics_are_sampled(client, monkeypatch):
 
 def test_training_survives_the_loss_of_mlflow(client, tmp_path, capsys):
     Image.new("L", (4, 4)).save(tmp_path / "grid.png")
-    with tracking.training_run("k1", PARAMS, DATASET) as run:
+    with tracked.training_run("k1", PARAMS, DATASET) as run:
         run.metrics(1, {"loss": 1.0})
         (tmp_path / "mlflow.db").write_bytes(b"")
         for step in (2, 3):
@@ -170,10 +172,11 @@ def test_training_survives_the_loss_of_mlflow(client, tmp_path, capsys):
 
 KILLED_SERVER = """
 import os, signal, sys, time
-from tasks import tracking
-tracking.SYSTEM_METRICS_SECONDS = 0.3
+from tasks.runtime import tracking
+from tasks.training import tracked
+tracked.SYSTEM_METRICS_SECONDS = 0.3
 tracking.connect()
-with tracking.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
+with tracked.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
     run.metrics(1, {"loss": 1.0})
     time.sleep(2)
     os.killpg(int(sys.argv[1]), signal.SIGKILL)
@@ -189,7 +192,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migrated_database):
+def test_a_server_that_is_killed_during_training_is_one_sentence(tmp_path, migrated_database):
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -220,11 +223,11 @@ def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migra
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert done.stdout == "trained to the end\n"
-    sentence = "mlflow: lost (its server does not answer); training goes on, register replays the rest"
+    sentence = "mlflow: lost (its server does not answer); training continues, register replays the rest"
     assert done.stderr.strip() == sentence
 
 
-def test_a_closed_port_is_told_at_once(monkeypatch, tmp_path):
+def test_a_closed_port_is_reported_at_once(monkeypatch, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -246,7 +249,7 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up_after_2_s(monkeypatc
 
 
 @pytest.mark.parametrize(("code", "remedy"), [(403, "--allowed-hosts"), (502, "answers 502; start it")])
-def test_a_server_that_refuses_is_told_with_a_remedy(monkeypatch, code, remedy):
+def test_a_server_that_refuses_is_reported_with_a_remedy(monkeypatch, code, remedy):
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_error(code)
@@ -261,7 +264,7 @@ def test_a_server_that_refuses_is_told_with_a_remedy(monkeypatch, code, remedy):
             tracking.connect()
 
 
-def test_a_database_of_another_mlflow_is_told_with_a_remedy(tmp_path, monkeypatch, migrated_database):
+def test_a_database_of_another_mlflow_is_reported_with_a_remedy(tmp_path, monkeypatch, migrated_database):
     path = tmp_path / "old.db"
     shutil.copy(migrated_database, path)
     with sqlite3.connect(path) as database:
@@ -279,7 +282,7 @@ def test_the_tables_of_a_fresh_database_are_made_while_training_prepares(tmp_pat
     code = """if True:
         import sys, time
         from pathlib import Path
-        from tasks import tracking
+        from tasks.runtime import tracking
         tracking.prepare()
         until = time.monotonic() + 100
         while not Path(sys.argv[1]).exists() and time.monotonic() < until:
@@ -294,7 +297,7 @@ def test_the_tables_of_a_fresh_database_are_made_while_training_prepares(tmp_pat
 
 @pytest.mark.slow
 def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
-    """Without the lock they break it for good."""
+    """Without the lock they would damage it permanently."""
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "AFTERIMAGE_SCRATCH": str(tmp_path),
@@ -313,7 +316,7 @@ def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_migration_that_was_killed_is_begun_anew(tmp_path):
+def test_a_migration_that_was_killed_is_started_again(tmp_path):
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "AFTERIMAGE_SCRATCH": str(tmp_path),
