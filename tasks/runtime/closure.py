@@ -37,6 +37,7 @@ PLUMBING = {
     "tasks/runtime/redaction.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",
+    "tasks/runtime/stage_file.py",
     "tasks/runtime/store.py",
     "tasks/runtime/tracking.py",
     "tasks/runtime/workspace.py",

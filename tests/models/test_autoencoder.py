@@ -168,7 +168,7 @@ def test_latents_are_those_of_the_autoencoder_in_the_units_of_the_model(chain):
     chain.make_codec()
     chain.encode()
     index = latents.read_index(chain.latents)
-    assert (index["channels"], index["size"], index["image"]) == (2, 8, {"channels": 3, "size": 16})
+    assert (index.channels, index.size, index.image.model_dump()) == (2, 8, {"channels": 3, "size": 16})
     samples = images.load_pixels(chain.images, "train", FORM)
     its = latents.load_latents(chain.latents, "train")
     network = autoencoder.load_autoencoder(chain.codec / "vae")
@@ -270,7 +270,8 @@ def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
     """Both ways of sharing the work, on this machine's processor."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from tasks.encode import Chunk, Encoder
+    from tasks.encoding.encoder import Encoder
+    from tasks.encoding.transform import Chunk
 
     chain.make_codec()
     chunks = [Chunk((16, 16), [("hash", picture(seed, (20, 16)), 320)] * 3) for seed in range(9)]

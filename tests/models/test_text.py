@@ -104,7 +104,7 @@ def test_captions_need_no_classes(through):
     out = through(files | {"captions.csv": "\n".join(["image,caption", *lines]).encode()})
     inputs = latents.load_latents(out / "latents", "train")
     assert inputs.classes == 0
-    prompts = latents.read_index(out / "latents")["prompts"]
+    prompts = latents.read_index(out / "latents").prompts
     assert 0 < len(prompts) <= 10 and len(inputs.prompts) == len(prompts) + 1
     assert sorted(set((inputs.captions >= 0).sum(1).tolist())) == [1, 2, 3]
     assert inputs.texts.shape[0] == len(lines)

@@ -55,7 +55,7 @@ FILES = {f"{'cat' if seed % 3 else 'dog'}/{seed:02d}.png": picture(seed) for see
 def test_the_inputs_are_the_pixels_and_labels_of_the_images(tmp_path, encoded):
     path = encoded(FILES)
     index = latents.read_index(path)
-    assert (index["codec"], index["conditioning"], index["classes"]) == ("identity", "label", ["cat", "dog"])
+    assert (index.codec, index.conditioning, index.classes) == ("identity", "label", ["cat", "dog"])
     for split in ("train", "test"):
         samples = images.load_pixels(tmp_path / "images", split, FORM)
         its = latents.load_latents(path, split)
@@ -64,8 +64,8 @@ def test_the_inputs_are_the_pixels_and_labels_of_the_images(tmp_path, encoded):
         assert its.captions is None and its.mean is None
         assert its.classes == 2
         assert its.keys_sha256 == latents.keys_hash(samples.keys)
-        assert index["splits"][split]["count"] == len(samples.keys)
-    assert len(index["splits"]["train"]["shards"]) == 3
+        assert index.splits[split].count == len(samples.keys)
+    assert len(index.splits["train"].shards) == 3
 
 
 def test_without_a_condition_there_are_no_labels(encoded):
@@ -87,8 +87,8 @@ def test_the_same_images_give_the_same_bytes(encoded):
 
 
 def test_one_edited_image_changes_the_digest(encoded):
-    before = latents.read_index(encoded(FILES))["digest"]
-    assert latents.read_index(encoded(FILES | {"cat/01.png": picture(1000)}))["digest"] != before
+    before = latents.read_index(encoded(FILES)).digest
+    assert latents.read_index(encoded(FILES | {"cat/01.png": picture(1000)})).digest != before
 
 
 @pytest.mark.parametrize("verdict", [None, {"verdict": "refused"}, {}])
