@@ -10,8 +10,8 @@ from urllib.parse import quote
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks import params
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import markdown, measures, tracking, workspace
-from tasks.runtime.redaction import redacted, without_user
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"

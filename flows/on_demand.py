@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from flows import server
-from tasks import preset
+from tasks.params import composition
 from tasks.runtime import workspace
 from tasks.runtime.stage import StageError
 
@@ -23,7 +23,7 @@ def main() -> None:
         description=f"Start a run of the deployment {DEPLOYMENT} on the server that `make serve` started.",
     )
     parser.add_argument(
-        "preset", nargs="?", metavar="PRESET", choices=preset.names(), help="default: the committed params.yaml"
+        "preset", nargs="?", metavar="PRESET", choices=composition.names(), help="default: the committed params.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="parameters that differ from the preset")
     given = parser.parse_args()

@@ -9,9 +9,9 @@ import urllib.error
 import urllib.request
 
 from flows import server
-from tasks import preset
+from tasks.params import composition
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, store, workspace
-from tasks.runtime.redaction import redacted, without_user
 from tasks.runtime.stage import StageError
 
 INTERRUPTED = 130
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workspace", metavar="NAME", help="work in the clone .prefect/workspaces/NAME instead of here"
     )
     parser.add_argument(
-        "--preset", metavar="NAME", choices=preset.names(), help="with --workspace: the preset to run there"
+        "--preset", metavar="NAME", choices=composition.names(), help="with --workspace: the preset to run there"
     )
     parser.add_argument(
         "--wait", type=float, default=3600.0, metavar="S", help="seconds to wait for another run (3600)"

@@ -32,11 +32,10 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows import artifacts, cancelling, clone, repro
-from tasks import preset as presets
-from tasks.params import ParamsError
+from tasks.params import ParamsError, composition
+from tasks.params.redaction import redacted
 from tasks.runtime import local_source
 from tasks.runtime import workspace as places
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 
 DOWNLOAD_RETRY_SECONDS = (10, 60)
@@ -51,7 +50,7 @@ COMMITTED = "params.yaml"
 if TYPE_CHECKING:
     Preset = str
 else:
-    Preset = Literal[(COMMITTED, *presets.names())]  # Prefect's form makes a drop-down of it
+    Preset = Literal[(COMMITTED, *composition.names())]  # Prefect's form makes a drop-down of it
 
 
 @dataclass(frozen=True)

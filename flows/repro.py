@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from tasks.runtime.redaction import redacted
+from tasks.params.redaction import redacted
 from tasks.runtime.stage import StageError
 
 LEASH = Path(__file__).with_name("leash.py")

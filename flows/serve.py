@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows import on_demand, server
+from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 
 START_SECONDS = 180.0

@@ -29,9 +29,9 @@ import yaml
 
 from flows.repro import LEASH, dvc
 from tasks.params import ParamsError
+from tasks.params.redaction import redacted
 from tasks.runtime import local_source, loopback, measures, store, workspace
 from tasks.runtime.measures import SHORT_FINGERPRINT, Measurements
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 
 SAMPLE_SECONDS = 1.0

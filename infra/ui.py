@@ -7,8 +7,8 @@ import os
 import socket
 import sys
 
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, tracking, workspace
-from tasks.runtime.redaction import redacted, without_user
 from tasks.runtime.stage import StageError
 
 HOST = "127.0.0.1"

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks.evaluation.protocol import draw_name
+from tasks.params.redaction import redacted
 from tasks.runtime import atomic, tracking
+from tasks.runtime.errors import StageError
 from tasks.runtime.markdown import escaped
-from tasks.runtime.redaction import redacted
-from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

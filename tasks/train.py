@@ -19,8 +19,8 @@ from tasks.formats.codec_info import CodecInfo
 from tasks.formats.verdict import require_accepted
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import locks, measures, stage, tracking, workspace
+from tasks.runtime.errors import Preempted
 from tasks.runtime.progress import progress
-from tasks.runtime.stage import Preempted
 from tasks.training import launch
 
 if TYPE_CHECKING:

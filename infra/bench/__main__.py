@@ -11,10 +11,10 @@ from pathlib import Path
 from infra.bench import encoding, levers, quality, sampling, startup, throughput
 from infra.bench.results import Results
 from tasks.params import ParamsError
-from tasks.preset import PresetError
+from tasks.params.composition import PresetError
+from tasks.params.redaction import redacted
 from tasks.runtime import loopback
-from tasks.runtime.redaction import redacted
-from tasks.runtime.stage import PREEMPTED, StageError, let_threads_sleep
+from tasks.runtime.stage import PREEMPTED, StageError, limit_openmp_spin
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
@@ -32,7 +32,7 @@ REHEARSAL = {
 def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # and with it the processes that were started
-    let_threads_sleep()
+    limit_openmp_spin()
     loopback.exempt(os.environ)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
     try:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from infra.bench.inputs import Inputs
 from tasks.params import Params
-from tasks.runtime.stage import let_threads_sleep
+from tasks.runtime.stage import limit_openmp_spin
 
 Side: TypeAlias = Literal["ours", "peer"]
 
@@ -59,7 +59,7 @@ class Contestant:
         self._pipe, other = context.Pipe()
         arguments = (other, side, params.model_dump(mode="json", by_alias=True), inputs, scratch)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        let_threads_sleep()
+        limit_openmp_spin()
         self._process.start()
         other.close()
         self.parameters: int = self._answer()

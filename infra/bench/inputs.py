@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.params import Demands, Params, parse
-from tasks.preset import compose
+from tasks.params.composition import compose
 from tasks.runtime import atomic
 from tasks.runtime.disk import sha256_of
 

@@ -17,8 +17,8 @@ from tasks.formats.codec_info import AutoencoderInfo
 from tasks.params import AutoencoderParams, CodecParams
 from tasks.pictures.images import Samples
 from tasks.pretrained import weights
+from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
-from tasks.runtime.stage import StageError
 
 SCALING_IMAGES = 1024
 """Training images over which the mean and standard deviation of the latents are measured."""

@@ -24,8 +24,8 @@ from tasks.formats.codec_info import TextInfo
 from tasks.params import CodecParams
 from tasks.pictures.images import Samples
 from tasks.pretrained import weights
+from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
-from tasks.runtime.stage import StageError
 
 PROMPTS = 64
 """Captions of held-out images that serve as sample prompts of a data set without classes."""

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from models.json_files import JsonObject, read_json
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 RECIPE = "recipe.json"
 KEPT_RECIPES = 3

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
 from tasks.runtime import integrity
 from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.runtime.stage_file import Part, StageFile
 
 if TYPE_CHECKING:

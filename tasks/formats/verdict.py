@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""Files that appear whole or not at all: written beside their place, flushed, then renamed."""
+"""Atomic writing: a file or folder is written under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from models import json_files
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,34 +20,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
-    """The temporary name for `path`; what killed processes left under theirs is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = int(left.name.split(".")[-2])
-        if pid != os.getpid() and _is_alive(pid):
-            continue
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether that process works: one that was killed and that nobody has taken note of yet does not."""
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it becomes `path`, on error it goes away."""
-    temporary = _beside(path)
+    """Yield a temporary file name beside `path`; it is renamed to `path` on success and removed after an error."""
+    temporary = _temporary_name(path)
     try:
         yield temporary
         sync(temporary)
@@ -59,8 +35,8 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it replaces `path`, on error it goes away."""
-    temporary = _beside(path)
+    """Yield an empty temporary folder beside `path`; it replaces `path` on success and is removed after an error."""
+    temporary = _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -76,14 +52,41 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`."""
     with writing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, so that the same value gives the same bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: object) -> None:
+    """Write `value` to `path` in the format of `models.json_files.write_json`."""
+    with writing(path) as temporary:
+        json_files.write_json(temporary, value)
+
+
+def _temporary_name(path: Path) -> Path:
+    """The temporary name for `path` in this process; leftovers of processes that were killed are removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = int(left.name.split(".")[-2])
+        if pid != os.getpid() and _is_alive(pid):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process exists that has not ended; a zombie has ended."""
+    import psutil  # only needed after a kill
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

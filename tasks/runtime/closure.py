@@ -1,4 +1,4 @@
-"""Source files that a source file depends on, read from syntax trees: nothing is imported, and it takes milliseconds.
+"""The import closure of source files, read from their syntax trees: nothing is imported, and it takes milliseconds.
 
 `dvc.yaml` lists these files as dependencies of a stage, and the key of a training run hashes them.
 """
@@ -12,13 +12,15 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from models.hashing import file_sha256
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("tasks", "models")
 NAMED = (*PACKAGES, "mlflow")
-"""Folders whose files a module may read by name, such as a page template."""
+"""Folders whose files a module may open by name, such as a page template."""
 
-# How a stage starts, where files lie, what is logged and checked: none of it decides which bytes come out, and a stage
-# that depended on them would train again for a better error message. What they decide is in `params.yaml`.
+# These files start a stage, log and check; they do not affect the bytes of its outputs. A stage that depended on them
+# would run again for a better error message. The parameters themselves are dependencies through `params.yaml`.
 PLUMBING = {
     "models/__init__.py",
     "models/device.py",
@@ -30,11 +32,11 @@ PLUMBING = {
     "tasks/runtime/closure.py",
     "tasks/runtime/consistency.py",
     "tasks/runtime/disk.py",
+    "tasks/runtime/errors.py",
     "tasks/runtime/integrity.py",
     "tasks/runtime/locks.py",
     "tasks/runtime/loopback.py",
     "tasks/runtime/progress.py",
-    "tasks/runtime/redaction.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",
     "tasks/runtime/stage_file.py",
@@ -45,10 +47,18 @@ PLUMBING = {
 
 
 def closure(*starts: str, without: Collection[str] = (), plumbing: Collection[str] = PLUMBING) -> list[str]:
-    """The files `starts`, what they import or name, what that imports, and so on; sorted paths from the project's root.
+    """Return the files `starts` and all files that they import or name, directly or not.
 
-    Does not enter the files in `plumbing` or in `without`. Raises `FileNotFoundError` if one of the named files or an
-    imported module of the project does not exist.
+    Args:
+        starts: Paths relative to the root of the project.
+        without: Files that are not followed.
+        plumbing: More files and folders that are not followed.
+
+    Returns:
+        Sorted paths relative to the root of the project.
+
+    Raises:
+        FileNotFoundError: if a named file or an imported module of the project does not exist.
     """
     for name in (*starts, *without):
         if not (ROOT / name).is_file():
@@ -57,17 +67,17 @@ def closure(*starts: str, without: Collection[str] = (), plumbing: Collection[st
     waiting = list(starts)
     while waiting:
         file = waiting.pop()
-        if (
-            file in found
-            or file in without
-            or not plumbing.isdisjoint({file, file.rpartition("/")[0]})
-            or _is_empty(file)
-        ):
+        if file in found or file in without or _is_in(file, plumbing) or _is_empty(file):
             continue
         found.add(file)
         if file.endswith(".py"):
             waiting += _read_by(file)
     return sorted(found)
+
+
+def _is_in(file: str, listed: Collection[str]) -> bool:
+    """Whether `file` or its folder is listed."""
+    return file in listed or file.rpartition("/")[0] in listed
 
 
 def _is_empty(file: str) -> bool:
@@ -76,17 +86,17 @@ def _is_empty(file: str) -> bool:
 
 
 def hashes(files: Collection[str]) -> dict[str, str]:
-    """sha256 of each file, sorted by path."""
-    return {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in sorted(files)}
+    """Return path -> SHA-256 of each file, sorted by path."""
+    return {file: file_sha256(ROOT / file) for file in sorted(files)}
 
 
 def digest(*starts: str) -> str:
-    """One sha256 over the paths and contents of the closure of `starts`."""
+    """Return one SHA-256 over the paths and contents of the closure of `starts`."""
     return hashlib.sha256(json.dumps(hashes(closure(*starts))).encode()).hexdigest()
 
 
 def _read_by(file: str) -> list[str]:
-    """Files of the project that `file` imports, outside of TYPE_CHECKING, or names in order to read them."""
+    """Files of the project that `file` imports outside of TYPE_CHECKING, or whose name it contains as a string."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     imported = [path for module in _imports(tree, Path(file).parts[0]) for path in _file_of(module, file)]
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -102,7 +112,7 @@ def _files() -> list[str]:
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str | None]]:
-    """(module, name imported from it) of every import in a syntax tree, wherever it stands."""
+    """(module, name imported from it) of every import in a syntax tree, also inside functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue

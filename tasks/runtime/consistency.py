@@ -1,7 +1,7 @@
-"""What a stage reads against what `params.yaml` asks for.
+"""Comparison of a stage's inputs with `params.yaml`: both must name the same resolution, conditioning and codec.
 
-DVC decides by hashes whether an output is up to date. Where it is wrong (a cache shared with another version, files
-copied by hand), a stage would go on with images of another resolution, and nothing would say so.
+DVC decides by hashes whether an output is up to date. If it is wrong (a cache shared with another version, files copied
+by hand), a stage would compute with, for example, images of another resolution, without any error.
 """
 
 from __future__ import annotations
@@ -9,52 +9,66 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+from models.json_files import JsonObject
 from tasks.params import Params
 from tasks.runtime import integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
-Facts = dict[str, Any]
-"""Parameter, as `section.key` -> its value."""
+Values: TypeAlias = dict[str, object]
+"""Dotted name of a parameter -> value."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """An output folder that says what it was made for."""
+    """An output folder whose description names the parameters that it was made with."""
 
     made_by: str
     """The stage that writes it."""
     description: str
     """JSON file in the folder."""
-    facts: Callable[[dict[str, Any]], Facts]
+    values: Callable[[JsonObject], Values]
+    """Reads the parameters from the content of that file."""
 
 
-def _codec(its: dict[str, Any]) -> Facts:
-    return _image(its) | {"codec.conditioning": its["conditioning"], "codec.kind": its["kind"]}
+def _codec(description: JsonObject) -> Values:
+    return _image(description) | {
+        "codec.conditioning": description["conditioning"],
+        "codec.kind": description["kind"],
+    }
 
 
-def _latents(its: dict[str, Any]) -> Facts:
-    return _image(its["image"]) | {"codec.conditioning": its["conditioning"], "codec.kind": its["codec"]}
+def _latents(description: JsonObject) -> Values:
+    return _image(description["image"]) | {
+        "codec.conditioning": description["conditioning"],
+        "codec.kind": description["codec"],
+    }
 
 
-def _model(its: dict[str, Any]) -> Facts:
-    kind = "autoencoder" if its["latent"] else "identity"
-    return _image(its) | {"codec.conditioning": its["conditioning"], "codec.kind": kind}
+def _model(description: JsonObject) -> Values:
+    return _image(description) | {
+        "codec.conditioning": description["conditioning"],
+        "codec.kind": "autoencoder" if description["latent"] else "identity",
+    }
 
 
-def _image(its: dict[str, Any]) -> Facts:
-    return {"image.resolution": its["size"], "image.channels": its["channels"]}
+def _judge(description: JsonObject) -> Values:
+    return _image(description["image"])
+
+
+def _image(description: JsonObject) -> Values:
+    return {"image.resolution": description["size"], "image.channels": description["channels"]}
 
 
 CODEC = Artefact("codec", "codec.json", _codec)
 LATENTS = Artefact("encode", "index.json", _latents)
 PIPELINE = Artefact("train", "afterimage.json", _model)
-JUDGE = Artefact("judge", "judge.json", lambda its: _image(its["image"]))
+JUDGE = Artefact("judge", "judge.json", _judge)
 BUNDLE = Artefact("export", "bundle.json", _model)
 MODEL = Artefact("package", "pipeline/afterimage.json", _model)
 
-READ: dict[str, dict[str, Artefact]] = {
+INPUTS: dict[str, dict[str, Artefact]] = {
     "encode": {"codec": CODEC},
     "train": {"codec": CODEC, "data": LATENTS},
     "evaluate": {"pipeline": PIPELINE, "judge": JUDGE},
@@ -63,28 +77,29 @@ READ: dict[str, dict[str, Artefact]] = {
     "package": {"pipeline": PIPELINE, "onnx": BUNDLE},
     "register": {"model": MODEL, "judge": JUDGE},
 }
-"""Stage -> its arguments that were made for some parameters."""
+"""Stage -> argument of its function -> the input that is compared."""
 
 
 def require(stage: str, paths: Mapping[str, Path], params: Params) -> None:
-    """Raise `StageError` where an input of `stage` was made for another resolution, other channels, another
-    conditioning or another kind of codec than `params` ask for. What is missing, the stage itself reports."""
+    """Raise `StageError` if an input of `stage` was made with parameters that differ from `params`.
+
+    A missing input is left to the stage, which reports it.
+    """
     asked = {
         "image.resolution": params.image.resolution,
         "image.channels": params.image.channels,
         "codec.conditioning": params.codec.conditioning,
         "codec.kind": params.codec.kind,
     }
-    for argument, artefact in READ.get(stage, {}).items():
+    for argument, artefact in INPUTS.get(stage, {}).items():
         folder = paths[argument]
-        if not (folder / artefact.description).is_file():
+        description = folder / artefact.description
+        if not description.is_file():
             continue
         try:
-            found = artefact.facts(integrity.read_json(folder / artefact.description, artefact.made_by))
+            found = artefact.values(integrity.read_json(description, artefact.made_by))
         except (KeyError, TypeError):
-            raise StageError(
-                f"{folder / artefact.description} is of another version; {integrity.remedy(artefact.made_by)}"
-            ) from None
+            raise StageError(f"{description} is of another version; {integrity.remedy(artefact.made_by)}") from None
         other = [f"{key} {value} and not {asked[key]}" for key, value in found.items() if value != asked[key]]
         if other:
             raise StageError(f"{folder} was made for {', '.join(other)}; {integrity.remedy(artefact.made_by)}")

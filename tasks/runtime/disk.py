@@ -1,4 +1,4 @@
-"""Files on disk: checksums, and the space that is left for them."""
+"""Files on disk: their checksums, printable names and the free space."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 CHUNK = 1 << 20
-"""Bytes read at once."""
+"""Bytes that are read at once."""
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable_name(name: str) -> str:
+    """Return a file name as valid UTF-8 without NUL; bytes that are not UTF-8 are escaped, as in "%udcff"."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\\", "%").replace("\0", "%00")
 
 
 def require_space(folder: Path, size: int) -> None:

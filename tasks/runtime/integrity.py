@@ -1,58 +1,67 @@
-"""Files against the checksums that were written with them.
+"""Files compared with the SHA-256 that was recorded when they were written.
 
-`dvc repro` trusts a file whose size and time of modification did not change, and a file that a disk or a program
-damaged may keep both. So a stage compares what it opens with the sha256 that stands in the index beside it. A large
-data set is compared once: its files are remembered in the scratch folder by inode, size and times, among them the time
-of the last status change, which no program can set.
+`dvc repro` trusts a file whose size and modification time did not change, but a damaged file can keep both. Therefore a
+stage compares the files that it opens with the checksums in the index beside them. A large dataset is compared once:
+the state of its files (inode, size, times) is kept in the scratch folder. It contains the time of the last status
+change, which no program can set.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from tqdm import tqdm
-
+from models import json_files
+from models.hashing import file_sha256
+from models.json_files import JsonObject
 from tasks.runtime import atomic, workspace
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
+
+State: TypeAlias = list[int | str]
+"""Device, inode, size, modification time and status change time of a file, and its SHA-256."""
 
 VERIFIED = "verified.json"
 REMEMBERED_BYTES = 256 << 20
-"""Files that are smaller together are compared in every process: it takes less than a second."""
-_compared: dict[str, list[Any]] = {}
-"""Path -> state and sha256, of the files that this process compared."""
+"""Files of fewer bytes in total are compared by every process, which takes less than a second."""
+_compared: dict[str, State] = {}
+"""Path -> state of the files that this process compared."""
 
 
 def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Relative path -> sha256 of the files below `folder` that match `pattern`."""
+    """Return relative path -> SHA-256 of the files below `folder` that match `pattern`."""
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def require(folder: Path, sha256: Mapping[str, str], stage: str) -> None:
-    """Compare files of `folder` with their `sha256`. Raises `StageError` that names the first that differs, and the
-    command by which `stage`, which wrote them, writes them anew."""
+    """Compare the files of `folder` with their SHA-256, by relative path.
+
+    Only the first process of a machine compares.
+
+    Raises:
+        StageError: for the first file that differs; names the command by which `stage` writes it again.
+    """
     if int(os.environ.get("LOCAL_RANK", "0")):
-        return  # of several processes of one machine the first compares
+        return
     wanted = {folder / name: expected for name, expected in sha256.items()}
     for file in wanted:
         if not file.is_file():
             raise StageError(f"{file} is missing; {remedy(stage)}")
-    states = {_name(file): [*_state(file), expected] for file, expected in wanted.items()}
+    states: dict[str, State] = {_name(file): [*_state(file), expected] for file, expected in wanted.items()}
     large = sum(file.stat().st_size for file in wanted) > REMEMBERED_BYTES
     known = _compared | (_remembered() if large else {})
     unknown = [file for file in wanted if known.get(_name(file)) != states[_name(file)]]
     if not unknown:
         return
-    bar = {"desc": f"verify {folder}", "total": len(unknown), "unit": "file", "dynamic_ncols": True, "delay": 2}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, found in zip(unknown, tqdm(pool.map(sha256_of, unknown), **bar), strict=True):
+        hashes = pool.map(file_sha256, unknown)
+        bar = progress(hashes, desc=f"verify {folder}", total=len(unknown), unit="file", delay=2)
+        for file, found in zip(unknown, bar, strict=True):
             if found != wanted[file]:
                 raise StageError(f"{file} is damaged: its sha256 is not the one that was recorded; {remedy(stage)}")
     _compared.update(states)
@@ -60,20 +69,20 @@ def require(folder: Path, sha256: Mapping[str, str], stage: str) -> None:
         _remember(states)
 
 
-def read_described(folder: Path, name: str, stage: str) -> dict[str, Any]:
-    """The JSON object `name` that describes `folder`, after comparing the files that it lists under "files".
+def read_described(folder: Path, name: str, stage: str) -> JsonObject:
+    """Return the JSON object `name` that describes `folder`, after comparing the files that it lists under "files".
 
-    Raises `StageError` where the description is missing or cannot be read, or where a file differs.
+    Raises `StageError` if the description is missing or damaged, or if a file differs.
     """
     description = read_json(folder / name, stage)
     require(folder, description.get("files", {}), stage)
     return description
 
 
-def read_json(file: Path, stage: str) -> dict[str, Any]:
-    """The JSON object in a file that `stage` wrote. Raises `StageError` where it is missing or cannot be read."""
+def read_json(file: Path, stage: str) -> JsonObject:
+    """Return the JSON object in a file that `stage` wrote. Raises `StageError` if it is missing or damaged."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json_files.read_json(file)
     except FileNotFoundError:
         raise StageError(f"{file.parent} holds no {file.name}; run 'dvc repro {stage}'") from None
     except ValueError as error:
@@ -84,8 +93,10 @@ def read_json(file: Path, stage: str) -> dict[str, Any]:
 
 
 def remedy(stage: str) -> str:
-    """How to have `stage` write its outputs anew. Without -f, DVC takes a file that kept its size and time for
-    unchanged; without -s, it would run everything before the stage as well."""
+    """Return the end of an error message: the command by which `stage` writes its outputs again.
+
+    Without -f, DVC skips a stage whose files kept their size and time; without -s, it would also run all stages before.
+    """
     return f"run 'dvc repro -f -s {stage}', which writes it anew, then 'dvc repro'"
 
 
@@ -94,21 +105,23 @@ def _name(file: Path) -> str:
 
 
 def _state(file: Path) -> list[int]:
-    its = file.stat()
-    return [its.st_dev, its.st_ino, its.st_size, its.st_mtime_ns, its.st_ctime_ns]
+    status = file.stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _remembered() -> dict[str, list[Any]]:
+def _remembered() -> dict[str, State]:
     try:
-        known: dict[str, list[Any]] = json.loads((workspace.scratch() / VERIFIED).read_text(encoding="utf-8"))
+        known = json_files.read_json(workspace.scratch() / VERIFIED)
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _remember(new: dict[str, list[Any]]) -> None:
-    """Add to what is remembered, without files that no longer exist. Two processes at once may lose an entry, which
-    costs one more comparison."""
+def _remember(new: dict[str, State]) -> None:
+    """Add states to the scratch folder and drop files that no longer exist.
+
+    Of two processes that write at once, one may lose an entry, which costs one more comparison.
+    """
     kept = {name: state for name, state in _remembered().items() if Path(name).is_file()}
-    with suppress(OSError):  # a disk that is full or read-only costs only time
+    with suppress(OSError):  # on a full or read-only disk the files are compared again next time
         atomic.write_json(workspace.scratch() / VERIFIED, kept | new)

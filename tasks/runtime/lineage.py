@@ -1,6 +1,6 @@
-"""Where a model came from: the state of code, data and stages, as JSON that is kept with it in MLflow.
+"""The lineage of a model: the state of code, data and stages, stored with the model in MLflow as JSON.
 
-Not part of any file that a stage reads: the same model may come from two commits.
+It is not in any file that a stage reads, because two commits may produce the same model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import yaml
 
-from tasks.runtime.redaction import holds_credentials, redacted, redacted_values
+from models.json_files import JsonObject
+from tasks.params.redaction import holds_credentials, redacted, redacted_values
 
 TAG_CHARACTERS = 500
 FLOW_RUN = "AFTERIMAGE_FLOW_RUN_ID"
@@ -26,31 +27,33 @@ CODE = (
     *("flows/", "infra/", "mlflow/", "models/", "tasks/"),
     *("Makefile", "dvc.yaml", "params.yaml", "prefect.yaml", "pyproject.toml", "requirements.lock"),
 )
-"""Folders and files whose uncommitted changes are recorded; those of other files are named and left out."""
+"""Folders and files whose uncommitted changes are recorded; other changed files are only named."""
 NOT_CODE = "neither code nor parameters"
 NO_SCANNER = "not scanned for secrets, because the package detect-secrets is not installed"
-# Checksums are everywhere in code and parameters, and a random hexadecimal string looks like one; an IP address grants
-# no access.
+# Code and parameters contain many checksums, which look like random hexadecimal secrets; IP addresses are not secret.
 NOISY_DETECTORS = ("HexHighEntropyString", "IPPublicDetector")
-# `dvc.lock` is recorded beside the diff, and is being written while this is read.
+# `dvc.lock` is recorded beside the diff, and DVC may be writing it now.
 _ELSEWHERE = ("--", ".", ":(exclude)dvc.lock")
-# What comes after the weights, or is being run while this is read.
+# Stages that run after the weights are made, or that are running now.
 NOT_UPSTREAM = ("register",)
 
 
 def git_commit() -> str | None:
-    """The commit that is checked out here, or None outside a git repository or without a commit."""
+    """Return the commit that is checked out, or None outside a Git repository or without a commit."""
     return _git("rev-parse", "HEAD") or None
 
 
 def flow_run() -> str | None:
-    """Id of the Prefect flow run that this process works for, if any."""
+    """Return the id of the Prefect flow run that started this process, if any."""
     return os.environ.get(FLOW_RUN) or None
 
 
-def lineage(data_sha256: str) -> dict[str, Any]:
-    """Git commit, whether the work tree differs from it and how (code and parameters, scanned for secrets), the entries
-    of `dvc.lock` with their hash, the data's content hash, the Prefect flow run. What is not there is null."""
+def lineage(data_sha256: str) -> JsonObject:
+    """Return the lineage of the present work tree; values that do not exist are None.
+
+    It contains the Git commit, the uncommitted changes of code and parameters (scanned for secrets), the entries of
+    `dvc.lock` with their hash, the content hash of the data, and the Prefect flow run.
+    """
     stages = redacted_values(_upstream(Path("dvc.lock")))
     diff, is_cut, left_out = _changes()
     return {
@@ -68,9 +71,9 @@ def lineage(data_sha256: str) -> dict[str, Any]:
 
 
 def _changes() -> tuple[str, bool, dict[str, str]]:
-    """The uncommitted changes of `CODE` as a diff, whether it was cut, and what it leaves out: path -> reason.
+    """Uncommitted changes of `CODE` as a diff, whether it was cut, and the files that it omits: path -> reason.
 
-    A file in whose changes a secret is found is left out as a whole, and so is everything where nothing can be scanned.
+    A file whose changes contain a secret is omitted, and so is every file if the scanner is not installed.
     """
     names = [name for name in (_git("diff", "HEAD", "--name-only", "-z", *_ELSEWHERE) or "").split("\0") if name]
     code = [name for name in names if any(name == part or (part[-1] == "/" and name.startswith(part)) for part in CODE)]
@@ -81,12 +84,12 @@ def _changes() -> tuple[str, bool, dict[str, str]]:
     diffs = {name: _git("diff", "HEAD", *options, "--", f":(top,literal){name}") or "" for name in code}
     kept, is_cut = _cut(diffs)
     found = dict(_secrets(kept)) if kept else {}
-    left_out |= {redacted(name): f"holds what looks like a secret ({kind})" for name, kind in found.items()}
+    left_out |= {redacted(name): f"contains a possible secret ({kind})" for name, kind in found.items()}
     return "\n".join(diff for name, diff in kept.items() if name not in found), is_cut, left_out
 
 
 def _cut(diffs: dict[str, str]) -> tuple[dict[str, str], bool]:
-    """The first `DIFF_CHARACTERS` of all diffs together, in whole lines, and whether anything was cut."""
+    """The first `DIFF_CHARACTERS` characters of all diffs, in whole lines, and whether anything was cut."""
     kept, room = {}, DIFF_CHARACTERS
     for name, diff in diffs.items():
         kept[name] = diff if len(diff) <= room else diff[:room].rpartition("\n")[0]
@@ -97,7 +100,7 @@ def _cut(diffs: dict[str, str]) -> tuple[dict[str, str], bool]:
 
 
 def _secrets(diffs: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """(path, kind) of each diff in which a secret is found, in added, removed or unchanged lines."""
+    """(path, kinds) of each diff with a secret, in added, removed or unchanged lines."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.core.scan import scan_file
     from detect_secrets.settings import transient_settings
@@ -108,7 +111,7 @@ def _secrets(diffs: dict[str, str]) -> Iterator[tuple[str, str]]:
         for name, diff in diffs.items():
             text = "\n".join(dict.fromkeys(line[1:] for line in diff.splitlines()))  # each line once
             kinds: list[str] = ["credentials in an address"] if holds_credentials(text) else []
-            # What counts as a secret depends on the suffix: unquoted values do in configuration files alone.
+            # The suffix decides what counts as a secret: unquoted values count in configuration files only.
             for suffix in {Path(name).suffix, ".yaml"}:
                 copy = Path(folder) / f"changes{suffix}"
                 copy.write_text(text, encoding="utf-8")
@@ -117,12 +120,18 @@ def _secrets(diffs: dict[str, str]) -> Iterator[tuple[str, str]]:
                 yield name, ", ".join(sorted(set(kinds)))
 
 
-def _kinds(found: Iterable[Any]) -> list[str]:
+class _Secret(Protocol):
+    """A finding of detect-secrets."""
+
+    type: str
+
+
+def _kinds(found: Iterable[_Secret]) -> list[str]:
     return [str(secret.type) for secret in found]
 
 
-def tags(facts: dict[str, Any]) -> dict[str, str]:
-    """The parts of a lineage that fit into a tag."""
+def tags(facts: JsonObject) -> dict[str, str]:
+    """Return the short values of a lineage as tags of MLflow."""
     values = {
         "git_commit": facts["git"]["commit"],
         "git_dirty": str(facts["git"]["dirty"]).lower() if facts["git"]["commit"] else None,
@@ -134,20 +143,20 @@ def tags(facts: dict[str, Any]) -> dict[str, str]:
     return {f"afterimage.{name}": value for name, value in values.items() if value is not None}
 
 
-def _upstream(lock: Path) -> dict[str, Any] | None:
+def _upstream(lock: Path) -> JsonObject | None:
     if not lock.exists():
         return None
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     return {name: entry for name, entry in sorted(stages.items()) if name not in NOT_UPSTREAM}
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command, None where git or the repository is missing."""
+    """Output of a Git command; None if Git or the repository is missing."""
     try:
         result = subprocess.run(
             ["git", *arguments], capture_output=True, text=True, errors="replace", timeout=20, check=False

@@ -1,6 +1,7 @@
-"""Files of this machine that parameters name, before DVC hashes them.
+"""Checks of the local files that parameters name, before DVC hashes them.
 
-DVC opens every file of a folder, hidden ones too. It ends with a bare "[Errno 2]" at a dead link, and never at a pipe.
+DVC opens every file of a folder, including hidden ones. A dead link ends it with "[Errno 2]" only; a pipe blocks it
+forever.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.params import load
-from tasks.runtime.stage import StageError
-from tasks.sources import archives
+from tasks.runtime.disk import printable_name
+from tasks.runtime.errors import StageError
 
 SHOWN = 3
 
 
 def require_hashable(root: Path, allow_missing: bool = False) -> None:
-    """Raise `StageError` where DVC cannot hash a file that the params.yaml of the work tree `root` names.
+    """Raise `StageError` if DVC cannot hash a file that the params.yaml of the work tree `root` names.
 
-    With `allow_missing` a path that does not exist is left to DVC, as with its option of that name.
+    With `allow_missing`, a path that does not exist is accepted, as by DVC's option of that name.
     """
     params = load(root / "params.yaml")
     named = {
@@ -38,7 +39,7 @@ def require_hashable(root: Path, allow_missing: bool = False) -> None:
             raise StageError(f"{key} {name} does not exist; correct it")
         elif not allow_missing:
             raise StageError(
-                f"download.path {name} does not exist on this machine; correct it, or, where the results of another "
+                f"download.path {name} does not exist on this machine; correct it, or, if the results of another "
                 "machine were pushed, run 'dvc pull' and then 'dvc repro --allow-missing' instead"
             )
 
@@ -47,13 +48,13 @@ def _require_hashable(key: str, name: str, path: Path) -> None:
     found = list(_unhashable(path))
     if not found:
         return
-    shown = "; ".join(f"{archives.text(file)}: {reason}" for file, reason in found[:SHOWN])
+    shown = "; ".join(f"{printable_name(file)}: {reason}" for file, reason in found[:SHOWN])
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     remedy = (
-        "remove or replace them, or give a tar of the folder, in which they are set aside: "
+        "remove or replace them, or use a tar of the folder, whose unreadable files go to quarantine: "
         f"tar -cf pictures.tar -C {shlex.quote(name)} . and then {key}=pictures.tar"
         if path.is_dir()
-        else "give a folder or a file"
+        else "name a folder or a file"
     )
     count = f"{len(found)} file{'s' if len(found) > 1 else ''}"
     raise StageError(f"DVC cannot read {count} of {key} {name} ({shown}{more}); {remedy}")
@@ -72,13 +73,13 @@ def _unhashable(path: Path) -> Iterator[tuple[str, str]]:
             if reason := _name_reason(os.path.relpath(parent, path), file) or _reason(f"{parent}/{file}"):
                 yield os.path.relpath(f"{parent}/{file}", path), reason
     for error in errors:
-        yield os.path.relpath(error.filename, path), "a folder that must not be read"
+        yield os.path.relpath(error.filename, path), "a folder without read permission"
 
 
 def _name_reason(folder: str, file: str) -> str | None:
-    """Why DVC cannot take a file by its name; None where it can."""
+    """Why DVC cannot hash a file because of its name; None if it can."""
     if file == ".dvcignore":
-        return "DVC reads no folder with such a file"
+        return "DVC reads no folder that contains such a file"
     if not f"{folder}/{file}".isascii():
         try:
             f"{folder}/{file}".encode()
@@ -88,7 +89,7 @@ def _name_reason(folder: str, file: str) -> str | None:
 
 
 def _reason(path: str) -> str | None:
-    """Why DVC cannot read a file; None where it can."""
+    """Why DVC cannot read a file; None if it can."""
     try:
         mode = Path(path).stat().st_mode
     except OSError as error:
@@ -96,4 +97,4 @@ def _reason(path: str) -> str | None:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return "a pipe, a socket or a device"
     allowed = os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
-    return None if allowed else "a file that must not be read"
+    return None if allowed else "a file without read permission"

@@ -1,7 +1,7 @@
-"""Text from outside (class names, captions, licences, paths) inside Markdown: shown as it is, never interpreted.
+"""Escaping of external text (class names, captions, licences, paths) in Markdown.
 
-Markdown is turned into HTML by MLflow's and Prefect's pages and by model hubs, so a class named `<script>` or
-`](javascript:...)` must stay text there.
+The pages of MLflow, Prefect and model hubs convert Markdown to HTML, so a class named `<script>` or `](javascript:...)`
+must be shown as text.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import html
 import re
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
-"""What has a meaning in the middle of a line; every use here has something in front of it."""
+"""Characters with a meaning inside a line; escaped text never starts a line here."""
 
 
 def escaped(text: object) -> str:
-    """`text` on one line, with the characters that Markdown or HTML would interpret escaped; also for table cells."""
+    """Return `text` on one line with the special characters of Markdown and HTML escaped; also for table cells."""
     return html.escape(_SPECIAL.sub(r"\\\1", one_line(text)), quote=False)
 
 
 def code(text: object) -> str:
-    """`text` as a code span, which a backtick inside it does not end."""
+    """Return `text` as a code span, which may contain backticks."""
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence, space = "`" * (longest + 1), " " if "`" in line else ""
@@ -27,5 +27,5 @@ def code(text: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """`text` with line breaks, control and other unprintable characters as single spaces."""
+    """Return `text` with runs of white space and unprintable characters replaced by one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

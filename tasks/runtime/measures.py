@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 FILE = "measurements.json"
 """Its name in `reports/evaluation` and in the folder of a registered model."""

@@ -1,7 +1,7 @@
-"""How a stage starts and how it ends: command line, parameters, one-sentence errors, exit codes.
+"""The command line of a stage: arguments, parameters, one-sentence errors and exit codes.
 
-A stage is one function whose `Path` arguments are its files, in the order of `dvc.yaml`, and whose
-`Section` arguments are the parts of `params.yaml` that it reads. `main(function)` is its command line.
+A stage is one function. Its `Path` arguments are files and folders, in the order of `dvc.yaml`; its `Section` arguments
+are the sections of `params.yaml` that it reads. `main(function)` is the command line made of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
-from tasks.runtime import loopback
-from tasks.runtime.redaction import redacted
+from tasks.params.redaction import redacted
+from tasks.runtime import consistency, loopback
+from tasks.runtime.errors import Preempted, StageError
+
+__all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "Preempted", "StageError", "main", "paths_of", "sections_of"]
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
@@ -29,41 +32,31 @@ _LOST = "MLflow stopped answering; start it again, then run the same command, wh
 _DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
 
 
-class StageError(Exception):
-    """What stops a stage and is the user's to mend; the message is one sentence: what, and what to do."""
-
-
-class Preempted(BaseException):
-    """SIGTERM arrived: save what is worth saving, then leave with `PREEMPTED`."""
-
-
 def sections_of(function: Callable[..., None]) -> list[str]:
-    """Names of the sections, or of single values, of `params.yaml` that a stage function reads."""
+    """Return the names of the sections, or of single parameters, that a stage function reads."""
     hints = typing.get_type_hints(function)
     arguments = inspect.signature(function).parameters
     return [key for name in arguments if _is_section(hints[name]) for key in names_of(hints[name])]
 
 
 def paths_of(function: Callable[..., None]) -> list[str]:
-    """Names of the `Path` arguments of a stage function, in order."""
+    """Return the names of the `Path` arguments of a stage function, in order."""
     hints = typing.get_type_hints(function)
     return [name for name in inspect.signature(function).parameters if hints[name] is Path]
 
 
 def main(function: Callable[..., None]) -> NoReturn:
-    """Run a stage function from the command line and leave the process with its exit code."""
+    """Run a stage function from the command line, then exit."""
     arguments = _parser(function).parse_args()
     name = function.__name__
     end_with_parent()
-    let_threads_sleep()
+    limit_openmp_spin()
     loopback.exempt(os.environ)
     signal.signal(signal.SIGTERM, _raise_preempted)
     try:
         params = load(arguments.params)
         paths = {path: getattr(arguments, path) for path in paths_of(function)}
         print(f"{name}: {' '.join(str(path) for path in paths.values())}", flush=True)
-        from tasks.runtime import consistency  # which raises this file's StageError
-
         consistency.require(name, paths, params)
         hints = typing.get_type_hints(function)
         sections = {
@@ -78,12 +71,12 @@ def main(function: Callable[..., None]) -> NoReturn:
         print(f"\n{name}: interrupted; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Preempted:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being obeyed; a second one must not break that off
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the exit
         print(f"\n{name}: terminated; the same command continues", file=sys.stderr)
         sys.exit(PREEMPTED)
     except OSError as error:
         _leave(name, _os_sentence(error), arguments.debug)
-    except Exception as error:  # the last resort: one sentence, and the trace on request
+    except Exception as error:
         if is_disk_full(error):
             _leave(name, _DISK_FULL.format(where=""), arguments.debug)
         if _is_lost_connection(error):
@@ -120,14 +113,14 @@ def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception means a full disk, also one of a library that raises no `OSError` (safetensors, SQLite)."""
+    """Whether an exception means a full disk; safetensors and SQLite raise other types than `OSError`."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in _DISK_FULL_WORDS)
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether MLflow's client gave up on a server that answered before."""
+    """Whether MLflow's client lost the connection to its server."""
     is_mlflow = type(error).__module__.partition(".")[0] == "mlflow"
     return is_mlflow and any(words in str(error) for words in ("Max retries exceeded", "failed with exception"))
 
@@ -145,17 +138,17 @@ def _raise_preempted(*_: object) -> NoReturn:
     raise Preempted
 
 
-def let_threads_sleep() -> None:
-    """Have OpenMP threads that wait for each other spin for a moment, then sleep; must come before torch is loaded.
+def limit_openmp_spin() -> None:
+    """Limit the time that waiting OpenMP threads spin to about 50 us; must be called before torch is imported.
 
-    On a machine that does something else besides, threads that spin for long keep the one they wait for off its core:
-    a training step of the digits then takes 7 times as long. Threads that sleep at once are woken thousands of times a
-    step: on an idle machine it then takes 1.5 times as long. To spin as long as waking takes costs little in both.
-    What the environment says already stands.
+    Threads that spin for long occupy the core of the thread that they wait for: on a busy machine a training step of
+    the digits takes 7 times as long. Threads that sleep at once must be woken thousands of times per step: on an idle
+    machine the step takes 1.5 times as long. A spin as long as a wake-up is near-optimal on both. Values that are set
+    in the environment are kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 microseconds; GNU's OpenMP, as PyTorch brings it
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read by GNU OpenMP, which is part of PyTorch
 
 
 def end_with_parent() -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.json_files import JsonObject
 from tasks.runtime import atomic, integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 
 class Part(BaseModel):

@@ -1,7 +1,7 @@
-"""The store behind MLflow before MLflow opens it: usable, sound, and with its paths inside the work tree.
+"""Checks and repair of MLflow's database before MLflow opens it.
 
-MLflow answers a database that it cannot use with a stack trace, after minutes of retries, or by writing elsewhere.
-These checks take milliseconds and raise one sentence in its place.
+If MLflow cannot use a database, it prints a stack trace, retries for minutes, or writes elsewhere. These checks take
+milliseconds and raise one sentence instead.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tasks.runtime.redaction import redacted
-from tasks.runtime.stage import StageError
+from tasks.params.redaction import redacted
+from tasks.runtime.errors import StageError
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlruns"
 """Folder of the artifacts, beside the SQLite file."""
 PROBE_SECONDS = 2.0
 CHECKED_BYTES = 256 << 20
-"""A larger database is not read through before each use."""
+"""Databases up to this size are checked completely before each use."""
 _DRIVERS = {
     "postgresql": ("psycopg2", "psycopg2-binary"),
     "postgresql+psycopg2": ("psycopg2", "psycopg2-binary"),
@@ -36,7 +36,7 @@ _DRIVERS = {
 """Scheme of a database's address -> its Python module, and the package that brings it."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _OWN = "unset MLFLOW_TRACKING_URI to use the database in the work tree"
-# Where MLflow keeps absolute places of artifacts.
+# Columns in which MLflow stores absolute paths of artifacts.
 _PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -47,7 +47,7 @@ _PLACES = (
 
 
 def require_usable(uri: str) -> None:
-    """Raise `StageError` where MLflow would misread the path of its database, or cannot reach it. Writes nothing."""
+    """Raise `StageError` if MLflow would misread the path of its database, or cannot reach it. Writes nothing."""
     if uri.startswith(SQLITE):
         _require_plain(uri.removeprefix(SQLITE))
     elif (scheme := uri.partition("://")[0]) in _DRIVERS:
@@ -69,7 +69,7 @@ def _require_plain(path: str) -> None:
 
 
 def _require_answer(uri: str, scheme: str) -> None:
-    """A database server must accept connections: MLflow would try again for minutes."""
+    """Raise `StageError` if a database server refuses connections; MLflow would retry for minutes."""
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or _PORTS[scheme.partition("+")[0]]
@@ -83,29 +83,29 @@ def _require_answer(uri: str, scheme: str) -> None:
 
 
 def require_sound(path: Path) -> None:
-    """Raise `StageError` where the SQLite file is damaged or cannot be opened."""
+    """Raise `StageError` if the SQLite file is damaged or cannot be opened."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
             check = "quick_check(1)" if path.stat().st_size <= CHECKED_BYTES else "schema_version"
-            said = database.execute(f"PRAGMA {check}").fetchone()[0]
+            result = database.execute(f"PRAGMA {check}").fetchone()[0]
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             return  # another process writes; MLflow waits for it
         raise StageError(f"{path} cannot be opened ({error}); correct its permissions") from None
     except sqlite3.DatabaseError as error:
-        said = str(error)
-    if isinstance(said, str) and said != "ok":
+        result = str(error)
+    if isinstance(result, str) and result != "ok":
         raise StageError(
-            f"the MLflow database {path} is damaged ({' '.join(said.split())}); put a copy in its place, or move it "
-            "away: a new one is made, and 'dvc repro' fills it with this work tree's model and run"
+            f"the MLflow database {path} is damaged ({' '.join(result.split())}); replace it by a backup, or remove "
+            "it: a new one is made, and 'dvc repro' fills it with this work tree's model and run"
         )
 
 
-def bring_home(path: Path) -> int:
-    """Point the artifacts that lay beside the SQLite file at `path` to where they lie now; returns how many places.
+def update_artifact_paths(path: Path) -> int:
+    """Update the stored paths of artifacts beside the SQLite file at `path`; returns the number of changed entries.
 
-    MLflow stores absolute paths, so a work tree that was moved or copied would go on writing into the old one. Places
-    that somebody chose elsewhere, such as a bucket, stay.
+    MLflow stores absolute paths, so that runs of a work tree that was moved or copied would write into the old one.
+    Artifacts at other places, such as a bucket, are not changed.
     """
     home = str(path.parent / ARTIFACTS)
     with closing(sqlite3.connect(path, timeout=30)) as database:

@@ -1,8 +1,9 @@
-"""MLflow: where it is, how a run is found again by its key, and what training tells it.
+"""Access to MLflow: the connection, and runs that are found by their key.
 
-A run is named by a tag, not by its id: `afterimage.train_key` for a training run,
-`afterimage.evaluation_key` for the evaluation nested in it. Whoever comes with the same key, on
-this machine or another, continues the same run. `connect()` comes before anything else here.
+A run is identified by a tag and not by its id: `afterimage.train_key` for a training run, `afterimage.evaluation_key`
+for the evaluation nested in it. A process with the same key, on any machine, continues the same run. Call `connect()`
+before any other function of this module. MLflow is imported inside functions: it takes over a second, and `connect()`
+sets its environment variables first.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tasks.params.redaction import redacted, without_user
 from tasks.runtime import lineage, locks, loopback, run_labels, store, workspace
-from tasks.runtime.redaction import redacted, without_user
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import DatasetInput, Metric, Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "afterimage"
@@ -34,42 +35,46 @@ TRAIN_KEY = "afterimage.train_key"
 EVALUATION_KEY = "afterimage.evaluation_key"
 KIND = "afterimage.kind"
 CHALLENGER, CHAMPION = "challenger", "champion"
-"""Aliases of the versions of a registered model."""
+"""Aliases of versions of a registered model."""
 PROMOTION = "afterimage.promotion"
-"""Tag of a model version: why it became champion, or why not."""
+"""Tag of a model version: the reason why it became champion or not."""
 PROBE_SECONDS = 2.0
 BATCH = 1000
-"""Metrics that MLflow takes in one call."""
+"""Most metrics in one call of MLflow."""
 
 
 def prepare() -> None:
-    """What `connect()` would wait for, while its caller still has something else to do: a server is asked for a sign
-    of life, and the tables of a fresh SQLite file are made in another process.
+    """Start what `connect()` would wait for, so that the caller can work meanwhile.
 
-    Raises `StageError` where a tracking server does not answer within 2 s.
+    Checks that a tracking server answers, and creates the tables of a new SQLite file in another process.
+
+    Raises:
+        StageError: if a tracking server does not answer within 2 s.
     """
     path = _sqlite_path(_live_uri())
     if path is not None and not _exists(path):
-        # Not a thread: Python's lock would hold up the caller. Not a fork: he may have threads.
+        # Not a thread, which would hold Python's lock; not a fork, which is unsafe if the caller has threads.
         multiprocessing.get_context("spawn").Process(target=_make_database, args=(path,), daemon=True).start()
 
 
 def _make_database(path: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that waits for this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one handles Ctrl-C
     _ensure_migrated(path)
 
 
 def connect() -> MlflowClient:
-    """Reach MLflow and return a client of it; the first call on a fresh SQLite file makes its tables.
+    """Connect to MLflow and return a client; the first call on a new SQLite file creates its tables.
 
-    Raises `StageError` where a tracking server does not answer within 2 s or the database is of
-    another MLflow version. Several processes may call this at once.
+    Several processes may call this at once.
+
+    Raises:
+        StageError: if a tracking server does not answer within 2 s, or the database is of another MLflow version.
     """
     uri = _live_uri()
     path = _sqlite_path(uri)
     if path is not None:
         _ensure_migrated(path)
-        _bring_home(path)
+        _update_artifact_paths(path)
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -89,19 +94,19 @@ def connect() -> MlflowClient:
     return client
 
 
-def _bring_home(path: Path) -> None:
+def _update_artifact_paths(path: Path) -> None:
     with locks.exclusive(workspace.scratch() / "locks" / "mlflow-migration.lock"):
         store.require_sound(path)
-        changed = store.bring_home(path)
+        changed = store.update_artifact_paths(path)
     if changed:
         print(
-            f"mlflow: the work tree was moved or copied; {path.name} now names its new place ({changed} entries)",
+            f"mlflow: the work tree was moved or copied; updated {changed} artifact paths in {path.name}",
             file=sys.stderr,
         )
 
 
 def _live_uri() -> str:
-    """Where MLflow is, asked for a sign of life if it is a server; its client is quiet from here on."""
+    """Return the address of MLflow after checking that a server answers; silences its client."""
     uri = workspace.tracking_uri()
     loopback.exempt(os.environ)
     store.require_usable(uri)
@@ -112,12 +117,12 @@ def _live_uri() -> str:
 
 
 def _probe(uri: str) -> None:
-    """Ask the server for a sign of life. MLflow's own client would block for minutes."""
+    """Raise `StageError` unless the server answers. MLflow's own client would block for minutes."""
     where = redacted(uri)
     remedy = "start it, correct MLFLOW_TRACKING_URI, or unset that to use the database in the work tree"
     health = f"{without_user(uri).rstrip('/')}/health"
     try:
-        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - http or https, says _live_uri()
+        urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()  # noqa: S310 - _live_uri() allows http and https only
     except urllib.error.HTTPError as error:
         if error.code == 403:
             raise StageError(f"MLflow at {where} answers 403; list this host in its --allowed-hosts") from None
@@ -131,7 +136,7 @@ def _probe(uri: str) -> None:
 
 
 def _quieten() -> None:
-    """Have MLflow say only what is wrong, fail soon, and call nobody. Must come before its import."""
+    """Limit MLflow to error messages, short timeouts and no telemetry. Must be called before it is imported."""
     for name, value in {
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -150,13 +155,13 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 def _ensure_migrated(path: Path) -> None:
-    """Make the tables of a fresh database beside its place, then rename: a killed migration leaves no half of it."""
+    """Create the tables of a new database under another name, then rename it, so that it is never half migrated."""
     if _exists(path):
         return
     with locks.exclusive(workspace.scratch() / "locks" / "mlflow-migration.lock"):
         if _exists(path):
             return
-        print(f"mlflow: making the database {path} (once, about 7 s)", file=sys.stderr, flush=True)
+        print(f"mlflow: creating the database {path} (once, about 7 s)", file=sys.stderr, flush=True)
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         fresh = path.with_name(path.name + ".new")
@@ -171,7 +176,7 @@ def _exists(path: Path) -> bool:
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """Id of the experiment, made or restored where it is missing; its artifacts get an absolute path."""
+    """Return the id of the experiment; creates or restores it if necessary, with an absolute path for artifacts."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -180,7 +185,7 @@ def experiment_id(client: MlflowClient) -> str:
         artifacts = str(path.parent / store.ARTIFACTS) if path else None
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        except MlflowException:  # another process was quicker
+        except MlflowException:  # another process created it meanwhile
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 raise
@@ -190,7 +195,7 @@ def experiment_id(client: MlflowClient) -> str:
 
 
 def find_run(client: MlflowClient, tag: str, key: str) -> Run | None:
-    """The run whose tag `tag` is `key`, or None; a deleted run counts as none."""
+    """Return the run whose tag `tag` is `key`, or None; deleted runs are ignored."""
     found = client.search_runs([experiment_id(client)], f"tags.`{tag}` = '{key}'", max_results=1)
     return found[0] if found else None
 
@@ -201,14 +206,23 @@ def find_or_create_run(
     key: str,
     *,
     kind: str,
-    params: Mapping[str, Any],
+    params: Mapping[str, object],
     dataset: Mapping[str, str],
     parent: str | None = None,
 ) -> Run:
-    """The run whose tag `tag` is `key`, with these params and this input; what it lacks is added.
+    """Return the run whose tag `tag` is `key`; creates it, or adds missing params and input to it.
 
-    `dataset` has `name`, `digest` (hex) and optionally `source` (a path or address). A new run is
-    RUNNING until somebody ends it.
+    Args:
+        client: A client of MLflow.
+        tag: `TRAIN_KEY` or `EVALUATION_KEY`.
+        key: Value of the tag.
+        kind: "training" or "evaluation".
+        params: Parameters of the run.
+        dataset: `name`, `digest` (hex) and optionally `source` (a path or address) of the input.
+        parent: Id of the run in which a new run is nested.
+
+    Returns:
+        The run. A new one has the status RUNNING until the caller ends it.
     """
     from mlflow.entities import Param
     from mlflow.utils.mlflow_tags import (
@@ -244,13 +258,13 @@ def find_or_create_run(
 
 
 def _user() -> str:
-    with suppress(KeyError, OSError):  # a container's user may have no name
+    with suppress(KeyError, OSError):  # the user of a container may have no name
         return getpass.getuser()
     return "unknown"
 
 
-def _dataset_input(dataset: Mapping[str, str], context: str) -> Any:
-    """MLflow's form of a data set: digests are at most 36 characters there."""
+def _dataset_input(dataset: Mapping[str, str], context: str) -> DatasetInput:
+    """Convert a dataset to MLflow's type, whose digest has at most 36 characters."""
     import json
 
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -263,20 +277,20 @@ def _dataset_input(dataset: Mapping[str, str], context: str) -> Any:
 
 
 def logged_steps(client: MlflowClient, run: Run) -> dict[str, set[int]]:
-    """Metric name -> steps that the run holds already; system metrics are left out."""
+    """Return metric name -> steps that the run already contains, without system metrics."""
     names = [name for name in run.data.metrics if not name.startswith("system/")]
     return {name: {point.step for point in client.get_metric_history(run.info.run_id, name)} for name in names}
 
 
 def logged_images(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
-    """(key, step) of the images by step that the run holds already."""
+    """Return (key, step) of the images that the run already contains."""
     pattern = re.compile(r"images/(.+?)\+step\+(\d+)\+timestamp\+.*\.png$")
     matches = (pattern.match(file.path) for file in client.list_artifacts(run_id, "images"))
     return {(match[1], int(match[2])) for match in matches if match}
 
 
 def points(step: int, values: Mapping[str, float], model_id: str | None = None) -> list[Metric]:
-    """Metric values of one step in MLflow's form, linked to a logged model where one is named."""
+    """Convert the metrics of one step to MLflow's type, linked to the logged model `model_id` if it is not None."""
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
@@ -284,7 +298,7 @@ def points(step: int, values: Mapping[str, float], model_id: str | None = None) 
 
 
 def log_image(client: MlflowClient, run_id: str, key: str, step: int, path: Path) -> None:
-    """Log the picture at `path` under `key`, so that the UI can page through its steps."""
+    """Log the PNG file at `path` as the image `key` of a step, for the step slider of the UI."""
     from PIL import Image
 
     with Image.open(path, formats=["PNG"]) as image:

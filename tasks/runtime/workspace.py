@@ -1,4 +1,4 @@
-"""Where things live that belong to the work tree and not to one run of a stage."""
+"""Places of the work tree: its root, the scratch folder, and the address of MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def root() -> Path:
-    """The main work tree, absolute; also from inside a `dvc exp run --temp` copy of it."""
+    """Return the absolute path of the work tree; inside a copy of `dvc exp run --temp`, that of the original."""
     here = Path.cwd().resolve()
     parts = here.parts
     for index in range(len(parts) - 2):
@@ -17,10 +17,10 @@ def root() -> Path:
 
 
 def scratch() -> Path:
-    """Folder of checkpoints and locks; `AFTERIMAGE_SCRATCH` overrides it."""
+    """Return the folder of checkpoints and locks; `AFTERIMAGE_SCRATCH` overrides it."""
     return Path(os.environ.get("AFTERIMAGE_SCRATCH") or root() / ".scratch").resolve()
 
 
 def tracking_uri() -> str:
-    """Address of MLflow; `MLFLOW_TRACKING_URI` overrides the SQLite file in the work tree."""
+    """Return the address of MLflow; `MLFLOW_TRACKING_URI` overrides the SQLite file in the work tree."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from models.hashing import file_sha256
 from models.json_files import Description, JsonObject, read_json
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError, is_disk_full
+from tasks.runtime.errors import StageError
+from tasks.runtime.stage import is_disk_full
 
 if TYPE_CHECKING:
     from torch import Tensor

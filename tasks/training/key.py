@@ -16,7 +16,7 @@ from tasks.formats.codec_info import FILE as CODEC_FILE
 from tasks.formats.latents import LatentsIndex
 from tasks.formats.training_record import Scalar
 from tasks.formats.verdict import Verdict
-from tasks.params import NO_WARM_START, DiffusionParams, ModelParams, TrainParams
+from tasks.params import NO_PATH, DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, closure
 from tasks.training import checkpoint
 
@@ -80,7 +80,7 @@ def run_facts(
         flat["train.weights"] = Path(params.weights).name  # a local folder may lie elsewhere on another machine
     determining = {key: value for key, value in flat.items() if key.removeprefix("train.") not in FREE}
     data = {"digest": index.digest, "codec": file_sha256(codec / CODEC_FILE)}
-    if params.init_from != NO_WARM_START:
+    if params.init_from != NO_PATH:
         data["init_from"] = file_sha256(weights_file(Path(params.init_from)))
     trajectory = {
         **{key: value for key, value in determining.items() if not _extends(key, params)},

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint
 
 TIMESTEP_RANGES = 4

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from tasks.params import TrainParams
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # <malloc.h>
 TOP_PAD_BYTES = 64 * 2**20

@@ -28,7 +28,7 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint, memory, warm_start
 from tasks.training import key as training_key
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for

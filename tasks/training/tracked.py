@@ -1,18 +1,18 @@
-"""The MLflow run of a training: what the training loop logs to it while it trains."""
+"""The MLflow run of a training: metrics and images that the training loop logs."""
 
 from __future__ import annotations
 
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tasks.params.redaction import redacted
 from tasks.runtime import locks, run_labels, tracking, workspace
-from tasks.runtime.redaction import redacted
-from tasks.runtime.stage import Preempted
+from tasks.runtime.errors import Preempted
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,14 +26,13 @@ ASYNCHRONOUS = (
     "mlflow.system_metrics.system_metrics_monitor",
     "urllib3.connectionpool",
 )
-"""Loggers of MLflow's threads and of its HTTP client, which report a lost server in long lines, again and again."""
+"""Loggers of MLflow's threads and of its HTTP client; they repeat long messages about a lost server."""
 
 
 class TrainingRun:
-    """What the training loop holds: tells MLflow, never waits for it and never fails because of it.
+    """Handle of the training loop on its MLflow run: logging neither waits for MLflow nor raises its errors.
 
-    What is lost because a server went away in the middle is replayed from `reports/train` by the
-    stage `register`.
+    If the server is lost, the stage `register` replays the missing points from `reports/train`.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
@@ -43,21 +42,20 @@ class TrainingRun:
         self._images = tracking.logged_images(client, self.run_id)
         self._reachable = True
         for name in ASYNCHRONOUS:
-            logging.getLogger(name).addFilter(self._heed)
+            logging.getLogger(name).addFilter(self._filter)
 
-    def _heed(self, record: logging.LogRecord) -> bool:
-        """What a thread of MLflow reports: the server is lost, which is told once; the record itself is not shown."""
+    def _filter(self, record: logging.LogRecord) -> bool:
+        """Suppress messages of MLflow's threads; an error means that the server is lost."""
         if record.levelno >= logging.ERROR:
             self._lose(record.getMessage())
         return False
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log `values` at `step` as metrics of training, asynchronously; what the run holds already (a resumed run) is
-        left out."""
+        """Log `values` at `step` asynchronously as metrics of training; a resumed run skips points that it has."""
         self.log(step, run_labels.training_metrics({n: value for n, value in values.items() if n != "step"}))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The same under the names as they are."""
+        """Log `values` at `step` asynchronously under their own names."""
         fresh = {name: value for name, value in values.items() if step not in self._steps.setdefault(name, set())}
         for name in fresh:
             self._steps[name].add(step)
@@ -65,7 +63,7 @@ class TrainingRun:
             self._client.log_batch(self.run_id, metrics=tracking.points(step, fresh), synchronous=False)
 
     def image(self, key: str, step: int, path: Path) -> None:
-        """Log the picture at `path` as `key` at `step`, unless the run holds it already."""
+        """Log the PNG file at `path` as the image `key` at `step`, unless the run has it."""
         if (key, step) not in self._images:
             self._attempt(tracking.log_image, self._client, self.run_id, key, step, path)
 
@@ -74,15 +72,15 @@ class TrainingRun:
         self._attempt(self._client.log_artifact, self.run_id, str(path), folder)
 
     def end(self, status: str) -> None:
-        """Send what is still waiting and set the run's status."""
+        """Flush queued metrics and set the status of the run."""
         import mlflow
 
         self._attempt(mlflow.flush_async_logging)
         self._attempt(self._client.set_terminated, self.run_id, status)
         for name in ASYNCHRONOUS:
-            logging.getLogger(name).removeFilter(self._heed)
+            logging.getLogger(name).removeFilter(self._filter)
 
-    def _attempt(self, call: Any, *arguments: Any) -> None:
+    def _attempt(self, call: Callable[..., object], *arguments: object) -> None:
         from mlflow.exceptions import MlflowException
 
         if not self._reachable:
@@ -93,22 +91,22 @@ class TrainingRun:
             self._lose(str(error))
 
     def _lose(self, message: str) -> None:
-        """Say once that MLflow is lost, and leave it alone from here on."""
+        """Report once that MLflow is lost, and stop logging."""
         if not self._reachable:
             return
         self._reachable = False
         gone = any(words in message for words in ("Max retries exceeded", "Connection refused", "timed out"))
         reason = "its server does not answer" if gone else redacted(message.splitlines()[0])[:200]
-        print(f"\nmlflow: lost ({reason}); training goes on, register replays the rest", file=sys.stderr)
+        print(f"\nmlflow: lost ({reason}); training continues, register replays the rest", file=sys.stderr)
 
 
 @contextmanager
-def training_run(train_key: str, params: Mapping[str, Any], dataset: Mapping[str, str]) -> Iterator[TrainingRun]:
-    """The MLflow run of this training, RUNNING for the length of the block; `connect()` comes first.
+def training_run(train_key: str, params: Mapping[str, object], dataset: Mapping[str, str]) -> Iterator[TrainingRun]:
+    """Find or create the MLflow run of this training; it has the status RUNNING inside the block.
 
-    Finds the run by `train_key` or creates it. Leaving the block ends the run as FINISHED, as KILLED
-    on Ctrl-C or SIGTERM, as FAILED on any other exception. A run whose process was killed outright
-    is continued here under the same key, and set to KILLED when a run with another key starts.
+    After the block it is FINISHED, after Ctrl-C or SIGTERM KILLED, after any other exception FAILED. A run whose
+    process was killed with SIGKILL is continued under the same key, or set to KILLED when a run with another key starts.
+    `tracking.connect()` must be called before.
     """
     import mlflow
 
@@ -137,7 +135,7 @@ def training_run(train_key: str, params: Mapping[str, Any], dataset: Mapping[str
 
 @contextmanager
 def _system_metrics(run_id: str) -> Iterator[None]:
-    """Sample CPU, memory, disk, network and, where there is one, GPU into the run."""
+    """Log CPU, memory, disk, network and GPU metrics to the run inside the block."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_SECONDS, resume_logging=True)
@@ -149,7 +147,7 @@ def _system_metrics(run_id: str) -> Iterator[None]:
 
 
 def _end_orphans(client: MlflowClient) -> None:
-    """Set to KILLED the runs of this machine that say RUNNING although nobody holds their lock."""
+    """Set runs of this machine to KILLED if their status is RUNNING but no process holds their lock."""
     unfinished = f"attributes.status = 'RUNNING' and tags.`{tracking.KIND}` = 'training'"
     running = client.search_runs([tracking.experiment_id(client)], unfinished)
     for run in running:

@@ -18,9 +18,9 @@ from models import schedules
 from models.json_files import read_json
 from models.networks.network import config_of, load_weights
 from models.networks.published import read_diffusion, read_weights
-from tasks.params import NO_WARM_START, DiffusionParams, TrainParams
+from tasks.params import NO_PATH, DiffusionParams, TrainParams
 from tasks.pretrained import weights
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint
 from tasks.training import key as training_key
 
@@ -49,7 +49,7 @@ def initial_folder(params: TrainParams) -> Path | None:
     """
     if params.weights is not None and params.pin is not None:
         return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
-    return None if params.init_from == NO_WARM_START else Path(params.init_from)
+    return None if params.init_from == NO_PATH else Path(params.init_from)
 
 
 def initial_weights(params: TrainParams) -> InitialWeights | None:
@@ -129,7 +129,8 @@ def _compare_noise(initial: InitialWeights, theirs: schedules.Array, schedule: s
     kept = f"set {' and '.join(remedies)}" if remedies else "choose a diffusion.schedule nearer to it"
     _warn(
         f"{initial.name} learned another noise schedule than the section diffusion has (the signal at the last "
-        f"timestep is {levels[0][-1]:.3g}, not {levels[1][-1]:.3g}) and must learn it anew; {kept} to keep what it learned"
+        f"timestep is {levels[0][-1]:.3g}, not {levels[1][-1]:.3g}) and must learn it anew; "
+        f"{kept} to keep what it learned"
     )
 
 

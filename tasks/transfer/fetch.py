@@ -23,9 +23,9 @@ from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
+from tasks.params.redaction import redacted
 from tasks.runtime import atomic, locks
 from tasks.runtime.disk import require_space, sha256_of
-from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 from tasks.transfer import addresses
 

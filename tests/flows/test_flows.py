@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from flows import clone, dag, leash, repro, server
+from tasks.params import NO_PATH
 from tasks.runtime.stage import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (toy / "source.txt").write_text("one")
     (toy / ".gitignore").write_text("*.txt\n!source.txt\n/.prefect/\n/pids\n")
     shutil.copy(ROOT / "params.yaml", toy)
-    (toy / "requirements.lock").touch()
+    (toy / NO_PATH).parent.mkdir(parents=True)
+    (toy / NO_PATH).touch()
     git(toy, "add", ".")
     git(toy, "commit", "--quiet", "-m", "toy")
     return toy
@@ -350,7 +352,7 @@ def test_a_tree_without_a_commit_is_one_sentence(tmp_path: Path) -> None:
 def test_a_source_that_is_not_committed_is_one_sentence(toy: Path) -> None:
     (toy / "my-images.zip").touch()
     text = (toy / "params.yaml").read_text()
-    text = text.replace("source: digits", "source: folder").replace("path: requirements.lock", "path: my-images.zip")
+    text = text.replace("source: digits", "source: folder").replace(f"path: {NO_PATH}", "path: my-images.zip")
     (toy / "params.yaml").write_text(text)
     git(toy, "commit", "--quiet", "-m", "own images", "params.yaml")
     with pytest.raises(StageError, match=r"'my-images\.zip' is not committed"):

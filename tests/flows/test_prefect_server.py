@@ -25,7 +25,7 @@ import pytest
 
 from flows import server
 from infra import browser
-from tasks import preset
+from tasks.params import composition
 from tests.support import tiny
 
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -205,7 +205,7 @@ def test_the_sample_grid_fits_its_page(served: Served) -> None:
 
 def test_the_form_of_a_run_lists_the_presets_and_explains_the_parameters(served: Served) -> None:
     properties = served.deployment("on-demand")["parameter_openapi_schema"]["properties"]
-    assert properties["preset"]["enum"] == ["params.yaml", *preset.names()]
+    assert properties["preset"]["enum"] == ["params.yaml", *composition.names()]
     assert all(values["description"] for values in properties.values())
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from infra import run as wrapper
 from infra import ui
-from tasks import preset
+from tasks.params import composition
 from tests.support import model_outputs, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,7 +217,7 @@ def test_ci_runs_make_test():
 
 def test_the_readme_names_every_preset():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in preset.names() if f"`{name}`" not in readme] == []
+    assert [name for name in composition.names() if f"`{name}`" not in readme] == []
 
 
 def test_the_first_results_come_with_the_way_to_a_baseline(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import preset
+from tasks.params import composition
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -107,11 +107,10 @@ def test_command_has_a_form_that_its_program_takes(command, tmp_path, monkeypatc
         elif words[:3] == ["python", "-m", "tasks.preset"] and words[3] not in ("NAME", "--list"):
             (tmp_path / "pictures").mkdir()
             (tmp_path / "cifar10-jpeg.zip").touch()
-            for name in ("requirements.lock", "tasks"):
-                (tmp_path / name).symlink_to(ROOT / name)
+            (tmp_path / "tasks").symlink_to(ROOT / "tasks")
             monkeypatch.setenv("HOME", str(tmp_path))
             monkeypatch.chdir(tmp_path)
-            preset.compose(words[3], words[4:])
+            composition.compose(words[3], words[4:])
         elif words[0] == "python":
             assert words[1] == "-m" and (words[2].startswith("afterimage_bundle") or importlib.util.find_spec(words[2]))
         else:

@@ -19,7 +19,7 @@ from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, EncodeParams, ImageParams
 from tasks.pictures import images
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 CONFIG = AutoencoderConfig(channels=3, latent_channels=2, widths=(8, 16), layers_per_block=1)

@@ -135,7 +135,7 @@ def test_the_presets_make_the_published_networks(name, side, pooled, kind):
     """What a preset says of autoencoder, text encoders and network fits together, and is what its weights are for."""
     from tasks.formats.latents import InputSpec
     from tasks.params import parse
-    from tasks.preset import compose
+    from tasks.params.composition import compose
     from tasks.training.run import network_config
 
     params = parse(compose(name, [f"download.path={ROOT / 'tests'}"] if name == "sdxl_lora" else []))

@@ -20,8 +20,7 @@ import PIL.Image
 import psutil
 import yaml
 
-from tasks import preset
-from tasks.params import DownloadParams, IngestParams
+from tasks.params import DownloadParams, IngestParams, composition
 from tasks.runtime import integrity
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +94,7 @@ def run_and_measure(stage: str, *paths: Path, params: Path) -> tuple[subprocess.
 
 def write_params(path: Path, **sections: dict[str, object]) -> Path:
     """The default parameters with some values changed: `ingest={"shards": 1}` and so on."""
-    document = preset.compose("digits", [])
+    document = composition.compose("digits", [])
     for section, values in sections.items():
         document[section] |= values
     path.write_text(yaml.safe_dump(document))

@@ -16,6 +16,7 @@ from tasks.encode import encode
 from tasks.export import export
 from tasks.ingest import ingest
 from tasks.params import (
+    NO_PATH,
     CodecParams,
     DiffusionParams,
     EncodeParams,
@@ -24,7 +25,7 @@ from tasks.params import (
     ModelParams,
     TrainParams,
 )
-from tasks.preset import compose
+from tasks.params.composition import compose
 from tasks.runtime import atomic
 from tasks.train import train
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
@@ -48,7 +49,8 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
     with pytest.MonkeyPatch.context() as patch:
         shutil.copy(database, root / "mlflow.db")
         at_home(root, patch)
-        (root / "requirements.lock").touch()
+        (root / NO_PATH).parent.mkdir(parents=True)
+        (root / NO_PATH).touch()
         source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
         download(root / "raw", folder_params(source))
         ingest(root / "raw", root / "images", root / "aside", ingest_params())

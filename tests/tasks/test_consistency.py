@@ -25,20 +25,20 @@ DESCRIBED: dict[str, dict[str, Any]] = {
     "export": {**IMAGE, "latent": None, "conditioning": "label"},
     "package": {**IMAGE, "latent": None, "conditioning": "label"},
 }
-READERS = [(name, argument) for name, arguments in consistency.READ.items() for argument in arguments]
+READERS = [(name, argument) for name, arguments in consistency.INPUTS.items() for argument in arguments]
 CHANGES = [{"size": 32}, {"channels": 3}, {"conditioning": "none"}]
 
 
 def described_keys(name: str, argument: str) -> set[str]:
     """What can be changed in the description of an input: a judge has no conditioning."""
-    described = DESCRIBED[consistency.READ[name][argument].made_by]
+    described = DESCRIBED[consistency.INPUTS[name][argument].made_by]
     return {*IMAGE, *described}
 
 
 def written(folder: Path, name: str, changes: dict[str, Any] | None = None) -> dict[str, Path]:
     """The inputs of stage `name`, each described as the digits', with `changes`."""
     paths = {}
-    for argument, artefact in consistency.READ[name].items():
+    for argument, artefact in consistency.INPUTS[name].items():
         described = json.loads(json.dumps(DESCRIBED[artefact.made_by]))
         (described.get("image") or described).update({k: v for k, v in (changes or {}).items() if k in IMAGE})
         described.update({k: v for k, v in (changes or {}).items() if k in described})
@@ -47,10 +47,10 @@ def written(folder: Path, name: str, changes: dict[str, Any] | None = None) -> d
     return paths
 
 
-@pytest.mark.parametrize("name", consistency.READ)
+@pytest.mark.parametrize("name", consistency.INPUTS)
 def test_what_was_asked_for_is_accepted(name, tmp_path):
     consistency.require(name, written(tmp_path, name), PARAMS)
-    consistency.require(name, dict.fromkeys(consistency.READ[name], tmp_path / "missing"), PARAMS)
+    consistency.require(name, dict.fromkeys(consistency.INPUTS[name], tmp_path / "missing"), PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_was_asked_for_is_accepted(name, tmp_path):
     [(*reader, changes) for reader in READERS for changes in CHANGES if set(changes) <= described_keys(*reader)],
 )
 def test_what_was_made_for_something_else_is_refused(name, argument, changes, tmp_path):
-    artefact = consistency.READ[name][argument]
+    artefact = consistency.INPUTS[name][argument]
     paths = written(tmp_path / "right", name) | {argument: written(tmp_path / "wrong", name, changes)[argument]}
     with pytest.raises(StageError) as raised:
         consistency.require(name, paths, PARAMS)
@@ -79,7 +79,7 @@ def test_every_stage_that_reads_such_a_folder_compares_it():
         arguments = dict(zip(stage.paths_of(function_of(name)), entry["cmd"].split()[3:], strict=True))
         deps = [dep for dep in entry["deps"] if isinstance(dep, str)]
         reads = {argument: makers[path] for argument, path in arguments.items() if path in makers and path in deps}
-        compared = {argument: artefact.made_by for argument, artefact in consistency.READ.get(name, {}).items()}
+        compared = {argument: artefact.made_by for argument, artefact in consistency.INPUTS.get(name, {}).items()}
         assert compared == reads, name
 
 

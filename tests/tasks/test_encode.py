@@ -13,7 +13,7 @@ from tasks.ingest import ingest
 from tasks.params import CodecParams, EncodeParams, ImageParams
 from tasks.pictures import images
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 FORM = ImageParams(resolution=8, channels=3)

@@ -86,8 +86,8 @@ def test_a_large_data_set_is_compared_once_and_a_later_damage_is_still_found(tmp
     file = next((tmp_path / "latents").glob("train*.safetensors"))
     latents.open_shards(tmp_path / "latents", "train")
     hashed = []
-    original = integrity.sha256_of
-    monkeypatch.setattr(integrity, "sha256_of", lambda path: hashed.append(path) or original(path))
+    original = integrity.file_sha256
+    monkeypatch.setattr(integrity, "file_sha256", lambda path: hashed.append(path) or original(path))
     monkeypatch.setattr(integrity, "_compared", {})  # as in another process
     latents.open_shards(tmp_path / "latents", "train")
     assert hashed == []

@@ -11,7 +11,7 @@ from tasks.codec import codec
 from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.pictures import images
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.download import download
 from tasks.ingest import ingest
-from tasks.params import NO_LOCAL_SOURCE
+from tasks.params import NO_PATH
 from tasks.runtime import local_source
 from tasks.runtime.stage import StageError
 from tests.support.data_inputs import ROOT, folder_params, ingest_params, picture, write_params, write_tree
@@ -68,7 +68,7 @@ ODD = {
 def tree(tmp_path):
     """A folder of pictures, and a work tree whose params.yaml names it."""
     folder = write_tree(tmp_path / "pictures", {f"{seed}.png": picture(seed) for seed in range(3)})
-    write_tree(tmp_path / "tree", {name: (ROOT / name).read_bytes() for name in (NO_LOCAL_SOURCE, BASELINE)})
+    write_tree(tmp_path / "tree", {name: (ROOT / name).read_bytes() for name in (NO_PATH, BASELINE)})
     write_params(tmp_path / "tree" / "params.yaml", download={"source": "folder", "path": str(folder)})
     return tmp_path / "tree"
 
@@ -108,7 +108,7 @@ def test_an_unreadable_file_is_named(tree, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, *_, **__: not path.endswith("1.png")) if os.geteuid() == 0 else (
         tree.parent / "pictures" / "1.png"
     ).chmod(0)
-    with pytest.raises(StageError, match=r"1\.png: a file that must not be read"):
+    with pytest.raises(StageError, match=r"1\.png: a file without read permission"):
         local_source.require_hashable(tree)
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tasks import params, preset
+from tasks.params import composition
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
@@ -30,12 +31,12 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert set(preset.names()) == OF_THE_README | PICTURES | TINY
+    assert set(composition.names()) == OF_THE_README | PICTURES | TINY
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
-    large, tiny = preset.compose(name, SAID_BY_A_PERSON.get(name, [])), preset.compose(f"{name}_tiny", [PATH])
+    large, tiny = composition.compose(name, SAID_BY_A_PERSON.get(name, [])), composition.compose(f"{name}_tiny", [PATH])
     for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
         assert large[section][key] == tiny[section][key]
     assert tiny["image"]["resolution"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None
@@ -43,13 +44,13 @@ def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
 
 
 def test_a_large_preset_takes_pictures_from_a_folder_instead():
-    document = preset.compose("celebahq_ddim64", ["source=folder", PATH])
+    document = composition.compose("celebahq_ddim64", ["source=folder", PATH])
     assert (document["download"]["source"], document["download"]["hub"]["repo"]) == ("folder", None)
 
 
-@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("name", composition.names())
 def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
-    document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
     assert document["preset"] == name
     file = tmp_path / "params.yaml"
     file.write_text(preset.dump(document, name), encoding="utf-8")
@@ -71,9 +72,9 @@ def keys_of(value: object) -> Iterator[str]:
             yield from keys_of(below)
 
 
-@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("name", composition.names())
 def test_no_parameter_has_a_name_that_dvc_drops(name):
-    document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
     assert not DROPPED_BY_DVC & set(keys_of(document))
 
 
@@ -91,14 +92,14 @@ def test_no_section_has_a_field_that_dvc_drops():
 LONG = "several licences that are named here, one after the other: as many as do not go on one line of a file"
 
 
-@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("name", composition.names())
 @pytest.mark.parametrize("others", [[], [f"download.licence='{LONG}'", "train.learning_rate=1e-6"]], ids=["", "odd"])
 def test_dvc_changes_one_line_of_it(name, others, tmp_path):
     """What `dvc exp run -S` calls rewrites the whole file: in its own style only the changed value differs."""
     from dvc.utils.hydra import apply_overrides
 
     file = tmp_path / "params.yaml"
-    text = preset.dump(preset.compose(name, [*SAID_BY_A_PERSON.get(name, []), *others]), name)
+    text = preset.dump(composition.compose(name, [*SAID_BY_A_PERSON.get(name, []), *others]), name)
     file.write_text(text, encoding="utf-8")
     apply_overrides(file, ["train.learning_rate=0.0123"])
     removed, added = different_lines(text, file.read_text(encoding="utf-8"))
@@ -112,8 +113,8 @@ def different_lines(before: str, after: str) -> tuple[list[str], list[str]]:
 
 def test_base_names_every_parameter():
     """What a preset leaves out is seen in one file, and never comes from a default in the code."""
-    base = yaml.safe_load((preset.PRESETS / "base.yaml").read_text(encoding="utf-8"))
-    complete = preset.compose("digits", [])
+    base = yaml.safe_load((composition.PRESETS / "base.yaml").read_text(encoding="utf-8"))
+    complete = composition.compose("digits", [])
     assert {key: set(value) for key, value in base.items() if isinstance(value, dict)} == {
         key: set(value) for key, value in complete.items() if isinstance(value, dict)
     }
@@ -121,11 +122,11 @@ def test_base_names_every_parameter():
 
 def test_params_yaml_is_the_default_preset():
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    assert text == preset.dump(preset.compose("digits", []), "digits"), "run: python -m tasks.preset digits"
+    assert text == preset.dump(composition.compose("digits", []), "digits"), "run: python -m tasks.preset digits"
 
 
 def test_overrides_of_values_and_of_parts():
-    document = preset.compose(
+    document = composition.compose(
         "folder",
         [
             PATH,
@@ -141,9 +142,9 @@ def test_overrides_of_values_and_of_parts():
     assert document["model"]["block_out_channels"] == [16, 32]
 
 
-@pytest.mark.parametrize("source", sorted(set(preset.parts()["source"]) - {"folder"}))
+@pytest.mark.parametrize("source", sorted(set(composition.parts()["source"]) - {"folder"}))
 def test_every_source_of_the_hub_is_valid(source):
-    document = preset.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
+    document = composition.compose("hub", [f"source={source}", "download.hub.repo=owner/name"])
     assert document["download"]["source"] in ("hub", "laion")
 
 
@@ -154,7 +155,7 @@ def test_a_path_is_taken_as_it_was_typed(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     for path in (name, str(tmp_path / name)):
-        document = preset.compose("folder", [f"download.path={path}"])
+        document = composition.compose("folder", [f"download.path={path}"])
         Path("params.yaml").write_text(preset.dump(document, "folder"))
         assert params.load(Path("params.yaml")).download.path == path
 
@@ -162,7 +163,7 @@ def test_a_path_is_taken_as_it_was_typed(tmp_path, monkeypatch, name):
 def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
     (tmp_path / "my pictures (1)").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    document = preset.compose("folder", ["download.path=~/my pictures (1)"])
+    document = composition.compose("folder", ["download.path=~/my pictures (1)"])
     assert document["download"]["path"] == str(tmp_path / "my pictures (1)")
 
 
@@ -185,15 +186,15 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         ),
         (["digits", "validate.baseline=/no/where"], "validate.baseline '/no/where' does not exist; give the path of a"),
         (["digits", "train.steps=many"], "parameter 'train.steps' is 'many'"),
-        (["digits", "train"], "'train' is no override"),
+        (["digits", "train"], "'train' is not an override"),
         (["digits", "model.attention=["], "the overrides cannot be read"),
         (["digits", "conditioning=labels"], "there is no conditioning 'labels'; did you mean 'label'?"),
-        (["digits", "source=celebahq"], "preset 'digits' lets nobody choose its source"),
+        (["digits", "source=celebahq"], "preset 'digits' does not support overriding source"),
         (["hub"], "set download.hub.repo"),
         (["digits_ddpm", "evaluate.guidance_scale=2.0"], "guidance needs a condition"),
         (["folder"], "set either download.path"),
-        (["folder", "download.path=~nobody-of-that-name/x"], "a user whom this machine does not know"),
-        (["folder", "download.path=/d/${y}"], "'dvc exp run' takes for a parameter"),
+        (["folder", "download.path=~nobody-of-that-name/x"], "in the home folder of an unknown user"),
+        (["folder", "download.path=/d/${y}"], "'dvc exp run' reads as a reference"),
         (["folder", "download.path=/nowhere/at/all"], "download.path '/nowhere/at/all' does not exist"),
         (["digits", "image.resolution=18"], "image.resolution 18 cannot be halved 2 times"),
     ],
@@ -210,7 +211,7 @@ def test_mistakes_end_in_one_sentence_and_change_nothing(arguments, sentence, tm
 
 def test_list_names_each_preset_with_its_purpose():
     lines = run("--list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == preset.names()
+    assert [line.split()[0] for line in lines] == composition.names()
     assert all(len(line.split()) > 5 for line in lines)
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from flows import once
 from tasks import params
-from tasks.runtime.redaction import redacted, redacted_values, without_user
+from tasks.params.redaction import redacted, redacted_values, without_user
 from tests.support.data_inputs import write_params
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -708,7 +708,7 @@ def test_lineage_keeps_code_and_parameters_and_no_secret(changed_tree):
     assert facts["left_out"] == {
         ".dvc/config": lineage.NOT_CODE,
         "notes.txt": lineage.NOT_CODE,
-        "tasks/other.py": "holds what looks like a secret (Secret Keyword)",
+        "tasks/other.py": "contains a possible secret (Secret Keyword)",
     }
     assert not any(secret in json.dumps(facts) for secret in ("correct-horse", "wJalr", "555"))
     assert (

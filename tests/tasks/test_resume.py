@@ -123,8 +123,7 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
     shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
     shutil.copytree(undisturbed / "codec", folder / "outputs" / "codec")
     shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
-    for file in (undisturbed / "params.yaml", ROOT / "requirements.lock"):
-        shutil.copy(file, folder / file.name)
+    shutil.copy(undisturbed / "params.yaml", folder)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
 
 

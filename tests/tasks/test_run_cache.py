@@ -15,7 +15,8 @@ import pytest
 import yaml
 from dvc.stage.cache import _get_cache_hash
 
-from tasks import params, preset
+from tasks import params
+from tasks.params import composition
 from tasks.runtime import consistency
 from tests.infra.test_wiring import STAGES
 from tests.support import tiny
@@ -51,9 +52,9 @@ def changed(document: dict[str, Any], where: tuple[Any, ...]) -> dict[str, Any]:
     return other
 
 
-@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("name", composition.names())
 def test_every_parameter_is_in_the_key_of_each_stage_that_reads_it(name):
-    document = preset.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
     readers = [(stage, section) for stage, entry in STAGES.items() for section in entry.get("params", [])]
     sections = {key for key, its in document.items() if isinstance(its, dict)}
     assert {section for _, section in readers if "." not in section} == sections
@@ -132,8 +133,8 @@ def resolutions(folder: Path) -> dict[str, int]:
     """Artefact -> the resolution that it says it is for."""
     outs = {"codec": "outputs/codec", "encode": "data/latents", "train": "outputs/pipeline", "judge": "outputs/judge"}
     outs |= {"export": "outputs/onnx", "package": "outputs/model"}
-    artefacts = {its.made_by: its for read in consistency.READ.values() for its in read.values()}
+    artefacts = {artefact.made_by: artefact for inputs in consistency.INPUTS.values() for artefact in inputs.values()}
     return {
-        name: its.facts(json.loads((folder / outs[name] / its.description).read_text()))["image.resolution"]
-        for name, its in artefacts.items()
+        name: artefact.values(json.loads((folder / outs[name] / artefact.description).read_text()))["image.resolution"]
+        for name, artefact in artefacts.items()
     }

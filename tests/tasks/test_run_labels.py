@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks import preset
+from tasks.params import composition
 from tasks.registration import adapter
 from tasks.runtime import run_labels
 from tests.support import model_outputs
@@ -16,7 +17,7 @@ from tests.support import model_outputs
 def params_file(folder: Path, *overrides: str, name: str = "digits") -> Path:
     """A params.yaml as `tasks.preset` writes it; what stands in `overrides` differs from the preset."""
     path = folder / "params.yaml"
-    path.write_text(preset.dump(preset.compose(name, list(overrides)), name), encoding="utf-8")
+    path.write_text(preset.dump(composition.compose(name, list(overrides)), name), encoding="utf-8")
     return path
 
 

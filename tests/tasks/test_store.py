@@ -75,7 +75,7 @@ def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(how, tmp_
         places = [row[0] for row in database.execute("SELECT artifact_location FROM experiments")]
         places += [row[0] for row in database.execute("SELECT artifact_uri FROM runs")]
     assert len(places) >= 4 and all(place.startswith(str(new)) for place in places)
-    assert store.bring_home(new / "mlflow.db") == 0
+    assert store.update_artifact_paths(new / "mlflow.db") == 0
 
 
 def test_artifacts_that_somebody_put_elsewhere_stay_there(tmp_path, migrated_database):
@@ -83,7 +83,7 @@ def test_artifacts_that_somebody_put_elsewhere_stay_there(tmp_path, migrated_dat
     for elsewhere in ("s3://bucket/mlruns", str(tmp_path / "artifacts")):
         with closing(sqlite3.connect(tree / "mlflow.db")) as opened, opened:
             opened.execute("UPDATE experiments SET artifact_location = ?", (f"{elsewhere}/0",))
-        assert store.bring_home(tree / "mlflow.db") == 0
+        assert store.update_artifact_paths(tree / "mlflow.db") == 0
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.train_inputs import WEIGHTS, checkpoints, history, results
 
 

@@ -9,7 +9,7 @@ import torch
 
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from tasks.params import DiffusionParams
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import warm_start
 from tests.support.text_inputs import train_params
 

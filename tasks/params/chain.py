@@ -1,0 +1,217 @@
+"""The whole of `params.yaml` as one type, with the checks that concern several sections."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TypeVar
+
+from pydantic import Field, model_validator
+
+from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
+from tasks.params.model import CodecParams, Conditioning, DiffusionParams, EncodeParams, ModelParams, TrainParams
+from tasks.params.results import (
+    IMAGES_PER_DIMENSION,
+    EvaluateParams,
+    ExportParams,
+    Extractor,
+    JudgeParams,
+    RegisterParams,
+    VisualizeParams,
+    images_for_distances,
+)
+from tasks.params.section import NO_PATH, PositiveInt, Section
+
+S = TypeVar("S", bound=Section)
+
+
+class Demands(Section):
+    """What later stages require of the data: single parameters of several sections, keyed by their dotted names."""
+
+    conditioning: Conditioning = Field(alias="codec.conditioning")
+    allow_small_n: bool = Field(alias="evaluate.allow_small_n")
+    resolution: PositiveInt = Field(alias="image.resolution")
+    extractor: Extractor = Field(alias="judge.extractor.kind")
+    batch_size: PositiveInt = Field(alias="train.batch_size")
+
+    @property
+    def images_for_distances(self) -> int:
+        """Least number of held-out images for the distances; 2 if the width of the features is not known yet."""
+        return 2 if self.allow_small_n else images_for_distances(self.extractor, self.resolution)
+
+
+class Params(Section):
+    """Every section of `params.yaml`."""
+
+    preset: str
+    download: DownloadParams
+    ingest: IngestParams
+    validation: ValidateParams = Field(alias="validate")
+    image: ImageParams
+    codec: CodecParams
+    encode: EncodeParams
+    model: ModelParams
+    diffusion: DiffusionParams
+    train: TrainParams
+    judge: JudgeParams
+    evaluate: EvaluateParams
+    visualize: VisualizeParams
+    export: ExportParams
+    register_: RegisterParams = Field(alias="register")
+
+    def section(self, kind: type[S]) -> S:
+        """Return the section of type `kind`; `Demands` is collected from several sections."""
+        if issubclass(kind, Demands):
+            return kind.model_validate({name: attrgetter(name)(self) for name in names_of(Demands)})
+        return next(section for name in type(self).model_fields if isinstance(section := getattr(self, name), kind))
+
+    @model_validator(mode="after")
+    def _check(self) -> Params:
+        self._check_resolution()
+        self._check_flips()
+        self._check_adapter()
+        self._check_published()
+        self._check_steps()
+        self._check_guidance()
+        if self.train.batch_size % self.train.gradient_accumulation:
+            raise ValueError("train.gradient_accumulation must divide train.batch_size")
+        self._check_source()
+        self._check_distances()
+        return self
+
+    def _check_resolution(self) -> None:
+        """The autoencoder and the U-Net halve the resolution at each of their levels but the last."""
+        self._check_buckets()
+        side, what = self.image.resolution, "image.resolution"
+        if self.codec.kind == "autoencoder":
+            halvings = len(self.codec.autoencoder.widths) - 1
+            if side % 2**halvings:
+                raise ValueError(
+                    f"image.resolution {side} cannot be halved {halvings} times; use a multiple of {2**halvings} or "
+                    "fewer codec.autoencoder.widths"
+                )
+            what = f"the side of the latents (image.resolution {side} halved {halvings} times),"
+            side //= 2**halvings
+        halvings = len(self.model.block_out_channels) - 1
+        if side % 2**halvings:
+            raise ValueError(
+                f"{what} {side} cannot be halved {halvings} times; "
+                f"use a multiple of {2**halvings} or fewer model.block_out_channels"
+            )
+
+    def _check_buckets(self) -> None:
+        """Both sides of a bucket are halved as often as the side of the square."""
+        if not self.encode.buckets:
+            return
+        widths = self.codec.autoencoder.widths if self.codec.kind == "autoencoder" else (0,)
+        least = 2 ** (len(widths) - 1 + len(self.model.block_out_channels) - 1)
+        multiple, resolution = self.encode.bucket_multiple, self.image.resolution
+        if multiple % least or resolution % multiple:
+            raise ValueError(
+                f"encode.bucket_multiple {multiple} must be a multiple of {least}, the factor by which codec and model "
+                f"downsample, and divide image.resolution {resolution}; change it, or set encode.buckets to []"
+            )
+
+    def _check_flips(self) -> None:
+        """Mirrored latents are encoded beforehand; mirrored pixels are made when a batch is drawn."""
+        if self.codec.kind == "autoencoder" and self.train.horizontal_flip != self.encode.horizontal_flip:
+            raise ValueError(
+                "train.horizontal_flip draws the mirrored latents that encode.horizontal_flip makes; "
+                "set both or neither"
+            )
+        if self.codec.kind == "identity" and self.encode.horizontal_flip:
+            raise ValueError(
+                "encode.horizontal_flip is for latents; pixels are mirrored as they are drawn, by train.horizontal_flip"
+            )
+
+    def _check_adapter(self) -> None:
+        """Options of the text-conditional network, and the base weights that a LoRA adapter needs."""
+        if self.codec.conditioning != "text" and self.model.text_only:
+            name = next(iter(self.model.text_only))
+            raise ValueError(f"model.{name} belongs to codec.conditioning 'text'; set it to null (or false)")
+        has_base = self.train.init_from != NO_PATH or self.train.weights is not None or self.train.full_steps > 0
+        if self.model.lora_rank and not has_base:
+            raise ValueError(
+                "model.lora_rank trains a LoRA adapter, which needs base weights; name them in train.weights or "
+                "train.init_from, or set train.full_steps to train them first"
+            )
+        if self.train.full_steps and not self.model.lora_rank:
+            raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
+
+    def _check_published(self) -> None:
+        """A published network needs the autoencoder and the text encoder that it was trained with."""
+        if self.train.weights is None:
+            return
+        autoencoder = self.codec.autoencoder
+        if self.codec.kind == "autoencoder" and (autoencoder.weights is None or autoencoder.scaling != "published"):
+            raise ValueError(
+                "train.weights names a network for the latents of its own autoencoder, with the published scaling; "
+                "name that in codec.autoencoder.weights and set codec.autoencoder.scaling to 'published'"
+            )
+        if self.codec.conditioning == "text" and self.codec.text.weights is None:
+            raise ValueError(
+                "train.weights names a network for the embeddings of its own text encoder; name that in "
+                "codec.text.weights"
+            )
+
+    def _check_steps(self) -> None:
+        """A sampler takes at most one step per timestep."""
+        for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
+            if steps > self.diffusion.timesteps:
+                raise ValueError(
+                    f"{section}.steps {steps} exceeds diffusion.timesteps {self.diffusion.timesteps}; lower it"
+                )
+
+    def _check_guidance(self) -> None:
+        """Classifier-free guidance needs a network that is trained with and without its condition."""
+        scales = {
+            "evaluate.guidance_scale": (self.evaluate.guidance_scale,),
+            "evaluate.guidance_sweep": self.evaluate.guidance_sweep,
+            "visualize.guidance_scales": self.visualize.guidance_scales,
+        }
+        if self.codec.conditioning == "none" and (
+            self.evaluate.guidance_scale != 1
+            or set(self.visualize.guidance_scales) != {1.0}
+            or self.evaluate.guidance_sweep
+        ):
+            raise ValueError(
+                "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
+                "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
+            )
+        if self.codec.conditioning != "none" and self.train.condition_dropout == 1:
+            raise ValueError(
+                "train.condition_dropout 1 never shows the network its condition; lower it, or set codec.conditioning "
+                "to 'none'"
+            )
+        for key, values in scales.items():
+            if self.train.condition_dropout == 0 and any(scale != 1 for scale in values):
+                raise ValueError(
+                    f"{key} other than 1 needs a model that is trained without its condition at times; "
+                    "set train.condition_dropout above 0"
+                )
+
+    def _check_source(self) -> None:
+        """Sources that are known to lack labels or captions."""
+        source, conditioning = self.download.source, self.codec.conditioning
+        if source in ("digits", "cifar10") and conditioning == "text" and not self.ingest.caption_templates:
+            raise ValueError(
+                f"download.source '{source}' has no captions for codec.conditioning 'text'; set "
+                "ingest.caption_templates, such as ['a photo of a {}']"
+            )
+        if source == "laion" and conditioning == "label":
+            raise ValueError("download.source 'laion' has captions and no labels; set codec.conditioning to 'text'")
+
+    def _check_distances(self) -> None:
+        needed = images_for_distances(self.judge.extractor.kind, self.image.resolution)
+        if self.evaluate.n_distance < needed and not self.evaluate.allow_small_n:
+            raise ValueError(
+                f"evaluate.n_distance {self.evaluate.n_distance} is too small for features of "
+                f"{needed // IMAGES_PER_DIMENSION} dimensions (judge.extractor.kind '{self.judge.extractor.kind}'); "
+                f"raise it to {needed} or more, or set evaluate.allow_small_n to true"
+            )
+
+
+def names_of(kind: type[Section]) -> list[str]:
+    """Keys of `params.yaml` that a section of type `kind` is read from: one, or for `Demands` one per value."""
+    if issubclass(kind, Demands):
+        return [str(field.alias) for field in Demands.model_fields.values()]
+    return [field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind]

@@ -1,0 +1,265 @@
+"""Parameters of the model: the sections `codec`, `encode`, `model`, `diffusion` and `train`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Seed, require_pin
+
+AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
+"""Averaging profile -> exclusive upper bound of its number in `train.ema`."""
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+PACKED_WIDTH = 80
+"""Least width of a pooled embedding that is trained here; SDXL's size and crop numbers are packed beside it."""
+Conditioning = Literal["none", "label", "text"]
+
+
+class AutoencoderParams(Section):
+    """A published autoencoder, or the architecture and training of an own one; read by codec.kind 'autoencoder'."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix in diffusers' layout; null trains one on the images."""
+    pin: str | None = None
+    """Identifies `weights`: the commit of a hub repository, or the SHA-256 of the weights' file."""
+    scaling: Literal["measured", "published"] = "measured"
+    """`measured`: a factor per channel, measured on the images and folded into the weights; `published`: the single
+    factor in the configuration of `weights`."""
+    latent_channels: PositiveInt = 4
+    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 48), strict=False, min_length=2)
+    """Channels per resolution, highest first; each level but the last halves the side."""
+    layers_per_block: PositiveInt = 1
+    reconstruction: Literal["l1", "l2"] = "l1"
+    edge_weight: Annotated[float, Field(ge=0)] = 0.5
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 16
+    horizontal_flip: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderParams:
+        require_pin("codec.autoencoder", self.weights, self.pin)
+        if self.scaling == "published" and self.weights is None:
+            raise ValueError(
+                "codec.autoencoder.scaling 'published' needs codec.autoencoder.weights; set it to 'measured' "
+                "for an autoencoder that is trained here"
+            )
+        if any(width % 8 for width in self.widths):
+            raise ValueError(f"codec.autoencoder.widths {list(self.widths)} must be multiples of 8")
+        return self
+
+
+class TextParams(Section):
+    """Published CLIP text encoders, or own ones trained on the captions; read by codec.conditioning 'text'."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with text_encoder/ and tokenizer/ (and text_encoder_2/ and
+    tokenizer_2/ beside them); null trains on the captions."""
+    pin: str | None = None
+    width: PositiveInt = 64
+    second_width: PositiveInt | None = None
+    """Width of a second text encoder with a pooled embedding, as in Stable Diffusion XL; null is one encoder."""
+    layers: PositiveInt = 2
+    length: Annotated[int, Field(ge=4)] = 32
+    """Tokens per caption; longer captions are truncated."""
+    words: Annotated[int, Field(ge=600)] = 2048
+    """Largest size of the vocabulary."""
+    steps: PositiveInt = 300
+
+    @model_validator(mode="after")
+    def _check(self) -> TextParams:
+        require_pin("codec.text", self.weights, self.pin)
+        for name in ("width", "second_width"):
+            if (getattr(self, name) or 0) % 16:
+                raise ValueError(
+                    f"codec.text.{name} {getattr(self, name)} must be a multiple of 16, the width of a head"
+                )
+        if self.second_width and self.width + self.second_width < PACKED_WIDTH:
+            raise ValueError(
+                f"codec.text.width {self.width} and codec.text.second_width {self.second_width} are too narrow for the "
+                f"pooled embedding; their sum must be {PACKED_WIDTH} or more"
+            )
+        return self
+
+
+class CodecParams(Section):
+    """What the model is trained on, and what it is conditioned on."""
+
+    kind: Literal["identity", "autoencoder"]
+    """`identity` trains on pixels, `autoencoder` on latents."""
+    conditioning: Conditioning
+    autoencoder: AutoencoderParams = AutoencoderParams()
+    text: TextParams = TextParams()
+    seed: Seed = 0
+
+
+class EncodeParams(Section):
+    """How images become model inputs."""
+
+    shard_size: PositiveInt = 16384
+    """Images per safetensors shard."""
+    horizontal_flip: bool = False
+    """Also encode each image mirrored; `train.horizontal_flip` draws one of the two. For latents only, because pixels
+    are mirrored when a batch is drawn."""
+    buckets: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(), strict=False)
+    """Aspect ratios (width / height) besides the square. Each image is cropped to the nearest one, at the area of
+    `image.resolution` squared; an empty list crops every image to the square."""
+    bucket_multiple: PositiveInt = 64
+    """The sides of buckets are multiples of this number of pixels."""
+    workers: PositiveInt = 2
+    """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+
+
+class ModelParams(Section):
+    """The U-Net; names are those of diffusers' `UNet2DModel`, or of `UNet2DConditionModel` for text."""
+
+    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False, min_length=1)
+    attention: tuple[bool, ...] = Field(strict=False)
+    """Per resolution, highest first: whether it has self-attention and, for text, cross-attention."""
+    layers_per_block: PositiveInt
+    norm_num_groups: PositiveInt
+    attention_head_dim: PositiveInt | None
+    """Channels per attention head; null is one head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    heads: PositiveInt | None = None
+    """Text only: number of attention heads at every resolution, instead of `attention_head_dim`."""
+    transformer_layers: tuple[PositiveInt, ...] | None = Field(default=None, strict=False)
+    """Text only: transformer blocks per attention layer at each resolution; null is one."""
+    linear_projection: bool = False
+    """Text only: linear instead of convolutional projections around a transformer, as in Stable Diffusion 2 and XL."""
+    lora_rank: PositiveInt | None = None
+    """Text only: train a LoRA adapter of this rank on the base weights of `train.weights` or `train.init_from`; null
+    trains all weights."""
+
+    @property
+    def text_only(self) -> dict[str, object]:
+        """Options of the text-conditional network that are set."""
+        names = ("heads", "transformer_layers", "linear_projection", "lora_rank")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelParams:
+        if self.heads is not None and self.attention_head_dim is not None:
+            raise ValueError("model.heads and model.attention_head_dim exclude each other; set one of them to null")
+        if self.transformer_layers is not None and len(self.transformer_layers) != len(self.block_out_channels):
+            raise ValueError("model.transformer_layers needs one number per entry of model.block_out_channels")
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError(
+                f"model.attention has {len(self.attention)} flags for {len(self.block_out_channels)} resolutions; "
+                "give one per entry of model.block_out_channels"
+            )
+        if self.block_out_channels[0] % 2:
+            raise ValueError(
+                f"the first of model.block_out_channels is {self.block_out_channels[0]}, but the time embedding "
+                "consists of as many sines as cosines; make it even"
+            )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"model.norm_num_groups {self.norm_num_groups} does not divide the width {width}")
+            if self.attention_head_dim and width % self.attention_head_dim:
+                raise ValueError(f"model.attention_head_dim {self.attention_head_dim} does not divide {width}")
+            if self.heads and width % self.heads:
+                raise ValueError(f"model.heads {self.heads} does not divide the width {width}")
+        return self
+
+
+class DiffusionParams(Section):
+    """The noise schedule and the training objective."""
+
+    schedule: Literal["linear", "cosine", "sigmoid", "scaled_linear"]
+    """Noise schedule; "scaled_linear" is that of Stable Diffusion."""
+    timesteps: Annotated[int, Field(ge=2)]
+    prediction: Literal["epsilon", "sample", "v_prediction"]
+    """Output of the network: the noise, the clean image, or v (names of diffusers)."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
+    loss_weighting: Literal["plain", "min_snr"] = "plain"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Gamma of loss_weighting 'min_snr'; 5 in the paper (Hang et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionParams:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr makes the last timestep pure noise, from which epsilon cannot be learned; "
+                "set diffusion.prediction to 'v_prediction' or 'sample', or diffusion.zero_terminal_snr to false"
+            )
+        if self.zero_terminal_snr and self.loss_weighting == "min_snr":
+            raise ValueError(
+                "diffusion.loss_weighting 'min_snr' gives the last timestep, where sampling begins, a weight of 0 with "
+                "diffusion.zero_terminal_snr; set diffusion.loss_weighting to 'plain'"
+            )
+        return self
+
+
+class TrainParams(Section):
+    """The optimization of the network."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Images per optimizer step, over all processes and accumulated parts."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    lr_schedule: Literal["constant", "cosine"]
+    """After the warm-up: constant (a run with more steps then continues a shorter one) or a half cosine down to 0."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema: tuple[str, ...] = Field(strict=False, min_length=1)
+    """Averages of the weights: exponential (decay-0.999) or power-law (std-0.10 or gamma-6.94)."""
+    pipeline_ema: str
+    """Average that is saved as the pipeline; choosing another one later needs no more training."""
+    condition_dropout: Fraction
+    """Probability that a sample is trained without its condition (for classifier-free guidance)."""
+    horizontal_flip: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_accumulation: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass: less memory, a third more time."""
+    channels_last: bool = False
+    """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU."""
+    data_on_device: Literal["auto", "device", "stream"] = "auto"
+    """Keep the data set on the device, or read each batch from memory-mapped shards; the batches are equal."""
+    init_from: str = NO_PATH
+    """Folder of a trained pipeline whose weights initialize the network; a DVC dependency."""
+    weights: str | None = None
+    """The same from a hub repository, s3://bucket/prefix or a folder, pinned by `pin`."""
+    pin: str | None = None
+    full_steps: Annotated[int, Field(ge=0)] = 0
+    """With model.lora_rank: the number of steps that train all weights before the adapter, if no base weights are
+    given."""
+    seed: Seed = 0
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 100
+    sample_every: PositiveInt = 250
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainParams:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.warmup_steps} leaves nothing of train.steps {self.steps}; lower it"
+            )
+        require_pin("train", self.weights, self.pin)
+        if self.weights is not None and self.init_from != NO_PATH:
+            raise ValueError("train.weights and train.init_from both name initial weights; reset one of them")
+        if self.full_steps >= self.steps:
+            raise ValueError(
+                f"train.full_steps {self.full_steps} leaves nothing of train.steps {self.steps} to the LoRA "
+                "adapter; lower it"
+            )
+        for profile in self.ema:
+            kind, _, number = profile.partition("-")
+            if not (kind in AVERAGES and _NUMBER.fullmatch(number) and 0 < float(number) < AVERAGES[kind]):
+                raise ValueError(
+                    f"train.ema has {profile!r}; write decay-0.999 (below 1), std-0.10 (below 0.288) or gamma-6.94"
+                )
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError("train.ema names an average twice; remove one")
+        if self.pipeline_ema not in self.ema:
+            raise ValueError(
+                f"train.pipeline_ema {self.pipeline_ema!r} is not in train.ema; choose from {', '.join(self.ema)}"
+            )
+        return self

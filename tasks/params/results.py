@@ -1,0 +1,175 @@
+"""Parameters of the results: the sections `judge`, `evaluate`, `visualize`, `export` and `register`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from models.judges.feature_widths import INCEPTION, stage_widths
+from tasks.params.section import Fraction, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
+
+MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
+"""Stricter than MLflow's rule for registered models: the name also occurs in filters and URIs."""
+IMAGES_PER_DIMENSION = 2
+"""Least number of images per feature dimension; the estimate of the covariance is poor below it."""
+Extractor = Literal["in_domain", "inception", "clip", "dinov2"]
+
+
+class ExtractorParams(Section):
+    """The network whose features the distances compare."""
+
+    kind: Extractor = "in_domain"
+    """`in_domain` is trained on the data; the others are published. `inception` is the network of FID."""
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with safetensors; for `inception` also the file
+    pt_inception-2015-12-05-6726825d.pth, its http(s) address, or env:NAME of a variable that contains the address."""
+    pin: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ExtractorParams:
+        if self.kind == "in_domain" and self.weights is not None:
+            raise ValueError("judge.extractor.weights is not read by kind 'in_domain'; set it to null")
+        if self.kind != "in_domain" and self.weights is None:
+            source = {
+                "inception": "the file pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid",
+                "clip": "such as the hub's openai/clip-vit-base-patch32",
+                "dinov2": "such as the hub's facebook/dinov2-small",
+            }[self.kind]
+            raise ValueError(f"judge.extractor.kind '{self.kind}' needs judge.extractor.weights, {source}")
+        require_pin("judge.extractor", self.weights, self.pin)
+        return self
+
+
+class ScoringClipParams(Section):
+    """The CLIP model of the CLIP score."""
+
+    weights: str | None = None
+    """A hub repository, a local folder or s3://bucket/prefix with a published CLIP; null trains one on the captions."""
+    pin: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoringClipParams:
+        require_pin("judge.clip", self.weights, self.pin)
+        return self
+
+
+class JudgeParams(Section):
+    """The networks that measure samples."""
+
+    extractor: ExtractorParams = ExtractorParams()
+    clip: ScoringClipParams = ScoringClipParams()
+    classifier_steps: PositiveInt
+    """Steps of the classifier, or of the self-supervised encoder if the data has neither labels nor captions."""
+    clip_steps: PositiveInt
+    batch_size: PositiveInt = 64
+    horizontal_flip: bool = False
+    """Mirror training images with probability 0.5; not for digits or text."""
+    seed: Seed = 1
+
+
+def _check_sampling(name: str, section: EvaluateParams | VisualizeParams, scales: tuple[float, ...]) -> None:
+    """Check `eta` and `guidance_interval` of the section `name`."""
+    if section.eta and section.sampler != "ddim":
+        raise ValueError(f"{name}.eta is only read by {name}.sampler 'ddim'; set it back to 0.0")
+    if section.guidance_interval is None:
+        return
+    low, high = section.guidance_interval
+    if low >= high:
+        raise ValueError(f"{name}.guidance_interval [{low:g}, {high:g}] is empty; give the lower noise level first")
+    if set(scales) == {1.0}:
+        raise ValueError(
+            f"{name}.guidance_interval limits guidance, but scale 1 is no guidance; set it to null, or raise the scale"
+        )
+
+
+class EvaluateParams(Section):
+    """The protocol of the measurement."""
+
+    sampler: Sampler
+    steps: PositiveInt
+    eta: Fraction = 0.0
+    """Stochasticity of 'ddim': 0 is deterministic, 1 has the variance of 'ddpm' (DDIM paper, eq. 16)."""
+    n_distance: Annotated[int, Field(ge=2)]
+    """Unguided samples per seed block, for the distances."""
+    n_accuracy: PositiveInt
+    """Samples per seed block at `guidance_scale`, for label accuracy and CLIP score."""
+    n_compare: PositiveInt
+    """Samples of each other sampler in the table of samplers."""
+    n_ddpm: PositiveInt
+    """Samples of DDPM with every timestep, for the grid."""
+    guidance_scale: Annotated[float, Field(ge=1)]
+    guidance_interval: NoiseLevels | None = None
+    """Noise levels at which guidance is applied (Kynkäänniemi et al. 2024); null is all."""
+    guidance_sweep: tuple[Annotated[float, Field(ge=1)], ...] = Field(default=(), strict=False)
+    """Guidance scales of the curve of distance against CLIP score; empty for an unconditional model."""
+    n_sweep: Annotated[int, Field(ge=2)] = 128
+    """Samples at each scale of `guidance_sweep`."""
+    seed_blocks: Annotated[int, Field(ge=3)] = 3
+    allow_small_n: bool = False
+    """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
+    batch_size: PositiveInt = 256
+    seed: Seed = 1000
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateParams:
+        _check_sampling("evaluate", self, (self.guidance_scale,))
+        return self
+
+
+class VisualizeParams(Section):
+    """The figures of the report."""
+
+    sampler: Sampler
+    steps: PositiveInt
+    eta: Fraction = 0.0
+    guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
+    guidance_interval: NoiseLevels | None = None
+    columns: PositiveInt = 10
+    seed: Seed = 7
+
+    @model_validator(mode="after")
+    def _check(self) -> VisualizeParams:
+        _check_sampling("visualize", self, self.guidance_scales)
+        return self
+
+
+class ExportParams(Section):
+    """The ONNX bundle and its comparison with PyTorch."""
+
+    opset: Annotated[int, Field(ge=18, le=26)] = 20
+    """ONNX Runtime does not load later opsets."""
+    max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
+    min_psnr: PositiveInt = 50
+    """Least PSNR in dB between images of the ONNX and the PyTorch sampler from the same noise."""
+    latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)
+    seed: Seed = 3
+
+
+class RegisterParams(Section):
+    """The registered model and its gates."""
+
+    model_name: str
+    max_distance_over_floor: Annotated[float, Field(gt=0)]
+    """Gate of the first version: largest Frechet distance, as a multiple of its floor."""
+    min_label_accuracy: Fraction
+    """Gate of every version; ignored if label accuracy does not apply."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RegisterParams:
+        if not MODEL_NAME.fullmatch(self.model_name):
+            raise ValueError(
+                f"register.model_name {self.model_name!r} cannot name a model in MLflow; use at most 200 "
+                "letters, digits, '-', '_' and inner spaces"
+            )
+        return self
+
+
+def images_for_distances(extractor: Extractor, resolution: int) -> int:
+    """Least number of images on each side for distances in the features of `extractor`.
+
+    The width of `clip` and `dinov2` depends on the published network; 2 is returned for them.
+    """
+    dimensions = {"in_domain": stage_widths(resolution)[-1], "inception": INCEPTION}.get(extractor, 1)
+    return IMAGES_PER_DIMENSION * dimensions

@@ -1,0 +1,42 @@
+"""The base class of the sections of `params.yaml`, and the types that several sections use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
+NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
+"""(low, high] in sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise relative to an image in [-1, 1]."""
+
+NO_PATH = "tasks/presets/none"
+"""Value of a path parameter that names no file; DVC requires every dependency to exist.
+
+`requirements.lock` had this role before, so that every change of any package ran `download` and `train` again. Neither
+needs it: the digits are checked against their SHA-256, and the key of a training contains the version of torch.
+"""
+
+
+class ParamsError(ValueError):
+    """A parameter file that cannot be used; the message is one sentence that names the key and the remedy."""
+
+
+class Section(BaseModel):
+    """A frozen section; it refuses unknown keys, infinities, NaN and values of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def require_pin(where: str, weights: str | None, pin: str | None) -> None:
+    """Raise `ValueError` unless `weights` and `pin` of the section `where` are both set or both null."""
+    if pin is not None and weights is None:
+        raise ValueError(f"{where}.pin pins {where}.weights, which is null; set both or neither")
+    if weights is not None and pin is None:
+        raise ValueError(
+            f"{where}.weights needs {where}.pin, so that every run loads the same weights: the commit of a hub "
+            "repository, or the sha256 of the weights' file in a folder or on S3"
+        )
