@@ -14,14 +14,16 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from models.json_files import Description
 from tasks.runtime import atomic, workspace
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
 
+AnyDescription = TypeVar("AnyDescription", bound=Description)
 VERIFIED = "verified.json"
 REMEMBERED_BYTES = 256 << 20
 """Files that are smaller together are compared in every process: it takes less than a second."""
@@ -81,6 +83,20 @@ def read_json(file: Path, stage: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StageError(f"{file} is damaged: it holds no JSON object; {remedy(stage)}")
     return value
+
+
+def read_description(kind: type[AnyDescription], file: Path, stage: str) -> AnyDescription:
+    """Read a typed description that `stage` wrote.
+
+    Raises `StageError` if the file is missing, damaged or of another format.
+    """
+    read_json(file, stage)  # raises the errors of missing and damaged files
+    try:
+        return kind.read(file)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StageError(f"{file} is damaged ({error}); {remedy(stage)}") from None
+    except ValueError as error:
+        raise StageError(str(error)) from None
 
 
 def remedy(stage: str) -> str:
