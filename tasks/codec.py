@@ -27,7 +27,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     condition is nothing, the label, or the token embeddings of text encoders, downloaded or trained on the captions.
     """
     require_accepted(accepted)
-    classes = read_index(images)["classes"]
+    classes = read_index(images).classes
     if warning := enlarged(_smaller(images, image.resolution), image.resolution):
         print(f"codec: {warning}")
     autoencoder, text, prompts = None, None, None
