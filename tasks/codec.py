@@ -15,7 +15,8 @@ from tasks.formats import codec_info
 from tasks.formats.codec_info import CodecInfo
 from tasks.formats.verdict import require_accepted
 from tasks.params import CodecParams, ImageParams
-from tasks.pictures.images import enlarged, load_pixels, read_columns, read_index
+from tasks.pictures.images import enlarged, load_pixels, read_columns
+from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, stage
 from tasks.runtime.measures import QUALITY, RECONSTRUCTIONS
 

@@ -53,7 +53,7 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
         (root / NO_PATH).touch()
         source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
         download(root / "raw", folder_params(source))
-        ingest(root / "raw", root / "images", root / "aside", ingest_params())
+        ingest(root / "raw", root / "images", root / "quarantine", ingest_params())
         atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
         codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(resolution=16, channels=3))
         encode(

@@ -79,7 +79,7 @@ def encoded(tmp_path, monkeypatch):
 
     def call(kind="autoencoder", params=PARAMS, files=FILES):
         download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
         accepted = tmp_path / "accepted.json"
         atomic.write_json(accepted, {"verdict": "accepted"})
         small = AutoencoderParams(widths=(8, 16), latent_channels=2, steps=2, batch_size=8)

@@ -1,4 +1,4 @@
-"""The stages `codec` and `encode`: images become the model's inputs, in shards that can be read back."""
+"""The stages `codec` and `encode` under the identity codec: images -> shards of model inputs."""
 
 import json
 
@@ -31,7 +31,7 @@ def encoded(tmp_path):
     def call(files, conditioning="label", shard_size=16):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder))
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
         accepted = tmp_path / "accepted.json"
         atomic.write_json(accepted, {"verdict": "accepted"})
         codec(

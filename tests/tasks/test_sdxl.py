@@ -31,7 +31,7 @@ POOLED, WIDTH = 64, 80
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
-    """The folder in which the stages from `download` to `export` have run, on pictures of 24 x 16."""
+    """Return the folder in which the stages from `download` to `export` have run, on images of 24 x 16."""
     return text_inputs.through(tmp_path_factory.mktemp("sdxl"), migrated_database, CODEC, (24, 16))
 
 
@@ -111,7 +111,7 @@ def weights(folder):
 
 
 def changed_attention(before, after) -> set[str]:
-    """Names of the weights that differ; all of them matrices of attention, by no more than rank 2."""
+    """Return the names of the weights that differ: attention matrices whose difference has at most rank 2."""
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(".attn" in name and name.endswith(".weight") for name in changed)
     for name in changed:
@@ -119,7 +119,7 @@ def changed_attention(before, after) -> set[str]:
     return changed
 
 
-def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypatch):
+def test_a_lora_adapter_changes_attention_only(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
     run_train(tree, "adapted", LORA, init_from="pipeline", learning_rate=0.5)
     assert changed_attention(weights(tree / "pipeline"), weights(tree / "adapted"))
@@ -133,7 +133,7 @@ def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypa
     assert kept < (tree / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
-def test_a_base_is_trained_first_where_none_is_given_and_a_run_goes_on_in_either_phase(tree, monkeypatch):
+def test_without_base_weights_the_base_is_trained_first_and_a_run_resumes_in_either_phase(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
     options = {"full_steps": 2, "seed": 5, "ema": ("decay-0.001",), "pipeline_ema": "decay-0.001"}
     run_train(tree, "whole", LORA, steps=5, **options)

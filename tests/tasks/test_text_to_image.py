@@ -25,7 +25,7 @@ CODEC = CodecParams(
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
-    """The folder in which the stages from `download` to `export` have run."""
+    """Return the folder in which the stages from `download` to `export` have run."""
     return text_inputs.through(tmp_path_factory.mktemp("text-to-image"), migrated_database, CODEC)
 
 
@@ -121,7 +121,7 @@ def registered_adapter_is_that_of(tree):
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_the_network_is_that_of_diffusers_in_output_and_gradients(precision, limit, tokens):
-    """Also where attention goes another way than theirs: over few tokens, and in bfloat16."""
+    """Our attention takes different code paths for few tokens and in bfloat16."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_a_lora_adapter_starts_at_zero_and_merges_exactly():
     assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
 
 
-def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_classes(tree):
+def test_without_classes_it_is_evaluated_by_the_captions_of_held_out_images(tree):
     import csv
 
     from tasks.evaluate import evaluate
@@ -193,7 +193,7 @@ def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_c
     assert len({row["squared_error"] for row in rows}) > 1 and all(float(row["squared_error"]) > 0 for row in rows)
 
 
-def test_pictures_are_pictures(tree):
+def test_sample_grids_and_drawn_images_are_images(tree):
     grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
     assert grid and grid[0].read_bytes().startswith(b"\x89PNG")
     drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], Sampling("ddim", 2)))
