@@ -108,6 +108,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     """
     import torch
 
+    from models.networks.text_unet import TextUNet
     from tasks.training import checkpoint, log, previews
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
@@ -122,7 +123,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     run.module.train()
     while run.step < until:
         # what is trained: with `full_steps`, first the base and then the LoRA adapter
-        if params.full_steps:
+        if params.full_steps and isinstance(run.network, TextUNet):
             run.network.train_adapter(train=run.step >= params.full_steps)
 
         # batch, loss, backward; in the parts over which the gradient is accumulated

@@ -111,8 +111,13 @@ def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights 
     section = model.model_dump()
     if spec.conditioning == "text":
         assert spec.text_width is not None, "text has a width"
-        text = {"cross_attention_dim": spec.text_width, "pooled": spec.pooled}
-        return TextUNetConfig(size=spec.size, channels=spec.channels, **text, **section)
+        return TextUNetConfig(
+            size=spec.size,
+            channels=spec.channels,
+            cross_attention_dim=spec.text_width,
+            pooled=spec.pooled,
+            **section,
+        )
     shared = {name: value for name, value in section.items() if name in UNetConfig.__dataclass_fields__}
     if initial and isinstance(initial.network, UNetConfig):
         shared |= {name: getattr(initial.network, name) for name in INHERITED}
