@@ -1,4 +1,4 @@
-"""The stage `ingest`: whatever the source, one normal form; what cannot be read is set aside with a reason."""
+"""The stage `ingest`: any source -> the dataset format; inputs that cannot be read go to quarantine with a reason."""
 
 from __future__ import annotations
 
@@ -14,50 +14,70 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tqdm import tqdm
 
 from tasks.params import IngestParams
-from tasks.pictures import colours, decoding
-from tasks.pictures.images import Writer, split_of
 from tasks.runtime import atomic, integrity, stage
 from tasks.runtime.stage import StageError
-from tasks.sources import cifar, digits, folder, picture_tables
-from tasks.sources import quarantine as apart
-from tasks.sources.entry import Entry, Problem, Source, read_manifest
-from tasks.validation.writing_systems import is_control
+from tasks.sources.entry import Entry, Manifest, Problem, Source, read_manifest
+
+if TYPE_CHECKING:
+    from tasks.pictures.images import ImageRow
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
 CEILING_CHUNKS = 16
-"""Chunks that are decoded a second time, to say what the stage could reach at best; of a smaller source, none."""
+"""Chunks that are decoded twice to measure the decoding speed; smaller sources are not measured."""
 
-Finding: TypeAlias = "dict[str, Any] | Problem"
-"""The columns that follow from the bytes of a picture, or why there are none."""
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Columns of the dataset that follow from the bytes of an image."""
+
+    width: int
+    height: int
+    mode: str
+    sha256: str
+    phash: str
+    profile: str
+    """How the colour profile is handled, see `colours.Profile`."""
+
+
+Finding: TypeAlias = "Decoded | Problem"
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
-    """Turn the source in data/raw into Parquet shards of one form; set aside what cannot be read, with the reason.
+    """Convert the source in data/raw to Parquet shards; inputs that cannot be read go to quarantine with the reason.
 
-    Captions of the source `folder`: a table of file names and captions (CSV, TSV, JSON lines, JSON of COCO or kohya),
-    or a text file of the same name beside each image, or in a folder `captions` beside the images. Each line of a
-    text file is a caption of its own; write a caption that goes over several lines as one line, or into a .json file
-    as {"caption": "..."}. What looks like captions and is not read is counted, and named in the output.
+    Captions of the source `folder`: a caption file (CSV, TSV, JSON lines, or JSON in the formats of COCO or kohya) with
+    file names and captions, or a text file with the name of an image, beside it or in a folder `captions`. Each line
+    of a text file is a separate caption; write a caption that goes over several lines as one line, or into a .json file
+    as {"caption": "..."}. Files and lines that look like captions and cannot be read go to quarantine. Lines of a
+    caption file that name no image only cause a warning, because a complete caption file beside a subset of the images
+    is common; they do not count towards validate.max_quarantined_fraction.
     """
+    from tasks.pictures import colours
+    from tasks.pictures.images import Writer
+    from tasks.pictures.index import FILE
+    from tasks.sources import quarantine as quarantines
+
     started = time.perf_counter()
     manifest = read_manifest(raw)
-    integrity.require(raw, {file["name"]: file["sha256"] for file in manifest["files"]}, "download")
-    source = _open(manifest, {file["name"]: raw / file["name"] for file in manifest["files"]}, params)
-    origin, captions = _origin(manifest), _class_captions(source.classes, params)
+    integrity.require(raw, {file.name: file.sha256 for file in manifest.files}, "download")
+    source = _open(manifest, {file.name: raw / file.name for file in manifest.files}, params)
+    captions = _class_captions(source.classes, params)
     with (
-        atomic.writing_folder(images) as rows,
-        atomic.writing_folder(quarantine) as aside,
+        atomic.writing_folder(images) as image_folder,
+        atomic.writing_folder(quarantine) as quarantine_folder,
         _decoders(params) as pool,
-        _no_search_for_cycles(),
+        _without_garbage_collection(),
     ):
-        writer, quarantined = Writer(rows, params.shards, source.classes), apart.Writer(aside)
+        writer = Writer(image_folder, params.shards, source.classes)
+        quarantined = quarantines.Writer(quarantine_folder)
         progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
         sample: list[list[bytes]] = []
         first_profiled: dict[str, str] = {}
@@ -66,73 +86,98 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
             else:
-                profiles[finding["profile"]] += 1
-                first_profiled.setdefault(finding["profile"], entry.key)
-                writer.add({**finding, **_published(entry, captions, params), **origin})
+                profiles[finding.profile] += 1
+                first_profiled.setdefault(finding.profile, entry.key)
+                writer.add(_row(entry, finding, captions, manifest, params))
             progress.update()
         progress.close()
         reasons = quarantined.close()
-        inputs = writer.rows + sum(reasons.values())
-        counts = {"inputs": inputs, "quarantined": reasons}
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))
-        index = writer.close() | counts | origin
-        index |= {"classes": source.classes, "unmatched_captions": source.unmatched_captions}
-        index["caption_files"] = source.caption_files
-        index["profiles"] = {name: profiles[name] for name in ("converted", "not usable")}
-        atomic.write_json(rows / "index.json", index)
-        atomic.write_json(aside / "index.json", counts | {"rows": writer.rows})
-        speed = _speed(inputs, time.perf_counter() - started, pool, sample, params)
-    print(f"ingest: {index['rows']} images {index['splits']}, {sum(reasons.values())} in quarantine")
-    notes = map(apart.shown, source.notes)
-    for sentence in [*quarantined.told(), *colours.sentences(index["profiles"], first_profiled), *notes]:
+        index = replace(
+            writer.close(),
+            inputs=writer.rows + sum(reasons.values()),
+            quarantined=reasons,
+            licence=manifest.licence,
+            source=manifest.source,
+            unmatched_captions=source.unmatched_captions,
+            caption_files=source.caption_files,
+            profiles={name: profiles[name] for name in ("converted", "not usable")},
+        )
+        index.write(image_folder / FILE)
+        quarantines.QuarantineIndex(index.inputs, index.rows, reasons).write(quarantine_folder / quarantines.INDEX)
+        speed = _speed(index.inputs, time.perf_counter() - started, pool, sample, params)
+    print(f"ingest: {index.rows} images {index.splits}, {sum(reasons.values())} in quarantine")
+    notes = map(quarantines.printable, source.notes)
+    for sentence in [*quarantined.summary(), *colours.sentences(index.profiles, first_profiled), *notes]:
         print(f"ingest: {sentence}")
     if speed:
         print(speed)
 
 
-def _open(manifest: dict[str, Any], files: dict[str, Path], params: IngestParams) -> Source:
+def _open(manifest: Manifest, files: dict[str, Path], params: IngestParams) -> Source:
     first = next(iter(files.values()))
-    match manifest["source"]:
+    match manifest.source:
         case "digits":
+            from tasks.sources import digits
+
             return digits.read(first)
         case "cifar10":
+            from tasks.sources import cifar
+
             return cifar.read(first)
         case "folder":
+            from tasks.sources import folder
+
             return folder.read(first, params.max_image_bytes)
         case "hub" | "laion":
+            from tasks.sources import picture_tables
+
             tables = {name: file for name, file in files.items() if file.suffix == ".parquet"}
-            return picture_tables.read(tables, manifest["details"]["columns"], params.max_image_bytes)
-    raise StageError(f"data/raw comes from the unknown source '{manifest['source']}'; run 'dvc repro -f download'")
+            return picture_tables.read(tables, manifest.columns, params.max_image_bytes)
+    raise StageError(f"data/raw comes from the unknown source '{manifest.source}'; {Manifest.REMEDY}")
 
 
-def _nothing_readable(manifest: dict[str, Any], reasons: dict[str, int]) -> str:
+def _nothing_readable(manifest: Manifest, reasons: dict[str, int]) -> str:
     found = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    return f"{manifest['origin']} holds no readable image ({found or 'it is empty'}); point download.path at images"
-
-
-def _origin(manifest: dict[str, Any]) -> dict[str, str]:
-    return {"licence": manifest["licence"], "source": manifest["source"]}
+    return f"{manifest.origin} holds no readable image ({found or 'it is empty'}); correct download.path"
 
 
 def _class_captions(classes: list[str], params: IngestParams) -> list[list[str]]:
-    """For each class the captions that its name gives."""
+    """Captions of each class from `ingest.caption_templates`."""
     names = [name.replace("_", " ") for name in classes]
     return [[template.format(name) for template in params.caption_templates] for name in names]
 
 
-def _published(entry: Entry, captions: list[list[str]], params: IngestParams) -> dict[str, Any]:
-    """What the source says about an entry, completed: the split by key hash, the captions from the class name."""
-    own = list(entry.captions) or (captions[entry.label] if entry.label is not None else [])
-    split = entry.split or split_of(entry.key, params.held_out_fraction)
-    return {"key": entry.key, "label": entry.label, "captions": own, "split": split, "safety": entry.safety}
+def _row(
+    entry: Entry, decoded: Decoded, captions: list[list[str]], manifest: Manifest, params: IngestParams
+) -> ImageRow:
+    """A row of the dataset; the split defaults to the key hash, the captions to those of the class."""
+    from tasks.pictures.images import split_of
+
+    assert entry.data is not None
+    return {
+        "key": entry.key,
+        "image": entry.data,
+        "width": decoded.width,
+        "height": decoded.height,
+        "mode": decoded.mode,
+        "label": entry.label,
+        "captions": list(entry.captions) or (captions[entry.label] if entry.label is not None else []),
+        "split": entry.split or split_of(entry.key, params.held_out_fraction),
+        "sha256": decoded.sha256,
+        "phash": decoded.phash,
+        "safety": entry.safety,
+        "licence": manifest.licence,
+        "source": manifest.source,
+    }
 
 
 @contextmanager
 def _decoders(params: IngestParams) -> Iterator[ProcessPoolExecutor]:
-    """`params.workers` processes that decode: of a small picture's time most is Python's own, under its lock.
+    """A pool of `params.workers` decoding processes: small images mostly need Python time, which threads cannot share.
 
-    They are forked where that is safe, which costs nothing, and end with the stage, however that ends.
+    The processes are forked if that is safe (Linux), and end with the stage even if that is killed.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(params.workers, context, _begin_decoder)
@@ -140,16 +185,15 @@ def _decoders(params: IngestParams) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         raise StageError(
-            "a process that decodes pictures was killed, as a machine without memory does; lower ingest.workers or "
-            "ingest.max_pixels"
+            "a decoding process was killed, probably for lack of memory; lower ingest.workers or ingest.max_pixels"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
-    """Rows hold no cycles, and looking for some among hundreds of thousands takes a fifth of the time."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Disable the cyclic garbage collector: rows have no reference cycles, and searching them takes 20% of the time."""
     gc.disable()
     try:
         yield
@@ -158,7 +202,7 @@ def _no_search_for_cycles() -> Iterator[None]:
 
 
 def _begin_decoder() -> None:
-    """In a new process: the stage hears the signals and ends it; should the stage be killed, it goes too."""
+    """Initialise a decoding process: the stage handles signals, and Linux kills the process if the stage dies."""
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -174,9 +218,9 @@ def _examined(
     params: IngestParams,
     sample: list[list[bytes]],
 ) -> Iterator[tuple[Entry, Finding]]:
-    """Every entry with what its bytes show, in the order given. At most three chunks per worker are in memory.
+    """Yield every entry with its finding, in order; at most three chunks per worker are in memory.
 
-    The bytes of the first chunks stay in `sample`.
+    The bytes of the first chunks are added to `sample`.
     """
     waiting: deque[tuple[list[Entry], list[Problem | None], Future[list[Finding]]]] = deque()
     for chunk in _chunks(entries):
@@ -196,20 +240,21 @@ def _joined(
 ) -> Iterator[tuple[Entry, Finding]]:
     findings = iter(future.result())
     for entry, problem in zip(chunk, problems, strict=True):
-        finding = problem or next(findings)
-        yield entry, finding if isinstance(finding, Problem) else {**finding, "image": entry.data}
+        yield entry, problem or next(findings)
 
 
 def _problem(entry: Entry, classes: int) -> Problem | None:
-    """What is wrong with an entry before its picture is opened."""
+    """Problem of an entry that is known before the image is decoded."""
+    from tasks.validation.writing_systems import is_control
+
     if entry.problem:
         return entry.problem
     if entry.data is None:
-        return Problem("not read", "the source gave no bytes")
+        return Problem("not read", "the source provides no bytes")
     if not entry.data:
         return Problem("zero bytes", "the file is empty")
     if entry.label is not None and not (isinstance(entry.label, int) and 0 <= entry.label < classes):
-        return Problem("label out of range", f"the label {entry.label} names none of the {classes} classes")
+        return Problem("label out of range", f"the label {entry.label} is none of the {classes} classes")
     for text in entry.captions:
         if not text.isprintable() and any(map(is_control, text)):
             return Problem("control characters in a caption", ascii(text)[:200])
@@ -229,34 +274,32 @@ def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _examine(pictures: list[bytes], max_pixels: int) -> list[Finding]:
-    """Encoded pictures -> what their bytes show."""
+def _examine(images: list[bytes], max_pixels: int) -> list[Finding]:
+    """Decode images -> their metadata or problems."""
     import numpy as np
+
+    from tasks.pictures import colours, decoding
 
     findings: list[Finding] = []
     thumbnails = []
-    for data in pictures:
+    for data in images:
         try:
-            picture = decoding.open_image(data, max_pixels)
-            thumbnails.append(decoding.thumbnail(picture))
+            image = decoding.open_image(data, max_pixels)
+            thumbnails.append(decoding.thumbnail(image))
         except decoding.UnreadableError as unreadable:
             findings.append(Problem(unreadable.reason, unreadable.detail))
             continue
+        height, width = decoding.upright_size(image)
         digest = hashlib.sha256(data).hexdigest()
-        height, width = decoding.upright_size(picture)
-        profile = colours.profile(picture)
-        findings.append({"width": width, "height": height, "mode": picture.mode, "sha256": digest, "profile": profile})
+        findings.append(Decoded(width, height, image.mode, digest, "", colours.profile(image)))
     hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
-    for found in findings:
-        if not isinstance(found, Problem):
-            found["phash"] = next(hashes)
-    return findings
+    return [found if isinstance(found, Problem) else replace(found, phash=next(hashes)) for found in findings]
 
 
 def _speed(
     count: int, seconds: float, pool: ProcessPoolExecutor, sample: list[list[bytes]], params: IngestParams
 ) -> str | None:
-    """How fast the stage was beside its ceiling: all workers decoding and hashing, and nothing else going on."""
+    """Message about the speed of the stage, relative to workers that only decode and hash; None for small sources."""
     if len(sample) < CEILING_CHUNKS:
         return None
     spent = sum(pool.map(_seconds_of, sample, [params.max_pixels] * len(sample)))
@@ -267,9 +310,9 @@ def _speed(
     )
 
 
-def _seconds_of(pictures: list[bytes], max_pixels: int) -> float:
+def _seconds_of(images: list[bytes], max_pixels: int) -> float:
     started = time.perf_counter()
-    _examine(pictures, max_pixels)
+    _examine(images, max_pixels)
     return time.perf_counter() - started
 
 

@@ -183,14 +183,15 @@ def ratio_by_operations(params: Params) -> float:
     from models import autoencoder_training as training
     from models.flops import forward_flops
     from models.networks.network import build
+    from tasks.formats.latents import InputSpec
     from tasks.training.run import network_config
 
     wanted, image = params.codec.autoencoder, params.image
     shape = training.AutoencoderConfig(image.channels, wanted.latent_channels, wanted.widths, wanted.layers_per_block)
     side, width = image.resolution // 2 ** (len(wanted.widths) - 1), params.codec.text.width
-    form = {"size": side, "channels": wanted.latent_channels, "conditioning": "text", "text": {"width": width}}
+    spec = InputSpec(wanted.latent_channels, side, "text", text_width=width)
     with torch.device("meta"):
-        autoencoder, network = training.build(shape), build(network_config(form, params.model))
+        autoencoder, network = training.build(shape), build(network_config(spec, params.model))
         autoencoder.forward = lambda pixels: autoencoder.encode(pixels).latent_dist.mean
         encode = forward_flops(autoencoder, torch.empty(1, image.channels, image.resolution, image.resolution))
         text, t = torch.empty(1, params.codec.text.length, width), torch.zeros(1, dtype=torch.int64)
@@ -212,7 +213,7 @@ def _encode_once(params: Params, inputs: Inputs) -> Block:
             ended, cpu_ended = now()
         finally:
             os.environ["AFTERIMAGE_SCRATCH"] = before
-        images = sum(split["count"] for split in latents.read_index(Path(folder) / "latents")["splits"].values())
+        images = sum(split.count for split in latents.read_index(Path(folder) / "latents").splits.values())
     return Block(1, images, ended - began, cpu_ended - cpu_began)
 
 

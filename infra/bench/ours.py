@@ -27,8 +27,8 @@ class Ours:
         index = latents.read_index(inputs.latents)
         verdict = require_accepted(inputs.accepted)
         sections = (params.model, params.diffusion, params.train)
-        facts = training_key.facts(index, inputs.codec, verdict, *sections)
-        network = training_run.network_config(index, params.model)
+        facts = training_key.run_facts(index, inputs.codec, verdict, *sections)
+        network = training_run.network_config(index.input_spec, params.model)
         self.run = training_run.prepare(inputs.latents, index, facts, network, params.diffusion, params.train)
         self.config = self.run.network.config
 

@@ -131,7 +131,7 @@ class Peer:
 
 def network(params: Params) -> Any:
     """The unconditional network of these parameters, a `UNetConfig`."""
+    from tasks.formats.latents import InputSpec
     from tasks.training.run import network_config
 
-    form = {"size": params.image.resolution, "channels": params.image.channels}
-    return network_config({**form, "conditioning": "none", "classes": []}, params.model)
+    return network_config(InputSpec(params.image.channels, params.image.resolution), params.model)

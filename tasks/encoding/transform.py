@@ -1,61 +1,55 @@
-"""Encoded pictures -> pixels in the form of their bucket -> latents.
+"""Encoded image files -> pixels at the resolution of their bucket -> latents.
 
-`encode` keeps latents by the content of the picture and by the code of this file and of what it imports.
+Stored latents are keyed by the image's content and by the code of this file and of all that it imports.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import torch
+
+from models.networks import autoencoder
 from tasks.pictures import decoding
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from tasks.formats.buckets import Form
+    from tasks.formats.buckets import Resolution
 
 BATCH = 16
-"""Images that the autoencoder sees at once, always: its sums depend on the shape of a batch."""
+"""Images per batch of the autoencoder; fixed, because its rounding depends on the shape of a batch."""
 
 Encoded: TypeAlias = "tuple[str, bytes, int]"
-"""sha256, bytes and number of pixels of a picture."""
+"""SHA-256, bytes and number of pixels of an image file."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures that become one form."""
+    """Image files of one bucket."""
 
-    form: Form
-    pictures: list[Encoded]
+    resolution: Resolution
+    images: list[Encoded]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
 def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
-    """Encoded pictures -> uint8 [n, channels, *chunk.form]."""
-    import numpy as np
-
-    return np.stack([decoding.ingested(data, pixels, chunk.form, channels) for _, data, pixels in chunk.pictures])
+    """Decode, resize and crop image files to uint8 [n, channels, *chunk.resolution]."""
+    return np.stack([decoding.ingested(data, pixels, chunk.resolution, channels) for _, data, pixels in chunk.images])
 
 
-def encode_pixels(network: Any, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
-    """uint8 [n, C, H, W] -> `mean` and `std` bfloat16 [n, V, k, h, w], V = 2 with mirror images, else 1.
+def encode_pixels(network: autoencoder.Autoencoder, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
+    """Encode uint8 pixels [n, C, H, W] to `mean` and `std`, bfloat16 [n, V, c, h, w]; V is 2 if `mirrored`, else 1.
 
-    Every batch has the same shape, so that an image's latent depends neither on its neighbours nor on how many.
+    The last batch is padded, so an image's latent depends neither on its neighbours nor on their number.
     """
-    import numpy as np
-    import torch
-
-    from models.networks import autoencoder
-
     views = [pixels, pixels[..., ::-1]] if mirrored else [pixels]
     means, deviations = [], []
     for view in views:
-        whole = np.concatenate([view, np.repeat(view[-1:], -len(view) % BATCH, axis=0)])
-        parts = [autoencoder.encode(network, whole[start : start + BATCH]) for start in range(0, len(whole), BATCH)]
+        padded = np.concatenate([view, np.repeat(view[-1:], -len(view) % BATCH, axis=0)])
+        parts = [autoencoder.encode(network, padded[start : start + BATCH]) for start in range(0, len(padded), BATCH)]
         mean, std = (torch.cat(tensors)[: len(view)].to(torch.bfloat16).cpu() for tensors in zip(*parts, strict=True))
         means.append(mean)
         deviations.append(std)

@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: which picture goes to which shape, so that pictures that are not square keep theirs.
+"""Aspect-ratio buckets: the resolutions at which images that are not square are stored and trained on.
 
-A *form* is (height, width) in pixels. The square of `image.resolution` is always the first; the others have about its
-area and sides that codec and network can halve (Podell et al. 2023, section 2.3). Every picture goes to the nearest
-form.
+The first bucket is the square of `image.resolution`. The others have about the same area and sides that the autoencoder
+and the network can halve (Podell et al. 2023, SDXL, section 2.3). Each image goes to the bucket with the nearest aspect
+ratio.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
-Form: TypeAlias = "tuple[int, int]"
+Resolution: TypeAlias = "tuple[int, int]"
+"""Height and width, in pixels of the image or in cells of its latent."""
 
 
-def forms(size: int, ratios: Sequence[float], multiple: int) -> list[Form]:
-    """The square, then for each of `ratios` (width / height) the form of that shape and the square's area, as near as
-    sides that are multiples of `multiple` come; each form once."""
+def bucket_resolutions(size: int, ratios: Sequence[float], multiple: int) -> list[Resolution]:
+    """Return the resolution of each bucket, without duplicates, the square of side `size` first.
+
+    Args:
+        size: height and width of the square, in pixels.
+        ratios: width / height of the other buckets.
+        multiple: the sides of the other buckets are multiples of this.
+    """
     found = [(size, size)]
     for ratio in ratios:
         stretch = math.sqrt(max(ratio, 1 / ratio))
@@ -26,7 +32,7 @@ def forms(size: int, ratios: Sequence[float], multiple: int) -> list[Form]:
     return list(dict.fromkeys(found))
 
 
-def nearest(height: int, width: int, among: Sequence[Form]) -> int:
-    """Which of the forms has the shape nearest to that of a picture; of two that are as near, the first."""
-    shape = math.log(width / height)
-    return min(range(len(among)), key=lambda number: abs(shape - math.log(among[number][1] / among[number][0])))
+def nearest_bucket(height: int, width: int, resolutions: Sequence[Resolution]) -> int:
+    """Return the index of the bucket whose log aspect ratio is nearest to that of an image; the first of equals."""
+    ratio = math.log(width / height)
+    return min(range(len(resolutions)), key=lambda n: abs(ratio - math.log(resolutions[n][1] / resolutions[n][0])))

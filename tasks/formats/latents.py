@@ -1,70 +1,160 @@
-"""The form of the model's inputs: safetensors shards per split, and an index.
+"""`data/latents/`: the model's inputs as safetensors shards per split, with an index.
 
-    data/latents/train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, k, h, w];
-                                           labels int64 [n], or captions int32 [n, K]: rows of the texts, -1 after them
-    data/latents/texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
-    data/latents/prompts.safetensors       embeddings bfloat16 [classes + 1, L, D]: class prompts, then the empty text
-    data/latents/index.json                counts, shards, buckets, codec, conditioning, scaling, digest
+    train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, c, h, w];
+                              labels int64 [n], or captions int32 [n, K]: rows of the texts, padded with -1
+    texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
+    prompts.safetensors       embeddings bfloat16 [P + 1, L, D] of the sample prompts, then of the empty text
+    index.json                counts, shards, buckets, codec, conditioning, scaling, digest
 
-With two text encoders L is one more, and `sizes` int32 [n, 6] stand beside the captions: see
+A shard holds inputs of one bucket (`tasks/formats/buckets.py`). The identity codec stores pixels. An autoencoder stores
+the mean and standard deviation of its posterior, already scaled to the units of the model; V is 2 if the mirrored image
+is stored as well. Labels and captions are stored only if the model is conditioned on them. With two text encoders
+(SDXL) the embeddings have one more row for the pooled embedding, and each image has `sizes` int32 [n, 6]; see
 `models/networks/text_encoder.py`.
-
-A shard holds inputs of one bucket (`tasks/formats/buckets.py`), which is the square where there are no others.
-Under the identity codec the inputs are the pixels themselves; under an autoencoder the mean and standard deviation of
-its posterior, from which training draws, V = 2 with a mirrored copy. They are in the model's units: nothing is to be
-scaled any more. Labels and captions are there where the conditioning needs them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from tasks.runtime import atomic, integrity
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
+from tasks.runtime import integrity
 from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
+from tasks.runtime.stage_file import Part, StageFile
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from tasks.formats.buckets import Resolution
 
-    from tasks.formats.buckets import Form
-
-FORMAT = 3
 STAGE = "encode"
-"""What writes them."""
+"""The stage that writes them."""
 SQUARE = 0
-"""Number of the bucket of square images."""
+"""Index of the bucket of square images."""
+INDEX = "index.json"
 PROMPTS = "prompts.safetensors"
-BFLOAT16 = "int16"
-"""How a shard's bfloat16 is mapped."""
+NUMPY_TYPES = {"U8": "uint8", "I32": "int32", "I64": "int64", "F16": "float16", "F32": "float32", "BF16": "int16"}
+"""Type in a safetensors header -> NumPy type; NumPy has no bfloat16, whose bits are read as int16."""
+
+Columns: TypeAlias = "Mapping[str, np.ndarray | torch.Tensor]"
+"""Tensors by name with one row per image."""
+
+
+class Shard(Part):
+    """A safetensors file."""
+
+    file: str
+    sha256: str
+
+
+class BucketShard(Shard):
+    """A safetensors file with inputs of one bucket."""
+
+    bucket: int
+
+
+class Split(Part):
+    """The images of one split, in all buckets."""
+
+    count: int
+    keys_sha256: str
+    """Hash of the images' keys, in order."""
+    shards: list[BucketShard]
+
+
+class ImageSize(Part):
+    """Channels and side of a square image."""
+
+    channels: int
+    size: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The shape of the network's inputs and conditions, as far as the data determines it."""
+
+    channels: int
+    size: int
+    """Height and width of a square input."""
+    conditioning: str = "none"
+    """"none", "label" or "text"."""
+    classes: int = 0
+    text_width: int | None = None
+    """Width of a token embedding; None without text."""
+    pooled: int | None = None
+    """Width of the pooled prompt embedding (SDXL conditioning); None without it."""
+
+
+class LatentsIndex(StageFile):
+    """The content of `index.json`."""
+
+    FORMAT: ClassVar[int] = 3
+    STAGE: ClassVar[str] = STAGE
+
+    codec: str
+    """Kind of the codec: "identity" or "autoencoder"."""
+    conditioning: str
+    """"none", "label" or "text"."""
+    channels: int
+    size: int
+    """Height and width of a square input."""
+    image: ImageSize
+    autoencoder: AutoencoderInfo | None
+    classes: list[str]
+    text: TextInfo | None
+    prompts: list[str] | None
+    buckets: list[tuple[int, int]]
+    """Height and width of the inputs of each bucket."""
+    splits: dict[str, Split]
+    texts: list[Shard] | None
+    """Shards of the caption embeddings; None without text."""
+    prompts_sha256: str | None
+    digest: str
+    """Hash of everything else in the index, so of codec and content."""
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the network must fit."""
+        text = self.text
+        return InputSpec(
+            channels=self.channels,
+            size=self.size,
+            conditioning=self.conditioning,
+            classes=len(self.classes),
+            text_width=text.width if text else None,
+            pooled=text.pooled if text else None,
+        )
 
 
 @dataclass(frozen=True)
 class Latents:
-    """One bucket of a split of the model's inputs, sorted by key: pixels, or mean and std."""
+    """One bucket of a split in memory, sorted by key: pixels, or mean and std."""
 
     classes: int
-    """Number of classes, which is also the label that stands for "no condition"; 0 without labels."""
+    """Number of classes, which is also the null label; 0 without labels."""
     keys_sha256: str
     """Hash of the keys of the split's images, in order."""
     pixels: np.ndarray | None = None
     """uint8 [N, C, H, W]"""
     mean: torch.Tensor | None = None
-    """bfloat16 [N, V, k, h, w]: of the image, and where V is 2 of its mirror image"""
+    """bfloat16 [N, V, c, h, w]: of the image, and of the mirrored image if V is 2"""
     std: torch.Tensor | None = None
     labels: np.ndarray | None = None
     """int64 [N], 0 to the number of classes - 1"""
     captions: np.ndarray | None = None
-    """int32 [N, K]: rows of `texts`; who has fewer than K captions has -1 after them"""
+    """int32 [N, K]: rows of `texts`, padded with -1"""
     texts: torch.Tensor | None = None
-    """bfloat16 [U, L, D]: every caption once"""
+    """bfloat16 [U, L, D]: embeddings of the distinct captions"""
     prompts: torch.Tensor | None = None
-    """bfloat16 [classes + 1, L, D]: what asks for each class, and the empty text that stands for no condition"""
+    """bfloat16 [P + 1, L, D]: embeddings of the sample prompts, then of the empty text (the null condition)"""
 
     @property
     def count(self) -> int:
@@ -73,89 +163,84 @@ class Latents:
 
 
 def keys_hash(keys: list[str]) -> str:
-    """sha256 of keys in their order."""
+    """Hash keys in their order."""
     return hashlib.sha256("\n".join(keys).encode("utf-8")).hexdigest()
 
 
-def write_shards(
-    folder: Path, name: str, count: int, rows: Callable[[slice], dict[str, Any]], shard_size: int
-) -> list[dict[str, str]]:
-    """Write `count` rows as shards of `folder` (a temporary one); returns their entries for the index.
+def write_shards(folder: Path, name: str, count: int, rows: Callable[[slice], Columns], shard_size: int) -> list[Shard]:
+    """Write `count` rows as shards of `folder` (a temporary one) and return their entries for the index.
 
-    `rows(part)` gives the tensors, or NumPy arrays, of those rows; only one shard of them is in memory.
+    `rows(part)` returns the tensors or arrays of those rows; one shard at a time is in memory.
     """
-    import torch
-    from safetensors.torch import save
-
     shards = []
     for number, start in enumerate(range(0, count, shard_size)):
         file = folder / f"{name}-{number:05d}.safetensors"
         part = rows(slice(start, min(start + shard_size, count)))
-        tensors = {key: torch.as_tensor(value).contiguous() for key, value in part.items() if value is not None}
-        file.write_bytes(save(tensors))  # an ordinary write: a full disk is an OSError as everywhere
-        shards.append({"file": file.name, "sha256": sha256_of(file)})
+        tensors = {key: torch.as_tensor(value).contiguous() for key, value in part.items()}
+        file.write_bytes(save(tensors))  # not save_file: a full disk must raise OSError
+        shards.append(Shard(file=file.name, sha256=sha256_of(file)))
     return shards
 
 
 def write_prompts(folder: Path, embeddings: torch.Tensor) -> str:
-    """Write the embeddings of the class prompts and the empty text; returns the sha256 of the file."""
-    from safetensors.torch import save
-
+    """Write the embeddings [P + 1, L, D] of the sample prompts and the empty text; returns the file's SHA-256."""
     (folder / PROMPTS).write_bytes(save({"embeddings": embeddings.contiguous()}))
     return sha256_of(folder / PROMPTS)
 
 
 def write_index(
     folder: Path,
-    codec: dict[str, Any],
-    splits: dict[str, Any],
-    buckets: Sequence[Form],
-    texts: list[dict[str, str]] | None = None,
+    codec: CodecInfo,
+    splits: Mapping[str, Split],
+    buckets: Sequence[Resolution],
+    texts: list[Shard] | None = None,
     prompts_sha256: str | None = None,
 ) -> None:
-    """Write `index.json` last; its digest covers codec and content. `channels` and `size` are those of square inputs,
-    `buckets` the forms of all."""
-    latent = codec.get("autoencoder")
-    index = {
-        "format": FORMAT,
-        "codec": codec["kind"],
-        "conditioning": codec["conditioning"],
-        "channels": latent["channels"] if latent else codec["channels"],
-        "size": latent["size"] if latent else codec["size"],
-        "image": {"channels": codec["channels"], "size": codec["size"]},
-        "autoencoder": latent,
-        "classes": codec["classes"],
-        "text": codec.get("text"),
-        "prompts": codec.get("prompts"),
-        "buckets": buckets,
-        "splits": splits,
-        "texts": texts,
-        "prompts_sha256": prompts_sha256,
-    }
-    atomic.write_json(folder / "index.json", index | {"digest": _digest(index)})
+    """Write `index.json`, after all other files; `buckets` are the resolutions of the inputs of each bucket."""
+    latent = codec.autoencoder
+    index = LatentsIndex(
+        codec=codec.kind,
+        conditioning=codec.conditioning,
+        channels=latent.channels if latent else codec.channels,
+        size=latent.size if latent else codec.size,
+        image=ImageSize(channels=codec.channels, size=codec.size),
+        autoencoder=latent,
+        classes=codec.classes,
+        text=codec.text,
+        prompts=codec.prompts,
+        buckets=list(buckets),
+        splits=dict(splits),
+        texts=texts,
+        prompts_sha256=prompts_sha256,
+        digest="",
+    )
+    index.model_copy(update={"digest": _digest(index)}).write(folder / INDEX)
 
 
-def _digest(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode("utf-8")).hexdigest()
+def _digest(index: LatentsIndex) -> str:
+    content = index.to_json()
+    del content["digest"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """`index.json`: format, codec, conditioning, channels, size, image, autoencoder, classes, text, prompts, buckets,
-    splits {name: count, keys_sha256, shards}, texts, digest. Raises `StageError` where it is missing, damaged or of
-    another format."""
-    index = integrity.read_json(path / "index.json", STAGE)
-    if index.get("format") != FORMAT:
-        raise StageError(f"{path} has format {index.get('format')}, not {FORMAT}; {integrity.remedy(STAGE)}")
-    content = {name: value for name, value in index.items() if name != "digest"}
-    if _digest(content) != index.get("digest"):
-        raise StageError(f"{path / 'index.json'} is damaged: its digest does not fit; {integrity.remedy(STAGE)}")
+def read_index(path: Path) -> LatentsIndex:
+    """Read and check `index.json`.
+
+    Raises:
+        StageError: if it is missing, damaged or of another format.
+    """
+    index = LatentsIndex.read(path / INDEX)
+    if _digest(index) != index.digest:
+        raise StageError(f"{path / INDEX} is damaged: its digest does not fit; {integrity.remedy(STAGE)}")
     return index
 
 
 def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
-    """One bucket of a split of the model's inputs, read into memory. Raises `StageError` where there is none."""
-    import numpy as np
+    """Read one bucket of a split into memory.
 
+    Raises:
+        StageError: if the split or the bucket has no images, or a file is damaged.
+    """
     index = read_index(path)
     parts, texts = open_shards(path, split, bucket), open_texts(path)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -167,14 +252,14 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
         captions=columns.get("captions"),
         texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if texts else None,
         prompts=load_prompts(path),
-        classes=len(index["classes"]),
-        keys_sha256=index["splits"][split]["keys_sha256"],
+        classes=len(index.classes),
+        keys_sha256=index.splits[split].keys_sha256,
     )
 
 
 def load_prompts(path: Path) -> torch.Tensor | None:
-    """Embeddings bfloat16 [classes + 1, L, D] of what asks for each class, and of no condition; None without text."""
-    expected = read_index(path)["prompts_sha256"]
+    """Read the embeddings bfloat16 [P + 1, L, D] of the sample prompts and of the empty text; None without text."""
+    expected = read_index(path).prompts_sha256
     if not expected:
         return None
     integrity.require(path, {PROMPTS: expected}, STAGE)
@@ -182,65 +267,62 @@ def load_prompts(path: Path) -> torch.Tensor | None:
 
 
 def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
-    """`embeddings` of the captions, to whose rows `captions` points, memory-mapped by shard; empty without text."""
-    return _opened(path, read_index(path)["texts"] or [])
+    """Memory-map the shards of the caption embeddings, whose rows `captions` names; empty without text."""
+    return _opened(path, read_index(path).texts or [])
 
 
 def buckets_of(path: Path, split: str) -> list[int]:
-    """Numbers of the buckets in which a split has images. Raises `StageError` where there is no such split."""
-    return sorted({shard["bucket"] for shard in _shards(path, split)})
+    """Return the indices of the buckets in which a split has images.
+
+    Raises:
+        StageError: if the split does not exist.
+    """
+    return sorted({shard.bucket for shard in _shards(path, split)})
 
 
 def open_shards(path: Path, split: str, bucket: int = SQUARE) -> list[dict[str, np.ndarray]]:
-    """The tensors of each shard of a bucket of a split, memory-mapped: what is not indexed is not read. `as_tensor`
-    makes torch's of their rows.
+    """Memory-map the shards of one bucket of a split; `as_tensor` converts rows of them to tensors.
 
-    Raises `StageError` where there is no such split, nothing in that bucket, or where a shard is damaged.
+    Raises:
+        StageError: if the split or the bucket has no images, or a shard is damaged.
     """
-    shards = [shard for shard in _shards(path, split) if shard["bucket"] == bucket]
+    shards = [shard for shard in _shards(path, split) if shard.bucket == bucket]
     if not shards:
         raise StageError(f"split '{split}' of {path} has no image in bucket {bucket}; see encode.buckets")
     return _opened(path, shards)
 
 
-def _opened(path: Path, shards: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
-    integrity.require(path, {shard["file"]: shard["sha256"] for shard in shards}, STAGE)
-    return [_mapped(path / shard["file"]) for shard in shards]
+def _opened(path: Path, shards: Sequence[Shard]) -> list[dict[str, np.ndarray]]:
+    integrity.require(path, {shard.file: shard.sha256 for shard in shards}, STAGE)
+    return [_mapped(path / shard.file) for shard in shards]
 
 
-def _shards(path: Path, split: str) -> list[dict[str, Any]]:
+def _shards(path: Path, split: str) -> list[BucketShard]:
     index = read_index(path)
-    if split not in index["splits"]:
-        raise StageError(f"{path} has no split '{split}', only {', '.join(index['splits'])}; see ingest")
-    shards: list[dict[str, Any]] = index["splits"][split]["shards"]
-    return shards
+    if split not in index.splits:
+        raise StageError(f"{path} has no split '{split}', only {', '.join(index.splits)}; see ingest")
+    return index.splits[split].shards
 
 
 def _mapped(file: Path) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file without reading them: 8 bytes that give the header's length, JSON, the data."""
-    import numpy as np
-
-    kinds: dict[str, Any] = {
-        "U8": np.uint8,
-        "I32": np.int32,
-        "I64": np.int64,
-        "F16": np.float16,
-        "F32": np.float32,
-        "BF16": BFLOAT16,
-    }
+    """Memory-map the tensors of a safetensors file: 8 bytes with the header's length, a JSON header, the data."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     return {
-        name: np.memmap(file, kinds[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        name: np.memmap(
+            file,
+            NUMPY_TYPES[entry["dtype"]],
+            "r",
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     }
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """An array of a shard -> a tensor of its own; 16-bit integers are the bits of bfloat16, which NumPy lacks."""
-    import torch
-
+    """Copy an array of a shard to a tensor; int16 holds the bits of bfloat16."""
     tensor = torch.tensor(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

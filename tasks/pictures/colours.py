@@ -1,6 +1,6 @@
-"""ICC colour profiles: pictures that are tagged with another colour space than sRGB are converted to it.
+"""ICC colour profiles: images with another profile than sRGB are converted to sRGB.
 
-An untagged picture is taken for sRGB, as browsers do. The transform of a profile is built once per process.
+Images without a profile are treated as sRGB, as in browsers. The transform of a profile is built once per process.
 """
 
 from __future__ import annotations
@@ -10,34 +10,36 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+import numpy as np
+import PIL.Image
+from PIL import ImageCms
+from PIL.Image import Image
 
 Profile = Literal["none", "sRGB", "converted", "not usable"]
-"""What became of a picture's profile; a picture whose profile is not usable keeps its pixels as stored."""
+"""How the profile of an image is handled. Pixels keep their stored values unless it is "converted"."""
 
 MAX_BYTES = 8 << 20
 SAME_LEVELS = 3
-"""A profile that changes no colour by more levels of 255 than this is taken for sRGB, of which there are variants."""
+"""Largest change of any probed colour, in levels of 255, at which a profile counts as a variant of sRGB."""
 INPUT_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile, as its header names it -> the mode in which Pillow hands pixels over."""
+"""Colour space in the header of a profile -> Pillow mode of the pixels to convert."""
 PROBE_STEPS = 6
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the pixels of one profile become sRGB."""
+    """How to convert pixels of one profile to sRGB."""
 
     mode: str
-    """Mode of the pixels that the transform takes."""
-    transform: Any
-    """Of `PIL.ImageCms`; None where the profile is sRGB already."""
+    """Pillow mode of the input of the transform."""
+    transform: ImageCms.ImageCmsTransform | None
+    """None if the profile is a variant of sRGB."""
 
 
 def profile(image: Image) -> Profile:
-    """What `to_srgb` does with a decoded picture."""
+    """How `to_srgb` handles the profile of a decoded image."""
     data = image.info.get("icc_profile")
     if not data:
         return "none"
@@ -48,44 +50,39 @@ def profile(image: Image) -> Profile:
 
 
 def to_srgb(image: Image) -> Image:
-    """A decoded picture -> the same in sRGB, its transparency kept; as it is where `profile` is not "converted"."""
+    """Convert a decoded image to sRGB and keep its transparency; a no-op unless `profile` is "converted"."""
     if profile(image) != "converted":
         return image
     conversion = _conversion(image.info["icc_profile"])
-    assert conversion is not None
+    assert conversion is not None and conversion.transform is not None
     alpha = None
     if image.has_transparency_data:
         image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
         alpha = image.getchannel("A")
-    converted = conversion.transform.apply(eight_bits(image).convert(conversion.mode))
+    converted: Image = conversion.transform.apply(eight_bits(image).convert(conversion.mode))
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
 
 
 def _fits(image: Image, mode: str) -> bool:
-    """Whether the pixels of a picture are of the colour space of its profile."""
+    """Whether the pixels of an image have the colour space of its profile."""
     bands = {"1": "L", "L": "L", "LA": "L", "I;16": "L", "I;16B": "L", "CMYK": "CMYK"}
     return bands.get(image.mode, "RGB") == mode
 
 
 def eight_bits(image: Image) -> Image:
-    """A decoded picture of 16 bits scaled to 8; any other as it is."""
+    """Scale a decoded image from 16 to 8 bits; a no-op for other images."""
     if not image.mode.startswith("I;16"):
         return image
-    import numpy as np
-    import PIL.Image
-
     return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=64)
 def _conversion(data: bytes) -> Conversion | None:
-    """The bytes of a profile -> how to convert from it; None where it cannot be used."""
+    """The bytes of a profile -> how to convert from it; None if it cannot be used."""
     if len(data) > MAX_BYTES:
         return None
-    from PIL import ImageCms
-
     mode = INPUT_MODES.get(data[16:20].decode("latin-1"))
     if mode is None:
         return None
@@ -103,11 +100,8 @@ def _conversion(data: bytes) -> Conversion | None:
         return None
 
 
-def _is_srgb(transform: Any, mode: str) -> bool:
-    """Whether a transform leaves colours spread over the whole cube (or greys) as they are."""
-    import numpy as np
-    import PIL.Image
-
+def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether a transform changes no probed colour (a grid over the RGB cube, or greys) by more than `SAME_LEVELS`."""
     if mode == "CMYK":
         return False
     levels = np.linspace(0, 255, PROBE_STEPS).round().astype(np.uint8)
@@ -118,7 +112,7 @@ def _is_srgb(transform: Any, mode: str) -> bool:
 
 
 def sentences(counts: Mapping[str, int], examples: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """What to tell about the profiles of a data set: pictures of each kind, and the first of them where it is known."""
+    """Messages about converted and unusable profiles: number of images, and an example if `examples` has one."""
     texts = {
         "converted": "images have a colour profile other than sRGB and are converted to sRGB",
         "not usable": "images have a colour profile that cannot be used (damaged, or of another colour space than the "

@@ -1,7 +1,7 @@
-"""Untrusted image bytes -> pixels: what may be opened, how a picture becomes a square array, how two are compared.
+"""Untrusted image bytes -> pixels: accepted formats, decoding limits, crop and resize, perceptual hashes.
 
-Pillow is only ever asked for the formats and modes listed here, and for at most `max_pixels` pixels. Pictures with a
-colour profile other than sRGB are converted to sRGB (`tasks.pictures.colours`).
+Pillow opens only the formats and modes listed here, and at most `max_pixels` pixels. Images with a colour profile
+other than sRGB are converted to sRGB (`tasks.pictures.colours`).
 """
 
 from __future__ import annotations
@@ -9,29 +9,17 @@ from __future__ import annotations
 import functools
 import io
 import re
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+from PIL.Image import Image
 
 from tasks.pictures import colours
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".jpg_large", ".jpeg_large", ".png_large", ".jpg_orig", ".png_orig"}
-    # Pictures in formats that are not read: they go to quarantine under their kind instead of being overlooked.
-    | {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".svg", ".exr", ".hdr"}
-    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".tga", ".ico", ".pcx", ".dds", ".qoi"}
-    | {".eps", ".xcf", ".pfm", ".pam", ".jxr", ".dcm", ".fits"}
-)
-OTHER_SUFFIXES = frozenset(
-    {".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".html", ".tar"}
-)
-"""Suffixes of files that are no pictures, whatever they begin with; any other file is looked at."""
 HEAD_BYTES = 64
-"""Bytes at the start of a file that tell what kind of picture it is."""
+"""Bytes at the start of a file that identify the kind of image."""
 KINDS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -55,7 +43,7 @@ KINDS = {
     "PostScript": rb"%!PS-Adobe-[\d.]+ EPSF|\xc5\xd0\xd3\xc6",
     "Targa": rb".(?:\0[\x02\x03\x0a\x0b]\0{5}|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20][\0-\x3f]",
 }
-"""Kinds of pictures -> how their files begin; those that are not in `FORMATS` are recognised and not read."""
+"""Kind of image -> pattern of the first bytes; kinds that are not in `FORMATS` are recognised but not read."""
 _KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in KINDS.items()}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -71,11 +59,11 @@ TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What sets a picture upright, by its orientation (EXIF 2.32, section 4.6.4)."""
+"""EXIF orientation -> Pillow's transposition that turns the image upright (EXIF 2.32, section 4.6.4)."""
 
 
 class UnreadableError(Exception):
-    """Bytes that are not one still picture we can read. `reason` is one of a few words, `detail` is free text."""
+    """The bytes are not a still image in a supported format. `reason` is one of a few phrases, `detail` free text."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -83,9 +71,9 @@ class UnreadableError(Exception):
 
 
 def open_image(data: bytes, max_pixels: int) -> Image:
-    """Encoded bytes -> a fully decoded picture with at most `max_pixels` pixels, in one of `MODES`.
+    """Encoded bytes -> a fully decoded image with at most `max_pixels` pixels, in one of `MODES`.
 
-    Text in a PNG file that is too long for Pillow's limits is skipped. Raises `UnreadableError` with reason "zero
+    Text chunks of a PNG file that exceed Pillow's limits are skipped. Raises `UnreadableError` with reason "zero
     bytes", "not an image", "KIND is not read", "too many pixels", "animated", "unsupported mode" or "truncated".
     """
     if not data:
@@ -100,12 +88,9 @@ def open_image(data: bytes, max_pixels: int) -> Image:
 
 
 def _opened(data: bytes, max_pixels: int) -> Image:
-    import PIL.Image
-    import PIL.PngImagePlugin
-
-    # Pillow's own limit only warns up to twice its size. Opening reads no pixels, so ours, below, comes in time.
+    # Pillow only warns up to twice its own limit. Opening decodes no pixels, so the check below comes early enough.
     PIL.Image.MAX_IMAGE_PIXELS = None
-    PIL.PngImagePlugin.MAX_TEXT_CHUNK = colours.MAX_BYTES  # of texts and of colour profiles
+    PIL.PngImagePlugin.MAX_TEXT_CHUNK = colours.MAX_BYTES  # applies to texts and to colour profiles
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except PIL.UnidentifiedImageError:
@@ -113,13 +98,13 @@ def _opened(data: bytes, max_pixels: int) -> Image:
         if kind is not None and kind not in FORMATS:
             raise UnreadableError(f"{kind} is not read", f"{kind} pictures are not read here; {CONVERT}") from None
         raise UnreadableError("not an image", "the bytes are in none of the formats read here") from None
-    except Exception as error:  # a damaged header raises whatever its parser stumbles over
+    except Exception as error:  # damaged headers raise many types of errors
         raise UnreadableError("not an image", f"{type(error).__name__}: {error}") from None
     if image.width * image.height > max_pixels:
         raise UnreadableError("too many pixels", f"{image.width}x{image.height} is over the limit of {max_pixels}")
     try:
         frames = getattr(image, "n_frames", 1)
-        # MPO is a JPEG photograph followed by a depth map or a second view: its first frame is the picture.
+        # MPO is a JPEG photograph followed by a depth map or a second view; the first frame is the photograph.
         if frames > 1 and image.format != "MPO":
             raise UnreadableError("animated", f"{frames} frames or pages")
         if image.mode not in MODES:
@@ -133,12 +118,12 @@ def _opened(data: bytes, max_pixels: int) -> Image:
 
 
 def kind_of(head: bytes) -> str | None:
-    """The first `HEAD_BYTES` of a file -> the kind of picture, a key of `KINDS`; None where it is none of them."""
+    """The first `HEAD_BYTES` of a file -> the kind of image, a key of `KINDS`; None for other files."""
     return next((kind for kind, pattern in _KINDS.items() if pattern.match(head)), None)
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG file without its text chunks; anything else as it is."""
+    """Remove the text chunks of a PNG file; a no-op for other files."""
     if not data.startswith(PNG_MAGIC):
         return data
     kept, place = [PNG_MAGIC], len(PNG_MAGIC)
@@ -151,21 +136,19 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def to_mode(image: Image, channels: int) -> Image:
-    """A decoded picture -> mode "L" (1 channel) or "RGB" (3) in sRGB: upright, 16 bits scaled to 8, transparency on
-    white."""
+    """Convert a decoded image to mode "L" (1 channel) or "RGB" (3 channels) in sRGB.
+
+    The image is turned upright, scaled from 16 to 8 bits, and transparency is composited on white.
+    """
     return _flat(colours.to_srgb(_upright(image)), channels)
 
 
 def _upright(image: Image) -> Image:
-    import PIL.Image
-
     turn = TURNS.get(_orientation(image))
     return image.transpose(PIL.Image.Transpose[turn]) if turn else image
 
 
 def _flat(image: Image, channels: int) -> Image:
-    import PIL.Image
-
     mode = {1: "L", 3: "RGB"}[channels]
     image = colours.eight_bits(image)
     if image.has_transparency_data:
@@ -175,33 +158,33 @@ def _flat(image: Image, channels: int) -> Image:
 
 
 def upright_size(image: Image) -> tuple[int, int]:
-    """Height and width of a decoded picture as it is looked at, which may be turned against how it is stored."""
+    """Height and width of a decoded image after it is turned upright."""
     turned = _orientation(image) in QUARTER_TURNS
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _orientation(image: Image) -> Any:
-    """How a picture is to be turned, a key of `TURNS`; where its EXIF data is damaged it is as it is stored."""
+def _orientation(image: Image) -> int:
+    """EXIF orientation of an image; 1 (as stored) if it is missing or the EXIF data is damaged."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # whatever the parser stumbles over; viewers show such a picture too
-        return None
+        value = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # damaged EXIF data raises many types of errors; viewers show such an image as stored
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def ingested(data: bytes, pixels: int, form: tuple[int, int], channels: int) -> np.ndarray:
-    """A picture that `ingest` let through, which has so many `pixels` -> uint8 [channels, *form], see `to_form`.
+    """Decode an image of the dataset -> uint8 [channels, *form], see `to_form`.
 
-    It was opened under `ingest.max_pixels`, so it is read whatever its size.
+    `pixels` is width * height from the metadata; `ingest` has already enforced `ingest.max_pixels`.
     """
     return to_form(open_image(data, max_pixels=pixels), form, channels)
 
 
 def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
-    """A decoded picture -> uint8 [channels, height, width] in sRGB: as much of its middle as has the shape of `form`
-    (height, width), resized with antialiased bilinear."""
-    import numpy as np
-    import PIL.Image
+    """A decoded image -> uint8 [channels, height, width] in sRGB, for `form` = (height, width).
 
+    The image is cropped around its centre to the aspect ratio of `form`, then resized (bilinear, antialiased).
+    """
     image = to_mode(image, channels)
     height, width = form
     across = min(image.width, max(1, round(image.height * width / height)))
@@ -215,13 +198,12 @@ def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
 
 
 def thumbnail(image: Image) -> np.ndarray:
-    """A decoded picture -> uint8 [32, 32], grey, aspect ratio and colour profile ignored: what `perceptual_hashes`
-    compares."""
-    import numpy as np
-    import PIL.Image
+    """A decoded image -> uint8 [32, 32], the input of `perceptual_hashes`.
 
+    The image is converted to grey and squeezed to a square; its colour profile is ignored.
+    """
     if image.has_transparency_data and image.size != (HASH_SIDE, HASH_SIDE):
-        # Small before it is laid on white, which takes three times the memory of the picture.
+        # Resized before compositing on white, which needs three times the memory of the image.
         whole = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
         image = whole.resize((HASH_SIDE, HASH_SIDE), PIL.Image.Resampling.BILINEAR)
     grey = _flat(_upright(image), 1)
@@ -231,14 +213,12 @@ def thumbnail(image: Image) -> np.ndarray:
 
 
 def perceptual_hashes(thumbnails: np.ndarray) -> list[str]:
-    """uint8 [n, 32, 32] -> n hashes of 16 hexadecimal digits; similar pictures differ in few bits.
+    """uint8 [n, 32, 32] -> n hashes of 16 hexadecimal digits; similar images differ in few bits.
 
-    The pHash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010):
-    the signs, about their median, of the 8x8 lowest DCT-II frequencies. The numbers are whole and
-    stay below 2^53, so float64 is exact and the same picture has the same hash on every machine.
+    The pHash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010): one bit for each
+    of the 8x8 lowest DCT-II frequencies, set if the coefficient is above the median. All values are integers below
+    2^53, so float64 is exact and an image has the same hash on every machine.
     """
-    import numpy as np
-
     basis = _integer_cosines()
     low = basis @ (thumbnails.astype(np.float64) @ basis.T)
     coefficients = low.reshape(len(thumbnails), 64)
@@ -249,7 +229,5 @@ def perceptual_hashes(thumbnails: np.ndarray) -> list[str]:
 @functools.cache
 def _integer_cosines() -> np.ndarray:
     """float64 [8, 32]: the 8 lowest DCT-II basis functions over 32 samples, scaled by 4096 and rounded."""
-    import numpy as np
-
     frequency, sample = np.arange(8)[:, None], np.arange(HASH_SIDE)[None]
     return np.rint(4096 * np.cos(np.pi * frequency * (2 * sample + 1) / (2 * HASH_SIDE)))

@@ -1,9 +1,7 @@
-"""The normal form of images: Parquet shards of encoded pictures with their metadata, and an index.
+"""The dataset format: Parquet shards of encoded images with metadata, written by `ingest`, read by every later stage.
 
-    data/images/shard-<hex>.parquet    rows whose key's sha256 begins with <hex>
-    data/images/index.json             counts, class names, licence, content hash
-
-This file owns the form: who writes it, and who turns it into pixels, goes through here.
+data/images/shard-<hex>.parquet    rows whose key has a SHA-256 that begins with <hex>
+data/images/index.json             see `tasks.pictures.index`
 """
 
 from __future__ import annotations
@@ -18,51 +16,67 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from tasks.pictures import decoding
+from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
 from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from tasks.params import ImageParams
 
-FORMAT = 2
 PICTURE = "image.bytes"
-"""Column of the encoded pictures: a struct of bytes and path, as Hugging Face `datasets` stores the feature `Image`."""
+"""Column of the encoded images: a struct of bytes and path, like the feature `Image` of Hugging Face `datasets`."""
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
 IN_MEMORY_BYTES = 1 << 30
-"""Pixels of a split that take more are kept in a file, see `Samples`."""
+"""Larger pixel arrays are memory-mapped, see `Samples`."""
+
+
+class ImageRow(TypedDict):
+    """One image of the dataset; the keys are the columns of `schema`."""
+
+    key: str
+    image: bytes
+    """The encoded image."""
+    width: int
+    height: int
+    mode: str
+    label: int | None
+    captions: list[str]
+    split: str
+    sha256: str
+    phash: str
+    safety: str | None
+    licence: str
+    source: str
 
 
 @dataclass(frozen=True)
 class Samples:
     """One split as pixels, sorted by key.
 
-    Pixels that take more than `IN_MEMORY_BYTES` lie in a nameless file in the scratch folder, which is mapped into
-    memory and goes with the array: the system keeps as much of it at hand as there is room for. So who takes many
-    rows of them takes them in parts.
+    Pixels that need more than `IN_MEMORY_BYTES` are memory-mapped from an unnamed file in the scratch folder, which is
+    deleted with the array. Callers that read many rows should read them in parts.
     """
 
     pixels: np.ndarray
-    """uint8 [N, channels, size, size]"""
+    """uint8 [N, channels, resolution, resolution]"""
     labels: np.ndarray
-    """int64 [N]; -1 where there is none"""
+    """int64 [N]; -1 for unlabelled images"""
     captions: list[list[str]]
     keys: list[str]
 
 
 def schema() -> pa.Schema:
     """Columns of a shard."""
-    import pyarrow as pa
-
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
@@ -83,7 +97,7 @@ def schema() -> pa.Schema:
 
 
 def published_schema(classes: list[str]) -> pa.Schema:
-    """Columns of a shard with what Hugging Face `datasets` calls their features: pictures, and labels with names."""
+    """Columns of a shard, with the features `Image` and `ClassLabel` declared for Hugging Face `datasets`."""
     features: dict[str, dict[str, Any]] = {"image": {"_type": "Image"}}
     if classes:
         features["label"] = {"_type": "ClassLabel", "names": classes}
@@ -92,54 +106,54 @@ def published_schema(classes: list[str]) -> pa.Schema:
 
 @functools.lru_cache(maxsize=1)
 def key_hash(key: str) -> str:
-    """sha256 of a key; its first digits choose the shard, its last ones the split, one after the other."""
+    """SHA-256 of a key: the first digits choose the shard, the last 8 the split.
+
+    The cache of one entry serves `split_of` and `Writer.add`, which are called one after the other for each key.
+    """
     return hashlib.sha256(key.encode("utf-8")).hexdigest()
 
 
 def split_of(key: str, held_out_fraction: float) -> str:
-    """The split of a key where the source publishes none: "test" for `held_out_fraction` of all keys."""
+    """The split of an image whose source publishes none: "test" for the fraction `held_out_fraction` of all keys."""
     return "test" if int(key_hash(key)[-8:], 16) < held_out_fraction * 2**32 else "train"
 
 
 @dataclass
 class Writer:
-    """Writes rows into `shards` Parquet files in `folder` (a temporary one: see `tasks.runtime.atomic`).
+    """Writes rows into `shards` Parquet files (1, 16 or 256) in `folder`.
 
-    Rows of a shard stand in the order in which they were added. Memory is bounded: a shard's
-    rows are flushed as one row group when there are 1024 of them, or when they are big.
+    A shard keeps the order in which rows were added. Memory is bounded: the rows of a shard are flushed as one row
+    group at `ROW_GROUP_ROWS` rows or at their part of `WRITE_BUFFER_BYTES`.
     """
 
     folder: Path
     shards: int
     classes: list[str] = field(default_factory=list)
-    """Names of the labels, for the metadata of the shards."""
+    """Class names in the order of the labels."""
     rows: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     captions: int = 0
-    _pending: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _pending: dict[str, list[ImageRow]] = field(default_factory=dict)
     _bytes: dict[str, int] = field(default_factory=dict)
     _files: dict[str, pq.ParquetWriter] = field(default_factory=dict)
     _content: dict[str, bytes] = field(default_factory=dict)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Take one row with every column of `schema`; its image is the encoded bytes."""
+    def add(self, row: ImageRow) -> None:
+        """Add one row."""
         shard = key_hash(row["key"])[: {1: 0, 16: 1, 256: 2}[self.shards]] or "0"
         self._pending.setdefault(shard, []).append(row)
         self._bytes[shard] = self._bytes.get(shard, 0) + len(row["image"])
         self.rows += 1
         self.splits[row["split"]] = self.splits.get(row["split"], 0) + 1
         self.captions += len(row["captions"])
-        identity = [row[name] for name in ("key", "sha256", "split", "label", "captions")]
+        identity = [row["key"], row["sha256"], row["split"], row["label"], row["captions"]]
         self._content[row["key"]] = hashlib.sha256(json.dumps(identity).encode("utf-8")).digest()
         if len(self._pending[shard]) >= ROW_GROUP_ROWS or self._bytes[shard] >= WRITE_BUFFER_BYTES // self.shards:
             self._flush(shard)
 
     def _flush(self, shard: str) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if shard not in self._files:
-            # Pictures are compressed already; the other columns are small and repetitive.
+            # Images are compressed already; the other columns are small and repetitive.
             compression = {name: "ZSTD" for name in schema().names if name != "image"}
             compression |= {PICTURE: "NONE", "image.path": "ZSTD"}
             compression["captions.list.element"] = compression.pop("captions")
@@ -150,17 +164,16 @@ class Writer:
                 use_dictionary=["mode", "split", "licence", "source"],
             )
         rows = self._pending.pop(shard)
-        columns = {its.name: [row[its.name] for row in rows] for its in schema()}
-        encoded = pa.array(columns.pop("image"), pa.binary())
+        encoded = pa.array([row["image"] for row in rows], pa.binary())
         image_type = schema().field("image").type
         image = pa.StructArray.from_arrays([encoded, pa.nulls(len(rows), pa.string())], fields=list(image_type))
-        arrays = [image if its.name == "image" else pa.array(columns[its.name], its.type) for its in schema()]
+        columns = pa.Table.from_pylist(list(rows), schema().remove(schema().get_field_index("image")))
+        arrays = [image if name == "image" else columns[name].combine_chunks() for name in schema().names]
         self._files[shard].write_table(pa.table(arrays, schema=published_schema(self.classes)))
         self._bytes[shard] = 0
 
-    def close(self) -> dict[str, Any]:
-        """Write what is pending and return what the index says of them: shards and their sha256, rows, splits,
-        captions, content hash."""
+    def close(self) -> ImageIndex:
+        """Write the remaining rows and return the index of the shards, without what only the source knows."""
         for shard in sorted(self._pending):
             self._flush(shard)
         for file in self._files.values():
@@ -168,40 +181,26 @@ class Writer:
         content = hashlib.sha256()
         for key in sorted(self._content):
             content.update(self._content[key])
-        return {
-            "format": FORMAT,
-            "shards": [f"shard-{shard}.parquet" for shard in sorted(self._files)],
-            "files": integrity.checksums(self.folder, "shard-*.parquet"),
-            "rows": self.rows,
-            "splits": dict(sorted(self.splits.items())),
-            "caption_count": self.captions,
-            "sha256": content.hexdigest(),
-        }
-
-
-def read_index(images: Path) -> dict[str, Any]:
-    """`index.json` of an images folder: format, shards, files {shard: sha256}, rows, splits, classes, caption_count,
-    source, licence, sha256, inputs, quarantined. Raises `StageError` where it is missing, damaged or of another format.
-    """
-    index = integrity.read_json(images / "index.json", "ingest")
-    if index.get("format") != FORMAT:
-        raise StageError(f"{images} has format {index.get('format')}, not {FORMAT}; {integrity.remedy('ingest')}")
-    return index
+        return ImageIndex(
+            shards=[f"shard-{shard}.parquet" for shard in sorted(self._files)],
+            files=integrity.checksums(self.folder, "shard-*.parquet"),
+            rows=self.rows,
+            splits=dict(sorted(self.splits.items())),
+            caption_count=self.captions,
+            sha256=content.hexdigest(),
+            classes=self.classes,
+        )
 
 
 def shards(images: Path) -> list[Path]:
-    """The Parquet files of an images folder. Raises `StageError` where one is missing or damaged."""
+    """The Parquet files of an images folder. Raises `StageError` if one is missing or damaged."""
     index = read_index(images)
-    integrity.require(images, index["files"], "ingest")
-    return [images / name for name in index["shards"]]
+    integrity.require(images, index.files, "ingest")
+    return [images / name for name in index.shards]
 
 
 def read_columns(images: Path, columns: list[str]) -> pa.Table:
-    """Columns of all rows, in the order of the shards; the column "image" as the encoded bytes alone."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+    """Read columns of all rows, in the order of the shards; "image" becomes a binary column of the encoded images."""
     files = shards(images)
     if "image" not in columns:
         tables = [pq.read_table(file, columns=columns) for file in files]
@@ -214,30 +213,26 @@ def read_columns(images: Path, columns: list[str]) -> pa.Table:
 
 
 def enlarged(count: int, resolution: int) -> str:
-    """What to tell about the `count` images whose shorter side is below the resolution of the model."""
+    """Message about the `count` images whose shorter side is below the resolution of the model; empty for none."""
     return f"{count} images are smaller than image.resolution {resolution} and are enlarged" if count else ""
 
 
 def schema_of(shard: Path) -> pa.Schema:
-    """Columns that a shard has, which should be those of `schema`."""
-    import pyarrow.parquet as pq
-
+    """Columns found in a shard."""
     return pq.read_schema(shard)
 
 
 def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
-    """One split of an images folder -> pixels, labels and captions, sorted by key.
+    """Decode one split of an images folder -> pixels, labels and captions, sorted by key.
 
-    Pictures are turned upright, made grey or RGB, cropped to the centre square and resized
-    (bilinear, antialiased) to `image.resolution`, as `encode` does it by the same `decoding.ingested`: no two
-    resizes differ. Raises `StageError` where the disk has no room for pixels that are too many for the memory.
+    Images are turned upright, converted to grey or RGB, cropped to the centre square and resized (bilinear,
+    antialiased) to `image.resolution`, by the same `decoding.ingested` as in `encode`.
+    Raises `StageError` if the pixels exceed `IN_MEMORY_BYTES` and the disk has no space for them.
     """
-    import numpy as np
-
-    where = read_columns(images, ["key", "split"])
-    keys = sorted(key for key, its in zip(*where.to_pydict().values(), strict=True) if its == split)
+    table = read_columns(images, ["key", "split"])
+    keys = sorted(table.filter(pc.equal(table["split"], split))["key"].to_pylist())
     position = {key: row for row, key in enumerate(keys)}
-    pixels = _room((len(keys), image.channels, image.resolution, image.resolution))
+    pixels = _allocate((len(keys), image.channels, image.resolution, image.resolution))
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
 
@@ -252,7 +247,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
 
     with (
         tqdm(desc=f"read {split}", total=len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding lets go of Python's lock
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding releases the global interpreter lock
     ):
         for rows in _rows(images, split):
             for _ in pool.map(take, rows):
@@ -260,10 +255,8 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     return Samples(pixels, labels, captions, keys)
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """An array uint8 of `shape` that holds anything, in memory or in a file that has no name."""
-    import numpy as np
-
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised uint8 array, in memory or memory-mapped from an unnamed file."""
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return np.empty(shape, np.uint8)
@@ -271,23 +264,21 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that is full later on ends the process
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where a disk that fills up later kills the process
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
         except OSError as error:
             raise StageError(
-                f"the pixels of {shape[0]} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
-                f"({error.strerror}); free some, let AFTERIMAGE_SCRATCH name a folder on a larger disk, or lower "
+                f"the pixels of {shape[0]} images need {size / 1e9:.1f} GB, and {folder} has no space for them "
+                f"({error.strerror}); free some, set AFTERIMAGE_SCRATCH to a folder on a larger disk, or lower "
                 "image.resolution"
             ) from None
         return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 
 
 def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes, int]]:
-    """(sha256, encoded picture, number of its pixels) of the images with a sha256 in `wanted`, each content once."""
-    import pyarrow.parquet as pq
-
+    """Yield (sha256, encoded image, width * height) of the images with a SHA-256 in `wanted`, each content once."""
     left = set(wanted)
     for shard in shards(images):
         file = pq.ParquetFile(shard)
@@ -303,9 +294,7 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
 
 
 def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a split, some at a time."""
-    import pyarrow.parquet as pq
-
+    """Yield the rows of a split in batches."""
     columns = ["key", PICTURE, "width", "height", "label", "captions", "split"]
     for shard in shards(images):
         for batch in pq.ParquetFile(shard).iter_batches(256, columns=columns):

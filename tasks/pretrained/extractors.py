@@ -1,10 +1,13 @@
-"""Published networks that measure: brought to where the judge keeps them, as safetensors, pinned to one content."""
+"""Pretrained feature extractors: downloaded, verified and stored as safetensors in the folder of the judge."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from models.judges.pretrained import INCEPTION_FILE, read_inception
 from tasks.params import ExtractorParams, ScoringClipParams
 from tasks.pretrained import weights
 from tasks.runtime import workspace
@@ -15,15 +18,15 @@ from tasks.transfer import fetch
 MAX_BYTES = 1 << 30
 TIMEOUT_SECONDS = 3600
 NO_PARTS = ("model",)
-"""These models lie in the folder itself, not in parts."""
+"""These models have no subfolders; their files lie in the folder itself."""
 
 
 def place(params: ExtractorParams | ScoringClipParams, target: Path) -> None:
-    """Put the network that `params` names into the folder `target`, in the form that `models.judges.pretrained` reads.
+    """Copy the network that `params` selects to the folder `target`, in the layout of `models.judges.pretrained`.
 
-    Raises `StageError` where it cannot be had, or is not what its pin says.
+    Raises `StageError` if it cannot be read, or differs from its pin.
     """
-    assert params.weights is not None and params.pin is not None, "params.py sees to that"
+    assert params.weights is not None and params.pin is not None, "checked by tasks.params"
     target.mkdir()
     if isinstance(params, ExtractorParams) and params.kind == "inception":
         _place_inception(_inception_file(params.weights, params.pin), target)
@@ -35,10 +38,6 @@ def place(params: ExtractorParams | ScoringClipParams, target: Path) -> None:
 
 
 def _place_inception(file: Path, target: Path) -> None:
-    from safetensors.torch import save_file
-
-    from models.judges.pretrained import INCEPTION_FILE, read_inception
-
     try:
         save_file(read_inception(file), target / INCEPTION_FILE)
     except ValueError as error:
@@ -46,7 +45,7 @@ def _place_inception(file: Path, target: Path) -> None:
 
 
 def _inception_file(where: str, pin: str) -> Path:
-    """The file of the weights: a local one, one behind an http(s) address, or the one in a model folder."""
+    """The weights of Inception: a local file, a download from an http(s) URL, or the only file of a model folder."""
     where = fetch.address(where, "judge.extractor.weights")
     if where.startswith(("http://", "https://")):
         folder = workspace.scratch() / "weights"
@@ -71,7 +70,7 @@ def _inception_file(where: str, pin: str) -> Path:
     files = sorted(weights.bring(where, pin, NO_PARTS).glob("*.safetensors"))
     if len(files) != 1:
         raise StageError(
-            f"judge.extractor.weights '{where}' hold {len(files)} .safetensors files; name a folder or repository with "
-            "Inception's alone"
+            f"judge.extractor.weights '{where}' holds {len(files)} .safetensors files; use a folder or repository with "
+            "exactly one"
         )
     return files[0]

@@ -39,6 +39,7 @@ PLUMBING = {
     "tasks/runtime/progress.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",
+    "tasks/runtime/stage_file.py",
     "tasks/runtime/store.py",
     "tasks/runtime/tracking.py",
     "tasks/runtime/workspace.py",

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from models import json_files
 from models.hashing import file_sha256
-from models.json_files import JsonObject
+from models.json_files import Description, JsonObject
 from tasks.runtime import atomic, workspace
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
@@ -25,6 +25,7 @@ from tasks.runtime.progress import progress
 State: TypeAlias = list[int | str]
 """Device, inode, size, modification time and status change time of a file, and its SHA-256."""
 
+AnyDescription = TypeVar("AnyDescription", bound=Description)
 VERIFIED = "verified.json"
 REMEMBERED_BYTES = 256 << 20
 """Files of fewer bytes in total are compared by every process, which takes less than a second."""
@@ -90,6 +91,20 @@ def read_json(file: Path, stage: str) -> JsonObject:
     if not isinstance(value, dict):
         raise StageError(f"{file} is damaged: it holds no JSON object; {remedy(stage)}")
     return value
+
+
+def read_description(kind: type[AnyDescription], file: Path, stage: str) -> AnyDescription:
+    """Read a typed description that `stage` wrote.
+
+    Raises `StageError` if the file is missing, damaged or of another format.
+    """
+    read_json(file, stage)  # raises the errors of missing and damaged files
+    try:
+        return kind.read(file)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StageError(f"{file} is damaged ({error}); {remedy(stage)}") from None
+    except ValueError as error:
+        raise StageError(str(error)) from None
 
 
 def remedy(stage: str) -> str:

@@ -1,8 +1,8 @@
-"""Tables of captions as text: CSV and its relatives -> lines of (name of an image, captions).
+"""Caption files in CSV, TSV and similar formats -> lines of (image name, captions).
 
-The delimiter is the one that `sep=` in the first line states, or else the one of `DELIMITERS` by which the first lines
-have a column of file names and one of captions. With a header the columns are found by their names; without one the
-table must have two columns, one of which holds file names with the suffix of an image.
+The delimiter is stated by `sep=` in the first line, or is the one of `DELIMITERS` that splits the first lines into a
+column of file names and one of captions. With a header, columns are found by name; without one, the table must have
+two columns, one with file names that have the suffix of an image.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tasks.runtime.stage import StageError
 from tasks.sources.image_names import Names, is_image_name
 from tasks.sources.text_files import is_damaged
+
+if TYPE_CHECKING:
+    import _csv
 
 DELIMITERS = ",\t;|"
 FILE_COLUMNS = {
@@ -26,22 +29,22 @@ FILE_COLUMNS = {
     "path",
 }
 KEY_COLUMNS = {"id", "key", "name", "stem", "image_id", "imageid"}
-"""Columns that may hold names of images without their suffix."""
+"""Columns that may hold names of images without suffix."""
 TEXT_COLUMNS = {"caption", "captions", "text", "description", "prompt", "sentence", "comment"}
 MAX_FIELD = 1 << 20
 SAMPLE_LINES, SAMPLE_CHARACTERS = 50, 1 << 18
-"""The beginning of a table, by which its columns are found."""
+"""Size of the beginning of a table that is searched for its columns."""
 _SEPARATOR = re.compile(r'"?sep=(.)"?(\r\n|\n|\r|$)', re.IGNORECASE)
 _INNER_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class UnreadError(Exception):
-    """A file that names images and is not read as captions; the message says why."""
+    """A file names images but cannot be read as captions, for the reason in the message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one line of a table says about an image."""
+    """One line of a caption file: an image name and its captions."""
 
     number: int
     name: str
@@ -50,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class DamagedLine:
-    """A line that could not be read, and why."""
+    """A line that could not be read."""
 
     number: int
     reason: str
@@ -58,34 +61,37 @@ class DamagedLine:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a table has what."""
+    """Delimiter and columns of a table."""
 
     delimiter: str
     file: int
+    """Position of the column of file names."""
     captions: tuple[int, ...]
+    """Positions of the columns of captions."""
     width: int
+    """Number of columns."""
     has_header: bool
 
 
 def column_name(name: str) -> str:
-    """The name of a column or key as it is compared: "Image Path" and "imagePath" are "image_path"."""
+    """Normalise the name of a column or key: "Image Path" and "imagePath" -> "image_path"."""
     return re.sub(r"\W+", "_", _INNER_CAPITAL.sub("_", name.strip())).lower()
 
 
 def text_columns(names: list[str]) -> list[int]:
-    """Positions of the captions among names of columns: the usual names, or else the one whose last word is one."""
+    """Positions of the caption columns: those with a usual name, or the only one whose last word is such a name."""
     usual = [position for position, name in enumerate(names) if name in TEXT_COLUMNS]
     by_word = [position for position, name in enumerate(names) if name.rpartition("_")[2] in TEXT_COLUMNS]
     return usual or (by_word if len(by_word) == 1 else [])
 
 
 def read(table: str, text: str, names: Names) -> Iterator[Line] | None:
-    """The lines of a table; None where no column names images.
+    """Read a table; None if no column names images.
 
-    Raises `UnreadError` where the columns of captions are not clear, `StageError` where the text is damaged.
+    Raises `UnreadError` if the caption columns are ambiguous, `StageError` if the text is damaged.
     """
     if "\0" in text.partition("\n")[0] or is_damaged(text.partition("\n")[0]):
-        raise StageError(f"{table} is no UTF-8 text; save it as UTF-8")
+        raise StageError(f"{table} is not UTF-8 text; save it as UTF-8")
     csv.field_size_limit(MAX_FIELD)
     stated = _SEPARATOR.match(text)
     body, first = (text[stated.end() :], 1) if stated else (text, 0)
@@ -105,20 +111,20 @@ def _layout(table: str, body: str, stated: str | None, names: Names) -> Layout |
             cut_off = len(body) > SAMPLE_CHARACTERS and 1 < len(sample) < SAMPLE_LINES
             layout = _layout_of(sample[:-1] if cut_off else sample, delimiter, names)
         except csv.Error as error:
-            raise StageError(f"{table} is no readable table ({error}; is a quote not closed?); repair it") from None
+            raise StageError(f"{table} is not a readable table ({error}; is a quote not closed?); repair it") from None
         except UnreadError as unread:
             reason = reason or unread
             continue
         if layout:
-            known = sum(layout.file < len(row) and names.knows(row[layout.file]) for row in sample)
+            known = sum(layout.file < len(row) and names.has(row[layout.file]) for row in sample)
             found.append((known, layout))
     if reason and not found:
         raise reason
-    return max(found, key=lambda each: each[0])[1] if found else None
+    return max(found, key=lambda candidate: candidate[0])[1] if found else None
 
 
 def _layout_of(rows: list[list[str]], delimiter: str, names: Names) -> Layout | None:
-    """Where the first rows of a table, split by one delimiter, have what; None where no column names images."""
+    """The layout of the first rows of a table, split by one delimiter; None if no column names images."""
     if not rows or len(rows[0]) < 2:
         return None
     width = len(rows[0])
@@ -126,8 +132,8 @@ def _layout_of(rows: list[list[str]], delimiter: str, names: Names) -> Layout | 
         file = next(position for position, cell in enumerate(rows[0]) if is_image_name(cell))
         if width > 2:
             raise UnreadError(
-                f"there is no header, and the first line has {width} columns; add one such as 'file_name,text', and "
-                f"put quotes round captions that hold '{delimiter}'"
+                f"it has no header, and the first line has {width} columns; add a header such as 'file_name,text', and "
+                f"quote captions that contain '{delimiter}'"
             )
         return Layout(delimiter, file, (1 - file,), width, has_header=False)
     header = [column_name(cell) for cell in rows[0]]
@@ -137,9 +143,9 @@ def _layout_of(rows: list[list[str]], delimiter: str, names: Names) -> Layout | 
     captions = text_columns(header)
     if not captions:
         if file_column != _file_by_content(header, rows[1:], names):
-            return None  # a column called "path" or "image" that names none
+            return None  # a column called "path" or "image" that does not name images
         raise UnreadError(
-            f"no column is called caption, text or prompt (there are {', '.join(cell.strip() for cell in rows[0])})"
+            f"no column is called caption, text or prompt (found {', '.join(cell.strip() for cell in rows[0])})"
         )
     return Layout(delimiter, file_column, tuple(captions), width, has_header=True)
 
@@ -150,18 +156,17 @@ def _file_column(header: list[str], rows: list[list[str]], names: Names) -> int 
 
 
 def _file_by_content(header: list[str], rows: list[list[str]], names: Names) -> int | None:
-    """The one column all of whose cells name images."""
+    """The only column in which every cell names an image."""
     found = []
     for position, name in enumerate(header):
         cells = [row[position].strip() for row in rows if position < len(row) and row[position].strip()]
         may_lack_suffix = name in KEY_COLUMNS | FILE_COLUMNS
-        if cells and all(is_image_name(cell) or (may_lack_suffix and names.knows(cell)) for cell in cells):
+        if cells and all(is_image_name(cell) or (may_lack_suffix and names.has(cell)) for cell in cells):
             found.append(position)
     return found[0] if len(found) == 1 else None
 
 
-def _reader(text: str, delimiter: str) -> Any:
-    """An iterator over rows, whose `line_num` counts the lines that were read."""
+def _reader(text: str, delimiter: str) -> _csv.Reader:
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
 
 
@@ -178,23 +183,23 @@ def _lines(table: str, body: str, first: int, layout: Layout, names: Names) -> I
                 yield Line(begins, cells[layout.file], texts)
     except csv.Error as error:
         raise StageError(
-            f"{table} is no readable table ({error}, line {before + 1}; is a quote not closed?); repair it"
+            f"{table} is not a readable table ({error}, line {before + 1}; is a quote not closed?); repair it"
         ) from None
 
 
 def _require_whole(table: str, row: list[str], line: int, layout: Layout, names: Names) -> None:
-    """Raise `StageError` where a row is not one line of the table: it holds further ones, or too many cells."""
+    """Raise `StageError` if a row contains further rows (an unclosed quote) or has too many cells."""
     for cell in row:
         for inner in re.split("[\r\n]+", cell)[1:] if "\n" in cell or "\r" in cell else ():
             cells = inner.split(layout.delimiter)
             name = cells[layout.file].strip(' "') if layout.file < len(cells) > 1 else ""
-            if is_image_name(name) or (name and len(cells) >= layout.width and names.knows(name)):
+            if is_image_name(name) or (name and len(cells) >= layout.width and names.has(name)):
                 raise StageError(
-                    f"{table}: a quote in line {line} is not closed before the line of {name}, so that several rows "
-                    "would become one caption; close it, or double a quote that belongs to a caption"
+                    f"{table}: a quote in line {line} is not closed before the line of {name}; close it, or double a "
+                    "quote that belongs to a caption"
                 )
     if any(cell.strip() for cell in row[layout.width :]):
         raise StageError(
-            f"{table}: line {line} has {len(row)} cells, but the first line has {layout.width}; put quotes round "
-            f"captions that hold '{layout.delimiter}'"
+            f"{table}: line {line} has {len(row)} cells, but the first line has {layout.width}; quote captions "
+            f"that contain '{layout.delimiter}'"
         )

@@ -1,8 +1,8 @@
-"""Files of captions beside images: found, read and joined by file name.
+"""Caption files: files that hold captions of many images, joined with the images by name.
 
-Read are CSV and its relatives (`tasks.sources.caption_tables`), JSON lines and JSON documents
-(`tasks.sources.caption_documents`). A file that names images or is called like captions, and is in none of the forms
-read here, is reported with the reason.
+Supported are CSV, TSV and similar tables (`tasks.sources.caption_tables`), JSON lines and JSON documents
+(`tasks.sources.caption_documents`). A file that names images or has "caption" in its name, but is in another format,
+is reported with the reason.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
+from tasks.pictures.index import CaptionFile
 from tasks.runtime.stage import StageError
 from tasks.sources import archives, caption_documents, caption_tables
 from tasks.sources.archives import Member
@@ -25,65 +25,48 @@ TABLES, LINES, DOCUMENTS, TEXTS = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".js
 OTHER_TABLES = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".pkl", ".db", ".sqlite")
 OTHER_TEXTS = (".caption", ".captions", ".text", ".prompt", ".tags", ".md", ".yaml", ".yml", ".toml")
 MAX_BYTES, MAX_DOCUMENT_BYTES = 1 << 30, 1 << 28
-_SAYS_CAPTIONS = re.compile(r"(^|[^a-z])(caption|cap|prompt)s?([^a-z]|$)")
-_SAYS_METADATA = re.compile(r"metadata|caption|prompt")
+_CAPTION_NAME = re.compile(r"(^|[^a-z])(caption|cap|prompt)s?([^a-z]|$)")
+_METADATA_NAME = re.compile(r"metadata|caption|prompt")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass
-class Joined:
-    """What became of one file of captions."""
-
-    key: str
-    """Its name."""
-    captions: int = 0
-    """Captions that it has for the images."""
-    matched: int = 0
-    """Its lines that name an image."""
-    unmatched: int = 0
-    first_unmatched: str = ""
-
-
-@dataclass
 class Captions:
-    """Captions by the path of their image."""
+    """Captions of all images."""
 
-    files: list[Joined] = field(default_factory=list)
-    """The files that they came from."""
+    files: list[CaptionFile] = field(default_factory=list)
+    """The caption files that were read."""
     texts: dict[str, list[str]] = field(default_factory=dict)
+    """Captions by the path of an image."""
     unread: dict[str, str] = field(default_factory=dict)
-    """Files that seem to hold captions and were not read, with the reason."""
+    """Reason by name of a file that seems to hold captions and was not read."""
     damaged: list[tuple[str, str]] = field(default_factory=list)
-    """Lines of files of lines that could not be read: file and number, and the reason."""
+    """File and number of each line that could not be read, and the reason."""
 
     @property
     def unmatched(self) -> int:
-        """Lines that name no image."""
+        """Number of lines that name no image."""
         return sum(file.unmatched for file in self.files)
 
     def of(self, image: str) -> tuple[str, ...]:
         """Captions of an image, in the order of the files."""
         return tuple(self.texts.get(image, ()))
 
-    def described(self) -> list[dict[str, Any]]:
-        """The files that were read, for the index."""
-        return [asdict(file) for file in self.files]
-
 
 def may_hold_captions(name: str) -> bool:
-    """Whether a file may hold captions of many images, by its name."""
+    """Whether the name of a file is that of a possible caption file."""
     lower = name.lower()
-    return lower.endswith((*TABLES, *LINES, *DOCUMENTS)) or (lower.endswith(TEXTS) and _says_captions(lower))
+    return lower.endswith((*TABLES, *LINES, *DOCUMENTS)) or (lower.endswith(TEXTS) and _is_caption_name(lower))
 
 
-def _says_captions(name: str) -> bool:
-    return _SAYS_CAPTIONS.search(posixpath.basename(name).lower()) is not None
+def _is_caption_name(name: str) -> bool:
+    return _CAPTION_NAME.search(posixpath.basename(name).lower()) is not None
 
 
 def read(files: Iterable[tuple[Member, bytes | Problem]], images: Sequence[str]) -> Captions:
-    """Join every file that names images and their captions with the paths in `images`.
+    """Read caption files and join them with the paths in `images`.
 
-    Raises `StageError` where a table is damaged, fits no image, or has a name that fits several.
+    Raises `StageError` if a table is damaged, names none of the images, or has a name that matches several.
     """
     names, captions = Names(images), Captions()
     for member, content in files:
@@ -97,34 +80,35 @@ def read(files: Iterable[tuple[Member, bytes | Problem]], images: Sequence[str])
 
 
 def _join(file: str, content: bytes | Problem, names: Names, captions: Captions) -> None:
-    """Take the captions of one file. Raises `UnreadError` where it seems to hold some that are not read."""
+    """Add the captions of one file. Raises `UnreadError` if it seems to hold captions but cannot be read."""
     lines = _lines_of(file, content, names)
     if lines is None:
         return
-    joined, damaged = Joined(file), []
+    matched = unmatched = texts = 0
+    first_unmatched, damaged = "", []
     for line in lines:
         if isinstance(line, DamagedLine):
             damaged.append((f"{file}, line {line.number}", line.reason))
             continue
         image = names.find(line.name, file)
         if image is None:
-            joined.unmatched += 1
-            joined.first_unmatched = joined.first_unmatched or f"line {line.number}: {archives.text(line.name)}"
+            unmatched += 1
+            first_unmatched = first_unmatched or f"line {line.number}: {archives.text(line.name)}"
             continue
-        joined.matched += 1
-        joined.captions += len(line.texts)
+        matched += 1
+        texts += len(line.texts)
         captions.texts.setdefault(image, []).extend(line.texts)
-    if joined.unmatched and not joined.matched:
+    if unmatched and not matched:
         sentence = f"names none of the {len(names.paths)} images; its file names must be those of the images"
         if file.lower().endswith((*TABLES, *LINES)):
             raise StageError(f"{file} {sentence}")
         raise UnreadError(f"it {sentence}")
-    captions.files.append(joined)
+    captions.files.append(CaptionFile(file, texts, matched, unmatched, first_unmatched))
     captions.damaged += damaged
 
 
 def _lines_of(file: str, content: bytes | Problem, names: Names) -> list[Line | DamagedLine] | None:
-    """What a file says, line by line; None where it has nothing to do with captions."""
+    """The lines of a caption file; None if the file holds no captions."""
     lower = file.lower()
     if isinstance(content, Problem):
         raise UnreadError(f"{content.reason}, {content.detail}")
@@ -133,32 +117,35 @@ def _lines_of(file: str, content: bytes | Problem, names: Names) -> list[Line | 
     text = decoded(content)
     try:
         if lower.endswith(DOCUMENTS):
-            found: Iterable[Any] | None = caption_documents.read_document(text, names)
+            found: Iterable[Line | DamagedLine] | None = caption_documents.read_document(text, names)
         elif lower.endswith(LINES):
             found = caption_documents.read_lines(text)
         else:
             found = caption_tables.read(file, text, names)
     except ValueError as error:
         raise UnreadError(str(error)) from None
-    if found is None and _says_captions(file):
-        raise UnreadError("it is called like captions, but names no images in a form that is known here")
+    if found is None and _is_caption_name(file):
+        raise UnreadError("it has the name of a caption file, but names no images in a supported format")
     return None if found is None else list(found)
 
 
 def suspicion(name: str, content: bytes | None, stems: set[str]) -> str | None:
-    """Why a file that was not read seems to hold captions, or None. `stems` are those of the images, case-folded."""
+    """Why a file that was not read seems to hold captions, or None.
+
+    `stems` are the file names of the images without suffix, case-folded.
+    """
     stem, suffix = posixpath.splitext(composed(name).casefold())
-    if suffix in OTHER_TABLES and _SAYS_METADATA.search(posixpath.basename(stem)):
+    if suffix in OTHER_TABLES and _METADATA_NAME.search(posixpath.basename(stem)):
         return f"tables of captions are read as CSV, TSV or JSON, not as {suffix}"
     if suffix not in (*TEXTS, *OTHER_TEXTS) or not (content is None or holds_words(decoded(content))):
         return None
     if posixpath.basename(stem) in stems:
         return "it has the name of an image, but does not lie beside it or in a folder 'captions' beside the images"
-    if any(map(_says_captions, posixpath.dirname(stem).split("/"))):
-        return "it lies in a folder of captions, and no image has its name"
-    return "it is called like captions, but is in no form that is known here" if _says_captions(stem) else None
+    if any(map(_is_caption_name, posixpath.dirname(stem).split("/"))):
+        return "it lies in a folder of captions, but no image has the same name"
+    return "it has the name of a caption file, but an unsupported format" if _is_caption_name(stem) else None
 
 
 def holds_words(text: str) -> bool:
-    """Whether a text is more than numbers, as the boxes of detection data sets are."""
+    """Whether a text contains words; label files of detection datasets hold only numbers."""
     return _WORD.search(text) is not None

@@ -1,9 +1,9 @@
-"""The source `cifar10`: the archive that its authors publish, 60,000 colour pictures of 32x32 in ten classes.
+"""The source `cifar10`: the archive published by its authors, 60,000 colour images of 32x32 in ten classes.
 
 A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
 
-The archive holds Python pickles. They are opened after the checksum has shown that they are the
-authors' own, and even then by an unpickler that builds arrays and nothing else.
+The archive holds Python pickles. They are read only after the checksum is verified, and only by an unpickler that
+builds nothing but arrays and basic types.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+
 from tasks.params import DownloadParams
 from tasks.runtime import workspace
 from tasks.runtime.stage import StageError
@@ -25,7 +29,7 @@ from tasks.transfer import fetch
 
 @dataclass(frozen=True)
 class Publication:
-    """Where an archive of this format is published, and what identifies it."""
+    """Addresses and checksum of an archive."""
 
     urls: tuple[str, ...]
     sha256: str
@@ -47,7 +51,7 @@ MAX_MEMBER_BYTES = 64 << 20
 
 
 def copy(raw: Path, params: DownloadParams, publication: Publication = OFFICIAL) -> str:
-    """Fetch the published archive into `raw`; returns its address. `params.url` is tried first, where there is one."""
+    """Fetch the published archive into `raw` and return its address. `params.url` is tried first, if it is set."""
     mirrors = [fetch.address(params.url, "download.url")] if params.url else []
     urls = mirrors + list(publication.urls)
     return fetch.fetch(
@@ -62,7 +66,7 @@ def copy(raw: Path, params: DownloadParams, publication: Publication = OFFICIAL)
 
 
 def read(file: Path) -> Source:
-    """The archive -> one PNG per picture, with its published split and label."""
+    """The archive -> one PNG per image, with its published split and label."""
     return Source(CLASSES, None, _entries(file))
 
 
@@ -88,8 +92,6 @@ def _entries(file: Path) -> Iterator[Entry]:
 
 def _pictures(batch_name: str, split: str, batch: dict[bytes, Any]) -> Iterator[Entry]:
     """One batch, `data` uint8 [n, 3072] channel first and `labels` [n] -> entries."""
-    import PIL.Image
-
     planes = batch[b"data"].reshape(-1, 3, 32, 32)
     for row, (pixels, label) in enumerate(zip(planes, batch[b"labels"], strict=True)):
         png = io.BytesIO()
@@ -107,10 +109,7 @@ def _require_classes(names: dict[bytes, Any]) -> None:
 class _ArraysOnly(pickle.Unpickler):
     """Reads pickles of dicts, lists, bytes, numbers and NumPy arrays."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        import numpy as np
-        from numpy._core.multiarray import _reconstruct
-
+    def find_class(self, module: str, name: str) -> Any:  # as in pickle.Unpickler
         allowed = {
             ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
             ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -118,11 +117,11 @@ class _ArraysOnly(pickle.Unpickler):
             ("numpy", "dtype"): np.dtype,
         }
         if (module, name) not in allowed:
-            raise StageError(f"the archive asks for {module}.{name}, which no picture needs; do not use it")
+            raise StageError(f"the archive asks for {module}.{name}, which CIFAR-10 does not need; do not use it")
         return allowed[module, name]
 
 
-def _unpickle(data: bytes) -> dict[bytes, Any]:
+def _unpickle(data: bytes) -> dict[bytes, Any]:  # the keys determine the types of the values
     try:
         batch: dict[bytes, Any] = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:

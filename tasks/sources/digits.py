@@ -1,4 +1,4 @@
-"""The source `digits`: 1,797 real handwritten digits of 8x8 pixels that scikit-learn brings along.
+"""The source `digits`: 1,797 handwritten digits of 8x8 pixels, a part of scikit-learn.
 
 E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998).
 """
@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import PIL.Image
+
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
 from tasks.sources.entry import Entry, Source
@@ -25,21 +27,21 @@ CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def copy(raw: Path) -> None:
-    """Copy the published file into `raw`. Raises `StageError` where it is missing or not the file known here."""
-    package = importlib.util.find_spec("sklearn")  # found, not imported: that would take a second
+    """Copy the published file into `raw`. Raises `StageError` if it is missing or has another checksum."""
+    package = importlib.util.find_spec("sklearn")  # importing it would take a second
     published = Path(str(package.origin)).parent / "datasets" / "data" / FILE if package else None
     if published is None or not published.is_file():
         raise StageError("scikit-learn's digits.csv.gz is not installed; run 'make repro', which installs it")
     found = sha256_of(published)
     if found != SHA256:
         raise StageError(
-            f"the checksum of scikit-learn's {FILE} is {found[:16]}..., not {SHA256[:16]}...; install scikit-learn anew"
+            f"the checksum of scikit-learn's {FILE} is {found[:16]}..., not {SHA256[:16]}...; reinstall scikit-learn"
         )
     shutil.copyfile(published, raw / FILE)
 
 
 def read(file: Path) -> Source:
-    """The published table -> one 8x8 grey PNG per row, labelled."""
+    """The published table -> one labelled 8x8 grey PNG per row."""
     return Source(CLASSES, COUNT, _entries(file))
 
 
@@ -52,9 +54,7 @@ def _entries(file: Path) -> Iterator[Entry]:
 
 
 def _png(inks: list[int]) -> bytes:
-    """64 values from 0 (paper) to 16 (ink) -> an 8x8 grey PNG from 0 to 255."""
-    import PIL.Image
-
+    """64 values from 0 (paper) to 16 (ink) -> an 8x8 grey PNG with values from 0 to 255."""
     png = io.BytesIO()
     PIL.Image.frombytes("L", (8, 8), bytes(round(ink * 255 / 16) for ink in inks)).save(png, "PNG")
     return png.getvalue()

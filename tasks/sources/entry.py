@@ -1,18 +1,24 @@
-"""What the sources have in common: the manifest of `data/raw/`, and the entries that `ingest` takes from it."""
+"""Types that all sources share: the manifest of `data/raw/`, and the entries that `ingest` reads from it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias
 
-from tasks.runtime import atomic
+from models.json_files import Description, JsonObject
+from tasks.pictures.index import CaptionFile
+from tasks.runtime import atomic, integrity
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
 
-FORMAT = 2
+MANIFEST = "manifest.json"
+SourceKind: TypeAlias = Literal["digits", "cifar10", "folder", "hub", "laion"]
+NO_IMAGE_FILE = "no image file"
+"""Reason of files that are not images, such as a licence text. `validate` does not count them as faults."""
+CAPTIONS_NOT_READ = "captions not read"
+"""Reason of files that seem to hold captions, but in an unsupported format or place."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -23,59 +29,109 @@ SPLITS = {
     "validation": "val",
     "dev": "val",
 }
-"""Names under which splits are published -> the splits known here."""
+"""Published name of a split -> its name here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why an input cannot be a row: a reason of a few words, and free text."""
+    """Why an input goes to quarantine."""
 
     reason: str
+    """One of a few short phrases."""
     detail: str
+    """Free text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One input as published: a row to be, or a problem already known."""
+    """One input as published, with the problem if one is already known."""
 
     key: str
     data: bytes | None
-    """The encoded picture; None where it was not read (`problem` says why)."""
+    """The encoded image; None if it was not read, for the reason in `problem`."""
     size: int
-    """Bytes as published."""
+    """Published size in bytes."""
     label: int | None = None
     captions: tuple[str, ...] = ()
     split: str | None = None
-    """The published split; None where the source publishes none."""
+    """The published split; None if the source publishes none."""
     problem: Problem | None = None
     safety: str | None = None
-    """"safe" or "unsafe" to show, as the source says (unsafe where it should say and does not); None where no picture
-    of it is judged. `validate` lets only "safe" pass in a source that judges."""
+    """Safety rating by the source, such as "safe" or "unsafe"; None if the source does not rate images. If a source
+    rates any image, `validate` accepts only "safe"."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that is ready to be read once, in an order that depends on its content alone."""
+    """A source whose entries can be read once, in an order that depends only on its content."""
 
     classes: list[str]
-    """Display names, in the order of the labels; empty where there are none."""
+    """Class names in the order of the labels; empty for an unlabelled source."""
     count: int | None
-    """Number of entries where it is known before they are read, for the progress bar."""
+    """Number of entries for the progress bar; None if it is not known in advance."""
     entries: Iterator[Entry]
     unmatched_captions: int = 0
-    """Captions that name no image."""
-    caption_files: list[dict[str, Any]] = field(default_factory=list)
-    """Files of captions of many images: `key`, number of `captions`, of lines `matched` and `unmatched` with an image,
-    and `first_unmatched`."""
+    """Lines of caption files that name no image."""
+    caption_files: list[CaptionFile] = field(default_factory=list)
+    """Statistics of the files that hold captions of many images."""
     notes: tuple[str, ...] = ()
-    """What a person should know about how the source was read, one sentence each."""
+    """Messages about how the source was read, one sentence each."""
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Which columns of Parquet tables to read; None or an empty list selects them by their usual names."""
+
+    image: str | None = None
+    label: str | None = None
+    """A column, or an element of lists such as "attributes[20]"."""
+    captions: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    """Class names in the order of the labels, if the tables do not declare them."""
+    key: str | None = None
+    safety: str | None = None
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One file of `data/raw/`."""
+
+    name: str
+    """Path relative to `data/raw/`, with '/' between its parts."""
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest(Description):
+    """`data/raw/manifest.json`: the files of `data/raw/` and their origin."""
+
+    FORMAT = 2
+    REMEDY = "run 'dvc repro -f download'"
+
+    source: SourceKind
+    origin: str
+    """Address or name of the published data, without credentials."""
+    licence: str
+    files: list[RawFile]
+    details: JsonObject
+    """What only this source records: `columns` for tables, counts of filters and outcomes for downloads from URLs."""
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> Manifest:
+        return cls(**{**values, "files": [RawFile(**file) for file in values["files"]]})
+
+    @property
+    def columns(self) -> TableColumns:
+        """Columns of the tables of the sources `hub` and `laion`."""
+        return TableColumns(**self.details["columns"])
 
 
 def settle_splits(published: set[str | None]) -> dict[str | None, str | None]:
-    """What each published split becomes, None standing for "the key hash decides".
+    """Map each published split to a split of the dataset; None means that the key hash decides.
 
-    Where only one split is published there is nothing held out, so the key hash decides, as it does
-    for images outside of the split folders. Without `test`, `val` is the held-out split.
+    The key hash decides for images without a published split, and for all images if the source does not publish both
+    a training split and a held-out one. If a source has no `test`, `val` is the held-out split.
     """
     held_out = "test" if "test" in published else "val"
     if not {"train", held_out} <= published:
@@ -83,38 +139,24 @@ def settle_splits(published: set[str | None]) -> dict[str | None, str | None]:
     return {"train": "train", held_out: "test", "val": "test" if held_out == "val" else "val", None: None}
 
 
-def write_manifest(raw: Path, source: str, origin: str, licence: str, details: dict[str, Any] | None = None) -> None:
-    """Record the files in `raw`, with size and sha256, and where they came from.
-
-    `details` is what else the source wants to be known: counts of what it left out, names of columns.
-    """
+def write_manifest(raw: Path, source: SourceKind, origin: str, licence: str, details: JsonObject | None = None) -> None:
+    """Record the files in `raw` with size and SHA-256, and their origin."""
     files = [
-        {"name": path.relative_to(raw).as_posix(), "size": path.stat().st_size, "sha256": sha256_of(path)}
+        RawFile(path.relative_to(raw).as_posix(), path.stat().st_size, sha256_of(path))
         for path in sorted(raw.rglob("*"))
         if path.is_file()
     ]
-    atomic.write_json(
-        raw / "manifest.json",
-        {
-            "format": FORMAT,
-            "source": source,
-            "origin": origin,
-            "licence": licence,
-            "files": files,
-            "details": details or {},
-        },
-    )
+    with atomic.writing(raw / MANIFEST) as temporary:
+        Manifest(source, origin, licence, files, details or {}).write(temporary)
 
 
-def read_manifest(raw: Path) -> dict[str, Any]:
-    """The manifest of `data/raw/`. Raises `StageError` where it, or a file of it, is missing or of another format."""
-    try:
-        manifest: dict[str, Any] = json.loads((raw / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{raw} holds no manifest.json; run 'dvc repro download'") from None
-    if manifest.get("format") != FORMAT:
-        raise StageError(f"{raw} has format {manifest.get('format')}, not {FORMAT}; run 'dvc repro -f download'")
-    for file in manifest["files"]:
-        if not (raw / file["name"]).is_file():
-            raise StageError(f"{raw / file['name']} is missing; run 'dvc repro -f download'")
+def read_manifest(raw: Path) -> Manifest:
+    """Read the manifest of `data/raw/`.
+
+    Raises `StageError` if it is missing, damaged or of another format, or if a file that it lists is missing.
+    """
+    manifest = integrity.read_description(Manifest, raw / MANIFEST, "download")
+    for file in manifest.files:
+        if not (raw / file.name).is_file():
+            raise StageError(f"{raw / file.name} is missing; {Manifest.REMEDY}")
     return manifest

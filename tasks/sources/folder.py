@@ -1,18 +1,20 @@
-"""The source `folder`: one's own images, in a folder, a zip or a tar.
+"""The source `folder`: the user's own images, in a folder, a zip or a tar.
 
-What the names say:
-- folders named train, test or val (and their usual synonyms), in any case, are published splits; one that holds images
-  itself and lies beside other such folders is a class (bus, car, train), unless a train and a test folder lie there;
-- otherwise the innermost folder is the class, where there are at least two different ones;
-- webdataset shards (.tar) are looked into; train-000000.tar is a shard of the split train.
+Splits and classes:
+- folders named train, test or val (or a usual synonym, in any case) are published splits. Such a folder is a class
+  instead (bus, car, train) if it holds images, other image folders lie beside it, and no train and test folder do;
+- otherwise the innermost folder is the class, if the dataset has at least two classes;
+- members of webdataset shards (.tar) are read; train-000000.tar is a shard of the split train.
 
-What captions them (names are compared in Unicode's form NFC):
-- tables of file names and captions: .csv, .tsv, .jsonl, .json, see `tasks.sources.captions`; several lines for one
-  image are several captions;
-- text files beside an image under its name, or in a folder `captions` beside it: each line is a caption; a caption that
-  goes over several lines is written as one line, or into a .json file (see `tasks.sources.sidecars`, also for classes).
+Captions (names are compared in Unicode form NFC):
+- caption files: .csv, .tsv, .jsonl, .json, see `tasks.sources.captions`; several lines for one image are several
+  captions;
+- text files with the name of an image, beside it or in a folder `captions`: each line is a caption; a caption with
+  line breaks needs a .json file (see `tasks.sources.sidecars`, also for classes).
 
-What looks like captions and is not read goes to quarantine, with the reason.
+Files and lines that look like captions and cannot be read go to quarantine with the reason. Lines of a caption file
+that name no image are counted and reported, but they are no quarantined inputs: a complete caption file beside a
+subset of the images is common.
 """
 
 from __future__ import annotations
@@ -24,34 +26,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.pictures import decoding
+from tasks.pictures import decoding, suffixes
+from tasks.pictures.index import CaptionFile
 from tasks.runtime.disk import require_space
 from tasks.runtime.stage import StageError
-from tasks.sources import archives, captions, sidecars
+from tasks.sources import archives, captions, packing, sidecars
 from tasks.sources.archives import Member
-from tasks.sources.entry import SPLITS, Entry, Problem, Source, settle_splits
-from tasks.sources.quarantine import CAPTIONS_NOT_READ, NO_IMAGE_FILE
+from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE, SPLITS, Entry, Problem, Source, settle_splits
 from tasks.sources.sidecars import Sidecars
 from tasks.sources.text_files import composed, is_damaged
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the path of an image says."""
+    """Split and class of an image."""
 
     split: str | None
-    folder: str | None
-    """The class: what a file beside the image says, or the innermost folder, unless it is a split or a shard."""
+    class_name: str | None
+    """From the sidecar file, or the innermost folder unless that is a split or a shard."""
 
 
 def copy(path: Path, raw: Path) -> None:
-    """Bring a local folder or archive into `raw`: a folder packed into a zip, an archive as it is.
+    """Pack a local folder into `raw/images.zip`, or copy a local archive.
 
-    An archive is copied and not linked: DVC makes what it keeps read-only, and that file is not ours.
-    Raises `StageError` where it is missing, empty, no archive, or larger than what is free.
+    An archive is not linked, because DVC makes its files read-only. Raises `StageError` if `path` is missing, empty,
+    not an archive, or larger than the free space.
     """
     if path.is_dir():
-        archives.pack(path, raw / "images.zip")
+        packing.pack(path, raw / "images.zip")
     elif path.is_file():
         require_space(raw, path.stat().st_size)
         shutil.copyfile(path, raw / f"images.{archives.kind(path)}")
@@ -60,13 +62,13 @@ def copy(path: Path, raw: Path) -> None:
 
 
 def read(file: Path, max_bytes: int) -> Source:
-    """An archive of images -> its entries; members over `max_bytes` are not unpacked.
+    """Open an archive of images; members over `max_bytes` are not unpacked.
 
-    Raises `StageError` where the archive is damaged, or where a table of captions fits no image.
+    Raises `StageError` if the archive is damaged, or if a caption table names none of the images.
     """
     members = archives.list_members(file)
     found = _pictures_by_content(file, members)
-    images = [member.name for member in members if _suffix(member) in decoding.SUFFIXES or member.name in found]
+    images = [member.name for member in members if _suffix(member) in suffixes.SUFFIXES or member.name in found]
     around = sidecars.beside(members, images)
     tables = [
         member
@@ -74,50 +76,52 @@ def read(file: Path, max_bytes: int) -> Source:
         if member not in around and not member.problem and captions.may_hold_captions(member.name)
     ]
     captioned = captions.read(archives.read_members(file, tables, captions.MAX_BYTES) if tables else (), images)
-    owners = {member.name: its for member, its in around.items()}
-    said = sidecars.read(archives.read_members(file, list(around), sidecars.MAX_BYTES) if around else (), owners)
-    for image, texts in said.texts.items():
+    owners = {member.name: owned for member, owned in around.items()}
+    beside = sidecars.read(archives.read_members(file, list(around), sidecars.MAX_BYTES) if around else (), owners)
+    for image, texts in beside.texts.items():
         captioned.texts.setdefault(image, []).extend(texts)
-    captioned.unread |= said.unread
-    understood = {joined.key for joined in captioned.files} | said.files
-    inputs = [member for member in members if member.name not in understood]
-    places, notes = _places(images, said.classes)
-    folders = {place.folder for place in places.values() if place.folder}
-    classes = sorted(folders, key=_natural) if len(folders) > 1 else []
+    captioned.unread |= beside.unread
+    read_files = {table.key for table in captioned.files} | beside.files
+    inputs = [member for member in members if member.name not in read_files]
+    places, notes = _places(images, beside.classes)
+    names = {place.class_name for place in places.values() if place.class_name}
+    classes = sorted(names, key=_natural) if len(names) > 1 else []
     contents = archives.read_members(file, inputs, max_bytes)
     entries = _entries(contents, places, {name: label for label, name in enumerate(classes)}, captioned)
-    notes += _caption_notes(captioned, said)
+    notes += [*_file_notes(captioned.files), *_line_notes(beside)]
     count = len(inputs) + len(captioned.damaged)
-    return Source(classes, count, entries, captioned.unmatched, captioned.described(), tuple(notes))
+    return Source(classes, count, entries, captioned.unmatched, captioned.files, tuple(notes))
 
 
 def _pictures_by_content(file: Path, members: list[Member]) -> set[str]:
-    """Names of the members that begin as pictures do, of those whose suffix says nothing."""
-    known = decoding.SUFFIXES | decoding.OTHER_SUFFIXES
+    """Names of the members with an unknown suffix whose first bytes are those of an image."""
+    known = suffixes.SUFFIXES | suffixes.OTHER_SUFFIXES
     unknown = [member for member in members if member.size and _suffix(member) not in known]
     heads = archives.read_heads(file, unknown, decoding.HEAD_BYTES)
     return {member.name for member, head in heads if decoding.kind_of(head)}
 
 
-def _caption_notes(captioned: captions.Captions, said: Sidecars) -> list[str]:
-    """What a person should know about the captions that were read."""
-    notes = [f"{joined.captions} captions from {joined.key}" for joined in captioned.files]
-    notes += [
-        f"{joined.unmatched} lines of {joined.key} name no image ({joined.first_unmatched})"
-        for joined in captioned.files
-        if joined.unmatched
+def _file_notes(files: list[CaptionFile]) -> list[str]:
+    """Messages about the caption files that were read."""
+    notes = [f"{file.captions} captions from {file.key}" for file in files]
+    unmatched = [file for file in files if file.unmatched]
+    return notes + [
+        f"{file.unmatched} lines of {file.key} name no image ({file.first_unmatched})" for file in unmatched
     ]
-    if said.several:
-        first, lines = next(iter(said.several.items()))
-        files = "caption file has" if len(said.several) == 1 else "caption files have"
-        wrapped = (
-            f", and {len(said.wrapped)} of them may be one wrapped text ({said.wrapped[0]})" if said.wrapped else ""
-        )
-        notes.append(
-            f"{len(said.several)} {files} several lines, and each line is a caption of its own ({first}: {lines} "
-            f"captions){wrapped}; write a caption that goes over several lines as one line"
-        )
-    return notes
+
+
+def _line_notes(beside: Sidecars) -> list[str]:
+    """Message about text files with several lines."""
+    if not beside.several:
+        return []
+    first, lines = next(iter(beside.several.items()))
+    files = "caption file has" if len(beside.several) == 1 else "caption files have"
+    wrapped = f", and {len(beside.wrapped)} of them may be one wrapped text ({next(iter(beside.wrapped), '')})"
+    sentence = (
+        f"{len(beside.several)} {files} several lines, and each line is a separate caption ({first}: {lines} "
+        f"captions){wrapped if beside.wrapped else ''}; write a caption that goes over several lines as one line"
+    )
+    return [sentence]
 
 
 def _entries(
@@ -135,31 +139,33 @@ def _entries(
             yield Entry(member.name, data, member.size, problem=problem)
             continue
         place = places[member.name]
-        label = labels.get(place.folder) if place.folder else None
+        label = labels.get(place.class_name) if place.class_name else None
         texts = captioned.of(member.name)
         if any(map(is_damaged, texts)):
-            problem = problem or Problem("caption not UTF-8", "a caption of this image is no UTF-8 text")
+            problem = problem or Problem("caption not UTF-8", "a caption of this image is not UTF-8 text")
         yield Entry(member.name, data, member.size, label, texts, place.split, problem)
     for line, reason in captioned.damaged:
         yield Entry(line, None, 0, problem=Problem(CAPTIONS_NOT_READ, reason))
 
 
 def _stems(places: dict[str, Place]) -> set[str]:
-    """Names of the images without folder and suffix, case-folded."""
+    """File names of the images without suffix, case-folded."""
     return {composed(posixpath.splitext(posixpath.basename(name))[0]).casefold() for name in places}
 
 
 def _no_image(member: Member, data: bytes | None, captioned: captions.Captions, stems: set[str]) -> Problem:
-    """Why a file that is no image is set aside: it seems to hold captions, or it is something else."""
+    """The problem of a file that is not an image: it seems to hold captions, or is another file."""
     suspicion = captioned.unread.get(member.name) or captions.suspicion(member.name, data, stems)
     if suspicion:
         return Problem(CAPTIONS_NOT_READ, suspicion)
-    return Problem(NO_IMAGE_FILE, f"'{_suffix(member)}' is no suffix of an image")
+    return Problem(NO_IMAGE_FILE, f"'{_suffix(member)}' is not the suffix of an image")
 
 
 def _places(images: list[str], classes: dict[str, str]) -> tuple[dict[str, Place], list[str]]:
-    """Published splits and classes of image paths, the class by a file beside the image or by its folder; and what a
-    person should know about them."""
+    """Split and class of each image, and messages about folders that could be either.
+
+    `classes` maps images to the class in their sidecar file, which takes precedence over the folder.
+    """
     folders = dict.fromkeys(posixpath.dirname(name) for name in images)
     as_class, notes = _classes_named_like_splits(list(folders))
     at = {folder: _place(folder, as_class) for folder in folders}
@@ -167,12 +173,12 @@ def _places(images: list[str], classes: dict[str, str]) -> tuple[dict[str, Place
     found = {}
     for name in images:
         place = at[posixpath.dirname(name)]
-        found[name] = Place(settled[place.split], classes.get(name) or place.folder)
+        found[name] = Place(settled[place.split], classes.get(name) or place.class_name)
     return found, notes
 
 
 def _place(folder: str, as_class: set[str]) -> Place:
-    """What the path of a folder says about the images in it."""
+    """Split and class of the images in a folder, by its path."""
     parts = folder.split("/") if folder else []
     above = ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
     splits = [None if path in as_class else _split_named(path) for path in above]
@@ -181,8 +187,10 @@ def _place(folder: str, as_class: set[str]) -> Place:
 
 
 def _classes_named_like_splits(folders: list[str]) -> tuple[set[str], list[str]]:
-    """Those folders of images that are called like a split and are classes, as bus, car and train: others lie beside
-    them, and no training split together with a held-out one. And what a person should know about it."""
+    """Folders that are named like a split but are classes (bus, car, train), and messages about the decision.
+
+    Such a folder has other image folders beside it, but not both a training split and a held-out one.
+    """
     found, notes = set(), []
     for beside in _siblings(folders).values():
         others = sorted(folder for folder, own in beside.items() if own and not _split_named(folder))
@@ -192,20 +200,20 @@ def _classes_named_like_splits(folders: list[str]) -> tuple[set[str], list[str]]
         splits = {_split_named(folder) for folder in beside} - {None}
         if len(splits) > 1 and "train" in splits:
             notes.append(
-                f"{', '.join(named)} beside {', '.join(others[:3])} count as splits, not as classes; rename them where "
+                f"{', '.join(named)} beside {', '.join(others[:3])} count as splits, not as classes; rename them if "
                 "they are classes"
             )
         elif not any(other.startswith(f"{folder}/") for folder in named for other in folders):
             found |= set(named)
             notes.append(
                 f"{', '.join(named)} beside {', '.join(others[:3])} count as classes, not as splits, because no other "
-                "split lies beside them; where they are splits, add the other one (train and test)"
+                "split lies beside them; if they are splits, add the missing one (train and test)"
             )
     return found, notes
 
 
 def _siblings(folders: list[str]) -> dict[str, dict[str, bool]]:
-    """Folder -> the folders in it, and whether they hold images themselves."""
+    """Folder -> its subfolders, and whether they directly hold images."""
     inside: dict[str, dict[str, bool]] = {}
     for folder in folders:
         path, holds = folder, True
@@ -217,7 +225,7 @@ def _siblings(folders: list[str]) -> dict[str, dict[str, bool]]:
 
 
 def _split_named(folder: str) -> str | None:
-    """The split that the last part of a path is called like."""
+    """The split whose name is the last part of a path, or None."""
     return SPLITS.get(_split_word(posixpath.basename(folder)))
 
 
@@ -226,7 +234,7 @@ def _is_shard(folder: str) -> bool:
 
 
 def _split_word(folder: str) -> str:
-    """What may name a split: a folder's name, or the first word of a shard's, such as train-000000.tar."""
+    """The part of a folder name that may name a split; for a shard such as train-000000.tar its first word."""
     return re.split(r"[-_.]", folder.lower())[0] if _is_shard(folder) else folder.lower()
 
 

@@ -1,69 +1,70 @@
-"""Parquet tables of pictures, as the Hugging Face hub publishes them and `tasks.transfer.laion` writes them -> entries.
+"""Parquet tables of images, from the Hugging Face hub or written by `tasks.transfer.laion` -> entries.
 
-A picture is the `bytes` of a struct (what `datasets` writes) or a binary column. The names of the classes
-and the kinds of the columns stand in the schema's metadata under "huggingface"; what does not stand
-there is found by the usual names, or told by `download.columns`.
+Images are the field `bytes` of a struct column (as written by `datasets`) or a binary column. Class names and column
+features come from the schema metadata "huggingface"; other columns are selected by `download.columns` or, if that is
+not set, by their usual names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tasks.runtime.stage import StageError
-from tasks.sources.entry import SPLITS, Entry, Problem, Source, settle_splits
-from tasks.sources.text_files import is_damaged, parsed
+from tasks.sources.entry import SPLITS, Entry, Problem, Source, TableColumns, settle_splits
+from tasks.sources.text_files import Json, is_damaged, parsed
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+Value: TypeAlias = Any
+"""A value of a column as Python object; its type depends on the column."""
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 LABEL_NAMES = ("label", "labels", "class")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 CAPTION_WORDS = {*CAPTION_NAMES, "texts", "prompts", "description", "descriptions", "sentence", "sentences"}
-"""Words in the names of columns that may be captions, too, such as "caption_en"."""
+"""Words in the names of possible caption columns, such as "caption_en"."""
 MAX_CLASSES = 100_000
-"""Numbers up to which a column of labels that nobody named is taken for one."""
-ELEMENT = re.compile(r"(?P<column>.+)\[(?P<place>\d+)\]")
-"""A label that is one of a list of attributes, such as "attributes[20]"."""
+"""Largest accepted number of classes in a label column without class names."""
+ELEMENT = re.compile(r"(?P<column>.+)\[(?P<position>\d+)\]")
+"""An element of a list column as label, such as "attributes[20]"."""
 BATCH_ROWS = 64
 READ_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table are read, and what its labels are called."""
+    """Columns of a table to read, and the class names."""
 
     image: str
     label: str | None
     captions: list[str]
     classes: list[str]
-    """Empty where the schema names none."""
+    """Class names in the order of the labels; empty if the schema declares none."""
     key: str | None = None
     safety: str | None = None
-    place: int | None = None
-    """Where in the lists of its column the label stands; None where the column holds the labels themselves."""
+    position: int | None = None
+    """Position of the label in the lists of its column; None if the column holds labels."""
 
 
 def count_rows(files: list[Path]) -> int:
-    """Rows of all tables, from their footers. Raises `StageError` where one is no Parquet file."""
+    """Total number of rows, from the file footers. Raises `StageError` if a file is not Parquet."""
     return sum(_open(file).metadata.num_rows for file in files)
 
 
-def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Source:
-    """Tables of one data set, by their published paths -> entries; pictures over `max_bytes` are not kept.
+def read(tables: dict[str, Path], wanted: TableColumns, max_bytes: int) -> Source:
+    """Open the tables of one dataset, by their published paths; images over `max_bytes` are not kept.
 
-    `wanted` may name the columns `image`, `label`, `captions`, `key`, `safety`, and say `classes`.
-    Raises `StageError` where there is no such column, or no column of pictures.
+    Raises `StageError` if a requested column is missing, or no column holds images.
     """
     files = list(tables.values())
     columns = _columns(_open(files[0]).schema_arrow, wanted)
     if columns.label and not columns.classes:
-        columns = replace(columns, classes=_classes(files, columns.label, columns.place))
+        columns = replace(columns, classes=_classes(files, columns.label, columns.position))
     splits = {name: _split_of(name) for name in tables}
     settled = settle_splits(set(splits.values()))
     entries = (
@@ -71,101 +72,101 @@ def read(tables: dict[str, Path], wanted: dict[str, Any], max_bytes: int) -> Sou
         for name, file in sorted(tables.items())
         for entry in _entries(file, name, columns, settled[splits[name]], max_bytes)
     )
-    notes = () if wanted.get("captions") else tuple(_notes(_open(files[0]).schema_arrow, columns))
+    notes = () if wanted.captions else tuple(_notes(_open(files[0]).schema_arrow, columns))
     return Source(columns.classes, count_rows(files), entries, notes=notes)
 
 
 def _notes(schema: pa.Schema, columns: Columns) -> list[str]:
-    """What a person should know about columns that seem to hold captions and are not read."""
+    """Message about columns that seem to hold captions but are not read."""
     read = {*columns.captions, columns.image, columns.label, columns.key, columns.safety}
     left = [name for name in schema.names if name not in read and _is_caption(schema.field(name))]
-    alike = [name for name in left if CAPTION_WORDS & set(re.split(r"[^a-z]+", name.lower()))]
-    if not alike:
+    similar = [name for name in left if CAPTION_WORDS & set(re.split(r"[^a-z]+", name.lower()))]
+    if not similar:
         return []
-    return [f"columns that look like captions and are not read: {', '.join(alike)}; see download.columns.captions"]
+    return [f"columns that look like captions and are not read: {', '.join(similar)}; see download.columns.captions"]
 
 
 def _open(file: Path) -> pq.ParquetFile:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         return pq.ParquetFile(file, buffer_size=READ_BUFFER)
     except (pa.ArrowInvalid, OSError) as error:
-        sentence = f"{file.name} is no Parquet file ({error}); narrow download.hub.files, or get it again"
+        sentence = f"{file.name} is not a Parquet file ({error}); narrow download.hub.files, or get it again"
         raise StageError(sentence) from None
 
 
-def _columns(schema: pa.Schema, wanted: dict[str, Any]) -> Columns:
-    features, place = _features(schema), None
-    element = ELEMENT.fullmatch(wanted.get("label") or "")
-    if element and wanted["label"] not in schema.names:
-        wanted, place = wanted | {"label": element["column"]}, int(element["place"])
-    for key in ("image", "label"):
-        if wanted.get(key) and wanted[key] not in schema.names:
-            raise StageError(_no_column(key, wanted[key], schema))
-    if wanted.get("label"):
-        _require_labels(schema.field(wanted["label"]), place)
-    for name in wanted.get("captions") or ():
-        if name not in schema.names:
-            raise StageError(_no_column("captions", name, schema))
-    image = wanted.get("image") or _found(schema, features, "Image", IMAGE_NAMES, _is_picture)
+def _columns(schema: pa.Schema, wanted: TableColumns) -> Columns:
+    features, position = _features(schema), None
+    element = ELEMENT.fullmatch(wanted.label or "")
+    if element and wanted.label not in schema.names:
+        wanted, position = replace(wanted, label=element["column"]), int(element["position"])
+    _require_columns(schema, wanted)
+    if wanted.label:
+        _require_labels(schema.field(wanted.label), position)
+    image = wanted.image or _find(schema, features, "Image", IMAGE_NAMES, _is_image)
     if image is None:
         raise StageError(
-            f"no column holds pictures (there are {', '.join(schema.names)}); name it in download.columns.image"
+            f"no column holds images (found {', '.join(schema.names)}); set download.columns.image to its name"
         )
-    label = wanted.get("label") or _found(schema, features, "ClassLabel", LABEL_NAMES, _is_label)
-    captions = list(wanted.get("captions") or ())
-    if not captions:
-        captions = [name for name in schema.names if name.lower() in CAPTION_NAMES and _is_caption(schema.field(name))]
-    classes = list(wanted.get("classes") or ())
-    if classes and label is None:
+    label = wanted.label or _find(schema, features, "ClassLabel", LABEL_NAMES, _is_label)
+    if wanted.classes and label is None:
         raise StageError(
-            f"no column holds labels for download.columns.classes (there are {', '.join(schema.names)}); name it in "
-            "download.columns.label, an element of lists as 'attributes[20]'"
+            f"no column holds labels for download.columns.classes (found {', '.join(schema.names)}); set "
+            "download.columns.label to its name, or to an element of a list column such as 'attributes[20]'"
         )
-    classes = classes or list((features.get(label, {}) if label else {}).get("names") or ())
+    usual = [name for name in schema.names if name.lower() in CAPTION_NAMES and _is_caption(schema.field(name))]
+    declared = features.get(label, {}).get("names") if label else None
+    classes = wanted.classes or (declared if isinstance(declared, list) else [])
     names = [str(name) for name in classes]
-    return Columns(image, label, captions, names, wanted.get("key"), wanted.get("safety"), place)
+    return Columns(image, label, list(wanted.captions) or usual, names, wanted.key, wanted.safety, position)
 
 
-def _require_labels(field: pa.Field, place: int | None) -> None:
-    """Raise `StageError` where a column cannot hold labels: texts, numbers, or lists of them with a place in them."""
-    import pyarrow as pa
+def _require_columns(schema: pa.Schema, wanted: TableColumns) -> None:
+    """Raise `StageError` if a column that `download.columns` names is missing."""
+    for key, names in {"image": [wanted.image], "label": [wanted.label], "captions": wanted.captions}.items():
+        for name in names:
+            if name and name not in schema.names:
+                raise StageError(
+                    f"the tables have no column '{name}' (found {', '.join(schema.names)}); correct "
+                    f"download.columns.{key}"
+                )
 
+
+def _require_labels(field: pa.Field, position: int | None) -> None:
+    """Raise `StageError` unless a column holds strings or numbers, or lists of them if `position` is set."""
     kind, listed = field.type, pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
     kind = kind.value_type if listed else kind
     scalar = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if listed != (place is not None) or not (scalar or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if listed != (position is not None) or not (scalar or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise StageError(
-            f"download.columns.label: the column '{field.name}' holds {field.type}; name one of texts or whole "
-            f"numbers, or one element of lists as '{field.name}[0]'"
+            f"download.columns.label: the column '{field.name}' holds {field.type}; use a column of strings or "
+            f"integers, or an element of lists such as '{field.name}[0]'"
         )
 
 
-def _no_column(key: str, name: str, schema: pa.Schema) -> str:
-    return f"the tables have no column '{name}' (there are {', '.join(schema.names)}); correct download.columns.{key}"
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What `datasets` wrote about each column; nothing where it did not write the file."""
+def _features(schema: pa.Schema) -> dict[str, dict[str, Json]]:
+    """Feature of each column as declared by `datasets`; empty if it did not write the file."""
     try:
-        features = parsed((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: its for name, its in features.items() if isinstance(its, dict)}
+        document: Any = parsed((schema.metadata or {})[b"huggingface"])  # of any form; the except clause handles all
+        features = document["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _found(schema: pa.Schema, features: dict[str, Any], kind: str, names: tuple[str, ...], fits: Any) -> str | None:
-    """The column of a `kind` of feature, or else of one of the usual names."""
+def _find(
+    schema: pa.Schema,
+    features: dict[str, dict[str, Json]],
+    kind: str,
+    names: tuple[str, ...],
+    accepts: Callable[[pa.Field], bool],
+) -> str | None:
+    """The first column declared with a `kind` of feature, or else the first with a usual name and accepted type."""
     declared = [name for name in schema.names if features.get(name, {}).get("_type") == kind]
-    usual = [name for name in schema.names if name.lower() in names and fits(schema.field(name))]
+    usual = [name for name in schema.names if name.lower() in names and accepts(schema.field(name))]
     return next(iter(declared + usual), None)
 
 
-def _is_picture(field: pa.Field) -> bool:
-    import pyarrow as pa
-
+def _is_image(field: pa.Field) -> bool:
     kind = field.type
     if pa.types.is_struct(kind):
         return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
@@ -173,59 +174,53 @@ def _is_picture(field: pa.Field) -> bool:
 
 
 def _is_label(field: pa.Field) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_integer(field.type) or pa.types.is_string(field.type))
 
 
 def _is_caption(field: pa.Field) -> bool:
-    import pyarrow as pa
-
-    kind = field.type.value_type if _is_listed(field.type) else field.type
+    kind = field.type.value_type if _is_list(field.type) else field.type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _classes(files: list[Path], label: str, place: int | None) -> list[str]:
-    """Names of classes that nobody named: the texts that occur, sorted, or the numbers up to the largest one.
+def _classes(files: list[Path], label: str, position: int | None) -> list[str]:
+    """Class names of an undeclared label column: the sorted strings, or the integers from 0 to the largest one.
 
-    Raises `StageError` where the numbers are too large to be labels.
+    Raises `StageError` if the integers are too large to be labels.
     """
-    found = {value for file in files for value in _labels_of(file, label, place) if value is not None}
+    found = {value for file in files for value in _labels_of(file, label, position) if value is not None}
     texts = sorted(value for value in found if isinstance(value, str))
     if texts:
         return texts
     largest = max((int(value) for value in found if _is_whole(value)), default=-1)
     if largest >= MAX_CLASSES:
         raise StageError(
-            f"the column '{label}' holds numbers up to {largest}, which are no labels; choose another in "
-            "download.columns.label, or name download.columns.classes"
+            f"the column '{label}' holds numbers up to {largest}, too large for labels; set "
+            "download.columns.label to another column, or set download.columns.classes"
         )
     return [str(number) for number in range(largest + 1)]
 
 
-def _labels_of(file: Path, label: str, place: int | None) -> list[Any]:
-    """The different values of a table's labels."""
-    import pyarrow.compute as pc
-
+def _labels_of(file: Path, label: str, position: int | None) -> list[Value]:
+    """Distinct labels of a table."""
     column = _open(file).read([label])[label]
-    if place is None:
+    if position is None:
         return _values(pc.unique(column))
-    return list({_element(value, place) for value in _values(column)})
+    return list({_element(value, position) for value in _values(column)})
 
 
-def _element(value: Any, place: int | None) -> Any:
-    """A label, or the one at a `place` of a list; None where the list ends before it."""
-    if place is None or value is None:
+def _element(value: Value, position: int | None) -> Value:
+    """The value itself, or its element at `position`; None if the list is shorter."""
+    if position is None or value is None:
         return value
-    return value[place] if place < len(value) else None
+    return value[position] if position < len(value) else None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Value) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a path says: data/train-00000-of-00006.parquet by its file, train/0000.parquet by its folder."""
+    """Split by file name (data/train-00000-of-00006.parquet) or folder (train/0000.parquet), or None."""
     *folders, file = PurePosixPath(name.lower()).parts
     words = [re.split(r"[-_.]", file)[0], *reversed(folders)]
     return next((SPLITS[word] for word in words if word in SPLITS), None)
@@ -243,59 +238,57 @@ def _entries(file: Path, name: str, columns: Columns, split: str | None, max_byt
             row += 1
 
 
-def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows of a batch; bytes of texts that are no UTF-8 become lone surrogates."""
+def _records(batch: pa.RecordBatch) -> list[dict[str, Value]]:
+    """Rows of a batch; invalid UTF-8 in strings becomes lone surrogates."""
     try:
-        return batch.to_pylist()
+        rows: list[dict[str, Value]] = batch.to_pylist()
+        return rows
     except UnicodeDecodeError:
         columns = map(_values, batch.columns)
         return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _values(column: Any) -> list[Any]:
-    import pyarrow as pa
-
+def _values(column: pa.Array | pa.ChunkedArray) -> list[Value]:
     try:
-        return column.to_pylist()
+        values: list[Value] = column.to_pylist()
+        return values
     except UnicodeDecodeError:
-        kind = pa.list_(pa.binary()) if _is_listed(column.type) else pa.binary()
+        kind = pa.list_(pa.binary()) if _is_list(column.type) else pa.binary()
         return [_escaped(value) for value in column.cast(kind).to_pylist()]
 
 
-def _is_listed(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
+def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _escaped(value: Any) -> Any:
-    """A text from its bytes, or texts from a list of them."""
+def _escaped(value: Value) -> Value:
+    """Decode bytes, or a list of them; invalid UTF-8 becomes lone surrogates."""
     if isinstance(value, list):
-        return [_escaped(each) for each in value]
+        return [_escaped(item) for item in value]
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _entry(
-    key: str, values: dict[str, Any], columns: Columns, labels: dict[str, int], split: str | None, max_bytes: int
+    key: str, values: dict[str, Value], columns: Columns, labels: dict[str, int], split: str | None, max_bytes: int
 ) -> Entry:
-    picture = values[columns.image]
-    data = picture.get("bytes") if isinstance(picture, dict) else picture
+    image = values[columns.image]
+    data = image.get("bytes") if isinstance(image, dict) else image
     size = len(data or b"")
-    said = _element(values[columns.label], columns.place) if columns.label else None
-    label, problem = _label(said, columns, labels)
+    published = _element(values[columns.label], columns.position) if columns.label else None
+    label, problem = _label(published, columns, labels)
     if data is None:
-        problem = Problem("no bytes", "the table holds no bytes of this picture")
+        problem = Problem("no bytes", "the table holds no bytes of this image")
     elif size > max_bytes:
         problem, data = Problem("oversized", f"{size} bytes are over the limit of {max_bytes}"), None
     captions = [text for column in columns.captions for text in _texts(values[column])]
     if any(map(is_damaged, captions)):
-        problem = problem or Problem("caption not UTF-8", "a caption of this image is no UTF-8 text")
+        problem = problem or Problem("caption not UTF-8", "a caption of this image is not UTF-8 text")
     safety = values[columns.safety] if columns.safety else None
     return Entry(key, data, size, label, tuple(captions), split, problem, safety)
 
 
-def _label(value: Any, columns: Columns, labels: dict[str, int]) -> tuple[int | None, Problem | None]:
-    """A value of the label column -> its number; -1, null and NaN are no label, others must be of a class."""
+def _label(value: Value, columns: Columns, labels: dict[str, int]) -> tuple[int | None, Problem | None]:
+    """A value of the label column -> class index; -1, null and NaN mean unlabelled, other values must be a class."""
     if value is None or value != value or value == -1:
         return None, None
     number = labels.get(value, -1) if isinstance(value, str) else int(value) if _is_whole(value) else -1
@@ -304,7 +297,7 @@ def _label(value: Any, columns: Columns, labels: dict[str, int]) -> tuple[int | 
     return number, None
 
 
-def _texts(value: Any) -> list[str]:
-    """One caption, or a list of them; empty ones, null and NaN are none."""
+def _texts(value: Value) -> list[str]:
+    """Captions in a string or a list of strings, without empty strings, null and NaN."""
     texts = value if isinstance(value, list) else [value]
     return [str(text).strip() for text in texts if text is not None and text == text and str(text).strip()]

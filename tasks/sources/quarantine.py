@@ -1,7 +1,7 @@
-"""What could not become a row, with the reason: `data/quarantine/quarantine.parquet`.
+"""`data/quarantine/`: inputs that did not become images of the dataset, each with the reason.
 
-Columns: key, reason (a few fixed words), detail, size in bytes, sha256 and the bytes themselves,
-the last two null where the input was not read, the bytes also where they are large.
+`quarantine.parquet` has the columns key, reason (one of a few short phrases), detail, size in bytes, sha256 and bytes;
+sha256 and bytes are null if the input was not read, bytes also if it is larger than `KEPT_BYTES`.
 """
 
 from __future__ import annotations
@@ -10,60 +10,71 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tasks.sources.entry import Entry, Problem
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from models.json_files import Description
+from tasks.runtime import integrity
+from tasks.sources.entry import CAPTIONS_NOT_READ, Entry, Problem
 
-FILE = "quarantine.parquet"
-NO_IMAGE_FILE = "no image file"
-"""Reason of files beside the pictures, such as a licence text: set aside, and no fault of the data."""
-CAPTIONS_NOT_READ = "captions not read"
-"""Reason of files that seem to hold captions, in a form or a place that is not read."""
+FILE, INDEX = "quarantine.parquet", "index.json"
 KEPT_BYTES = 1 << 20
 BATCH_ROWS = 256
-MAX_SHOWN = 300
+MAX_MESSAGE_CHARACTERS = 300
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("bytes", pa.binary()),
+    ]
+)
 
 
-def schema() -> pa.Schema:
-    import pyarrow as pa
+@dataclass(frozen=True)
+class QuarantineIndex(Description):
+    """`data/quarantine/index.json`."""
 
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("reason", pa.string(), nullable=False),
-            pa.field("detail", pa.string(), nullable=False),
-            pa.field("size", pa.int64(), nullable=False),
-            pa.field("sha256", pa.string()),
-            pa.field("bytes", pa.binary()),
-        ]
-    )
+    FORMAT = 1
+    REMEDY = integrity.remedy("ingest")
+
+    inputs: int
+    """All inputs of `ingest`."""
+    rows: int
+    """Inputs that became images of the dataset."""
+    quarantined: dict[str, int]
+    """Number of quarantined inputs by reason."""
+
+
+def read_index(quarantine: Path) -> QuarantineIndex:
+    """Read the index. Raises `StageError` if it is missing, damaged or of another format."""
+    return integrity.read_description(QuarantineIndex, quarantine / INDEX, "ingest")
 
 
 @dataclass
 class Writer:
-    """Writes the quarantine of one run into `folder`, which may be a temporary one."""
+    """Writes the quarantine of one run into `folder`."""
 
     folder: Path
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
-    """For each reason the first input that has it, with the detail."""
-    _pending: list[dict[str, Any]] = field(default_factory=list)
+    """The first input for each reason, with the detail."""
+    _pending: list[dict[str, str | int | bytes | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        import pyarrow.parquet as pq
-
-        self._file = pq.ParquetWriter(self.folder / FILE, schema(), compression="zstd")
+        self._file = pq.ParquetWriter(self.folder / FILE, SCHEMA, compression="zstd")
 
     def add(self, entry: Entry, problem: Problem) -> None:
+        """Add an input with its problem."""
         self.reasons[problem.reason] += 1
-        self.first.setdefault(problem.reason, shown(f"{entry.key}: {problem.detail}"))
+        self.first.setdefault(problem.reason, printable(f"{entry.key}: {problem.detail}"))
         data = entry.data
         self._pending.append(
             {
-                # A key may hold bytes that are no text; they are shown escaped.
+                # A file name may hold bytes that are not UTF-8; they are written escaped.
                 "key": entry.key.encode("utf-8", "backslashreplace").decode("utf-8"),
                 "reason": problem.reason,
                 "detail": problem.detail.encode("utf-8", "backslashreplace").decode("utf-8"),
@@ -75,18 +86,16 @@ class Writer:
         if len(self._pending) >= BATCH_ROWS:
             self._flush()
 
-    def told(self) -> list[str]:
-        """One sentence for each reason: how many inputs, and the first one."""
+    def summary(self) -> list[str]:
+        """One sentence for each reason: the number of inputs, and the first one."""
         return [_sentence(reason, count, self.first[reason]) for reason, count in sorted(self.reasons.items())]
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._file.write_table(pa.Table.from_pylist(self._pending, schema()))
+        self._file.write_table(pa.Table.from_pylist(self._pending, SCHEMA))
         self._pending.clear()
 
     def close(self) -> dict[str, int]:
-        """Write what is pending; returns the number of inputs per reason."""
+        """Write the remaining rows and return the number of inputs by reason."""
         self._flush()
         self._file.close()
         return dict(sorted(self.reasons.items()))
@@ -99,6 +108,6 @@ def _sentence(reason: str, count: int, first: str) -> str:
     return f"{count} x {reason} ({first})"
 
 
-def shown(text: str) -> str:
-    """A text of others as it may stand in a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)[:MAX_SHOWN]
+def printable(text: str) -> str:
+    """Replace characters of untrusted text that are unsafe in a terminal, and limit the length."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:MAX_MESSAGE_CHARACTERS]

@@ -1,13 +1,13 @@
-"""What lies beside an image under its own name, as in webdataset shards: captions, class.
+"""Sidecar files: captions and classes of one image in files of the same name, as in webdataset shards.
 
 1.jpg   the image
-1.txt   its captions: each line is a caption, empty lines are skipped (1.caption likewise)
-1.json  an object whose "caption", or another usual name, is a caption or a list of them; read where there is no text.
-        A caption here may go over several lines
-1.cls   its class
+1.txt   captions: each line is a caption, empty lines are skipped (also 1.caption)
+1.json  an object with a caption or a list of captions under "caption" or another usual key, used if the image has no
+        text file; a caption in JSON may contain line breaks
+1.cls   class name
 
-Instead of 1.txt the file may be called 1.jpg.txt, or lie in a folder `captions` (or texts, txt, prompts) beside the
-folder of the image or beside the image. A text of nothing but rows of five or more numbers holds boxes, not captions.
+1.txt may also be called 1.jpg.txt, or lie in a folder `captions` (or texts, txt, prompts) beside the folder of the
+image or beside the image. A text that consists of rows of five or more numbers holds boxes, not captions.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ _BOXES = re.compile(r"[-+.\deE]+(\s+[-+.\deE]+){4,}")
 
 @dataclass
 class Sidecars:
-    """What the files beside images say, by the path of the image."""
+    """Content of the sidecar files."""
 
     files: set[str] = field(default_factory=set)
-    """Names of the files that were understood; others are inputs like any other."""
+    """Names of the files that were read; other files are ordinary inputs."""
     texts: dict[str, list[str]] = field(default_factory=dict)
+    """Captions by the path of an image."""
     classes: dict[str, str] = field(default_factory=dict)
+    """Class name by the path of an image."""
     unread: dict[str, str] = field(default_factory=dict)
-    """Files that should say something and were not understood, with the reason."""
+    """Reason by name of a file that could not be read."""
     several: dict[str, int] = field(default_factory=dict)
-    """Text files of several captions, with their number."""
+    """Number of captions by name of a text file with more than one."""
     wrapped: list[str] = field(default_factory=list)
-    """Those of them that look like one text that is wrapped by hand."""
+    """Files among `several` that may hold a single caption with line breaks."""
 
 
 def beside(members: list[Member], images: list[str]) -> dict[Member, list[str]]:
-    """The members that lie beside images under their name, or in a folder of captions, each with its images."""
+    """Find the sidecar files among the members of an archive, each with the images that it belongs to."""
     kinds = tuple(TEXTS | OBJECTS | CLASSES)
     candidates = [member for member in members if member.name.lower().endswith(kinds) and not member.problem]
     if not candidates:
@@ -67,14 +69,14 @@ def beside(members: list[Member], images: list[str]) -> dict[Member, list[str]]:
 
 
 def _caption_folders(name: str) -> list[int]:
-    """Which of the folders of a path, counted from the top, are folders of captions."""
+    """Positions of the parts of a path that are caption folders."""
     if posixpath.splitext(name)[1].lower() in CLASSES:
         return []
     return [place for place, folder in enumerate(name.split("/")[:-1]) if folder.lower() in FOLDERS]
 
 
 Place = tuple[str, str]
-"""The folders above a left-out one; the folders below it and the stem of the file."""
+"""A path without one of its folders, as the part before it and the part after it, without suffix."""
 
 
 def _caption_places(name: str) -> Iterator[Place]:
@@ -84,7 +86,7 @@ def _caption_places(name: str) -> Iterator[Place]:
 
 
 def _places(images: list[str]) -> dict[Place, list[str]]:
-    """Images by their path without one of its folders, and by their whole path cut in two."""
+    """Images by each path that results from leaving out one of their folders, or none."""
     places: dict[Place, list[str]] = {}
     for image in images:
         parts = composed(posixpath.splitext(image)[0]).split("/")
@@ -95,7 +97,7 @@ def _places(images: list[str]) -> dict[Place, list[str]]:
 
 
 def read(files: Iterable[tuple[Member, bytes | Problem]], owners: dict[str, list[str]]) -> Sidecars:
-    """Contents of the members that `beside` found, and the images of each by its name -> what they say.
+    """Read the sidecar files found by `beside`; `owners` maps the name of a file to its images.
 
     Bytes that cannot be decoded become lone surrogates.
     """
@@ -114,7 +116,7 @@ def read(files: Iterable[tuple[Member, bytes | Problem]], owners: dict[str, list
         if suffix in TEXTS and captions and all(map(_BOXES.fullmatch, captions)):
             continue
         if suffix in CLASSES and is_damaged(text):
-            found.unread[member.name] = "the name of a class is no UTF-8 text"
+            found.unread[member.name] = "the class name is not UTF-8 text"
             continue
         found.files.add(member.name)
         if suffix in TEXTS and len(captions) > 1:
@@ -130,8 +132,10 @@ def read(files: Iterable[tuple[Member, bytes | Problem]], owners: dict[str, list
 
 
 def _note_lines(name: str, text: str, captions: list[str], found: Sidecars) -> None:
-    """Remember a text of several captions, and whether it looks like one caption: it has paragraphs, or a sentence
-    that begins in one line and goes on in the next."""
+    """Record a text file with several captions, and whether it may be a single caption.
+
+    It may be if it has paragraphs, or a sentence that continues on the next line.
+    """
     found.several[name] = len(captions)
     paragraphs = _PARAGRAPHS.search(text) is not None
     pairs = itertools.pairwise(captions)
@@ -140,11 +144,11 @@ def _note_lines(name: str, text: str, captions: list[str], found: Sidecars) -> N
 
 
 def _of_object(text: str) -> list[str]:
-    """Captions in a JSON object. Raises `ValueError` where it is none, or holds captions in another way."""
-    said = parsed(text)
-    if not isinstance(said, dict):
+    """Captions in a JSON object. Raises `ValueError` for other JSON, and for captions under unsupported keys."""
+    record = parsed(text)
+    if not isinstance(record, dict):
         raise ValueError("it holds no JSON object with a caption")
-    captions = list(captions_in(said))
-    if not captions and mentions_caption(said):
-        raise ValueError("no key is called caption, text or prompt, or its value is no text")
+    captions = list(captions_in(record))
+    if not captions and mentions_caption(record):
+        raise ValueError("no key is called caption, text or prompt, or its value is not a string")
     return captions

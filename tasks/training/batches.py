@@ -1,51 +1,55 @@
-"""Batches drawn where the model is, from a data set that lies there as it is stored, or from its mapped shards.
+"""Batches drawn on the device, from a data set that lies there as it is stored, or from memory-mapped shards.
 
-Every random choice of step s is a function of (seed, s, process) and of nothing that came before.
-A resumed run therefore needs no generator states: it draws the same batches, noise and dropout by
-knowing its step. Where the data lies decides nothing: both stores give the same rows.
+Every random choice of step s is a function of (seed, s, process) and of nothing before it. A resumed run therefore
+needs no generator states: it draws the same batches, noise and dropout from its step. Both stores return the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
+from models.diffusion import drop_condition
+from models.networks.text_encoder import with_sizes
 from models.pixels import from_uint8
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-SHARE = 0.3
-"""Of the free memory, what the data set may take under `auto`; network, activations and the rest need theirs."""
+MEMORY_SHARE = 0.3
+"""Share of the free memory that the data set may take under `data_on_device: auto`; the rest is for training."""
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that differs whenever any part does."""
+    """Return a 63-bit seed that differs whenever a part does."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's draw: `x0` and `eps` float32 [B, C, H, W], `t` int64 [B], `condition` int64 [B] or float [B, L, D]."""
+    """The samples of one step, or of one accumulated part of it."""
 
     x0: Tensor
+    """float32 [B, C, H, W]"""
     eps: Tensor
+    """float32 [B, C, H, W]: the noise"""
     t: Tensor
+    """int64 [B]: timesteps"""
     condition: Tensor | None
+    """int64 [B] labels, or float32 [B, L, D] token embeddings"""
 
     def split(self, size: int) -> list[Batch]:
-        """The same samples in batches of at most `size`."""
+        """Split into batches of at most `size` samples."""
         count = len(self.t)
         conditions = self.condition.split(size) if self.condition is not None else [None] * -(-count // size)
         return [
@@ -55,18 +59,21 @@ class Batch:
 
 
 class Store(Protocol):
-    """One split as it is stored: columns `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W];
-    `labels` int64 [N], or `captions` int32 [N, K] (and `sizes` int32 [N, 6]). Or all texts: one column `embeddings`
-    bfloat16 [U, L, D]."""
+    """One split as it is stored, or all caption embeddings.
+
+    The columns of a split are `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W], and `labels`
+    int64 [N], or `captions` int32 [N, K] with `sizes` int32 [N, 6] under SDXL conditioning. The captions have one
+    column, `embeddings` bfloat16 [U, L, D].
+    """
 
     count: int
     where: str
+    """Where the data lies, for the progress line."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of one row of each column."""
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        """Rows int64 [B], wherever they are, of every column, on the device; `following` says which will probably be
-        asked for next, where that is known."""
+        """Return the rows int64 [B] of every column, on the device; `following` predicts the rows of the next call."""
         ...
 
 
@@ -90,7 +97,7 @@ class Resident:
 
 
 class Streamed:
-    """Memory-mapped shards; the next batch is read from the disk while the device works on this one."""
+    """Memory-mapped shards; the next batch is read from the disk while the device works on the current one."""
 
     where = "streamed"
 
@@ -106,8 +113,8 @@ class Streamed:
         ahead, self._ahead, rows = self._ahead, None, rows.cpu()
         columns = ahead[1].result() if ahead and ahead[0] == rows.tolist() else self._read(rows)
         if following is not None:
-            then = following()
-            self._ahead = then.tolist(), self._reader.submit(self._read, then)
+            predicted = following()
+            self._ahead = predicted.tolist(), self._reader.submit(self._read, predicted)
         return {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
@@ -125,29 +132,28 @@ class Streamed:
 
 
 def open_store(data: Path, split: str, where: str, device: torch.device, bucket: int = SQUARE) -> Store:
-    """The store of a bucket of a split: `where` is device, stream, or auto, which compares its size with the free
-    memory."""
+    """Open one bucket of a split.
+
+    Args:
+        data: the folder of the latents.
+        split: "train" or "test".
+        where: "device", "stream", or "auto", which decides by the free memory.
+        device: where batches are drawn.
+        bucket: index of the bucket.
+    """
     return _store(latents.open_shards(data, split, bucket), where, device)
-
-
-def open_texts(data: Path, where: str, device: torch.device) -> Store | None:
-    """The store of all captions' embeddings; None where captions do not condition the model."""
-    shards = latents.open_texts(data)
-    return _store(shards, where, device) if shards else None
 
 
 def _store(shards: Sequence[dict[str, np.ndarray]], where: str, device: torch.device) -> Store:
     size = sum(column.nbytes for shard in shards for column in shard.values())
-    fits = where == "device" or (where == "auto" and size <= SHARE * free_memory(device))
+    fits = where == "device" or (where == "auto" and size <= MEMORY_SHARE * free_memory(device))
     return Resident(shards, device) if fits else Streamed(shards, device)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free for this process where `device` keeps its tensors, as measured now."""
+    """Measure the bytes that are free for this process's tensors on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container may have less than its host
@@ -155,69 +161,90 @@ def free_memory(device: torch.device) -> float:
     return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What the model is conditioned on, for all splits and buckets of a data set."""
+
+    classes: int = 0
+    """Number of labels, which is also the null label."""
+    texts: Store | None = None
+    """Caption embeddings; None without text."""
+    null_text: Tensor | None = None
+    """float32 [L, D]: embedding of the empty text, the null condition."""
+    pooled: int | None = None
+    """Width of the pooled prompt embedding (SDXL conditioning), with which each image's `sizes` are used."""
+
+
+def open_conditioning(data: Path, where: str, device: torch.device) -> Conditioning:
+    """Open the conditions of a data set; the arguments are those of `open_store`."""
+    index, prompts, shards = latents.read_index(data), latents.load_prompts(data), latents.open_texts(data)
+    return Conditioning(
+        classes=len(index.classes),
+        texts=_store(shards, where, device) if shards else None,
+        null_text=None if prompts is None else prompts[-1].float(),
+        pooled=index.text.pooled if index.text else None,
+    )
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """How batches are drawn."""
+
+    batch_size: int
+    """Samples per step and process, over all accumulated parts."""
+    timesteps: int
+    seed: int
+    condition_dropout: float = 0.0
+    """Probability that a condition is replaced by the null condition (classifier-free guidance)."""
+    horizontal_flip: bool = False
+    """Whether half of the images are mirrored."""
+    parts: int = 1
+    """Gradient accumulation: parts per step."""
+    process: int = 0
+    processes: int = 1
+
+
 class Batches:
-    """Draws the samples of a step for one of `processes`, `batch_size` in `parts` accumulation parts each.
+    """Draws the samples of each step for one process, from one bucket of a split."""
 
-    `texts` are the embeddings that captions point to and `null_text` [L, D] stands for no condition; `classes` is
-    the number of labels, and the label of none. With `pooled` the embeddings are packed
-    (`models/networks/text_encoder.py`) and get each image's `sizes`.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        *,
-        batch_size: int,
-        timesteps: int,
-        condition_dropout: float,
-        horizontal_flip: bool,
-        seed: int,
-        device: torch.device,
-        classes: int = 0,
-        texts: Store | None = None,
-        null_text: Tensor | None = None,
-        pooled: int | None = None,
-        parts: int = 1,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, store: Store, conditioning: Conditioning, config: DrawConfig, device: torch.device) -> None:
         self.store, self.where = store, store.where
-        self.classes, self.texts, self.pooled = classes, texts, pooled
+        self.conditioning, self.texts, self.config, self.device = conditioning, conditioning.texts, config, device
         self.shape = store.shapes["pixels"] if "pixels" in store.shapes else store.shapes["mean"][1:]
-        self.null = torch.tensor(classes, device=device) if null_text is None else null_text.to(device)
-        self.size, self.parts, self.timesteps = batch_size // parts, parts, timesteps
-        self.condition_dropout, self.horizontal_flip = condition_dropout, horizontal_flip
-        self.seed, self.device = seed, device
-        self.process, self.processes = process, processes
+        """Shape of one sample."""
+        null = torch.tensor(conditioning.classes) if conditioning.null_text is None else conditioning.null_text
+        self.null = null.to(device)
+        self.size = config.batch_size // config.parts
+        """Samples per part."""
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def draw(self, step: int, part: int = 0) -> Batch:
-        """The batch of `step` (0-based) and `part`; the same arguments give the same tensors."""
-        generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, "batch", step, part, self.process))
-        following = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
+        """Draw the batch of `step` (0-based) and `part`; equal arguments return equal tensors."""
+        config = self.config
+        generator = torch.Generator(self.device).manual_seed(seed_for(config.seed, "batch", step, part, config.process))
+        following = (step, part + 1) if part + 1 < config.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
         x0 = self._images(columns, generator)
-        count = len(x0)
-        t = torch.randint(self.timesteps, (count,), generator=generator, device=self.device)
+        t = torch.randint(config.timesteps, (len(x0),), generator=generator, device=self.device)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
         return Batch(x0, eps, t, self._condition(columns, generator))
 
     def _images(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Pixels in [-1, 1], or latents drawn from their posterior; half of them mirrored where that is wanted."""
+        """Return pixels in [-1, 1] or samples of the latents' posterior, half of them mirrored if so configured."""
         count = len(next(iter(columns.values())))
         flipped = torch.zeros(count, dtype=torch.bool, device=self.device)
-        if self.horizontal_flip:
+        if self.config.horizontal_flip:
             flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
         if "pixels" in columns:
             x0 = from_uint8(columns["pixels"])
-            return torch.where(flipped[:, None, None, None], x0.flip(3), x0) if self.horizontal_flip else x0
+            return torch.where(flipped[:, None, None, None], x0.flip(3), x0) if self.config.horizontal_flip else x0
         rows = torch.arange(count, device=self.device)
         mean, std = (columns[name][rows, flipped.long()].float() for name in ("mean", "std"))
         return mean + std * torch.randn(mean.shape, generator=generator, device=self.device)
 
     def rows(self, step: int, part: int = 0) -> Tensor:
-        """Indices int64 [B]: the next positions in one endless sequence of shuffled epochs, shared by all processes."""
-        position = ((step * self.parts + part) * self.processes + self.process) * self.size
+        """Return indices int64 [B]: the next positions in the sequence of shuffled epochs that all processes share."""
+        position = ((step * self.config.parts + part) * self.config.processes + self.config.process) * self.size
         pieces, missing = [], self.size
         while missing:
             epoch, offset = divmod(position, self.store.count)
@@ -225,56 +252,39 @@ class Batches:
             position, missing = position + len(pieces[-1]), missing - len(pieces[-1])
         return torch.cat(pieces)
 
-    def conditions(self, count: int) -> Tensor | None:
-        """Conditions to draw `count` samples by: each class in turn, or the captions of the first images."""
-        if self.texts is not None:
-            rows = torch.arange(count) % self.store.count
-            columns = self.store.gather(rows, None)
-            return self._sized(self._embeddings(columns["captions"][:, 0]), columns)
-        if "labels" in self.store.shapes:
-            return torch.arange(count, device=self.device) % self.classes
-        return None
-
-    def _embeddings(self, rows: Tensor) -> Tensor:
-        """Rows int [B] of the texts -> float32 [B, L, D] on the device."""
-        assert self.texts is not None, "asked for by captions"
-        return self.texts.gather(rows.long(), None)["embeddings"].float()
-
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
+            generator = torch.Generator().manual_seed(seed_for(self.config.seed, "epoch", epoch))
             self._epoch, self._order = epoch, torch.randperm(self.store.count, generator=generator)
         return self._order
 
-    def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
-        from models.diffusion import drop_condition
+    def conditions(self, count: int) -> Tensor | None:
+        """Return conditions for `count` sample images: the classes in turn, or the captions of the first images."""
+        if self.texts is not None:
+            columns = self.store.gather(torch.arange(count) % self.store.count, None)
+            return self._with_sizes(self._embeddings(self.texts, columns["captions"][:, 0]), columns)
+        if "labels" in self.store.shapes:
+            return torch.arange(count, device=self.device) % self.conditioning.classes
+        return None
 
-        if self.texts is not None:  # several captions a picture: one is drawn
+    def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
+        if self.texts is not None:  # one of the image's captions, at random
             captions = columns["captions"]
             draw = torch.rand(len(captions), generator=generator, device=self.device)
             pick = (draw * (captions >= 0).sum(1)).long()
-            condition = self._embeddings(captions.gather(1, pick[:, None])[:, 0])
+            condition = self._embeddings(self.texts, captions.gather(1, pick[:, None])[:, 0])
         elif "labels" in columns:
             condition = columns["labels"]
         else:
             return None
-        count = len(condition)
-        dropped = torch.rand(count, generator=generator, device=self.device) < self.condition_dropout
-        return self._sized(drop_condition(condition, self.null, dropped), columns)
+        dropped = torch.rand(len(condition), generator=generator, device=self.device) < self.config.condition_dropout
+        return self._with_sizes(drop_condition(condition, self.null, dropped), columns)
 
-    def _sized(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """The condition with its images' sizes, where a network is told them: also of an image without caption."""
-        from models.networks.text_encoder import with_sizes
+    def _embeddings(self, texts: Store, rows: Tensor) -> Tensor:
+        """Return the embeddings float32 [B, L, D] of captions int [B]."""
+        return texts.gather(rows.long(), None)["embeddings"].float()
 
-        return condition if self.pooled is None else with_sizes(condition, self.pooled, columns["sizes"])
-
-
-def conditioning_of(data: Path, where: str, device: torch.device) -> dict[str, Any]:
-    """`classes`, `texts`, `null_text` and `pooled` of a data set, as `Batches` takes them."""
-    prompts, index = latents.load_prompts(data), latents.read_index(data)
-    return {
-        "classes": len(index["classes"]),
-        "pooled": (index["text"] or {}).get("pooled"),
-        "texts": open_texts(data, where, device),
-        "null_text": None if prompts is None else prompts[-1].float(),
-    }
+    def _with_sizes(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """Add the images' sizes to a condition, the null condition as well, under SDXL conditioning."""
+        pooled = self.conditioning.pooled
+        return condition if pooled is None else with_sizes(condition, pooled, columns["sizes"])

@@ -1,5 +1,4 @@
-"""Training on aspect-ratio buckets (`tasks/formats/buckets.py`): a batch holds pictures of one shape, and each
-step draws from one bucket."""
+"""Batches of several aspect-ratio buckets: each step draws from one bucket, so a batch has one resolution."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Schedule:
-    """From which bucket each step draws: a function of the step, of how many images a bucket has, and of the seed.
+    """The bucket of each step, as a function of the step, the number of images per bucket, and the seed.
 
-    Each bucket is one endless sequence of its own shuffled epochs, cut into batches. In an epoch of the whole, a bucket
-    has its turns as soon as its images fill a batch, in shuffled order with the others'; what is left over begins its
-    first batch of the next epoch. So no picture is drawn again before every other one of its bucket was.
+    Each bucket is an endless sequence of its own shuffled epochs, cut into batches. In each epoch of the whole data set
+    a bucket has as many steps as its images fill batches; the steps of all buckets are shuffled, and the images that
+    remain begin the bucket's first batch of the next epoch. So no image is drawn again before all others of its bucket.
     """
 
     def __init__(self, counts: Sequence[int], batch_size: int, seed: int) -> None:
@@ -27,7 +26,7 @@ class Schedule:
         self._epoch, self._order = -1, list[int]()
 
     def at(self, step: int) -> tuple[int, int]:
-        """The bucket of 0-based `step`, and how many batches were drawn from it before."""
+        """Return the bucket of 0-based `step`, and the number of batches drawn from it before."""
         epoch = self._epoch_of(step)
         order = self._order_of(epoch)
         place = step - self._steps_before(epoch)
@@ -41,7 +40,7 @@ class Schedule:
         return sum(self._turns_before(bucket, epoch) for bucket in range(len(self.counts)))
 
     def _epoch_of(self, step: int) -> int:
-        """The last epoch that begins at `step` or before; one that is too small for a batch has no step."""
+        """Return the last epoch that begins at or before `step`; epochs without a full batch have no step."""
         earliest = step * self.batch_size // sum(self.counts)
         latest = earliest + (len(self.counts) * self.batch_size) // sum(self.counts) + 1
         return earliest + bisect.bisect_right(range(earliest, latest + 1), step, key=self._steps_before) - 1
@@ -56,22 +55,22 @@ class Schedule:
 
 
 class Bucketed:
-    """`Batches` of several buckets as one: a step draws from one of them, in all of its parts and processes.
+    """`Batches` of several buckets as one: all parts and processes of a step draw from the same bucket.
 
-    `shape` is that of the square, by which samples are drawn.
+    `shape` is the shape of a square input, in which sample images are drawn.
     """
 
     def __init__(self, buckets: Sequence[Batches], shape: tuple[int, ...], seed: int) -> None:
         first = buckets[0]
         self.buckets, self.shape, self.size, self.where = buckets, shape, first.size, first.where
-        whole = first.size * first.parts * first.processes
+        whole = first.size * first.config.parts * first.config.processes
         self.schedule = Schedule([batches.store.count for batches in buckets], whole, seed)
 
     def draw(self, step: int, part: int = 0) -> Batch:
-        """The batch of `step` (0-based) and `part`; the same arguments give the same tensors."""
+        """Draw the batch of `step` (0-based) and `part`; equal arguments return equal tensors."""
         bucket, turn = self.schedule.at(step)
         return self.buckets[bucket].draw(turn, part)
 
     def conditions(self, count: int) -> Tensor | None:
-        """Conditions to draw `count` samples by, as those of the fullest bucket."""
+        """Return conditions for `count` sample images, from the bucket with the most images."""
         return max(self.buckets, key=lambda batches: batches.store.count).conditions(count)

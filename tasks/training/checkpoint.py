@@ -1,65 +1,84 @@
-"""Checkpoints: everything a run needs to continue, in one atomically written folder per step.
+"""Checkpoints: everything that a run needs to continue, in one atomically written folder per step.
 
-`<scratch>/<key>/step-00000100/` holds safetensors files and, written last, `manifest.json` with the
-sha256 of each. A folder whose manifest does not fit its files is passed over with a warning.
+`<scratch>/train/<key>/step-00000100/` holds safetensors files, `extra.json`, and `manifest.json` with the SHA-256 of
+each. A folder whose files do not match its manifest is skipped with a warning.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.hashing import file_sha256
+from models.json_files import Description, JsonObject, read_json
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError, is_disk_full
+from tasks.runtime.errors import StageError
+from tasks.runtime.stage import is_disk_full
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEEP = 2
 SUFFIX = ".safetensors"
+EXTRA, MANIFEST = "extra.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest(Description):
+    """`manifest.json`: the step and architecture of a checkpoint, and the checksums of its files."""
+
+    FORMAT: ClassVar[int] = 1
+    REMEDY: ClassVar[str] = "remove that folder"
+
+    step: int
+    network: JsonObject
+    """The architecture."""
+    held_out_loss: float | None
+    """The loss at this step, if it was measured."""
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by group (model, optimizer, each average), `extra` JSON values such as the loss history.
-
-    `network` is the architecture, as JSON; `held_out_loss` what was measured at this very step, if it was.
-    """
+    """The state of a run after a step."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    extra: dict[str, Any]
-    network: dict[str, Any]
+    """Group -> name -> tensor; the groups are the model, the optimizer, the tally and each weight average."""
+    history: list[dict[str, float]]
+    """Rows of the history, as `HistoryRow.to_json` returns them."""
+    network: JsonObject
+    """The architecture."""
+    scaler: JsonObject | None = None
+    """State of the fp16 loss scaler."""
     held_out_loss: float | None = None
+    """The loss at this step, if it was measured."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write one checkpoint and remove all but the newest `KEEP` and the one with the smallest held-out loss."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Write a checkpoint, then delete all but the newest `KEEP` and the one with the smallest held-out loss."""
     with atomic.writing_folder(folder / f"step-{checkpoint.step:08d}") as temporary:
         for group, tensors in checkpoint.tensors.items():
             try:
-                save_file(tensors, temporary / f"{group}.safetensors")
-            except SafetensorError as error:  # not an OSError, also where the disk is full
+                save_file(tensors, temporary / f"{group}{SUFFIX}")
+            except SafetensorError as error:  # not an OSError, even if the disk is full
                 raise StageError(
                     f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({_reason(error)}); "
                     "the one before it is kept, and the same command continues from there"
                 ) from None
-        atomic.write_json(temporary / "extra.json", checkpoint.extra)
-        manifest = {
-            "step": checkpoint.step,
-            "network": checkpoint.network,
-            "held_out_loss": checkpoint.held_out_loss,
-            "sha256": {file.name: _sha256(file) for file in sorted(temporary.iterdir())},
-        }
-        atomic.write_json(temporary / "manifest.json", manifest)
+        atomic.write_json(temporary / EXTRA, {"history": checkpoint.history, "scaler": checkpoint.scaler})
+        Manifest(
+            step=checkpoint.step,
+            network=checkpoint.network,
+            held_out_loss=checkpoint.held_out_loss,
+            sha256={file.name: file_sha256(file) for file in sorted(temporary.iterdir())},
+        ).write(temporary / MANIFEST)
     best = best_of(folder)
     for old in _folders(folder)[:-KEEP]:
         if old != best:
@@ -70,21 +89,21 @@ def _reason(error: Exception) -> str:
     return "no space left on the device: free some" if is_disk_full(error) else str(error)
 
 
-def refuse_other_network(folder: Path, network: dict[str, Any]) -> None:
-    """Raise `StageError`, before a weight is read, where a checkpoint in `folder` is of another architecture."""
+def refuse_other_network(folder: Path, network: JsonObject) -> None:
+    """Raise `StageError`, before any weight is read, if a checkpoint in `folder` has another architecture."""
     for candidate in _folders(folder):
-        theirs = _manifest(candidate).get("network", network)
-        if theirs != network:
+        manifest = _manifest(candidate)
+        if manifest and manifest.network != network:
             raise StageError(
-                f"{candidate} was made by another network ({differences(theirs, network)}); "
+                f"{candidate} was made by another network ({differences(manifest.network, network)}); "
                 "remove that folder, or set the section model as it was"
             )
 
 
 def load_newest(folder: Path, at_most: int, warn: bool = True) -> Checkpoint | None:
-    """The newest sound checkpoint of `folder` with no more than `at_most` steps, or None.
+    """Load the newest undamaged checkpoint of at most `at_most` steps, or None.
 
-    One that is passed over because it is damaged is named on standard error, unless another process does (`warn`).
+    Damaged checkpoints are named on standard error if `warn`.
     """
     for candidate in reversed(_folders(folder)):
         if step_of(candidate) > at_most:
@@ -98,55 +117,52 @@ def load_newest(folder: Path, at_most: int, warn: bool = True) -> Checkpoint | N
 
 
 def best_of(folder: Path) -> Path | None:
-    """The checkpoint of `folder` with the smallest held-out loss, or None where none was measured."""
-    measured = [(loss, path) for path in _folders(folder) if (loss := _manifest(path).get("held_out_loss")) is not None]
+    """Return the checkpoint with the smallest held-out loss, or None if none was measured."""
+    manifests = [(_manifest(path), path) for path in _folders(folder)]
+    measured = [(found.held_out_loss, path) for found, path in manifests if found and found.held_out_loss is not None]
     return min(measured)[1] if measured else None
 
 
 def newest_before(folder: Path, step: int) -> Path | None:
-    """The newest checkpoint of `folder` from before `step`, or None."""
+    """Return the newest checkpoint from before `step`, or None."""
     return next((path for path in reversed(_folders(folder)) if step_of(path) < step), None)
 
 
 def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What differs between two flat mappings, as `key theirs -> ours`."""
-    keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-    return ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)
+def differences(before: JsonObject, after: JsonObject) -> str:
+    """List the differences of two flat mappings, as `key before -> after`."""
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys)
 
 
 def _load(folder: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name, expected in manifest["sha256"].items():
-        if _sha256(folder / name) != expected:
+    manifest = Manifest.read(folder / MANIFEST)
+    for name, expected in manifest.sha256.items():
+        if file_sha256(folder / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
+    extra = read_json(folder / EXTRA)
+    groups = [name for name in manifest.sha256 if name.endswith(SUFFIX)]
     return Checkpoint(
-        step=manifest["step"],
-        tensors={name.removesuffix(SUFFIX): load_file(folder / name) for name in manifest["sha256"] if SUFFIX in name},
-        extra=json.loads((folder / "extra.json").read_text(encoding="utf-8")),
-        network=manifest["network"],
-        held_out_loss=manifest["held_out_loss"],
+        step=manifest.step,
+        tensors={name.removesuffix(SUFFIX): load_file(folder / name) for name in groups},
+        history=extra["history"],
+        scaler=extra["scaler"],
+        network=manifest.network,
+        held_out_loss=manifest.held_out_loss,
     )
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; empty where it cannot be read, which whoever loads the checkpoint says."""
+def _manifest(folder: Path) -> Manifest | None:
+    """Read the manifest of a checkpoint; None if it is unreadable, which `load_newest` reports."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return Manifest.read(folder / MANIFEST)
     except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
+        return None
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

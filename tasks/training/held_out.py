@@ -1,4 +1,4 @@
-"""The loss of averaged weights on held-out samples, which the history of a training run records."""
+"""The loss of weight averages on held-out samples, for the history of a training run."""
 
 from __future__ import annotations
 
@@ -6,30 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from models.ema import EMA
     from tasks.training.run import Run
 
 
 def held_out_losses(run: Run) -> dict[str, float]:
-    """Loss of each average on held-out samples, with the same noise and timesteps every time."""
-    import torch
-
+    """Return weight average -> loss on held-out samples, with the same noise and timesteps at every call."""
     losses = {}
     for name, average in run.averages.items():
         with torch.inference_mode(), averaged(run.network, average):
             parts = [run.objective(run.network, batch) for batch in run.held_out]
-        losses[f"held_out_loss/{name}"] = torch.cat(parts).mean().item()
+        losses[name] = torch.cat(parts).mean().item()
     return losses
 
 
 @contextmanager
 def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
-    """Exchange the weights for an average of them, and training mode for evaluation, for the length of the block."""
-    import torch
-
+    """Replace the weights by an average of them, and training mode by evaluation, within the block."""
     parameters = average.followed
     trained = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():

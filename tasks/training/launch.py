@@ -1,4 +1,4 @@
-"""Training in the processes that a configuration of accelerate asks for, told and ended as if it were one."""
+"""Training in several processes through accelerate's launcher, with the signals and exit codes of one process."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from pathlib import Path
 from tasks.runtime import stage
 
 LAUNCHER = "AFTERIMAGE_LAUNCHER"
-"""Set for the processes that the launcher starts: its process number."""
+"""Environment variable of the processes that the launcher starts: the launcher's process number."""
 SAVE_SECONDS = 600
-"""The launcher kills a process that has not ended this long after a signal; a large checkpoint takes minutes."""
+"""The launcher kills a process this long after a signal; saving a large checkpoint takes minutes."""
 CONFIGURATION = "AFTERIMAGE_ACCELERATE"
-"""The environment variable that names the configuration, such as infra/accelerate/multi_gpu.yaml."""
+"""Environment variable with accelerate's configuration file, such as infra/accelerate/multi_gpu.yaml."""
 
 
 def through_accelerate(module: str) -> None:
-    """Start this command, `python -m module ...`, again through accelerate's launcher where `CONFIGURATION` is set,
-    and leave with the exit code of what it started; return where it is not set.
+    """Run this command, `python -m module ...`, through accelerate's launcher if `CONFIGURATION` is set.
 
-    SIGTERM and SIGINT reach the processes, which save and end with codes of their own. They also end when the
-    launcher is killed: each is in a session of its own, so that a signal to the launcher's group does not reach it.
+    Exits with the code of the processes; returns if the variable is not set. SIGTERM and SIGINT are passed on to the
+    processes, which save a checkpoint and exit. Each process has a separate session, which signals to the launcher's
+    group do not reach, and also ends when the launcher is killed.
     """
-    configuration = os.environ.pop(CONFIGURATION, None)  # not for the processes that it starts
+    configuration = os.environ.pop(CONFIGURATION, None)  # the started processes must not launch again
     if not configuration:
         if launcher := os.environ.pop(LAUNCHER, None):
             stage.end_with(int(launcher))
         return
     name = module.rpartition(".")[2]
     if not Path(configuration).is_file():
-        sys.exit(f"{name}: error: {CONFIGURATION} names {configuration}, which is no file; see infra/accelerate")
+        sys.exit(f"{name}: error: {CONFIGURATION} names {configuration}, which is not a file; see infra/accelerate")
     stage.end_with_parent()
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
@@ -45,7 +45,7 @@ def through_accelerate(module: str) -> None:
 
 
 def _exit_code(configuration: str, module: str) -> int:
-    """Of the process that was started, of several that of the first one that failed; 0 where none did."""
+    """Run the processes; returns the exit code of the first one that failed, or 0."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,12 +63,12 @@ def _exit_code(configuration: str, module: str) -> int:
 
 
 def _as_shell(code: int) -> int:
-    """The exit code of a process that died of signal n, -n, as a shell gives it: 128 + n."""
+    """Convert the exit code -n of a process that died of signal n to 128 + n, as shells do."""
     return 128 - code if code < 0 else code
 
 
 def _pass_on(number: int, _: object) -> None:
-    """Pass a signal on to the processes; leave where none has been started yet, as nobody else would obey it."""
+    """Pass a signal on to the processes; exit if none has been started yet."""
     import psutil
 
     children = psutil.Process().children()

@@ -1,164 +1,152 @@
-"""What training tells of itself: the history that it leaves behind, and the speed that only MLflow is told.
+"""The history of a training run: one row of losses every few steps, and the checks that stop a diverging run.
 
-A row of the history is the same in every run of the same training, killed or not. Speed and memory are not, and
-never enter it.
+The history is the same in every run of the same training, killed or not. It therefore holds no speed or memory use,
+which `tasks/training/meter.py` measures.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import resource
 import statistics
-import sys
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
-from tasks.runtime.stage import StageError
+import torch
+from torch import Tensor
+
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+TIMESTEP_RANGES = 4
+"""Equal ranges of timesteps whose losses are averaged separately; the first is nearly clean, the last nearly noise."""
+EXPLOSION_FACTOR, EXPLOSION_ROWS, BASELINE_ROWS = 5.0, 3, 20
+"""The loss has exploded if 3 rows in a row are above 5 times the median of the 20 rows before them."""
+HELD_OUT, LOSS_OF_RANGE = "held_out_loss/", "loss_t"
+"""Prefixes of the columns of a held-out loss and of a range's loss."""
 
-    import torch
-    from torch import Tensor
 
-    from tasks.training.run import Run
+@dataclass(frozen=True)
+class HistoryRow:
+    """Means over the steps since the row before."""
 
-Row = dict[str, float]
+    step: int
+    """Steps done."""
+    learning_rate: float
+    """Of the last step."""
+    loss: float
+    loss_by_timestep: dict[str, float]
+    """Column name -> loss of a range of timesteps; ranges without samples are absent."""
+    gradient_norm: float | None
+    """Before clipping; None if no norm was finite."""
+    held_out_loss: dict[str, float] = field(default_factory=dict)
+    """Weight average -> loss on held-out samples; empty if it was not measured at this step."""
 
-BUCKETS = 4
-"""Equal ranges of timesteps whose losses are told apart: the first is nearly clean, the last nearly noise."""
-EXPLODED, EXPLODED_ROWS, BEFORE_ROWS = 5.0, 3, 20
-"""A loss that is above 5 times its median of the 20 rows before, in 3 rows one after the other, has exploded."""
+    def to_json(self) -> dict[str, float]:
+        """Return the row as columns, without those that have no value."""
+        row = {"step": self.step, "learning_rate": self.learning_rate, "loss": self.loss, **self.loss_by_timestep}
+        if self.gradient_norm is not None:
+            row["grad_norm"] = self.gradient_norm
+        return row | {f"{HELD_OUT}{name}": loss for name, loss in self.held_out_loss.items()}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, float]) -> Self:
+        """Build the row from the columns that `to_json` returns."""
+        return cls(
+            step=int(row["step"]),
+            learning_rate=row["learning_rate"],
+            loss=row["loss"],
+            loss_by_timestep={name: loss for name, loss in row.items() if name.startswith(LOSS_OF_RANGE)},
+            gradient_norm=row.get("grad_norm"),
+            held_out_loss={
+                name.removeprefix(HELD_OUT): loss for name, loss in row.items() if name.startswith(HELD_OUT)
+            },
+        )
+
+    def published(self, chosen: str) -> dict[str, float]:
+        """Return the columns for readers: `held_out_loss` is that of the average `chosen` for the pipeline."""
+        return {"held_out_loss" if name == f"{HELD_OUT}{chosen}" else name: v for name, v in self.to_json().items()}
 
 
 class Tally:
-    """Sums since the last row of the history, kept on the device: nobody waits for a value before a row is due.
+    """Sums since the last row of the history, kept on the device, so that no step waits for a value.
 
-    `sums` float64 [BUCKETS + 1, 2]: total and count of the losses of each range of timesteps, then of the norms
-    of the gradients.
+    `sums` is float64 [TIMESTEP_RANGES + 1, 2]: total and count of the losses of each range of timesteps, then of the
+    gradient norms.
     """
 
     def __init__(self, timesteps: int, device: torch.device) -> None:
-        import torch
-
         self.timesteps = timesteps
-        self.sums = torch.zeros(BUCKETS + 1, 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(TIMESTEP_RANGES + 1, 2, dtype=torch.float64, device=device)
 
     def add_losses(self, t: Tensor, losses: Tensor) -> None:
-        """Losses [B] of samples at timesteps int64 [B]."""
-        import torch
-
+        """Add the losses [B] of samples at timesteps int64 [B]."""
         pairs = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)], dim=1)
-        self.sums.index_add_(0, t * BUCKETS // self.timesteps, pairs)
+        self.sums.index_add_(0, t * TIMESTEP_RANGES // self.timesteps, pairs)
 
     def add_gradient_norm(self, norm: Tensor) -> None:
-        """The norm before clipping; one that overflowed in fp16, whose step was skipped, is left out."""
+        """Add a norm before clipping; one that overflowed in fp16 is left out, because its step was skipped."""
         finite = norm.isfinite()
-        self.sums[BUCKETS, 0] += norm.where(finite, 0.0)
-        self.sums[BUCKETS, 1] += finite
+        self.sums[TIMESTEP_RANGES, 0] += norm.where(finite, 0.0)
+        self.sums[TIMESTEP_RANGES, 1] += finite
 
-    def row(self, summed: Tensor) -> Row:
-        """`loss`, `loss_t<first>_<last>` of each range and `grad_norm`, from `sums` added up over all processes."""
-        losses, counts = (column.tolist() for column in summed.T)
-        row = {"loss": sum(losses[:BUCKETS]) / sum(counts[:BUCKETS])}
-        for bucket, name in enumerate(bucket_names(self.timesteps)):
-            if counts[bucket]:
-                row[name] = losses[bucket] / counts[bucket]
-        if counts[BUCKETS]:
-            row["grad_norm"] = losses[BUCKETS] / counts[BUCKETS]
-        return row
+    def row(self, step: int, learning_rate: float, sums: Tensor) -> HistoryRow:
+        """Return the row of the history from `sums` that were added up over all processes."""
+        totals, counts = (column.tolist() for column in sums.T)
+        names = timestep_range_names(self.timesteps)
+        norms = counts[TIMESTEP_RANGES]
+        return HistoryRow(
+            step=step,
+            learning_rate=learning_rate,
+            loss=sum(totals[:TIMESTEP_RANGES]) / sum(counts[:TIMESTEP_RANGES]),
+            loss_by_timestep={name: totals[i] / counts[i] for i, name in enumerate(names) if counts[i]},
+            gradient_norm=totals[TIMESTEP_RANGES] / norms if norms else None,
+        )
 
     def clear(self) -> None:
+        """Start the sums of the next row."""
         self.sums.zero_()
 
 
-def bucket_names(timesteps: int) -> list[str]:
-    """Columns of the history for the losses of each range of timesteps."""
-    edges = [-(-timesteps * bucket // BUCKETS) for bucket in range(BUCKETS + 1)]
-    return [f"loss_t{first}_{after - 1}" for first, after in itertools.pairwise(edges)]
+def timestep_range_names(timesteps: int) -> list[str]:
+    """Return the columns of the losses of each range of timesteps, `loss_t<first>_<last>`."""
+    edges = [-(-timesteps * number // TIMESTEP_RANGES) for number in range(TIMESTEP_RANGES + 1)]
+    return [f"{LOSS_OF_RANGE}{first}_{after - 1}" for first, after in itertools.pairwise(edges)]
 
 
-def refuse_divergence(history: Sequence[Row], folder: Path) -> None:
-    """Raise `StageError` where the newest loss is no number, or the newest ones are far above those before them."""
-    loss, step = history[-1]["loss"], int(history[-1]["step"])
+def columns(timesteps: int, averages: Sequence[str], chosen: str) -> list[str]:
+    """Return the columns of `history.csv`, in order."""
+    others = [f"{HELD_OUT}{name}" for name in averages if name != chosen]
+    return ["step", "loss", "held_out_loss", "learning_rate", "grad_norm", *timestep_range_names(timesteps), *others]
+
+
+def refuse_divergence(history: Sequence[HistoryRow], folder: Path) -> None:
+    """Raise `StageError` if the newest loss is not finite, or the newest losses are far above those before them."""
+    loss, step = history[-1].loss, history[-1].step
     if not math.isfinite(loss):
         raise diverged(f"the loss is {loss} at step {step}", step, folder)
-    suspects, before = history[-EXPLODED_ROWS:], history[-EXPLODED_ROWS - BEFORE_ROWS : -EXPLODED_ROWS]
-    if not before:
+    newest, baseline = history[-EXPLOSION_ROWS:], history[-EXPLOSION_ROWS - BASELINE_ROWS : -EXPLOSION_ROWS]
+    if not baseline:
         return
-    usual = statistics.median(row["loss"] for row in before)
-    if all(row["loss"] > EXPLODED * usual for row in suspects):
+    usual = statistics.median(row.loss for row in baseline)
+    if all(row.loss > EXPLOSION_FACTOR * usual for row in newest):
         what = f"the loss has exploded: {loss:.4g} at step {step}, {loss / usual:.0f} times what it was"
-        raise diverged(what, int(before[-1]["step"]) + 1, folder)
+        raise diverged(what, baseline[-1].step + 1, folder)
 
 
 def refuse_bad_gradient(norm: float, step: int, folder: Path) -> None:
-    """Raise `StageError` rather than keep the weights of a step whose gradient was no number."""
+    """Raise `StageError` if the gradient norm is not finite, before the weights of that step are saved."""
     if not math.isfinite(norm):
         raise diverged(f"the gradient's norm is {norm} at step {step}", step, folder)
 
 
 def diverged(what: str, step: int, folder: Path) -> StageError:
-    """The error of a run that went wrong at `step` or later."""
+    """Build the error of a run that diverged at `step` or later; it names the last checkpoint before."""
     good = checkpoint.newest_before(folder, step)
     kept = f"the last good checkpoint is {good}" if good else "no checkpoint is older than that"
     return StageError(
         f"{what}; lower train.learning_rate or train.clip_norm, lengthen train.warmup_steps, or set train.precision "
         f"to 'no' ({kept})"
     )
-
-
-class Meter:
-    """Images per second, utilisation and memory, for the progress bar and MLflow."""
-
-    def __init__(self, run: Run) -> None:
-        import torch
-
-        from models import flops
-
-        kinds = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self.device = run.accelerator.device
-        ceiling = flops.matmul_ceiling(self.device, kinds[run.params.precision])
-        self.ceiling = ceiling * run.accelerator.num_processes
-        first = run.held_out[0].split(1)[0]
-        self.flops = 3 * flops.forward_flops(run.network, first.x0, first.t, first.condition)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # those large matrices are no part of training
-        self.start()
-
-    def start(self) -> None:
-        self._since, self._images = time.perf_counter(), 0
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    def read(self) -> Row:
-        """Since `start`: images per second, and what their matrix products are of a large product's speed."""
-        rate = self._images / (time.perf_counter() - self._since)
-        return {
-            "img_per_s": rate,
-            "model_flops_utilisation": rate * self.flops / self.ceiling,
-            "peak_memory_mb": self._peak() / 1e6,
-        }
-
-    def _peak(self) -> float:
-        import torch
-
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return largest * (1 if sys.platform == "darwin" else 1024)
-
-
-def columns(timesteps: int, averages: Sequence[str], chosen: str) -> list[str]:
-    """Columns of `history.csv`, in order."""
-    others = [f"held_out_loss/{name}" for name in averages if name != chosen]
-    return ["step", "loss", "held_out_loss", "learning_rate", "grad_norm", *bucket_names(timesteps), *others]
-
-
-def as_written(row: Row, chosen: str) -> Row:
-    """A row as others read it: the held-out loss of the average that goes into the pipeline has the plain name."""
-    return {"held_out_loss" if name == f"held_out_loss/{chosen}" else name: value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""A training run in memory: built from parameters, kept in a checkpoint, and restored from one.
+"""A training run in memory: built from parameters, saved in a checkpoint, and restored from one.
 
 Batches, noise, dropout and learning rate follow from the step, so a checkpoint holds no generator states.
 """
@@ -8,68 +8,79 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+
+from models import schedules
+from models.diffusion import add_noise, loss_weights, squared_error, target
+from models.ema import EMA
+from models.json_files import JsonObject
+from models.networks.network import Network, NetworkConfig, build
+from models.networks.text_unet import TextUNetConfig
+from models.networks.unet import UNetConfig
 from tasks.formats import latents
-from tasks.formats.latents import SQUARE
+from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint, memory, warm_start
 from tasks.training import key as training_key
+from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
-from tasks.training.log import Row, Tally
-from tasks.training.warm_start import Given
+from tasks.training.key import RunFacts
+from tasks.training.log import HistoryRow, Tally
+from tasks.training.warm_start import InitialWeights
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from accelerate import Accelerator
-    from torch import Tensor
+    from accelerate.optimizer import AcceleratedOptimizer
+    from torch import Tensor, nn
 
-    from models.ema import EMA
-    from models.networks.network import Network, NetworkConfig
-    from tasks.training.batches import Batch, Batches
+    from models.networks.autoencoder import Autoencoder
 
 HELD_OUT_SAMPLES = 512
 INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")
-"""What published weights may have otherwise than ours, and the section `model` has no word for."""
+"""Properties of published networks that the section model has no parameter for."""
 OPTIMIZER = "optimizer"
+
+LossFunction: TypeAlias = Callable[["nn.Module", Batch], "Tensor"]
+"""(network, batch) -> weighted loss of each sample, float32 [B]."""
 
 
 @dataclass
 class Run:
-    """Everything the loop works on.
-
-    `network` is ours, `module` the same as accelerate (and torch.compile) wraps it for training; `objective` maps
-    (network, batch) to the loss of each sample [B], `alpha_bar` float64 [T] is the schedule.
-    """
+    """Everything that the training loop works on."""
 
     accelerator: Accelerator
     network: Network
-    module: torch.nn.Module
-    objective: Callable[[Any, Batch], Tensor]
-    optimizer: Any
+    module: nn.Module
+    """`network` as accelerate and torch.compile wrap it for training."""
+    objective: LossFunction
+    optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
     batches: Batches | Bucketed
     held_out: list[Batch]
-    alpha_bar: np.ndarray
+    alpha_bar: schedules.Array
+    """float64 [T]: the noise schedule."""
     diffusion: DiffusionParams
     params: TrainParams
     folder: Path
+    """Where the checkpoints lie."""
     tally: Tally
-    autoencoder: Any = None
-    """What turns drawn latents into images; None where the network draws pixels."""
+    autoencoder: Autoencoder | None = None
+    """Decodes drawn latents for previews; None if the network draws pixels."""
     step: int = 0
-    history: list[Row] = field(default_factory=list)
+    """Steps done."""
+    history: list[HistoryRow] = field(default_factory=list)
 
 
 def check_fits(params: TrainParams) -> None:
-    """Raise `StageError`, before data or weights are touched, where the parameters do not fit the machine."""
+    """Raise `StageError`, before data or weights are read, if the parameters do not fit the machine."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     parts = processes * params.gradient_accumulation
     if params.batch_size % parts:
@@ -85,75 +96,63 @@ def check_fits(params: TrainParams) -> None:
 
 
 def _check_devices(params: TrainParams, processes: int) -> None:
-    import torch
-    from accelerate.utils import parse_flag_from_env
-
-    here, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if params.precision == "fp16" and not cuda:
+    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if params.precision == "fp16" and not gpus:
         raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if processes > 1 and here > cuda and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if processes > 1 and on_this_machine > gpus and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise StageError(
-            f"{here} processes were started on a machine with {cuda} GPUs; lower num_processes in the configuration of "
-            "accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
+            f"{on_this_machine} processes were started on a machine with {gpus} GPUs; lower num_processes in the "
+            "configuration of accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
         )
 
 
-@contextmanager
-def memory_told(params: TrainParams) -> Iterator[None]:
-    """Say in one sentence what helps where the device's memory runs out; raises `StageError` then."""
-    import torch
+def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
+    """Configure the network for a data set and the section model, with `INHERITED` from the initial weights."""
+    section = model.model_dump()
+    if spec.conditioning == "text":
+        assert spec.text_width is not None, "text has a width"
+        return TextUNetConfig(
+            size=spec.size,
+            channels=spec.channels,
+            cross_attention_dim=spec.text_width,
+            pooled=spec.pooled,
+            **section,
+        )
+    shared = {name: value for name, value in section.items() if name in UNetConfig.__dataclass_fields__}
+    if initial and isinstance(initial.network, UNetConfig):
+        shared |= {name: getattr(initial.network, name) for name in INHERITED}
+    conditions = spec.classes + 1 if spec.conditioning == "label" else 0
+    return UNetConfig(size=spec.size, channels=spec.channels, conditions=conditions, **shared)
 
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise StageError(
-            f"the device's memory ran out with train.batch_size {params.batch_size} in {params.gradient_accumulation} "
-            "part(s); raise train.gradient_accumulation, set train.gradient_checkpointing to true or "
-            "train.data_on_device to 'stream', or lower train.batch_size"
-        ) from error
+
+def architecture(config: NetworkConfig) -> JsonObject:
+    """Return the configuration of a network as JSON values."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def prepare(
     data: Path,
-    index: dict[str, Any],
-    facts: dict[str, Any],
+    index: LatentsIndex,
+    facts: RunFacts,
     config: NetworkConfig,
     diffusion: DiffusionParams,
     params: TrainParams,
-    first: Given | None = None,
+    initial: InitialWeights | None = None,
 ) -> Run:
-    """Build network, optimizer, averages and batches, and load the newest checkpoint of this trajectory into them, or
-    where there is none the weights that come `first`."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
+    """Build network, optimizer, averages and batches, and restore the newest checkpoint of this trajectory.
 
-    from models import schedules
-    from models.ema import EMA
-    from models.networks.network import build
-
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
-        mixed_precision=params.precision,
-        gradient_accumulation_steps=params.gradient_accumulation,
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise StageError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, and here each process holds the whole "
-            "network; take a configuration like those in infra/accelerate"
-        )
-    if accelerator.device.type == "cpu":
-        memory.keep_freed()
-        if torch.get_num_threads() != (threads := facts["trajectory"][training_key.THREADS]):
-            torch.set_num_threads(threads)  # accelerate may choose another number for several processes
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: what convolves them fastest is sought once
+    Without a checkpoint the network starts from the `initial` weights, or from random weights.
+    """
+    accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
     network = build(config)
-    if first:
-        warm_start.load(network, first)
+    if initial:
+        warm_start.load(network, initial)
     if params.full_steps:
-        network.requires_grad_(True)  # each has its time; the loop says whose it is
-    network = network.to(accelerator.device, memory_format=_memory_format(params))  # type: ignore[call-overload]
+        network.requires_grad_(True)  # the base trains first, then the adapter; `fit` switches between them
+    memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
+    # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
+    network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
@@ -161,10 +160,11 @@ def prepare(
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     levels = schedules.alpha_bar(schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr))
-    batches, held_out = _batches(data, accelerator, diffusion, params)
+    batches, held_out = _batches(data, index, accelerator, diffusion, params)
     run = Run(
         accelerator=accelerator,
         network=network,
+        # torch.compile is declared for functions; for a module it returns a module.
         module=torch.compile(module) if params.compile else module,  # type: ignore[arg-type]
         objective=Objective(diffusion, levels, accelerator.device),
         optimizer=prepared,
@@ -178,114 +178,93 @@ def prepare(
         tally=Tally(diffusion.timesteps, accelerator.device),
     )
     if accelerator.is_main_process:
-        _say(run, index)
-    _continue(run, facts)
+        _print_summary(run, index)
+    _resume(run, facts)
     return run
 
 
+def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
+        mixed_precision=params.precision,
+        gradient_accumulation_steps=params.gradient_accumulation,
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise StageError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, but training keeps the whole network "
+            "in each process; use a configuration like those in infra/accelerate"
+        )
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
+        if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
+            torch.set_num_threads(threads)  # accelerate may set another number for several processes
+    torch.backends.cudnn.benchmark = True  # shapes do not change, so the fastest convolution is searched once
+    return accelerator
+
+
 class Objective:
-    """What the network is trained for: (network, batch) -> the weighted loss of each sample, float32 [B]."""
+    """The training objective: (network, batch) -> the weighted loss of each sample, float32 [B]."""
 
-    def __init__(self, params: DiffusionParams, alpha_bar: Any, device: torch.device) -> None:
-        import torch
-
-        from models.diffusion import loss_weights
-
+    def __init__(self, params: DiffusionParams, alpha_bar: schedules.Array, device: torch.device) -> None:
         levels = torch.from_numpy(alpha_bar)
         weights = loss_weights(params.loss_weighting, params.prediction, levels, params.min_snr_gamma)
         self.prediction = params.prediction
         self.alpha_bar, self.weights = levels.float().to(device), weights.to(device)
 
-    def __call__(self, network: Any, batch: Batch) -> Tensor:
-        from models import diffusion
-
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         a = self.alpha_bar[batch.t]
-        output = network(diffusion.add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
-        target = diffusion.target(self.prediction, batch.x0, batch.eps, a)
-        return self.weights[batch.t] * diffusion.squared_error(output, target)
-
-
-def network_config(index: dict[str, Any], model: ModelParams, first: Given | None = None) -> NetworkConfig:
-    """The network for a data set and the section `model`, with `INHERITED` from that of the `first` weights."""
-    from models.networks.text_unet import TextUNetConfig
-    from models.networks.unet import UNetConfig
-
-    form = {"size": index["size"], "channels": index["channels"]}
-    if index["conditioning"] == "text":
-        text = {"cross_attention_dim": index["text"]["width"], "pooled": index["text"].get("pooled")}
-        return TextUNetConfig(**form, **text, **model.model_dump())
-    shared = {name: value for name, value in model.model_dump().items() if name in UNetConfig.__dataclass_fields__}
-    if first and isinstance(first.network, UNetConfig):
-        shared |= {name: getattr(first.network, name) for name in INHERITED}
-    return UNetConfig(**form, conditions=len(index["classes"]) + 1 if index["conditioning"] == "label" else 0, **shared)
-
-
-def architecture(config: NetworkConfig) -> dict[str, Any]:
-    """What shapes the network, as JSON."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def _memory_format(params: TrainParams) -> Any:
-    import torch
-
-    return torch.channels_last if params.channels_last else torch.contiguous_format
+        output = network(add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
+        return self.weights[batch.t] * squared_error(output, target(self.prediction, batch.x0, batch.eps, a))
 
 
 def _batches(
-    data: Path, accelerator: Accelerator, diffusion: DiffusionParams, params: TrainParams
+    data: Path, index: LatentsIndex, accelerator: Accelerator, diffusion: DiffusionParams, params: TrainParams
 ) -> tuple[Batches | Bucketed, list[Batch]]:
-    """The batches of training, and the one held-out draw that every measurement uses, in parts of a batch's size."""
-    from tasks.training.batches import Batches, conditioning_of, open_store, seed_for
-
-    conditioning = conditioning_of(data, params.data_on_device, accelerator.device)
-
-    def batches(split: str, bucket: int, **options: Any) -> Batches:
-        store = open_store(data, split, params.data_on_device, accelerator.device, bucket)
-        options |= conditioning
-        return Batches(store, timesteps=diffusion.timesteps, device=accelerator.device, **options)
+    """Return the training batches, and one fixed held-out draw in parts of a training batch's size."""
+    device, where = accelerator.device, params.data_on_device
+    conditioning = open_conditioning(data, where, device)
 
     def training(bucket: int, seed: int) -> Batches:
-        return batches(
-            "train",
-            bucket,
+        config = DrawConfig(
             batch_size=params.batch_size // accelerator.num_processes,
+            timesteps=diffusion.timesteps,
+            seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
-            seed=seed,
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
+        return Batches(open_store(data, "train", where, device, bucket), conditioning, config, device)
 
     train: Batches | Bucketed
-    filled, index = latents.buckets_of(data, "train"), latents.read_index(data)
+    filled = latents.buckets_of(data, "train")
     if filled == [SQUARE]:
         train = training(SQUARE, params.seed)
     else:
         several = [training(bucket, seed_for(params.seed, "bucket", bucket)) for bucket in filled]
-        train = Bucketed(several, (index["channels"], index["size"], index["size"]), params.seed)
+        train = Bucketed(several, (index.channels, index.size, index.size), params.seed)
     held_out = []
-    total = index["splits"]["test"]["count"]
+    total = index.splits["test"].count
     for bucket in latents.buckets_of(data, "test"):
-        its = sum(len(next(iter(shard.values()))) for shard in latents.open_shards(data, "test", bucket))
-        share = -(-min(HELD_OUT_SAMPLES, total) * its // total)  # rounded up
-        held = batches("test", bucket, batch_size=share, condition_dropout=0.0, horizontal_flip=False, seed=bucket)
-        held_out += held.draw(0).split(max(1, train.size))
+        store = open_store(data, "test", where, device, bucket)
+        share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
+        config = DrawConfig(batch_size=share, timesteps=diffusion.timesteps, seed=bucket)
+        held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 
 
-def _say(run: Run, index: dict[str, Any]) -> None:
+def _print_summary(run: Run, index: LatentsIndex) -> None:
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
     print(
         f"train: {parameters / 1e6:.2f} M parameters on {run.accelerator.device}, "
-        f"{index['splits']['train']['count']} images {index['channels']}x{index['size']}x{index['size']} "
-        f"{run.batches.where}",
+        f"{index.splits['train'].count} images {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
 
 
-def _continue(run: Run, facts: dict[str, Any]) -> None:
-    """Load the newest checkpoint of this trajectory; where there is none, say what a start from scratch is due to."""
+def _resume(run: Run, facts: RunFacts) -> None:
+    """Restore the newest checkpoint of this trajectory; without one, print what changed since the last trajectory."""
     main = run.accelerator.is_main_process
     found = checkpoint.load_newest(run.folder, run.params.steps, warn=main)
     if found:
@@ -301,9 +280,7 @@ def _continue(run: Run, facts: dict[str, Any]) -> None:
 
 
 def _require_same_step(run: Run) -> None:
-    """Processes that found different checkpoints would train different weights."""
-    import torch
-
+    """Raise `StageError` if the processes found different checkpoints, from which their weights would diverge."""
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise StageError(
@@ -312,34 +289,36 @@ def _require_same_step(run: Run) -> None:
         )
 
 
-def gathered(run: Run) -> Tensor:
-    """The tallies of all processes, [processes, ...]; each of them calls this."""
+def gather_tallies(run: Run) -> Tensor:
+    """Return the tallies of all processes, [processes, ...]; every process must call this."""
     return run.accelerator.gather(run.tally.sums[None])
 
 
 def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
-    """All that determines the rest of the run, with what `gathered` says of the other processes."""
+    """Return everything that determines the rest of the run, with the `gather_tallies` of all processes."""
     names = [name for name, _ in run.network.named_parameters()]
     state = run.optimizer.state_dict()["state"]
     scaler = run.accelerator.scaler
-    last = run.history[-1] if run.history else {"step": 0}
-    measured = last.get(f"held_out_loss/{run.params.pipeline_ema}") if last["step"] == run.step else None
+    last = run.history[-1] if run.history else None
+    measured = last.held_out_loss.get(run.params.pipeline_ema) if last and last.step == run.step else None
+    frozen = _frozen(run)
     return checkpoint.Checkpoint(
         step=run.step,
         network=architecture(run.network.config),
         held_out_loss=measured,
         tensors={
-            "model": _copies({name: v for name, v in run.network.state_dict().items() if name not in _frozen(run)}),
+            "model": _copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
             OPTIMIZER: _copies({f"{names[i]}/{key}": v for i, slots in state.items() for key, v in slots.items()}),
             "tally": _copies({"sums": tallies}),
             **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
         },
-        extra={"history": run.history, "scaler": scaler.state_dict() if scaler else None},
+        history=[row.to_json() for row in run.history],
+        scaler=scaler.state_dict() if scaler else None,
     )
 
 
 def _frozen(run: Run) -> set[str]:
-    """Names of the parameters that are never trained: first weights, of which a checkpoint needs no copy."""
+    """Return the names of the parameters that are never trained: base weights, which a checkpoint need not copy."""
     trained = run.averages[run.params.pipeline_ema].names
     return {name for name, _ in run.network.named_parameters()}.difference(trained)
 
@@ -349,11 +328,10 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restore(run: Run, found: checkpoint.Checkpoint) -> None:
-    """Put a checkpoint into a run that was just built."""
-    import torch
-
-    frozen = {name: value for name, value in run.network.state_dict().items() if name in _frozen(run)}
-    run.network.load_state_dict({**frozen, **found.tensors["model"]})
+    """Load a checkpoint into a run that was just built."""
+    frozen = _frozen(run)
+    base = {name: value for name, value in run.network.state_dict().items() if name in frozen}
+    run.network.load_state_dict({**base, **found.tensors["model"]})
     for name, average in run.averages.items():
         average.load_state_dict(found.tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
@@ -361,12 +339,12 @@ def restore(run: Run, found: checkpoint.Checkpoint) -> None:
     names = list(parameters)
     for name, value in found.tensors[OPTIMIZER].items():
         owner, key = name.rsplit("/", 1)
-        like = parameters[owner]
-        if value.shape == like.shape:  # in the parameter's own memory format, as the fused step expects
-            value = torch.empty_like(like, dtype=value.dtype).copy_(value).detach()
+        parameter = parameters[owner]
+        if value.shape == parameter.shape:  # in the parameter's memory format, as the fused step expects
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
         state.setdefault(names.index(owner), {})[key] = value
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
-    if run.accelerator.scaler and found.extra["scaler"]:
-        run.accelerator.scaler.load_state_dict(found.extra["scaler"])
+    if run.accelerator.scaler and found.scaler:
+        run.accelerator.scaler.load_state_dict(found.scaler)
     run.tally.sums.copy_(found.tensors["tally"]["sums"][run.accelerator.process_index])
-    run.step, run.history = found.step, found.extra["history"]
+    run.step, run.history = found.step, [HistoryRow.from_json(row) for row in found.history]

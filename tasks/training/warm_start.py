@@ -1,20 +1,26 @@
-"""The weights that a training starts from: brought here, compared with what the parameters say, loaded.
+"""The weights that a training starts from: downloaded if published, compared with the parameters, and loaded.
 
-What a network learned holds for its own prediction and its own noise. Another prediction would train at first against
-everything it knows, and nothing in the loss would say why: it is refused. Another schedule of the noise is learned
-anew in time; it is told.
+Weights are valid for one prediction type and one noise schedule. Another prediction type would make the network relearn
+everything without a visible sign in the loss, so it is refused. Another noise schedule can be learned, so it triggers a
+warning.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from models import schedules
+from models.json_files import read_json
+from models.networks.network import config_of, load_weights
+from models.networks.published import read_diffusion, read_weights
 from tasks.params import NO_PATH, DiffusionParams, TrainParams
-from tasks.runtime.stage import StageError
+from tasks.pretrained import weights
+from tasks.runtime.errors import StageError
 from tasks.training import checkpoint
 from tasks.training import key as training_key
 
@@ -22,94 +28,93 @@ if TYPE_CHECKING:
     from models.networks.network import Network, NetworkConfig
 
 SAME_NOISE = 1e-3
-"""Two schedules whose sqrt(alpha_bar) nowhere differ by more are one, rounded differently."""
+"""Schedules whose sqrt(alpha_bar) differ by at most this at every timestep are equal except for rounding."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """A trained pipeline whose weights come first."""
+class InitialWeights:
+    """A trained pipeline that a training starts from."""
 
     name: str
-    """Which parameter gives it, and what that says."""
+    """The parameter that names it, with its value."""
     folder: Path
     network: NetworkConfig
 
 
-def first_weights(params: TrainParams) -> Path | None:
-    """The folder of the pipeline whose weights come first, brought here where it is published; None starts from
-    nothing. Raises `StageError` where it cannot be had."""
-    from tasks.pretrained import weights
+def initial_folder(params: TrainParams) -> Path | None:
+    """Return the folder of the pipeline to start from, downloaded if it is published; None starts from random weights.
 
+    Raises:
+        StageError: if published weights cannot be downloaded.
+    """
     if params.weights is not None and params.pin is not None:
         return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
     return None if params.init_from == NO_PATH else Path(params.init_from)
 
 
-def given(params: TrainParams) -> Given | None:
-    """What training starts from, brought here where it is published. Raises `StageError` where it cannot be had, or is
-    no network that we have."""
-    from models.networks.network import config_of
+def initial_weights(params: TrainParams) -> InitialWeights | None:
+    """Find the weights to start from; None starts from random weights.
 
-    folder = first_weights(params)
+    Raises:
+        StageError: if they cannot be downloaded, or their architecture is not supported.
+    """
+    folder = initial_folder(params)
     if folder is None:
         return None
     name = f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
-    weights = training_key.weights_of(folder)
-    described = weights.with_name("config.json")
-    if not (weights.is_file() and described.is_file()):
-        raise StageError(f"{name} holds no pipeline (no {weights.name} and config.json); correct it")
+    file = training_key.weights_file(folder)
+    config = file.with_name("config.json")
+    if not (file.is_file() and config.is_file()):
+        raise StageError(f"{name} holds no pipeline (no {file.name} and config.json); correct it")
     try:
-        return Given(name, folder, config_of(_read(described)))
+        return InitialWeights(name, folder, config_of(read_json(config)))
     except KeyError as error:
         raise StageError(f"{name} cannot be trained here: its config.json lacks {error}; choose another") from None
     except ValueError as error:
         raise StageError(f"{name} cannot be trained here: {error}; choose another") from None
 
 
-def check(given: Given, config: NetworkConfig, diffusion: DiffusionParams) -> None:
-    """Compare architecture, prediction and noise by their small files; the weights are not read.
+def check(initial: InitialWeights, config: NetworkConfig, diffusion: DiffusionParams) -> None:
+    """Compare architecture, prediction type and noise schedule without reading the weights.
 
-    Raises `StageError` for another network, another prediction, or another kind of diffusion; prints a warning for
-    another schedule of the noise, or where nothing says which it was.
+    Prints a warning for another noise schedule, or if no file states the schedule.
+
+    Raises:
+        StageError: for another architecture or prediction type, or an unsupported kind of diffusion.
     """
-    ours, theirs = config.to_diffusers(), given.network.to_diffusers()
+    ours, theirs = config.to_diffusers(), initial.network.to_diffusers()
     shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
-    unlike = {key: (theirs.get(key), ours[key]) for key in shaping if theirs.get(key) != ours[key]}
+    unlike = [key for key in shaping if theirs.get(key) != ours[key]]
     if unlike:
-        told = checkpoint.differences(*({key: pair[side] for key, pair in unlike.items()} for side in (0, 1)))
-        raise StageError(f"{given.name} is another network ({told}); set the section model to fit it")
-    _check_diffusion(given, diffusion)
+        listed = checkpoint.differences(*({key: side.get(key) for key in unlike} for side in (theirs, ours)))
+        raise StageError(f"{initial.name} is another network ({listed}); set the section model to fit it")
+    _check_diffusion(initial, diffusion)
 
 
-def _check_diffusion(given: Given, diffusion: DiffusionParams) -> None:
-    from models.networks.published import read_diffusion
-
-    own = given.folder / "scheduler"
-    file = (own if own.is_dir() else given.folder) / "scheduler_config.json"
+def _check_diffusion(initial: InitialWeights, diffusion: DiffusionParams) -> None:
+    own = initial.folder / "scheduler"
+    file = (own if own.is_dir() else initial.folder) / "scheduler_config.json"
     if not file.is_file():
         _warn(
-            f"{given.name} has no scheduler_config.json, so nothing says what it predicts; it is taken for "
+            f"{initial.name} has no scheduler_config.json, so its prediction type is unknown; it is trained as "
             f"diffusion.prediction '{diffusion.prediction}' with diffusion.schedule '{diffusion.schedule}'"
         )
         return
     try:
-        learned = read_diffusion(_read(file))
+        learned = read_diffusion(read_json(file))
     except ValueError as error:
-        raise StageError(f"{given.name} cannot be trained here: {error}; choose another") from None
+        raise StageError(f"{initial.name} cannot be trained here: {error}; choose another") from None
     prediction = learned.config.prediction_type
     if prediction != diffusion.prediction:
         raise StageError(
-            f"{given.name} predicts {prediction}, not {diffusion.prediction}; set diffusion.prediction to {prediction}"
+            f"{initial.name} predicts {prediction}, not {diffusion.prediction}; "
+            f"set diffusion.prediction to {prediction}"
         )
-    _compare_noise(given, learned.betas, learned.schedule, diffusion)
+    _compare_noise(initial, learned.betas, learned.schedule, diffusion)
 
 
-def _compare_noise(given: Given, theirs: Any, schedule: str, diffusion: DiffusionParams) -> None:
-    """Warn where the noise at some timestep is not what the network has seen there."""
-    import numpy as np
-
-    from models import schedules
-
+def _compare_noise(initial: InitialWeights, theirs: schedules.Array, schedule: str, diffusion: DiffusionParams) -> None:
+    """Warn if the noise level of a timestep differs from that of the initial weights."""
     ours = schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
     levels = [np.sqrt(schedules.alpha_bar(betas)) for betas in (theirs, ours)]
     if len(theirs) == len(ours) and np.abs(levels[0] - levels[1]).max() <= SAME_NOISE:
@@ -123,31 +128,28 @@ def _compare_noise(given: Given, theirs: Any, schedule: str, diffusion: Diffusio
         remedies.append(f"diffusion.zero_terminal_snr to {str(levels[0][-1] == 0).lower()}")
     kept = f"set {' and '.join(remedies)}" if remedies else "choose a diffusion.schedule nearer to it"
     _warn(
-        f"{given.name} learned another noise than the section diffusion has (at the last timestep {levels[0][-1]:.3g} "
-        f"of the image is left and not {levels[1][-1]:.3g}), which it must learn anew; {kept} to keep what it knows"
+        f"{initial.name} learned another noise schedule than the section diffusion has (the signal at the last "
+        f"timestep is {levels[0][-1]:.3g}, not {levels[1][-1]:.3g}) and must learn it anew; "
+        f"{kept} to keep what it learned"
     )
 
 
 def _warn(sentence: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
+    if int(os.environ.get("RANK", "0")) == 0:  # one of several processes prints
         print(f"train: warning: {sentence}", flush=True)
 
 
-def load(network: Network, given: Given) -> None:
-    """Load the weights into a network that `check` let pass. Raises `StageError` where they are damaged or not those
-    of their config.json."""
-    from models.networks.network import load_weights
-    from models.networks.published import read_weights
+def load(network: Network, initial: InitialWeights) -> None:
+    """Load the weights into a network that `check` accepted.
 
-    file = training_key.weights_of(given.folder)
+    Raises:
+        StageError: if they are damaged or do not match their config.json.
+    """
+    file = training_key.weights_file(initial.folder)
     try:
         load_weights(network, read_weights(file.parent))
-    except ValueError as error:  # damaged, says the file's reader
+    except ValueError as error:  # the file is damaged
         raise StageError(str(error)) from None
-    except RuntimeError:  # names every tensor that does not fit
-        raise StageError(f"{given.name}: {file} is not of the network that its config.json describes") from None
-    print(f"train: starts from the weights in {given.folder}", flush=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    except RuntimeError:  # lists every tensor that does not fit
+        raise StageError(f"{initial.name}: {file} is not of the network that its config.json describes") from None
+    print(f"train: starts from the weights in {initial.folder}", flush=True)

@@ -1,4 +1,4 @@
-"""Which addresses of the network may be reached: public ones, unless somebody said that a private one is meant."""
+"""Screening of network addresses: private ones are refused unless `download.allow_private_addresses` is true."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import socket
 
 from tasks.runtime.stage import StageError
 
-IPV4_AT_THE_END = [
+IPV4_SUFFIXED = [
     ipaddress.IPv6Network(network)
     for network in (
-        "::/96",  # IPv4-compatible; holds the loopback address, too
+        "::/96",  # IPv4-compatible; includes the loopback address
         "::ffff:0:0/96",  # IPv4-mapped
         "::ffff:0:0:0/96",  # IPv4-translated
         "64:ff9b::/96",  # NAT64
     )
 ]
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that is assigned of the public IPv6 internet."""
+"""The assigned part of the public IPv6 address space."""
 NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in (
@@ -27,15 +27,15 @@ NOT_PUBLIC = [
         "3fff::/20",  # documentation
     )
 ]
-"""Networks that some of the supported Python versions take for global, wholly or in part."""
+"""Networks that some supported Python versions report as global, in whole or in part."""
 
 
 class PrivateAddressError(StageError):
-    """A host lies at an address that is not of the public internet, and nobody allowed that."""
+    """A host has an address outside the public internet, and private addresses are not allowed."""
 
 
 def lookup(host: str, port: int) -> list[str]:
-    """The addresses of `host`, in the order of the resolver. Raises `OSError` where there is none."""
+    """Resolve `host` to its addresses, in the order of the resolver. Raises `OSError` if there are none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:  # an empty label, or one of more than 63 characters
@@ -44,20 +44,20 @@ def lookup(host: str, port: int) -> list[str]:
 
 
 def require_public(host: str, addresses: list[str]) -> None:
-    """Raise `PrivateAddressError` where any of the addresses of `host` is private, loopback, link-local or reserved."""
+    """Raise `PrivateAddressError` if any address of `host` is private, loopback, link-local or reserved."""
     for address in addresses:
         if not is_public(address):
             raise PrivateAddressError(
-                f"{host} is at the private address {address}; "
-                "set download.allow_private_addresses to true if that is meant"
+                f"{host} has the private address {address}; "
+                "set download.allow_private_addresses to true if this is intended"
             )
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet; the verdict is the same on every Python version.
+    """Whether an IP address belongs to the public internet, with the same answer on every Python version.
 
-    An IPv6 address that leads to IPv4 addresses (mapped, translated, compatible, 6to4, Teredo, NAT64) is judged by
-    these. The NAT64 prefixes of local networks, 64:ff9b:1::/48, are never public.
+    For an IPv6 address that embeds IPv4 addresses (mapped, translated, compatible, 6to4, Teredo, NAT64), these decide.
+    The NAT64 prefixes of local networks, 64:ff9b:1::/48, are never public.
     """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
@@ -71,8 +71,8 @@ def is_public(address: str) -> bool:
 
 
 def _embedded(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that an IPv6 address leads to (RFC 4291, 7915, 3056, 4380, 6052): Teredo's server, too."""
-    if any(address in network for network in IPV4_AT_THE_END):
+    """IPv4 addresses embedded in an IPv6 address (RFC 4291, 7915, 3056, 4380, 6052), with the server of Teredo."""
+    if any(address in network for network in IPV4_SUFFIXED):
         return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
     if address.sixtofour is not None:
         return [address.sixtofour]

@@ -1,10 +1,10 @@
-"""One file over http(s): resumed, bounded, verified, and never from an address that nobody meant.
+"""Download one file over http(s): resumable, limited in size and time, verified, from screened addresses only.
 
-What arrived is kept under the name of the expected checksum, so the same command continues after
-an accident, from whichever mirror answers. The file gets its real name when its checksum is right.
+Partial files are named after the expected checksum, so a rerun continues from any mirror. A file gets its final name
+after its checksum is verified.
 
-User and password of a host come from ~/.netrc (or the file that NETRC names), or stand in an address that came from an
-environment variable; they are sent to that host alone.
+User and password of a host come from ~/.netrc (or the file in NETRC), or from a URL in an environment variable; they
+are sent only to that host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
 
+import httpx
 from tqdm import tqdm
 
 from tasks.params.redaction import redacted
@@ -29,19 +29,16 @@ from tasks.runtime.disk import require_space, sha256_of
 from tasks.runtime.stage import StageError
 from tasks.transfer import addresses
 
-if TYPE_CHECKING:
-    import httpx
-
 MAX_REDIRECTS = 5
 ATTEMPTS = 3
-"""Attempts in a row that may bring nothing, for each address."""
+"""Consecutive attempts without any data before an address is given up."""
 CONNECT_SECONDS, READ_SECONDS, PAUSE_SECONDS = 10.0, 30.0, 0.5
 ENVIRONMENT = "env:"
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 class MirrorError(Exception):
-    """This address will not give the file; another may. The message says why."""
+    """One address does not provide the file; another mirror may. The message is the reason."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -49,7 +46,7 @@ class MirrorError(Exception):
 
 
 class AccessError(StageError):
-    """The last address answered that the file is not for us (401 or 403)."""
+    """The last address answered 401 or 403."""
 
     def __init__(self, sentence: str, status: int) -> None:
         super().__init__(sentence)
@@ -58,14 +55,14 @@ class AccessError(StageError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a fetch may cost and reach."""
+    """Limits of one download."""
 
     max_bytes: int
     deadline: float
-    """Of `time.monotonic()`, in seconds."""
+    """In seconds of `time.monotonic()`."""
     allow_private_addresses: bool
     headers: Mapping[str, str]
-    """Sent to the host of the address itself, and never to another to which it redirects."""
+    """Sent only to the host of the original URL, not to hosts that it redirects to."""
 
 
 def fetch(
@@ -79,11 +76,11 @@ def fetch(
     allow_private_addresses: bool = False,
     headers: Mapping[str, str] | None = None,
 ) -> str:
-    """Bring the file with this `sha256` to `target` from the first of `urls` that gives it; returns that address.
+    """Download the file with this `sha256` to `target` from the first of `urls` that provides it; return that URL.
 
-    `partial` is a folder for what has arrived so far; `headers`, such as a token, go to the hosts of
-    `urls` alone. Raises `AccessError` where the last of them answers 401 or 403, and `StageError` where
-    none gives the file within `timeout_seconds` and `max_bytes`, or one leads to a private address.
+    `partial` is a folder for partial files. `headers`, such as a token, are sent only to the hosts of `urls`.
+    Raises `AccessError` if the last URL answers 401 or 403, and `StageError` if none provides the file within
+    `timeout_seconds` and `max_bytes`, or if one leads to a private address.
     """
     limits = Limits(max_bytes, time.monotonic() + timeout_seconds, allow_private_addresses, headers or {})
     part = partial / f"{sha256}.part"
@@ -100,14 +97,14 @@ def fetch(
             with atomic.writing(target) as temporary:
                 shutil.move(part, temporary)
             return shown(url)
-    sentence = f"could not fetch {'; nor '.join(refusals)}; mend that, then run the same command again"
+    sentence = f"could not fetch {'; nor '.join(refusals)}; correct the cause, then run the same command again"
     raise AccessError(sentence, status) if status in (401, 403) else StageError(sentence)
 
 
 def require_allowed(url: str, allow_private_addresses: bool) -> None:
-    """Raise `StageError` where `url` is no http(s) address, or lies at a private address that nobody allowed.
+    """Raise `StageError` if `url` is not an http(s) address, or has a private address while these are not allowed.
 
-    For addresses that another client will ask: it looks the name up again, so this screens and does not pin.
+    For URLs that another client opens. It resolves the name again, so the address is screened but not pinned.
     """
     try:
         _screened(_parsed(url), Limits(0, 0, allow_private_addresses, {}))
@@ -116,14 +113,14 @@ def require_allowed(url: str, allow_private_addresses: bool) -> None:
 
 
 def shown(url: str) -> str:
-    """An address without what may be secret in it: user, password and query."""
+    """A URL without the parts that may be secret: user, password and query."""
     return str(_parsed(url).copy_with(userinfo=b"", query=None, fragment=None))
 
 
 def address(where: str, key: str) -> str:
-    """The address that the parameter `key` means: itself, or where it is `env:NAME` what that variable holds.
+    """Resolve the value of the parameter `key`: a URL, or `env:NAME` for the URL in an environment variable.
 
-    Raises `StageError` where the variable is not set or holds no http(s) address.
+    Raises `StageError` if the variable is not set or holds no http(s) address.
     """
     if not where.startswith(ENVIRONMENT):
         return where
@@ -136,8 +133,6 @@ def address(where: str, key: str) -> str:
 
 
 def _parsed(url: str) -> httpx.URL:
-    import httpx
-
     try:
         return httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
@@ -147,7 +142,7 @@ def _parsed(url: str) -> httpx.URL:
 
 
 def _authorization(url: httpx.URL) -> dict[str, str]:
-    """The header with user and password for the host of `url`, from the address or from netrc; empty without them."""
+    """Authorization header for the host of `url`, from the URL or from netrc; empty without credentials."""
     user, password = url.username, url.password
     if not user and (entry := _netrc_entry(url.host)):
         user, password = entry
@@ -157,13 +152,13 @@ def _authorization(url: httpx.URL) -> dict[str, str]:
 
 
 def _netrc_entry(host: str) -> tuple[str, str] | None:
-    """User and password of `host` in the netrc file, or None. Raises `StageError` for a file that cannot be read."""
+    """User and password of `host` in the netrc file, or None. Raises `StageError` if the file cannot be read."""
     path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     if not path.is_file():
         return None
     try:
         found = netrc.netrc(path).authenticators(host)
-    except netrc.NetrcParseError as error:  # whose message may quote a password
+    except netrc.NetrcParseError as error:  # its message may quote a password
         raise StageError(f"{path} cannot be read (line {error.lineno}); correct it") from None
     except OSError as error:
         raise StageError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
@@ -171,7 +166,7 @@ def _netrc_entry(host: str) -> tuple[str, str] | None:
 
 
 def _complete(url: str, part: Path, sha256: str, limits: Limits) -> None:
-    """Bring `part` to its end and verify it; anew, once, where the rest did not fit what had arrived before."""
+    """Complete `part` and verify it; a resumed file with a wrong checksum is downloaded once more from the start."""
     resumed = part.exists()
     _receive(url, part, limits)
     found = sha256_of(part)
@@ -185,9 +180,7 @@ def _complete(url: str, part: Path, sha256: str, limits: Limits) -> None:
 
 
 def _receive(url: str, part: Path, limits: Limits) -> None:
-    """Append to `part` until the server says that it is complete; goes on where a connection broke."""
-    import httpx
-
+    """Append to `part` until it is complete; continue after broken connections."""
     part.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     while True:
@@ -212,16 +205,15 @@ def _pause(seconds: float, limits: Limits) -> None:
 
 
 def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
-    """One request for the bytes from `start` on; returns whether the file is complete now."""
+    """Request the bytes from `start` and return whether the file is complete."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with _response(url, headers, limits) as response:
         if response.status_code == 416 and start:
-            # Nothing lies behind `start`: all is here, or the checksum will show that it is not.
-            return True
+            return True  # there are no bytes after `start`; the checksum decides whether the file is complete
         if response.status_code not in (200, 206):
             answer = f"the server answered {response.status_code} {response.reason_phrase}"
             if response.status_code in (401, 403):
-                answer += ", so put user and password of that host into ~/.netrc, or renew a signed address"
+                answer += "; add user and password of that host to ~/.netrc, or renew a signed URL"
             raise MirrorError(answer, response.status_code)
         if response.status_code == 200 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             if response.status_code == 206:
@@ -246,7 +238,7 @@ def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
             ) as bar,
         ):
             file.seek(start)
-            # In the pieces that the network brings: a cut connection loses none of them.
+            # Write each piece as it arrives, so that a broken connection loses nothing.
             for chunk in response.iter_raw():
                 _require_allowed(file.tell() + len(chunk), limits)
                 if time.monotonic() > limits.deadline:
@@ -258,14 +250,14 @@ def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
 
 def _require_allowed(size: int, limits: Limits) -> None:
     if size > limits.max_bytes:
-        raise StageError(f"the file is larger than download.max_bytes {limits.max_bytes}; raise it if you want it")
+        raise StageError(
+            f"the file is larger than download.max_bytes {limits.max_bytes}; raise it to allow the download"
+        )
 
 
 @contextmanager
 def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[httpx.Response]:
-    """The streamed answer to a GET, behind at most five redirects, each of which is screened as the first was."""
-    import httpx
-
+    """Streamed response to a GET after at most `MAX_REDIRECTS` redirects; every hop is screened."""
     first = _parsed(url)
     own = {**_authorization(first), **limits.headers}
     here = first = first.copy_with(userinfo=b"")
@@ -288,7 +280,7 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
         try:
             there = here.join(response.headers["Location"])
         except httpx.InvalidURL:
-            raise MirrorError("it redirects to an address that is not valid") from None
+            raise MirrorError("it redirects to an invalid URL") from None
         if here.scheme == "https" and there.scheme != "https":
             raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
         here = there
@@ -296,30 +288,26 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
 
 
 def _proxy(url: httpx.URL) -> str | None:
-    """The proxy that the environment names for `url` (https_proxy, no_proxy and their like)."""
+    """The proxy for `url` according to the environment (https_proxy, no_proxy and similar variables)."""
     return None if proxy_bypass(url.host) else getproxies().get(url.scheme)
 
 
 def _client(url: httpx.URL) -> httpx.Client:
-    import httpx
-
     return httpx.Client(
         proxy=_proxy(url),
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-        # Heeds SSL_CERT_FILE; reading all those certificates takes longer than many a file.
+        # Respects SSL_CERT_FILE. Loading certificates takes longer than some downloads, so http skips it.
         verify=httpx.create_ssl_context() if url.scheme == "https" else False,
-        trust_env=False,  # proxies and netrc are read here: a request goes to an IP address, not to the host's name
+        trust_env=False,  # proxies and netrc are handled here, because requests go to an IP address
     )
 
 
 def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits: Limits) -> httpx.Response:
-    """GET from one of the host's screened addresses.
+    """Send a GET to one of the screened addresses of the host.
 
-    The connection goes to the address itself, so that no second look-up can name another one; TLS
-    still checks the certificate of the host. Through a proxy it is the proxy that looks up and connects.
+    The connection goes to the IP address, so that a second DNS lookup cannot return another one; TLS still verifies
+    the certificate of the host name. With a proxy, the proxy resolves the name and connects.
     """
-    import httpx
-
     screened = _screened(url, limits)
     if _proxy(url):
         return client.send(client.build_request("GET", url, headers=headers), stream=True, follow_redirects=False)
@@ -339,16 +327,16 @@ def _send(client: httpx.Client, url: httpx.URL, headers: dict[str, str], limits:
 
 
 def _screened(url: httpx.URL, limits: Limits) -> list[str]:
-    """Addresses of the host of `url`. Raises `StageError` where the scheme or any address is not to be used."""
+    """Addresses of the host of `url`. Raises `StageError` if the scheme or an address is not allowed."""
     if url.scheme not in ("http", "https") or not url.host:
-        raise StageError(f"{shown(str(url))} is no http(s) address; correct download.url")
+        raise StageError(f"{shown(str(url))} is not an http(s) address; correct download.url")
     try:
         found = addresses.lookup(url.host, url.port or (443 if url.scheme == "https" else 80))
     except OSError as error:
         if _proxy(url):
-            return []  # behind some proxies names are the proxy's business alone
+            return []  # the proxy resolves names
         reason = error.strerror or error
-        raise MirrorError(f"{url.host} cannot be found ({reason}); is there a network?") from None
+        raise MirrorError(f"{url.host} cannot be found ({reason}); check the network") from None
     if not limits.allow_private_addresses:
         addresses.require_public(url.host, found)
     return found

@@ -1,11 +1,10 @@
-"""The source `laion`: tables of addresses and captions -> filtered, downloaded, verified pictures.
+"""The source `laion`: tables of URLs and captions -> filtered, downloaded and verified images.
 
 C. Schuhmann et al., "LAION-5B: An open large-scale dataset for training next generation image-text models"
-(2022); the original is withdrawn, Re-LAION's research-safe release stands in its place.
+(2022). The original was withdrawn; the research-safe release of Re-LAION replaces it.
 
-The columns vary by release, so names are matched in any case and values converted to what is meant. In
-`data/raw/` come Parquet tables of the pictures, `outcomes.csv` with a line for each address that was asked for, and the
-counts of the filters and of the outcomes in the manifest.
+Columns vary by release, so names are matched case-insensitively and values converted. The stage writes Parquet tables
+of images, `outcomes.csv` with one line per requested URL, and the counts of filters and outcomes in the manifest.
 """
 
 from __future__ import annotations
@@ -16,22 +15,25 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from models.json_files import Description, JsonObject
 from tasks.runtime import atomic, workspace
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
 from tasks.transfer import crawl, hub
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
-
     from tasks.params import DownloadParams, LaionParams
 
 ALIASES = {
@@ -54,21 +56,40 @@ NEEDED = {
     "max_unsafe": ("unsafe",),
     "languages": ("language",),
 }
-"""Columns without which a filter cannot work."""
+"""Filter -> the columns that it needs."""
 KEPT = ("row", "expected_hash")
-"""Columns that go with each address through the download."""
+"""Columns that img2dataset copies to its output."""
 HASHES = {32: "md5", 64: "sha256"}
 BATCH_ROWS = 65_536
 OUTCOMES = "outcomes.csv"
 COLUMNS = {"key": "key", "image": "picture", "captions": ["caption"], "safety": "safety"}
-"""How `ingest` reads the tables of pictures."""
+"""Columns of the tables of images, see `tasks.sources.entry.TableColumns`."""
 
 
-def copy(raw: Path, params: DownloadParams) -> tuple[str, dict[str, Any]]:
-    """Filter the tables, download what passes and verify it into `raw`; returns the origin and the counts.
+@dataclass(frozen=True)
+class Selection(Description):
+    """Counts of the filters, stored in the scratch folder until the download is complete."""
 
-    What has arrived stays in the scratch folder until all is done. Raises `StageError` where a filter
-    lacks its column, nothing passes, or fewer than `min_success_rate` of the addresses give an image.
+    FORMAT = 1
+    REMEDY = "delete the scratch folder of this dataset, then run the same command again"
+
+    read: int
+    kept: int
+    left_out: dict[str, int]
+    """Number of rows that each filter removed, of those that reached it."""
+    hash_kind: str
+    """Kind of the published hashes, "md5" or "sha256"."""
+
+    def described(self) -> JsonObject:
+        """The counts as recorded in the manifest."""
+        return {"read": self.read, "kept": self.kept, "left_out": self.left_out}
+
+
+def copy(raw: Path, params: DownloadParams) -> tuple[str, JsonObject]:
+    """Filter the tables, download and verify the images into `raw`; return the origin and the details of the manifest.
+
+    Downloaded shards stay in the scratch folder until the stage is complete. Raises `StageError` if a filter lacks its
+    column, no row passes, or fewer than `min_success_rate` of the URLs give an image.
     """
     work = workspace.scratch() / "laion"
     with atomic.writing_folder(work / "tables") as tables:
@@ -76,67 +97,66 @@ def copy(raw: Path, params: DownloadParams) -> tuple[str, dict[str, Any]]:
     files = sorted((work / "tables").rglob("*.parquet"))
     job = work / _identity(files, params.laion)
     filters = _filter_once(files, job, params.laion)
-    kind = filters.pop("hash_kind")
-    crawl.download(job / "urls", job / "shards", list(KEPT), kind, params)
-    outcomes = _collect(job / "shards", raw, kind, judged=params.laion.max_unsafe is not None)
+    crawl.download(job / "urls", job / "shards", list(KEPT), filters.hash_kind, params)
+    outcomes = _collect(job / "shards", raw, filters.hash_kind, safety_filter=params.laion.max_unsafe is not None)
     asked, succeeded = sum(outcomes.values()), outcomes.get("success", 0)
     if succeeded < params.laion.min_success_rate * asked:
         raise StageError(
-            f"{succeeded} of {asked} addresses gave an image ({_said(outcomes)}), fewer than "
-            f"download.laion.min_success_rate {params.laion.min_success_rate}; lower it (what has arrived is kept), or "
-            "take another table"
+            f"{succeeded} of {asked} URLs gave an image ({_listed(outcomes)}), fewer than "
+            f"download.laion.min_success_rate {params.laion.min_success_rate}; lower it (downloaded images are kept), "
+            "or use another table"
         )
-    print(f"download: of {asked} addresses {_said(outcomes)}", flush=True)
+    print(f"download: of {asked} URLs {_listed(outcomes)}", flush=True)
     shutil.rmtree(work, ignore_errors=True)
-    return origin, {"columns": COLUMNS, "filters": filters, "outcomes": outcomes}
+    return origin, {"columns": COLUMNS, "filters": filters.described(), "outcomes": outcomes}
 
 
-def _said(counts: dict[str, int]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _tables(target: Path, params: DownloadParams) -> str:
-    """Bring the tables of addresses into `target`; returns where they came from."""
+    """Copy the tables of URLs to `target` and return their origin."""
     if params.hub.repo is not None:
         return hub.copy(target, params)
     path = Path(params.path)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise StageError(f"download.path {path} is no Parquet table and holds none; correct it")
+        raise StageError(f"download.path {path} is not a Parquet table or a folder with one; correct it")
     for number, file in enumerate(files):
         shutil.copyfile(file, target / f"{number:05d}.parquet")
     return path.resolve().name
 
 
 def _identity(files: list[Path], laion: LaionParams) -> str:
-    """Name of the work on these tables with these filters; how fast it is done is no part of it."""
+    """Identifier of the work: hash of the tables and of the parameters that determine the result."""
     parts = laion.model_dump(mode="json", include={*NEEDED, "max_images", "shorter_side", "shard_size", "user_agent"})
     hashes = [sha256_of(file) for file in files]
     return hashlib.sha256(json.dumps([hashes, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _filter_once(files: list[Path], job: Path, laion: LaionParams) -> dict[str, Any]:
-    """Write the wanted addresses into `job/urls`, unless that was done before; returns the counts of the filters."""
+def _filter_once(files: list[Path], job: Path, laion: LaionParams) -> Selection:
+    """Write the selected URLs into `job/urls`, unless an earlier run did, and return the counts of the filters."""
     counted = job / "filters.json"
     if not counted.exists():
         with atomic.writing_folder(job / "urls") as urls:
-            counts = select(files, urls, laion)
-        atomic.write_json(counted, counts)
-    counts = json.loads(counted.read_text(encoding="utf-8"))
-    left_out = _said(counts["left_out"]) or "none"
-    print(f"download: {counts['kept']} of {counts['read']} rows pass; left out: {left_out}", flush=True)
-    return dict(counts)
+            selection = select(files, urls, laion)
+        with atomic.writing(counted) as temporary:
+            selection.write(temporary)
+    try:
+        selection = Selection.read(counted)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    left_out = _listed(selection.left_out) or "none"
+    print(f"download: {selection.kept} of {selection.read} rows pass; left out: {left_out}", flush=True)
+    return selection
 
 
-def select(files: list[Path], urls: Path, laion: LaionParams) -> dict[str, Any]:
-    """Tables as published -> tables of at most `laion.max_images` addresses in the folder `urls`, in the same order.
+def select(files: list[Path], urls: Path, laion: LaionParams) -> Selection:
+    """Published tables -> tables of at most `laion.max_images` URLs in the folder `urls`, in the same order.
 
-    Columns: url, caption, row (its number), expected_hash. Returns how many rows were read and kept, how many
-    each filter left out of those that reached it, and the kind of hash published.
+    The columns are url, caption, row (number of the selected row) and expected_hash.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     left_out: Counter[str] = Counter()
     seen: set[bytes] = set()
     read = kept = 0
@@ -150,7 +170,7 @@ def select(files: list[Path], urls: Path, laion: LaionParams) -> dict[str, Any]:
         if len(wanted):
             rows = wanted.assign(
                 row=range(kept, kept + len(wanted)),
-                # img2dataset reports one kind; a hash of the other kind cannot be compared.
+                # img2dataset computes one kind of hash; hashes of the other kind cannot be compared.
                 expected_hash=[text if text and HASHES[len(text)] == kind else None for text in wanted["hash"]],
             )
             table = pa.Table.from_pandas(rows, schema(), preserve_index=False)
@@ -160,23 +180,21 @@ def select(files: list[Path], urls: Path, laion: LaionParams) -> dict[str, Any]:
             break
     counts = {name: count for name, count in left_out.items() if count}
     if not kept:
-        raise StageError(f"none of {read} rows passes the filters ({_said(counts)}); loosen download.laion")
-    return {"read": read, "kept": kept, "left_out": counts, "hash_kind": kind or "md5"}
+        raise StageError(f"none of {read} rows passes the filters ({_listed(counts)}); relax those of download.laion")
+    return Selection(read, kept, counts, kind or "md5")
 
 
 def schema() -> pa.Schema:
-    """Columns of a table of addresses that `crawl.download` takes."""
-    import pyarrow as pa
-
+    """Columns of a table of URLs for `crawl.download`."""
     texts = [("url", pa.string()), ("caption", pa.string()), ("expected_hash", pa.string())]
     return pa.schema([*texts, ("row", pa.int64())])
 
 
 def _frames(files: list[Path], laion: LaionParams) -> Iterator[pd.DataFrame]:
-    """Rows of all tables, 65,536 at a time, under the names known here; numbers as float64, texts as published."""
-    import pandas as pd
-    import pyarrow.parquet as pq
+    """Yield the rows of all tables in batches, with columns renamed to the keys of `ALIASES`.
 
+    Numbers are converted to float64; strings are left as published.
+    """
     total = sum(pq.read_metadata(file).num_rows for file in files)
     with tqdm(desc="filter", total=total, unit="row", mininterval=1, dynamic_ncols=True, delay=2) as bar:
         for file in files:
@@ -194,7 +212,7 @@ def _frames(files: list[Path], laion: LaionParams) -> Iterator[pd.DataFrame]:
 
 
 def _names(file: str, columns: list[str], laion: LaionParams) -> dict[str, str]:
-    """Meaning -> column. Raises `StageError` where there are no addresses, or a filter has no column to look at."""
+    """Key of `ALIASES` -> column. Raises `StageError` if there is no column of URLs, or a filter lacks its column."""
     lower = {name.lower(): name for name in columns}
     found = {
         meaning: next(lower[alias] for alias in aliases if alias in lower)
@@ -202,20 +220,20 @@ def _names(file: str, columns: list[str], laion: LaionParams) -> dict[str, str]:
         if any(alias in lower for alias in aliases)
     }
     if "url" not in found:
-        raise StageError(f"{file} has no column of addresses (there are {', '.join(columns)}); give another table")
+        raise StageError(f"{file} has no column of URLs (found {', '.join(columns)}); use another table")
     for name, needed in NEEDED.items():
         missing = [ALIASES[meaning][0] for meaning in needed if meaning not in found]
         if missing and getattr(laion, name) not in (None, ()):
             off = "[]" if name == "languages" else "null"
             raise StageError(
-                f"{file} has no column '{missing[0]}', at which download.laion.{name} looks; "
-                f"set that to {off} to do without"
+                f"{file} has no column '{missing[0]}', which download.laion.{name} needs; "
+                f"set that to {off} to disable the filter"
             )
     return found
 
 
 def _passing(frame: pd.DataFrame, laion: LaionParams, left_out: Counter[str]) -> pd.DataFrame:
-    """The rows that pass every filter; what a filter cannot know does not pass it."""
+    """Rows that pass every filter; a missing value does not pass."""
     short, long = frame[["width", "height"]].min(axis=1, skipna=False), frame[["width", "height"]].max(axis=1)
     tests = {}
     if laion.min_side is not None:
@@ -238,9 +256,7 @@ def _passing(frame: pd.DataFrame, laion: LaionParams, left_out: Counter[str]) ->
 
 
 def _addressed(frame: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
-    """The rows that have an http(s) address; texts as text or None, hashes as hexadecimal digits or None."""
-    import pandas as pd
-
+    """Rows with an http(s) URL; strings are stripped, and invalid strings and hashes become None."""
     texts = {name: [_text(value) for value in frame[name]] for name in ("url", "caption", "hash")}
     texts["hash"] = [
         text if text and re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", text) else None for text in texts["hash"]
@@ -251,8 +267,8 @@ def _addressed(frame: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
     return frame[passes]
 
 
-def _text(value: Any) -> str | None:
-    """Text of a value without the blanks around it; None for bytes that are no UTF-8, and for what is missing."""
+def _text(value: object) -> str | None:
+    """Stripped text of a value; None for missing values and bytes that are not UTF-8."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -261,8 +277,8 @@ def _text(value: Any) -> str | None:
     return None if value is None or value != value else str(value).strip()
 
 
-def _is_address(url: Any) -> bool:
-    """Whether a text is an http(s) address. Where its host lies is for the proxy to see, at the time of the request."""
+def _is_address(url: object) -> bool:
+    """Whether a value is an http(s) URL. The proxy screens the address of the host when it is requested."""
     if not isinstance(url, str) or re.search(r"[\x00-\x20\x7f]", url):
         return False
     try:
@@ -273,9 +289,7 @@ def _is_address(url: Any) -> bool:
 
 
 def _unrepeated(frame: pd.DataFrame, seen: set[bytes], left_out: Counter[str]) -> pd.DataFrame:
-    """The rows whose address was not there before; 16 bytes of memory are kept for each."""
-    import numpy as np
-
+    """Rows with a URL that did not occur before; `seen` stores 16 bytes per URL."""
     fresh = []
     for url in frame["url"]:
         mark = hashlib.sha256(url.encode("utf-8", "surrogatepass")).digest()[:16]
@@ -285,38 +299,34 @@ def _unrepeated(frame: pd.DataFrame, seen: set[bytes], left_out: Counter[str]) -
     return frame[np.array(fresh, bool)]
 
 
-def _collect(shards: Path, raw: Path, kind: str, judged: bool) -> dict[str, int]:
-    """Shards of img2dataset -> tables of verified pictures and the list of outcomes in `raw`; returns their counts.
+def _collect(shards: Path, raw: Path, hash_kind: str, safety_filter: bool) -> dict[str, int]:
+    """Shards of img2dataset -> tables of verified images and `outcomes.csv` in `raw`; return the counts of outcomes.
 
-    `judged`: whether the filters let only safe rows pass.
+    `safety_filter` is whether the filters passed only safe rows.
     """
-    import pyarrow.parquet as pq
-
     counts: Counter[str] = Counter()
     with (raw / OUTCOMES).open("w", encoding="utf-8", newline="") as file:
         outcomes = csv.writer(file, lineterminator="\n")
         outcomes.writerow(["key", "outcome", "url", "error", "expected_hash", "found_hash"])
         for number, shard in enumerate(sorted(shards.glob("*.parquet"))):
             rows = pq.read_table(shard).sort_by("row")
-            found = [_outcome(row, kind) for row in rows.drop_columns(["jpg"]).to_pylist()]
+            found = [_outcome(row, hash_kind) for row in rows.drop_columns(["jpg"]).to_pylist()]
             outcomes.writerows(found)
             counts.update(str(line[1]) for line in found)
-            pictures = _pictures(rows, [line[1] == "success" for line in found], judged)
+            pictures = _pictures(rows, [line[1] == "success" for line in found], safety_filter)
             pq.write_table(pictures, raw / f"pictures-{number:05d}.parquet", compression="none", row_group_size=64)
     return dict(sorted(counts.items()))
 
 
-def _pictures(rows: pa.Table, succeeded: list[bool], judged: bool) -> pa.Table:
-    """The rows that gave a picture: key, picture, caption, and what is known of its safety."""
-    import pyarrow as pa
-
+def _pictures(rows: pa.Table, succeeded: list[bool], safety_filter: bool) -> pa.Table:
+    """Columns key, picture, caption and safety of the downloaded images."""
     kept = rows.filter(pa.array(succeeded))
     return pa.table(
         {
             "key": pa.array([_key(row) for row in kept["row"].to_pylist()], pa.string()),
             "picture": kept["jpg"],
             "caption": kept["caption"],
-            "safety": pa.array(["safe" if judged else None] * kept.num_rows, pa.string()),
+            "safety": pa.array(["safe" if safety_filter else None] * kept.num_rows, pa.string()),
         }
     )
 
@@ -325,9 +335,9 @@ def _key(row: int) -> str:
     return f"{row:09d}"
 
 
-def _outcome(row: dict[str, Any], kind: str) -> list[str | None]:
-    """One line of the outcomes: what became of an address, in a few words, and why."""
-    error, expected, found = row["error_message"] or "", row["expected_hash"], row[kind]
+def _outcome(row: JsonObject, hash_kind: str) -> list[str | None]:
+    """One line of `outcomes.csv` for a row of img2dataset."""
+    error, expected, found = row["error_message"] or "", row["expected_hash"], row[hash_kind]
     if row["status"] == "success":
         outcome = "success" if expected is None or expected == found else "hash mismatch"
     elif "X-Robots-Tag" in error:

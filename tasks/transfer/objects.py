@@ -1,10 +1,9 @@
-"""Objects of S3 and of what is compatible with it, brought into a folder of this machine.
+"""Download objects from S3 and compatible servers, resumable across processes and verified.
 
-An object comes in ranges, several at a time, each tied to the version that was listed (`If-Match`). What has arrived
-stays in that folder, so a broken connection costs nothing and the same command continues. Then it is checked: against
-the sha256 in the object's own metadata (key `sha256`) where there is one, else against its ETag, which is the md5 of an
-object that was uploaded in one piece, and the md5 of the parts' md5s of one uploaded in parts, if the server says how
-large they are. Where it does not, or encrypts with KMS, the size is all that can be compared.
+Objects are downloaded in parallel ranges, each tied to the listed version (`If-Match`). Finished ranges stay on disk,
+so a rerun continues; boto3's own transfer manager cannot resume in a new process. Each object is then compared with
+the SHA-256 in its metadata (key `sha256`), or with its ETag: the MD5 of the object, or for a multipart upload the MD5
+of the MD5s of the parts, if the server reports their size. Otherwise, or with KMS encryption, only the size is checked.
 
 Credentials come from the environment or the profile (`AWS_PROFILE`), never from `params.yaml`.
 """
@@ -22,8 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import boto3
+import botocore
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
 from tqdm import tqdm
 
 from tasks.runtime.disk import CHUNK, require_space, sha256_of
@@ -32,18 +35,19 @@ from tasks.runtime.stage import StageError
 if TYPE_CHECKING:
     from tasks.params import S3Params
 
+Client: TypeAlias = Any  # boto3 creates the classes of its clients at run time
 RANGE_BYTES = 16 << 20
 READ_BYTES = 16 << 10
-"""Bytes read at once; a broken connection loses at most so many."""
+"""Bytes per read; a broken connection loses at most this many."""
 ATTEMPTS = 4
-"""Attempts in a row that may bring nothing, for each range."""
+"""Consecutive attempts without any data before a range is given up."""
 PAUSE_SECONDS = 0.5
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as it was listed."""
+    """A listed object."""
 
     key: str
     size: int
@@ -52,33 +56,28 @@ class Stored:
 
 @dataclass(frozen=True)
 class Download:
-    """What the parts of one download share."""
+    """State shared by the ranges of one download."""
 
-    client: Any
+    client: Client
     bucket: str
     folder: Path
-    """Where objects lie that have arrived, whole or not."""
+    """Folder of complete and partial objects."""
     deadline: float
-    """Of `time.monotonic()`, in seconds."""
+    """In seconds of `time.monotonic()`."""
     bar: tqdm
     failed: threading.Event
 
 
-def client(access: S3Params) -> Any:
-    """A client of boto3. Raises `StageError` where endpoint or profile cannot be used."""
-    # Elsewhere than on Amazon's machines, asking their metadata service for credentials only costs time.
+def client(access: S3Params) -> Client:
+    """Create a client of boto3. Raises `StageError` if the endpoint or the profile is invalid."""
+    # Outside EC2, asking the metadata service for credentials only takes time.
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    import boto3
-    import botocore
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
         retries={"mode": "standard", "total_max_attempts": 4},
         max_pool_connections=access.connections,
-        # What is compatible with S3 often refuses the newer checksums.
+        # Many compatible servers refuse the newer checksums.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         signature_version=botocore.UNSIGNED if access.anonymous else None,
@@ -86,27 +85,25 @@ def client(access: S3Params) -> Any:
     try:
         return boto3.Session().client("s3", endpoint_url=access.endpoint_url, config=config)
     except (BotoCoreError, ValueError) as error:
-        raise StageError(f"S3 cannot be used as it is set up ({error}); correct the endpoint, or the profile") from None
+        raise StageError(f"the configuration of S3 is invalid ({error}); correct the endpoint or the profile") from None
 
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn what boto3 raises into one sentence that says what to do; keys and tokens are not in it."""
-    from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
-
+    """Turn errors of boto3 into a `StageError` with a remedy and without keys or tokens."""
     try:
         yield
     except (NoCredentialsError, CredentialRetrievalError):
         raise StageError(
             f"there are no credentials for {url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or "
-            "for pictures in a public bucket download.s3.anonymous to true"
+            "for a dataset in a public bucket set download.s3.anonymous to true"
         ) from None
     except ClientError as error:
         code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status in (401, 403):
-            raise StageError(f"{url}: the credentials may not read it ({code}); use others, or let them") from None
+            raise StageError(f"{url}: the credentials may not read it ({code}); use others, or grant access") from None
         if status == 404:
-            raise StageError(f"{url} does not exist ({code}); correct the address, or the endpoint") from None
+            raise StageError(f"{url} does not exist ({code}); correct the URL or the endpoint") from None
         if status == 412:
             raise StageError(f"{url} was changed while it was downloaded; run the same command again") from None
         raise StageError(f"{url}: the server answered {status} ({code}); try again later") from None
@@ -114,39 +111,40 @@ def explained(url: str) -> Iterator[None]:
         raise StageError(f"{url} cannot be fetched ({error}); check the network and the endpoint") from None
 
 
-def head(client: Any, bucket: str, key: str) -> Stored:
-    said = client.head_object(Bucket=bucket, Key=key)
-    return Stored(key, said["ContentLength"], said["ETag"])
+def head(client: Client, bucket: str, key: str) -> Stored:
+    """Size and ETag of one object."""
+    answer = client.head_object(Bucket=bucket, Key=key)
+    return Stored(key, answer["ContentLength"], answer["ETag"])
 
 
-def listed(client: Any, bucket: str, prefix: str) -> list[Stored]:
-    """Everything below a prefix, sorted by key; the markers of empty folders are left out."""
+def listed(client: Client, bucket: str, prefix: str) -> list[Stored]:
+    """List the objects below a prefix, sorted by key, without the markers of empty folders."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    found = [Stored(its["Key"], its["Size"], its["ETag"]) for page in pages for its in page.get("Contents", ())]
-    objects = [its for its in found if not its.key.endswith("/")]
+    found = [Stored(item["Key"], item["Size"], item["ETag"]) for page in pages for item in page.get("Contents", ())]
+    objects = [stored for stored in found if not stored.key.endswith("/")]
     if not objects:
-        raise StageError(f"there is nothing below s3://{bucket}/{prefix}; correct the address")
-    return sorted(objects, key=lambda its: its.key)
+        raise StageError(f"there is nothing below s3://{bucket}/{prefix}; correct the URL")
+    return sorted(objects, key=lambda stored: stored.key)
 
 
 def pin(objects: list[Stored]) -> str:
-    """sha256 over keys, sizes and ETags: it changes when an object comes, goes or is written anew."""
-    lines = (f"{its.key}\0{its.size}\0{its.etag}\n" for its in objects)
+    """SHA-256 over keys, sizes and ETags; it changes if an object is added, removed or replaced."""
+    lines = (f"{stored.key}\0{stored.size}\0{stored.etag}\n" for stored in objects)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def file_name(stored: Stored) -> str:
-    """A file name for an object whose key may be anything."""
+    """A safe file name for any key."""
     return hashlib.sha256(stored.key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def bring(
-    client: Any, bucket: str, objects: list[Stored], folder: Path, connections: int, timeout_seconds: float
+def download(
+    client: Client, bucket: str, objects: list[Stored], folder: Path, connections: int, timeout_seconds: float
 ) -> None:
-    """Download and check every object into `folder`, `connections` ranges at a time, each under its `file_name`."""
+    """Download and verify objects into `folder` under their `file_name`, `connections` ranges at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     arrived = sum(file.stat().st_size for file in folder.iterdir())
-    total = sum(its.size for its in objects)
+    total = sum(stored.size for stored in objects)
     require_space(folder, total - arrived)
     deadline = time.monotonic() + timeout_seconds
     with (
@@ -154,8 +152,8 @@ def bring(
         ThreadPoolExecutor(connections) as pool,
     ):
         shared = Download(client, bucket, folder, deadline, bar, threading.Event())
-        missing = [its for its in objects if not (folder / file_name(its)).exists()]
-        ranges = [(its, start) for its in missing for start in range(0, max(its.size, 1), RANGE_BYTES)]
+        missing = [stored for stored in objects if not (folder / file_name(stored)).exists()]
+        ranges = [(stored, start) for stored in missing for start in range(0, max(stored.size, 1), RANGE_BYTES)]
         try:
             for stored, start in pool.map(lambda task: _range(shared, *task), ranges):
                 if stored.size > RANGE_BYTES and start + RANGE_BYTES >= stored.size:
@@ -165,9 +163,7 @@ def bring(
 
 
 def _range(shared: Download, stored: Stored, start: int) -> tuple[Stored, int]:
-    """Bring one range of an object to its end; goes on where a connection broke. An object of one range is checked."""
-    from botocore.exceptions import BotoCoreError
-
+    """Complete one range of an object; continue after broken connections. Verify objects of a single range."""
     path, end = _part(shared, stored, start), min(start + RANGE_BYTES, stored.size)
     path.touch()
     failures = 0
@@ -189,26 +185,26 @@ def _part(shared: Download, stored: Stored, start: int) -> Path:
 
 
 def _append(shared: Download, stored: Stored, path: Path, start: int, end: int) -> None:
-    """One request for the bytes from `start` to `end` of the version that was listed."""
+    """Request the bytes from `start` to `end` of the listed version."""
     answer = shared.client.get_object(
         Bucket=shared.bucket, Key=stored.key, Range=f"bytes={start}-{end - 1}", IfMatch=stored.etag
     )
     if answer["ContentLength"] != end - start:
-        raise StageError(f"the server of s3://{shared.bucket} answers no ranges; use one that does")
+        raise StageError(f"the server of s3://{shared.bucket} does not support range requests; use one that does")
     with path.open("ab") as file:
         for chunk in answer["Body"].iter_chunks(READ_BYTES):
             file.write(chunk)
             shared.bar.update(len(chunk))
             if time.monotonic() > shared.deadline:
                 raise StageError(
-                    "not done within the time allowed (download.timeout_seconds); run the same command again"
+                    "the time limit (download.timeout_seconds) is reached; run the same command again to continue"
                 )
             if shared.failed.is_set():
                 return
 
 
 def _join(shared: Download, stored: Stored) -> None:
-    """Put the ranges of an object together, check them, and give the file its name."""
+    """Join the ranges of an object, verify the file and rename it."""
     whole = _part(shared, stored, 0)
     with whole.open("ab") as file:
         for start in range(RANGE_BYTES, stored.size, RANGE_BYTES):
@@ -223,14 +219,14 @@ def _join(shared: Download, stored: Stored) -> None:
 
 
 def _mismatch(shared: Download, stored: Stored, file: Path) -> str | None:
-    """Why a file is not the object, or None where it is, or where nothing published can tell."""
-    said = shared.client.head_object(Bucket=shared.bucket, Key=stored.key, IfMatch=stored.etag)
-    published = said["Metadata"].get("sha256", "")
+    """How a file differs from the object; None if it is equal or no checksum is published."""
+    answer = shared.client.head_object(Bucket=shared.bucket, Key=stored.key, IfMatch=stored.etag)
+    published = answer["Metadata"].get("sha256", "")
     if re.fullmatch(r"[0-9a-fA-F]{64}", published):
         return None if sha256_of(file) == published.lower() else "its sha256 is not that of its metadata"
     etag = stored.etag.strip('"')
-    if said.get("ServerSideEncryption", "AES256") != "AES256":
-        return None  # its ETag is no md5
+    if answer.get("ServerSideEncryption", "AES256") != "AES256":
+        return None  # the ETag is not an MD5
     if re.fullmatch(r"[0-9a-f]{32}", etag):
         return None if _md5(file) == etag else "its md5 is not its ETag"
     size = _part_size(shared, stored)
@@ -240,7 +236,7 @@ def _mismatch(shared: Download, stored: Stored, file: Path) -> str | None:
 
 
 def _part_size(shared: Download, stored: Stored) -> int | None:
-    """Size of the parts in which an object was uploaded, in bytes; None where the server does not say."""
+    """Size in bytes of the parts of a multipart upload; None if the server does not report it."""
     first = shared.client.head_object(Bucket=shared.bucket, Key=stored.key, IfMatch=stored.etag, PartNumber=1)
     return int(first["ContentLength"]) if "PartsCount" in first else None
 
@@ -251,7 +247,7 @@ def _md5(file: Path) -> str:
 
 
 def _md5_of_parts(file: Path, size: int) -> str:
-    """The ETag of an object that was uploaded in parts of `size` bytes."""
+    """ETag of an object that was uploaded in parts of `size` bytes."""
     digests = []
     with file.open("rb") as opened:
         while part := opened.read(size):

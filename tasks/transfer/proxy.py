@@ -1,16 +1,16 @@
-"""A forward proxy on this machine that lets through what may be fetched from the open internet, and no more.
+"""A local forward proxy that restricts a downloader to public addresses and limits bytes and time.
 
-It stands in front of a downloader that opens whatever address it is given. Every request and every redirect that
-the downloader follows is a new request here, so each hop is screened:
+The downloader opens any URL in its input. Every request and every redirect passes through the proxy, so each hop is
+screened:
 
-- only `http://` and `CONNECT` (https), to the usual ports or those above 1023;
-- the name is looked up once, here; any private, loopback, link-local or reserved address refuses the request,
-  and the connection goes to the address that was screened, so no second look-up can name another;
-- an answer is cut off beyond `max_bytes`, a connection after `seconds`, and everything beyond `total_bytes`.
+- only `http://` and `CONNECT` (https) are accepted, to ports 80, 443 and above 1023;
+- the name is resolved once, here. A private, loopback, link-local or reserved address is refused, and the connection
+  goes to the screened address, so that a second DNS lookup cannot return another one;
+- a response is cut off at `max_bytes`, a connection after `seconds`, all traffic at `total_bytes`.
 
-It does not open TLS: of an https answer it sees addresses and amounts, never content or headers. The certificate
-is checked, or not, by the client. Whoever does not know the password, other users of the machine
-among them, is refused. It connects directly: where the internet is behind another proxy, it has no way out.
+TLS is passed through: for https the proxy sees addresses and sizes, but no content or headers, and the client verifies
+the certificate. Clients without the password, such as other users of the machine, are refused. The proxy connects
+directly and cannot be chained behind another proxy.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import cast
 from urllib.parse import urlsplit
 
 from tasks.transfer import addresses
 
 REFUSED = 470
-"""Status of a refusal by address; no server gives it, so that it can be told from a 403 of the site."""
+"""Status for a refused address; servers do not use it, so it differs from a 403 of the site."""
 EXHAUSTED = 471
-"""Status of everything after `total_bytes`."""
+"""Status of all requests after `total_bytes`."""
 PIECE = 65536
 CONNECT_SECONDS = 10.0
 HEAD_SLACK = 65536
-"""Bytes beside the body: headers, and what TLS adds."""
+"""Bytes allowed in addition to the body, for headers and TLS."""
 HOP_HEADERS = {"connection", "proxy-connection", "proxy-authorization", "keep-alive", "te", "upgrade", "host"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection, and all of them together, may cost."""
+    """Limits of one connection and of all connections."""
 
     max_bytes: int
-    """Of one answer."""
+    """Of one response."""
     seconds: float
-    """Of one connection, from its beginning to its end."""
+    """Duration of one connection."""
     total_bytes: int
+    """Of all responses."""
     connections: int
-    """At the same time; others wait."""
+    """Concurrent connections; further ones wait."""
     allow_private_addresses: bool = False
 
 
@@ -63,16 +64,16 @@ class Proxy:
     """A running proxy."""
 
     url: str
-    """With its password, as `http_proxy` and `https_proxy` take it."""
+    """With the password; a value for `http_proxy` and `https_proxy`."""
     received: int = 0
-    """Bytes of all answers so far."""
+    """Bytes of all responses so far."""
     counts: Counter[str] = field(default_factory=Counter)
-    """How connections ended: "passed", "broken", "refused address", "unreachable", "cut by bytes", "cut by time"..."""
+    """Connections by outcome: "passed", "broken", "refused address", "unreachable", "cut by bytes", "cut by time"..."""
 
 
 @contextmanager
 def running(limits: Limits, host: str = "127.0.0.1") -> Iterator[Proxy]:
-    """A proxy on a free port of `host` for the length of the block."""
+    """Run a proxy on a free port of `host` within the block."""
     password = secrets.token_urlsafe(24)
     server = _Server((host, 0), _Handler)
     server.limits = limits
@@ -104,13 +105,13 @@ class _Server(ThreadingHTTPServer):
             self.proxy.counts[end] += 1
 
     def take(self, amount: int) -> bool:
-        """Account for bytes of an answer; False where all answers together have had their share."""
+        """Count received bytes; False if `total_bytes` is exceeded."""
         with self.lock:
             self.proxy.received += amount
             return self.proxy.received <= self.limits.total_bytes
 
-    def handle_error(self, *_: Any) -> None:
-        """A client or a site that goes away is everyday life here."""
+    def handle_error(self, *_: object) -> None:
+        """Ignore clients and sites that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -141,11 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, host: str, port: str, head: bytes | None) -> None:
         self.close_connection = True
         if not secrets.compare_digest(self.headers.get("Proxy-Authorization", ""), self.server.credentials):
-            self._refuse(407, "Password needed", "without the password")
+            self._refuse(407, "Password needed", "wrong password")
             return
         with self.server.free:
             if not self.server.take(0):
-                self._refuse(EXHAUSTED, "All bytes are spent", "after the last byte")
+                self._refuse(EXHAUSTED, "Byte limit reached", "over the byte limit")
                 return
             deadline = time.monotonic() + self.server.limits.seconds
             site = self._connected(host, port)
@@ -165,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self._reset()
 
     def _connected(self, host: str, port: str) -> socket.socket | None:
-        """A connection to a screened address of `host`; None after the refusal was sent."""
+        """Connect to a screened address of `host`; None after a refusal was sent."""
         number = int(port) if port.isdecimal() else 0
         if number not in (80, 443) and not 1024 <= number < 65536:
             self._refuse(REFUSED, "Port not allowed", "refused address")
@@ -187,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _carry(self, site: socket.socket, deadline: float, both: bool) -> str:
-        """Pass bytes on until one side ends, or until a limit; returns how it ended."""
+        """Forward bytes until one side closes or a limit is reached, and return the outcome."""
         received = 0
         allowed = self.server.limits.max_bytes + HEAD_SLACK
         with selectors.DefaultSelector() as waiting:
@@ -200,8 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if not ready:
                     return "cut by time"
                 for key, _ in ready:
-                    source, sink = key.fileobj, key.data
-                    data = source.recv(PIECE)  # type: ignore[union-attr]
+                    source, sink = cast(socket.socket, key.fileobj), cast(socket.socket, key.data)
+                    data = source.recv(PIECE)
                     if not data:
                         return "passed"
                     if source is site:
@@ -212,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
                     sink.sendall(data)
 
     def _reset(self) -> None:
-        """End the client's connection as a broken one: an answer that was cut must not pass for a whole one."""
+        """Reset the connection of the client, so that a truncated response does not look complete."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 
@@ -226,5 +227,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
 
-    def log_message(self, *_: Any) -> None:
-        """Say nothing: millions of addresses pass here."""
+    def log_message(self, *_: object) -> None:
+        """Print nothing: there may be millions of requests."""

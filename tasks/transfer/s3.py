@@ -1,4 +1,4 @@
-"""The source `folder` at an s3:// address: one archive, or everything below a prefix."""
+"""The source `folder` at an s3:// URL: one archive, or all objects below a prefix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tasks.runtime import locks, workspace
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
-from tasks.sources import archives
+from tasks.sources import archives, packing
 from tasks.transfer import fetch, objects
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def copy(target: Path, params: DownloadParams) -> str:
-    """Bring the archive or the prefix at `params.url` into `target`, as images.zip or images.tar; returns its address.
+    """Download the archive or prefix at `params.url` to `target` as images.zip or images.tar, and return the URL.
 
-    Raises `StageError` where it is not to be had, is not what `download.sha256` says, or exceeds the limits.
+    Raises `StageError` if it cannot be read, differs from `download.sha256`, or exceeds the limits.
     """
     url = str(params.url)
     bucket, _, key = url.removeprefix("s3://").partition("/")
@@ -32,10 +32,10 @@ def copy(target: Path, params: DownloadParams) -> str:
     folder = workspace.scratch() / "downloads" / f"s3-{objects.pin(found)[:32]}"
     with locks.exclusive(folder.with_suffix(".lock")):
         with objects.explained(url):
-            objects.bring(client, bucket, found, folder, params.s3.connections, params.timeout_seconds)
+            objects.download(client, bucket, found, folder, params.s3.connections, params.timeout_seconds)
         if _is_prefix(key):
-            files = [(archives.text(its.key.removeprefix(key)), folder / objects.file_name(its)) for its in found]
-            archives.pack_files(sorted(files), target / "images.zip")
+            files = [(archives.text(item.key.removeprefix(key)), folder / objects.file_name(item)) for item in found]
+            packing.pack_files(sorted(files), target / "images.zip")
         else:
             file = folder / objects.file_name(found[0])
             arrived = sha256_of(file)
@@ -54,14 +54,14 @@ def _is_prefix(key: str) -> bool:
 
 
 def _require_pinned(url: str, found: list[objects.Stored], pin: str, params: DownloadParams) -> None:
-    size = sum(its.size for its in found)
+    size = sum(item.size for item in found)
     if params.sha256 != pin:
-        before = "and not what download.sha256 says" if params.sha256 else "which may change"
+        state = "which differ from download.sha256" if params.sha256 else "which may change"
         raise StageError(
-            f"{url} holds {len(found)} objects of {size} bytes, {before}; pin what it holds now with "
+            f"{url} holds {len(found)} objects of {size} bytes, {state}; pin the present content with "
             f"download.sha256={pin}"
         )
     if size > params.max_bytes:
         raise StageError(
-            f"{url} holds {size} bytes, over download.max_bytes {params.max_bytes}; raise it if you want it"
+            f"{url} holds {size} bytes, over download.max_bytes {params.max_bytes}; raise it to allow the download"
         )

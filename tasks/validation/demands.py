@@ -1,43 +1,40 @@
-"""What codec, judge, training and evaluation ask of the data, as gates of `validate`: known before any of them runs.
+"""Gates for the demands of codec, judge, training and evaluation, so that `validate` reports them before these run.
 
-Unlike the other gates these have no check that `validate.warn_only` could name, for without them a later stage fails.
+Their check cannot be listed in `validate.warn_only`, because a later stage would fail.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from tasks.params import IMAGES_PER_DIMENSION, Demands
 from tasks.pictures.images import read_columns
-from tasks.validation.expectations import Gate, Table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tasks.pictures.index import ImageIndex
+from tasks.validation.expectations import Table
+from tasks.validation.findings import Gate
 
 CHECK = "demands"
 FEWEST = 2
-"""Images of each split that a judge can be trained and tested on."""
+"""Least number of images of each split for training and testing a judge."""
 
 
-def tables(images: Path, index: dict[str, Any], demands: Demands) -> list[Table]:
-    """Tables about the data set as a whole and about its classes."""
-    import pandas as pd
-
-    splits = index["splits"]
-    facts = {"training_images": splits.get("train", 0), "held_out_images": splits.get("test", 0)}
-    facts["classes"] = len(index["classes"])
+def tables(images: Path, index: ImageIndex, demands: Demands) -> list[Table]:
+    """Tables about the dataset as a whole and about its classes."""
+    facts = {"training_images": index.splits.get("train", 0), "held_out_images": index.splits.get("test", 0)}
+    facts["classes"] = len(index.classes)
     whole = pd.DataFrame([{"key": "the data set", **facts}])
     found = [Table("demands", whole, _gates(facts, demands))]
-    if index["classes"] and demands.conditioning != "none":
-        found.append(Table("trained_classes", _trained(images, index["classes"]), [_trained_gate()]))
+    if index.classes and demands.conditioning != "none":
+        found.append(Table("trained_classes", _trained(images, index.classes), [_trained_gate()]))
     return found
 
 
-def row_gates(index: dict[str, Any], demands: Demands, others: list[Gate]) -> list[Gate]:
-    """`others` and the gates on each image's own label or captions, which replace those that expect the same."""
+def row_gates(index: ImageIndex, demands: Demands, others: list[Gate]) -> list[Gate]:
+    """Add gates for the labels or captions of each image to `others`; they replace equal expectations there."""
     gates = []
-    if demands.conditioning == "label" and index["classes"]:
+    if demands.conditioning == "label" and index.classes:
         gates.append(
             Gate(
                 CHECK,
@@ -52,7 +49,7 @@ def row_gates(index: dict[str, Any], demands: Demands, others: list[Gate]) -> li
                 CHECK,
                 "ExpectColumnValuesToBeBetween",
                 {"column": "caption_count", "min_value": 1},
-                "images have no caption, and codec.conditioning is 'text'; write them, set ingest.caption_templates, "
+                "images have no caption, and codec.conditioning is 'text'; add captions, set ingest.caption_templates, "
                 "or set it to 'label' or 'none'",
             )
         )
@@ -99,9 +96,7 @@ def _at_least(column: str, least: int, complaint: str) -> Gate:
 
 
 def _trained(images: Path, classes: list[str]) -> pd.DataFrame:
-    """One row per class: its name as `key`, and the number of its training images."""
-    import pandas as pd
-
+    """One row per class: name as `key`, and number of training images."""
     rows = read_columns(images, ["label", "split"]).to_pandas()
     counts = rows.loc[rows["split"] == "train", "label"].value_counts()
     return pd.DataFrame({"key": classes, "images": [int(counts.get(label, 0)) for label in range(len(classes))]})
@@ -111,6 +106,6 @@ def _trained_gate() -> Gate:
     return _at_least(
         "images",
         1,
-        "classes have no training image; move images of theirs to the training split, or lower "
+        "classes have no training image; move some of their images to the training split, or lower "
         "ingest.held_out_fraction",
     )

@@ -1,4 +1,4 @@
-"""Which rows show the same picture as another: exactly (sha256) or nearly (perceptual hashes a few bits apart)."""
+"""Find duplicates among images by hash: exact ones, or near ones whose perceptual hashes differ in a few bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 HASH_BITS = 64
 CROWD = 256
-"""Among more than this many hashes that agree in two bands, each is compared with the next ones in order alone."""
+"""Within a group of hashes that agree in two bands, each is compared with at most this many following ones."""
 
 Rows = NDArray[np.int64]
 
@@ -22,8 +22,8 @@ def to_numbers(hashes: list[str]) -> NDArray[np.uint64]:
 def near_pairs(hashes: NDArray[np.uint64], bits: int) -> tuple[Rows, Rows]:
     """Indices of the pairs of different `hashes` (uint64 [U], each once, sorted) that differ in at most `bits` bits.
 
-    Cut into bits + 2 bands, such a pair agrees in two bands at least: sorted by every two bands, it stands
-    together, and only those that stand together are compared.
+    The hashes are cut into bits + 2 bands, so such a pair agrees in at least two bands. For each pair of bands the
+    hashes are sorted by these bands, and only hashes that agree in both are compared.
     """
     found: list[tuple[Rows, Rows]] = []
     edges = np.linspace(0, HASH_BITS, bits + 3).astype(int)
@@ -37,7 +37,7 @@ def near_pairs(hashes: NDArray[np.uint64], bits: int) -> tuple[Rows, Rows]:
 
 
 def _agreeing(hashes: NDArray[np.uint64], bands: NDArray[np.uint64], bits: int) -> list[tuple[Rows, Rows]]:
-    """The near pairs among hashes whose `bands` are equal, the smaller index first."""
+    """Index pairs of near duplicates among hashes whose `bands` are equal, in the order of the bands."""
     order = np.argsort(bands, kind="stable")
     bands, own = bands[order], hashes[order]
     found, left = [], np.arange(len(order))
@@ -51,18 +51,18 @@ def _agreeing(hashes: NDArray[np.uint64], bands: NDArray[np.uint64], bits: int) 
     return found
 
 
-def resembled(hashes: NDArray[np.uint64], rows: Rows, among: Rows, bits: int) -> Rows:
-    """For each of `rows` the first of the rows `among` whose hash differs in at most `bits` bits, -1 for none.
+def first_duplicates(hashes: NDArray[np.uint64], rows: Rows, among: Rows, bits: int) -> Rows:
+    """For each of `rows` the first row in `among` whose hash differs in at most `bits` bits, -1 for none.
 
-    `hashes` uint64 [N] are those of all rows; `rows` and `among` are indices into them. A row is not its own twin.
+    `hashes` (uint64 [N]) has one hash per row; `rows` and `among` are indices into it. A row is not its own duplicate.
     """
     values, numbers = np.unique(hashes, return_inverse=True)
-    nobody = len(hashes)
-    first = np.full(len(values), nobody)
+    absent = len(hashes)
+    first = np.full(len(values), absent)
     np.minimum.at(first, numbers[among], among)
     nearest = first.copy()
     left, right = near_pairs(values, bits)
     np.minimum.at(nearest, left, first[right])
     np.minimum.at(nearest, right, first[left])
-    twins = nearest[numbers[rows]]
-    return np.where((twins == rows) | (twins == nobody), -1, twins)
+    found = nearest[numbers[rows]]
+    return np.where((found == rows) | (found == absent), -1, found)

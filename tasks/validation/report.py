@@ -1,93 +1,83 @@
-"""What the gates found, for people: one static page beside Great Expectations' own, and the rows of the report.
+"""The static page `reports/validation/index.html`, and the rows that the report of `visualize` shows of it.
 
-Data Docs need scripts from a content delivery network and are empty without one; this page needs nothing.
+Great Expectations' Data Docs load scripts from a content delivery network and stay empty offline; this page does not.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tasks.runtime import atomic
+from jinja2 import Environment, StrictUndefined
 
-if TYPE_CHECKING:
-    from tasks.validation.expectations import Finding
+from tasks.runtime import atomic, integrity
+from tasks.validation import findings
+from tasks.validation.findings import Argument, Finding, Findings
 
-FINDINGS, QUARANTINE, PAGE, DATA_DOCS = "findings.json", "quarantine.json", "index.html", "data_docs"
-COLUMNS = ("Check", "Expectation", "Observed", "Verdict", "If it fails")
+PAGE, DATA_DOCS = "index.html", "data_docs"
+COLUMNS = ("Check", "Expectation", "Observed", "Verdict", "If it fails", "Note")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A row of the table of checks."""
+    """A row of the table of checks, with the fields in the order of `COLUMNS`."""
 
     check: str
     expectation: str
     observed: str
     verdict: str
     remedy: str
+    note: str
 
 
-def write(folder: Path, findings: Sequence[Finding], warn_only: Sequence[str], quarantined: Mapping[str, int]) -> None:
-    """Write the findings and the numbers of quarantined inputs by reason as JSON, and the page that shows them."""
-    rows = [
-        {**asdict(finding), "severity": "warning" if finding.gate.check in warn_only else "failure"}
-        for finding in findings
-    ]
-    atomic.write_json(folder / FINDINGS, rows)
-    atomic.write_json(folder / QUARANTINE, dict(quarantined))
-    atomic.write_text(folder / PAGE, _render(checks(folder), quarantined_by_reason(folder)))
+def write(folder: Path, found: Findings) -> None:
+    """Write `findings.json` and the page that shows it."""
+    found.write(folder / findings.FILE)
+    atomic.write_text(folder / PAGE, _render(checks(folder), found.quarantined))
+
+
+def read(folder: Path) -> Findings:
+    """Read `findings.json`. Raises `StageError` if it is missing, damaged or of another format."""
+    return integrity.read_description(Findings, folder / findings.FILE, "validate")
 
 
 def checks(folder: Path) -> list[Check]:
-    """The rows of `findings.json`, those that do not hold first."""
-    findings = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
-    return [_check(finding) for finding in sorted(findings, key=lambda finding: finding["success"])]
+    """Rows of the table of checks, failed ones first."""
+    return [_check(finding) for finding in sorted(read(folder).findings, key=lambda finding: finding.success)]
 
 
 def quarantined_by_reason(folder: Path) -> dict[str, int]:
-    """Number of inputs in quarantine by reason."""
-    return dict(json.loads((folder / QUARANTINE).read_text(encoding="utf-8")))
+    """Number of quarantined inputs by reason."""
+    return read(folder).quarantined
 
 
-def _check(finding: Mapping[str, Any]) -> Check:
-    gate = finding["gate"]
-    failed = "warning" if finding["severity"] == "warning" else "refused"
-    return Check(
-        gate["check"],
-        _expectation(gate["type"], gate["arguments"]),
-        _observed(finding),
-        "holds" if finding["success"] else failed,
-        gate["complaint"],
-    )
+def _check(finding: Finding) -> Check:
+    gate = finding.gate
+    expectation = _expectation(gate.type, gate.arguments)
+    return Check(gate.check, expectation, _observed(finding), finding.verdict, gate.complaint, gate.note)
 
 
-def _expectation(kind: str, arguments: Mapping[str, Any]) -> str:
-    """`ExpectColumnValuesToBeBetween` and its arguments -> "column values to be between: column width, min 8"."""
+def _expectation(kind: str, arguments: Mapping[str, Argument]) -> str:
+    """`ExpectColumnValuesToBeBetween` and its arguments -> "column values to be between (column width, min 8)"."""
     words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in kind.removeprefix("Expect"))
-    given = ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in arguments.items())
-    return f"{words.strip()}{f' ({given})' if given else ''}"
+    values = ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in arguments.items())
+    return f"{words.strip()}{f' ({values})' if values else ''}"
 
 
-def _value(value: object) -> str:
+def _value(value: Argument) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _observed(finding: Mapping[str, Any]) -> str:
-    if not finding["unexpected"]:
-        return str(finding["observed"])
-    named = ", ".join(finding["offenders"][:3])
-    others = finding["unexpected"] - len(finding["offenders"][:3])
-    more = f" and {others} more" if named and others > 0 else ""
-    return f"{finding['observed']}: {named}{more}" if named else str(finding["observed"])
+def _observed(finding: Finding) -> str:
+    named = ", ".join(finding.offenders[:3])
+    if not (finding.unexpected and named):
+        return finding.observed
+    others = finding.unexpected - len(finding.offenders[:3])
+    return f"{finding.observed}: {named}{f' and {others} more' if others > 0 else ''}"
 
 
 def _render(rows: Sequence[Check], quarantined: Mapping[str, int]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     failed = sum(row.verdict == "refused" for row in rows)

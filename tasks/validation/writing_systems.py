@@ -1,27 +1,25 @@
-"""What the characters of a text say about it: its script, and whether it is text at all."""
+"""Classify the characters of captions: expected scripts, other scripts, control characters."""
 
 from __future__ import annotations
 
 import unicodedata
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 SLICE = 1 << 16
-"""Texts looked at together; bounds the memory."""
+"""Number of texts per batch; limits the memory."""
 WHITE_SPACE = "\t\n\v\f\r\x85"
-"""The control codes that Unicode counts as white space (property White_Space)."""
+"""Control codes with the Unicode property White_Space."""
 NEUTRAL, EXPECTED, FOREIGN, CONTROL, UNKNOWN = range(5)
 
 
 def is_control(character: str) -> bool:
-    """Whether a character is no text: a control code that is no white space, a surrogate or a noncharacter.
+    """Whether a character is not text: a control code other than white space, a surrogate or a noncharacter.
 
-    A code point that this Python does not know is text: newer versions of Unicode have assigned it, to an emoji say.
+    Code points that are unassigned in the Unicode version of Python are text: newer versions may have assigned them.
     """
     category = unicodedata.category(character)
     if category == "Cn":
@@ -30,9 +28,10 @@ def is_control(character: str) -> bool:
 
 
 class Reader:
-    """Reads texts and tells, of each, whether most letters are of other scripts, and whether it holds control codes.
+    """Detects texts in unexpected scripts and texts with control characters.
 
-    Scripts are named as Unicode's names of letters begin: "LATIN", "CYRILLIC", "CJK".
+    `scripts` are the expected ones, written as the first word of the Unicode names of their letters: "LATIN",
+    "CYRILLIC", "CJK".
     """
 
     def __init__(self, scripts: tuple[str, ...]) -> None:
@@ -40,25 +39,25 @@ class Reader:
         self._kinds = np.full(0x110000, UNKNOWN, np.uint8)
 
     def read(self, texts: pa.Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """String array [N] without nulls -> (foreign, control), bool [N] each."""
+        """String array [N] without nulls -> (foreign, control), bool [N] each.
+
+        A text is foreign if more letters belong to other scripts than to the expected ones.
+        """
         parts = [self._read(texts.slice(start, SLICE)) for start in range(0, len(texts), SLICE)]
-        none = np.empty(0, bool)
-        return np.concatenate([none, *(part[0] for part in parts)]), np.concatenate(
-            [none, *(part[1] for part in parts)]
-        )
+        empty = np.empty(0, bool)
+        foreign, control = zip((empty, empty), *parts, strict=True)
+        return np.concatenate(foreign), np.concatenate(control)
 
     def _read(self, texts: pa.Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        import pyarrow.compute as pc
-
         lengths = pc.utf8_length(texts).to_numpy()
         codes = np.frombuffer("".join(texts.to_pylist()).encode("utf-32-le", "surrogatepass"), np.uint32)
-        self._learn(codes)
+        self._classify(codes)
         kinds = self._kinds[codes]
         owners = np.repeat(np.arange(len(texts)), lengths)
         counts = np.bincount(owners * UNKNOWN + kinds, minlength=len(texts) * UNKNOWN).reshape(len(texts), UNKNOWN)
         return counts[:, FOREIGN] > counts[:, EXPECTED], counts[:, CONTROL] > 0
 
-    def _learn(self, codes: NDArray[np.uint32]) -> None:
+    def _classify(self, codes: NDArray[np.uint32]) -> None:
         present = np.flatnonzero(np.bincount(codes, minlength=1))
         for code in present[self._kinds[present] == UNKNOWN].tolist():
             self._kinds[code] = self._kind(chr(code))

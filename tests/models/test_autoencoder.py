@@ -19,7 +19,7 @@ from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, EncodeParams, ImageParams
 from tasks.pictures import images
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 CONFIG = AutoencoderConfig(channels=3, latent_channels=2, widths=(8, 16), layers_per_block=1)
@@ -106,9 +106,9 @@ def test_large_images_pass_in_parts(untrained, monkeypatch):
     pixels = two_colours(5)
     whole = autoencoder.encode(untrained, pixels)
     decoded = autoencoder.decode(untrained, whole[0])
-    monkeypatch.setattr(autoencoder, "PART_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(autoencoder, "CHUNK_PIXELS", 2 * 16 * 16)
     passed = []
-    hook = untrained.encoder.register_forward_hook(lambda _, given, __: passed.append(len(given[0])))
+    hook = untrained.encoder.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
     in_parts = autoencoder.encode(untrained, pixels)
     hook.remove()
     assert passed == [2, 2, 1]
@@ -117,21 +117,21 @@ def test_large_images_pass_in_parts(untrained, monkeypatch):
 
 
 class Chain:
-    """Files through download, ingest, codec and encode, each time in the same folders and with the same scratch."""
+    """Run download, ingest, codec and encode, each time in the same folders and with the same scratch folder."""
 
     def __init__(self, folder, capsys):
         self.folder, self.capsys = folder, capsys
 
-    def make_codec(self, files=FILES, wanted=WANTED, conditioning="label", form=FORM):
+    def make_codec(self, files=FILES, wanted=WANTED, conditioning="label", image=FORM):
         source = write_tree(self.folder / "in", files)
         download(self.folder / "raw", folder_params(source))
-        ingest(self.folder / "raw", self.images, self.folder / "aside", ingest_params())
+        ingest(self.folder / "raw", self.images, self.folder / "quarantine", ingest_params())
         atomic.write_json(self.folder / "accepted.json", {"verdict": "accepted"})
         params = CodecParams(kind="autoencoder", conditioning=conditioning, autoencoder=wanted)
-        codec(self.images, self.folder / "accepted.json", self.codec, params, form)
+        codec(self.images, self.folder / "accepted.json", self.codec, params, image)
 
     def encode(self, **params):
-        """Encode, and return what it said."""
+        """Encode; returns what was printed."""
         self.capsys.readouterr()
         encode(self.images, self.folder / "accepted.json", self.codec, self.latents, EncodeParams(**params))
         return self.capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_latents_are_those_of_the_autoencoder_in_the_units_of_the_model(chain):
     chain.make_codec()
     chain.encode()
     index = latents.read_index(chain.latents)
-    assert (index["channels"], index["size"], index["image"]) == (2, 8, {"channels": 3, "size": 16})
+    assert (index.channels, index.size, index.image.model_dump()) == (2, 8, {"channels": 3, "size": 16})
     samples = images.load_pixels(chain.images, "train", FORM)
     its = latents.load_latents(chain.latents, "train")
     network = autoencoder.load_autoencoder(chain.codec / "vae")
@@ -208,7 +208,7 @@ def test_only_what_is_new_is_encoded(chain):
 
     write_tree(chain.folder / "in", {"cat/01.png": picture(1000, (20, 16))})
     download(chain.folder / "raw", folder_params(chain.folder / "in"))
-    ingest(chain.folder / "raw", chain.images, chain.folder / "aside", ingest_params())
+    ingest(chain.folder / "raw", chain.images, chain.folder / "quarantine", ingest_params())
     assert "1 images to encode, 49 known" in chain.encode()
     edited = contents(chain.latents)
     assert edited != before
@@ -238,7 +238,7 @@ def test_another_autoencoder_is_named_as_what_changed(chain):
 
 
 def test_neither_workers_nor_interruption_nor_history_change_a_byte(chain, tmp_path, monkeypatch):
-    """One worker, three of them, an edit made and taken back, and a run killed in its middle end in the same bytes."""
+    """One worker, three workers, an edit that is reverted, and a killed run end in the same bytes."""
     chain.make_codec(FILES | {f"more/{seed}.png": picture(seed, (20, 16)) for seed in range(100, 240)})
     chain.encode(workers=1)
     expected = contents(chain.latents)
@@ -261,16 +261,17 @@ def test_neither_workers_nor_interruption_nor_history_change_a_byte(chain, tmp_p
     with pytest.raises(KeyboardInterrupt):
         chain.encode()
     monkeypatch.setattr(Blocks, "add", add)
-    assert contents(chain.latents) == expected  # what was there stays until the new is whole
+    assert contents(chain.latents) == expected  # the old output stays until the new one is complete
     assert "126 images to encode, 64 known" in chain.encode()
     assert contents(chain.latents) == expected
 
 
-def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
-    """Both ways of sharing the work, on this machine's processor."""
+def test_with_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
+    """Both ways of sharing the work, on the CPU."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from tasks.encode import Chunk, Encoder
+    from tasks.encoding.encoder import Encoder
+    from tasks.encoding.transform import Chunk
 
     chain.make_codec()
     chunks = [Chunk((16, 16), [("hash", picture(seed, (20, 16)), 320)] * 3) for seed in range(9)]
@@ -286,9 +287,9 @@ def test_before_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_encoding_at_most_of_what_decoder_and_encoder_allow(chain, tmp_path, monkeypatch):
-    """80% of 1 / (1 / decode + 1 / encode) on a CPU, where both share the cores; on a GPU of the slower of the two.
+    """At least 80% of 1 / (1 / decode + 1 / encode) on a CPU, where both share the cores; on a GPU of the slower one.
 
-    The best of three runs counts: what else the machine does falls on one of the two and not on the other.
+    The best of three runs counts, because other load on the machine may slow only one of the measurements.
     """
     photos = {f"{seed}.jpg": picture(seed, (240, 200), "JPEG") for seed in range(640)}
     wanted = AutoencoderParams(steps=2)

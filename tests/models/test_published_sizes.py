@@ -133,6 +133,7 @@ def test_the_text_encoders_have_the_published_size_and_shapes(width, layers, par
 )
 def test_the_presets_make_the_published_networks(name, side, pooled, kind):
     """What a preset says of autoencoder, text encoders and network fits together, and is what its weights are for."""
+    from tasks.formats.latents import InputSpec
     from tasks.params import parse
     from tasks.params.composition import compose
     from tasks.training.run import network_config
@@ -140,8 +141,8 @@ def test_the_presets_make_the_published_networks(name, side, pooled, kind):
     params = parse(compose(name, [f"download.path={ROOT / 'tests'}"] if name == "sdxl_lora" else []))
     text = params.codec.text
     assert params.image.resolution == 8 * side == 2 ** (len(params.codec.autoencoder.widths) - 1) * side
-    index = {"conditioning": "text", "size": side, "channels": params.codec.autoencoder.latent_channels}
-    index["text"] = {"width": text.width + (text.second_width or 0), "pooled": pooled}
-    config = network_config(index, params.model.model_copy(update={"lora_rank": None}))
+    width = text.width + (text.second_width or 0)
+    spec = InputSpec(params.codec.autoencoder.latent_channels, side, "text", text_width=width, pooled=pooled)
+    config = network_config(spec, params.model.model_copy(update={"lora_rank": None}))
     with torch.device("meta"):
         assert count(TextUNet(config)) == PARAMETERS[kind]

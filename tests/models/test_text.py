@@ -22,13 +22,13 @@ FILES = {f"{'cat' if seed % 2 else 'dog'}/{seed:02d}.png": picture(seed) for see
 
 @pytest.fixture
 def through(tmp_path, monkeypatch):
-    """Take files through download, ingest, codec and encode; returns the folder they lie in."""
+    """Return a function that runs download, ingest, codec and encode, and returns their folder."""
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
 
     def call(files=FILES, templates=("a {}", "one {} here"), where="first", params=TEXT):
         source, out = write_tree(tmp_path / "in", files), tmp_path / where
         download(out / "raw", folder_params(source))
-        ingest(out / "raw", out / "images", out / "aside", ingest_params(caption_templates=templates))
+        ingest(out / "raw", out / "images", out / "quarantine", ingest_params(caption_templates=templates))
         atomic.write_json(out / "accepted.json", {"verdict": "accepted"})
         codec(out / "images", out / "accepted.json", out / "codec", params, FORM)
         encode(out / "images", out / "accepted.json", out / "codec", out / "latents", EncodeParams(shard_size=1000))
@@ -104,14 +104,14 @@ def test_captions_need_no_classes(through):
     out = through(files | {"captions.csv": "\n".join(["image,caption", *lines]).encode()})
     inputs = latents.load_latents(out / "latents", "train")
     assert inputs.classes == 0
-    prompts = latents.read_index(out / "latents")["prompts"]
+    prompts = latents.read_index(out / "latents").prompts
     assert 0 < len(prompts) <= 10 and len(inputs.prompts) == len(prompts) + 1
     assert sorted(set((inputs.captions >= 0).sum(1).tolist())) == [1, 2, 3]
     assert inputs.texts.shape[0] == len(lines)
 
 
-def test_training_learns_to_tell_captions_apart(through):
-    """Cats are dark and dogs are light: what a caption means can be seen."""
+def test_training_learns_to_distinguish_captions(through):
+    """Cats are dark and dogs are light, so captions match visible properties."""
     from models.networks.text_encoder import load_text_encoder
 
     files = {}

@@ -1,4 +1,4 @@
-"""Captioned pictures taken through the stages from `download` to `export`: every part real, everything small."""
+"""Small captioned images, processed by the real stages from `download` to `export`."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_predi
 
 
 def train_params(**others) -> TrainParams:
-    given = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
-    given |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
-    return TrainParams.model_validate({**compose("digits", [])["train"], **given, **others})
+    defaults = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
+    defaults |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
+    return TrainParams.model_validate({**compose("digits", [])["train"], **defaults, **others})
 
 
-def through(root: Path, database: Path, params: CodecParams, form: tuple[int, int] = (16, 16)) -> Path:
-    """Make 48 captioned pictures of `form` below `root`, and run the stages on them; returns `root`."""
-    files = {f"{seed:02d}.png": picture(seed, form) for seed in range(48)}
+def through(root: Path, database: Path, params: CodecParams, size: tuple[int, int] = (16, 16)) -> Path:
+    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`."""
+    files = {f"{seed:02d}.png": picture(seed, size) for seed in range(48)}
     with pytest.MonkeyPatch.context() as patch:
         shutil.copy(database, root / "mlflow.db")
         at_home(root, patch)
@@ -53,7 +53,7 @@ def through(root: Path, database: Path, params: CodecParams, form: tuple[int, in
         (root / NO_PATH).touch()
         source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
         download(root / "raw", folder_params(source))
-        ingest(root / "raw", root / "images", root / "aside", ingest_params())
+        ingest(root / "raw", root / "images", root / "quarantine", ingest_params())
         atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
         codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(resolution=16, channels=3))
         encode(
@@ -76,7 +76,7 @@ def through(root: Path, database: Path, params: CodecParams, form: tuple[int, in
 
 
 def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let MLflow, the scratch folder and relative paths be those of `root`."""
+    """Use MLflow, the scratch folder and relative paths below `root`."""
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     patch.setenv("AFTERIMAGE_SCRATCH", str(root / "scratch"))
     patch.chdir(root)
@@ -96,8 +96,11 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> No
 
 
 def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The picture [3, H, W], 0 to 1, that diffusers' pipeline, which must be of this `kind`, and ours draw by DDIM of
-    one prompt from the same noise."""
+    """Draw one prompt by DDIM from the same noise with diffusers' pipeline, whose class must be `kind`, and with ours.
+
+    Returns:
+        Both images [3, H, W], in [0, 1].
+    """
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from models.pipeline import load_pipeline
@@ -111,15 +114,21 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
     prompt, sampling = "dark picture of thing 2", Sampling("ddim", 5, guidance_scale=guidance_scale)
-    form = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
-    given = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **form).images[0]
+    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
+    drawn = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **options).images[0]
     ours = load_pipeline(pipeline).sample([7], sampling=sampling, prompts=[prompt])
-    return given.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
+    return drawn.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
 
 
-def is_base_with_adapter(base: Path, adapted: Path, condition: torch.Tensor, **told) -> bool:
-    """Whether diffusers' pipeline of `base`, with the adapter that lies beside the weights of `adapted` loaded into it,
-    has the network of `adapted`; for token embeddings [1, L, D] and what else the network is `told`."""
+def is_base_with_adapter(base: Path, adapted: Path, condition: torch.Tensor, **added) -> bool:
+    """Whether diffusers' pipeline of `base`, with the LoRA adapter of `adapted` loaded, has the network of `adapted`.
+
+    Args:
+        base: The pipeline without the adapter.
+        adapted: The pipeline with the merged weights, and the adapter in `lora/`.
+        condition: Token embeddings [1, L, D].
+        added: Further conditions of the network (`added_cond_kwargs`).
+    """
     from diffusers import DiffusionPipeline
 
     pipelines = [DiffusionPipeline.from_pretrained(folder, local_files_only=True) for folder in (base, adapted)]
@@ -127,7 +136,7 @@ def is_base_with_adapter(base: Path, adapted: Path, condition: torch.Tensor, **t
 
     def drawn(pipeline):
         with torch.inference_mode():
-            return pipeline.unet(*inputs, added_cond_kwargs=told).sample
+            return pipeline.unet(*inputs, added_cond_kwargs=added).sample
 
     before, wanted = map(drawn, pipelines)
     pipelines[0].load_lora_weights(adapted / "lora")

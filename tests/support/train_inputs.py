@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import shutil
@@ -15,38 +16,63 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
+WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
 def write_inputs(
-    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, forms: tuple = ((8, 8),)
+    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, buckets: tuple = ((8, 8),)
 ) -> None:
-    """Latents, codec and verdict of a tiny data set, in the forms that the stages before write: `count` training
-    images in each of the buckets `forms`."""
+    """Write latents, codec and verdict of a tiny data set as `validate`, `codec` and `encode` do.
+
+    Args:
+        folder: where they are written.
+        conditioning: "none", "label" or "text".
+        count: training images per bucket.
+        shard_size: images per shard.
+        buckets: height and width of each bucket.
+    """
     import torch
 
     from tasks.formats import latents
+    from tasks.formats.codec_info import CodecInfo, TextInfo
+    from tasks.formats.latents import BucketShard, Split
     from tasks.runtime import atomic
 
     rng = np.random.default_rng(0)
     classes = [] if conditioning == "none" else ["light", "dark"]
-    codec = {"kind": "identity", "conditioning": conditioning, "size": 8, "channels": 1, "classes": classes}
+    text = conditioning == "text"
+    codec = CodecInfo(
+        kind="identity",
+        conditioning=conditioning,
+        size=8,
+        channels=1,
+        classes=classes,
+        text=TextInfo(width=32, length=5) if text else None,
+        prompts=["a light", "a dark"] if text else None,
+        files={},
+    )
 
     def split(name, n):
-        shards = [{**shard, "bucket": bucket} for bucket in range(len(forms)) for shard in some(name, n, bucket)]
-        return {"count": n * len(forms), "keys_sha256": "keys", "shards": shards}
+        shards = [
+            BucketShard(file=shard.file, sha256=shard.sha256, bucket=bucket)
+            for bucket in range(len(buckets))
+            for shard in some(name, n, bucket)
+        ]
+        return Split(count=n * len(buckets), keys_sha256="keys", shards=shards)
 
     def some(name, n, bucket):
         labels = rng.integers(0, 2, n)
-        pixels = (rng.integers(0, 100, (n, 1, *forms[bucket])) + 150 * (1 - labels)[:, None, None, None]).astype(
+        pixels = (rng.integers(0, 100, (n, 1, *buckets[bucket])) + 150 * (1 - labels)[:, None, None, None]).astype(
             np.uint8
         )
         columns = {"pixels": pixels}
         if conditioning == "label":
             columns["labels"] = labels
-        if conditioning == "text":
+        if text:
             columns["captions"] = np.where(rng.random((n, 3)) < 0.3, -1, rng.integers(0, 4, (n, 3))).astype(np.int32)
             columns["captions"][:, 0] = labels
-            columns["captions"][:, 1:] = -np.sort(-columns["captions"][:, 1:])  # who has fewer has -1 at the end
+            columns["captions"][:, 1:] = -np.sort(-columns["captions"][:, 1:])  # padded with -1
         return latents.write_shards(
             folder / "latents",
             f"{name}-{bucket}",
@@ -58,7 +84,7 @@ def write_inputs(
     (folder / "latents").mkdir(parents=True)
     splits = {"train": split("train", count), "test": split("test", 32)}
     texts = prompts = None
-    if conditioning == "text":
+    if text:
         embeddings = torch.from_numpy(rng.standard_normal((4, 5, 32))).to(torch.bfloat16)
         texts = latents.write_shards(
             folder / "latents", "texts", 4, lambda part: {"embeddings": embeddings[part]}, shard_size
@@ -66,14 +92,13 @@ def write_inputs(
         prompts = latents.write_prompts(
             folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
         )
-        codec |= {"text": {"width": 32, "length": 5}, "prompts": ["a light", "a dark"]}
-    latents.write_index(folder / "latents", codec, splits, forms, texts, prompts)
-    atomic.write_json(folder / "codec" / "codec.json", {"format": 1, **codec})
+    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts)
+    codec.write(folder / "codec" / "codec.json")
     atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
 
 
 def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0, **train) -> None:
-    """Parameters of a training of 60 steps, some of whose rows, checkpoints and grids fall together and some not."""
+    """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
     from tasks import params
 
     document = params.read(ROOT / "params.yaml")
@@ -111,7 +136,7 @@ def command(folder: Path) -> list[str]:
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
-    """A scratch folder of its own and the migrated MLflow database of the session, copied."""
+    """Return an environment with a separate scratch folder and a copy of the session's migrated MLflow database."""
     uri = folder / "mlflow.db"
     if not uri.exists():
         uri.write_bytes(database.read_bytes())
@@ -129,7 +154,7 @@ def run(folder: Path, database: Path) -> subprocess.CompletedProcess:
 
 
 def results(folder: Path, pipeline: str = "pipeline", report: str = "report", scratch: str = "scratch") -> dict:
-    """Name -> hash of every file that a run leaves: pipeline, report, and the last checkpoint with every average."""
+    """Return name -> hash of every file that a run writes: pipeline, report, and the last checkpoint."""
     last = checkpoints(folder / scratch)[-1]
     parts = {"pipeline": folder / pipeline, "report": folder / report, last.name: last}
     return {
@@ -140,8 +165,14 @@ def results(folder: Path, pipeline: str = "pipeline", report: str = "report", sc
     }
 
 
+def history(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of `history.csv`."""
+    with (folder / "report" / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def train_here(folder: Path, monkeypatch, database: Path) -> None:
-    """The stage function in this process, for what needs no process of its own; packages are loaded once."""
+    """Run the stage function in this process, which loads the packages once for all tests."""
     from tasks.train import train
 
     loaded = _as_a_process(folder, monkeypatch, database)
@@ -149,7 +180,7 @@ def train_here(folder: Path, monkeypatch, database: Path) -> None:
 
 
 def prepare_here(folder: Path, monkeypatch, database: Path):
-    """The run that the stage would train, before its first step."""
+    """Return the run that the stage would train, before its first step."""
     from tasks.formats import latents
     from tasks.formats.verdict import require_accepted
     from tasks.training import key as training_key
@@ -158,27 +189,27 @@ def prepare_here(folder: Path, monkeypatch, database: Path):
     loaded = _as_a_process(folder, monkeypatch, database)
     index, verdict = latents.read_index(folder / "latents"), require_accepted(folder / "accepted.json")
     sections = (loaded.model, loaded.diffusion, loaded.train)
-    facts = training_key.facts(index, folder / "codec", verdict, *sections)
-    network = training_run.network_config(index, loaded.model)
+    facts = training_key.run_facts(index, folder / "codec", verdict, *sections)
+    network = training_run.network_config(index.input_spec, loaded.model)
     return training_run.prepare(folder / "latents", index, facts, network, loaded.diffusion, loaded.train)
 
 
 def _as_a_process(folder: Path, monkeypatch, database: Path):
-    """Environment and accelerate's state as in a process of its own; returns the parameters."""
+    """Set environment and accelerate's state as in a new process; returns the parameters."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from tasks import params
 
     for name, value in environment(folder, database).items():
         monkeypatch.setenv(name, value)
-    for state in (AcceleratorState, GradientState, PartialState):  # a process has them once, and keeps a precision
+    for state in (AcceleratorState, GradientState, PartialState):  # singletons, which keep their precision
         state._reset_state()
     monkeypatch.chdir(ROOT)
     return params.load(folder / "params.yaml")
 
 
 def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
-    """The inputs of another run, with what it made named in `more`."""
+    """Copy the inputs of another run, and its folders `more`."""
     for name in ("latents", "codec", *more):
         shutil.copytree(undisturbed / name, folder / name)
     for name in ("accepted.json", "params.yaml"):
@@ -190,7 +221,7 @@ def checkpoints(scratch: Path) -> list[Path]:
 
 
 def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Callable[[], None] | None = None) -> None:
-    """kill -9 as soon as `happens()`, unless the process ends before."""
+    """Send SIGKILL as soon as `happens()`, unless the process ends before."""
     while process.poll() is None and not happens():
         time.sleep(0.002)
     if process.poll() is None:

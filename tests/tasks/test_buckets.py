@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which form a picture gets, what is stored of it, and in which order training draws."""
+"""Aspect-ratio buckets: the bucket of an image, what is stored of it, and the order in which training draws."""
 
 import collections
 import io
@@ -11,44 +11,46 @@ import torch
 
 from tasks.codec import codec
 from tasks.download import download
-from tasks.encode import encode, sizes
+from tasks.encode import encode
+from tasks.encoding.splits import size_conditioning
 from tasks.formats import buckets, latents
 from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, EncodeParams, ImageParams
 from tasks.pictures import decoding, images
 from tasks.runtime import atomic
-from tasks.training.batches import Batches, Resident
+from tasks.training.batches import Batches, Conditioning, DrawConfig, Resident
 from tasks.training.bucketed import Bucketed
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 from tests.support.train_inputs import checkpoints, copy_of, results, train_here, write_inputs, write_params
 
 SHAPES = {"square": (20, 20), "wide": (40, 20), "tall": (18, 36)}
-"""Width and height of the pictures below."""
+"""Width and height of the images below."""
 FILES = {f"{name}/{seed:02d}.png": picture(seed, size) for name, size in SHAPES.items() for seed in range(12)}
 PARAMS = EncodeParams(buckets=(0.5, 2.0), bucket_multiple=8, shard_size=5)
-FORM = ImageParams(resolution=32, channels=3)
-FORMS = [(32, 32), (40, 24), (24, 40)]
+IMAGE = ImageParams(resolution=32, channels=3)
+RESOLUTIONS = [(32, 32), (40, 24), (24, 40)]
 
 
 @pytest.mark.parametrize(("size", "multiple"), [(512, 64), (64, 16), (32, 8), (1024, 64)])
-def test_forms_have_the_area_of_the_square_and_sides_that_can_be_halved(size, multiple):
+def test_buckets_have_the_area_of_the_square_and_sides_that_can_be_halved(size, multiple):
     ratios = (0.5, 2 / 3, 0.75, 1.0, 4 / 3, 1.5, 2.0)
-    forms = buckets.forms(size, ratios, multiple)
-    assert forms[0] == (size, size) and len(set(forms)) == len(forms)
-    assert all(side % multiple == 0 for form in forms for side in form)
-    # a side is off by at most half of `multiple`, which is more of a small one
-    assert all(abs(height * width / size**2 - 1) <= multiple / size for height, width in forms)
-    assert set(forms) == {(width, height) for height, width in forms}  # these ratios come in pairs
+    found = buckets.bucket_resolutions(size, ratios, multiple)
+    assert found[0] == (size, size) and len(set(found)) == len(found)
+    assert all(side % multiple == 0 for resolution in found for side in resolution)
+    # a side is off by at most half of `multiple`, a larger share of a small side
+    assert all(abs(height * width / size**2 - 1) <= multiple / size for height, width in found)
+    assert set(found) == {(width, height) for height, width in found}  # these ratios come in pairs
 
 
-def test_a_picture_goes_to_the_nearest_shape():
-    forms = [(32, 32), (40, 24), (24, 40)]
-    assert [buckets.nearest(*size, forms) for size in ((10, 10), (500, 100), (100, 500), (100, 120))] == [0, 1, 2, 0]
-    assert buckets.nearest(100, 128, forms) == 0 and buckets.nearest(100, 131, forms) == 2  # about sqrt(40 / 24)
-    assert buckets.nearest(1, 7, [(32, 32)]) == 0
+def test_an_image_goes_to_the_bucket_with_the_nearest_aspect_ratio():
+    sizes = ((10, 10), (500, 100), (100, 500), (100, 120))
+    assert [buckets.nearest_bucket(*size, RESOLUTIONS) for size in sizes] == [0, 1, 2, 0]
+    assert buckets.nearest_bucket(100, 128, RESOLUTIONS) == 0  # the limit is about sqrt(40 / 24)
+    assert buckets.nearest_bucket(100, 131, RESOLUTIONS) == 2
+    assert buckets.nearest_bucket(1, 7, [(32, 32)]) == 0
 
 
-def test_a_form_is_cut_from_the_middle_of_an_upright_picture():
+def test_an_upright_image_is_cropped_at_its_centre():
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, 20:40] = 255
     whole = PIL.Image.fromarray(stripes)
@@ -64,26 +66,26 @@ def test_a_form_is_cut_from_the_middle_of_an_upright_picture():
     assert (decoding.to_form(turned, (60, 20), 1)[0, 20:40] == 255).all()
 
 
-def test_what_stable_diffusion_xl_is_told_of_a_cut():
-    assert sizes(480, 640, (480, 480)) == (480, 640, 0, 80, 480, 480)
-    assert sizes(100, 200, (24, 40)) == (100, 200, 0, 4, 24, 40)  # brought down to 24 x 48, of which 4 are left of it
-    assert sizes(200, 100, (40, 24)) == (200, 100, 4, 0, 40, 24)
+def test_size_and_crop_conditioning_of_sdxl():
+    assert size_conditioning(480, 640, (480, 480)) == (480, 640, 0, 80, 480, 480)
+    assert size_conditioning(100, 200, (24, 40)) == (100, 200, 0, 4, 24, 40)  # resized to 24 x 48; 4 columns cut off
+    assert size_conditioning(200, 100, (40, 24)) == (200, 100, 4, 0, 40, 24)
 
 
 @pytest.fixture
 def encoded(tmp_path, monkeypatch):
-    """Encode pictures of three shapes; returns the folder of the latents."""
+    """Encode images of three shapes; returns the folder of the latents."""
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
 
     def call(kind="autoencoder", params=PARAMS, files=FILES):
         download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
         accepted = tmp_path / "accepted.json"
         atomic.write_json(accepted, {"verdict": "accepted"})
         small = AutoencoderParams(widths=(8, 16), latent_channels=2, steps=2, batch_size=8)
         wanted = CodecParams(kind=kind, conditioning="label", autoencoder=small)
         if not (tmp_path / "codec").exists():  # an edited image would train another autoencoder
-            codec(tmp_path / "images", accepted, tmp_path / "codec", wanted, FORM)
+            codec(tmp_path / "images", accepted, tmp_path / "codec", wanted, IMAGE)
         encode(tmp_path / "images", accepted, tmp_path / "codec", tmp_path / "latents", params)
         return tmp_path / "latents"
 
@@ -93,27 +95,27 @@ def encoded(tmp_path, monkeypatch):
 def test_pixels_are_stored_by_bucket(encoded, tmp_path):
     path = encoded("identity")
     index = latents.read_index(path)
-    assert index["buckets"] == [list(form) for form in FORMS] and index["size"] == 32
+    assert index.buckets == RESOLUTIONS and index.size == 32
     table = images.read_columns(tmp_path / "images", ["key", "split", "image", "label"]).to_pylist()
     for split in ("train", "test"):
         assert latents.buckets_of(path, split) == [0, 1, 2]
         stored = [latents.load_latents(path, split, bucket) for bucket in range(3)]
-        assert sum(its.count for its in stored) == index["splits"][split]["count"]
-        for name, its, form in zip(("square", "tall", "wide"), stored, FORMS, strict=True):
+        assert sum(its.count for its in stored) == index.splits[split].count
+        for name, its, resolution in zip(("square", "tall", "wide"), stored, RESOLUTIONS, strict=True):
             rows = sorted(
                 (row for row in table if row["split"] == split and name in row["key"]), key=lambda r: r["key"]
             )
             for row, pixels, label in zip(rows, its.pixels, its.labels, strict=True):
                 opened = decoding.open_image(row["image"], max_pixels=10_000)
-                assert np.array_equal(pixels, decoding.to_form(opened, form, 3)) and label == row["label"]
+                assert np.array_equal(pixels, decoding.to_form(opened, resolution, 3)) and label == row["label"]
 
 
 def test_latents_are_stored_by_bucket_and_found_again(encoded, capsys):
     path = encoded()
-    assert latents.read_index(path)["buckets"] == [[16, 16], [20, 12], [12, 20]]
-    for bucket, form in enumerate(FORMS):
+    assert latents.read_index(path).buckets == [(16, 16), (20, 12), (12, 20)]
+    for bucket, (height, width) in enumerate(RESOLUTIONS):
         its = latents.load_latents(path, "train", bucket)
-        assert its.mean.shape[1:] == (1, 2, form[0] // 2, form[1] // 2) and its.mean.float().std() > 0
+        assert its.mean.shape[1:] == (1, 2, height // 2, width // 2) and its.mean.float().std() > 0
     before = contents(path)
     said = capsys.readouterr().out
     assert "images by bucket: 32x32 12, 24x40 12, 40x24 12" in said
@@ -137,19 +139,19 @@ COUNTS = (37, 5, 16)
 
 
 def bucketed(counts=COUNTS, **options) -> Bucketed:
-    """Buckets whose pixels say which image they are."""
+    """Return buckets of images whose pixels equal their index."""
     device = torch.device("cpu")
-    given = {"batch_size": 8, "timesteps": 10, "condition_dropout": 0.0, "horizontal_flip": False, "device": device}
+    config = {"batch_size": 8, "timesteps": 10} | options
     several = []
     for number, count in enumerate(counts):
-        form = (1, 2, 2 + number)
-        pixels = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, *form))
-        several.append(Batches(Resident([{"pixels": pixels}], device), seed=number, **given | options))
+        pixels = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 1, 2, 2 + number))
+        store = Resident([{"pixels": pixels}], device)
+        several.append(Batches(store, Conditioning(), DrawConfig(seed=number, **config), device))
     return Bucketed(several, (1, 2, 2), seed=3)
 
 
 def drawn(whole: Bucketed, step: int, part: int = 0) -> tuple[int, list[int]]:
-    """The bucket of a step, told by the form of its batch, and its images."""
+    """Return the bucket of a step, known by the width of its batch, and its images."""
     x0 = whole.draw(step, part).x0
     return x0.shape[3] - 2, ((x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
@@ -164,7 +166,7 @@ def test_every_image_is_drawn_once_in_an_epoch_of_its_bucket_and_buckets_as_ofte
         assert len(rows) == 8
         seen[bucket] += rows
     for bucket, count in enumerate(COUNTS):
-        assert len(seen[bucket]) == count * epochs // 8 * 8  # but for what does not fill a batch, `epochs` times
+        assert len(seen[bucket]) == count * epochs // 8 * 8  # `epochs` times, except an incomplete last batch
         for start in range(0, len(seen[bucket]) - count + 1, count):
             assert sorted(seen[bucket][start : start + count]) == list(range(count))
     assert seen[0][:37] != seen[0][37:74]
@@ -202,11 +204,11 @@ def test_a_bucket_smaller_than_a_batch_has_its_turn_when_it_fills_one():
 def test_a_training_on_buckets_that_is_interrupted_ends_in_the_same_bytes(
     conditioning, tmp_path, monkeypatch, migrated_database
 ):
-    """Our network and the text-conditional one, on two forms that are not square."""
+    """Our network and the text-conditional one, with two buckets that are not square."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
-    write_inputs(whole, conditioning, count=20, forms=((8, 8), (4, 12), (12, 4)))
+    write_inputs(whole, conditioning, count=20, buckets=((8, 8), (4, 12), (12, 4)))
     write_params(whole, conditioning, steps=12, warmup_steps=2, batch_size=8, checkpoint_every=4, sample_every=6)
     train_here(whole, monkeypatch, migrated_database)
     copy_of(whole, stopped)

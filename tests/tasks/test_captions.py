@@ -25,7 +25,7 @@ def read(tmp_path):
 
     def call(files):
         packed = tmp_path / "images.zip"
-        archives.pack(write_tree(tmp_path / "in", files), packed)
+        packing.pack(write_tree(tmp_path / "in", files), packed)
         return opened(packed)
 
     return call
@@ -358,7 +358,7 @@ CLASSES = {
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_folder_called_like_a_split_may_be_a_class(tmp_path, kind):
     folders, classes, splits, note = CLASSES[kind]
-    archives.pack(write_tree(tmp_path / "in", places(*folders)), tmp_path / "images.zip")
+    packing.pack(write_tree(tmp_path / "in", places(*folders)), tmp_path / "images.zip")
     source = folder.read(tmp_path / "images.zip", 1 << 20)
     entries = list(source.entries)
     assert classes is None or source.classes == classes

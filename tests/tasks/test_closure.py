@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tasks import params
+from tasks.formats import latents
+from tasks.formats.verdict import Verdict
 from tasks.runtime import closure
 from tasks.training import key as training_key
 from tests.support.train_inputs import ROOT, write_inputs
@@ -29,11 +30,11 @@ def edit(file: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8") + "\n# edited\n", encoding="utf-8")
 
 
-def key_of(folder: Path) -> dict:
+def key_of(folder: Path) -> training_key.RunFacts:
     loaded = params.load(ROOT / "params.yaml")
-    index = json.loads((folder / "latents" / "index.json").read_text())
+    index = latents.read_index(folder / "latents")
     sections = (loaded.model, loaded.diffusion, loaded.train)
-    return training_key.facts(index, folder / "codec", {}, *sections)
+    return training_key.run_facts(index, folder / "codec", Verdict(), *sections)
 
 
 def test_every_file_that_train_imports_is_in_its_key_or_excluded_with_a_reason():
@@ -61,7 +62,7 @@ def test_an_edited_file_gives_another_training_key(copied, tmp_path_factory, fil
     assert key_of(inputs) == before, "drawing previews alters no weight"
     edit(copied / file)
     after = key_of(inputs)
-    assert after["train_key"] != before["train_key"] and after["trajectory_key"] != before["trajectory_key"]
+    assert after.train_key != before.train_key and after.trajectory_key != before.trajectory_key
 
 
 def test_a_missing_file_is_an_error(copied):

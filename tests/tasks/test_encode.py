@@ -1,4 +1,4 @@
-"""The stages `codec` and `encode`: images become the model's inputs, in shards that can be read back."""
+"""The stages `codec` and `encode` under the identity codec: images -> shards of model inputs."""
 
 import json
 
@@ -13,7 +13,7 @@ from tasks.ingest import ingest
 from tasks.params import CodecParams, EncodeParams, ImageParams
 from tasks.pictures import images
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
 FORM = ImageParams(resolution=8, channels=3)
@@ -31,7 +31,7 @@ def encoded(tmp_path):
     def call(files, conditioning="label", shard_size=16):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder))
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
         accepted = tmp_path / "accepted.json"
         atomic.write_json(accepted, {"verdict": "accepted"})
         codec(
@@ -55,7 +55,7 @@ FILES = {f"{'cat' if seed % 3 else 'dog'}/{seed:02d}.png": picture(seed) for see
 def test_the_inputs_are_the_pixels_and_labels_of_the_images(tmp_path, encoded):
     path = encoded(FILES)
     index = latents.read_index(path)
-    assert (index["codec"], index["conditioning"], index["classes"]) == ("identity", "label", ["cat", "dog"])
+    assert (index.codec, index.conditioning, index.classes) == ("identity", "label", ["cat", "dog"])
     for split in ("train", "test"):
         samples = images.load_pixels(tmp_path / "images", split, FORM)
         its = latents.load_latents(path, split)
@@ -64,8 +64,8 @@ def test_the_inputs_are_the_pixels_and_labels_of_the_images(tmp_path, encoded):
         assert its.captions is None and its.mean is None
         assert its.classes == 2
         assert its.keys_sha256 == latents.keys_hash(samples.keys)
-        assert index["splits"][split]["count"] == len(samples.keys)
-    assert len(index["splits"]["train"]["shards"]) == 3
+        assert index.splits[split].count == len(samples.keys)
+    assert len(index.splits["train"].shards) == 3
 
 
 def test_without_a_condition_there_are_no_labels(encoded):
@@ -87,8 +87,8 @@ def test_the_same_images_give_the_same_bytes(encoded):
 
 
 def test_one_edited_image_changes_the_digest(encoded):
-    before = latents.read_index(encoded(FILES))["digest"]
-    assert latents.read_index(encoded(FILES | {"cat/01.png": picture(1000)}))["digest"] != before
+    before = latents.read_index(encoded(FILES)).digest
+    assert latents.read_index(encoded(FILES | {"cat/01.png": picture(1000)})).digest != before
 
 
 @pytest.mark.parametrize("verdict", [None, {"verdict": "refused"}, {}])

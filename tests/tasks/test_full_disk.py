@@ -23,7 +23,7 @@ from tasks.training import checkpoint
 def saved(folder: Path) -> None:
     for step in (1, 2):
         weights = {"model": {"weight": torch.zeros(SIZE)}}
-        checkpoint.save(folder, checkpoint.Checkpoint(step, weights, {"history": "x" * EXTRA * (step - 1)}, {}))
+        checkpoint.save(folder, checkpoint.Checkpoint(step, weights, [{"x" * EXTRA * (step - 1): 0.0}], {}))
 stage.main(saved)
 """
 

@@ -51,7 +51,8 @@ def test_refused_at_load_in_one_sentence(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [(None, "which is no file; see infra/accelerate"), ("num_proceses: 2", "accelerate cannot read")]
+    ("text", "says"),
+    [(None, "is not a file; see infra/accelerate"), ("num_proceses: 2", "accelerate cannot read")],
 )
 def test_a_configuration_of_accelerate_that_does_not_serve(text, says, tmp_path):
     configuration = tmp_path / "own.yaml"

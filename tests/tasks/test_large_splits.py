@@ -1,4 +1,4 @@
-"""A split whose pixels are too many for the memory: they lie in a file, and nothing that is made of them differs."""
+"""A split that does not fit in memory lies in a file, and no output differs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.codec import codec
 from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, ImageParams
 from tasks.pictures import images
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 
@@ -25,13 +25,13 @@ CODEC = CodecParams(
 
 @pytest.fixture
 def in_files(tmp_path, monkeypatch):
-    """Let every split be too large."""
+    """Treat every split as too large for memory."""
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
 
 
 def made(root: Path) -> dict[str, str]:
-    """What codec and judge write, by name and hash."""
+    """Return name -> hash of what codec and judge write."""
     accepted = root / "data" / "accepted.json"
     codec(root / "data" / "images", accepted, root / "codec", CODEC, judge_inputs.IMAGE)
     return contents(root / "codec") | contents(judge_inputs.run_judge(root, BRIEF))
@@ -46,7 +46,7 @@ def test_codec_and_judge_write_the_same_bytes(tmp_path, monkeypatch, request):
 
 
 def anonymous_bytes() -> int:
-    """What this process holds in memory beside files."""
+    """Return the bytes of this process's memory that do not map files."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
@@ -56,17 +56,17 @@ def test_the_memory_holds_no_copy(tmp_path, in_files):
 
     source = write_tree(tmp_path / "in", {f"{seed}.jpg": picture(seed, (8, 8), "JPEG") for seed in range(24)})
     download(tmp_path / "raw", folder_params(source))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     large = ImageParams(resolution=1024, channels=3)
-    images.load_pixels(tmp_path / "images", "test", large)  # brings what it imports
+    images.load_pixels(tmp_path / "images", "test", large)  # loads the imports
     before = anonymous_bytes()
     samples = images.load_pixels(tmp_path / "images", "train", large)
     assert samples.pixels.nbytes > 40e6
     assert anonymous_bytes() - before < samples.pixels.nbytes / 4
-    assert samples.pixels[-1].std() > 1  # it is a picture, not an empty file
+    assert samples.pixels[-1].std() > 1  # an image, not an empty file
 
 
-def test_a_disk_without_room_is_told_before_anything_is_read(tmp_path, in_files):
+def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path, in_files):
     judge_inputs.write_images(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

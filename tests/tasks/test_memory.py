@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: the next step finds it without asking the kernel."""
+"""Freed memory stays with the process, so the next step allocates it without page faults."""
 
 import json
 import platform
@@ -9,7 +9,7 @@ import pytest
 
 STEPS = """
 import ctypes, json, resource
-from tasks import memory
+from tasks.training import memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -33,7 +33,7 @@ print(json.dumps([returned, faults()]))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep freed memory")
 def test_what_was_freed_is_used_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     returned, kept = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Exact resume: a training that was killed, stopped or damaged ends in the same bytes as one that was left alone."""
+"""Exact resume: a training that was killed, stopped or damaged ends in the same bytes as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, migrated_database):
-    """The folder of 60 steps with dropout that nothing disturbed."""
+    """Return the folder of an undisturbed training of 60 steps with dropout."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_inputs(folder)
     write_params(folder, dropout=0.2)
@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory, migrated_database):
 
 
 def start(folder: Path, database: Path, arguments: list[str] | None = None, **more: str) -> subprocess.Popen[str]:
-    """The training, or `arguments` in its place, as the leader of a session of its own; its output in one pipe."""
+    """Start the training, or the command `arguments`, in a new session, with its output in one pipe."""
     return subprocess.Popen(
         arguments or command(folder),
         cwd=folder if arguments else ROOT,
@@ -62,7 +62,7 @@ def start(folder: Path, database: Path, arguments: list[str] | None = None, **mo
 
 
 def kill_at(folder: Path, database: Path, happens, **start_options) -> int:
-    """Start a training, kill -9 it and all below it as soon as `happens()`; returns its exit code."""
+    """Start a training and send SIGKILL to it and its children as soon as `happens()`; returns its exit code."""
     process = start(folder, database, **start_options)
     kill_when(process, happens, kill=lambda: kill_tree(process))
     process.stdout.close()
@@ -70,11 +70,11 @@ def kill_at(folder: Path, database: Path, happens, **start_options) -> int:
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """kill -9 a process and all below it; several processes of a training are in sessions of their own."""
+    """Send SIGKILL to a process and its children, which have separate sessions in a training of several processes."""
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in everything:
         with suppress(psutil.NoSuchProcess):
-            one.suspend()  # none may react to the end of another
+            one.suspend()  # so that none reacts to the end of another
     for one in everything:
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -100,7 +100,7 @@ def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrate
 
 
 def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
-    """The stage as dvc.yaml has it, killed together with dvc; DVC removes the outputs before each try."""
+    """The stage of dvc.yaml, killed together with DVC, which deletes the outputs before each run."""
     dvc_tree(undisturbed, tmp_path)
     repro = [sys.executable, "-m", "dvc", "repro", "train"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -115,7 +115,7 @@ def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, mi
 
 
 def dvc_tree(undisturbed: Path, folder: Path) -> None:
-    """A folder in which DVC knows the one stage `train`, with the inputs of another run."""
+    """Make a folder with the stage `train` alone in dvc.yaml, and the inputs of another run."""
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
     for name in ("tasks", "models"):
@@ -128,7 +128,7 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
 
 
 def signalled_at(folder: Path, database: Path, step: int, number: int, **more: str) -> tuple[int, str]:
-    """Start a training and send the signal to what was started, and to nothing else; its exit code and output."""
+    """Start a training and send a signal to that process alone; returns its exit code and output."""
     process = start(folder, database, **more)
     while not has_step(folder, step)():
         assert process.poll() is None, process.stdout.read()
@@ -139,8 +139,10 @@ def signalled_at(folder: Path, database: Path, step: int, number: int, **more: s
 
 
 @pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])
-def test_a_signal_saves_and_leaves_with_its_own_code(undisturbed, tmp_path, migrated_database, number, code, more):
-    """Also where it is accelerate's launcher that gets the signal."""
+def test_a_signal_saves_a_checkpoint_and_sets_the_code(
+    undisturbed, tmp_path, migrated_database, number, code, more
+):
+    """The same if accelerate's launcher receives the signal."""
     copy_of(undisturbed, tmp_path)
     left, output = signalled_at(tmp_path, migrated_database, 10, number, **more)
     assert left == code, output
@@ -179,7 +181,7 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 143, output
     assert "the same command continues" in output
-    assert checkpoints(killed / "scratch")[-1].name < "step-00000060", "it left before its end"
+    assert checkpoints(killed / "scratch")[-1].name < "step-00000060", "it ended before the last step"
     for folder in (whole, killed):
         process = start(folder, migrated_database, **TWO_PROCESSES)
         output, _ = process.communicate(timeout=600)
@@ -189,7 +191,7 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database):
 
 
 def paused_at(process: subprocess.Popen[str], happens) -> list[psutil.Process]:
-    """The processes below `process`, stopped as soon as `happens()`: on a fast machine they would end meanwhile."""
+    """Suspend the children of a process as soon as `happens()`, so that they do not end first on a fast machine."""
     while not happens():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
@@ -200,7 +202,7 @@ def paused_at(process: subprocess.Popen[str], happens) -> list[psutil.Process]:
 
 
 def test_a_signal_before_the_processes_of_a_training_start_is_obeyed(tmp_path, migrated_database):
-    """The launcher imports its packages for seconds; nothing trains then that the signal could reach."""
+    """The launcher imports packages for seconds, before any process exists that could receive the signal."""
     write_inputs(tmp_path)
     write_params(tmp_path)
     process = start(tmp_path, migrated_database, **TWO_PROCESSES)
@@ -220,7 +222,7 @@ def handles(pid: int, number: int) -> bool:
 
 
 def test_processes_end_when_their_launcher_is_killed(tmp_path, migrated_database):
-    """They save, as on SIGTERM, and the same command continues."""
+    """They save a checkpoint, as on SIGTERM, and the same command continues."""
     write_inputs(tmp_path)
     write_params(tmp_path)
     process = start(tmp_path, migrated_database, **TWO_PROCESSES)

@@ -31,7 +31,7 @@ POOLED, WIDTH = 64, 80
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
-    """The folder in which the stages from `download` to `export` have run, on pictures of 24 x 16."""
+    """Return the folder in which the stages from `download` to `export` have run, on images of 24 x 16."""
     return text_inputs.through(tmp_path_factory.mktemp("sdxl"), migrated_database, CODEC, (24, 16))
 
 
@@ -39,8 +39,8 @@ def test_both_encoders_are_trained_and_differ(tree):
     encoder = load_text_encoder(tree / "codec")
     assert isinstance(encoder, PairedEncoder)
     assert (encoder.width, encoder.pooled, encoder.length) == (WIDTH, POOLED, 8)
-    told = json.loads((tree / "codec" / "codec.json").read_text())["text"]
-    assert (told["width"], told["pooled"], told["length"]) == (WIDTH, POOLED, 8)
+    text = json.loads((tree / "codec" / "codec.json").read_text())["text"]
+    assert (text["width"], text["pooled"], text["length"]) == (WIDTH, POOLED, 8)
     quality = json.loads((tree / "codec" / "quality.json").read_text())
     assert {"text_retrieval_accuracy", "second_text_retrieval_accuracy"} <= quality.keys()
 
@@ -58,18 +58,19 @@ def test_the_embeddings_are_those_of_diffusers(tree):
     assert not ours[2].any() and not nothing.any() and not none_pooled.any()
 
 
-def test_sizes_and_crop_stand_beside_each_picture_and_reach_the_network(tree):
-    from tasks.training.batches import Batches, conditioning_of, open_store
+def test_sizes_and_crop_are_stored_with_each_image_and_reach_the_network(tree):
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
 
     inputs = latents.open_shards(tree / "latents", "train")
-    # 24 x 16 pixels, of which the middle square is drawn: 4 are cut off on the left.
+    # 24 x 16 pixels, cropped to the central square: 4 columns are cut off on the left.
     assert all((shard["sizes"] == [16, 24, 0, 4, 16, 16]).all() for shard in inputs)
     device = torch.device("cpu")
-    common = {"batch_size": 8, "timesteps": 20, "seed": 0, "device": device, "horizontal_flip": False}
-    common |= conditioning_of(tree / "latents", "device", device)
+    conditioning = open_conditioning(tree / "latents", "device", device)
     store = open_store(tree / "latents", "train", "device", device)
-    plain, dropped = (Batches(store, condition_dropout=p, **common).draw(0).condition for p in (0.0, 1.0))
-    for condition in (plain, dropped, Batches(store, condition_dropout=0.0, **common).conditions(8)):
+    configs = (DrawConfig(batch_size=8, timesteps=20, seed=0, condition_dropout=p) for p in (0.0, 1.0))
+    kept, without = (Batches(store, conditioning, config, device) for config in configs)
+    plain, dropped = kept.draw(0).condition, without.draw(0).condition
+    for condition in (plain, dropped, kept.conditions(8)):
         assert condition.shape == (8, 9, WIDTH)
         assert condition[:, -1, POOLED : POOLED + 6].tolist() == [[16, 24, 0, 4, 16, 16]] * 8
     assert plain[:, -1, :POOLED].any() and not dropped[:, -1, :POOLED].any() and not dropped[:, :-1].any()
@@ -110,7 +111,7 @@ def weights(folder):
 
 
 def changed_attention(before, after) -> set[str]:
-    """Names of the weights that differ; all of them matrices of attention, by no more than rank 2."""
+    """Return the names of the weights that differ: attention matrices whose difference has at most rank 2."""
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(".attn" in name and name.endswith(".weight") for name in changed)
     for name in changed:
@@ -118,21 +119,21 @@ def changed_attention(before, after) -> set[str]:
     return changed
 
 
-def test_low_rank_additions_to_it_leave_everything_else_as_it_was(tree, monkeypatch):
+def test_a_lora_adapter_changes_attention_only(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
     run_train(tree, "adapted", LORA, init_from="pipeline", learning_rate=0.5)
     assert changed_attention(weights(tree / "pipeline"), weights(tree / "adapted"))
     prompt = {"prompts": ["dark picture of thing 2"], "sampling": Sampling("ddim", 4)}
     first, adapted = (load_pipeline(tree / name).sample([3], **prompt) for name in ("pipeline", "adapted"))
     assert not np.array_equal(first, adapted)
-    told = {"text_embeds": torch.randn(1, POOLED), "time_ids": torch.tensor([[16.0, 24, 0, 4, 16, 16]])}
-    assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, WIDTH), **told)
+    added = {"text_embeds": torch.randn(1, POOLED), "time_ids": torch.tensor([[16.0, 24, 0, 4, 16, 16]])}
+    assert text_inputs.is_base_with_adapter(tree / "pipeline", tree / "adapted", torch.randn(1, 8, WIDTH), **added)
     newest = max((tree / "scratch" / "train").glob("*/step-*"), key=lambda path: path.stat().st_mtime)
     kept = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     assert kept < (tree / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
-def test_a_base_is_trained_first_where_none_is_given_and_a_run_goes_on_in_either_phase(tree, monkeypatch):
+def test_without_base_weights_the_base_is_trained_first_and_a_run_resumes_in_either_phase(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
     options = {"full_steps": 2, "seed": 5, "ema": ("decay-0.001",), "pipeline_ema": "decay-0.001"}
     run_train(tree, "whole", LORA, steps=5, **options)
@@ -148,7 +149,7 @@ def test_a_base_is_trained_first_where_none_is_given_and_a_run_goes_on_in_either
 
 
 def test_a_network_of_one_encoder_is_another(tree, tmp_path, monkeypatch):
-    """Weights of a network that is told no sizes do not pass for one that is."""
+    """Weights without size conditioning are refused for a network with it."""
     from models.networks.text_unet import TextUNetConfig
 
     described = json.loads((tree / "pipeline" / "unet" / "config.json").read_text())

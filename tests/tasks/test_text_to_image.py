@@ -1,6 +1,7 @@
-"""Text to image in latents: from captioned pictures to a pipeline that diffusers loads, and a bundle without it."""
+"""Text to image in latents: from captioned images to a pipeline that diffusers loads, and an ONNX bundle."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ CODEC = CodecParams(
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
-    """The folder in which the stages from `download` to `export` have run."""
+    """Return the folder in which the stages from `download` to `export` have run."""
     return text_inputs.through(tmp_path_factory.mktemp("text-to-image"), migrated_database, CODEC)
 
 
@@ -61,23 +62,24 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
 
 
 def test_training_draws_another_caption_and_mirror_each_epoch(tree):
-    from tasks.training.batches import Batches, conditioning_of, open_store
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
 
     device = torch.device("cpu")
-    given = conditioning_of(tree / "latents", "device", device)
-    common = {"batch_size": 36, "timesteps": 20, "seed": 0, "device": device, **given}
+    conditioning = open_conditioning(tree / "latents", "device", device)
+    config = DrawConfig(batch_size=36, timesteps=20, seed=0)
     store = open_store(tree / "latents", "train", "device", device)
-    plain = Batches(store, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
-    dropped = Batches(store, condition_dropout=1.0, horizontal_flip=True, **common).draw(0)
+    plain = Batches(store, conditioning, config, device).draw(0)
+    without = replace(config, condition_dropout=1.0, horizontal_flip=True)
+    dropped = Batches(store, conditioning, without, device).draw(0)
     assert plain.x0.shape == (36, 2, 8, 8) and plain.condition.shape == (36, 8, 32)
-    assert torch.equal(dropped.condition, given["null_text"].expand(36, 8, 32))
+    assert torch.equal(dropped.condition, conditioning.null_text.expand(36, 8, 32))
     streamed = open_store(tree / "latents", "train", "stream", device)
-    again = Batches(streamed, condition_dropout=0.0, horizontal_flip=False, **common).draw(0)
+    again = Batches(streamed, conditioning, config, device).draw(0)
     assert torch.equal(plain.x0, again.x0) and torch.equal(plain.condition, again.condition)
     assert len({tuple(row) for row in plain.condition.flatten(1).tolist()}) > 1
 
 
-def test_the_first_network_can_be_trained_on_and_given_low_rank_additions(tree, monkeypatch):
+def test_the_first_network_can_be_trained_on_and_get_a_lora_adapter(tree, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree / 'mlflow.db'}")
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))
     monkeypatch.chdir(tree)
@@ -119,7 +121,7 @@ def registered_adapter_is_that_of(tree):
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_the_network_is_that_of_diffusers_in_output_and_gradients(precision, limit, tokens):
-    """Also where attention goes another way than theirs: over few tokens, and in bfloat16."""
+    """Our attention takes different code paths for few tokens and in bfloat16."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -146,14 +148,12 @@ def test_the_network_is_that_of_diffusers_in_output_and_gradients(precision, lim
     assert (its - same).norm() < limit * its.norm()
 
 
-def test_low_rank_additions_start_at_nothing_and_merge_exactly():
+def test_a_lora_adapter_starts_at_zero_and_merges_exactly():
     torch.manual_seed(0)
     config = TextUNetConfig(8, 2, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
     plain = TextUNet(config)
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    from dataclasses import replace
-
     network = TextUNet(replace(config, lora_rank=2))
     network.load_published(plain.state_dict())
     inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 9]), torch.randn(2, 5, 32)
@@ -169,7 +169,7 @@ def test_low_rank_additions_start_at_nothing_and_merge_exactly():
     assert sum(p.numel() for p in trained) < sum(p.numel() for p in plain.parameters()) / 10
 
 
-def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_classes(tree):
+def test_without_classes_it_is_evaluated_by_the_captions_of_held_out_images(tree):
     import csv
 
     from tasks.evaluate import evaluate
@@ -193,7 +193,7 @@ def test_it_is_evaluated_by_the_captions_of_held_out_images_where_there_are_no_c
     assert len({row["squared_error"] for row in rows}) > 1 and all(float(row["squared_error"]) > 0 for row in rows)
 
 
-def test_pictures_are_pictures(tree):
+def test_sample_grids_and_drawn_images_are_images(tree):
     grid = sorted((tree / "report-pipeline" / "samples").glob("*.png"))
     assert grid and grid[0].read_bytes().startswith(b"\x89PNG")
     drawn = to_uint8(load_pipeline(tree / "pipeline").sample([1], [0], Sampling("ddim", 2)))

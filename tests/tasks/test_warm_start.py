@@ -1,4 +1,4 @@
-"""First weights that others published: what would be trained on in silence as something that it is not."""
+"""Published weights as a start: another architecture, prediction type or noise schedule is found before training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from tasks.params import DiffusionParams
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.training import warm_start
 from tests.support.text_inputs import train_params
 
 CONFIG = TextUNetConfig(8, 4, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
 STABLE = DiffusionParams(schedule="scaled_linear", timesteps=1000, prediction="epsilon")
-# As runwayml/stable-diffusion-v1-5 has it: no word of what is predicted, which is the noise then.
+# As in runwayml/stable-diffusion-v1-5: without prediction_type, whose default is epsilon.
 PNDM = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -32,7 +32,7 @@ PNDM = {
 
 @pytest.fixture
 def published(tmp_path):
-    """Makes the folder of a published network with this scheduler and these changes of its config.json."""
+    """Return a function that writes a published network with a scheduler and changes of its config.json."""
 
     def call(scheduler=PNDM, **network):
         (tmp_path / "unet").mkdir(exist_ok=True)
@@ -41,22 +41,22 @@ def published(tmp_path):
         if scheduler is not None:
             (tmp_path / "scheduler").mkdir(exist_ok=True)
             (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-        found = warm_start.given(train_params(init_from=str(tmp_path)))
+        found = warm_start.initial_weights(train_params(init_from=str(tmp_path)))
         assert found is not None
         return found
 
     return call
 
 
-def said(given, diffusion, capsys) -> str:
-    warm_start.check(given, CONFIG, diffusion)
+def warning(initial, diffusion, capsys) -> str:
+    warm_start.check(initial, CONFIG, diffusion)
     return capsys.readouterr().out
 
 
-def test_stable_diffusion_is_trained_on_in_silence(published, capsys):
-    assert said(published(), STABLE, capsys) == ""
+def test_stable_diffusion_is_accepted_without_a_warning(published, capsys):
+    assert warning(published(), STABLE, capsys) == ""
     euler = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "use_karras_sigmas": False}
-    assert said(published(PNDM | euler), STABLE, capsys) == ""
+    assert warning(published(PNDM | euler), STABLE, capsys) == ""
 
 
 def test_another_prediction_is_refused(published):
@@ -80,14 +80,14 @@ def test_another_prediction_is_refused(published):
         ({}, {"beta_end": 0.02}, "choose a diffusion.schedule nearer to it"),
     ],
 )
-def test_another_noise_is_told_with_its_remedy(published, capsys, ours, theirs, remedy):
-    told = said(published(PNDM | theirs), STABLE.model_copy(update=ours), capsys)
-    assert told.startswith("train: warning: ") and "learned another noise" in told and remedy in told
-    assert len(told.splitlines()) == 1
+def test_another_noise_schedule_triggers_a_warning_with_its_remedy(published, capsys, ours, theirs, remedy):
+    line = warning(published(PNDM | theirs), STABLE.model_copy(update=ours), capsys)
+    assert line.startswith("train: warning: ") and "learned another noise" in line and remedy in line
+    assert len(line.splitlines()) == 1
 
 
-def test_without_a_scheduler_it_is_said_what_the_network_is_taken_for(published, capsys):
-    assert "is taken for diffusion.prediction 'epsilon'" in said(published(None), STABLE, capsys)
+def test_without_a_scheduler_a_warning_names_the_assumed_prediction(published, capsys):
+    assert "is trained as diffusion.prediction 'epsilon'" in warning(published(None), STABLE, capsys)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_without_a_scheduler_it_is_said_what_the_network_is_taken_for(published,
     ],
 )
 def test_another_kind_of_diffusion_is_refused(published, scheduler):
-    """Playground 2.5 has the network of Stable Diffusion XL and another diffusion."""
+    """Playground 2.5 has the network of Stable Diffusion XL with another diffusion process."""
     with pytest.raises(StageError, match=r"cannot be trained here: (its|the) .* supported.*; choose another"):
         warm_start.check(published(scheduler), CONFIG, STABLE)
 
@@ -108,14 +108,14 @@ def test_another_kind_of_diffusion_is_refused(published, scheduler):
 @pytest.mark.parametrize(
     "difference",
     [
-        {"time_cond_proj_dim": 256},  # distilled, and told the guidance
+        {"time_cond_proj_dim": 256},  # distilled, conditioned on the guidance scale
         {"flip_sin_to_cos": False},
         {"mid_block_type": None},
         {"only_cross_attention": True},
         {"out_channels": 8},
     ],
 )
-def test_what_a_network_is_otherwise_is_refused_though_it_may_shape_no_weight(published, difference):
+def test_an_unsupported_architecture_is_refused_even_if_all_weights_fit(published, difference):
     (name,) = difference
     with pytest.raises(StageError, match=f"cannot be trained here: the network's {name} is"):
         published(**difference)
@@ -124,17 +124,17 @@ def test_what_a_network_is_otherwise_is_refused_though_it_may_shape_no_weight(pu
 def test_weights_are_loaded_whatever_their_precision_and_those_of_another_network_refused(published):
     from safetensors.torch import save_file
 
-    given = published()
+    initial = published()
     halves = {name: torch.randn(value.shape).half() for name, value in TextUNet(CONFIG).state_dict().items()}
-    save_file(halves, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(halves, initial.folder / "unet" / "diffusion_pytorch_model.safetensors")
     network = TextUNet(CONFIG)
-    warm_start.load(network, given)
+    warm_start.load(network, initial)
     assert all(torch.equal(value, halves[name].float()) for name, value in network.state_dict().items())
     other = TextUNet(CONFIG).state_dict()
     other["conv_in.weight"] = other["conv_in.weight"][:4].contiguous()
-    save_file(other, given.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(other, initial.folder / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(StageError, match=r"is not of the network that its config\.json describes"):
-        warm_start.load(TextUNet(CONFIG), given)
-    (given.folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+        warm_start.load(TextUNet(CONFIG), initial)
+    (initial.folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(StageError, match=r"damaged .* fetch it again"):
-        warm_start.load(TextUNet(CONFIG), given)
+        warm_start.load(TextUNet(CONFIG), initial)

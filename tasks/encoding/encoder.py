@@ -1,0 +1,185 @@
+"""Latents of all images: found in the scratch folder, or decoded and encoded in threads."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from models.device import best_device
+from models.networks.autoencoder import Autoencoder, load_autoencoder
+from tasks.encoding.blocks import Blocks
+from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
+from tasks.pictures.images import read_encoded
+from tasks.runtime import closure, workspace
+from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tasks.encoding.rows import Row
+    from tasks.formats.buckets import Resolution
+    from tasks.formats.codec_info import CodecInfo
+    from tasks.params import EncodeParams
+
+CHUNK = 4 * BATCH
+"""Images per unit of work."""
+CEILING_CHUNKS = 2
+"""Chunks per worker over which decoding alone and encoding alone are timed."""
+QUEUED_FOR_GPU = 3
+"""Chunks handed to the GPU's thread at a time: one in work, the others ready."""
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def encode_images(
+    images: Path,
+    folder: Path,
+    codec: CodecInfo,
+    resolutions: Sequence[Resolution],
+    splits: Mapping[str, Sequence[Row]],
+    params: EncodeParams,
+) -> Blocks | None:
+    """Encode the images that have no stored latent yet; returns the latents of all, or None for the identity codec.
+
+    Prints which part of the codec or of the transform changed if stored latents are no longer valid.
+    """
+    if codec.autoencoder is None:
+        return None
+    recipe = {
+        "size of the images": [codec.channels, codec.size],
+        "autoencoder": codec.autoencoder.sha256,
+        "buckets": [list(resolution) for resolution in resolutions],
+        "mirrored copies": params.horizontal_flip,
+        "code of the transform": closure.digest("tasks/formats/buckets.py", "tasks/encoding/transform.py"),
+    }
+    blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
+    wanted = {row.sha256: resolutions[row.bucket] for rows in splits.values() for row in rows}
+    if changed := blocks.changes():
+        print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
+    blocks.open()
+    missing = {sha256: wanted[sha256] for sha256 in blocks.missing(wanted)}
+    print(f"encode: {len(missing)} images to encode, {len(wanted) - len(missing)} known", flush=True)
+    if missing:
+        _encode_missing(images, folder / "vae", codec.channels, missing, blocks, params)
+    blocks.forget(wanted)
+    return blocks
+
+
+def _encode_missing(
+    images: Path, vae: Path, channels: int, missing: Mapping[str, Resolution], blocks: Blocks, params: EncodeParams
+) -> None:
+    """Decode and encode in threads (both release the GIL); each chunk is stored as soon as it is done."""
+    device = best_device()
+    network = load_autoencoder(vae, device)
+    threads = torch.get_num_threads()
+    # One arithmetic thread per worker, so that sums are divided in the same way on every machine.
+    with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        encoder = Encoder(pool, params.workers, network, channels, params.horizontal_flip, device)
+        sample: list[Chunk] = []
+        sample_size = CEILING_CHUNKS * params.workers
+        started, started_cpu = time.perf_counter(), time.process_time()
+        with progress(total=len(missing), desc="encode", unit="img") as bar:
+            for chunk, tensors in encoder.encoded(_chunks(images, missing)):
+                blocks.add([sha256 for sha256, _, _ in chunk.images], tensors)
+                bar.update(len(chunk))
+                if len(sample) < sample_size and len(chunk) == CHUNK:
+                    sample.append(chunk)
+        rate = len(missing) / (time.perf_counter() - started)
+        cpu_seconds = (time.process_time() - started_cpu) / len(missing)
+        if len(sample) == sample_size:
+            _print_ceilings(encoder, sample, rate, cpu_seconds)
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An autoencoder and the `workers` threads of `pool` that feed it."""
+
+    pool: ThreadPoolExecutor
+    workers: int
+    network: Autoencoder
+    channels: int
+    mirrored: bool
+    device: str
+
+    def encoded(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, dict[str, torch.Tensor]]]:
+        """Yield the chunks with their latents, in order.
+
+        On a CPU each worker decodes and encodes, so that no core waits for another. With a GPU the workers only decode,
+        and one more thread keeps the GPU busy.
+        """
+        if self.device == "cpu":
+            yield from _in_order(self.pool, lambda chunk: self._encode(self._decode(chunk)), chunks, 2 * self.workers)
+            return
+        decoded = _in_order(self.pool, self._decode, chunks, 2 * self.workers)
+        with ThreadPoolExecutor(1) as feeder:
+            yield from _in_order(feeder, self._encode, decoded, QUEUED_FOR_GPU)
+
+    def _decode(self, chunk: Chunk) -> tuple[Chunk, np.ndarray]:
+        return chunk, decode_chunk(chunk, self.channels)
+
+    def _encode(self, decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
+        chunk, pixels = decoded
+        return chunk, encode_pixels(self.network, pixels, self.mirrored)
+
+    def ceilings(self, sample: Sequence[Chunk]) -> tuple[float, float]:
+        """Measure the images per second of decoding alone and of encoding alone."""
+        started = time.perf_counter()
+        decoded = list(self.pool.map(self._decode, sample))
+        between = time.perf_counter()
+        list(self.pool.map(self._encode, decoded) if self.device == "cpu" else map(self._encode, decoded))
+        ended = time.perf_counter()
+        count = sum(map(len, sample))
+        return count / (between - started), count / (ended - between)
+
+
+def _chunks(images: Path, missing: Mapping[str, Resolution]) -> Iterator[Chunk]:
+    """Read the missing images (SHA-256 -> resolution), grouped by resolution."""
+    begun: dict[Resolution, list[Encoded]] = {}
+    for image in read_encoded(images, missing):
+        resolution = missing[image[0]]
+        group = begun.setdefault(resolution, [])
+        group.append(image)
+        if len(group) == CHUNK:
+            yield Chunk(resolution, begun.pop(resolution))
+    for resolution, group in sorted(begun.items()):
+        yield Chunk(resolution, group)
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+    """Yield `work(item)` in the order of the items, with at most `ahead` of them in memory."""
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
+
+
+def _print_ceilings(encoder: Encoder, sample: Sequence[Chunk], rate: float, cpu_seconds: float) -> None:
+    """Print the measured rate beside the rate that decoding and encoding allow.
+
+    Args:
+        encoder: measures the two.
+        sample: chunks to measure them on.
+        rate: images per second of the whole.
+        cpu_seconds: CPU time per image; unlike the rate it does not depend on other processes of the machine.
+    """
+    started = time.process_time()
+    decode, encode = encoder.ceilings(sample)
+    needed = (time.process_time() - started) / sum(map(len, sample))
+    # On a CPU both share the cores; with a GPU the slower of the two limits the rate.
+    allowed = 1 / (1 / decode + 1 / encode) if encoder.device == "cpu" else min(decode, encode)
+    print(
+        f"encode: {rate:,.0f} img/s; decoding alone {decode:,.0f}, the encoder alone {encode:,.0f} img/s: "
+        f"{rate / allowed:.0%} of what the two allow ({needed / cpu_seconds:.0%} by CPU time)"
+    )

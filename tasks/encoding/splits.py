@@ -1,0 +1,98 @@
+"""One split of the model's inputs: the tensors of each bucket, written as shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tasks.encoding.rows import Row
+from tasks.formats.buckets import Resolution
+from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
+from tasks.pictures import decoding
+from tasks.pictures.images import read_encoded
+from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.encoding.blocks import Blocks
+    from tasks.encoding.texts import CaptionEmbeddings
+    from tasks.formats.codec_info import CodecInfo
+    from tasks.formats.latents import Columns
+
+
+@dataclass(frozen=True)
+class SplitWriter:
+    """Writes splits from the images (identity codec) or from their latents."""
+
+    images: Path
+    codec: CodecInfo
+    resolutions: Sequence[Resolution]
+    """Image resolution of each bucket."""
+    latents: Blocks | None
+    """None for the identity codec."""
+    captions: CaptionEmbeddings | None
+    """None without text conditioning."""
+    shard_size: int
+
+    def write(self, folder: Path, split: str, rows: Sequence[Row]) -> Split:
+        """Write the shards of a split to `folder`; returns its entry for the index."""
+        shards: list[BucketShard] = []
+        for bucket, resolution in enumerate(self.resolutions):
+            in_bucket = [row for row in rows if row.bucket == bucket]
+            name = split if len(self.resolutions) == 1 else f"{split}-{resolution[0]}x{resolution[1]}"
+            tensors = self._tensors(in_bucket, name, resolution)
+            written = write_shards(folder, name, len(in_bucket), tensors, self.shard_size)
+            shards += [BucketShard(file=shard.file, sha256=shard.sha256, bucket=bucket) for shard in written]
+        return Split(count=len(rows), keys_sha256=keys_hash([row.key for row in rows]), shards=shards)
+
+    def _tensors(self, rows: Sequence[Row], name: str, resolution: Resolution) -> Callable[[slice], Columns]:
+        """Return the function that makes the tensors of a part of `rows`, all of one bucket."""
+        pixels = None if self.latents else self._pixels(rows, name, resolution)
+
+        def tensors(part: slice) -> Columns:
+            selected = rows[part]
+            columns: dict[str, np.ndarray | torch.Tensor] = {}
+            if self.latents:
+                columns |= self.latents.take([row.sha256 for row in selected])
+            if pixels is not None:
+                columns["pixels"] = pixels[part]
+            if self.codec.conditioning == "label":
+                columns["labels"] = np.array([row.label for row in selected], np.int64)
+            if self.captions:
+                columns["captions"] = self.captions.positions(selected)
+            if self.codec.text and self.codec.text.pooled:
+                sizes = [size_conditioning(row.height, row.width, resolution) for row in selected]
+                columns["sizes"] = np.array(sizes, np.int32)
+            return columns
+
+        return tensors
+
+    def _pixels(self, rows: Sequence[Row], name: str, resolution: Resolution) -> np.ndarray:
+        """Decode the images of `rows` to uint8 [len(rows), C, *resolution]."""
+        places: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row.sha256, []).append(place)
+        channels = self.codec.channels
+        pixels = np.empty((len(rows), channels, *resolution), np.uint8)
+        files = read_encoded(self.images, places)
+        for sha256, data, count in progress(files, desc=f"read {name}", total=len(places), unit="img", delay=2):
+            pixels[places[sha256]] = decoding.ingested(data, count, resolution, channels)
+        return pixels
+
+
+def size_conditioning(height: int, width: int, resolution: Resolution) -> tuple[int, int, int, int, int, int]:
+    """Return SDXL's size and crop conditioning of an image (Podell et al. 2023, section 2.2).
+
+    Returns:
+        The original height and width, top and left of the centre crop in the image resized to cover `resolution`, and
+        the height and width of the crop.
+    """
+    scale = max(resolution[0] / height, resolution[1] / width)
+    sides = zip((height, width), resolution, strict=True)
+    top, left = (round((original * scale - cropped) / 2) for original, cropped in sides)
+    return height, width, top, left, *resolution

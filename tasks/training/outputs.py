@@ -1,0 +1,74 @@
+"""What a finished training writes: the pipeline in diffusers layout, and the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.networks.text_unet import adapter, merged
+from models.pipeline import PipelineInfo, save_pipeline
+from models.schedules import betas
+from tasks.formats import training_record
+from tasks.formats.training_record import Dataset, TrainingRecord
+from tasks.runtime import atomic, measures
+from tasks.training import log, previews
+
+if TYPE_CHECKING:
+    from tasks.formats.latents import LatentsIndex
+    from tasks.training.key import RunFacts
+    from tasks.training.log import HistoryRow
+    from tasks.training.run import Run
+
+
+def write_report(
+    report: Path, run: Run, history: Sequence[HistoryRow], facts: RunFacts, dataset: Dataset, codec: Path
+) -> None:
+    """Write the loss history, the identity of the run, the sample grids and the codec's measurements."""
+    chosen = run.params.pipeline_ema
+    text = io.StringIO()
+    columns = log.columns(run.diffusion.timesteps, run.params.ema, chosen)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.published(chosen) for row in history)
+    record = TrainingRecord(**asdict(facts), dataset=dataset, averages=history[-1].held_out_loss)
+    with atomic.writing_folder(report) as folder:
+        atomic.write_text(folder / "history.csv", text.getvalue())
+        record.write(folder / training_record.FILE)
+        (folder / "codec").mkdir()
+        for name in measures.CODEC:
+            if (codec / name).is_file():
+                atomic.write_bytes(folder / "codec" / name, (codec / name).read_bytes())
+        (folder / "samples").mkdir()
+        for row in history:
+            if chosen in row.held_out_loss:
+                grid = previews.grid_path(run.folder, row.step)
+                atomic.write_bytes(folder / "samples" / grid.name, grid.read_bytes())
+
+
+def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, train_key: str) -> None:
+    """Write the averaged weights, the scheduler and the codec's networks in diffusers layout."""
+    info = PipelineInfo(
+        conditioning=index.conditioning,
+        channels=index.image.channels,
+        size=index.image.size,
+        schedule=run.diffusion.schedule,
+        timesteps=run.diffusion.timesteps,
+        prediction=run.diffusion.prediction,
+        train_key=train_key,
+        classes=index.classes or index.prompts or [],
+        null_label=len(index.classes) if index.conditioning == "label" else None,
+        prompts=index.prompts,
+        latent=[index.channels, index.size] if index.autoencoder else None,
+    )
+    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
+    final = frozen | run.averages[run.params.pipeline_ema].state_dict()
+    weights, lora = (
+        {name: value.cpu().contiguous() for name, value in part.items()} for part in (merged(final), adapter(final))
+    )
+    levels = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
+    with atomic.writing_folder(pipeline) as folder:
+        save_pipeline(folder, run.network, weights, levels, info, codec, lora)

@@ -1,0 +1,201 @@
+"""The training loop: its steps, learning rates, weight averages, loss sums and waits for the device."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
+
+
+class TestAverages:
+    @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+    def test_exponents_of_the_paper(self, std, gamma):
+        from models.ema import gamma_of_std
+
+        assert gamma_of_std(std) == pytest.approx(gamma, abs=0.01)
+
+    def test_power_law_weighs_the_past_as_its_profile_says(self):
+        """The weight of step t in an average at T is proportional to t^gamma (Karras et al. 2024, eq. 1)."""
+        import torch
+
+        from models.ema import EMA
+
+        steps, gamma = 2000, 3.0
+        module = torch.nn.Linear(1, steps, bias=False)
+        average = EMA(module, f"gamma-{gamma}")
+        for step in range(1, steps + 1):
+            with torch.no_grad():
+                module.weight.zero_()[step - 1] = 1
+            average.update(step)
+        weights = average.state_dict()["weight"][:, 0].double().numpy()
+        assert weights.sum() == pytest.approx(1, abs=1e-4)
+        profile = np.arange(1, steps + 1) ** gamma
+        assert np.allclose(weights[500:], (profile / profile.sum())[500:], rtol=0.01)
+        centre = (weights * np.arange(1, steps + 1)).sum() / steps
+        width = math.sqrt((weights * (np.arange(1, steps + 1) / steps - centre) ** 2).sum())
+        assert width == pytest.approx(math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), rel=0.01)
+
+    def test_names_without_a_meaning(self):
+        from models.ema import decay_at
+
+        assert decay_at(10**6, "decay-0.999") == 0.999
+        assert decay_at(1, "decay-0.999") == pytest.approx(2 / 11)
+        with pytest.raises(ValueError, match="unknown average"):
+            decay_at(1, "mean-0.5")
+
+
+def test_losses_are_averaged_by_range_of_timesteps():
+    import torch
+
+    from tasks.training.log import HistoryRow, Tally, timestep_range_names
+
+    tally = Tally(10, torch.device("cpu"))
+    tally.add_losses(torch.tensor([0, 2, 3, 9]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    tally.add_losses(torch.tensor([9]), torch.tensor([9.0]))
+    for norm in (2.0, math.inf, 4.0):
+        tally.add_gradient_norm(torch.tensor(norm))
+    assert timestep_range_names(10) == ["loss_t0_2", "loss_t3_4", "loss_t5_7", "loss_t8_9"]
+    expected = {
+        "step": 7,
+        "learning_rate": 0.1,
+        "loss": 5.0,
+        "loss_t0_2": 2.0,
+        "loss_t3_4": 5.0,
+        "loss_t8_9": 8.0,
+        "grad_norm": 3.0,
+    }
+    row = tally.row(7, 0.1, tally.sums)
+    assert row.to_json() == expected
+    assert HistoryRow.from_json(expected) == row
+
+
+def test_operations_of_a_network_are_counted():
+    """A 3x3 convolution over 8x8 pixels and attention over 16 tokens, by hand."""
+    import torch
+    from torch import nn
+
+    from models.flops import forward_flops, matmul_ceiling
+    from models.networks.unet import Attention, UNetConfig
+
+    config = UNetConfig(8, 1, (8,), (True,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
+    convolution = forward_flops(nn.Conv2d(3, 5, 3, padding=1), torch.randn(4, 3, 8, 8))
+    assert convolution == 2 * 64 * 5 * 3 * 9
+    attention = forward_flops(Attention(config, 8), torch.randn(2, 8, 4, 4))
+    assert attention == 2 * (4 * 16 * 8 * 8 + 2 * 16 * 16 * 8)
+    assert matmul_ceiling(torch.device("cpu"), torch.float32, 1) > 1e8
+
+
+def test_the_loop_is_the_one_of_the_textbook(prepared):
+    """The same loop without accelerate.
+
+    AdamW on the mean loss of two accumulated parts, warm-up, half a cosine, gradient clipping, an average per step.
+    """
+    import torch
+
+    from tasks import train
+
+    options = {"gradient_accumulation": 2, "clip_norm": 1.0, "learning_rate": 0.01, "weight_decay": 0.1}
+    run = prepared(ema=["decay-0.5"], pipeline_ema="decay-0.5", **RARELY | options | {"steps": 8, "warmup_steps": 3})
+    plain = copy.deepcopy(run.network)
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+    rates = [0.01 / 3, 0.02 / 3, 0.01, *(0.005 * (1 + math.cos(math.pi * n / 5)) for n in range(3))]
+    average = [parameter.detach().clone() for parameter in plain.parameters()]
+    norms = []
+    for step, rate in enumerate(rates):
+        torch.cat([run.objective(plain, run.batches.draw(step, part)) for part in range(2)]).mean().backward()
+        gradients = [parameter.grad for parameter in plain.parameters()]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        for gradient in gradients:
+            gradient *= min(1.0, 1.0 / norms[-1])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.5, (2 + step) / (11 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, plain.parameters(), strict=True)]
+    train.fit(run, None, [], until=len(rates))
+    assert min(norms) < 1.0 < max(norms), "some gradients are clipped and some are not"
+    own = torch.nn.utils.parameters_to_vector
+    # AdamW divides the rounding error of a gradient near zero by itself, so the mean is compared, not the maximum.
+    assert (own(run.network.parameters()) - own(plain.parameters())).abs().mean() < 2e-5
+    assert (own(run.averages["decay-0.5"].weights) - own(average)).abs().mean() < 2e-5
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.002), ("cosine", 0.0)])
+def test_learning_rates(schedule, last):
+    from tasks import params
+    from tasks.train import learning_rate_at
+
+    section = params.load(Path("params.yaml")).train
+    section = section.model_copy(
+        update={"lr_schedule": schedule, "steps": 110, "warmup_steps": 10, "learning_rate": 0.002}
+    )
+    rates = [learning_rate_at(step, section) for step in (0, 4, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.0002, 0.001, 0.002, 0.002, (0.002 + last) / 2, last])
+
+
+class Waits(TorchFunctionMode):
+    """Count the calls that make the host wait for a GPU: reading a value, or copying to the host."""
+
+    CALLS = ("cpu", "tolist", "numpy")
+    OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, outer = 0, self
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                outer.count += func._schema.name in outer.OPERATORS
+                return func(*args, **kwargs or {})
+
+        self.operators = Operators()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.CALLS
+        return func(*args, **kwargs or {})
+
+    def during(self, call) -> int:
+        before = self.count
+        with self, self.operators:
+            call()
+        return self.count - before
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "options"), [("label", {"gradient_accumulation": 2, "precision": "bf16"}), ("text", {})]
+)
+def test_a_step_never_waits_for_the_device(prepared, conditioning, options):
+    """Between two rows of the history no value is read, so that a GPU always has the next step in its queue."""
+    from tasks import train
+
+    run = prepared(conditioning, data_on_device="device", **RARELY, **options)
+    waits = Waits()
+    few = waits.during(lambda: train.fit(run, None, [], until=1))
+    many = waits.during(lambda: train.fit(run, None, [], until=3))
+    assert few == many > 0, "each call ends in a checkpoint, which waits; the steps must not wait"
+
+
+def test_the_scale_of_a_loss_in_fp16_is_restored(prepared):
+    import torch
+
+    from tasks.training import checkpoint
+    from tasks.training import run as training_run
+
+    run, other = prepared(**RARELY), prepared(**RARELY)
+    run.accelerator.scaler, other.accelerator.scaler = (torch.amp.GradScaler("cpu", growth_interval=3) for _ in "12")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for _ in range(4):  # the scale doubles once and is one step closer to the next doubling
+        run.accelerator.scaler.scale(weight.sum()).backward()
+        run.accelerator.scaler.step(optimizer)
+        run.accelerator.scaler.update()
+    checkpoint.save(run.folder, training_run.snapshot(run, training_run.gather_tallies(run)))
+    training_run.restore(other, checkpoint.load_newest(run.folder, 100))
+    assert other.accelerator.scaler.state_dict() == run.accelerator.scaler.state_dict()
+    assert other.accelerator.scaler.state_dict()["scale"] == 2**17
+    assert other.accelerator.scaler.state_dict()["_growth_tracker"] == 1
