@@ -256,11 +256,9 @@ def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:
 def _print(measured: Measurements) -> None:
     few = f"; few images: {measured.small_n}" if measured.small_n else ""
     for name, measure in measured.measures.items():
-        what, value = measure.reference or ("no reference", None)
-        beside = what if value is None else f"{what} {value:.4g}"
         note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
         mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
-        print(f"evaluate: {name} ({measure.condition}) {mean} ({beside}){few}{note}")
+        print(f"evaluate: {name} ({measure.condition}) {mean} ({measure.reference or 'no reference'}){few}{note}")
 
 
 if __name__ == "__main__":

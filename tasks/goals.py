@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.evaluation.protocol import draw_name
 from tasks.runtime import atomic, tracking
 from tasks.runtime.markdown import escaped
+from tasks.runtime.measures import draw_name
 from tasks.runtime.redaction import redacted
 from tasks.runtime.stage import StageError
 

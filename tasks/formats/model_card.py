@@ -103,7 +103,7 @@ def _evaluation(measured: Measurements) -> str:
     lines = ["## Evaluation", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for name, measure in sorted(measured.measures.items()):
         numbers = (measure.value, measure.spread, measure.floor, measure.real)
-        cells = [name, f"{measure.guidance_scale:g}", f"{measured.seed_blocks} x {measure.n}"]
+        cells = [name, f"{measure.guidance_scale:g}", measured.samples(measure)]
         cells += ["" if number is None else f"{number:.6g}" for number in numbers]
         lines.append(f"| {' | '.join(cells)} |")
     eta = f", eta {measured.eta:g}" if measured.eta else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.report.page import Headline, Metric, Picture, Table
-from tasks.runtime.measures import QUALITY, RECONSTRUCTIONS, Measure, Measurements
+from tasks.runtime.measures import CLIP_SCORE, DISTANCE, QUALITY, RECONSTRUCTIONS, Measurements, Row
 from tasks.validation import report as validation_report
 
 MEASURES = {
@@ -81,11 +81,10 @@ def sampler_name(sampler: str, steps: int) -> str:
 
 def measures(measured: Measurements) -> dict[str, Any]:
     """The page's headlines, table of measures and what does not apply."""
-    present = [key for key in MEASURES if key in measured.measures]
-    first = [key for key in (*HEADLINES, *present) if key in measured.measures]
+    first = measured.rows(dict.fromkeys((*HEADLINES, *MEASURES)))
     return {
-        "metrics": [_row(key, measured) for key in present],
-        "headlines": [_headline(key, measured.measures[key]) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
+        "metrics": [_metric(row, measured.clip_score_note) for row in measured.rows(MEASURES)],
+        "headlines": [_headline(row) for row in first[: len(HEADLINES)]],
         "not_applicable": [
             (MEASURES[key][0] if key in MEASURES else key, reason)
             for key, reason in sorted(measured.not_applicable.items())
@@ -110,38 +109,33 @@ def _protocol(measured: Measurements) -> str:
     return f"{drawn}: {unguided}, {text}."
 
 
-def _row(key: str, measured: Measurements) -> Metric:
-    measure, (name, reading) = measured.measures[key], MEASURES[key]
-    note = f"; {measured.clip_score_note}" if key == "clip_score" and measured.clip_score_note else ""
+def _metric(row: Row, clip_score_note: str | None) -> Metric:
+    """Format a row of the table of measures."""
+    name, reading = MEASURES[row.name]
+    note = f"; {clip_score_note}" if row.name == CLIP_SCORE and clip_score_note else ""
     reference = ""
-    if measure.floor is not None:
-        reference = f"{_number(key, measure.floor)} {_spread(key, measure.floor_spread)}".strip()
-    elif measure.real is not None:
-        reference = _number(key, measure.real)
+    if row.reference:
+        reference = f"{_number(row.name, row.reference.value)} {_spread(row.name, row.reference.spread)}".strip()
     return Metric(
         name,
-        _guidance(measure),
-        _number(key, measure.value),
-        _spread(key, measure.spread),
+        row.guidance if row.guidance == "none" else f"w = {row.guidance}",
+        _number(row.name, row.value),
+        _spread(row.name, row.spread),
         reference,
         reading + note,
     )
 
 
-def _guidance(measure: Measure) -> str:
-    return "none" if measure.drawn == "unguided" else f"w = {measure.guidance_scale:g}"
-
-
-def _headline(key: str, measure: Measure) -> Headline:
-    what, value = measure.reference or ("", None)
-    if value is None:
+def _headline(row: Row) -> Headline:
+    reference = row.reference
+    if reference is None:
         note = "no reference"
-    elif key == "frechet_distance" and value > 0:
-        note = f"{measure.value / value:.1f} times the floor of {_number(key, value)}"
+    elif row.name == DISTANCE and reference.value > 0:
+        note = f"{row.value / reference.value:.1f} times the floor of {_number(row.name, reference.value)}"
     else:
-        note = f"{what}: {_number(key, value)}"
-    drawn = "without guidance" if measure.drawn == "unguided" else f"at guidance {measure.guidance_scale:g}"
-    return Headline(MEASURES[key][0], _number(key, measure.value), f"{drawn}; {note}")
+        note = f"{reference.name}: {_number(row.name, reference.value)}"
+    drawn = "without guidance" if row.guidance == "none" else f"at guidance {row.guidance}"
+    return Headline(MEASURES[row.name][0], _number(row.name, row.value), f"{drawn}; {note}")
 
 
 def _spread(key: str, spread: float | None) -> str:
