@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.judges.feature_widths import INCEPTION, stage_widths
 from tasks.runtime.redaction import redacted, secret_in_address
+
+if TYPE_CHECKING:
+    from models.samplers import Sampling
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -608,6 +611,13 @@ class EvaluateParams(Section):
         _check_sampling("evaluate", self, (self.guidance_scale,))
         return self
 
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of guided samples; unguided ones differ in the guidance scale."""
+        from models.samplers import Sampling
+
+        return Sampling(self.sampler, self.steps, self.eta, self.guidance_scale, self.guidance_interval)
+
 
 class VisualizeParams(Section):
     sampler: Sampler
@@ -622,6 +632,12 @@ class VisualizeParams(Section):
     def _check(self) -> VisualizeParams:
         _check_sampling("visualize", self, self.guidance_scales)
         return self
+
+    def sampling(self, guidance_scale: float) -> Sampling:
+        """Return the settings of a row of samples."""
+        from models.samplers import Sampling
+
+        return Sampling(self.sampler, self.steps, self.eta, guidance_scale, self.guidance_interval)
 
 
 class ExportParams(Section):

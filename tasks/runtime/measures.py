@@ -3,8 +3,8 @@
 Each number is stored with the guidance scale at which it was measured. Distances are measured on unguided samples,
 label accuracy and CLIP score on guided ones, so the name of a mean says which: `frechet_distance_unguided`,
 `label_accuracy_guided`. `measurements.json` holds all numbers, `reports/metrics.json` the few that DVC compares
-between experiments. `Measurements.rows` is the one table of measures beside their references: the terminal, Prefect, MLflow, the
-report and the model card format it.
+between experiments. `Measurements.rows` is the one table of measures beside their references; terminal, Prefect,
+MLflow and report format it.
 """
 
 from __future__ import annotations
