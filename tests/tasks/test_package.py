@@ -10,7 +10,9 @@ from dataclasses import replace
 import pytest
 
 from tasks.formats import model_folder
-from tasks.formats.model_card import model_card
+from tasks.formats.model_card import DataFacts, ModelFacts, model_card
+from tasks.formats.model_folder import ExportReport, TensorRTReport
+from tasks.runtime.stage import StageError
 from tests.support import model_outputs
 from tests.support.report_inputs import MEASURED
 
@@ -33,7 +35,7 @@ def test_content_key_sees_names_and_bytes_and_no_caches(tmp_path):
     assert model_folder.content_key(tmp_path / "m") == before
 
 
-def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
+def test_package_gives_the_same_bytes_and_a_complete_card(work):
     model_outputs.write_reports(work.root)
     model_outputs.run_package(work.root)
     model = work.root / "outputs" / "model"
@@ -41,7 +43,7 @@ def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
     model_outputs.run_package(work.root)
     assert model_folder.content_key(model) == first
     card = (model / "README.md").read_text()
-    for told in (
+    for expected in (
         "licence: CC0",
         "| train.learning_rate | 0.002 |",
         "| frechet_distance | 1 | 3 x 64 | 20 | 1 | 10 |",
@@ -51,7 +53,7 @@ def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
         "--prompt 'hot dog'",
         "opset 20",
     ):
-        assert told in card
+        assert expected in card
     assert "log_every" not in card
     for file in (
         "pipeline/unet/config.json",
@@ -62,21 +64,22 @@ def test_package_gives_the_same_bytes_and_a_card_that_tells_all(work):
         assert (model / file).is_file()
 
 
+INFO = ModelFacts(
+    conditioning="none",
+    channels=3,
+    size=32,
+    schedule="linear",
+    timesteps=1000,
+    prediction="epsilon",
+    train_key="k",
+    classes=[],
+)
+DATA = DataFacts(source="s", licence="l", rows=2, splits={"train": 2}, sha256="h")
+EXPORTED = ExportReport(20, 1e-6, {}, 99.0, {}, ["p"], TensorRTReport(built=True))
+
+
 def test_card_of_an_unconditional_model_promises_no_prompt():
-    info = {
-        "conditioning": "none",
-        "classes": [],
-        "channels": 3,
-        "size": 32,
-        "latent": None,
-        "timesteps": 1000,
-        "schedule": "linear",
-        "prediction": "epsilon",
-        "train_key": "k",
-    }
-    data = {"source": "s", "rows": 2, "splits": {"train": 2}, "licence": "l", "sha256": "h"}
-    exported = {"opset": 20, "max_abs_difference": 1e-6, "min_psnr_db": 99.0, "providers": ["p"]}
-    card = model_card(info, data, {}, model_outputs.measurements(), exported | {"tensorrt": {"built": True}})
+    card = model_card(INFO, DATA, {}, model_outputs.measurements(), EXPORTED)
     assert "prompt" not in card
     assert "DiffusionPipeline.from_pretrained" in card
 
@@ -99,15 +102,10 @@ def test_names_and_captions_in_the_card_are_text_and_nothing_else(conditioning, 
     """Rendered with the parser of MLflow's documentation and of Python's Markdown world, CommonMark."""
     markdown = pytest.importorskip("markdown_it")
     names = [*HOSTILE[first:], *HOSTILE[:first]]
-    info = {
-        "conditioning": conditioning,
-        "classes": names,
-        "prompts": names if conditioning == "text" else None,
-    } | {"channels": 3, "size": 32, "latent": None, "timesteps": 1000, "schedule": "linear"}
-    info |= {"prediction": "epsilon", "train_key": "k"}
-    data = {"source": "folder", "rows": 2, "splits": {"train": 2}, "licence": names[0], "sha256": "h"}
-    exported = {"opset": 20, "max_abs_difference": 1e-6, "min_psnr_db": 99.0, "providers": ["p"]}
-    exported["tensorrt"] = {"built": False, "reason": names[0]}
+    prompts = names if conditioning == "text" else None
+    info = INFO.model_copy(update={"conditioning": conditioning, "classes": names, "prompts": prompts})
+    data = DATA.model_copy(update={"source": "folder", "licence": names[0]})
+    exported = replace(EXPORTED, tensorrt=TensorRTReport(built=False, reason=names[0]))
     training = {"train.weights": names[0], "model.lora_rank": 4, "ingest.caption_templates": names}
     measured = replace(MEASURED, not_applicable={"kid": names[0]})
     card = model_card(info, data, training, measured, exported)
@@ -118,3 +116,12 @@ def test_names_and_captions_in_the_card_are_text_and_nothing_else(conditioning, 
     rows = re.findall(r"<tr>\n?(.*?)</tr>", rendered.split("<h2>Training</h2>")[1], re.DOTALL)
     assert {row.count("<td>") + row.count("<th>") for row in rows} == {2}
     assert "<script>alert(1)</script>" in html.unescape(rendered)
+
+
+def test_an_export_report_is_read_back_and_one_of_another_version_is_refused(tmp_path):
+    file = tmp_path / "export.json"
+    EXPORTED.write(file)
+    assert ExportReport.read(file) == EXPORTED
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(StageError, match=r"another version of this project; run 'dvc repro export'$"):
+        ExportReport.read(file)
