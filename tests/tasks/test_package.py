@@ -49,7 +49,7 @@ def test_package_gives_the_same_bytes_and_a_complete_card(work):
         "| frechet_distance | 1 | 3 x 64 | 20 | 1 | 10 |",
         "| label_accuracy | 1.5 | 3 x 32 | 0.99 | 0.01 |  | 1 |",
         "f" * 64,
-        "clip_score: the images have no captions",
+        r"clip\_score: the images have no captions",
         "--prompt 'hot dog'",
         "opset 20",
     ):

@@ -268,7 +268,7 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
     assert all(image["alt"].strip() for image in outline.images)
     strip = outline.tiles("Forward process: held-out images at increasing timesteps")
     assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
-    assert "mean squared error of the predicted noise ε. Held-out" in page.read_text(encoding="utf-8")
+    assert "mean squared error of the predicted noise ε. The held-out" in page.read_text(encoding="utf-8")
     assert "Autoencoder and text encoder" not in page.read_text(encoding="utf-8")
 
 
