@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.runtime import atomic, integrity, measures, stage
-from tasks.runtime.measures import Measurements
 from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.draws import Draw
     from tasks.evaluation.protocol import Protocol
     from tasks.evaluation.scorer import Scorer
+    from tasks.runtime.measures import Measurements
 
 Row: TypeAlias = Mapping[str, "float | int | str"]
 """A row of a CSV file by column; columns that it lacks stay empty."""

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.images import read_index
-from tasks.registration import adapter, gates
+from tasks.registration import gates
 from tasks.registration.gates import Judged
 from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
-from tasks.runtime.measures import Measurements
 from tasks.runtime.tracking import CHALLENGER, CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from tasks.evaluation.protocol import Protocol
+    from tasks.runtime.measures import Measurements
 
 CODE = Path("mlflow") / "diffusion_model.py"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
@@ -73,6 +73,8 @@ def register(
     `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have another fingerprint is
     measured again, with `judge` and `data` (images).
     """
+    from tasks.registration import adapter
+
     client = tracking.connect()
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):

@@ -11,12 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from models.pixels import to_uint8
-from models.samplers import Sampling
-from tasks.evaluation.protocol import Protocol, require_pipeline
+from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
 
 if TYPE_CHECKING:
     from models.pipeline import Pipeline
+    from models.samplers import Sampling
+    from tasks.evaluation.protocol import Protocol
 
 BLOCK_STRIDE = 1_000_000
 """Distance between the first seeds of two seed blocks."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks.formats.model_folder import ExportReport
 from tasks.runtime.markdown import code, escaped, one_line
-from tasks.runtime.measures import Measurements
+
+if TYPE_CHECKING:
+    from tasks.formats.model_folder import ExportReport
+    from tasks.runtime.measures import Measurements
 
 NOT_TRAINING = ("_every",)
 """Endings of parameters that the card leaves out: logging intervals do not change the weights."""

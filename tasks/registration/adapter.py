@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
 from tasks.runtime import tracking
 
 if TYPE_CHECKING:
@@ -58,9 +61,6 @@ def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> s
 
     Returns a clause about the result, or None without an adapter.
     """
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
-
     weights = pipeline / WEIGHTS
     if not weights.is_file():
         return None
@@ -98,6 +98,7 @@ def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> s
 
 def _log(client: MlflowClient, model_id: str, weights: Path, base: Base) -> None:
     """Log the adapter as the logged model `model_id`, with the commit of its base: MLflow would record the newest."""
+    # Loading diffusers takes seconds, which models without an adapter need not spend.
     import mlflow.diffusers
     from mlflow.models import Model
     from mlflow.models.model import MLMODEL_FILE_NAME

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from tasks.params import RegisterParams
 from tasks.runtime import measures
-from tasks.runtime.measures import Measurements
+
+if TYPE_CHECKING:
+    from tasks.params import RegisterParams
+    from tasks.runtime.measures import Measurements
 
 DISTANCE, SPREAD, FLOOR = "frechet_distance_unguided", "frechet_distance_spread", "frechet_distance_floor"
 ACCURACY, GUIDED_SCALE, FINGERPRINT = "label_accuracy_guided", "guided_scale", "fingerprint"

@@ -21,16 +21,16 @@ def test_registered_model_draws_what_pytorch_draws(work):
     work.register()
     model = loaded()
     (request_,) = model.metadata.signature.inputs.to_dict()
-    wishes = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval"}
-    assert set(request_["properties"]) == wishes
+    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval"}
+    assert set(request_["properties"]) == fields
     requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
     assert all(line.split("==")[1][0].isdigit() for line in requirements)
-    wish = {"eta": 0.5, "guidance_interval": [0.1, 2.0]}
+    settings = {"eta": 0.5, "guidance_interval": [0.1, 2.0]}
     first, second = model.predict(
         [
             {"prompt": "a cat", "seed": 5, "steps": 6, "sampler": "ddim", "guidance": 1.5},
-            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5} | wish,
+            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5} | settings,
         ]
     )
     pipeline = load_pipeline(work.root / "outputs" / "pipeline")
