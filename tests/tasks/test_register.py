@@ -254,15 +254,6 @@ def register_command(work) -> list[str]:
 
 
 @pytest.mark.slow
-def register_command(work) -> list[str]:
-    """The stage as a process, with the digits' parameters for images as large as those of the model."""
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    document["image"]["resolution"] = model_outputs.SIZE
-    file = work.root / "params.yaml"
-    file.write_text(yaml.safe_dump(document))
-    return [sys.executable, "-m", "tasks.register", *map(str, work.paths()), "--params", str(file)]
-
-
 def test_several_registrations_at_once_make_one_version(work):
     model_outputs.write_reports(work.root)
     model_outputs.run_package(work.root)
