@@ -65,19 +65,17 @@ def _metrics(path: Path) -> None:
     """One row a measure: the guidance it was taken at, its value, the spread between seed blocks, and what real images
     score in its place."""
     measured = measures.read(path)
-    rows = []
-    for name, measure in sorted(measured.measures.items()):
-        what, reference = measure.reference or ("", None)
-        rows.append(
-            {
-                "measure": name,
-                "guidance": "none" if measure.drawn == "unguided" else f"{measure.guidance_scale:g}",
-                "value": f"{measure.value:.4g}",
-                "spread": f"{measure.spread:.2g}",
-                "real images": "" if reference is None else f"{what} {reference:.4g}",
-                "samples": f"{measured.seed_blocks} x {measure.n}",
-            }
-        )
+    rows = [
+        {
+            "measure": row.name,
+            "guidance": row.guidance,
+            "value": f"{row.value:.4g}",
+            "spread": f"{row.spread:.2g}",
+            "real images": row.beside,
+            "samples": row.samples,
+        }
+        for row in measured.rows(sorted(measured.measures))
+    ]
     description = f"{measured.sampler}, {measured.steps} steps; fingerprint {measured.fingerprint[:12]}"
     create_table_artifact(rows, key="metrics", description=description)
 

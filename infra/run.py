@@ -244,14 +244,11 @@ def print_results(chain: Chain) -> None:
 
 def print_measures(measured: Measurements) -> None:
     print(f"{'measure':<24}{'guidance':>10}{'value':>10}{'samples':>10}")
+    rows = {row.name: row for row in measured.rows(SHOWN)}
     for name in SHOWN:
-        if name in measured.measures:
-            measure = measured.measures[name]
-            what, reference = measure.reference or ("", None)
-            guidance = "none" if measure.drawn == "unguided" else f"{measure.guidance_scale:g}"
-            samples = f"{measured.seed_blocks} x {measure.n}"
-            beside = "" if reference is None else f"   {what} {reference:.4g}"
-            print(f"{name:<24}{guidance:>10}{measure.value:>10.4g}{samples:>10}{beside}")
+        if row := rows.get(name):
+            beside = f"   {row.beside}" if row.reference else ""
+            print(f"{name:<24}{row.guidance:>10}{row.value:>10.4g}{row.samples:>10}{beside}")
         elif name in measured.not_applicable:
             print(f"{name:<24}{'-':>10}{'-':>10}{'-':>10}   {measured.not_applicable[name]}")
     print(f"{'fingerprint':<24}{measured.fingerprint[:SHORT_FINGERPRINT]:>10}")

@@ -1,19 +1,17 @@
-"""Stage `evaluate`: pipeline, judge, images -> metrics by a declared protocol, tables and grids."""
+"""Stage `evaluate`: measure a pipeline by a declared protocol; write metrics, tables and grids."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from tasks.evaluation import protocol
-from tasks.evaluation.protocol import Draw, Scorer
 from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.runtime import atomic, integrity, measures, stage
-from tasks.runtime.measures import Measurements
 from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
@@ -21,9 +19,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from models.pipeline import Pipeline
+    from tasks.evaluation.draws import Draw
+    from tasks.evaluation.protocol import Protocol
+    from tasks.evaluation.scorer import Scorer
+    from tasks.runtime.measures import Measurements
+
+Row: TypeAlias = Mapping[str, "float | int | str"]
+"""A row of a CSV file by column; columns that it lacks stay empty."""
 
 COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
-"""Samplers beside the protocol's own in the table, without added noise (eta 0), and their steps."""
+"""Samplers and steps that are compared with the protocol's, with eta 0."""
 COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
@@ -32,6 +37,7 @@ SWEEP_COLUMNS += ["clip_score", "label_accuracy", "note"]
 CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
 TIMESTEP_COLUMNS = ["timestep", "alpha_bar", "n", "squared_error", "psnr"]
 TIMESTEPS, N_TIMESTEP = 10, 128
+"""Rows of the table by timestep, and held-out images in each."""
 NEAREST = 10
 GRID_ROWS, GRID_SIDE, MAX_GRID_CLASSES, PLAIN_GRID_COLUMNS = 10, 80, 20, 8
 
@@ -46,38 +52,44 @@ def evaluate(
     timing: Path,
     params: EvaluateParams,
 ) -> None:
-    """Sample by a declared protocol and measure: distances to the held-out images without guidance, label accuracy
-    and CLIP score with it, over several seed blocks, beside the floor. Then compare samplers and guidance scales,
-    classes and timesteps, and draw grids. All of it goes to the folder `report`, and the headline to `metrics`.
+    """Draw samples by a declared protocol and measure them.
 
-    Raises `StageError` before anything is drawn where there are too few images for the features, unless
+    Distances to the held-out images are measured on unguided samples, label accuracy and CLIP score on guided ones,
+    over several seed blocks, beside the floor. Then samplers, guidance scales, classes and timesteps are compared, and
+    grids drawn. Everything goes to the folder `report`, the headline numbers to `metrics`.
+
+    Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
     from models.device import best_device
     from models.judges.judge import load_judge
     from models.pictures import save_png
     from models.pipeline import load_pipeline
+    from tasks.evaluation import draws, protocol
+    from tasks.evaluation.scorer import Scorer
+    from tasks.evaluation.summary import summarise
 
     require_accepted(accepted)
     device = best_device()
-    integrity.read_described(pipeline, "afterimage.json", "train")
-    integrity.read_described(judge, "judge.json", "judge")
-    model, scale = load_pipeline(pipeline, device), load_judge(judge, device)
-    declared = protocol.declare(model, images, scale, params)
-    scorer = Scorer(images, scale, declared)
+    with integrity.loading(pipeline, "afterimage.json", "train"):
+        model = load_pipeline(pipeline, device)
+    with integrity.loading(judge, "judge.json", "judge"):
+        scoring = load_judge(judge, device)
+    declared = protocol.declare(model, images, scoring, params)
+    scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()
     if few and not params.allow_small_n:
         raise StageError(
-            f"there are {few}; raise evaluate.n_distance and hold out more images, or have the numbers say so: set "
-            "evaluate.allow_small_n to true"
+            f"there are {few}; raise evaluate.n_distance and hold out more images, or set evaluate.allow_small_n to "
+            "true to measure them nevertheless"
         )
-    unguided, guided = protocol.draw_blocks(model, declared)
-    measured = protocol.summary(unguided, guided, scorer, declared)
+    unguided, guided = draws.draw_blocks(model, declared)
+    measured = summarise(unguided, guided, scorer, declared)
     others = list(_other_draws(model, declared, params))
-    swept = list(_sweep(model, declared, unguided[0], guided, params))
+    swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
     grids = {"grid_unguided": unguided[0], "grid_ddpm": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
-        atomic.write_json(folder / "protocol.json", declared)
+        declared.write(folder / protocol.FILE)
         measured.write(folder / measures.FILE)
         rows = _rows(unguided, guided, others, scorer, params)
         atomic.write_text(folder / "samplers.csv", _csv(COLUMNS, rows))
@@ -89,38 +101,42 @@ def evaluate(
             class_rows = _class_rows(unguided, guided, scorer, model.info.classes)
             atomic.write_text(folder / "classes.csv", _csv(CLASS_COLUMNS, class_rows))
         for name, drawn in grids.items():
-            save_png(picture(drawn, model.info.classes), folder / f"{name}.png")
-        save_png(nearest_picture(unguided[0], scorer), folder / "grid_nearest.png")
+            save_png(grid_of(drawn, model.info.classes), folder / f"{name}.png")
+        save_png(grid_of_nearest(unguided[0], scorer), folder / "grid_nearest.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
     atomic.write_json(metrics, measured.headline())
     _print(measured)
 
 
-def _other_draws(model: Pipeline, declared: dict[str, Any], params: EvaluateParams) -> Iterator[Draw]:
-    """The samplers of the table that the protocol does not use, one seed block each; the full DDPM comes last."""
+def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) -> Iterator[Draw]:
+    """Draw one seed block with each other sampler of the table; DDPM over all timesteps comes last."""
+    from tasks.evaluation.draws import draw
+
+    timesteps = model.info.timesteps
     for sampler, steps in COMPARED.items():
         if (sampler, 0.0) != (params.sampler, params.eta):
-            yield protocol.draw(model, declared, params.n_compare, sampler, min(steps, model.info.timesteps))
-    yield protocol.draw(model, declared, params.n_ddpm, "ddpm", model.info.timesteps)
+            sampling = replace(protocol.unguided, sampler=sampler, steps=min(steps, timesteps), eta=0.0)
+            yield draw(model, protocol, params.n_compare, sampling)
+    yield draw(model, protocol, params.n_ddpm, replace(protocol.unguided, sampler="ddpm", steps=timesteps, eta=0.0))
 
 
-def _sweep(
-    model: Pipeline, declared: dict[str, Any], unguided: Draw, guided: list[Draw], params: EvaluateParams
-) -> Iterator[Draw]:
-    """The first `n_sweep` images of the first seed block at each scale; what was drawn already is taken from there."""
+def _sweep(model: Pipeline, protocol: Protocol, drawn: list[Draw], params: EvaluateParams) -> Iterator[Draw]:
+    """Draw the first `n_sweep` images of the first seed block at each guidance scale, or take them from `drawn`."""
+    from tasks.evaluation.draws import draw
+
     for guidance_scale in params.guidance_sweep:
-        for drawn in (unguided, *guided[:1]):
-            if drawn.guidance_scale == guidance_scale and len(drawn.pixels) >= params.n_sweep:
-                yield drawn.first(params.n_sweep)
-                break
+        sampling = replace(protocol.unguided, guidance_scale=guidance_scale)
+        known = (each for each in drawn if each.sampling == sampling and len(each.pixels) >= params.n_sweep)
+        if found := next(known, None):
+            yield found.first(params.n_sweep)
         else:
-            yield protocol.draw(model, declared, params.n_sweep, guidance_scale=guidance_scale)
+            yield draw(model, protocol, params.n_sweep, sampling)
 
 
-def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> dict[str, Any]:
+def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> Row:
     note = _too_few(len(drawn.pixels), scorer)
     return {
-        "guidance_scale": drawn.guidance_scale,
+        "guidance_scale": drawn.sampling.guidance_scale,
         "n": len(drawn.pixels),
         "note": note,
         **(scorer.distances(drawn.pixels) if not note or allow_small_n else {}),
@@ -128,14 +144,12 @@ def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> dict[str, An
     }
 
 
-def _class_rows(
-    unguided: list[Draw], guided: list[Draw], scorer: Scorer, classes: list[str]
-) -> Iterator[dict[str, Any]]:
-    """Each class over all seed blocks: its guided images by accuracy and CLIP score, its unguided ones by distance
-    to the held-out images of the class. KID alone stands so few images. With fewer images than classes some have
-    none."""
+def _class_rows(unguided: list[Draw], guided: list[Draw], scorer: Scorer, classes: list[str]) -> Iterator[Row]:
+    """Yield the scores of each class over all seed blocks; a class without images has none."""
+    from tasks.evaluation.draws import of_class
+
     for label, name in enumerate(classes):
-        drawn, plain = (protocol.of_class(draws, label) for draws in (guided, unguided))
+        drawn, plain = (of_class(draws, label) for draws in (guided, unguided))
         yield {
             "class": name,
             "n": len(drawn),
@@ -145,40 +159,41 @@ def _class_rows(
         }
 
 
-def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> Iterator[dict[str, Any]]:
-    """How far the predicted clean image is from a held-out one, at timesteps spread over the schedule."""
+def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> Iterator[Row]:
+    """Yield the error of the predicted clean image at timesteps spread over the schedule."""
     import math
 
     import numpy as np
 
     from models.denoising import error_by_timestep
 
-    seen = int((model.alpha_bar > 0).sum())  # of pure noise, where the last timestep is that, there is no image to tell
-    timesteps = sorted({round(t) for t in np.linspace(0, seen - 1, min(TIMESTEPS, seen))})
-    pixels, wishes = scorer.held_out_for(model.info.conditioning, N_TIMESTEP)
-    options = {"seed": params.seed, "batch_size": params.batch_size}
-    errors = error_by_timestep(model, pixels, wishes, timesteps, **options) if len(pixels) else []
+    noisy = int((model.alpha_bar > 0).sum())  # at alpha_bar 0 there is no signal, and no prediction to measure
+    timesteps = sorted({round(t) for t in np.linspace(0, noisy - 1, min(TIMESTEPS, noisy))})
+    pixels, conditions = scorer.held_out_for(model.info.conditioning, N_TIMESTEP)
+    errors: list[float] = []
+    if len(pixels):
+        errors = error_by_timestep(model, pixels, conditions, timesteps, params.seed, params.batch_size)
     for t, error in zip(timesteps, errors, strict=False):
         yield {
             "timestep": t,
             "alpha_bar": float(model.alpha_bar[t]),
             "n": len(pixels),
             "squared_error": error,
-            "psnr": 10 * math.log10(4 / error) if error > 0 else math.inf,  # the values span 2
+            "psnr": 10 * math.log10(4 / error) if error > 0 else math.inf,  # values in [-1, 1]: a range of 2
         }
 
 
 def _rows(
     unguided: list[Draw], guided: list[Draw], others: list[Draw], scorer: Scorer, params: EvaluateParams
-) -> Iterator[dict[str, Any]]:
-    """All seed blocks of the protocol's sampler, then its first images and the other samplers' from the same seeds."""
+) -> Iterator[Row]:
+    """Yield the protocol's sampler over all seed blocks, then its first images beside the other samplers'."""
     for blocks in (unguided, guided, *([drawn] for drawn in (unguided[0].first(params.n_compare), *others))):
         if blocks:
             yield _row(blocks, scorer, params.allow_small_n)
 
 
-def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, Any]:
-    drawn, count = blocks[0], len(blocks[0].pixels)
+def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
+    sampling, count = blocks[0].sampling, len(blocks[0].pixels)
     note = _too_few(count, scorer)
     scores = [scorer.fit_to_labels(block.pixels, block.labels) for block in blocks]
     if not note or (allow_small_n and count > 1):
@@ -188,10 +203,10 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> dict[str, A
         ]
     means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     return {
-        "sampler": drawn.sampler,
-        "steps": drawn.steps,
-        "eta": drawn.eta or "",
-        "guidance_scale": drawn.guidance_scale,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "eta": sampling.eta or "",
+        "guidance_scale": sampling.guidance_scale,
         "n": count,
         "seed_blocks": len(blocks),
         "note": note,
@@ -204,7 +219,7 @@ def _too_few(count: int, scorer: Scorer) -> str:
     return "" if count >= needed else f"too few images for distances ({needed} needed)"
 
 
-def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
+def _csv(columns: list[str], rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -213,8 +228,8 @@ def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def picture(drawn: Draw, classes: list[str]) -> Image.Image:
-    """A grid with one titled column per class where labels were asked for, else plain rows."""
+def grid_of(drawn: Draw, classes: list[str]) -> Image.Image:
+    """Return a grid with one titled column per class; plain rows without labels or with too many classes."""
     from models.pictures import grid
 
     rows = len(drawn.pixels) // max(1, len(classes))
@@ -225,15 +240,15 @@ def picture(drawn: Draw, classes: list[str]) -> Image.Image:
 
 
 def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
-    """Images as a grid shows them, its columns, and how many times they are enlarged."""
+    """Return arguments of `grid`: images shrunk to twice `GRID_SIDE` at most, columns, and the scale of a tile."""
     from models.pictures import shrunk
 
     small = shrunk(pixels, 2 * GRID_SIDE)
     return small, columns, max(1, GRID_SIDE // small.shape[-1])
 
 
-def nearest_picture(drawn: Draw, scorer: Scorer) -> Image.Image:
-    """The images of a draw that come nearest to a training image, by features, above that image."""
+def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
+    """Return the images nearest to a training image by features, each above that training image."""
     import numpy as np
 
     from models.pictures import grid
@@ -256,11 +271,9 @@ def _seconds_per_image(draws: list[Draw]) -> dict[str, float]:
 def _print(measured: Measurements) -> None:
     few = f"; few images: {measured.small_n}" if measured.small_n else ""
     for name, measure in measured.measures.items():
-        what, value = measure.reference or ("no reference", None)
-        beside = what if value is None else f"{what} {value:.4g}"
         note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
         mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
-        print(f"evaluate: {name} ({measure.condition}) {mean} ({beside}){few}{note}")
+        print(f"evaluate: {name} ({measure.condition}) {mean} ({measure.reference or 'no reference'}){few}{note}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Stage `export`: the trained network as ONNX, with a sampler that needs no PyTorch, measured against PyTorch.
+"""Stage `export`: write the network as an ONNX bundle with a sampler that needs no PyTorch, and verify it.
 
-Nothing is written to `outputs/` before parity holds. What is timed goes to a file of its own, which no
-stage reads.
+Nothing is written to `outputs/` unless the bundle agrees with PyTorch. Latencies go to a separate file, which no stage
+reads, because they differ between runs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from tqdm import tqdm
 
+from tasks.formats.model_folder import ExportReport, TensorRTReport
 from tasks.formats.verdict import require_accepted
 from tasks.params import ExportParams
 from tasks.runtime import atomic, closure, integrity, stage, workspace
@@ -29,7 +31,13 @@ if TYPE_CHECKING:
 
     from models.bundle import Bundle
     from models.pipeline import Pipeline
+    from models.samplers import Sampling
     from models.tensorrt_engine import Engine
+
+Predict: TypeAlias = "Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]"
+"""`predict(x, t, condition)` returns the raw network output, float32 [N, *input_shape]."""
+Sample: TypeAlias = "Callable[[Sequence[int], Sequence[int] | None, Sampling], np.ndarray]"
+"""`sample(seeds, labels, sampling)` draws images, float32 [N, C, H, W]."""
 
 PACKAGE = "afterimage_bundle"
 PARITY_BATCHES = (1, 2, 5, 8)
@@ -37,36 +45,39 @@ DRAWN_IMAGES = 4
 DRAWN_STEPS = 10
 GUIDANCE = 1.5
 TENSORRT_MIN_PSNR = 35
+"""Decibel; TensorRT may use TF32 and other kernels than PyTorch."""
 TIMING_SECONDS = 0.5
 MIN_REPEATS, MAX_REPEATS = 3, 50
+"""A timing repeats for `TIMING_SECONDS`, but within these limits."""
 
 
 def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Path, params: ExportParams) -> None:
-    """Export the network to ONNX with a dynamic batch, and measure the bundle against PyTorch.
+    """Export the network to ONNX with a dynamic batch size, and compare the bundle with PyTorch.
 
-    Writes the bundle (graph, sampler on NumPy and ONNX Runtime, constants) to `onnx`, parity and providers
-    to `report`, and a table of milliseconds to `latency`. With an NVIDIA GPU and the extra `tensorrt` an
-    engine is measured too; otherwise `report` says why not. Fails where a difference exceeds its limit.
+    Writes the bundle (graph, sampler for NumPy and ONNX Runtime, constants) to `onnx`, the comparison to `report`, and
+    latencies in milliseconds to `latency`. With an NVIDIA GPU and the extra `tensorrt` an engine is built and compared
+    as well; otherwise `report` contains the reason. Fails if a difference exceeds its limit.
     """
     from models.bundle import Bundle
     from models.pipeline import load_pipeline
 
     require_accepted(accepted)
-    integrity.read_described(pipeline, "afterimage.json", "train")
-    trained = load_pipeline(pipeline)
+    with integrity.loading(pipeline, "afterimage.json", "train"):
+        trained = load_pipeline(pipeline)
     with atomic.writing_folder(onnx) as folder:
         print("export: tracing the network (about 10 s, longer for a large one)", flush=True)
         _write_bundle(folder, trained, params)
         with _one_thread():
-            single = Bundle(folder, threads=1)
-            report_values = _parity(trained, single, params) | {"providers": single.providers}
-        engine, report_values["tensorrt"] = _tensorrt(trained, folder / "unet.onnx", params)
+            parity = _parity(trained, Bundle(folder, threads=1), params)
+        engine, tensorrt = _tensorrt(trained, folder / "unet.onnx", params)
         table = _latencies(trained, Bundle(folder), engine, params)
-    atomic.write_json(report, report_values)
+    replace(parity, tensorrt=tensorrt).write(report)
     atomic.write_json(latency, table)
-    difference, psnr = report_values["max_abs_difference"], report_values["min_psnr_db"]
-    print(f"export: max abs difference {difference:.1e}, images agree to {psnr:.0f} dB, {single.providers[0]}")
-    print(f"export: tensorrt: {report_values['tensorrt'].get('reason', 'engine built and measured')}")
+    print(
+        f"export: max abs difference {parity.max_abs_difference:.1e}, images agree to {parity.min_psnr_db:.0f} dB, "
+        f"{parity.providers[0]}"
+    )
+    print(f"export: tensorrt: {tensorrt.reason or 'engine built and measured'}")
 
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
@@ -99,7 +110,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread, so that the order of summation, and with it the report, is the same every time."""
+    """Run PyTorch on one thread: the order of summation, and so the report, is then the same every time."""
     import torch
 
     before = torch.get_num_threads()
@@ -110,8 +121,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str, Any]:
-    """Compare raw outputs and drawn images. Raises `StageError` where either differs too much."""
+def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportReport:
+    """Compare raw network outputs and drawn images.
+
+    Raises:
+        StageError: if either differs too much.
+    """
     differences = {}
     timesteps = trained.info.timesteps
     points = [(batch, t) for batch in PARITY_BATCHES for t in (0, timesteps // 2, timesteps - 1)]
@@ -127,20 +142,22 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> dict[str
     lowest = min(decibel, key=lambda name: decibel[name])
     if not decibel[lowest] > params.min_psnr:
         raise StageError(
-            f"images drawn by {lowest} from the bundle agree with PyTorch's to {decibel[lowest]:.1f} dB only, "
-            f"not over export.min_psnr {params.min_psnr}; try another export.opset, or lower the limit"
+            f"images drawn from the bundle with {lowest} agree with PyTorch's to {decibel[lowest]:.1f} dB, not "
+            f"over export.min_psnr {params.min_psnr}; try another export.opset, or lower the limit"
         )
-    return {
-        "opset": params.opset,
-        "max_abs_difference": worst,
-        "abs_difference": differences,
-        "min_psnr_db": decibel[lowest],
-        "psnr_db": decibel,
-    }
+    return ExportReport(
+        opset=params.opset,
+        max_abs_difference=worst,
+        abs_difference=differences,
+        min_psnr_db=decibel[lowest],
+        psnr_db=decibel,
+        providers=bundle.providers,
+        tensorrt=TensorRTReport(built=False),
+    )
 
 
 def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Standard normal x float32 [batch, *input_shape], and a condition that goes through all labels or prompts."""
+    """Return standard normal x, float32 [batch, *input_shape], and conditions that cycle through labels or prompts."""
     import numpy as np
 
     x = np.random.default_rng(seed).standard_normal((batch, *trained.info.input_shape), dtype=np.float32)
@@ -151,30 +168,31 @@ def _noisy_inputs(trained: Pipeline, batch: int, seed: int) -> tuple[np.ndarray,
     return x, condition.cpu().numpy()
 
 
-def _torch_predict(trained: Pipeline) -> Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]:
+def _torch_predict(trained: Pipeline) -> Predict:
     import torch
 
     from models.networks.network import predictor
 
     evaluate = predictor(trained.unet)
 
-    def predict(x: np.ndarray, t: int, label: np.ndarray | None) -> np.ndarray:
-        condition = None if label is None else torch.from_numpy(label).to(trained.device)
+    def predict(x: np.ndarray, t: int, condition: np.ndarray | None) -> np.ndarray:
+        on_device = None if condition is None else torch.from_numpy(condition).to(trained.device)
         with torch.inference_mode():
-            return evaluate(torch.from_numpy(x).to(trained.device), t, condition).cpu().numpy()
+            output: np.ndarray = evaluate(torch.from_numpy(x).to(trained.device), t, on_device).cpu().numpy()
+        return output
 
     return predict
 
 
-def _difference(trained: Pipeline, predict: Callable[..., np.ndarray], batch: int, t: int, seed: int) -> float:
+def _difference(trained: Pipeline, predict: Predict, batch: int, t: int, seed: int) -> float:
     import numpy as np
 
-    x, label = _noisy_inputs(trained, batch, seed)
-    return float(np.abs(predict(x, t, label) - _torch_predict(trained)(x, t, label)).max())
+    x, condition = _noisy_inputs(trained, batch, seed)
+    return float(np.abs(predict(x, t, condition) - _torch_predict(trained)(x, t, condition)).max())
 
 
-def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int) -> dict[str, float]:
-    """Sampler -> PSNR in dB of its worst image against PyTorch's for the same noise."""
+def _drawn_psnr(trained: Pipeline, sample: Sample, seed: int) -> dict[str, float]:
+    """Return for each sampler the PSNR in dB of its worst image against PyTorch's for the same noise."""
     from models.samplers import SAMPLERS, Sampling
 
     seeds = range(seed, seed + DRAWN_IMAGES)
@@ -189,21 +207,27 @@ def _drawn_psnr(trained: Pipeline, sample: Callable[..., np.ndarray], seed: int)
 
 
 def _psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of the worst pair; images in [-1, 1], equal ones give 200."""
+    """Return the PSNR in dB of the worst pair of images in [-1, 1]; equal images give 200."""
     error = ((first.astype("float64") - second) ** 2).mean(axis=(1, 2, 3)).max()
     return min(10 * math.log10(4 / error), 200.0) if error > 0 else 200.0
 
 
-def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Engine | None, dict[str, Any]]:
-    """Build (or find) the engine and draw with it, where a GPU and the package are there."""
+def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Engine | None, TensorRTReport]:
+    """Build the engine, or take it from the scratch folder, and compare its images with PyTorch's.
+
+    Returns no engine without GPU, without the package, and for models that engines are not built for.
+
+    Raises:
+        StageError: if the images differ too much.
+    """
     from models import tensorrt_engine
-    from models.samplers import Sampling, SeededNoise, denoiser, sample
+    from models.samplers import SeededNoise, denoiser, sample
 
     reason = tensorrt_engine.unavailable_because()
     if trained.info.conditioning == "text" or trained.autoencoder is not None:
-        reason = "engines are built for pixels and labels alone"
+        reason = "engines are built only for models of pixels without text"
     if reason:
-        return None, {"built": False, "reason": reason}
+        return None, TensorRTReport(built=False, reason=reason)
     content = b"".join(file.read_bytes() for file in sorted(graph.parent.glob(f"{graph.name}*")))
     name = hashlib.sha256(content + tensorrt_engine.identity().encode()).hexdigest()[:16]
     path = workspace.scratch() / "tensorrt" / f"{name}.engine"
@@ -212,43 +236,44 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         atomic.write_bytes(path, tensorrt_engine.build(graph))
     engine = tensorrt_engine.Engine(path.read_bytes())
 
-    def draw(seeds: Any, labels: Any, sampling: Sampling) -> np.ndarray:
+    def draw(seeds: Sequence[int], labels: Sequence[int] | None, sampling: Sampling) -> np.ndarray:
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
         denoise = denoiser(engine.predict, trained.scheduler, sampling, condition, null)
-        return sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
+        images: np.ndarray = sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
+        return images
 
     decibel = _drawn_psnr(trained, draw, params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])
     if not decibel[lowest] >= TENSORRT_MIN_PSNR:
         raise StageError(
-            f"images drawn by {lowest} from the TensorRT engine agree with PyTorch's to {decibel[lowest]:.1f} dB only, "
-            f"not {TENSORRT_MIN_PSNR}; uninstall the extra 'tensorrt' to export without it"
+            f"images drawn from the TensorRT engine with {lowest} agree with PyTorch's to {decibel[lowest]:.1f} dB, "
+            f"fewer than {TENSORRT_MIN_PSNR}; uninstall the extra 'tensorrt' to export without it"
         )
-    return engine, {
-        "built": True,
-        "identity": tensorrt_engine.identity(),
-        "batches": list(tensorrt_engine.BATCHES),
-        # TensorRT chooses its kernels by timing them: the digits after the point differ from build to build.
-        "psnr_db": {sampler: round(value) for sampler, value in decibel.items()},
-    }
+    return engine, TensorRTReport(
+        built=True,
+        identity=tensorrt_engine.identity(),
+        batches=list(tensorrt_engine.BATCHES),
+        # TensorRT chooses its kernels by timing them, so the decimals differ from build to build.
+        psnr_db={sampler: round(value) for sampler, value in decibel.items()},
+    )
 
 
-def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params: ExportParams) -> dict[str, Any]:
-    """Median milliseconds of one network evaluation, by batch size, everything on its fastest device here."""
+def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params: ExportParams) -> dict[str, object]:
+    """Return the median milliseconds of one network evaluation by batch size, each runtime on its fastest device."""
     import os
 
     import torch
 
     trained = _on_fastest_device(trained)
-    runners: dict[str, Callable[..., np.ndarray]] = {"torch": _torch_predict(trained), "onnxruntime": bundle.predict}
+    runners: dict[str, Predict] = {"torch": _torch_predict(trained), "onnxruntime": bundle.predict}
     if engine:
         runners["tensorrt"] = engine.predict
     rows = []
     for batch in tqdm(params.latency_batches, desc="latency", unit="batch", mininterval=1, dynamic_ncols=True):
-        x, label = _noisy_inputs(trained, batch, params.seed)
-        row: dict[str, Any] = {"batch": batch}
+        x, condition = _noisy_inputs(trained, batch, params.seed)
+        row: dict[str, float] = {"batch": batch}
         for name, predict in runners.items():
-            row[f"{name}_ms"] = round(_median_ms(functools.partial(predict, x, 1, label)), 3)
+            row[f"{name}_ms"] = round(_median_ms(functools.partial(predict, x, 1, condition)), 3)
         row["onnxruntime_speedup"] = round(row["torch_ms"] / row["onnxruntime_ms"], 2)
         rows.append(row)
     return {
@@ -272,7 +297,7 @@ def _on_fastest_device(trained: Pipeline) -> Pipeline:
 
 
 def _median_ms(call: Callable[[], object]) -> float:
-    call()  # the first one allocates
+    call()  # the first call allocates memory
     times: list[float] = []
     while len(times) < MIN_REPEATS or (sum(times) < TIMING_SECONDS and len(times) < MAX_REPEATS):
         start = time.perf_counter()

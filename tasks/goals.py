@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.json_files import read_json
-from tasks.evaluation.protocol import draw_name
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, tracking
 from tasks.runtime.errors import StageError
 from tasks.runtime.markdown import escaped
+from tasks.runtime.measures import draw_name
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:

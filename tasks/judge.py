@@ -1,9 +1,8 @@
-"""Stage `judge`: images -> what measures (a classifier, a scoring CLIP, or a self-supervised encoder)."""
+"""Stage `judge`: train the networks that measure samples: classifier, scoring CLIP, self-supervised encoder."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,19 +19,22 @@ from tasks.runtime import stage
 if TYPE_CHECKING:
     import numpy as np
 
+    from models.judges.fit import Progress
     from models.judges.judge import Judge
+    from models.judges.pretrained import Extractor, PretrainedClip
 
 CHOICES = 10
-"""Captions offered for each held-out image, one of them right, where no prompts name the classes."""
+"""Captions among which the CLIP has to find that of a held-out image, for data without a caption per class."""
 MAX_TWINS = 512
+"""Held-out images on which the self-supervised encoder is tested, at most."""
 
 
 def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image: ImageParams) -> None:
-    """Train what measures, and nothing else: a classifier where there are labels, a CLIP where there are captions.
+    """Train a classifier on labels and a CLIP on captions, as far as the data has them, and write them to `folder`.
 
-    Features for the distances come from the classifier; without labels from the CLIP's image tower; without
-    captions from a self-supervised encoder. Each is tested on the held-out images. Where `params.extractor` or
-    `params.clip` names a published network, it comes in their place.
+    Features for the distances come from the classifier, else from the CLIP's image encoder, else from a self-supervised
+    encoder. Each network is tested on the held-out images. A published network named by `params.extractor` or
+    `params.clip` replaces them.
     """
     from models.judges.judge import save_judge
     from tasks.runtime.atomic import writing_folder
@@ -41,14 +43,18 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     classes = read_index(images)["classes"]
     train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
     with writing_folder(folder) as temporary:
-        published = _place_published(temporary, params)  # before hours of training: it may not be there
-        trained = replace(_train(train, classes, params, image), **published)
+        extractor, clip = _place_published(temporary, params)  # before training, because a download may fail
+        trained = replace(_train(train, classes, params, image), extractor=extractor, pretrained_clip=clip)
         info = replace(trained.info, **_test(trained, held_out, params), held_out_images=len(held_out.keys))
         save_judge(temporary, replace(trained, info=info))
 
 
-def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
-    """Bring the published networks into `folder`; returns them as arguments of `Judge`."""
+def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | None, PretrainedClip | None]:
+    """Copy or download the published networks into `folder`, and load them.
+
+    Raises:
+        StageError: if the files are not those of a supported network.
+    """
     from models.device import best_device
     from models.judges.judge import EXTRACTOR, PRETRAINED_CLIP, load_published
 
@@ -58,10 +64,9 @@ def _place_published(folder: Path, params: JudgeParams) -> dict[str, Any]:
     if params.clip.weights is not None:
         extractors.place(params.clip, folder / PRETRAINED_CLIP)
     try:
-        extractor, clip = load_published(folder, kind, best_device())
+        return load_published(folder, kind, best_device())
     except ValueError as error:
         raise stage.StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
-    return {"extractor": extractor, "pretrained_clip": clip}
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
@@ -93,13 +98,13 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     return Judge(info, classifier, clip, tokenizer, encoder, device)
 
 
-def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any]:
-    """How good each network is on held-out images: the `*_accuracy` entries of `judge.json`."""
+def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any]:  # fields of JudgeInfo
+    """Return the accuracy of each network on held-out images, as fields of `JudgeInfo`."""
     from models.judges.clip import choice_accuracy
     from models.judges.metrics import accuracy
     from models.judges.selfsupervised import twin_accuracy
 
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     labelled = held_out.labels >= 0
     if judge.classifier is not None and labelled.any():
         logits = judge.class_logits(held_out.pixels)[labelled]
@@ -120,11 +125,10 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
 
 
 def class_prompts(samples: Samples, classes: int) -> list[str] | None:
-    """For each class the caption that most of its images carry (the first in the alphabet of several) and no
-    image of another class.
+    """Return the caption of each class: the most frequent one that no image of another class has.
 
-    None where some class has no such caption on at least half of its images: then the captions do not follow
-    from the class.
+    Ties are broken alphabetically. Returns None if a class has no such caption on at least half of its images: the
+    captions then do not follow from the class.
     """
     counts: list[Counter[str]] = [Counter() for _ in range(classes)]
     for label, captions in zip(samples.labels.tolist(), samples.captions, strict=True):
@@ -144,10 +148,10 @@ def class_prompts(samples: Samples, classes: int) -> list[str] | None:
 def caption_choices(
     samples: Samples, prompts: list[str] | None, seed: int
 ) -> tuple[list[int], list[str], np.ndarray, np.ndarray]:
-    """The examination of a CLIP: rows of images, captions, and as indices into these the right one of each
-    image, int64 [N], and the wrong ones offered beside it, int64 [N, K - 1].
+    """Return the test set of a CLIP: rows of N images, captions, and indices of right and wrong captions.
 
-    With prompts every class's is offered; without, the image's first caption among `CHOICES - 1` of other images.
+    The right caption of each image is int64 [N], the wrong ones are int64 [N, K - 1]. With `prompts` the choice is
+    among those of all classes; without, among the image's first caption and `CHOICES - 1` captions of other images.
     """
     import numpy as np
 
@@ -162,16 +166,18 @@ def caption_choices(
     rows, firsts, wrong = [], [], []
     for row, captions in enumerate(samples.captions):
         own = {number[text] for text in captions}
-        drawn: Any = random.choice(len(texts), min(len(texts), CHOICES - 1 + len(own)), replace=False) if own else []
-        strangers = [index for index in drawn if index not in own]
-        if strangers:
+        if not own:
+            continue
+        candidates = random.choice(len(texts), min(len(texts), CHOICES - 1 + len(own)), replace=False)
+        foreign = [index for index in candidates.tolist() if index not in own]
+        if foreign:
             rows.append(row)
             firsts.append(number[captions[0]])
-            wrong.append(np.resize(strangers, CHOICES - 1))
+            wrong.append(np.resize(foreign, CHOICES - 1))
     return rows, texts, np.asarray(firsts, np.int64), np.asarray(wrong, np.int64)
 
 
-def _bar(what: str) -> Callable[..., Any]:
+def _bar(what: str) -> Progress:
     return partial(tqdm, desc=f"judge: {what}", unit="step", mininterval=1, dynamic_ncols=True)
 
 

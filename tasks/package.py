@@ -1,14 +1,13 @@
-"""Stage `package`: the folder that will be registered, made of what the other stages wrote."""
+"""Stage `package`: put weights, ONNX bundle, measurements and model card into the folder that is registered."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tasks.formats import model_folder
-from tasks.formats.model_card import model_card
+from tasks.formats.model_card import DataFacts, ModelFacts, model_card
+from tasks.formats.model_folder import ExportReport
 from tasks.formats.verdict import require_accepted
 from tasks.pictures import images
 from tasks.runtime import atomic, integrity, measures, stage
@@ -19,16 +18,16 @@ def package(
 ) -> None:
     """Put weights, ONNX bundle, measurements and model card together in `model`.
 
-    `data` holds the images, of which the card tells source and licence; `training`, `evaluation` and `export`
-    are the reports of those stages. The same inputs give the same bytes.
+    `data` is the folder of images, whose source and licence the card names; `training`, `evaluation` and `export` are
+    the reports of those stages. Equal inputs give equal bytes.
     """
     require_accepted(accepted)
     card = model_card(
-        info=integrity.read_described(pipeline, "afterimage.json", "train"),
-        data=images.read_index(data),
-        training=_read(training / "run.json")["params"],
+        info=ModelFacts.model_validate(integrity.read_described(pipeline, "afterimage.json", "train")),
+        data=DataFacts.model_validate(images.read_index(data)),
+        training=integrity.read_json(training / "run.json", "train")["params"],
         measured=measures.read(evaluation / measures.FILE),
-        exported=_read(export),
+        exported=ExportReport.read(export),
     )
     with atomic.writing_folder(model) as folder:
         shutil.copytree(pipeline, folder / model_folder.PIPELINE)
@@ -37,10 +36,6 @@ def package(
         shutil.copyfile(export, folder / model_folder.EXPORT)
         atomic.write_text(folder / model_folder.CARD, card)
     print(f"package: {model}, content {model_folder.content_key(model)[:12]}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

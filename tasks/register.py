@@ -1,9 +1,9 @@
-"""Stage `register`: what the files say, told to MLflow. Idempotent, and run every time.
+"""Stage `register`: log runs and the model version in MLflow, and decide on the alias `champion`.
 
-Everything is found by a key made of contents (training run, evaluation run, model version) and made where
-it is missing, so a new or emptied server fills up again from `reports/` and `outputs/model`. Then the
-aliases: `challenger` is this version; `champion` moves to it when the gates let it, else the reason is
-written on the version. A refusal is a result, not an error.
+The stage is idempotent and always runs. Training run, evaluation run and model version are found by a key derived from
+their contents and created if they are missing, so a new or emptied server is filled again from `reports/` and
+`outputs/model`. The alias `challenger` is set to this version; `champion` moves to it if the gates pass, otherwise the
+reason is stored as a tag of the version. A refusal is a result, not an error.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.images import read_index
-from tasks.registration import adapter, gates
+from tasks.registration import gates
 from tasks.registration.gates import Judged
 from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
-from tasks.runtime.measures import Measurements
 from tasks.runtime.tracking import CHALLENGER, CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
+
+    from tasks.evaluation.protocol import Protocol
+    from tasks.runtime.measures import Measurements
 
 CODE = Path("mlflow") / "diffusion_model.py"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
@@ -40,6 +43,17 @@ MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
 GRIDS = ("grid_guided", "grid_unguided", "grid_ddpm", "grid_nearest")
 REPORT, REPORT_SHA256 = "report", f"{TAG}report_sha256"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a champion is measured with, if its numbers were taken by another protocol."""
+
+    judge: Path
+    data: Path
+    """Images."""
+    evaluation: Path
+    """Report of the challenger's evaluation, with its protocol."""
 
 
 def register(
@@ -53,12 +67,14 @@ def register(
     page: Path,
     params: RegisterParams,
 ) -> None:
-    """Find or create run and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
+    """Find or create runs and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
 
-    `training`, `evaluation` (and its `timing`), `export` and `page` are the reports of those stages and of
-    `visualize`; what MLflow lacks of them is replayed. `judge` and `data` (images) serve to measure a champion whose
-    numbers were taken another way.
+    `training`, `evaluation` (with its `timing`), `export` and `page` are the reports of those stages and of
+    `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have another fingerprint is
+    measured again, with `judge` and `data` (images).
     """
+    from tasks.registration import adapter
+
     client = tracking.connect()
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
@@ -71,7 +87,8 @@ def register(
         champion = aliases.get(CHAMPION)
         if aliases.get(CHALLENGER) != int(version.version):
             client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
-        reason = _reason_against(client, version, champion, gates.judged(measured), judge, data, evaluation, params)
+        sources = Sources(judge, data, evaluation)
+        reason = _reason_against(client, version, champion, gates.judged(measured), sources, params)
         standing = _set_champion(client, version, champion, reason)
         adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
     print(f"register: {params.model_name} version {version.version}, {standing}")
@@ -87,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _training_run(client: MlflowClient, report: Path, measured: Measurements) -> Run:
-    """The training run, with every point and picture of `reports/train` and the numbers of this evaluation."""
+    """Find or create the training run, and log every point and picture of `reports/train` and this evaluation."""
     facts = _read(report / "run.json")
     run = tracking.find_or_create_run(
         client,
@@ -107,8 +124,8 @@ def _training_run(client: MlflowClient, report: Path, measured: Measurements) ->
     reconstructions = report / "codec" / measures.RECONSTRUCTIONS
     if reconstructions.is_file() and ("reconstructions", 0) not in images:
         tracking.log_image(client, run_id, "reconstructions", 0, reconstructions)
-    told = run_labels.evaluation_metrics(measured) | measures.of_codec(report / "codec")
-    changed = {name: value for name, value in told.items() if run.data.metrics.get(name) != value}
+    metrics = run_labels.evaluation_metrics(measured) | measures.of_codec(report / "codec")
+    changed = {name: value for name, value in metrics.items() if run.data.metrics.get(name) != value}
     if changed:
         client.log_batch(run_id, metrics=tracking.points(0, changed))
     if run.info.status != "FINISHED":
@@ -117,7 +134,7 @@ def _training_run(client: MlflowClient, report: Path, measured: Measurements) ->
 
 
 def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurements, page: Path) -> None:
-    """Keep the report with the second of `runs`, the evaluation's, and write numbers and a link to it on both."""
+    """Log the report with the second of `runs`, the evaluation, and describe both with its numbers and a link."""
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
     evaluated = runs[1]
@@ -134,7 +151,7 @@ def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurement
 
 
 def _replay_history(client: MlflowClient, run: Run, history: Path) -> None:
-    """Log the rows of the loss history that the run lacks: its server was new, emptied or away for a while."""
+    """Log the rows of the loss history that the run lacks, for example after its server was lost."""
     logged = tracking.logged_steps(client, run)
     missing = []
     with history.open(encoding="utf-8", newline="") as file:
@@ -157,9 +174,13 @@ def _evaluation_run(
     parent: Run,
     version: ModelVersion,
 ) -> Run:
-    """The nested run of this evaluation: its protocol as parameters, its numbers, tables and grids, and the files
-    `beside` it as they are."""
-    facts, protocol = _read(training / "run.json"), _read(evaluation / "protocol.json")
+    """Find or create the nested run of this evaluation.
+
+    It has the protocol as parameters, the numbers as metrics, and tables, grids and the files `beside` as artifacts.
+    """
+    from tasks.evaluation.protocol import FILE, Protocol
+
+    facts, protocol = _read(training / "run.json"), Protocol.read(evaluation / FILE).to_json()
     measured = measures.read(evaluation / measures.FILE)
     identity = json.dumps([facts["train_key"], protocol, measured.model_dump(mode="json")], sort_keys=True)
     run = tracking.find_or_create_run(
@@ -174,8 +195,8 @@ def _evaluation_run(
     if run.info.status == "FINISHED":
         return run
     run_id, steps = run.info.run_id, int(facts["params"]["train.steps"])
-    told = run_labels.evaluation_metrics(measured)
-    missing = {name: value for name, value in told.items() if name not in run.data.metrics}
+    metrics = run_labels.evaluation_metrics(measured)
+    missing = {name: value for name, value in metrics.items() if name not in run.data.metrics}
     client.log_batch(run_id, metrics=tracking.points(steps, missing, model_id=version.tags[LOGGED_MODEL]))
     client.log_artifacts(run_id, str(evaluation), "evaluation")
     for file in beside:
@@ -190,7 +211,7 @@ def _evaluation_run(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> one level, keys joined by dots; lists as JSON."""
+    """Flatten a nested mapping: keys are joined by dots, lists become JSON."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -203,7 +224,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _model_version(
     client: MlflowClient, name: str, model: Path, measured: Measurements, trained: Run, data_sha256: str
 ) -> ModelVersion:
-    """The version of the registered model whose content is this folder; made where there is none."""
+    """Find or create the version of the registered model with the content of this folder."""
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
@@ -226,7 +247,7 @@ def _model_version(
     for path, reason in sorted(facts["git"]["left_out"].items()):
         print(f"register: the lineage leaves out the changes of {path}: {reason}")
     experiment = tracking.experiment_id(client)
-    # One may be left by a registration that was killed, or by a version that was deleted.
+    # A killed registration or a deleted version may have left one.
     left = client.search_logged_models([experiment], f"tags.`{CONTENT_KEY}` = '{key}'", max_results=1)
     logged = (
         left[0]
@@ -255,7 +276,7 @@ def _model_version(
 
 
 def _log_model(model_id: str, name: str, model: Path) -> None:
-    """Store the model's files and its code in the place that MLflow keeps for `model_id`."""
+    """Log the model's files and its code as the logged model `model_id`."""
     import mlflow
 
     conditioning = _read(model / model_folder.BUNDLE / "bundle.json")["conditioning"]
@@ -272,7 +293,7 @@ def _log_model(model_id: str, name: str, model: Path) -> None:
 
 
 def _installed(package: str) -> str:
-    """Version of the installed package; ONNX Runtime's GPU build goes by another name."""
+    """Return the version of the installed package; the GPU build of ONNX Runtime has another name."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -284,12 +305,10 @@ def _reason_against(
     version: ModelVersion,
     champion: int | None,
     judged: Judged,
-    judge: Path,
-    data: Path,
-    evaluation: Path,
+    sources: Sources,
     params: RegisterParams,
 ) -> str | None:
-    """Why this version must not become champion, or None where it may (or is)."""
+    """Return why this version must not become champion; None if it may, or already is."""
     if champion == int(version.version):
         return None
     reason = gates.not_good_enough(judged, params)
@@ -297,8 +316,8 @@ def _reason_against(
         return reason
     holder = client.get_model_version(version.name, str(champion))
     try:
-        numbers = _numbers_of(client, holder, judged.fingerprint, judge, data, evaluation)
-    except Exception as error:  # whatever keeps the champion from being measured keeps it champion
+        numbers = _numbers_of(client, holder, judged.fingerprint, sources)
+    except Exception as error:  # a champion that cannot be measured stays champion, whatever the cause
         return f"champion version {champion} cannot be measured under this protocol ({_first_line(error)})"
     return gates.not_better(judged, numbers)
 
@@ -307,49 +326,51 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _numbers_of(
-    client: MlflowClient, holder: ModelVersion, fingerprint: str, judge: Path, data: Path, evaluation: Path
-) -> Judged:
-    """What the gates read of the champion, taken as `fingerprint` says: from its tags, else by sampling it again."""
+def _numbers_of(client: MlflowClient, holder: ModelVersion, fingerprint: str, sources: Sources) -> Judged:
+    """Return the champion's numbers with this fingerprint, from its tags or by measuring it again."""
+    from tasks.evaluation.protocol import FILE, Protocol
+
     tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
     known = gates.from_tags(tagged)
     if known and known.fingerprint == fingerprint:
         return known
-    declared = _read(evaluation / "protocol.json")
-    remembered = f"{MEASURED}.{hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]}"
+    declared = Protocol.read(sources.evaluation / FILE)
+    digest = hashlib.sha256(json.dumps(declared.to_json(), sort_keys=True).encode()).hexdigest()
+    remembered = f"{MEASURED}.{digest[:16]}"
     if remembered not in holder.tags:
-        numbers = _measure_again(holder, judge, data, declared)
+        numbers = _measure_again(holder, sources, declared)
         written = json.dumps(numbers.numbers(), sort_keys=True)
         client.set_model_version_tag(holder.name, holder.version, remembered, written)
         return numbers
     return Judged(**json.loads(holder.tags[remembered]))
 
 
-def _measure_again(holder: ModelVersion, judge: Path, data: Path, declared: dict[str, Any]) -> Judged:
-    """Fetch the champion's weights and measure them by the protocol that its challenger was measured by."""
+def _measure_again(holder: ModelVersion, sources: Sources, declared: Protocol) -> Judged:
+    """Download the champion's weights and measure them by the challenger's protocol."""
     import mlflow
 
     from models.judges.judge import load_judge
     from models.pipeline import load_pipeline
-    from tasks.evaluation import protocol
+    from tasks.evaluation.summary import measure
 
     print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.tags[LOGGED_MODEL]}", dst_path=scratch))
         pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
-        integrity.read_described(judge, "judge.json", "judge")
-        return gates.judged(protocol.measure(pipeline, data, load_judge(judge), declared))
+        with integrity.loading(sources.judge, "judge.json", "judge"):
+            judge = load_judge(sources.judge)
+        return gates.judged(measure(pipeline, sources.data, judge, declared))
 
 
 def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | None, reason: str | None) -> str:
-    """Move the alias or write the reason on the version; one clause that says how things stand."""
+    """Move the alias, or store the reason against it on the version; return the result as a clause."""
     if champion == int(version.version):
         return "challenger and champion"
     if reason is None:
         client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    told = reason or (f"promoted: beats version {champion}" if champion else "promoted: first to pass the gates")
-    if version.tags.get(PROMOTION) != told:
-        client.set_model_version_tag(version.name, version.version, PROMOTION, told)
+    decision = reason or (f"promoted: beats version {champion}" if champion else "promoted: first to pass the gates")
+    if version.tags.get(PROMOTION) != decision:
+        client.set_model_version_tag(version.name, version.version, PROMOTION, decision)
     if reason is None:
         return "challenger and champion"
     return (

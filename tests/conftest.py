@@ -55,6 +55,14 @@ def exported_unconditional(tmp_path_factory) -> Path:
     return model_outputs.exported(tmp_path_factory.mktemp("exported"), "none")
 
 
+@pytest.fixture
+def work(tmp_path, exported, migrated_database, monkeypatch):
+    """A work tree in which everything before `register` has run, with an MLflow store of its own."""
+    from tests.support.registry import workspace_in
+
+    return workspace_in(tmp_path, exported, migrated_database, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A certificate for files.test that nobody but this test trusts, and its key, in one file."""

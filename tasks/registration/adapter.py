@@ -1,7 +1,7 @@
-"""A LoRA adapter in MLflow's own form: the flavour `diffusers`, beside the model that draws by itself.
+"""LoRA adapters in the MLflow registry, in MLflow's flavour `diffusers`.
 
-What `train` makes of given weights is registered twice: as a model that needs nothing else, and here as the adapter
-alone with the name of its base, for `mlflow.diffusers.load_model(...).load_pipeline()`.
+A model trained with LoRA is registered twice: with merged weights, as a model that needs nothing else, and here as the
+adapter alone with the name of its base, for `mlflow.diffusers.load_model(...).load_pipeline()`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from tasks.runtime import tracking
 
@@ -29,17 +32,19 @@ REQUIREMENTS = ("accelerate", "diffusers", "peft", "safetensors", "torch", "tran
 
 @dataclass(frozen=True)
 class Base:
-    """The pipeline that an adapter belongs to: a repository of the hub with its commit, or `./` and a folder's name."""
+    """The base pipeline of an adapter."""
 
     model: str
+    """A repository of the Hugging Face Hub, or `./` and the name of a local folder."""
     revision: str | None = None
+    """Commit of the repository."""
 
 
 def base_of(params: Mapping[str, str]) -> Base | None:
-    """The base that a training run with these parameters adapted, as MLflow keeps them; None where the run trained it
-    itself and did not keep it.
+    """Return the base of a training run with these parameters (strings, as MLflow stores them).
 
-    Of a folder a run knows the name alone: `load_pipeline(base_model=...)` says where it lies.
+    Returns None if the run trained its own base, which is not kept. For a local folder only the name is known; users
+    pass its path to `load_pipeline(base_model=...)`.
     """
     if params.get("train.full_steps", "0") != "0":
         return None
@@ -52,11 +57,10 @@ def base_of(params: Mapping[str, str]) -> Base | None:
 
 
 def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> str | None:
-    """Find or create the version of `name`-lora that holds the adapter of `pipeline`; a clause about it, or None
-    where there is no adapter."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+    """Find or create the version of `name`-lora with the adapter of `pipeline`.
 
+    Returns a clause about the result, or None without an adapter.
+    """
     weights = pipeline / WEIGHTS
     if not weights.is_file():
         return None
@@ -93,8 +97,8 @@ def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> s
 
 
 def _log(client: MlflowClient, model_id: str, weights: Path, base: Base) -> None:
-    """Store the adapter in the place that MLflow keeps for `model_id`, with the commit of the base that was trained
-    on: by itself MLflow would note the newest."""
+    """Log the adapter as the logged model `model_id`, with the commit of its base: MLflow would record the newest."""
+    # Loading diffusers takes seconds, which models without an adapter need not spend.
     import mlflow.diffusers
     from mlflow.models import Model
     from mlflow.models.model import MLMODEL_FILE_NAME

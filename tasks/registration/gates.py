@@ -1,16 +1,19 @@
-"""Whether a model version may be called champion: pure functions of what was measured.
+"""The gates of the registry: whether a model version may become champion, as pure functions of its measures.
 
-Each returns the reason against it, or None.
+Each gate returns the reason against promotion, or None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from tasks.params import RegisterParams
 from tasks.runtime import measures
-from tasks.runtime.measures import Measurements
+
+if TYPE_CHECKING:
+    from tasks.params import RegisterParams
+    from tasks.runtime.measures import Measurements
 
 DISTANCE, SPREAD, FLOOR = "frechet_distance_unguided", "frechet_distance_spread", "frechet_distance_floor"
 ACCURACY, GUIDED_SCALE, FINGERPRINT = "label_accuracy_guided", "guided_scale", "fingerprint"
@@ -18,7 +21,7 @@ ACCURACY, GUIDED_SCALE, FINGERPRINT = "label_accuracy_guided", "guided_scale", "
 
 @dataclass(frozen=True)
 class Judged:
-    """The numbers that the gates read, named as they stand in a version's tags."""
+    """The numbers that the gates compare; their names are the tags of a model version."""
 
     fingerprint: str
     frechet_distance_unguided: float
@@ -28,15 +31,16 @@ class Judged:
     guided_scale: float | None = None
 
     def tags(self) -> dict[str, str]:
-        """Names and values as text that gives the same numbers again."""
+        """Return the numbers as text, without loss of digits."""
         return {name: value if isinstance(value, str) else repr(value) for name, value in self.numbers().items()}
 
     def numbers(self) -> dict[str, float | str]:
+        """Return the numbers that apply."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def judged(measured: Measurements) -> Judged:
-    """What the gates read of an evaluation."""
+    """Return the numbers of an evaluation that the gates compare."""
     flat = measured.flat()
     return Judged(
         measured.fingerprint,
@@ -49,7 +53,7 @@ def judged(measured: Measurements) -> Judged:
 
 
 def from_tags(tags: Mapping[str, str]) -> Judged | None:
-    """What `Judged.tags` wrote; None where a version of an earlier form lacks some of it."""
+    """Read what `Judged.tags` wrote; None for versions that were registered without some of the tags."""
     numbers = {name: float(tags[name]) for name in (DISTANCE, SPREAD, FLOOR, ACCURACY, GUIDED_SCALE) if name in tags}
     if FINGERPRINT not in tags or not {DISTANCE, SPREAD, FLOOR} <= numbers.keys():
         return None
@@ -57,7 +61,7 @@ def from_tags(tags: Mapping[str, str]) -> Judged | None:
 
 
 def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
-    """The absolute gates: the distance as a multiple of its floor, and label accuracy where it applies."""
+    """Apply the absolute gates: distance as a multiple of its floor, and label accuracy if it applies."""
     distance, floor, accuracy = (
         judged.frechet_distance_unguided,
         judged.frechet_distance_floor,
@@ -78,9 +82,10 @@ def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
 
 
 def not_better(challenger: Judged, champion: Judged) -> str | None:
-    """The relative gate: a smaller distance than the champion's, by more than the larger spread between seed blocks.
+    """Apply the relative gate: a distance below the champion's by more than the larger spread between seed blocks.
 
-    Raises `ValueError` where the two were not measured alike.
+    Raises:
+        ValueError: if the two have different fingerprints.
     """
     if challenger.fingerprint != champion.fingerprint:
         raise ValueError("numbers with different fingerprints are not comparable")

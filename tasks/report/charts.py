@@ -1,4 +1,4 @@
-"""Line charts for the report: as one PNG with fixed metadata, and as an SVG a panel that follows the page's theme."""
+"""Line charts of the report, as a PNG without metadata and as inline SVGs that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
 
     from models.schedules import Array
 
-# Drawn with the light theme's colours; in the SVG each becomes the CSS variable of that name.
+Values: TypeAlias = "Sequence[float] | np.ndarray | pd.Series"
+
+# The light theme's colours; the SVG refers to the CSS variables of these names instead.
 COLOURS = {
     "ink": "#1c2127",
     "muted": "#68707b",
@@ -35,16 +42,16 @@ HEIGHT = 3.2
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing in two forms."""
+    """One chart in two file formats."""
 
     png: bytes
     svg: str
-    """One `<svg>` element a panel, for inlining: on a narrow page they stand below each other. Their colours are the
-    page's CSS variables, their letters are outlines."""
+    """One `<svg>` element for each panel, so that a narrow page can stack them. Colours are the page's CSS variables,
+    text is drawn as outlines."""
 
 
 def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
-    """Three panels over t / T: beta, alpha_bar and log-SNR of each schedule, the model's `own` emphasised.
+    """Draw beta, alpha_bar and log-SNR of each schedule over the timestep; the model's `own` is emphasised.
 
     curves: schedule -> {"beta", "alpha_bar", "log_snr"} -> float64 [T].
     """
@@ -73,12 +80,11 @@ def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
 
 
 def training(history: pd.DataFrame) -> Chart:
-    """Two panels over the optimiser's steps: losses (logarithmic), and the learning rate.
+    """Draw the losses (logarithmic) and the learning rate over the training step.
 
-    history: columns `step`, `loss`, `learning_rate` and, where it was measured, `held_out_loss` (NaN
-    between measurements). The training loss is also shown as its running mean over a twentieth of the run.
+    history: columns `step`, `loss`, `learning_rate` and, if it was measured, `held_out_loss` (NaN between
+    measurements). The training loss is shown with its running mean over a twentieth of the run.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def draw_losses(losses: Axes) -> None:
         _title(losses, "loss", "step")
@@ -106,7 +112,7 @@ def training(history: pd.DataFrame) -> Chart:
 
 
 def guidance(points: Sequence[tuple[float, float, float]], agreement: str) -> Chart:
-    """The curve of a sweep: (CLIP score or accuracy, Frechet distance, guidance scale) of each point, in its order."""
+    """Draw the curve of a guidance sweep from (CLIP score or accuracy, Fréchet distance, guidance scale) points."""
 
     def draw(axes: Axes) -> None:
         _title(axes, "Fréchet distance", agreement)
@@ -124,26 +130,28 @@ def _title(axes: Axes, title: str, x_label: str) -> None:
     axes.set_xlabel(x_label)
 
 
-def _line(axes: Axes, x: Any, y: Any, series: int, label: str | None, bold: bool, marker: str = "") -> None:
-    style: dict[str, Any] = {
-        "color": COLOURS[SERIES[series]],
-        "linestyle": DASHES[0 if marker else series],
-        "markersize": 4,
-    }
-    axes.plot(x, y, label=label, linewidth=2.2 if bold else 1.4, marker=marker, zorder=3 if bold else 2, **style)
+def _line(axes: Axes, x: Values, y: Values, series: int, label: str | None, bold: bool, marker: str = "") -> None:
+    axes.plot(
+        x,
+        y,
+        label=label,
+        color=COLOURS[SERIES[series]],
+        linestyle=DASHES[0 if marker else series],
+        linewidth=2.2 if bold else 1.4,
+        marker=marker,
+        markersize=4,
+        zorder=3 if bold else 2,
+    )
 
 
 def _render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], salt: str) -> Chart:
-    """Draw panels of `widths` inches side by side, and each by itself. `salt` keeps the ids of the SVGs in one page
-    apart."""
-    from matplotlib.figure import Figure
-
+    """Draw panels of `widths` inches as one PNG, and each as an SVG; `salt` makes the ids in the SVGs unique."""
     png, elements = io.BytesIO(), []
     with _style(salt):
         figure = Figure(figsize=(sum(widths), HEIGHT), layout="constrained")
         axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
-        for draw, its in zip(panels, axes, strict=True):
-            draw(its)
+        for draw, panel in zip(panels, axes, strict=True):
+            draw(panel)
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
     for number, (draw, width) in enumerate(zip(panels, widths, strict=True)):
         with _style(f"{salt}{number}"):
@@ -156,8 +164,6 @@ def _render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], s
 
 @contextmanager
 def _style(salt: str) -> Iterator[None]:
-    import matplotlib as mpl
-
     settings = {
         "svg.hashsalt": salt,
         "svg.fonttype": "path",
@@ -188,11 +194,13 @@ def _style(salt: str) -> Iterator[None]:
 
 
 def _inline(document: str, prefix: str, width: float) -> str:
-    """A matplotlib SVG file -> an element for an HTML page, coloured by the page's variables; `width` is its share of
-    a row."""
+    """Turn a matplotlib SVG file into an element for an HTML page with the page's colours.
+
+    `width` is its share of a row.
+    """
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>\s*", "", svg, flags=re.DOTALL)
-    # Groups and glyphs have the same names in every file, and an id may stand only once in a page.
+    # Groups and glyphs have the same ids in every file, but an id must be unique in a page.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r'( id="|"#|url\(#)', rf"\1{prefix}-", svg)
     svg = re.sub(

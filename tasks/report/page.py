@@ -1,7 +1,7 @@
-"""The report: everything the chain has to show, in one HTML file that needs no network and no script.
+"""The report as one HTML file: `Report` is its content, `page.html` its template, `render` joins the two.
 
-`Report` says what the page holds, `report_page.html` how it looks; `render` joins the two. Pictures travel
-inside the file as data: addresses, so it can be mailed; its content security policy forbids all else.
+The file needs neither network nor scripts and can be sent by mail: pictures are embedded as `data:` addresses, and the
+content security policy forbids everything else.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import Environment, StrictUndefined
+
+from models.pictures import shrunk, tile_png
+
 if TYPE_CHECKING:
     import numpy as np
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TILE_CSS_PIXELS, NARROW_TILE = 64, 32
+"""Side of a tile in CSS pixels, roughly; the second is for narrow pages."""
 LARGEST_PIXELATED = 64
-"""Side in pixels up to which a picture is enlarged with hard edges; a bigger one is shown as a photograph."""
+"""Largest side in pixels of images that are enlarged with hard edges; larger ones are interpolated."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Headline:
-    """A number worth seeing first."""
+    """A number in large type at the top of the section."""
 
     name: str
     value: str
@@ -49,11 +54,25 @@ class Metric:
 
     name: str
     guidance: str
-    """The guidance scale it was measured at, or "none"."""
+    """Such as "w = 1.5", or "none"."""
     value: str
     spread: str
     reference: str
     reading: str
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The section of measures: headline numbers, table, and how they were taken."""
+
+    headlines: Sequence[Headline]
+    metrics: Sequence[Metric]
+    not_applicable: Sequence[tuple[str, str]]
+    """Name and reason of each measure that was not taken."""
+    few_images: str
+    """Why the distances are unreliable; empty if they are reliable."""
+    protocol: str
+    """Sampler, sample counts and guidance, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Samples above their nearest training images, and how near held-out images come."""
+    """Samples above their nearest training images, and the median distances of samples and held-out images."""
 
     tiles: Tiles
     sample_median: str
@@ -76,7 +95,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Table:
-    """A table under the measures: a heading, what it says, a chart above it where there is one, and its notes."""
+    """A table with heading, description, optional chart above it, and notes below it."""
 
     title: str
     text: str
@@ -86,30 +105,26 @@ class Table:
     chart_svg: str | None = None
     chart_label: str = ""
     worded: Sequence[str] = ()
-    """Names of the columns that hold words, not numbers."""
+    """Names of the columns that contain text rather than numbers."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows. `*_svg` are `<svg>` elements, trusted as they stand; all other text is escaped."""
+    """The content of the page. `*_svg` are `<svg>` elements and inserted as they are; all other text is escaped."""
 
     title: str
     facts: Sequence[tuple[str, str]]
     conditional: bool
     prediction: str
     min_snr_gamma: float | None
-    """Ceiling of the loss's weights; None where all timesteps weigh the same."""
+    """gamma of the min-SNR loss weighting (Hang et al. 2023); None without weighting."""
     schedule: str
     sampler: str
-    headlines: Sequence[Headline]
     animation: bytes
     still: bytes
+    """PNG files; the second stands in for the first if the reader prefers reduced motion."""
     samples: Tiles
-    metrics: Sequence[Metric]
-    not_applicable: Sequence[tuple[str, str]]
-    few_images: str
-    """Why the distances say little; empty where they do not."""
-    protocol: str
+    measures: Measures
     tables: Sequence[Table]
     evaluation_grids: Sequence[Picture]
     forward: Tiles
@@ -120,17 +135,15 @@ class Report:
     progress: Sequence[Picture]
     neighbours: Neighbours | None
     data: Sequence[Table]
-    """The verdict of every check of the data, and what was set aside."""
+    """The result of every check of the data, and the quarantined inputs."""
     codec: Table | None
-    """What stands between images and the model; None where that is nothing."""
+    """Quality of autoencoder and text encoder; None without them."""
     reconstructions: Picture | None
     provenance: Sequence[tuple[str, str]]
 
 
 def render(report: Report) -> str:
-    """The page as HTML; the same report gives the same text."""
-    from jinja2 import Environment, StrictUndefined
-
+    """Return the page as HTML; equal reports give equal text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(png=_png_address, tile=_tile_address, tile_style=_tile_style)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report) + "\n"
@@ -141,14 +154,14 @@ def _png_address(png: bytes) -> str:
 
 
 def _tile_address(image: np.ndarray) -> str:
-    from models.pictures import shrunk, tile_png
-
     return _png_address(tile_png(shrunk(image, 2 * TILE_CSS_PIXELS)))
 
 
 def _tile_style(tiles: Tiles) -> str:
-    """CSS variables: whole multiples of the image's side, so that all pixels are equally large; the number of columns
-    and the side on a narrow page, where ten images stand side by side."""
+    """Return CSS variables: the number of columns, and the side of a tile on wide and narrow pages.
+
+    Sides are whole multiples of the image's side, so that all pixels are equally large. Ten tiles fit on a narrow page.
+    """
     side, columns = tiles.images.shape[-1], tiles.images.shape[1]
     narrow = f"--small-tile: {side * max(1, NARROW_TILE // side) if side <= NARROW_TILE else NARROW_TILE}px"
     if side > LARGEST_PIXELATED:

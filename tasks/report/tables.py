@@ -1,4 +1,4 @@
-"""What `evaluate` measured -> the words and numbers of the report's tables."""
+"""The tables and picture galleries of the report, from the files that the stages wrote."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ import csv
 import json
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
-from tasks.report.page import Headline, Metric, Picture, Table
-from tasks.runtime.measures import QUALITY, RECONSTRUCTIONS, Measure, Measurements
+from tasks.report import charts
+from tasks.report.page import Headline, Measures, Metric, Picture, Table
+from tasks.report.process import spread
+from tasks.runtime.measures import CLIP_SCORE, DISTANCE, QUALITY, RECONSTRUCTIONS, Measurements, Row
 from tasks.validation import report as validation_report
 
 MEASURES = {
     "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
-    "kid": ("KID", "kernel distance: the same question without assuming a Gaussian; lower is better"),
+    "kid": ("KID", "kernel distance between features, without the assumption of a Gaussian; lower is better"),
     "precision": ("Precision", "share of the samples that look real; higher is better"),
     "recall": ("Recall", "share of the real images that the samples cover; higher is better"),
     "inception_score": ("Inception score", "clear and varied images, in the classes of ImageNet; higher is better"),
     "inception_style_score": ("Inception-style score", "clear and varied classes; higher is better"),
-    "label_accuracy": ("Label accuracy", "share of the images in which the judge reads the label asked for"),
+    "label_accuracy": (
+        "Label accuracy",
+        "share of the images that the classifier assigns to the requested class",
+    ),
     "clip_score": ("CLIP score", "agreement of image and caption; higher is better"),
     "near_copies": (
         "Near copies",
-        "share of the samples nearer to a training image than all but 1 % of held-out images are; lower is better",
+        "share of the samples that are nearer to a training image than 99 % of the held-out images; lower is better",
     ),
 }
 HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
-"""What one wants to see first, where it was measured."""
+"""The measures that come first, as far as they were taken."""
 SAMPLER_COLUMNS = {
     "sampler": "Sampler",
     "steps": "Steps",
@@ -64,6 +68,7 @@ TIMESTEP_COLUMNS = {
     "squared_error": "Squared error",
     "psnr": "PSNR, dB",
 }
+PROGRESS_GRIDS = 6
 SHARES = ("label_accuracy", "precision", "recall", "near_copies")
 WHOLE = ("steps", "n", "n_unguided", "seed_blocks", "timestep")
 SAMPLERS = {
@@ -75,28 +80,27 @@ SAMPLERS = {
 
 
 def sampler_name(sampler: str, steps: int) -> str:
-    """For example "DDIM in 50 steps"."""
+    """Return, for example, "DDIM in 50 steps"."""
     return f"{SAMPLERS[sampler]} in {steps} steps"
 
 
-def measures(measured: Measurements) -> dict[str, Any]:
-    """The page's headlines, table of measures and what does not apply."""
-    present = [key for key in MEASURES if key in measured.measures]
-    first = [key for key in (*HEADLINES, *present) if key in measured.measures]
-    return {
-        "metrics": [_row(key, measured) for key in present],
-        "headlines": [_headline(key, measured.measures[key]) for key in list(dict.fromkeys(first))[: len(HEADLINES)]],
-        "not_applicable": [
-            (MEASURES[key][0] if key in MEASURES else key, reason)
-            for key, reason in sorted(measured.not_applicable.items())
+def measures(measured: Measurements) -> Measures:
+    """Return the section of measures."""
+    first = measured.rows(dict.fromkeys((*HEADLINES, *MEASURES)))
+    return Measures(
+        headlines=[_headline(row) for row in first[: len(HEADLINES)]],
+        metrics=[_metric(row, measured.clip_score_note) for row in measured.rows(MEASURES)],
+        not_applicable=[
+            (MEASURES[name][0] if name in MEASURES else name, reason)
+            for name, reason in sorted(measured.not_applicable.items())
         ],
-        "protocol": _protocol(measured),
-        "few_images": measured.small_n or "",
-    }
+        few_images=measured.small_n or "",
+        protocol=_protocol(measured),
+    )
 
 
 def _protocol(measured: Measurements) -> str:
-    """How the numbers were drawn, in a sentence."""
+    """Describe how the samples were drawn, in one sentence."""
     sampler = sampler_name(measured.sampler, measured.steps)
     sampler += f", η = {measured.eta:g}" if measured.eta else ""
     drawn = f"Drawn with {sampler}, over {measured.seed_blocks} seed blocks"
@@ -110,38 +114,33 @@ def _protocol(measured: Measurements) -> str:
     return f"{drawn}: {unguided}, {text}."
 
 
-def _row(key: str, measured: Measurements) -> Metric:
-    measure, (name, reading) = measured.measures[key], MEASURES[key]
-    note = f"; {measured.clip_score_note}" if key == "clip_score" and measured.clip_score_note else ""
+def _metric(row: Row, clip_score_note: str | None) -> Metric:
+    """Format a row of the table of measures."""
+    name, reading = MEASURES[row.name]
+    note = f"; {clip_score_note}" if row.name == CLIP_SCORE and clip_score_note else ""
     reference = ""
-    if measure.floor is not None:
-        reference = f"{_number(key, measure.floor)} {_spread(key, measure.floor_spread)}".strip()
-    elif measure.real is not None:
-        reference = _number(key, measure.real)
+    if row.reference:
+        reference = f"{_number(row.name, row.reference.value)} {_spread(row.name, row.reference.spread)}".strip()
     return Metric(
         name,
-        _guidance(measure),
-        _number(key, measure.value),
-        _spread(key, measure.spread),
+        row.guidance if row.guidance == "none" else f"w = {row.guidance}",
+        _number(row.name, row.value),
+        _spread(row.name, row.spread),
         reference,
         reading + note,
     )
 
 
-def _guidance(measure: Measure) -> str:
-    return "none" if measure.drawn == "unguided" else f"w = {measure.guidance_scale:g}"
-
-
-def _headline(key: str, measure: Measure) -> Headline:
-    what, value = measure.reference or ("", None)
-    if value is None:
+def _headline(row: Row) -> Headline:
+    reference = row.reference
+    if reference is None:
         note = "no reference"
-    elif key == "frechet_distance" and value > 0:
-        note = f"{measure.value / value:.1f} times the floor of {_number(key, value)}"
+    elif row.name == DISTANCE and reference.value > 0:
+        note = f"{row.value / reference.value:.1f} times the floor of {_number(row.name, reference.value)}"
     else:
-        note = f"{what}: {_number(key, value)}"
-    drawn = "without guidance" if measure.drawn == "unguided" else f"at guidance {measure.guidance_scale:g}"
-    return Headline(MEASURES[key][0], _number(key, measure.value), f"{drawn}; {note}")
+        note = f"{reference.name}: {_number(row.name, reference.value)}"
+    drawn = "without guidance" if row.guidance == "none" else f"at guidance {row.guidance}"
+    return Headline(MEASURES[row.name][0], _number(row.name, row.value), f"{drawn}; {note}")
 
 
 def _spread(key: str, spread: float | None) -> str:
@@ -154,21 +153,21 @@ def _number(key: str, value: float, digits: int = 3) -> str:
 
 
 def tables(evaluation: Path) -> list[Table]:
-    """The tables that `evaluate` wrote, those that there are."""
+    """Return the tables that `evaluate` wrote."""
     found = [_sampler_table(evaluation / "samplers.csv")]
     if (evaluation / "guidance.csv").exists():
         found.append(_guidance_table(evaluation / "guidance.csv"))
     if (evaluation / "classes.csv").exists():
         text = (
-            "All seed blocks together. Accuracy and CLIP score of the guided images; KID of the unguided ones to the "
-            "held-out images of their class, beside that of as many training images."
+            "Over all seed blocks. Accuracy and CLIP score are those of guided samples; KID compares unguided samples "
+            "with the held-out images of their class, and its floor as many training images with the same."
         )
         columns, rows = _cells(_read(evaluation / "classes.csv"), CLASS_COLUMNS)
         found.append(Table("By class", text, columns, rows))
     if (evaluation / "timesteps.csv").exists():
         text = (
-            "Held-out images with noise of timestep t added, and how far the clean image that the model predicts is "
-            "from them. The last timesteps are guesswork, for every model."
+            "Error of the clean image that the model predicts from a held-out image with the noise of timestep t. At "
+            "the last timesteps almost no signal is left, so every model has a large error there."
         )
         columns, rows = _cells(_read(evaluation / "timesteps.csv"), TIMESTEP_COLUMNS)
         found.append(Table("By timestep", text, columns, rows))
@@ -178,17 +177,15 @@ def tables(evaluation: Path) -> list[Table]:
 def _sampler_table(path: Path) -> Table:
     rows = _read(path)
     text = (
-        "The same weights, drawn with different samplers, numbers of steps and guidance. Distances of rows with "
-        "unequal n do not compare: fewer images, larger distance."
+        "Samples of the same weights with different samplers, steps and guidance. Do not compare distances of rows "
+        "with different n: with fewer images a distance is larger."
     )
     notes = [(sampler_name(row["sampler"], int(row["steps"])), row["note"]) for row in rows if row.get("note")]
     return Table("Samplers compared", text, *_cells(rows, SAMPLER_COLUMNS), notes)
 
 
 def _guidance_table(path: Path) -> Table:
-    """With the curve of distance against agreement, where both were measured."""
-    from tasks.report import charts
-
+    """Return the table by guidance scale, with a chart of distance against agreement if both were measured."""
     rows = _read(path)
     agreement = next((name for name in ("clip_score", "label_accuracy") if any(row[name] for row in rows)), None)
     points = [
@@ -197,8 +194,8 @@ def _guidance_table(path: Path) -> Table:
         if agreement and row[agreement] and row["frechet_distance"]
     ]
     text = (
-        "Stronger guidance w makes images agree better with what was asked for and, from some point on, less like real "
-        "ones as a whole: the way down and to the right is better. One seed block."
+        "A larger guidance scale w improves the agreement with the requested class or caption, and beyond some value "
+        "increases the distance to real images. Points further down and to the right are better. One seed block."
     )
     notes = [(f"w = {float(row['guidance_scale']):g}", row["note"]) for row in rows if row.get("note")]
     title, (columns, cells) = "Guidance", _cells(rows, SWEEP_COLUMNS)
@@ -214,7 +211,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str], list[list[str]]]:
-    """The columns that hold anything, in the order of `known`, by their readable names; and the rows."""
+    """Return the titles of the columns that are not empty, in the order of `known`, and the formatted rows."""
     keys = [key for key in known if any(row.get(key) for row in rows)]
 
     def cell(key: str, text: str) -> str:
@@ -229,39 +226,39 @@ def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str]
 
 CODEC = {
     "autoencoder_psnr": ("PSNR, decoded images", "dB, mean over the images; higher is better"),
-    "autoencoder_ssim": ("SSIM, decoded images", "1 where nothing was lost"),
-    "text_retrieval_accuracy": ("Text encoder", "share of the images whose own caption it finds among those offered"),
-    "text_retrieval_chance": ("by chance", "what guessing finds"),
-    "second_text_retrieval_accuracy": ("Second text encoder", "the same"),
-    "second_text_retrieval_chance": ("by chance", "what guessing finds"),
+    "autoencoder_ssim": ("SSIM, decoded images", "1 means no loss"),
+    "text_retrieval_accuracy": ("Text encoder", "share of the images whose own caption is ranked first"),
+    "text_retrieval_chance": ("by chance", "the same for random guesses"),
+    "second_text_retrieval_accuracy": ("Second text encoder", "share of the images whose own caption is ranked first"),
+    "second_text_retrieval_chance": ("by chance", "the same for random guesses"),
 }
 
 
 def codec(folder: Path) -> Table | None:
-    """What autoencoder and text encoder do on held-out images; None where neither was measured."""
+    """Return the quality of autoencoder and text encoder on held-out images; None without them."""
     file = folder / QUALITY
     measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not measured:
         return None
     text = (
-        "On held-out images: what is left of them in the latents, and whether captions are told apart. The model "
-        "cannot draw what its autoencoder loses, nor heed what its text encoder does not tell apart."
+        "Measured on held-out images. The model cannot draw details that the autoencoder loses, nor follow "
+        "differences between captions that the text encoder does not represent."
     )
     rows = [[*CODEC[name][:1], f"{measured[name]:.3g}", *CODEC[name][1:]] for name in CODEC if name in measured]
-    return Table("Between images and model", text, ["Measure", "Value", "Reading"], rows, worded=["Reading"])
+    return Table("Autoencoder and text encoder", text, ["Measure", "Value", "Meaning"], rows, worded=["Meaning"])
 
 
 def data(validation: Path) -> list[Table]:
-    """Every check of the data with its verdict and remedy, and the inputs that were set aside."""
+    """Return every check of the data with its result and remedy, and the quarantined inputs by reason."""
     rows = [[*astuple(check)] for check in validation_report.checks(validation)]
     text = (
-        "What was expected of the images' metadata, and what was found. A check with the verdict "
-        '"warning" is listed in validate.warn_only; any other that fails stops the chain.'
+        "Expectations about the metadata of the images, and what was observed. A failed check stops the chain, unless "
+        'it is listed in validate.warn_only; its verdict is then "warning".'
     )
     columns = validation_report.COLUMNS
     found = [Table("Checks of the data", text, columns, rows, worded=columns[1:])]
     reasons = validation_report.quarantined_by_reason(validation)
-    text = "Inputs that did not become images of the data set, by reason; data/quarantine holds each of them."
+    text = "Inputs that are not part of the data set, by reason. They are stored in data/quarantine."
     if reasons:
         cells = [[reason, str(count)] for reason, count in reasons.items()]
         found.append(Table("Quarantine", text, ["Reason", "Inputs"], cells))
@@ -269,26 +266,39 @@ def data(validation: Path) -> list[Table]:
 
 
 def reconstructions(folder: Path) -> Picture | None:
-    """Held-out images above what the autoencoder makes of them; None where there is none."""
+    """Return held-out images above their reconstructions; None without an autoencoder."""
     file = folder / RECONSTRUCTIONS
     if not file.is_file():
         return None
     return Picture(
-        file.read_bytes(), "Held-out images, and the same decoded from their latents", "Held-out images above decoded"
+        file.read_bytes(),
+        "Held-out images above their reconstructions from latents",
+        "Held-out images and reconstructions",
     )
 
 
 def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
-    """The grids that `evaluate` drew, the protocol's own first."""
+    """Return the grids that `evaluate` drew, those of the protocol's sampler first."""
     own = sampler_name(measured.sampler, measured.steps)
     captions = {
         "grid_unguided": f"{own}, without guidance",
         **({"grid_guided": f"{own}, guidance {measured.guided_scale:g}"} if measured.guided_scale is not None else {}),
         "grid_ddpm": "DDPM over all timesteps, without guidance",
-        "grid_nearest": "The samples nearest to a training image by their features, and that image below",
+        "grid_nearest": "The samples that are nearest to a training image by features, above that image",
     }
     return [
         Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")
         for name, caption in captions.items()
         if (evaluation / f"{name}.png").exists()
+    ]
+
+
+def progress(samples: Path) -> list[Picture]:
+    """Return the sample grids of training, at most `PROGRESS_GRIDS` spread over the run."""
+    paths = sorted(samples.glob("step-*.png"))
+    chosen = [paths[index] for index in spread(len(paths), PROGRESS_GRIDS)] if paths else []
+    steps = [int(path.stem.removeprefix("step-")) for path in chosen]
+    return [
+        Picture(path.read_bytes(), f"step {step:,}", f"Grid of samples after {step} training steps")
+        for path, step in zip(chosen, steps, strict=True)
     ]

@@ -9,9 +9,9 @@ change, which no program can set.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -78,6 +78,20 @@ def read_described(folder: Path, name: str, stage: str) -> JsonObject:
     description = read_json(folder / name, stage)
     require(folder, description.get("files", {}), stage)
     return description
+
+
+@contextmanager
+def loading(folder: Path, name: str, stage: str) -> Iterator[None]:
+    """Load what `folder` holds inside this block, after comparing its files with `name`, which describes it.
+
+    Raises:
+        StageError: as `read_described` does, and in place of a `ValueError` of the loader, such as an unknown format.
+    """
+    read_described(folder, name, stage)
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(str(error)) from None
 
 
 def read_json(file: Path, stage: str) -> JsonObject:

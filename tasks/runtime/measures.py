@@ -1,15 +1,19 @@
-"""What `evaluate` measured, each number with the guidance it was measured at; and what `codec` measured of itself.
+"""The results of `evaluate` (`measurements.json`), and how reports present them.
 
-Distances are always taken from unguided samples, label accuracy and CLIP score from guided ones, so the name of a
-mean says which: `frechet_distance_unguided`, `label_accuracy_guided`. `measurements.json` holds everything,
-`reports/metrics.json` the few numbers by which DVC compares experiments.
+Each number is stored with the guidance scale at which it was measured. Distances are measured on unguided samples,
+label accuracy and CLIP score on guided ones, so the name of a mean says which: `frechet_distance_unguided`,
+`label_accuracy_guided`. `measurements.json` holds all numbers, `reports/metrics.json` the few that DVC compares
+between experiments. `Measurements.rows` is the one table of measures beside their references; terminal, Prefect,
+MLflow and report format it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,45 +21,83 @@ from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 
 FILE = "measurements.json"
-"""Its name in `reports/evaluation` and in the folder of a registered model."""
+"""File name in `reports/evaluation` and in the folder of a registered model."""
 DISTANCE, ACCURACY, CLIP_SCORE = "frechet_distance", "label_accuracy", "clip_score"
 HEADLINE = (DISTANCE, ACCURACY, CLIP_SCORE)
-"""The measures of `reports/metrics.json`: what the gates judge, and the CLIP score."""
+"""The measures of `reports/metrics.json`: those that the gates check, and the CLIP score."""
 SHORT_FINGERPRINT = 12
 QUALITY, RECONSTRUCTIONS = CODEC = "quality.json", "reconstructions.png"
-"""Files of `outputs/codec` that `train` takes into its report, below `codec/`."""
+"""Files of `outputs/codec` that `train` copies to `codec/` in its report."""
+Drawn: TypeAlias = Literal["unguided", "guided"]
 
 
 class Measure(BaseModel):
-    """The mean of one measure over the seed blocks, and what it is to be read against."""
+    """The mean of one measure over the seed blocks, and its reference value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float
     spread: float
     """Sample standard deviation over the seed blocks."""
-    drawn: Literal["unguided", "guided"]
+    drawn: Drawn
     guidance_scale: float
-    """1 is no guidance."""
+    """1 disables guidance."""
     n: int
     """Samples in each seed block."""
     floor: float | None = None
-    """The same measure of training images in the model's place."""
+    """The same measure of training images in place of samples; distances only."""
     floor_spread: float | None = None
     real: float | None = None
-    """The same measure of the held-out images."""
+    """The same measure of the held-out images; scores only."""
+
+    @property
+    def guidance(self) -> str:
+        """The guidance scale, such as "1.5"; "none" for unguided samples."""
+        return "none" if self.drawn == "unguided" else f"{self.guidance_scale:g}"
 
     @property
     def condition(self) -> str:
-        """What it was measured at, such as "guidance 1.5"."""
+        """How the samples were drawn: "unguided" or, for example, "guidance 1.5"."""
         return "unguided" if self.drawn == "unguided" else f"guidance {self.guidance_scale:g}"
 
     @property
-    def reference(self) -> tuple[str, float] | None:
-        """What real images reach, and what that is called."""
+    def reference(self) -> Reference | None:
+        """The score of real images: the floor of a distance, else the score of the held-out images."""
         if self.floor is not None:
-            return "floor", self.floor
-        return ("real images", self.real) if self.real is not None else None
+            return Reference("floor", self.floor, self.floor_spread)
+        return Reference("real images", self.real) if self.real is not None else None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The score of real images in the same measurement."""
+
+    name: str
+    """"floor" or "real images"."""
+    value: float
+    spread: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.4g}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure and its reference, as a row of a table; columns choose their own number of digits."""
+
+    name: str
+    guidance: str
+    """See `Measure.guidance`."""
+    value: float
+    spread: float
+    reference: Reference | None
+    samples: str
+    """Seed blocks x samples, such as "3 x 512"."""
+
+    @property
+    def beside(self) -> str:
+        """The reference as text, such as "floor 10.2"; empty without one."""
+        return str(self.reference or "")
 
 
 class Measurements(BaseModel):
@@ -65,29 +107,33 @@ class Measurements(BaseModel):
 
     format: Literal[2] = 2
     fingerprint: str
-    """Only numbers that share it may be compared."""
+    """SHA-256 of the measurement's description; only numbers with the same fingerprint are comparable."""
     sampler: str
     steps: int
     eta: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     guided_scale: float | None = None
-    """Guidance scale of the guided samples; None where the model draws without a condition."""
+    """Guidance scale of the guided samples; None for an unconditional model."""
     seed_blocks: int
     extractor: str
     n_samples: int
     """Unguided samples in each seed block."""
     n_reference: int
+    """Held-out images."""
     n_floor: int
+    """Training images in each block of the floor."""
     n_searched: int
+    """Training images among which near copies were searched for."""
     small_n: str | None = None
-    """Why the distances say little."""
+    """Why the distances are unreliable, if there were too few images."""
     clip_score_note: str | None = None
+    """Why the CLIP score is biased, if it is."""
     measures: dict[str, Measure]
     not_applicable: dict[str, str]
-    """Measures that are absent, each with the reason."""
+    """Reason for each measure that was not taken."""
 
     def flat(self) -> dict[str, float]:
-        """Every number by a name of its own: `<measure>_<drawn>`, and beside it `_spread`, `_floor` and `_real`."""
+        """Return all numbers under flat names: `<measure>_<drawn>` for the mean, `<measure>_spread` and so on."""
         found: dict[str, float] = {}
         for name, measure in self.measures.items():
             found[mean_name(name, measure)] = measure.value
@@ -97,23 +143,45 @@ class Measurements(BaseModel):
         return found | ({"guided_scale": self.guided_scale} if self.guided_scale is not None else {})
 
     def headline(self) -> dict[str, float | str]:
-        """The content of `reports/metrics.json`: names short enough for a row of `dvc exp show`."""
+        """Return the content of `reports/metrics.json`; the names fit into a row of `dvc exp show`."""
         chosen = {mean_name(name, self.measures[name]) for name in HEADLINE if name in self.measures}
         chosen |= {f"{DISTANCE}_floor", "guided_scale"}
         numbers: dict[str, float | str] = {name: value for name, value in self.flat().items() if name in chosen}
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}
 
+    def rows(self, names: Iterable[str] | None = None) -> list[Row]:
+        """Return the measures beside their references; only those of `names`, in that order, if given."""
+        return [
+            Row(name, measure.guidance, measure.value, measure.spread, measure.reference, self.samples(measure))
+            for name in (self.measures if names is None else names)
+            if (measure := self.measures.get(name)) is not None
+        ]
+
+    def samples(self, measure: Measure) -> str:
+        """Return the number of seed blocks and of samples in each, such as "3 x 512"."""
+        return f"{self.seed_blocks} x {measure.n}"
+
     def write(self, path: Path) -> None:
+        """Write `measurements.json`; equal values give equal bytes."""
         atomic.write_json(path, self.model_dump(mode="json", exclude_none=True))
 
 
 def mean_name(name: str, measure: Measure) -> str:
-    """Name of a mean beside other numbers, such as `label_accuracy_guided`."""
+    """Return the flat name of a mean, such as `label_accuracy_guided`."""
     return f"{name}_{measure.drawn}"
 
 
+def draw_name(sampler: str, steps: int, guidance_scale: float, eta: float = 0.0) -> str:
+    """Return a readable name of sampling settings, such as "ddim (eta 0.5), 50 steps, guidance 1.5"."""
+    return f"{sampler}{f' (eta {eta:g})' if eta else ''}, {steps} steps, guidance {guidance_scale:g}"
+
+
 def read(path: Path) -> Measurements:
-    """Read `measurements.json`. Raises `StageError` where it is missing or of another version of this project."""
+    """Read `measurements.json`.
+
+    Raises:
+        StageError: if the file is missing or has another format.
+    """
     try:
         return Measurements.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -127,8 +195,7 @@ def read(path: Path) -> Measurements:
 
 
 def of_codec(folder: Path) -> dict[str, float]:
-    """What an autoencoder loses and a text encoder understands on held-out images, as a run in MLflow names it; nothing
-    where there is neither."""
+    """Return the held-out quality of the autoencoder and the text encoder as MLflow metrics; empty without them."""
     file = folder / QUALITY
     quality = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {f"codec/{name}": value for name, value in quality.items()}

@@ -128,11 +128,9 @@ def evaluation_metrics(measured: Measurements) -> dict[str, float]:
 def description(measured: Measurements, report: str | None) -> str:
     """The note of a run, Markdown: what was measured at which guidance, and the address of the report."""
     lines = ["| measure | guidance | value | spread | real images |", "|---|---|---|---|---|"]
-    for name, measure in measured.measures.items():
-        _, reference = measure.reference or ("", None)
-        beside = "" if reference is None else f"{reference:.4g}"
-        scale = "none" if measure.drawn == "unguided" else f"{measure.guidance_scale:g}"
-        lines.append(f"| {name} | {scale} | {measure.value:.4g} | {measure.spread:.2g} | {beside} |")
+    for row in measured.rows():
+        reference = f"{row.reference.value:.4g}" if row.reference else ""
+        lines.append(f"| {row.name} | {row.guidance} | {row.value:.4g} | {row.spread:.2g} | {reference} |")
     lines += ["", f"Sampler {measured.sampler}, {measured.steps} steps. Fingerprint `{measured.fingerprint[:12]}`."]
     lines += ["", f"[The report]({report}): samples, curves, tables."] if report else []
     return "\n".join(lines)

@@ -13,6 +13,9 @@ import numpy as np
 from models import pictures, schedules
 from models.networks.unet import UNet, UNetConfig
 from models.pipeline import PipelineInfo, save_pipeline
+from models.samplers import Sampling
+from tasks.evaluation import protocol
+from tasks.evaluation.protocol import Measurement, Protocol, Reference
 from tasks.export import export
 from tasks.package import package
 from tasks.params import ExportParams
@@ -23,6 +26,27 @@ CLASSES = ["hot dog", "dog", "cat"]
 SIZE, TIMESTEPS = 8, 20
 STEPS = range(10, 101, 10)
 PARAMS = ExportParams(latency_batches=(1,))
+PROTOCOL = Protocol(
+    measurement=Measurement(
+        n_distance=64,
+        n_accuracy=32,
+        seed=1,
+        seed_blocks=3,
+        reference=Reference(30, "d" * 64),
+        judge={"classifier": "c" * 64},
+        extractor="classifier",
+        feature_dim=32,
+        image={"size": SIZE, "channels": 1},
+        labels=CLASSES,
+        prompts=None,
+    ),
+    space="pixels",
+    conditioning="label",
+    clip_is_condition=False,
+    unguided=Sampling("ddim", 5),
+    guided=Sampling("ddim", 5, guidance_scale=1.5),
+    batch_size=64,
+)
 
 
 def write_pipeline(folder: Path, conditioning: str = "label") -> None:
@@ -113,8 +137,7 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     pictures.save_png(grid, evaluation / "grid_guided.png")
     measured = measurements(distance, **changes)
     measured.write(evaluation / measures.FILE)
-    protocol = {"fingerprint": measured.fingerprint, "measurement": {"n_distance": 64, "labels": CLASSES}, "steps": 5}
-    atomic.write_json(evaluation / "protocol.json", protocol)
+    PROTOCOL.write(evaluation / protocol.FILE)
     atomic.write_text(root / "reports" / "index.html", "<title>the report</title>")
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
     index = {"format": 2, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}

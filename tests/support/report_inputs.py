@@ -173,8 +173,8 @@ def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
 
 
 def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weighting: str) -> None:
-    told = {"diffusion.loss_weighting": weighting, "diffusion.min_snr_gamma": 2.5}
-    (folder / "run.json").write_text(json.dumps({"params": told}))
+    params = {"diffusion.loss_weighting": weighting, "diffusion.min_snr_gamma": 2.5}
+    (folder / "run.json").write_text(json.dumps({"params": params}))
     lines = ["step,loss,held_out_loss,learning_rate,grad_norm"]
     for step in range(10, 210, 10):
         held_out = f"{1.1 / step:.6f}" if held_out_loss and step % 50 == 0 else ""

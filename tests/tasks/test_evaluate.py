@@ -14,8 +14,11 @@ from models.judges.judge import load_judge
 from models.pipeline import Pipeline, load_pipeline
 from models.pixels import from_uint8, to_uint8
 from models.samplers import Sampling
-from tasks.evaluate import evaluate, picture
-from tasks.evaluation import protocol
+from tasks.evaluate import evaluate, grid_of
+from tasks.evaluation import draws
+from tasks.evaluation.protocol import NotComparableError, Protocol, declare
+from tasks.evaluation.scorer import Scorer
+from tasks.evaluation.summary import measure
 from tasks.params import EvaluateParams
 from tasks.pictures.images import load_pixels
 from tasks.runtime import measures
@@ -120,7 +123,7 @@ def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real
         pipeline.info,
         images=load_pixels(images, "train", judge_inputs.IMAGE),
     )
-    measured = protocol.measure(perfect, images, judge, protocol.declare(perfect, images, judge, PARAMS))
+    measured = measure(perfect, images, judge, declare(perfect, images, judge, PARAMS))
     found = measured.measures
     assert found["frechet_distance"].floor > 0
     assert found["frechet_distance"].value < 3 * found["frechet_distance"].floor
@@ -141,9 +144,9 @@ def test_a_model_of_random_weights_is_far_from_the_floor(evaluated):
 
 def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
     images = tree / "data" / "images"
-    declared = protocol.declare(pipeline, images, judge, PARAMS)
-    measured = protocol.measure(pipeline, images, judge, declared)
-    scorer = protocol.Scorer(images, judge, declared)
+    declared = declare(pipeline, images, judge, PARAMS)
+    measured = measure(pipeline, images, judge, declared)
+    scorer = Scorer(images, judge, declared)
     labels = [index % 3 for index in range(PARAMS.n_distance)]
     values = []
     for block in range(3):
@@ -157,15 +160,15 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
 
 def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
     images = tree / "data" / "images"
-    scorer = protocol.Scorer(images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
     stand_ins = scorer.stand_ins(0)
     train = load_pixels(images, "train", judge_inputs.IMAGE)
     label_of = {pixels.tobytes(): label for pixels, label in zip(train.pixels, train.labels.tolist(), strict=True)}
     assert sorted(label_of[pixels.tobytes()] for pixels in stand_ins) == [0] * 50 + [1] * 50 + [2] * 50
     assert len({pixels.tobytes() for pixels in stand_ins}) == 150
     assert {pixels.tobytes() for pixels in scorer.stand_ins(1)} != {pixels.tobytes() for pixels in stand_ins}
-    many = protocol.declare(pipeline, images, judge, PARAMS.model_copy(update={"n_distance": 10_000}))
-    assert len(protocol.Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
+    many = declare(pipeline, images, judge, PARAMS.model_copy(update={"n_distance": 10_000}))
+    assert len(Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
 
 
 # What may be compared
@@ -174,7 +177,7 @@ def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tre
 def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeline, judge):
     def of(**changes):
         params = PARAMS.model_copy(update=changes)
-        return protocol.declare(pipeline, tree / "data" / "images", judge, params)["fingerprint"]
+        return declare(pipeline, tree / "data" / "images", judge, params).fingerprint
 
     same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_ddpm": 2}
     same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True}
@@ -185,7 +188,7 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
 
 def test_the_fingerprint_names_judge_images_and_labels(tree, pipeline, judge, tmp_path):
     def of(model, images, scale):
-        return protocol.declare(model, images, scale, PARAMS)["fingerprint"]
+        return declare(model, images, scale, PARAMS).fingerprint
 
     images = tree / "data" / "images"
     hashes = judge.info.hashes | {"clip": "0" * 64}
@@ -198,34 +201,34 @@ def test_the_fingerprint_names_judge_images_and_labels(tree, pipeline, judge, tm
 
 
 def test_a_champion_is_measured_by_the_protocol_that_its_challenger_left(tree, evaluated, judge, tmp_path):
-    declared = read(evaluated / "evaluation" / "protocol.json")
+    declared = Protocol.read(evaluated / "evaluation" / "protocol.json")
     champion = load_pipeline(judge_inputs.write_pipeline(tmp_path))
-    assert protocol.measure(champion, tree / "data" / "images", judge, declared) == measured_in(evaluated)
+    assert measure(champion, tree / "data" / "images", judge, declared) == measured_in(evaluated)
 
 
 @pytest.mark.parametrize(
     ("info", "reason"),
     [
-        ({"classes": ["zero", "one"]}, "other classes"),
-        ({"conditioning": "none"}, "other classes"),
+        ({"classes": ["zero", "one"]}, "different classes"),
+        ({"conditioning": "none"}, "different classes"),
         ({"size": 16}, "1 x 16 x 16 images and the protocol measures 1 x 8 x 8"),
     ],
 )
 def test_a_champion_that_draws_something_else_cannot_be_measured_alike(tree, pipeline, judge, info, reason):
     images = tree / "data" / "images"
-    declared = protocol.declare(pipeline, images, judge, PARAMS)
-    with pytest.raises(protocol.NotComparableError, match=reason):
-        protocol.measure(replace(pipeline, info=replace(pipeline.info, **info)), images, judge, declared)
+    declared = declare(pipeline, images, judge, PARAMS)
+    with pytest.raises(NotComparableError, match=reason):
+        measure(replace(pipeline, info=replace(pipeline.info, **info)), images, judge, declared)
 
 
 def test_neither_another_judge_nor_other_images_serve_a_protocol(tree, pipeline, judge, tmp_path):
     images = tree / "data" / "images"
-    declared = protocol.declare(pipeline, images, judge, PARAMS)
-    with pytest.raises(protocol.NotComparableError, match="judge is not the one"):
-        protocol.measure(pipeline, images, replace(judge, info=replace(judge.info, hashes={})), declared)
+    declared = declare(pipeline, images, judge, PARAMS)
+    with pytest.raises(NotComparableError, match="judge is not the one"):
+        measure(pipeline, images, replace(judge, info=replace(judge.info, hashes={})), declared)
     other = judge_inputs.write_images(tmp_path, captions=None)
-    with pytest.raises(protocol.NotComparableError, match="images are not those"):
-        protocol.measure(pipeline, other, judge, declared)
+    with pytest.raises(NotComparableError, match="images are not those"):
+        measure(pipeline, other, judge, declared)
 
 
 # What does not apply
@@ -241,7 +244,7 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     assert measured.guided_scale is None
     distances = ["frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
     assert sorted(measured.measures) == distances
-    assert {measure.drawn for measure in measured.measures.values()} == {"unguided"}
+    assert {found.drawn for found in measured.measures.values()} == {"unguided"}
     assert set(read(tmp_path / "out" / "metrics.json")) == {
         "frechet_distance_unguided",
         "frechet_distance_floor",
@@ -277,7 +280,7 @@ def test_clip_score_needs_captions(tmp_path, captions, reason):
     images = judge_inputs.write_images(tmp_path, captions=captions)
     judge = load_judge(judge_inputs.run_judge(tmp_path))
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
-    measured = protocol.measure(pipeline, images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    measured = measure(pipeline, images, judge, declare(pipeline, images, judge, PARAMS))
     assert ("clip_score" in measured.measures) == (reason is None)
     assert reason is None or reason in measured.not_applicable["clip_score"]
 
@@ -291,11 +294,11 @@ def test_every_number_says_at_which_guidance_it_was_measured(evaluated):
     beside_real = {"inception_style_score", "clip_score", "label_accuracy", "near_copies"}
     guided = {"clip_score", "label_accuracy"}
     assert set(measured.measures) == distances | beside_real
-    for name, measure in measured.measures.items():
-        assert (measure.drawn, measure.guidance_scale, measure.n) == (
+    for name, found in measured.measures.items():
+        assert (found.drawn, found.guidance_scale, found.n) == (
             ("guided", 2.0, 60) if name in guided else ("unguided", 1.0, 150)
         )
-        assert (measure.floor is not None, measure.real is not None) == (name in distances, name in beside_real)
+        assert (found.floor is not None, found.real is not None) == (name in distances, name in beside_real)
     assert all(np.isfinite(value) for value in measured.flat().values())
     assert {"frechet_distance_unguided", "label_accuracy_guided", "kid_floor", "clip_score_real"} < set(measured.flat())
     assert (measured.guided_scale, measured.n_floor, measured.seed_blocks) == (2.0, 150, 3)
@@ -368,7 +371,7 @@ def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
 
 def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp_path, monkeypatch):
     few = PARAMS.model_copy(update={"n_distance": 40})
-    monkeypatch.setattr(protocol, "draw", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr(draws, "draw", lambda *_, **__: pytest.fail("drew"))
     with pytest.raises(
         StageError, match=r"40 samples and 134 held-out .* 32 dimensions, which need 64 of each; .*small"
     ):
@@ -391,13 +394,13 @@ def test_the_sweep_shows_distance_and_agreement_at_each_guidance_scale(evaluated
 
 
 def test_what_the_sweep_needs_and_was_drawn_already_is_not_drawn_again(tree, tmp_path, monkeypatch):
-    drawn, real = [], protocol.draw
+    drawn, real = [], draws.draw
 
-    def counted(*arguments, **options):
-        drawn.append(options.get("guidance_scale", 1.0))
-        return real(*arguments, **options)
+    def counted(pipeline, protocol, count, sampling, block=0):
+        drawn.append(sampling.guidance_scale)
+        return real(pipeline, protocol, count, sampling, block)
 
-    monkeypatch.setattr(protocol, "draw", counted)
+    monkeypatch.setattr(draws, "draw", counted)
     params = PARAMS.model_copy(update={"guidance_sweep": (1.0, 2.0, 4.0), "n_sweep": 60})
     rows = table(run(tree, tmp_path, params) / "evaluation" / "guidance.csv")
     assert drawn.count(4.0) == 1 and drawn.count(2.0) == 3
@@ -420,7 +423,7 @@ def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
 
 def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
     images = tree / "data" / "images"
-    scorer = protocol.Scorer(images, judge, protocol.declare(pipeline, images, judge, PARAMS))
+    scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
     rows, distances = scorer.nearest_training(scorer.train.pixels[:40])
     assert rows.tolist() == list(range(40)) and distances.max() < 1e-3
     assert scorer.near_copies(scorer.train.pixels[:40]) == {"near_copies": 1.0}
@@ -432,11 +435,11 @@ def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
         assert grid.width == 3 * 80 + 2 * 2
         assert grid.height > 10 * 80 + 9 * 2  # the titles stand above
     labels = [0, 1, 2, 0]
-    drawn = protocol.Draw("ddim", 1, 1.0, labels, np.zeros((4, 1, 8, 8), np.uint8), 0.0)
-    assert picture(drawn, judge_inputs.CLASSES).height < 2 * 80  # an incomplete row is left out
-    assert picture(drawn.first(2), judge_inputs.CLASSES).width > 3 * 80  # too few for a row of all: plain
-    large = protocol.Draw("ddim", 1, 1.0, labels[:3], np.zeros((3, 1, 512, 512), np.uint8), 0.0)
-    assert picture(large, judge_inputs.CLASSES).width < 3 * 160  # shown smaller
+    drawn = draws.Draw(Sampling("ddim", 1), labels, np.zeros((4, 1, 8, 8), np.uint8), 0.0)
+    assert grid_of(drawn, judge_inputs.CLASSES).height < 2 * 80  # an incomplete row is left out
+    assert grid_of(drawn.first(2), judge_inputs.CLASSES).width > 3 * 80  # too few for a row of all: plain
+    large = draws.Draw(Sampling("ddim", 1), labels[:3], np.zeros((3, 1, 512, 512), np.uint8), 0.0)
+    assert grid_of(large, judge_inputs.CLASSES).width < 3 * 160  # shown smaller
 
 
 def test_a_rerun_gives_the_same_bytes_and_only_timing_holds_times(tree, evaluated, tmp_path):

@@ -143,7 +143,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(bundle):
     assert psnr(together[1:2], alone) > 80
 
 
-def test_report_tells_what_was_measured(tree):
+def test_report_contains_the_measurements(tree):
     report = model_outputs.read(tree / "reports" / "export.json")
     assert 0 < report["max_abs_difference"] <= PARAMS.max_abs_difference
     assert report["max_abs_difference"] == max(report["abs_difference"].values())

@@ -91,7 +91,7 @@ def test_captions_without_labels_give_the_image_tower_of_the_clip(tmp_path):
         judge.class_logits(held_out(tmp_path).pixels)
 
 
-def test_images_alone_give_a_self_supervised_encoder_whose_features_tell_digits_apart(tmp_path):
+def test_images_alone_give_a_self_supervised_encoder_whose_features_separate_digits(tmp_path):
     from sklearn.neighbors import KNeighborsClassifier
 
     judge_inputs.write_images(tmp_path, labels=False, captions=None)

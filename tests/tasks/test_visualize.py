@@ -19,8 +19,8 @@ from models.samplers import Sampling
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts
+from tasks.report.process import nearest_images
 from tasks.runtime.stage import StageError
-from tasks.visualize import nearest_images
 from tests.support import report_inputs
 
 TEN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "<eight> & co", "nine"]
@@ -152,7 +152,7 @@ def test_samples_are_the_model_s_own_by_class_and_guidance(inputs: report_inputs
 def test_forward_strip_begins_with_real_images_and_ends_in_noise(
     inputs: report_inputs.Inputs, outline: Outline
 ) -> None:
-    tiles = outline.tiles("Forward process: held-out images at growing timesteps").astype(float)
+    tiles = outline.tiles("Forward process: held-out images at increasing timesteps").astype(float)
     real = held_out(inputs)
     for strip in tiles:
         assert any(np.array_equal(strip[0], image) for image in real)
@@ -160,7 +160,7 @@ def test_forward_strip_begins_with_real_images_and_ends_in_noise(
         assert likeness[0] == pytest.approx(1)
         assert likeness[1] > 0.8
         assert abs(likeness[-1]) < 0.4
-    headings = outline.headings["Forward process: held-out images at growing timesteps"]
+    headings = outline.headings["Forward process: held-out images at increasing timesteps"]
     assert headings[8].startswith(f"t = {report_inputs.TIMESTEPS - 1}")
     assert headings[9:] == ["one", "five", "nine"], "every second class is held out here"
 
@@ -177,7 +177,7 @@ def test_schedules_start_from_one_image_and_part(outline: Outline) -> None:
 def test_reverse_strip_runs_from_the_seeded_noise_to_the_sample(inputs: report_inputs.Inputs, outline: Outline) -> None:
     from models.samplers import SeededNoise
 
-    tiles = outline.tiles("Reverse process: noisy images and predicted clean images at falling timesteps")
+    tiles = outline.tiles("Reverse process: noisy images and predicted clean images at decreasing timesteps")
     followed = outline.tiles("Samples by class and guidance")[1]  # the middle guidance, rounded up
     columns = [1, 3]
     for pair, column in enumerate(columns):
@@ -226,7 +226,7 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
         "256 with guidance 1.5 for accuracy and CLIP score",
         "99.4 %",
         "the images have no captions",
-        "CLIP score is absent",
+        "CLIP score was not measured",
         "512 samples each, without guidance",
         "DPM-Solver++ 2M 20 – 1 512 3 23.1 0.0123 91.2 % 87.1 %",
         "DDPM 1000 – 1 32 1 – –",
@@ -246,8 +246,8 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
 def test_what_stands_between_images_and_model_has_its_numbers_and_picture(drawn: tuple[Path, Path]) -> None:
     text = " ".join(re.sub("<[^>]*>", " ", drawn[1].read_text(encoding="utf-8")).split())
     assert "PSNR, decoded images 23.5 dB" in text
-    assert "Text encoder 0.8 share of the images whose own caption it finds among those offered by chance 0.1" in text
-    assert "Held-out images, and the same decoded from their latents" in text
+    assert "Text encoder 0.8 share of the images whose own caption is ranked first by chance 0.1" in text
+    assert "Held-out images above their reconstructions" in text
 
 
 def test_class_names_are_text_and_never_markup(drawn: tuple[Path, Path]) -> None:
@@ -266,10 +266,10 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
     assert samples.shape == (3, 4, 8, 8, 3)
     assert len(np.unique(samples.reshape(12, -1), axis=0)) == 12, "each image has a seed of its own"
     assert all(image["alt"].strip() for image in outline.images)
-    strip = outline.tiles("Forward process: held-out images at growing timesteps")
+    strip = outline.tiles("Forward process: held-out images at increasing timesteps")
     assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
-    assert "mean squared error of the predicted noise ε. Held-out" in page.read_text(encoding="utf-8")
-    assert "Latents and text" not in page.read_text(encoding="utf-8")
+    assert "mean squared error of the predicted noise ε. The held-out" in page.read_text(encoding="utf-8")
+    assert "Autoencoder and text encoder" not in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])

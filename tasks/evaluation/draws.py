@@ -1,0 +1,101 @@
+"""Drawing the samples of an evaluation: seed blocks, labels in a balanced cycle, and the time they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from models.pixels import to_uint8
+from tasks.evaluation.protocol import require_pipeline
+from tasks.runtime.measures import draw_name
+
+if TYPE_CHECKING:
+    from models.pipeline import Pipeline
+    from models.samplers import Sampling
+    from tasks.evaluation.protocol import Protocol
+
+BLOCK_STRIDE = 1_000_000
+"""Distance between the first seeds of two seed blocks."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images drawn from one pipeline with one setting of the sampler."""
+
+    sampling: Sampling
+    labels: list[int] | None
+    """Requested class of each image; None for an unconditional model."""
+    pixels: np.ndarray
+    """uint8 [N, C, S, S]."""
+    seconds: float
+    """Wall time for all images."""
+
+    @property
+    def name(self) -> str:
+        """The settings in words, see `draw_name`."""
+        return _name(self.sampling)
+
+    def first(self, count: int) -> Draw:
+        """Return the images of the first `count` seeds, with their share of the time."""
+        share = count / max(count, len(self.pixels))
+        labels = self.labels[:count] if self.labels is not None else None
+        return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
+
+
+def _name(sampling: Sampling) -> str:
+    return draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta)
+
+
+def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], list[Draw]]:
+    """Draw every seed block: unguided images, and for a conditional model guided ones from the same seeds.
+
+    Raises:
+        NotComparableError: if the pipeline draws images of other classes or another shape.
+    """
+    measurement = protocol.measurement
+    require_pipeline(pipeline, measurement)
+    unguided, guided = [], []
+    for block in range(measurement.seed_blocks):
+        unguided.append(draw(pipeline, protocol, measurement.n_distance, protocol.unguided, block))
+        if protocol.guided is not None:
+            guided.append(draw(pipeline, protocol, measurement.n_accuracy, protocol.guided, block))
+    return unguided, guided
+
+
+def draw(pipeline: Pipeline, protocol: Protocol, count: int, sampling: Sampling, block: int = 0) -> Draw:
+    """Draw the first `count` images of a seed block; their labels are a balanced cycle over the classes."""
+    measurement = protocol.measurement
+    first = measurement.seed + block * BLOCK_STRIDE
+    labels = balanced_labels(count, len(measurement.labels)) if measurement.labels is not None else None
+    started = time.perf_counter()
+    with tqdm(
+        total=count * sampling.steps,
+        desc=f"draw: {_name(sampling)}",
+        unit="step",
+        unit_scale=True,
+        mininterval=1,
+        dynamic_ncols=True,
+    ) as bar:
+        images = pipeline.sample(
+            range(first, first + count),
+            labels,
+            sampling,
+            batch_size=protocol.batch_size,
+            callback=lambda i, t, x, x0: bar.update(len(x)),
+        )
+    return Draw(sampling, labels, to_uint8(images), time.perf_counter() - started)
+
+
+def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:
+    """Return the images of all draws with this requested class, uint8 [N, C, S, S]."""
+    return np.concatenate([draw.pixels[np.asarray(draw.labels) == label] for draw in draws])
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """Return 0, 1, ... classes - 1, 0, 1, ... of length `count`."""
+    return [index % classes for index in range(count)]

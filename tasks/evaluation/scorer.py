@@ -1,0 +1,210 @@
+"""Scoring drawn images with the judge, against the held-out images and against training images.
+
+`Scorer` holds the judge, both splits and their features. Distances compare a set of samples with the held-out split;
+the floor is the distance of training images in place of the samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from models.judges import metrics
+from tasks.evaluation.draws import balanced_labels
+from tasks.evaluation.protocol import Protocol, require_judge
+from tasks.params import IMAGES_PER_DIMENSION, ImageParams
+from tasks.pictures.images import load_pixels
+
+if TYPE_CHECKING:
+    from models.judges.judge import Judge
+
+FEATURE_BATCH = 500
+"""Training images that are in memory at a time, at most, while their features are computed."""
+SEARCHED = 20_000
+"""Training images among which near copies are searched for, at most."""
+COPY_QUANTILE = 0.01
+"""A sample is a near copy if it is nearer to a training image than this share of the held-out images."""
+
+
+class Neighbourhood(NamedTuple):
+    """The training images among which near copies are searched for."""
+
+    rows: np.ndarray
+    """Their indices in the training split, int64 [n]."""
+    features: np.ndarray
+    """float32 [n, D]."""
+    threshold: float
+    """Distance to the nearest training image below which a sample is a near copy."""
+
+
+class Scorer:
+    """A judge with the real images that it compares samples with. Images are uint8 [N, C, S, S].
+
+    Raises:
+        NotComparableError: if judge or data set are not those of the protocol.
+    """
+
+    def __init__(self, images: Path, judge: Judge, protocol: Protocol) -> None:
+        measurement = protocol.measurement
+        require_judge(images, judge, measurement)
+        shape = ImageParams(resolution=measurement.image["size"], channels=measurement.image["channels"])
+        self.judge = judge
+        self.measurement = measurement
+        self.held_out = load_pixels(images, "test", shape)
+        self.train = load_pixels(images, "train", shape)
+        self.reference = judge.features(self.held_out.pixels)
+        prompts = measurement.prompts
+        self.prompts = judge.clip_text_embeds(prompts) if judge.reads_captions and prompts else None
+
+    @property
+    def dimensions(self) -> int:
+        """D of the features."""
+        return int(self.reference.shape[1])
+
+    def distances(self, pixels: np.ndarray) -> dict[str, float]:
+        """Return the distances of images to the held-out split, and the Inception score if the extractor has one."""
+        features = self.judge.features(pixels)
+        precision, recall = metrics.precision_recall(features, self.reference)
+        found = {
+            "frechet_distance": metrics.frechet_distance(features, self.reference),
+            "kid": metrics.kernel_distance(features, self.reference, self.measurement.seed),
+            "precision": precision,
+            "recall": recall,
+        }
+        extractor = self.judge.extractor
+        if extractor is not None and extractor.class_logits is not None:
+            found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
+        return found
+
+    @functools.cached_property
+    def searched(self) -> Neighbourhood:
+        """The training images among which near copies are searched for."""
+        count = len(self.train.pixels)
+        rows = np.sort(np.random.default_rng(self.measurement.seed).permutation(count)[:SEARCHED])
+        features = self._training_features(rows)
+        distances = metrics.nearest(self.reference, features)[1]
+        return Neighbourhood(rows, features, float(np.quantile(distances, COPY_QUANTILE)))
+
+    def _training_features(self, rows: np.ndarray) -> np.ndarray:
+        """Return the features of training images, float32 [n, D], computed in parts to bound the memory."""
+        parts = (rows[start : start + FEATURE_BATCH] for start in range(0, len(rows), FEATURE_BATCH))
+        return np.concatenate([self.judge.features(self.train.pixels[part]) for part in parts])
+
+    def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the training image nearest to each image by features: index int64 [N], distance float64 [N]."""
+        index, distances = metrics.nearest(self.judge.features(pixels), self.searched.features)
+        return self.searched.rows[index], distances
+
+    def near_copies(self, pixels: np.ndarray) -> dict[str, float]:
+        """Return the share of images that are near copies of a training image."""
+        return {"near_copies": float((self.nearest_training(pixels)[1] < self.searched.threshold).mean())}
+
+    def small_n(self) -> str | None:
+        """Return why the distances are unreliable: too few images on a side for the features' dimension; else None."""
+        needed = IMAGES_PER_DIMENSION * self.dimensions
+        drawn, real = self.measurement.n_distance, len(self.reference)
+        if min(drawn, real) >= needed:
+            return None
+        return (
+            f"{drawn} samples and {real} held-out images for features of {self.dimensions} dimensions, which need "
+            f"{needed} of each"
+        )
+
+    def stand_ins(self, block: int) -> np.ndarray:
+        """Return training images for the floor: as many as a seed block draws, of the same classes, without repeats.
+
+        There are fewer if the training split has fewer.
+        """
+        count, classes = self.measurement.n_distance, self.measurement.labels
+        order = np.random.default_rng((self.measurement.seed, block)).permutation(len(self.train.pixels))
+        if classes is None or (self.train.labels < 0).all():
+            return self.train.pixels[order[:count]]
+        labels = self.train.labels[order]
+        wanted = np.bincount(balanced_labels(count, len(classes)), minlength=len(classes))
+        rows = [order[labels == label][:number] for label, number in enumerate(wanted)]
+        return self.train.pixels[np.concatenate(rows)]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any held-out image has a label."""
+        return bool((self.held_out.labels >= 0).any())
+
+    def held_out_for(
+        self, conditioning: str, count: int
+    ) -> tuple[np.ndarray, dict[str, list[int]] | dict[str, list[str]]]:
+        """Return at most `count` held-out images spread over the split, and their conditions.
+
+        The conditions are arguments of `Pipeline.condition`: `labels`, or `prompts` (first captions), or none. Images
+        without label or caption are left out for a model that needs one.
+        """
+        has = {
+            "none": np.ones(len(self.held_out.keys), bool),
+            "label": self.held_out.labels >= 0,
+            "text": np.array([bool(captions) for captions in self.held_out.captions]),
+        }[conditioning]
+        known = np.flatnonzero(has)
+        rows = known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
+        pixels = self.held_out.pixels[rows]
+        if conditioning == "label":
+            return pixels, {"labels": self.held_out.labels[rows].tolist()}
+        if conditioning == "text":
+            return pixels, {"prompts": [self.held_out.captions[row][0] for row in rows]}
+        return pixels, {}
+
+    def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
+        """Return the KID of images to the held-out images of a class, and its floor; empty with fewer than two images.
+
+        KID is the only distance that is reliable for so few images.
+        """
+        reference = self.reference[self.held_out.labels == label]
+        stand_ins = self.train.pixels[np.flatnonzero(self.train.labels == label)[: len(pixels)]]
+        if min(len(reference), len(pixels), len(stand_ins)) < 2:
+            return {}
+        return {
+            name: metrics.squared_mmd(self.judge.features(images), reference)
+            for name, images in (("kid", pixels), ("kid_floor", stand_ins))
+        }
+
+    def inception_style_score(self, pixels: np.ndarray) -> dict[str, float]:
+        """Return the Inception score by the judge's own classifier; empty without one."""
+        if self.judge.classifier is None:
+            return {}
+        return {"inception_style_score": metrics.inception_style_score(self.judge.class_logits(pixels))}
+
+    def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
+        """Return label accuracy and CLIP score of images with these requested classes, as far as the judge has them.
+
+        Images with label -1 are left out.
+        """
+        scores: dict[str, float] = {}
+        if labels is None:
+            return scores
+        known = np.asarray(labels) >= 0
+        wanted = np.asarray(labels)[known]
+        if self.judge.classifier is not None:
+            scores["label_accuracy"] = metrics.accuracy(self.judge.class_logits(pixels)[known], wanted)
+        if self.prompts is not None:
+            embeds = self.judge.clip_image_embeds(pixels)[known]
+            scores["clip_score"] = metrics.clip_score(embeds, self.prompts[wanted])
+        return scores
+
+    def real(self) -> dict[str, float]:
+        """Return the scores of the held-out images, the reference of the samples' scores."""
+        known = self.held_out.labels >= 0
+        scores = self.inception_style_score(self.held_out.pixels) | {"near_copies": COPY_QUANTILE}
+        if known.any():
+            scores |= self.fit_to_labels(self.held_out.pixels, self.held_out.labels.tolist())
+        elif self.prompts is not None:
+            scores |= self._fit_to_own_captions()
+        return scores
+
+    def _fit_to_own_captions(self) -> dict[str, float]:
+        """Return the CLIP score of the held-out images with their first captions, for data without labels."""
+        captioned = [row for row, captions in enumerate(self.held_out.captions) if captions]
+        texts = self.judge.clip_text_embeds([self.held_out.captions[row][0] for row in captioned])
+        embeds = self.judge.clip_image_embeds(self.held_out.pixels)[captioned]
+        return {"clip_score": metrics.clip_score(embeds, texts)}

@@ -1,0 +1,111 @@
+"""From drawn samples to `measurements.json`: means and spreads over the seed blocks, beside their references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tasks.evaluation.draws import Draw, draw_blocks
+from tasks.evaluation.protocol import UNGUIDED, Protocol
+from tasks.evaluation.scorer import Scorer
+from tasks.runtime.measures import Drawn, Measure, Measurements
+
+if TYPE_CHECKING:
+    from models.judges.judge import Judge
+    from models.pipeline import Pipeline
+
+CLIP_IS_CONDITION = "taken with the weights that condition the model, so it flatters"
+
+
+def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) -> Measurements:
+    """Draw from `pipeline` and measure the samples by `protocol`; `images` is the folder of the data set.
+
+    Raises:
+        NotComparableError: if pipeline, images or judge do not fit the protocol.
+    """
+    scorer = Scorer(images, judge, protocol)
+    return summarise(*draw_blocks(pipeline, protocol), scorer, protocol)
+
+
+def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, protocol: Protocol) -> Measurements:
+    """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images."""
+    measurement, sampling = protocol.measurement, protocol.unguided
+    blocks = [
+        scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
+        for draw in unguided
+    ]
+    fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
+    stand_ins = [scorer.stand_ins(block) for block in range(measurement.seed_blocks)]
+    floors = _means_and_spreads([scorer.distances(images) for images in stand_ins])
+    real = scorer.real()
+    guided_scale = protocol.guided.guidance_scale if protocol.guided else None
+
+    def measured(scores: list[dict[str, float]], drawn: Drawn, scale: float, n: int) -> dict[str, Measure]:
+        result = {}
+        for name, (value, spread) in _means_and_spreads(scores).items():
+            floor, floor_spread = floors.get(name, (None, None))
+            result[name] = Measure(
+                value=value,
+                spread=spread,
+                drawn=drawn,
+                guidance_scale=scale,
+                n=n,
+                floor=floor,
+                floor_spread=floor_spread,
+                real=_rounded(real[name]) if name in real else None,
+            )
+        return result
+
+    interval = sampling.guidance_interval
+    return Measurements(
+        fingerprint=protocol.fingerprint,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        eta=sampling.eta,
+        guidance_interval=(interval[0], interval[1]) if interval else None,
+        guided_scale=guided_scale,
+        seed_blocks=measurement.seed_blocks,
+        extractor=measurement.extractor,
+        n_samples=measurement.n_distance,
+        n_reference=measurement.reference.images,
+        n_floor=len(stand_ins[0]),
+        n_searched=len(scorer.searched.rows),
+        small_n=scorer.small_n(),
+        clip_score_note=CLIP_IS_CONDITION if protocol.clip_is_condition else None,
+        measures=measured(blocks, "unguided", UNGUIDED, measurement.n_distance)
+        | measured(fits, "guided", guided_scale or UNGUIDED, measurement.n_accuracy),
+        not_applicable=_not_applicable(scorer),
+    )
+
+
+def _means_and_spreads(blocks: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return the mean of each measure over the seed blocks, and the sample standard deviation."""
+    values = {name: [block[name] for block in blocks] for name in (blocks[0] if blocks else ())}
+    return {
+        name: (_rounded(float(np.mean(found))), _rounded(float(np.std(found, ddof=1))))
+        for name, found in values.items()
+    }
+
+
+def _rounded(value: float) -> float:
+    """Round to six digits: the last digits of linear algebra depend on the memory alignment of its input."""
+    return float(f"{value:.6g}")
+
+
+def _not_applicable(scorer: Scorer) -> dict[str, str]:
+    """Return the reason for each measure that was not taken."""
+    reasons = {}
+    if scorer.judge.classifier is None:
+        reasons["inception_style_score"] = reasons["label_accuracy"] = (
+            "the images have no labels to train a classifier on"
+        )
+    if not scorer.judge.reads_captions:
+        reasons["clip_score"] = "the images have no captions to train a CLIP on"
+    elif scorer.prompts is None:
+        reasons["clip_score"] = "the captions do not follow from the class that the model is asked for"
+    if scorer.measurement.labels is None:
+        reasons["label_accuracy"] = reasons["clip_score"] = "the model draws without labels or captions"
+    return reasons

@@ -1,0 +1,246 @@
+"""Pictures of the diffusion process: samples, forward and reverse process, and the nearest training images.
+
+Each function returns `Tiles`, the images of one table of the report, as uint8 [rows, columns, C, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models import pictures, schedules
+from models.pixels import to_uint8
+from models.samplers import Callback, SeededNoise
+from tasks.pictures.images import load_pixels, read_index
+from tasks.report.page import Neighbours, Tiles
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from models.pipeline import Pipeline
+    from models.schedules import Array
+    from tasks.params import ImageParams, VisualizeParams
+    from tasks.pictures.images import Samples
+
+STRIP_COLUMNS = 9
+FORWARD_ROWS, REVERSE_SAMPLES, UNCONDITIONAL_ROWS = 3, 2, 3
+ANIMATION_FRAMES = 48
+ANIMATION_PIXELS = 10 * 32 * 32
+"""Pixels of a row of the animation before enlargement: ten images of 32 x 32, fewer of larger ones."""
+TILE_PIXELS = 64
+"""Side of a tile in the PNG files, roughly."""
+SEARCH_BYTES = 1 << 29
+"""Largest size of all training pixels among which nearest neighbours are searched for."""
+SEARCH_BLOCK = 4096
+"""Training images that are compared at a time."""
+HELD_OUT_NEIGHBOURS = 256
+
+
+@dataclass
+class Trajectory:
+    """Sampler callback that keeps some steps: t, x_t and the predicted x_0, as uint8 [K, C, H, W]."""
+
+    x: torch.Tensor
+    """x_t before the next step; at first the noise from which sampling starts."""
+    kept: Sequence[int]
+    """Indices of the steps to keep."""
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    """See `Pipeline.decode`."""
+    times: list[int] = field(default_factory=list)
+    noisy: list[np.ndarray] = field(default_factory=list)
+    predicted: list[np.ndarray] = field(default_factory=list)
+
+    def __call__(self, i: int, t: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+        if i in self.kept:
+            self.times.append(t)
+            for images, values in ((self.noisy, self.x), (self.predicted, x0)):
+                images.append(to_uint8(self.decode(values).float().cpu().numpy()))
+        self.x = x
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples, and the sampling steps of one row of them."""
+
+    samples: Tiles
+    trajectory: Trajectory
+    names: list[str]
+    """Class of each column; empty strings for an unconditional model."""
+
+
+def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
+    """Draw a row of samples for each guidance scale, and keep the steps of the middle row.
+
+    In a conditional model's rows the seeds are the same, so a column differs by its guidance alone. An unconditional
+    model gets `UNCONDITIONAL_ROWS` rows of different seeds.
+    """
+    columns = range(params.columns)
+    conditional = model.info.conditioning != "none"
+    labels = [column * len(model.info.classes) // params.columns for column in columns] if conditional else None
+    names = [model.info.classes[label] for label in labels] if labels else [""] * params.columns
+    scales = params.guidance_scales if conditional else (1.0,) * UNCONDITIONAL_ROWS
+    followed = len(scales) // 2 if conditional else 0
+    rows, paths = [], []
+    with tqdm(
+        total=len(scales) * params.steps, desc="visualize", unit="step", mininterval=1, dynamic_ncols=True, delay=2
+    ) as bar:
+        for row, scale in enumerate(scales):
+            seeds = [params.seed + column + (0 if conditional else row * params.columns) for column in columns]
+            start = torch.from_numpy(SeededNoise(seeds, model.info.input_shape)()).to(model.device)
+            path = Trajectory(start, spread(params.steps, ANIMATION_FRAMES) if row == followed else (), model.decode)
+            callback = _both(path, bar.update)
+            rows.append(model.sample(seeds, labels, params.sampling(scale), batch_size=len(seeds), callback=callback))
+            paths.append(path)
+    titles = [f"w = {scale:g}" for scale in scales] if conditional else [""] * len(scales)
+    return Drawn(Tiles(to_uint8(np.stack(rows)), titles, names), paths[followed], names)
+
+
+def _both(callback: Callback, tick: Callable[[], object]) -> Callback:
+    def step(i: int, t: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+        callback(i, t, x, x0)
+        tick()
+
+    return step
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return at most `count` evenly spread indices of 0..total-1, including both ends."""
+    return sorted({round(index) for index in np.linspace(0, total - 1, min(total, count))})
+
+
+def _choose(held_out: Samples, count: int) -> list[int]:
+    """Return the indices of `count` held-out images, of evenly spread classes if they have labels."""
+    labels = sorted({int(label) for label in held_out.labels if label >= 0})
+    if not labels:
+        return spread(len(held_out.pixels), count)
+    wanted = [labels[index] for index in spread(len(labels), count)]
+    return [int((held_out.labels == label).argmax()) for label in wanted]
+
+
+def _noised(model: Pipeline, pixels: np.ndarray, alpha_bar: Array, times: Sequence[int], seed: int) -> np.ndarray:
+    """Return the image uint8 [C, H, W] and its x_t at each of `times`: uint8 [1 + len(times), C, H, W].
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), with the same eps for all t.
+    """
+    clean = model.encode(pixels[None])
+    noise = torch.from_numpy(SeededNoise([seed], model.info.input_shape)()).to(clean.device)
+    steps = [float(np.sqrt(alpha_bar[t])) * clean + float(np.sqrt(1 - alpha_bar[t])) * noise for t in times]
+    return np.concatenate([pixels[None], to_uint8(model.decode(torch.cat(steps)).float().cpu().numpy())])
+
+
+def _forward_times(model: Pipeline) -> list[int]:
+    return spread(model.info.timesteps, STRIP_COLUMNS)[1:]
+
+
+def forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
+    """Show the forward process of a few held-out images."""
+    times, chosen = _forward_times(model), _choose(held_out, FORWARD_ROWS)
+    alpha_bar = model.alpha_bar
+    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed + row) for row, index in enumerate(chosen)]
+    return Tiles(
+        np.stack(strips),
+        [_class_name(model, int(held_out.labels[index])) for index in chosen],
+        ["image", *(f"t = {t}" for t in times)],
+        ["ᾱ = 1", *(f"{alpha_bar[t]:.2g}" if alpha_bar[t] >= 0.001 else "< 0.001" for t in times)],
+    )
+
+
+def forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
+    """Show the forward process of one held-out image under each noise schedule."""
+    times, index = _forward_times(model), _choose(held_out, FORWARD_ROWS)[-1]
+    names = list(schedules.SCHEDULES)
+    own = model.info.schedule
+    levels = [schedules.alpha_bar(betas) for betas in schedule_betas(model).values()]
+    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
+    columns = ["image", *(f"t = {t}" for t in times)]
+    return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own) if own in names else None)
+
+
+def schedule_betas(model: Pipeline) -> dict[str, Array]:
+    """Return the betas of every schedule by name, float64 [T]; the model's own stand for its schedule."""
+    timesteps, own = model.info.timesteps, model.info.schedule
+    return {name: model.betas if name == own else schedules.betas(name, timesteps) for name in schedules.SCHEDULES}
+
+
+def _class_name(model: Pipeline, label: int) -> str:
+    return model.info.classes[label] if 0 <= label < len(model.info.classes) else ""
+
+
+def reverse(trajectory: Trajectory, names: Sequence[str]) -> Tiles:
+    """Show x_t and the predicted x_0 of a few samples, at timesteps spread over the sampling."""
+    steps = spread(len(trajectory.times), STRIP_COLUMNS)
+    strips, titles = [], []
+    for sample in spread(len(names), REVERSE_SAMPLES + 2)[1:-1] or [0]:
+        for what, images in (("noisy", trajectory.noisy), ("predicted", trajectory.predicted)):
+            strips.append(np.stack([images[step][sample] for step in steps]))
+            titles.append(f"{names[sample]}, {what}" if names[sample] else what)
+    return Tiles(np.stack(strips), titles, [f"t = {trajectory.times[step]}" for step in steps])
+
+
+def neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Drawn) -> Neighbours | None:
+    """Show the nearest training image of each sample in the first row, with the distances of held-out images.
+
+    Returns None if the training pixels exceed `SEARCH_BYTES`.
+    """
+    count = read_index(images)["splits"].get("train", 0)
+    if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
+        return None
+    train = load_pixels(images, "train", image).pixels
+    samples = drawn.samples.images[0]
+    nearest, distances = nearest_images(samples, train)
+    real = nearest_images(held_out.pixels[spread(len(held_out.pixels), HELD_OUT_NEIGHBOURS)], train)[1]
+    tiles = Tiles(
+        np.stack([samples, train[nearest]]), ["sample", "nearest"], drawn.names, [f"{d:.3f}" for d in distances]
+    )
+    return Neighbours(tiles, f"{np.median(distances):.3f}", f"{np.median(real):.3f}")
+
+
+def nearest_images(queries: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the index of the candidate nearest to each query, int64 [Q], and its distance, float64 [Q].
+
+    Both uint8 [., C, H, W]. The distance is the root mean squared difference of the pixels, scaled to 0..1.
+    """
+    wanted = queries.reshape(len(queries), -1).astype(np.float32)
+    best, index = np.full(len(wanted), np.inf, np.float32), np.zeros(len(wanted), np.int64)
+    for start in range(0, len(candidates), SEARCH_BLOCK):
+        block = candidates[start : start + SEARCH_BLOCK].reshape(-1, wanted.shape[1]).astype(np.float32)
+        # |q - c|^2 without |q|^2, which is the same for all candidates
+        squares = (block**2).sum(axis=1) - 2 * wanted @ block.T
+        found = squares.argmin(axis=1)
+        smallest = squares[np.arange(len(wanted)), found]
+        index = np.where(smallest < best, start + found, index)
+        best = np.minimum(best, smallest)
+    differences = queries.astype(np.float64) - candidates[index].astype(np.float64)
+    return index, np.sqrt((differences**2).mean(axis=(1, 2, 3))) / 255
+
+
+def animation(trajectory: Trajectory, names: Sequence[str]) -> list[Image.Image]:
+    """Return one picture per kept step: noisy images above, predicted clean ones below."""
+    largest = 2 * TILE_PIXELS
+    count = min(len(names), max(1, ANIMATION_PIXELS // min(trajectory.noisy[0].shape[-1], largest) ** 2))
+    titles = names[:count] if any(names) else None
+    frames = []
+    for t, noisy, predicted in zip(trajectory.times, trajectory.noisy, trajectory.predicted, strict=True):
+        both = pictures.shrunk(np.concatenate([noisy[:count], predicted[:count]]), largest)
+        frames.append(pictures.grid(both, count, tile_scale(both), [f"t = {t}", "predicted"], titles))
+    return frames
+
+
+def tile_scale(images: np.ndarray) -> int:
+    """Return the whole factor that enlarges images to about `TILE_PIXELS`."""
+    return max(1, round(TILE_PIXELS / images.shape[-1]))
+
+
+def save_tiles(tiles: Tiles, file: Path) -> None:
+    """Write a table of images as one PNG file, without titles if all are empty."""
+    rows, columns = tiles.images.shape[:2]
+    flat = tiles.images.reshape(rows * columns, *tiles.images.shape[2:])
+    row_titles = tiles.row_titles if any(tiles.row_titles) else None
+    column_titles = tiles.column_titles if any(tiles.column_titles) else None
+    pictures.save_png(pictures.grid(flat, columns, tile_scale(flat), row_titles, column_titles), file)

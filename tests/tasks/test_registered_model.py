@@ -1,0 +1,114 @@
+"""The registered model in use: the images that PyTorch draws, and wrong requests answered in one sentence."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import model_outputs
+from tests.support.registry import loaded, workspace_in
+
+
+def test_registered_model_draws_what_pytorch_draws(work):
+    from models.pipeline import load_pipeline
+    from models.pixels import to_uint8
+    from models.samplers import Sampling
+
+    work.register()
+    model = loaded()
+    (request_,) = model.metadata.signature.inputs.to_dict()
+    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval"}
+    assert set(request_["properties"]) == fields
+    requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
+    assert all(line.split("==")[1][0].isdigit() for line in requirements)
+    settings = {"eta": 0.5, "guidance_interval": [0.1, 2.0]}
+    first, second = model.predict(
+        [
+            {"prompt": "a cat", "seed": 5, "steps": 6, "sampler": "ddim", "guidance": 1.5},
+            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5} | settings,
+        ]
+    )
+    pipeline = load_pipeline(work.root / "outputs" / "pipeline")
+    expected = to_uint8(
+        np.concatenate(
+            [
+                pipeline.sample([5], [2], Sampling("ddim", 6, guidance_scale=1.5)),
+                pipeline.sample([6], [2], Sampling("ddim", 6, 0.5, 1.5, (0.1, 2.0))),
+            ]
+        )
+    )
+    for png, image in zip((first, second), expected, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
+        assert np.abs(pixels.astype(int) - image[0]).max() <= 1
+    assert first != second
+    assert model.predict(model.input_example)[0][:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        ({"label": 0, "step": 5}, "step"),
+        ({"label": 0, "seed": "one"}, "seed"),
+        ({"prompt": "a bird"}, "names no class"),
+        ({"prompt": "a cat and a dog"}, "names dog, cat"),
+        ({"prompt": "cat", "label": 1}, "not both"),
+        ({"label": 7}, "between 0 and 2"),
+        ({}, "needs a label"),
+        ({"label": 0, "sampler": "euler"}, "unknown sampler"),
+        ({"label": 0, "steps": 21}, "sampling steps 21"),
+    ],
+)
+def test_registered_model_refuses_what_it_cannot_do(registered, request_, complaint):
+    with pytest.raises(Exception, match=complaint):
+        registered.predict([request_])
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        ({"label": 7}, "labels must lie between 0 and 2"),
+        ({"prompt": "a bird"}, "names no class; name exactly one of"),
+        ({"label": 0, "steps": 21}, "sampling steps 21"),
+        ({"label": 0, "sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"label": 0, "step": 5}, "step"),
+        ({"label": 0, "seed": "one"}, "seed"),
+    ],
+)
+def test_served_model_answers_a_wrong_request_without_a_stack_trace(registered, request_, complaint):
+    """Through the application that `mlflow models serve` runs."""
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc import scoring_server
+
+    with TestClient(scoring_server.init(registered)) as client:
+        answer = client.post("/invocations", json={"inputs": [request_]})
+        right = client.post("/invocations", json={"inputs": [{"label": 0, "seed": 1, "steps": 2}]})
+    assert (answer.status_code, right.status_code) == (400, 200)
+    assert "stack_trace" not in answer.json() and "Traceback" not in answer.text
+    assert complaint in answer.json()["message"]
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory, exported, migrated_database):
+    """The registered model, loaded once for all wrong requests."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        work = workspace_in(tmp_path_factory.mktemp("registered"), exported, migrated_database, monkeypatch)
+        work.register()
+        return loaded()
+
+
+def test_an_unconditional_model_is_registered_and_draws(
+    tmp_path, exported_unconditional, migrated_database, monkeypatch
+):
+    work = workspace_in(tmp_path, exported_unconditional, migrated_database, monkeypatch)
+    model_outputs.write_reports(work.root, label_accuracy=None, guided_scale=None)
+    model_outputs.run_package(work.root)
+    work.again()
+    assert work.aliases == {"challenger": 1, "champion": 1}
+    assert loaded().predict([{"seed": 1, "steps": 3}])[0][:4] == b"\x89PNG"
+    with pytest.raises(Exception, match="unconditional"):
+        loaded().predict([{"prompt": "cat", "steps": 3}])
