@@ -40,7 +40,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     none, the label, or the token sequence of a text encoder, published or trained here on the captions.
     """
     require_accepted(accepted)
-    classes = read_index(images)["classes"]
+    classes = read_index(images).classes
     document: dict[str, Any] = {
         "format": FORMAT,
         "kind": params.kind,
