@@ -10,6 +10,7 @@ import pytest
 
 from tasks import ingest
 from tasks.ingest import _problem
+from tasks.pictures.index import CaptionFile
 from tasks.runtime.stage import StageError
 from tasks.sources import archives, folder, packing, picture_tables
 from tasks.sources.entry import TableColumns
@@ -97,7 +98,7 @@ def test_every_common_form_is_read(read, form, where):
     source, rows, refused = read({where + key: data for key, data in PICTURES.items()} | {name: content})
     assert rows == {where + key: [text] for key, text in TEXT.items()}
     assert (refused, source.unmatched_captions) == ({}, 0)
-    assert source.caption_files == [{"key": name, "captions": 4, "matched": 4, "unmatched": 0, "first_unmatched": ""}]
+    assert source.caption_files == [CaptionFile(name, captions=4, matched=4)]
     assert source.notes == (f"4 captions from {name}",)
 
 
@@ -105,7 +106,7 @@ def test_a_name_that_is_no_text_names_no_image(read):
     lines = b"image,caption\nx0.png,a dog\ncaf\xe9.png,a cup\n\n,\n"
     source, rows, refused = read(PICTURES | {"c.csv": lines})
     assert (rows["x0.png"], refused, source.unmatched_captions) == (["a dog"], {}, 1)
-    assert source.caption_files[0]["first_unmatched"] == "line 3: caf%udce9.png"
+    assert source.caption_files[0].first_unmatched == "line 3: caf%udce9.png"
 
 
 def test_a_path_of_another_machine_tells_two_images_of_one_name_apart(read):
@@ -164,7 +165,7 @@ NOT_READ = {
     "Parquet": ("metadata.parquet", b"PAR1", "not as .parquet"),
     "lines without captions": ("m.jsonl", '{"file_name": "x0.png", "words": "a dog"}\n', "no key is called caption"),
     "COCO of another set": ("captions.json", json.dumps(coco()).replace("x", "y"), "names none of the 4 images"),
-    "captions deeper in a document": ("a.json", json.dumps({"data": {"x0": {"caption": "a dog"}}}), "in a form"),
+    "captions deeper in a document": ("a.json", json.dumps({"data": {"x0": {"caption": "a dog"}}}), "unsupported format"),
     "a document that is cut": ("meta_cap.json", '{"x0.png": {"capt', "Unterminated string"),
     "a text of the name of an image elsewhere": ("words/x0.txt", "a dog", "does not lie beside it"),
     "a text of the name in other case": ("X0.TXT", "a dog", "does not lie beside it"),
@@ -174,7 +175,7 @@ NOT_READ = {
     "a nested file beside an image": ("x0.json", '{"caption":' * 90_000, "nested deeper than 64 levels"),
     "a damaged file beside an image": ("x0.json", "{broken", "Expecting property name"),
     "a key beside an image": ("x0.json", '{"caption_en": "a dog"}', "no key is called caption"),
-    "a text of no image": ("captions/y0.txt", "a dog", "no image has its name"),
+    "a text of no image": ("captions/y0.txt", "a dog", "no image has the same name"),
     "an oversized text": ("x0.txt", "a" * 2_000_000, "over the limit"),
 }
 

@@ -61,17 +61,17 @@ REFUSED = {
     "captions that are not there": (
         PLAIN,
         {"codec.conditioning": "text"},
-        "images have no caption, and codec.conditioning is 'text'; write them, set ingest.caption_templates",
+        "images have no caption, and codec.conditioning is 'text'; add captions, set ingest.caption_templates",
     ),
     "a caption that is missing, and only warned about": (
         CAPTIONED,
         {"codec.conditioning": "text"},
-        "images have no caption, and codec.conditioning is 'text'; write them, set ingest.caption_templates",
+        "images have no caption, and codec.conditioning is 'text'; add captions, set ingest.caption_templates",
     ),
     "a class that is only held out": (
         files(5, 3) | {f"test/owl/{number}.png": picture(900 + number) for number in range(3)},
         {"codec.conditioning": "label"},
-        "classes have no training image; move images of theirs to the training split, or lower ingest.held_out_",
+        "classes have no training image; move some of their images to the training split, or lower ingest.held_out_",
     ),
 }
 

@@ -157,9 +157,9 @@ def test_hashes_of_the_content_are_told_from_other_numbers(tmp_path, chosen):
 @pytest.mark.parametrize(
     ("columns", "filters", "said"),
     [
-        ({"TEXT": ["a"]}, {}, "has no column of addresses"),
-        ({"URL": addresses_of(1)}, {"max_unsafe": 0.1}, "has no column 'punsafe', at which download.laion.max_unsafe"),
-        ({"URL": addresses_of(1)}, {"languages": ["en"]}, r"no column 'language'.*set that to \[\] to do without"),
+        ({"TEXT": ["a"]}, {}, "has no column of URLs"),
+        ({"URL": addresses_of(1)}, {"max_unsafe": 0.1}, "has no column 'punsafe', which download.laion.max_unsafe"),
+        ({"URL": addresses_of(1)}, {"languages": ["en"]}, r"no column 'language'.*set that to \[\] to disable the filter"),
         ({"URL": ["ftp://x/y"]}, {}, r"none of 1 rows passes the filters \(1 no http"),
     ],
 )
@@ -327,7 +327,7 @@ def test_the_whole_with_img2dataset(internet, tmp_path):
 
 def test_too_few_successes_stop_and_keep_what_came(internet, engine, tmp_path):
     file = prepare(internet, tmp_path / "t.parquet", 30)
-    with pytest.raises(StageError, match=r"31 of 38 addresses gave an image .*min_success_rate 0\.9"):
+    with pytest.raises(StageError, match=r"31 of 38 URLs gave an image .*min_success_rate 0\.9"):
         download(tmp_path / "raw", asked(file, min_success_rate=0.9))
     assert not (tmp_path / "raw").exists()
     internet.requests.clear()

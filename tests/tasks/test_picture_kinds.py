@@ -201,7 +201,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, form):
                 block = tarfile.TarInfo("a.png").tobuf()
                 archive.fileobj.write(block * ((40 << 20) // len(block)))
     assert path.stat().st_size < 1_000_000
-    with pytest.raises(StageError, match=r"let download\.path name the folder"):
+    with pytest.raises(StageError, match=r"set download\.path to the folder"):
         archives.list_members(path)
 
 

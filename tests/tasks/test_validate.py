@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ from tasks.runtime import integrity
 from tasks.runtime.stage import StageError
 from tasks.sources import quarantine
 from tasks.validate import validate
+from tasks.validation.expectations import Table, judge
+from tasks.validation.findings import Gate
 from tests.support.data_inputs import (
     ROOT,
     contents,
@@ -143,7 +146,7 @@ def every_caption(special):
 
 
 def near(seed):
-    """Almost `picture(seed)`: another file whose perceptual hash is the same or a bit apart."""
+    """Almost `picture(seed)`: another file whose perceptual hash is the same or differs in one bit."""
     image = PIL.Image.open(io.BytesIO(picture(seed))).convert("RGB")
     file = io.BytesIO()
     image.point(lambda value: max(0, value - 2)).save(file, "PNG")
@@ -177,7 +180,7 @@ CASES = {
     "leaks": (
         CLASSED | {f"test/cat/copy{seed}.png": picture(seed) for seed in range(8)},
         {},
-        "held out and trained on",
+        "held out and in the training split",
         "test/cat/copy0.png",
     ),
     "a long caption": (with_captions(every_caption("x" * 3000)), {}, "max_caption_characters", "train/cat/3.png"),
@@ -191,20 +194,20 @@ CASES = {
     "near leaks": (
         CLASSED | {f"test/cat/near{seed}.png": near(seed) for seed in range(8)},
         {"warn_only": []},
-        "nearly the same was trained on",
+        "a near duplicate is in the training split",
         "test/cat/near0.png",
     ),
     "another script": (with_captions(every_caption("кошка (cat)")), {"warn_only": []}, "LATIN", "train/cat/3.png"),
     "unsafe": (
         CLASSED,
         {"change": ("safety", lambda row: "unsafe" if row["key"] == "train/cat/3.png" else "safe")},
-        "not marked safe",
+        "not rated safe",
         "train/cat/3.png",
     ),
     "safety unknown": (
         CLASSED,
         {"change": ("safety", lambda row: None if row["key"] == "train/cat/3.png" else "safe")},
-        "not marked safe",
+        "not rated safe",
         "train/cat/3.png",
     ),
     "no origin": (CLASSED, {"change": ("source", lambda row: "")}, "no origin", "test/cat/0.png"),
@@ -290,10 +293,11 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     assert "smaller than validate.min_side 12; remove them, or set it to 9" in said
     assert "train/cat/x.png" in said
     assert judged(files, min_side=9, resolution=12) is None
-    told = "1 images are smaller than image.resolution 12 and are enlarged"
-    assert f"validate: {told}" in capsys.readouterr().out
+    note = "1 images are smaller than image.resolution 12 and are enlarged"
+    assert f"validate: {note}" in capsys.readouterr().out
     findings = json.loads((tmp_path / "report" / "findings.json").read_text())["findings"]
-    assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
+    assert [finding["gate"]["note"] for finding in findings if finding["gate"]["check"] == "size"] == [note]
+    assert f'<td data-column="Note">{note}</td>' in (tmp_path / "report" / "index.html").read_text()
 
 
 KAGGLE = {
@@ -316,13 +320,20 @@ def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, 
 def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged, capsys):
     folders = CLASSED | {f"words/{seed}.txt": b"a cat" for seed in range(3)}
     assert judged(folders, max_quarantined_fraction=0.1) is None
-    told = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in told if line.startswith("ingest: 3 files or lines look like captions")]
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("ingest: 3 files or lines look like captions")]
     assert "are not read (words/0.txt: it has the name of an image" in line
     findings = json.loads((tmp_path / "report" / "findings.json").read_text())["findings"]
     (failed,) = [finding for finding in findings if not finding["success"]]
     assert (failed["unexpected"], failed["offenders"][0]) == (3, "words/0.txt")
     assert any("does not lie beside it" in page.read_text() for page in (tmp_path / "report").rglob("*.html"))
+
+
+def test_two_gates_of_a_table_must_not_expect_the_same(tmp_path):
+    """Great Expectations would merge them and return one result too few."""
+    gates = [Gate(check, "ExpectColumnValuesToNotBeNull", {"column": "key"}, "empty") for check in ("keys", "names")]
+    with pytest.raises(AssertionError, match="gates of the table 'images' expect the same twice: names"):
+        judge([Table("images", pd.DataFrame({"key": ["a"]}), gates)], tmp_path / "docs")
 
 
 def test_a_failure_may_be_made_a_warning(judged):
