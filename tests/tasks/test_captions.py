@@ -1,4 +1,4 @@
-"""Captions in the forms in which people have them: joined with their images, or reported, never lost in silence."""
+"""Captions in common formats: joined with their images or reported, never ignored."""
 
 import json
 import unicodedata
@@ -109,7 +109,7 @@ def test_a_name_that_is_no_text_names_no_image(read):
     assert source.caption_files[0].first_unmatched == "line 3: caf%udce9.png"
 
 
-def test_a_path_of_another_machine_tells_two_images_of_one_name_apart(read):
+def test_a_path_of_another_machine_distinguishes_two_images_of_one_name(read):
     files = {"a/1.png": picture(1), "b/1.png": picture(2)}
     lines = "image,caption\nC:\\set\\a\\1.png,one\n/home/set/b/1.png,two\n"
     _, rows, _ = read(files | {"c.csv": lines.encode()})
@@ -165,7 +165,11 @@ NOT_READ = {
     "Parquet": ("metadata.parquet", b"PAR1", "not as .parquet"),
     "lines without captions": ("m.jsonl", '{"file_name": "x0.png", "words": "a dog"}\n', "no key is called caption"),
     "COCO of another set": ("captions.json", json.dumps(coco()).replace("x", "y"), "names none of the 4 images"),
-    "captions deeper in a document": ("a.json", json.dumps({"data": {"x0": {"caption": "a dog"}}}), "unsupported format"),
+    "captions deeper in a document": (
+        "a.json",
+        json.dumps({"data": {"x0": {"caption": "a dog"}}}),
+        "unsupported format",
+    ),
     "a document that is cut": ("meta_cap.json", '{"x0.png": {"capt', "Unterminated string"),
     "a text of the name of an image elsewhere": ("words/x0.txt", "a dog", "does not lie beside it"),
     "a text of the name in other case": ("X0.TXT", "a dog", "does not lie beside it"),

@@ -82,7 +82,9 @@ def taken(tmp_path, monkeypatch):
             params = DownloadParams(source="cifar10", allow_private_addresses=True)
             with atomic.writing_folder(tmp_path / "raw") as raw:
                 write_manifest(raw, "cifar10", cifar.copy(raw, params, published), "unknown")
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params(caption_templates=["a {}"]))
+        ingest(
+            tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params(caption_templates=["a {}"])
+        )
         return read_index(tmp_path / "images")
 
     return call

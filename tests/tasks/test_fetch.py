@@ -28,7 +28,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture
 def get(tmp_path):
-    """`fetch` into `tmp_path/file` with the right checksum and private addresses allowed, unless told otherwise."""
+    """`fetch` into `tmp_path/file` with the right checksum and private addresses allowed by default."""
 
     def call(*urls, **others):
         options = {"sha256": SHA256, "max_bytes": 10**9, "timeout_seconds": 60, "allow_private_addresses": True}

@@ -77,7 +77,7 @@ def test_cifar10_as_published(site, taken):
 
 
 def test_celebahq_as_published(site, taken):
-    """Six files with hashes in their names, a validation file that is held out, labels that nobody named."""
+    """Six files with hashes in their names, a held-out validation file, labels without class names."""
     files = {
         f"data/train-0000{number}-of-00002-0a1b2c3d4e5f.parquet": table([picture(number)] * 2, label=[0, 1])
         for number in range(2)

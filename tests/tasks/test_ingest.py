@@ -1,4 +1,4 @@
-"""The stage `ingest`: any source becomes one form; what cannot be read goes to quarantine; nothing is lost on the way."""
+"""The stage `ingest`: every source becomes one dataset format, unreadable inputs go to quarantine, none is lost."""
 
 import hashlib
 import io
@@ -479,7 +479,9 @@ def test_the_largest_pictures_in_little_memory(tmp_path):
         tmp_path / "params.yaml", download={"source": "folder", "path": str(tmp_path / "in.zip"), "licence": "none"}
     )
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
-    done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
+    done, peak = run_and_measure(
+        "ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params
+    )
     assert done.returncode == 0, done.stderr
     assert "0 in quarantine" in done.stdout
     assert peak < 1.5 * 2**30
@@ -500,7 +502,9 @@ def test_sixty_thousand_images_at_most_of_the_decode_speed_in_little_memory(tmp_
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
     shares = []
     for _ in range(3):
-        done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
+        done, peak = run_and_measure(
+            "ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params
+        )
         assert done.returncode == 0, done.stderr
         assert peak < 1.5 * 2**30
         shares.append(int(re.search(r"(\d+)% of the ceiling", done.stdout).group(1)))

@@ -146,7 +146,7 @@ def test_languages_and_the_limit(tmp_path, chosen):
     assert len(rows) == 4
 
 
-def test_hashes_of_the_content_are_told_from_other_numbers(tmp_path, chosen):
+def test_hashes_of_the_content_are_distinguished_from_other_numbers(tmp_path, chosen):
     md5, sha256 = md5_of(b"x"), hashlib.sha256(b"x").hexdigest()
     file = table(tmp_path / "a.parquet", url=addresses_of(4), hash=[md5, None, "1234567890", sha256])
     counts, rows = chosen(file)
@@ -159,7 +159,11 @@ def test_hashes_of_the_content_are_told_from_other_numbers(tmp_path, chosen):
     [
         ({"TEXT": ["a"]}, {}, "has no column of URLs"),
         ({"URL": addresses_of(1)}, {"max_unsafe": 0.1}, "has no column 'punsafe', which download.laion.max_unsafe"),
-        ({"URL": addresses_of(1)}, {"languages": ["en"]}, r"no column 'language'.*set that to \[\] to disable the filter"),
+        (
+            {"URL": addresses_of(1)},
+            {"languages": ["en"]},
+            r"no column 'language'.*set that to \[\] to disable the filter",
+        ),
         ({"URL": ["ftp://x/y"]}, {}, r"none of 1 rows passes the filters \(1 no http"),
     ],
 )
@@ -198,7 +202,7 @@ def failed(row, error, status="failed_to_download"):
     return {"row": row, "url": f"https://example.org/{row}", "status": status, "error_message": error}
 
 
-def test_outcomes_are_told_apart(tmp_path):
+def test_outcomes_are_distinguished(tmp_path):
     rows = [
         fine(1),
         fine(0, expected_hash=md5_of(picture(0))),

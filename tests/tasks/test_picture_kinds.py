@@ -108,9 +108,9 @@ def test_converted_pictures_are_counted(tmp_path, taken, capsys):
     files = {f"{name}.png": tagged(name, (200, place, 30)) for place, name in enumerate(PROFILES)}
     index, keys, _ = taken(write_tree(tmp_path / "in", files))
     assert (len(keys), index.profiles) == (4, {"converted": 1, "not usable": 1})
-    told = capsys.readouterr().out
-    assert "1 images have a colour profile other than sRGB and are converted to sRGB (first converted.png)" in told
-    assert "(first not usable.png)" in told
+    output = capsys.readouterr().out
+    assert "1 images have a colour profile other than sRGB and are converted to sRGB (first converted.png)" in output
+    assert "(first not usable.png)" in output
 
 
 @pytest.mark.parametrize("size", [2 << 20, 80 << 20])
