@@ -138,7 +138,7 @@ def test_classes_that_the_table_does_not_name(site, taken, labels, classes, expe
 
 
 def test_labels_and_captions_that_are_no_number_and_no_text(site, taken):
-    """Columns with NaN, as tables out of pandas have them: no label, no caption; a number that is none goes to quarantine."""
+    """Columns with NaN, as written by pandas: no label, no caption; a number that is not a class goes to quarantine."""
     labels = [0.0, 1.0, float("nan"), 1.5, float("inf"), None]
     captions = [float("nan")] * 6
     data = table([picture(seed) for seed in range(6)], label=labels, note=captions)
@@ -287,7 +287,7 @@ def test_offline_only_the_cache_is_used(site, tmp_path):
     (first, data), (second, other) = files.items()
     blob = fill_cache(tmp_path / "home", first, data)
     done = entry_point(site, tmp_path, HF_HUB_OFFLINE="1")
-    assert "the hub's cache lacks train-00001-of-00002" in done.stderr
+    assert "the local cache lacks train-00001-of-00002" in done.stderr
     fill_cache(tmp_path / "home", second, other)
     done = entry_point(site, tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
@@ -311,7 +311,7 @@ def test_what_the_cache_holds_is_not_fetched_again(site, tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"hub": {"repo": "a/b", "revision": COMMIT, "files": "*.zip"}}, "no file of a/b fits"),
+        ({"hub": {"repo": "a/b", "revision": COMMIT, "files": "*.zip"}}, "no file of a/b matches"),
         ({"hub": {"repo": "a/b", "revision": COMMIT, "files": "README.md"}}, "publishes no sha256"),
         ({"hub": {"repo": "a/b/c", "revision": COMMIT}}, "is not the name of a dataset"),
         ({"max_bytes": 10}, "over download.max_bytes 10"),

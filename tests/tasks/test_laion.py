@@ -46,8 +46,8 @@ def chosen(tmp_path):
         urls.mkdir()
         counts = laion.select(list(files), urls, LaionParams.model_validate(OFF | filters))
         rows = [row for file in sorted(urls.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-        assert counts["read"] == counts["kept"] + sum(counts["left_out"].values())
-        assert [row["row"] for row in rows] == list(range(counts["kept"]))
+        assert counts.rows == counts.kept + sum(counts.left_out.values())
+        assert [row["row"] for row in rows] == list(range(counts.kept))
         return counts, rows
 
     return call
@@ -76,7 +76,7 @@ def test_each_filter_counts_what_it_leaves_out(tmp_path, chosen):
         "max_unsafe": 0.1,
     }
     counts, rows = chosen(file, **filters)
-    assert counts["left_out"] == {
+    assert counts.left_out == {
         "smaller than min_side": 2,
         "longer than max_aspect_ratio": 1,
         "under min_similarity": 1,
@@ -134,7 +134,7 @@ def test_only_web_addresses_and_each_once(tmp_path, chosen):
         "https://example.org/a.jpg",
     ]
     counts, rows = chosen(table(tmp_path / "a.parquet", url=urls))
-    assert counts["left_out"] == {"no http(s) address": 10, "repeated": 1}
+    assert counts.left_out == {"no http(s) address": 10, "repeated": 1}
     assert [row["url"] for row in rows] == urls[:2]
 
 
@@ -142,7 +142,7 @@ def test_languages_and_the_limit(tmp_path, chosen):
     first = table(tmp_path / "a.parquet", url=addresses_of(4), language=["en", "de", "en", "fr"])
     second = table(tmp_path / "b.parquet", url=[f"{url}?b" for url in addresses_of(3)], LANGUAGE=["en", "en", None])
     counts, rows = chosen(first, second, languages=["en", "fr"], max_images=4)
-    assert counts["left_out"] == {"of another language": 2, "over max_images": 1}
+    assert counts.left_out == {"of another language": 2, "over max_images": 1}
     assert len(rows) == 4
 
 
@@ -150,7 +150,7 @@ def test_hashes_of_the_content_are_distinguished_from_other_numbers(tmp_path, ch
     md5, sha256 = md5_of(b"x"), hashlib.sha256(b"x").hexdigest()
     file = table(tmp_path / "a.parquet", url=addresses_of(4), hash=[md5, None, "1234567890", sha256])
     counts, rows = chosen(file)
-    assert counts["hash_kind"] == "md5"
+    assert counts.hash_kind == "md5"
     assert [row["expected_hash"] for row in rows] == [md5, None, None, None]
 
 
