@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from tasks.formats.verdict import require_accepted
 from tasks.params import ImageParams, JudgeParams
-from tasks.pictures.images import Samples, load_pixels, read_index
+from tasks.pictures.images import Samples, load_pixels
+from tasks.pictures.index import read_index
 from tasks.pretrained import extractors
 from tasks.runtime import stage
 
@@ -40,7 +41,7 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     from tasks.runtime.atomic import writing_folder
 
     require_accepted(accepted)
-    classes = read_index(images)["classes"]
+    classes = read_index(images).classes
     train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
     with writing_folder(folder) as temporary:
         extractor, clip = _place_published(temporary, params)  # before training, because a download may fail

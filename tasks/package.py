@@ -9,7 +9,7 @@ from tasks.formats import model_folder
 from tasks.formats.model_card import DataFacts, ModelFacts, model_card
 from tasks.formats.model_folder import ExportReport
 from tasks.formats.verdict import require_accepted
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, measures, stage
 
 
@@ -24,7 +24,7 @@ def package(
     require_accepted(accepted)
     card = model_card(
         info=ModelFacts.model_validate(integrity.read_described(pipeline, "afterimage.json", "train")),
-        data=DataFacts.model_validate(images.read_index(data)),
+        data=DataFacts.model_validate(read_index(data).to_json()),
         training=integrity.read_json(training / "run.json", "train")["params"],
         measured=measures.read(evaluation / measures.FILE),
         exported=ExportReport.read(export),

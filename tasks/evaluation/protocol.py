@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from models.samplers import Sampling
-from tasks.pictures.images import read_index
+from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity
 from tasks.runtime.stage import StageError
 
@@ -183,7 +183,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         n_accuracy=params.n_accuracy,
         seed=params.seed,
         seed_blocks=params.seed_blocks,
-        reference=Reference(index["splits"]["test"], index["sha256"]),
+        reference=Reference(index.splits["test"], index.sha256),
         judge=judge.info.hashes,
         extractor=judge.kind,
         feature_dim=judge.info.feature_dim,
@@ -236,5 +236,5 @@ def require_judge(images: Path, judge: Judge, measurement: Measurement) -> None:
     """
     if judge.info.hashes != measurement.judge:
         raise NotComparableError("the judge is not the one of the protocol; run 'dvc repro judge evaluate'")
-    if read_index(images)["sha256"] != measurement.reference.sha256:
+    if read_index(images).sha256 != measurement.reference.sha256:
         raise NotComparableError("the images are not those of the protocol; run 'dvc repro evaluate'")

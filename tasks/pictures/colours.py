@@ -10,12 +10,14 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import PIL.Image
 from PIL import ImageCms
-from PIL.Image import Image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Profile = Literal["none", "sRGB", "converted", "not usable"]
 """How the profile of an image is handled. Pixels keep their stored values unless it is "converted"."""

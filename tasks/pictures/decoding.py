@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import io
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
-from PIL.Image import Image
 
 from tasks.pictures import colours
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 HEAD_BYTES = 64

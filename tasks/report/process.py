@@ -17,7 +17,8 @@ from tqdm import tqdm
 from models import pictures, schedules
 from models.pixels import to_uint8
 from models.samplers import Callback, SeededNoise
-from tasks.pictures.images import load_pixels, read_index
+from tasks.pictures.images import load_pixels
+from tasks.pictures.index import read_index
 from tasks.report.page import Neighbours, Tiles
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Drawn
 
     Returns None if the training pixels exceed `SEARCH_BYTES`.
     """
-    count = read_index(images)["splits"].get("train", 0)
+    count = read_index(images).splits.get("train", 0)
     if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
         return None
     train = load_pixels(images, "train", image).pixels

@@ -11,15 +11,18 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tasks.pictures.index import CaptionFile
 from tasks.runtime.stage import StageError
 from tasks.sources import archives, caption_documents, caption_tables
-from tasks.sources.archives import Member
 from tasks.sources.caption_tables import DamagedLine, Line, UnreadError
 from tasks.sources.entry import Problem
 from tasks.sources.image_names import Names
 from tasks.sources.text_files import composed, decoded
+
+if TYPE_CHECKING:
+    from tasks.sources.archives import Member
 
 TABLES, LINES, DOCUMENTS, TEXTS = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".txt",)
 OTHER_TABLES = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".pkl", ".db", ".sqlite")

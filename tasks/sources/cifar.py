@@ -14,17 +14,19 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
 
-from tasks.params import DownloadParams
 from tasks.runtime import workspace
 from tasks.runtime.stage import StageError
 from tasks.sources.entry import Entry, Source
 from tasks.transfer import fetch
+
+if TYPE_CHECKING:
+    from tasks.params import DownloadParams
 
 
 @dataclass(frozen=True)

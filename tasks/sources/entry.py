@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from models.json_files import Description, JsonObject
-from tasks.pictures.index import CaptionFile
 from tasks.runtime import atomic, integrity
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
+
+if TYPE_CHECKING:
+    from tasks.pictures.index import CaptionFile
 
 MANIFEST = "manifest.json"
 SourceKind: TypeAlias = Literal["digits", "cifar10", "folder", "hub", "laion"]

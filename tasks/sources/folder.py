@@ -25,16 +25,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.pictures import decoding, suffixes
-from tasks.pictures.index import CaptionFile
 from tasks.runtime.disk import require_space
 from tasks.runtime.stage import StageError
 from tasks.sources import archives, captions, packing, sidecars
-from tasks.sources.archives import Member
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE, SPLITS, Entry, Problem, Source, settle_splits
-from tasks.sources.sidecars import Sidecars
 from tasks.sources.text_files import composed, is_damaged
+
+if TYPE_CHECKING:
+    from tasks.pictures.index import CaptionFile
+    from tasks.sources.archives import Member
+    from tasks.sources.sidecars import Sidecars
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,14 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from tasks.sources.archives import Member
 from tasks.sources.caption_documents import captions_in, mentions_caption
 from tasks.sources.entry import Problem
 from tasks.sources.text_files import composed, decoded, is_damaged, lines, parsed
+
+if TYPE_CHECKING:
+    from tasks.sources.archives import Member
 
 TEXTS, OBJECTS, CLASSES = {".txt", ".caption"}, {".json"}, {".cls"}
 FOLDERS = {"caption", "captions", "text", "texts", "txt", "prompt", "prompts"}

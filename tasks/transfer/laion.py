@@ -73,7 +73,8 @@ class Selection(Description):
     FORMAT = 1
     REMEDY = "delete the scratch folder of this dataset, then run the same command again"
 
-    read: int
+    rows: int
+    """Rows that were read."""
     kept: int
     left_out: dict[str, int]
     """Number of rows that each filter removed, of those that reached it."""
@@ -82,7 +83,7 @@ class Selection(Description):
 
     def described(self) -> JsonObject:
         """The counts as recorded in the manifest."""
-        return {"read": self.read, "kept": self.kept, "left_out": self.left_out}
+        return {"read": self.rows, "kept": self.kept, "left_out": self.left_out}
 
 
 def copy(raw: Path, params: DownloadParams) -> tuple[str, JsonObject]:
@@ -148,7 +149,7 @@ def _filter_once(files: list[Path], job: Path, laion: LaionParams) -> Selection:
     except ValueError as error:
         raise StageError(str(error)) from None
     left_out = _listed(selection.left_out) or "none"
-    print(f"download: {selection.kept} of {selection.read} rows pass; left out: {left_out}", flush=True)
+    print(f"download: {selection.kept} of {selection.rows} rows pass; left out: {left_out}", flush=True)
     return selection
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tasks.params import ValidateParams
 from tasks.pictures import decoding
-from tasks.pictures.index import ImageIndex
 from tasks.validation.findings import Gate
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tasks.params import ValidateParams
+    from tasks.pictures.index import ImageIndex
 
 SPLITS = ["train", "test", "val"]
 NAMED_CLASSES = 3

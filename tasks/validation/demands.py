@@ -6,14 +6,17 @@ Their check cannot be listed in `validate.warn_only`, because a later stage woul
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from tasks.params import IMAGES_PER_DIMENSION, Demands
 from tasks.pictures.images import read_columns
-from tasks.pictures.index import ImageIndex
 from tasks.validation.expectations import Table
 from tasks.validation.findings import Gate
+
+if TYPE_CHECKING:
+    from tasks.pictures.index import ImageIndex
 
 CHECK = "demands"
 FEWEST = 2

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,16 +16,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tasks.params import Demands, ValidateParams
 from tasks.pictures import colours
 from tasks.pictures.images import enlarged, read_columns, schema, schema_of
-from tasks.pictures.index import ImageIndex
 from tasks.runtime.stage import StageError
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.sources.quarantine import FILE as QUARANTINE_FILE
 from tasks.validation import checks, demands, duplicates
 from tasks.validation.expectations import Table
 from tasks.validation.writing_systems import Reader
+
+if TYPE_CHECKING:
+    from tasks.params import Demands, ValidateParams
+    from tasks.pictures.index import ImageIndex
 
 Rows: TypeAlias = NDArray[np.int64]
 
@@ -150,7 +152,7 @@ def _all_hashes(hashes: pd.Series) -> bool:
 def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, Rows]:
     """Statistics of the captions of each row.
 
-    The number of captions, the length of the longest, and how many are in unexpected scripts or hold control characters.
+    The number of captions, the length of the longest, how many are in unexpected scripts, how many hold control codes.
     """
     reader = Reader(params.caption_scripts)
     parts: list[dict[str, Rows]] = []

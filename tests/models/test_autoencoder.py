@@ -326,7 +326,7 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
         ({"pin": "0" * 64}, "and not the pinned"),
         ({"widths": (8, 16, 16)}, "state the widths of the weights"),
         ({"latent_channels": 4}, "make 2 latent channels"),
-        ({"weights": str(chain.folder / "nowhere")}, "are no folder here"),
+        ({"weights": str(chain.folder / "nowhere")}, "are not a local folder"),
     ):
         with pytest.raises(StageError, match=sentence):
             chain.make_codec(wanted=AutoencoderParams(**(given | change)))

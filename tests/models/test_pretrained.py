@@ -199,7 +199,7 @@ def test_weights_that_are_not_there_or_not_as_pinned_end_in_a_sentence(tmp_path,
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     judge_inputs.write_images(tmp_path)
     cases = {
-        "no folder here": {"kind": "clip", "weights": str(tmp_path / "nowhere"), "pin": "0" * 64},
+        "not a local folder": {"kind": "clip", "weights": str(tmp_path / "nowhere"), "pin": "0" * 64},
         "and not the pinned": {"kind": "clip", "weights": str(clip), "pin": "0" * 64},
         "private address": {"kind": "inception", "weights": "http://127.0.0.1:9/inception.pth", "pin": "0" * 64},
     }

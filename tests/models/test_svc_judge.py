@@ -13,7 +13,8 @@ from models.pixels import to_uint8
 from models.samplers import Sampling
 from tasks import params
 from tasks.params import ImageParams
-from tasks.pictures.images import load_pixels, read_index
+from tasks.pictures.images import load_pixels
+from tasks.pictures.index import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ImageParams(resolution=8, channels=1)

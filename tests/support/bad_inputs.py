@@ -1,4 +1,4 @@
-"""Bad inputs of every kind that has been met, each with what must become of it: a row, or quarantine with a reason."""
+"""Bad inputs of many kinds, each with the expected result: an image of the dataset, or a quarantine reason."""
 
 import io
 import zlib

@@ -1,4 +1,4 @@
-"""Captions in the forms in which people have them: joined with their images, or reported, never lost in silence."""
+"""Captions in common formats: joined with their images or reported, never ignored."""
 
 import json
 import unicodedata
@@ -10,8 +10,10 @@ import pytest
 
 from tasks import ingest
 from tasks.ingest import _problem
+from tasks.pictures.index import CaptionFile
 from tasks.runtime.stage import StageError
-from tasks.sources import archives, folder, picture_tables
+from tasks.sources import archives, folder, packing, picture_tables
+from tasks.sources.entry import TableColumns
 from tests.support.data_inputs import picture, write_tree, write_zip
 
 TEXT = {f"x{number}.png": f"a dog, number {number}" for number in range(4)}
@@ -96,7 +98,7 @@ def test_every_common_form_is_read(read, form, where):
     source, rows, refused = read({where + key: data for key, data in PICTURES.items()} | {name: content})
     assert rows == {where + key: [text] for key, text in TEXT.items()}
     assert (refused, source.unmatched_captions) == ({}, 0)
-    assert source.caption_files == [{"key": name, "captions": 4, "matched": 4, "unmatched": 0, "first_unmatched": ""}]
+    assert source.caption_files == [CaptionFile(name, captions=4, matched=4)]
     assert source.notes == (f"4 captions from {name}",)
 
 
@@ -104,10 +106,10 @@ def test_a_name_that_is_no_text_names_no_image(read):
     lines = b"image,caption\nx0.png,a dog\ncaf\xe9.png,a cup\n\n,\n"
     source, rows, refused = read(PICTURES | {"c.csv": lines})
     assert (rows["x0.png"], refused, source.unmatched_captions) == (["a dog"], {}, 1)
-    assert source.caption_files[0]["first_unmatched"] == "line 3: caf%udce9.png"
+    assert source.caption_files[0].first_unmatched == "line 3: caf%udce9.png"
 
 
-def test_a_path_of_another_machine_tells_two_images_of_one_name_apart(read):
+def test_a_path_of_another_machine_distinguishes_two_images_of_one_name(read):
     files = {"a/1.png": picture(1), "b/1.png": picture(2)}
     lines = "image,caption\nC:\\set\\a\\1.png,one\n/home/set/b/1.png,two\n"
     _, rows, _ = read(files | {"c.csv": lines.encode()})
@@ -163,7 +165,11 @@ NOT_READ = {
     "Parquet": ("metadata.parquet", b"PAR1", "not as .parquet"),
     "lines without captions": ("m.jsonl", '{"file_name": "x0.png", "words": "a dog"}\n', "no key is called caption"),
     "COCO of another set": ("captions.json", json.dumps(coco()).replace("x", "y"), "names none of the 4 images"),
-    "captions deeper in a document": ("a.json", json.dumps({"data": {"x0": {"caption": "a dog"}}}), "in a form"),
+    "captions deeper in a document": (
+        "a.json",
+        json.dumps({"data": {"x0": {"caption": "a dog"}}}),
+        "unsupported format",
+    ),
     "a document that is cut": ("meta_cap.json", '{"x0.png": {"capt', "Unterminated string"),
     "a text of the name of an image elsewhere": ("words/x0.txt", "a dog", "does not lie beside it"),
     "a text of the name in other case": ("X0.TXT", "a dog", "does not lie beside it"),
@@ -173,7 +179,7 @@ NOT_READ = {
     "a nested file beside an image": ("x0.json", '{"caption":' * 90_000, "nested deeper than 64 levels"),
     "a damaged file beside an image": ("x0.json", "{broken", "Expecting property name"),
     "a key beside an image": ("x0.json", '{"caption_en": "a dog"}', "no key is called caption"),
-    "a text of no image": ("captions/y0.txt", "a dog", "no image has its name"),
+    "a text of no image": ("captions/y0.txt", "a dog", "no image has the same name"),
     "an oversized text": ("x0.txt", "a" * 2_000_000, "over the limit"),
 }
 
@@ -287,7 +293,7 @@ def test_one_line_stays_one_caption(read, text):
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", b"it\x92s", b"\xff\xfea", b"\xff\xfe\x00\xd8a\x00"])
-def test_a_text_that_cannot_be_decoded_sets_its_image_aside(read, content):
+def test_a_text_that_cannot_be_decoded_quarantines_its_image(read, content):
     _, rows, refused = read({"1.png": picture(1), "1.txt": content})
     assert (rows, refused["1.png"].reason) == ({}, "caption not UTF-8")
 
@@ -297,17 +303,17 @@ def test_captions_of_several_lines_are_said_once(read):
     source, rows, _ = read(PICTURES | {"x0.txt": wrapped, "x1.txt": b"a dog\na brown dog", "x2.txt": b"one"})
     assert [len(texts) for texts in rows.values()] == [3, 2, 1, 0]
     (note,) = source.notes
-    assert "2 caption files have several lines, and each line is a caption of its own (x0.txt: 3 captions)" in note
+    assert "2 caption files have several lines, and each line is a separate caption (x0.txt: 3 captions)" in note
     assert "1 of them may be one wrapped text (x0.txt)" in note
     help_text = " ".join((ingest.ingest.__doc__ or "").split())
-    assert "Each line of a text file is a caption of its own" in help_text
+    assert "Each line of a text file is a separate caption" in help_text
 
 
 def table_of(tmp_path, metadata=None, **columns):
     values = {"image": [picture(1)], **{name: [text] for name, text in columns.items()}}
     schema = pa.schema([(name, pa.binary() if name == "image" else pa.string()) for name in values], metadata)
     pq.write_table(pa.table(values, schema), tmp_path / "0.parquet")
-    return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20)
+    return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, TableColumns(), 1 << 20)
 
 
 def test_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
@@ -331,7 +337,7 @@ def test_captions_of_a_hub_table_that_cannot_be_decoded(tmp_path, listed):
     kind = (pa.list_ if listed else lambda its: its)(pa.binary())
     captions = pa.array(texts, kind).view((pa.list_ if listed else lambda its: its)(pa.string()))
     pq.write_table(pa.table({"image": [picture(1)] * 3, "caption": captions}), tmp_path / "0.parquet")
-    entries = list(picture_tables.read({"0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20).entries)
+    entries = list(picture_tables.read({"0.parquet": tmp_path / "0.parquet"}, TableColumns(), 1 << 20).entries)
     assert [entry.problem.reason if entry.problem else None for entry in entries] == ["caption not UTF-8", None, None]
     assert [entry.captions for entry in entries[1:]] == [("café",), ("a dog",)]
 

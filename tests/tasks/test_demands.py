@@ -61,17 +61,17 @@ REFUSED = {
     "captions that are not there": (
         PLAIN,
         {"codec.conditioning": "text"},
-        "images have no caption, and codec.conditioning is 'text'; write them, set ingest.caption_templates",
+        "images have no caption, and codec.conditioning is 'text'; add captions, set ingest.caption_templates",
     ),
     "a caption that is missing, and only warned about": (
         CAPTIONED,
         {"codec.conditioning": "text"},
-        "images have no caption, and codec.conditioning is 'text'; write them, set ingest.caption_templates",
+        "images have no caption, and codec.conditioning is 'text'; add captions, set ingest.caption_templates",
     ),
     "a class that is only held out": (
         files(5, 3) | {f"test/owl/{number}.png": picture(900 + number) for number in range(3)},
         {"codec.conditioning": "label"},
-        "classes have no training image; move images of theirs to the training split, or lower ingest.held_out_",
+        "classes have no training image; move some of their images to the training split, or lower ingest.held_out_",
     ),
 }
 
@@ -82,13 +82,13 @@ def demands(**others: object) -> Demands:
 
 
 def judge(tmp_path, inputs: dict[str, bytes], asked: Demands) -> None:
-    where = {name: tmp_path / name for name in ("raw", "images", "aside", "accepted.json", "report")}
+    where = {name: tmp_path / name for name in ("raw", "images", "quarantine", "accepted.json", "report")}
     download(where["raw"], folder_params(write_tree(tmp_path / "in", inputs), licence="mine"))
-    ingest(where["raw"], where["images"], where["aside"], ingest_params())
+    ingest(where["raw"], where["images"], where["quarantine"], ingest_params())
     limits = {"min_images": 1, "min_side": 8, "max_aspect_ratio": 2.0, "max_quarantined_fraction": 0.0}
     limits |= {"min_images_per_class": 0, "warn_only": ("near_duplicates", "near_leaks", "drift", "captions")}
     params = ValidateParams.model_validate(limits)
-    validate(where["images"], where["aside"], where["accepted.json"], where["report"], params, asked)
+    validate(where["images"], where["quarantine"], where["accepted.json"], where["report"], params, asked)
 
 
 @pytest.mark.parametrize("case", REFUSED)

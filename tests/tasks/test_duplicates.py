@@ -7,7 +7,7 @@ from tasks.validation import duplicates
 
 
 def crowded(count, seed=0):
-    """Hashes of which many are a few bits apart: copies of few with some bits turned."""
+    """Hashes of which many differ in a few bits: copies of a few hashes with some bits flipped."""
     random = np.random.default_rng(seed)
     hashes = random.choice(random.integers(0, 2**63, count // 4, dtype=np.uint64), count)
     for _ in range(3):

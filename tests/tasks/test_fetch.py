@@ -28,7 +28,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture
 def get(tmp_path):
-    """`fetch` into `tmp_path/file` with the right checksum and private addresses allowed, unless told otherwise."""
+    """`fetch` into `tmp_path/file` with the right checksum and private addresses allowed by default."""
 
     def call(*urls, **others):
         options = {"sha256": SHA256, "max_bytes": 10**9, "timeout_seconds": 60, "allow_private_addresses": True}
@@ -296,7 +296,7 @@ def test_an_address_that_is_none_is_one_sentence(get, url):
 
 def test_a_redirect_to_an_address_that_is_none_is_one_sentence(site, get):
     site.redirects["/a"] = "http://0177.0.0.1/"
-    with pytest.raises(StageError, match="redirects to an address that is not valid"):
+    with pytest.raises(StageError, match="redirects to an invalid URL"):
         get(f"{site.address}/a")
 
 

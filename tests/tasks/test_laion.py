@@ -13,7 +13,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams, LaionParams
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime.stage import StageError
 from tasks.transfer import addresses, crawl, laion
 from tests.support.data_inputs import ROOT, ingest_params, picture, serving
@@ -46,8 +46,8 @@ def chosen(tmp_path):
         urls.mkdir()
         counts = laion.select(list(files), urls, LaionParams.model_validate(OFF | filters))
         rows = [row for file in sorted(urls.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-        assert counts["read"] == counts["kept"] + sum(counts["left_out"].values())
-        assert [row["row"] for row in rows] == list(range(counts["kept"]))
+        assert counts.rows == counts.kept + sum(counts.left_out.values())
+        assert [row["row"] for row in rows] == list(range(counts.kept))
         return counts, rows
 
     return call
@@ -76,7 +76,7 @@ def test_each_filter_counts_what_it_leaves_out(tmp_path, chosen):
         "max_unsafe": 0.1,
     }
     counts, rows = chosen(file, **filters)
-    assert counts["left_out"] == {
+    assert counts.left_out == {
         "smaller than min_side": 2,
         "longer than max_aspect_ratio": 1,
         "under min_similarity": 1,
@@ -134,7 +134,7 @@ def test_only_web_addresses_and_each_once(tmp_path, chosen):
         "https://example.org/a.jpg",
     ]
     counts, rows = chosen(table(tmp_path / "a.parquet", url=urls))
-    assert counts["left_out"] == {"no http(s) address": 10, "repeated": 1}
+    assert counts.left_out == {"no http(s) address": 10, "repeated": 1}
     assert [row["url"] for row in rows] == urls[:2]
 
 
@@ -142,24 +142,28 @@ def test_languages_and_the_limit(tmp_path, chosen):
     first = table(tmp_path / "a.parquet", url=addresses_of(4), language=["en", "de", "en", "fr"])
     second = table(tmp_path / "b.parquet", url=[f"{url}?b" for url in addresses_of(3)], LANGUAGE=["en", "en", None])
     counts, rows = chosen(first, second, languages=["en", "fr"], max_images=4)
-    assert counts["left_out"] == {"of another language": 2, "over max_images": 1}
+    assert counts.left_out == {"of another language": 2, "over max_images": 1}
     assert len(rows) == 4
 
 
-def test_hashes_of_the_content_are_told_from_other_numbers(tmp_path, chosen):
+def test_hashes_of_the_content_are_distinguished_from_other_numbers(tmp_path, chosen):
     md5, sha256 = md5_of(b"x"), hashlib.sha256(b"x").hexdigest()
     file = table(tmp_path / "a.parquet", url=addresses_of(4), hash=[md5, None, "1234567890", sha256])
     counts, rows = chosen(file)
-    assert counts["hash_kind"] == "md5"
+    assert counts.hash_kind == "md5"
     assert [row["expected_hash"] for row in rows] == [md5, None, None, None]
 
 
 @pytest.mark.parametrize(
     ("columns", "filters", "said"),
     [
-        ({"TEXT": ["a"]}, {}, "has no column of addresses"),
-        ({"URL": addresses_of(1)}, {"max_unsafe": 0.1}, "has no column 'punsafe', at which download.laion.max_unsafe"),
-        ({"URL": addresses_of(1)}, {"languages": ["en"]}, r"no column 'language'.*set that to \[\] to do without"),
+        ({"TEXT": ["a"]}, {}, "has no column of URLs"),
+        ({"URL": addresses_of(1)}, {"max_unsafe": 0.1}, "has no column 'punsafe', which download.laion.max_unsafe"),
+        (
+            {"URL": addresses_of(1)},
+            {"languages": ["en"]},
+            r"no column 'language'.*set that to \[\] to disable the filter",
+        ),
         ({"URL": ["ftp://x/y"]}, {}, r"none of 1 rows passes the filters \(1 no http"),
     ],
 )
@@ -198,7 +202,7 @@ def failed(row, error, status="failed_to_download"):
     return {"row": row, "url": f"https://example.org/{row}", "status": status, "error_message": error}
 
 
-def test_outcomes_are_told_apart(tmp_path):
+def test_outcomes_are_distinguished(tmp_path):
     rows = [
         fine(1),
         fine(0, expected_hash=md5_of(picture(0))),
@@ -287,7 +291,7 @@ def engine(monkeypatch):
 
     def replaced(*arguments):
         python, *rest = command(*arguments)
-        return [python, str(ROOT / "tests" / "small_engine.py"), *rest[2:]]
+        return [python, str(ROOT / "tests" / "support" / "small_engine.py"), *rest[2:]]
 
     monkeypatch.setattr(crawl, "_command", replaced)
 
@@ -303,9 +307,9 @@ def check_the_whole(site, tmp_path, params):
         "success": 31,
     }
     assert said["details"]["filters"] == {"read": 38, "kept": 38, "left_out": {}}
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
-    index = images.read_index(tmp_path / "images")
-    assert (index["rows"], index["quarantined"], index["source"]) == (31, {}, "laion")
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
+    index = read_index(tmp_path / "images")
+    assert (index.rows, index.quarantined, index.source) == (31, {}, "laion")
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "images" / "shard-0.parquet").to_pylist()}
     assert rows["000000007"]["image"]["bytes"] == site.files["/7.jpg"]
     assert (rows["000000007"]["captions"], rows["000000007"]["safety"]) == (["picture 7"], "safe")
@@ -327,7 +331,7 @@ def test_the_whole_with_img2dataset(internet, tmp_path):
 
 def test_too_few_successes_stop_and_keep_what_came(internet, engine, tmp_path):
     file = prepare(internet, tmp_path / "t.parquet", 30)
-    with pytest.raises(StageError, match=r"31 of 38 addresses gave an image .*min_success_rate 0\.9"):
+    with pytest.raises(StageError, match=r"31 of 38 URLs gave an image .*min_success_rate 0\.9"):
         download(tmp_path / "raw", asked(file, min_success_rate=0.9))
     assert not (tmp_path / "raw").exists()
     internet.requests.clear()

@@ -71,7 +71,7 @@ def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path, in_files):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(StageError, match=r"has no room for them \(.*\); free some, let AFTERIMAGE_SCRATCH"):
+        with pytest.raises(StageError, match=r"has no space for them \(.*\); free some, set AFTERIMAGE_SCRATCH"):
             images.load_pixels(tmp_path / "data" / "images", "train", judge_inputs.IMAGE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -52,7 +52,7 @@ def put(client, key, data, **others):
 
 def pin_of(server, key=""):
     """What the stage says when nothing is pinned."""
-    with pytest.raises(StageError, match="pin what it holds now with") as said:
+    with pytest.raises(StageError, match="pin the present content with") as said:
         s3.copy(None, params(server, key))
     return str(said.value).rpartition("=")[2]
 
@@ -89,7 +89,7 @@ def test_everything_below_a_prefix_becomes_one_archive(bucket, server, tmp_path)
     before = (tmp_path / "raw" / "images.zip").read_bytes()
     download(tmp_path / "raw", asked)
     assert (tmp_path / "raw" / "images.zip").read_bytes() == before
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert (index["rows"], index["classes"], index["caption_count"]) == (3, ["cat", "dog"], 1)
 
@@ -103,7 +103,7 @@ def test_a_pinned_prefix_that_changed_is_refused(bucket, server, tmp_path, chang
         bucket.delete_object(Bucket=BUCKET, Key="mine/2.png")
     else:
         put(bucket, {"add": "mine/3.png", "edit": "mine/2.png"}[change], picture(3))
-    with pytest.raises(StageError, match=r"not what download\.sha256 says; pin what it holds now"):
+    with pytest.raises(StageError, match=r"differ from download\.sha256; pin the present content"):
         download(tmp_path / "raw", params(server, "mine/", pin))
 
 
@@ -111,7 +111,7 @@ def test_keys_that_lead_elsewhere_end_in_quarantine(bucket, server, tmp_path):
     for key in ("mine/../../up.png", "mine//etc/passwd.png", "mine/fine.png", "mine/sp ace+ü.png"):
         put(bucket, key, picture(len(key)))
     download(tmp_path / "raw", params(server, "mine/", pin_of(server, "mine/")))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert (index["rows"], index["quarantined"]) == (2, {"unsafe path": 2})
 
@@ -235,7 +235,7 @@ def test_ranges_are_fetched_side_by_side(bucket, server, tmp_path, monkeypatch):
         ("a.zip", {"max_bytes": 10}, "over download.max_bytes 10"),
         ("a.zip", {"allow_private_addresses": False}, "private address"),
         ("a.zip", {"s3": {"endpoint_url": "http://127.0.0.1:9"}}, "cannot be fetched"),
-        ("a.zip", {"s3": {"endpoint_url": "no address"}}, "cannot be used as it is set up"),
+        ("a.zip", {"s3": {"endpoint_url": "no address"}}, "the configuration of S3 is invalid"),
     ],
 )
 def test_what_cannot_work_is_said(bucket, server, tmp_path, key, others, said):

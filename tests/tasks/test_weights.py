@@ -71,7 +71,7 @@ def test_what_is_there_is_not_fetched_again_and_serves_without_the_hub(hub, monk
     assert sum("/resolve/" in path for path, _ in hub.requests) == before
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     assert weights.bring(REPO, COMMIT, ("vae",)) == folder
-    with pytest.raises(StageError, match="its cache here lacks them; set HF_ENDPOINT to a mirror"):
+    with pytest.raises(StageError, match="its local cache lacks them; set HF_ENDPOINT to a mirror"):
         weights.bring("somebody/else", COMMIT, ("vae",))
 
 
@@ -93,8 +93,8 @@ def test_refusals_of_the_hub_are_one_sentence_each(hub):
     refusing("somebody/odd", 400, "")
     publish_model(hub, "somebody/pickled", {"vae/config.json": b"{}", "vae/diffusion_pytorch_model.bin": b"a pickle"})
     for repo, sentence in {
-        "somebody/gated": "accept its terms on the hub and set HF_TOKEN",
-        "somebody/secret": "correct the name, or set HF_TOKEN where it is private",
+        "somebody/gated": "accept the terms of the repository on the hub and set HF_TOKEN",
+        "somebody/secret": "correct the name, or set HF_TOKEN if the repository is private",
         "somebody/moved": f"it has no commit {COMMIT}; correct the pin",
         "somebody/odd": "the hub answered 400",
         "somebody/pickled": "it has no .safetensors files in vae",
