@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tasks import params
 from tasks.formats import latents
@@ -103,3 +104,36 @@ def test_the_bundle_carries_what_its_code_imports():
 
 def _top_imports(file: str) -> list[str]:
     return [line for line in (ROOT / file).read_text().splitlines() if line.startswith(("import ", "from "))]
+
+
+RERUN = {
+    "README.md": "",
+    "tasks/params/model.py": "",
+    "tasks/runtime/stage.py": "",
+    "tasks/runtime/tracking.py": "",
+    "tasks/transfer/hub.py": "download",
+    "tasks/sources/archives.py": "download ingest",
+    "tasks/validation/expectations.py": "validate",
+    "tasks/encoding/transform.py": "encode",
+    "tasks/training/batches.py": "train",
+    "models/ema.py": "train",
+    "models/networks/unet.py": "train evaluate visualize export register",
+    "models/judges/metrics.py": "judge evaluate register",
+    "models/bundle.py": "export",
+    "tasks/report/charts.py": "visualize",
+    "tasks/formats/model_card.py": "package",
+    "tasks/registration/gates.py": "register",
+}
+"""File -> the stages whose command `dvc repro` runs again after an edit of it."""
+
+
+@pytest.mark.parametrize("file", RERUN)
+def test_an_edit_reruns_the_stages_that_it_can_affect(file):
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert (ROOT / file).is_file()
+    rerun = [
+        name
+        for name, stage in stages.items()
+        if any(file == path or file.startswith(f"{path}/") for path in stage["deps"])
+    ]
+    assert rerun == RERUN[file].split()
