@@ -2,43 +2,45 @@
 
     python -m tasks.goals [--out goals.md]
 
-One row for each goal and each way of measuring (its fingerprint): the run with the smallest distance, the latest of
-equals. A goal that no run has reached stands there without numbers.
+One row per goal and fingerprint (a way of measuring): the run with the smallest distance, of equals the latest. A goal
+without a run has a row without numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from models.json_files import read_json
 from tasks.evaluation.protocol import draw_name
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, tracking
 from tasks.runtime.errors import StageError
 from tasks.runtime.markdown import escaped
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 STABLE_DIFFUSION_SIDE = 512
-"""Text to image in latents, from this resolution on, is called the Stable Diffusion class."""
+"""Least resolution at which a text-to-image model on latents counts as the Stable Diffusion class."""
 READING = (
-    "FID is the Fréchet distance in the features named; those of a network trained on the data itself (`classifier`, "
-    "`clip`, `self_supervised`) do not compare with published values. The floor is the distance of real training "
-    "images to the same held-out ones. Rows with different fingerprints were measured differently."
+    "FID is the Fréchet distance in the features of the named network. Values in features of a network that was "
+    "trained on the same data (`classifier`, `clip`, `self_supervised`) cannot be compared with published ones. The "
+    "floor is the distance between real training images and the same held-out images. Rows with different fingerprints "
+    "cannot be compared with each other."
 )
 FLOORS = ("eval/frechet_distance_floor", "frechet_distance_floor")
-"""The metric that holds the floor; runs of earlier versions have the second name."""
+"""Names of the metric with the floor; runs of earlier versions have the second one."""
+TABLE_COLUMNS = ("sampler", "steps", "guidance_scale", "frechet_distance", "clip_score", "seed_blocks", "n", "note")
+"""Columns of `samplers.csv` that are read."""
 COLUMNS = {
     "goal": "Goal",
     "data": "Data",
@@ -57,19 +59,44 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of an evaluation's table of samplers, whose numbers are text, with the properties of its run."""
+
+    sampler: str
+    steps: str
+    guidance_scale: str
+    frechet_distance: str
+    clip_score: str
+    seed_blocks: str
+    n: str
+    note: str
+    data: str
+    """Name of the dataset."""
+    resolution: str
+    kind: str
+    """"pixels", "latents" or "stable diffusion"."""
+    features: str
+    """Feature extractor of the distances."""
+    fingerprint: str
+    floor: float | None
+    seconds: float | None
+    """Seconds per image."""
+
+
+@dataclass(frozen=True)
 class Goal:
-    """A row of the table: which sampler, how many steps, which kind of model."""
+    """A goal of the project: samplers, number of steps and kinds of model."""
 
     name: str
     steps: int
     samplers: tuple[str, ...]
-    """Any sampler where it is empty."""
+    """Empty for any sampler."""
     kinds: tuple[str, ...]
 
-    def is_met_by(self, row: dict[str, Any]) -> bool:
-        """Whether a row of an evaluation's table of samplers is of this goal."""
-        fits = not self.samplers or row["sampler"] in self.samplers
-        return fits and int(row["steps"]) == self.steps and row["kind"] in self.kinds
+    def is_met_by(self, row: Row) -> bool:
+        """Whether a row was measured with a sampler, number of steps and kind of model of this goal."""
+        fits = not self.samplers or row.sampler in self.samplers
+        return fits and int(row.steps) == self.steps and row.kind in self.kinds
 
 
 GOALS = (
@@ -81,15 +108,14 @@ GOALS = (
 
 
 def goals(client: MlflowClient) -> list[dict[str, str]]:
-    """The rows of the table, by `COLUMNS`, from the finished evaluation runs of this project."""
+    """Return the rows of the table, with the keys of `COLUMNS`, from the finished evaluation runs in MLflow."""
     filters = f"tags.`{tracking.KIND}` = 'evaluation' and attributes.status = 'FINISHED'"
     runs = client.search_runs([tracking.experiment_id(client)], filters, order_by=["start_time DESC"], max_results=1000)
-    measured = [row for run in tqdm(runs, "goals", unit="run", delay=2) for row in _rows(client, run)]
+    measured = [row for run in progress(runs, desc="goals", unit="run", delay=2) for row in _rows(client, run)]
     return [cells for goal in GOALS for cells in _best(goal, measured)]
 
 
-def _rows(client: MlflowClient, run: Run) -> Iterator[dict[str, Any]]:
-    """The rows of one run's table of samplers, each with what the run says of model, measurement and speed."""
+def _rows(client: MlflowClient, run: Run) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         names = {file.path for file in client.list_artifacts(run.info.run_id, "evaluation")}
         if "evaluation/samplers.csv" not in names:
@@ -97,76 +123,80 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[dict[str, Any]]:
         path = client.download_artifacts(run.info.run_id, "evaluation/samplers.csv", scratch)
         table = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
         seconds = _seconds_per_image(client, run.info.run_id, scratch)
-    told = run.data.params
-    common = {
-        "data": run.inputs.dataset_inputs[0].dataset.name if run.inputs and run.inputs.dataset_inputs else "",
-        "resolution": told.get("measurement.image.size", ""),
-        "kind": _kind(told),
-        "features": told.get("measurement.extractor", ""),
-        "fingerprint": told.get("fingerprint", ""),
-        "floor": next((run.data.metrics[name] for name in FLOORS if name in run.data.metrics), None),
-    }
+    params = run.data.params
     for row in table:
         eta = float(row.get("eta") or 0)  # tables of earlier versions have no such column
         name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta)
-        yield {**row, **common, "seconds": seconds.get(name)}
+        yield Row(
+            **{column: row[column] for column in TABLE_COLUMNS},
+            data=run.inputs.dataset_inputs[0].dataset.name if run.inputs and run.inputs.dataset_inputs else "",
+            resolution=params.get("measurement.image.size", ""),
+            kind=_kind(params),
+            features=params.get("measurement.extractor", ""),
+            fingerprint=params.get("fingerprint", ""),
+            floor=next((run.data.metrics[name] for name in FLOORS if name in run.data.metrics), None),
+            seconds=seconds.get(name),
+        )
 
 
 def _seconds_per_image(client: MlflowClient, run_id: str, scratch: str) -> dict[str, float]:
+    """Seconds per image by the name of the draw; empty if the run has no timings."""
     if "evaluate.json" not in {file.path for file in client.list_artifacts(run_id)}:
         return {}
     path = client.download_artifacts(run_id, "evaluate.json", scratch)
-    return json.loads(Path(path).read_text(encoding="utf-8"))["seconds_per_image"]
+    seconds: dict[str, float] = read_json(Path(path))["seconds_per_image"]
+    return seconds
 
 
-def _kind(told: dict[str, str]) -> str:
-    """What a model is, for the goals: pixels, latents, or of the Stable Diffusion class."""
-    if told.get("space", "pixels") == "pixels":
+def _kind(params: dict[str, str]) -> str:
+    """The kind of a model: "pixels", "latents" or "stable diffusion"."""
+    if params.get("space", "pixels") == "pixels":
         return "pixels"
-    large = int(told.get("measurement.image.size", 0)) >= STABLE_DIFFUSION_SIDE
-    return "stable diffusion" if told.get("conditioning") == "text" and large else "latents"
+    large = int(params.get("measurement.image.size", 0)) >= STABLE_DIFFUSION_SIDE
+    return "stable diffusion" if params.get("conditioning") == "text" and large else "latents"
 
 
-def _best(goal: Goal, measured: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    """The best row of each fingerprint, the newest first of equals; a row without numbers where there is none."""
+def _best(goal: Goal, measured: list[Row]) -> Iterator[dict[str, str]]:
+    """The cells of the best row of each fingerprint, of equals the newest; cells without numbers if there is none."""
     of_goal = [row for row in measured if goal.is_met_by(row)]
     if not of_goal:
         yield dict.fromkeys(COLUMNS, "") | {"goal": goal.name, "note": "no run yet"}
-    for fingerprint in sorted({row["fingerprint"] for row in of_goal}):
-        same = [row for row in of_goal if row["fingerprint"] == fingerprint]
-        yield _cells(goal, min(same, key=lambda row: float(row["frechet_distance"] or "inf")))
+    for fingerprint in sorted({row.fingerprint for row in of_goal}):
+        same = [row for row in of_goal if row.fingerprint == fingerprint]
+        yield _cells(goal, min(same, key=lambda row: float(row.frechet_distance or "inf")))
 
 
-def _cells(goal: Goal, row: dict[str, Any]) -> dict[str, str]:
+def _cells(goal: Goal, row: Row) -> dict[str, str]:
     return {
         "goal": goal.name,
-        "data": row["data"],
-        "resolution": row["resolution"],
-        "fid": _number(row["frechet_distance"]),
-        "floor": _number(row["floor"]),
-        "clip_score": _number(row["clip_score"]),
-        "steps": row["steps"],
-        "seconds": _number(row["seconds"], digits=2),
-        "guidance": row["guidance_scale"],
-        "n": f"{row['seed_blocks']} x {row['n']}" if row["seed_blocks"] != "1" else row["n"],
-        "features": row["features"],
-        "fingerprint": row["fingerprint"][:8],
-        "note": row["note"],
+        "data": row.data,
+        "resolution": row.resolution,
+        "fid": _number(row.frechet_distance),
+        "floor": _number(row.floor),
+        "clip_score": _number(row.clip_score),
+        "steps": row.steps,
+        "seconds": _number(row.seconds, digits=2),
+        "guidance": row.guidance_scale,
+        "n": f"{row.seed_blocks} x {row.n}" if row.seed_blocks != "1" else row.n,
+        "features": row.features,
+        "fingerprint": row.fingerprint[:8],
+        "note": row.note,
     }
 
 
-def _number(value: Any, digits: int = 3) -> str:
+def _number(value: str | float | None, digits: int = 3) -> str:
     return "" if value in (None, "") else f"{float(value):.{digits}g}"
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table as Markdown, with what a reader must know to read it."""
+    """Return the table as Markdown, with an explanation of its columns."""
     lines = [f"| {' | '.join(COLUMNS.values())} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(escaped(row[key]) or '–' for key in COLUMNS)} |" for row in rows]
     return "\n".join([*lines, "", READING]) + "\n"
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tasks.goals", description="The table of the project's goals, from the runs in MLflow."
     )

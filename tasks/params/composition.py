@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +12,8 @@ import yaml
 from models.json_files import JsonObject
 from tasks.params import Params, parse
 
-PRESETS = Path(__file__).resolve().parents[1] / "presets"
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ROOT / "tasks" / "presets"
 BASE = "base"
 FILES = {
     "download.path": "a folder, zip or tar of images",
@@ -73,15 +74,16 @@ def compose(name: str, overrides: list[str]) -> JsonObject:
         section, field = key.split(".")
         merged[section][field] = _path(key, path)
     document = parse(merged).model_dump(mode="json", by_alias=True)
-    _require_files(document)
+    _require_files(document, typed=paths)
     return document
 
 
-def _require_files(document: JsonObject) -> None:
+def _require_files(document: JsonObject, typed: Container[str]) -> None:
+    """Raise `PresetError` for a path that does not exist; a path of a preset is relative to the root of the project."""
     for key, content in FILES.items():
         section, field = key.split(".")
         path = document[section][field]
-        if not Path(path).exists():
+        if not (Path() if key in typed else ROOT).joinpath(path).exists():
             raise PresetError(f"{key} '{path}' does not exist; give the path of {content}")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from models.judges.feature_widths import INCEPTION, stage_widths
 from tasks.params.section import Fraction, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
+
+if TYPE_CHECKING:
+    from models.samplers import Sampling
 
 MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
 """Stricter than MLflow's rule for registered models: the name also occurs in filters and URIs."""
@@ -117,6 +120,13 @@ class EvaluateParams(Section):
         _check_sampling("evaluate", self, (self.guidance_scale,))
         return self
 
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of guided samples; unguided ones differ in the guidance scale."""
+        from models.samplers import Sampling  # imports NumPy, which loading parameters does not need
+
+        return Sampling(self.sampler, self.steps, self.eta, self.guidance_scale, self.guidance_interval)
+
 
 class VisualizeParams(Section):
     """The figures of the report."""
@@ -133,6 +143,12 @@ class VisualizeParams(Section):
     def _check(self) -> VisualizeParams:
         _check_sampling("visualize", self, self.guidance_scales)
         return self
+
+    def sampling(self, guidance_scale: float) -> Sampling:
+        """Return the settings of one row of samples."""
+        from models.samplers import Sampling  # imports NumPy, which loading parameters does not need
+
+        return Sampling(self.sampler, self.steps, self.eta, guidance_scale, self.guidance_interval)
 
 
 class ExportParams(Section):

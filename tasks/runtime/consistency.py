@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from models.json_files import JsonObject
-from tasks.params import Params
 from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    from tasks.params import Params
 
 Values: TypeAlias = dict[str, object]
 """Dotted name of a parameter -> value."""

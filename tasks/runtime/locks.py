@@ -1,7 +1,7 @@
 """Locks between processes by `flock(2)`: the kernel releases a lock when its holder ends, however it ends.
 
 The package filelock does not replace these lines: version 4.3 polls every 50 ms instead of waiting in the kernel,
-cannot tell whether another process holds a lock without acquiring it, and takes 0.2 s to import. `flows.clone`
+cannot check whether another process holds a lock without acquiring it, and takes 0.2 s to import. `flows.clone`
 calls `flock` itself: it passes the descriptor to child processes, which then keep the lock.
 """
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ def progress(
         delay: Seconds before the bar appears, so that short work shows none.
         disable: Whether no bar is shown.
     """
+    from tqdm import tqdm  # its import takes 50 ms, which `--help` does not need
+
     return tqdm(
         iterable,
         desc=desc,

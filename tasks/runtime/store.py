@@ -96,8 +96,8 @@ def require_sound(path: Path) -> None:
         result = str(error)
     if isinstance(result, str) and result != "ok":
         raise StageError(
-            f"the MLflow database {path} is damaged ({' '.join(result.split())}); replace it by a backup, or remove "
-            "it: a new one is made, and 'dvc repro' fills it with this work tree's model and run"
+            f"the MLflow database {path} is damaged ({' '.join(result.split())}); restore a backup, or move it "
+            "away: a new one is made, and 'dvc repro' fills it with this work tree's model and run"
         )
 
 

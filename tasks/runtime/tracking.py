@@ -9,6 +9,7 @@ sets its environment variables first.
 from __future__ import annotations
 
 import getpass
+import json
 import multiprocessing
 import os
 import re
@@ -184,14 +185,14 @@ def experiment_id(client: MlflowClient) -> str:
         path = _sqlite_path(workspace.tracking_uri())
         artifacts = str(path.parent / store.ARTIFACTS) if path else None
         try:
-            return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+            return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
         except MlflowException:  # another process created it meanwhile
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 raise
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    return experiment.experiment_id
+    return str(experiment.experiment_id)
 
 
 def find_run(client: MlflowClient, tag: str, key: str) -> Run | None:
@@ -265,8 +266,6 @@ def _user() -> str:
 
 def _dataset_input(dataset: Mapping[str, str], context: str) -> DatasetInput:
     """Convert a dataset to MLflow's type, whose digest has at most 36 characters."""
-    import json
-
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 

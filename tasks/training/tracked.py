@@ -105,7 +105,7 @@ def training_run(train_key: str, params: Mapping[str, object], dataset: Mapping[
     """Find or create the MLflow run of this training; it has the status RUNNING inside the block.
 
     After the block it is FINISHED, after Ctrl-C or SIGTERM KILLED, after any other exception FAILED. A run whose
-    process was killed with SIGKILL is continued under the same key, or set to KILLED when a run with another key starts.
+    process was killed with SIGKILL is continued under the same key, or becomes KILLED when another key starts.
     `tracking.connect()` must be called before.
     """
     import mlflow

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing: after an error or a kill the old file or folder is still complete."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path):
+def test_what_a_killed_process_left_is_removed(tmp_path):
     code = (
         "import os, signal, pathlib; from tasks.runtime import atomic\n"
         f"with atomic.writing_folder(pathlib.Path({str(tmp_path / 'folder')!r})) as folder:\n"
@@ -46,7 +46,9 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as killed:
-        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:  # dead, and nobody has taken note of it
+        while (
+            psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE
+        ):  # a zombie, because its parent has not waited for it
             time.sleep(0.01)
         assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
         with atomic.writing_folder(tmp_path / "folder") as temporary:

@@ -1,4 +1,4 @@
-"""The files that decide what a stage writes: the import closure, and the keys that are made of it."""
+"""The import closure of a stage, and the keys that are made from it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tasks import params
 from tasks.formats import latents
@@ -17,7 +18,7 @@ from tests.support.train_inputs import ROOT, write_inputs
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
-    """The project's source files in a folder where they may be edited."""
+    """The project's source files in a folder that may be edited."""
     for name in closure.NAMED:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(closure, "ROOT", tmp_path)
@@ -95,7 +96,7 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 
 
 def test_the_bundle_carries_what_its_code_imports():
-    """It runs as a package of its own, so nothing of `tasks` and no PyTorch may come along."""
+    """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
     assert files == [f"models/{name}.py" for name in ("bundle", "json_files", "pixels", "samplers")]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
@@ -103,3 +104,36 @@ def test_the_bundle_carries_what_its_code_imports():
 
 def _top_imports(file: str) -> list[str]:
     return [line for line in (ROOT / file).read_text().splitlines() if line.startswith(("import ", "from "))]
+
+
+RERUN = {
+    "README.md": "",
+    "tasks/params/model.py": "",
+    "tasks/runtime/stage.py": "",
+    "tasks/runtime/tracking.py": "",
+    "tasks/transfer/hub.py": "download",
+    "tasks/sources/archives.py": "download ingest",
+    "tasks/validation/expectations.py": "validate",
+    "tasks/encoding/transform.py": "encode",
+    "tasks/training/batches.py": "train",
+    "models/ema.py": "train",
+    "models/networks/unet.py": "train evaluate visualize export register",
+    "models/judges/metrics.py": "judge evaluate register",
+    "models/bundle.py": "export",
+    "tasks/report/charts.py": "visualize",
+    "tasks/formats/model_card.py": "package",
+    "tasks/registration/gates.py": "register",
+}
+"""File -> the stages whose command `dvc repro` runs again after an edit of it."""
+
+
+@pytest.mark.parametrize("file", RERUN)
+def test_an_edit_reruns_the_stages_that_it_can_affect(file):
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert (ROOT / file).is_file()
+    rerun = [
+        name
+        for name, stage in stages.items()
+        if any(file == path or file.startswith(f"{path}/") for path in stage["deps"])
+    ]
+    assert rerun == RERUN[file].split()

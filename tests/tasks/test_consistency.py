@@ -1,4 +1,4 @@
-"""Inputs that were made for other parameters are refused, whatever DVC believes."""
+"""Inputs that were made with other parameters are refused, even if DVC considers them up to date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.train_inputs import ROOT, run, write_inputs, write_params
 
 PARAMS = params.load(ROOT / "params.yaml")
 IMAGE = {"size": 16, "channels": 1}
-"""Of the digits."""
+"""Descriptions of the digits preset."""
 DESCRIBED: dict[str, dict[str, Any]] = {
     "codec": {**IMAGE, "kind": "identity", "conditioning": "label"},
     "encode": {"image": IMAGE, "codec": "identity", "conditioning": "label"},
@@ -30,13 +30,13 @@ CHANGES = [{"size": 32}, {"channels": 3}, {"conditioning": "none"}]
 
 
 def described_keys(name: str, argument: str) -> set[str]:
-    """What can be changed in the description of an input: a judge has no conditioning."""
+    """Changes of the description of an input; a judge has no conditioning."""
     described = DESCRIBED[consistency.INPUTS[name][argument].made_by]
     return {*IMAGE, *described}
 
 
 def written(folder: Path, name: str, changes: dict[str, Any] | None = None) -> dict[str, Path]:
-    """The inputs of stage `name`, each described as the digits', with `changes`."""
+    """The inputs of stage `name` with the descriptions of the digits, and `changes`."""
     paths = {}
     for argument, artefact in consistency.INPUTS[name].items():
         described = json.loads(json.dumps(DESCRIBED[artefact.made_by]))

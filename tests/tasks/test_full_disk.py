@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is written: one sentence, and the checkpoint before it stays."""
+"""A full disk while a checkpoint is written: one sentence, and the previous checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ stage.main(saved)
 
 @pytest.mark.parametrize(("size", "extra"), [(100_000, 0), (1000, 2_000_000)], ids=["weights", "history"])
 def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tmp_path):
-    """On a file system of 600 KB, which an ordinary user may mount in a name space of his own."""
+    """On a file system of 600 KB, which any user can mount in an own namespace."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=600k none {shlex.quote(str(disk))}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system of his own")
+        pytest.skip("this machine does not allow users to mount a file system")
     script = SAVE_TWICE.replace("SIZE", str(size)).replace("EXTRA", str(extra))
     save = shlex.join([sys.executable, "-c", script, str(disk / "run")])
     done = subprocess.run(

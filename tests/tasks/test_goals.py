@@ -1,4 +1,4 @@
-"""The table of the project's goals: filled from MLflow runs, honest about what no run has reached."""
+"""The table of the project's goals, filled from MLflow runs."""
 
 import shutil
 
@@ -17,7 +17,7 @@ ddpm,1000,1.0,32,1,,,,79.5,,too few images for distances (128 needed)
 
 @pytest.fixture
 def evaluated(tmp_path, migrated_database, monkeypatch):
-    """Makes an evaluation run in an MLflow of its own, as `register` does."""
+    """Returns a function that creates an evaluation run in a separate MLflow, as `register` does."""
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
@@ -71,7 +71,7 @@ def by_goal(client):
     return {row["goal"].split(",")[0]: row for row in rows}
 
 
-def test_without_runs_every_goal_stands_there_without_numbers(tmp_path, evaluated):
+def test_without_runs_every_goal_has_a_row_without_numbers(tmp_path, evaluated):
     rows = goals.goals(tracking.connect())
     assert [row["note"] for row in rows] == ["no run yet"] * 4
     assert goals.markdown(rows).count("| – |") >= 4
@@ -115,7 +115,7 @@ def test_latents_and_large_text_to_image_fill_the_others_with_the_best_run(evalu
     assert rows["DDIM"]["note"] == "no run yet"
 
 
-def test_numbers_measured_differently_stand_in_rows_of_their_own(evaluated):
+def test_numbers_measured_differently_have_separate_rows(evaluated):
     evaluated("a", 7.0, space="latents")
     client = evaluated("b", 5.0, space="latents", fingerprint="0" * 64)
     assert [row["fid"] for row in goals.goals(client) if row["goal"].startswith("Latent")] == ["5", "7"]

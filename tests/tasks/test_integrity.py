@@ -1,4 +1,4 @@
-"""Damaged and truncated data is refused in one sentence by whoever opens it, though DVC takes it for unchanged."""
+"""Damaged and truncated data is refused in one sentence by the stage that opens it, although DVC sees no change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _scratch(tmp_path, monkeypatch):
 
 
 def damage(file: Path, count: int = 100) -> None:
-    """Change `count` bytes before the end, and give the file the times that it had: `dvc status` sees nothing."""
+    """Change `count` bytes before the end and restore the times of the file, so that `dvc status` sees no change."""
     before = file.stat()
     data = bytearray(file.read_bytes())
     data[-2 * count : -count] = bytes(value ^ 0xFF for value in data[-2 * count : -count])
@@ -108,7 +108,7 @@ def test_of_several_processes_of_a_machine_the_first_compares(tmp_path, monkeypa
 def pictures(tmp_path) -> Path:
     files = {f"{'cat' if seed % 3 else 'dog'}/{seed:02d}.png": picture(seed) for seed in range(40)}
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     (tmp_path / "accepted.json").write_text('{"verdict": "accepted"}')
     return tmp_path
 
@@ -130,7 +130,7 @@ def test_damaged_raw_data_is_not_ingested(pictures):
     file = next(path for path in sorted((pictures / "raw").rglob("*")) if path.suffix in {".tar", ".zip", ".png"})
     damage(file, 20)
     with pytest.raises(StageError, match=rf"{file.name} is damaged.*run 'dvc repro -f -s download'"):
-        ingest(pictures / "raw", pictures / "images", pictures / "aside", ingest_params())
+        ingest(pictures / "raw", pictures / "images", pictures / "quarantine", ingest_params())
 
 
 def test_a_damaged_codec_is_not_used(pictures):

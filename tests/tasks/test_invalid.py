@@ -1,5 +1,4 @@
-"""Combinations that cannot work, kept as files, through the command that a person would run: refused at load, in one
-sentence, before data or weights are touched."""
+"""Invalid combinations of parameters, one per file: a stage refuses them at load in one sentence and opens no data."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from tasks.params import read
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "tests" / "invalid").glob("*.yaml"))
 SECONDS = 3
-"""Of the processor: what else runs on the machine must not decide."""
+"""CPU seconds, which do not depend on other processes of the machine."""
 
 
 def children_seconds() -> float:

@@ -1,4 +1,4 @@
-"""What DVC cannot hash is named before DVC starts, in one sentence."""
+"""Files that DVC cannot hash are named before DVC starts, in one sentence."""
 
 import contextlib
 import os
@@ -87,13 +87,13 @@ def test_what_dvc_cannot_hash_is_named_with_its_remedy(tree, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "socket"])
 def test_the_remedy_works(tree, tmp_path, kind):
-    """A tar of the folder is read, and what is odd in it is set aside or read."""
+    """A tar of the folder can be ingested; the odd file is read or goes to quarantine."""
     ODD[kind][0](tree.parent / "pictures")
     subprocess.run(["tar", "-cf", tmp_path / "pictures.tar", "-C", tree.parent / "pictures", "."], check=True)
     write_params(tree / "params.yaml", download={"source": "folder", "path": str(tmp_path / "pictures.tar")})
     local_source.require_hashable(tree)
     download(tmp_path / "raw", folder_params(tmp_path / "pictures.tar"))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
 
 
 def test_a_link_to_a_file_or_a_folder_is_nothing_to_dvc(tree):
@@ -112,7 +112,7 @@ def test_an_unreadable_file_is_named(tree, monkeypatch):
         local_source.require_hashable(tree)
 
 
-def test_a_missing_source_on_another_machine_has_true_advice(tree):
+def test_a_missing_source_on_another_machine_gets_correct_advice(tree):
     write_params(tree / "params.yaml", download={"source": "folder", "path": "/gone/pictures"})
     with pytest.raises(StageError, match="'dvc pull' and then 'dvc repro --allow-missing'"):
         local_source.require_hashable(tree)
@@ -140,16 +140,16 @@ def test_make_repro_names_a_pipe_at_once(tree):
     assert time.monotonic() - began < 30
 
 
-def test_what_a_folder_holds_besides_files_is_set_aside(tmp_path, tree):
-    """The stage by itself, which DVC starts only where it could hash the folder."""
+def test_special_files_of_a_folder_go_to_quarantine(tmp_path, tree):
+    """Without DVC, which starts the stage only if it can hash the folder."""
     folder = tree.parent / "pictures"
     (folder / "dead.png").symlink_to("gone")
     (folder / "loop.png").symlink_to("loop.png")
     os.mkfifo(folder / "pipe.png")
     not_utf8(folder)
     download(tmp_path / "raw", folder_params(folder))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
-    refused = pq.read_table(tmp_path / "aside" / "quarantine.parquet").to_pylist()
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
+    refused = pq.read_table(tmp_path / "quarantine" / "quarantine.parquet").to_pylist()
     assert {row["key"]: row["reason"] for row in refused} == {
         "dead.png": "link",
         "loop.png": "link",

@@ -1,4 +1,4 @@
-"""Loopback never goes through a proxy, whatever the environment says, in every process that is started."""
+"""No process of the project sends requests to this machine through a proxy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
 
 
 @pytest.mark.parametrize(
-    ("given", "lower", "upper"),
+    ("environment", "lower", "upper"),
     [
         ({}, "localhost,127.0.0.1,::1", "localhost,127.0.0.1,::1"),
         ({"no_proxy": "a.org"}, "a.org,localhost,127.0.0.1,::1", "a.org,localhost,127.0.0.1,::1"),
@@ -30,8 +30,8 @@ PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
         ({"no_proxy": "*"}, "*", "*"),
     ],
 )
-def test_what_is_listed_stays_and_loopback_is_added_once(given, lower, upper):
-    environment = dict(given)
+def test_what_is_listed_stays_and_loopback_is_added_once(environment, lower, upper):
+    environment = dict(environment)
     for _ in range(2):
         loopback.exempt(environment)
         assert environment == {"no_proxy": lower, "NO_PROXY": upper}
@@ -91,7 +91,7 @@ from flows import server
 print("NO_PROXY", server.environment(Path(FOLDER), 1)["no_proxy"])
 """,
     "tasks/runtime/stage.py": """
-from tasks import stage
+from tasks.runtime import stage
 def shown(raw: Path) -> None:
     exec(SHOW)
 sys.argv = ["shown", "raw"]
@@ -111,5 +111,5 @@ def test_every_process_that_is_started_knows_it(place, tmp_path, migrated_databa
     names = f"SHOW, PORT, FOLDER = {show!r}, '{port}', {str(tmp_path)!r}"
     command = [sys.executable, "-c", f"import os, sys\nfrom pathlib import Path\n{names}\n{STARTED[place]}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    told = re.findall(r"^NO_PROXY (.*)$", done.stdout, re.MULTILINE)
-    assert told and set(told) == {"localhost,127.0.0.1,::1"}, done.stdout + done.stderr
+    found = re.findall(r"^NO_PROXY (.*)$", done.stdout, re.MULTILINE)
+    assert found and set(found) == {"localhost,127.0.0.1,::1"}, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Presets: each is complete and valid, `params.yaml` is the default one, and mistakes end in one sentence."""
+"""Presets: each is complete and valid, `params.yaml` is the default one, and mistakes give one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = f"download.path={ROOT / 'tests'}"
 OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"}
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 TINY = {f"{name}_tiny" for name in PICTURES}
-SAID_BY_A_PERSON = {"hub": ["download.hub.repo=owner/name"]} | {
+REQUIRED_OVERRIDES = {"hub": ["download.hub.repo=owner/name"]} | {
     name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY}
 }
 
@@ -36,7 +36,10 @@ def test_the_presets_of_the_readme_exist():
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
-    large, tiny = composition.compose(name, SAID_BY_A_PERSON.get(name, [])), composition.compose(f"{name}_tiny", [PATH])
+    large, tiny = (
+        composition.compose(name, REQUIRED_OVERRIDES.get(name, [])),
+        composition.compose(f"{name}_tiny", [PATH]),
+    )
     for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
         assert large[section][key] == tiny[section][key]
     assert tiny["image"]["resolution"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None
@@ -50,7 +53,7 @@ def test_a_large_preset_takes_pictures_from_a_folder_instead():
 
 @pytest.mark.parametrize("name", composition.names())
 def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
-    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
     assert document["preset"] == name
     file = tmp_path / "params.yaml"
     file.write_text(preset.dump(document, name), encoding="utf-8")
@@ -58,7 +61,7 @@ def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
 
 
 DROPPED_BY_DVC = {"size", "nfiles"}
-"""Names that DVC's run cache leaves out of its key at any depth: it would restore the outputs of another value."""
+"""Names that DVC's run cache drops from its key at any depth: it would restore the outputs of another value."""
 
 
 def keys_of(value: object) -> Iterator[str]:
@@ -74,7 +77,7 @@ def keys_of(value: object) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", composition.names())
 def test_no_parameter_has_a_name_that_dvc_drops(name):
-    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
     assert not DROPPED_BY_DVC & set(keys_of(document))
 
 
@@ -99,7 +102,7 @@ def test_dvc_changes_one_line_of_it(name, others, tmp_path):
     from dvc.utils.hydra import apply_overrides
 
     file = tmp_path / "params.yaml"
-    text = preset.dump(composition.compose(name, [*SAID_BY_A_PERSON.get(name, []), *others]), name)
+    text = preset.dump(composition.compose(name, [*REQUIRED_OVERRIDES.get(name, []), *others]), name)
     file.write_text(text, encoding="utf-8")
     apply_overrides(file, ["train.learning_rate=0.0123"])
     removed, added = different_lines(text, file.read_text(encoding="utf-8"))
@@ -112,7 +115,7 @@ def different_lines(before: str, after: str) -> tuple[list[str], list[str]]:
 
 
 def test_base_names_every_parameter():
-    """What a preset leaves out is seen in one file, and never comes from a default in the code."""
+    """The parameters that a preset does not set are in base.yaml, and never come from a default in the code."""
     base = yaml.safe_load((composition.PRESETS / "base.yaml").read_text(encoding="utf-8"))
     complete = composition.compose("digits", [])
     assert {key: set(value) for key, value in base.items() if isinstance(value, dict)} == {

@@ -1,4 +1,4 @@
-"""Secrets: taken out of every message, refused in every parameter, and never sent through the wrong door."""
+"""Secrets are masked in messages and refused in parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows import once
 from tasks import params
@@ -17,7 +16,7 @@ from tasks.params.redaction import redacted, redacted_values, without_user
 from tests.support.data_inputs import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +38,9 @@ DIGITS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encodin
     ],
 )
 def test_no_secret_is_left(text):
-    told = redacted(f"('{text}' refused)")
-    assert "SECRET" not in told and "***" in told
-    assert redacted(told) == told
+    message = redacted(f"('{text}' refused)")
+    assert "SECRET" not in message and "***" in message
+    assert redacted(message) == message
     assert "SECRET" not in str(redacted_values({"a": [text, {"b": text}], "c": 1}))
 
 

@@ -1,4 +1,4 @@
-"""Each parameter decides which outputs DVC's run cache gives back, and another resolution reaches every artefact."""
+"""Every parameter is in the key of DVC's run cache, and another resolution changes every artefact."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tasks.params import composition
 from tasks.runtime import consistency
 from tests.infra.test_wiring import STAGES
 from tests.support import tiny
-from tests.tasks.test_presets import SAID_BY_A_PERSON
+from tests.tasks.test_presets import REQUIRED_OVERRIDES
 
 MAKE = "import json, yaml; json.dump(yaml.safe_load(open('params.yaml'))['image'], open('made.json', 'w'))"
 
 
 def key_of(stage: str, document: dict[str, Any]) -> str:
-    """The key under which DVC's run cache keeps what `stage` writes with these parameters."""
+    """The key of DVC's run cache for the outputs of `stage` with these parameters."""
     entry = STAGES[stage]
     values = {key: functools.reduce(dict.__getitem__, key.split("."), document) for key in entry["params"]}
     read = {"params.yaml": values}
@@ -35,7 +35,7 @@ def key_of(stage: str, document: dict[str, Any]) -> str:
 
 
 def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Places of all values of a parsed document that hold no other."""
+    """Key paths of all scalar values of a document."""
     if isinstance(value, dict | list) and value:
         for key, below in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(below, (*where, key))
@@ -54,9 +54,9 @@ def changed(document: dict[str, Any], where: tuple[Any, ...]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", composition.names())
 def test_every_parameter_is_in_the_key_of_each_stage_that_reads_it(name):
-    document = composition.compose(name, SAID_BY_A_PERSON.get(name, []))
+    document = composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
     readers = [(stage, section) for stage, entry in STAGES.items() for section in entry.get("params", [])]
-    sections = {key for key, its in document.items() if isinstance(its, dict)}
+    sections = {key for key, value in document.items() if isinstance(value, dict)}
     assert {section for _, section in readers if "." not in section} == sections
     for stage, read in readers:  # a section, or one value of another stage's
         before, place = key_of(stage, document), tuple(read.split("."))
@@ -65,7 +65,7 @@ def test_every_parameter_is_in_the_key_of_each_stage_that_reads_it(name):
 
 
 def made(folder: Path, **image: int) -> tuple[dict[str, int], str]:
-    """`dvc repro` of a stage that writes down the section `image`; returns what it wrote, and DVC's output."""
+    """Run `dvc repro` of a stage that writes the section `image`; returns the written values and DVC's output."""
     (folder / "params.yaml").write_text(yaml.safe_dump({"image": image}))
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "repro"], cwd=folder, capture_output=True, text=True, check=True
@@ -74,7 +74,7 @@ def made(folder: Path, **image: int) -> tuple[dict[str, int], str]:
 
 
 def dvc_folder(folder: Path, cache: Path) -> Path:
-    """A work tree with one stage, whose cache is shared."""
+    """A work tree with one stage and a shared cache."""
     folder.mkdir()
     stage = {"cmd": f'python -c "{MAKE}"', "deps": ["input"], "params": ["image"], "outs": ["made.json"]}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
@@ -88,7 +88,7 @@ def test_another_resolution_is_made_and_an_old_shared_cache_gives_nothing_back(t
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     old = dvc_folder(tmp_path / "old", tmp_path / "cache")
     assert made(old, size=16, channels=1)[0] == {"size": 16, "channels": 1}
-    # DVC leaves keys named `size` out of the key of its run cache. When this fails, DVC was mended.
+    # DVC leaves keys named `size` out of the key of its run cache. If this fails, DVC has fixed it.
     wrong, output = made(old, size=32, channels=1)
     assert wrong == {"size": 16, "channels": 1} and "is cached" in output
 
@@ -103,7 +103,7 @@ def test_another_resolution_is_made_and_an_old_shared_cache_gives_nothing_back(t
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_chain_at_16_then_at_32(tmp_path, monkeypatch):
-    """Every stage that depends on the resolution runs, and every artefact says 32."""
+    """Every stage that depends on the resolution runs, and every artefact names 32."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     for name in ("MLFLOW_TRACKING_URI", "AFTERIMAGE_SCRATCH"):
         monkeypatch.delenv(name, raising=False)
@@ -130,7 +130,7 @@ def repro(folder: Path, resolution: int) -> list[str]:
 
 
 def resolutions(folder: Path) -> dict[str, int]:
-    """Artefact -> the resolution that it says it is for."""
+    """Artefact -> the resolution in its description."""
     outs = {"codec": "outputs/codec", "encode": "data/latents", "train": "outputs/pipeline", "judge": "outputs/judge"}
     outs |= {"export": "outputs/onnx", "package": "outputs/model"}
     artefacts = {artefact.made_by: artefact for inputs in consistency.INPUTS.values() for artefact in inputs.values()}

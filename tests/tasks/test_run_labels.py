@@ -1,4 +1,4 @@
-"""How runs look in MLflow: names and tags that say what a run is, and metrics in groups."""
+"""Names, tags and metric groups of MLflow runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import model_outputs
 
 
 def params_file(folder: Path, *overrides: str, name: str = "digits") -> Path:
-    """A params.yaml as `tasks.preset` writes it; what stands in `overrides` differs from the preset."""
+    """A params.yaml as `tasks.preset` writes it; `overrides` differ from the preset."""
     path = folder / "params.yaml"
     path.write_text(preset.dump(composition.compose(name, list(overrides)), name), encoding="utf-8")
     return path
@@ -40,8 +40,8 @@ def test_a_run_is_named_by_preset_changes_and_a_short_key(tmp_path, overrides, k
 
 
 def test_the_parameters_of_the_run_itself_count(tmp_path):
-    given = {"train.learning_rate": 0.004, "train.ema": '["std-0.05", "std-0.10"]', "train.seed": 9}
-    assert run_labels.label("training", "k" * 64, given, params_file(tmp_path)).name == "digits train.seed=9 kkkkkkkk"
+    own = {"train.learning_rate": 0.004, "train.ema": '["std-0.05", "std-0.10"]', "train.seed": 9}
+    assert run_labels.label("training", "k" * 64, own, params_file(tmp_path)).name == "digits train.seed=9 kkkkkkkk"
 
 
 def test_a_preset_whose_images_a_person_names_is_compared_with_itself(tmp_path):
@@ -49,7 +49,7 @@ def test_a_preset_whose_images_a_person_names_is_compared_with_itself(tmp_path):
     assert run_labels.label("training", "k" * 64, {}, path).name == "folder train.seed=5 kkkkkkkk"
 
 
-def test_without_parameters_the_kind_stands_there(tmp_path):
+def test_without_parameters_the_name_contains_the_kind(tmp_path):
     assert run_labels.label("training", "k" * 64, {}, tmp_path / "params.yaml").name == "training kkkkkkkk"
 
 

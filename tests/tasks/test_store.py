@@ -1,4 +1,4 @@
-"""What lies behind MLflow: refused in one sentence where it cannot serve, and never written outside the work tree."""
+"""MLflow's database: an unusable one is refused in one sentence, and nothing is written outside the work tree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(made.artifact_location)
 
 
 def work_tree(folder: Path, database: Path) -> Path:
-    """A folder with an MLflow database of its own, as a first run leaves it."""
+    """A folder with an MLflow database, as after a first run."""
     folder.mkdir(parents=True)
     shutil.copy(database, folder / "mlflow.db")
     home = str(folder / "mlruns")
@@ -42,7 +42,7 @@ def work_tree(folder: Path, database: Path) -> Path:
 
 
 def run_in(folder: Path, key: str) -> subprocess.CompletedProcess[str]:
-    """The life of a run in the work tree `folder`, without any setting of its place."""
+    """Create and finish a run in the work tree `folder`, without MLFLOW_TRACKING_URI."""
     without = ("MLFLOW_TRACKING_URI", "AFTERIMAGE_SCRATCH")
     environment = {name: value for name, value in os.environ.items() if name not in without}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -78,7 +78,7 @@ def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(how, tmp_
     assert store.update_artifact_paths(new / "mlflow.db") == 0
 
 
-def test_artifacts_that_somebody_put_elsewhere_stay_there(tmp_path, migrated_database):
+def test_artifacts_in_another_place_are_not_changed(tmp_path, migrated_database):
     tree = work_tree(tmp_path / "tree", migrated_database)
     for elsewhere in ("s3://bucket/mlruns", str(tmp_path / "artifacts")):
         with closing(sqlite3.connect(tree / "mlflow.db")) as opened, opened:
@@ -122,18 +122,18 @@ def test_a_database_without_its_driver_names_the_package(scheme, package, monkey
     find = store.importlib.util.find_spec
     drivers = {module for module, _ in (("psycopg2", 0), ("psycopg", 0), ("MySQLdb", 0))}
     monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: None if name in drivers else find(name))
-    told = refused(f"{scheme}://user:SECRET@SECRET@127.0.0.1:9/db", monkeypatch, tmp_path)
-    assert package in told and "pip install" in told and "MLFLOW_TRACKING_URI" in told
+    message = refused(f"{scheme}://user:SECRET@SECRET@127.0.0.1:9/db", monkeypatch, tmp_path)
+    assert package in message and "pip install" in message and "MLFLOW_TRACKING_URI" in message
 
 
-def test_a_database_server_that_does_not_answer_is_told_at_once(monkeypatch, tmp_path):
+def test_a_database_server_that_does_not_answer_is_reported_at_once(monkeypatch, tmp_path):
     find = store.importlib.util.find_spec
     monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: name if name == "psycopg2" else find(name))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = refused(f"postgresql://user:SECRET@127.0.0.1:{port}/db", monkeypatch, tmp_path)
-    assert f"postgresql://***@127.0.0.1:{port}/db does not answer" in told
+    message = refused(f"postgresql://user:SECRET@127.0.0.1:{port}/db", monkeypatch, tmp_path)
+    assert f"postgresql://***@127.0.0.1:{port}/db does not answer" in message
 
 
 def test_an_address_that_mlflow_does_not_know_is_one_sentence(monkeypatch, tmp_path):
@@ -150,19 +150,19 @@ def test_a_damaged_database_is_one_sentence(damage, monkeypatch, tmp_path, migra
     else:
         data[8192 : len(data) // 2] = bytes(len(data) // 2 - 8192)
     (tmp_path / "mlflow.db").write_bytes(data)
-    told = refused(f"sqlite:///{tmp_path / 'mlflow.db'}", monkeypatch, tmp_path)
-    assert f"the MLflow database {tmp_path / 'mlflow.db'} is damaged" in told and "move it away" in told
+    message = refused(f"sqlite:///{tmp_path / 'mlflow.db'}", monkeypatch, tmp_path)
+    assert f"the MLflow database {tmp_path / 'mlflow.db'} is damaged" in message and "move it away" in message
 
 
 def test_another_version_and_a_password_with_an_at_sign(monkeypatch, tmp_path, migrated_database):
-    """The sentence repeats neither: where the address is in the environment, it is named by its variable."""
+    """The message contains no password: it names the environment variable instead of the address."""
     shutil.copy(migrated_database, tmp_path / "old.db")
     with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'c48cb773bb87'")
-    told = refused(f"sqlite:///{tmp_path / 'old.db'}", monkeypatch, tmp_path)
-    assert 'mlflow db upgrade "$MLFLOW_TRACKING_URI"' in told
-    told = refused("http://user:SECRET@SECRET@127.0.0.1:9", monkeypatch, tmp_path)
-    assert "http://***@127.0.0.1:9 does not answer" in told
+    message = refused(f"sqlite:///{tmp_path / 'old.db'}", monkeypatch, tmp_path)
+    assert 'mlflow db upgrade "$MLFLOW_TRACKING_URI"' in message
+    message = refused("http://user:SECRET@SECRET@127.0.0.1:9", monkeypatch, tmp_path)
+    assert "http://***@127.0.0.1:9 does not answer" in message
 
 
 @pytest.mark.parametrize("module", ["infra.run", "infra.ui", "flows.pipeline"])

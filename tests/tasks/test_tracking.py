@@ -1,4 +1,4 @@
-"""MLflow: found or refused at once, runs continued without a point twice, and never in training's way."""
+"""MLflow: found or refused at once, runs continued without duplicate points, and training independent of it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ with tracked.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
 """
 
 
-def test_a_run_whose_process_was_killed_outright_does_not_run_for_ever(client):
+def test_a_run_whose_process_was_killed_ends(client):
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     (orphan,) = runs(client)
@@ -133,7 +133,7 @@ def test_a_run_whose_process_was_killed_outright_does_not_run_for_ever(client):
     assert points(client, orphan.info.run_id) == [(step, 1 / step) for step in range(1, 8)]
 
 
-def test_a_run_that_somebody_holds_is_left_alone(client):
+def test_a_run_that_another_process_holds_is_not_changed(client):
     with tracked.training_run("k1", PARAMS, DATASET) as held:
         train("k2", range(1, 2))
         assert client.get_run(held.run_id).info.status == "RUNNING"
@@ -192,7 +192,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migrated_database):
+def test_a_server_that_is_killed_during_training_is_one_sentence(tmp_path, migrated_database):
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -223,11 +223,11 @@ def test_a_server_that_is_killed_in_mid_training_is_one_sentence(tmp_path, migra
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert done.stdout == "trained to the end\n"
-    sentence = "mlflow: lost (its server does not answer); training goes on, register replays the rest"
+    sentence = "mlflow: lost (its server does not answer); training continues, register replays the rest"
     assert done.stderr.strip() == sentence
 
 
-def test_a_closed_port_is_told_at_once(monkeypatch, tmp_path):
+def test_a_closed_port_is_reported_at_once(monkeypatch, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -249,7 +249,7 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up_after_2_s(monkeypatc
 
 
 @pytest.mark.parametrize(("code", "remedy"), [(403, "--allowed-hosts"), (502, "answers 502; start it")])
-def test_a_server_that_refuses_is_told_with_a_remedy(monkeypatch, code, remedy):
+def test_a_server_that_refuses_is_reported_with_a_remedy(monkeypatch, code, remedy):
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_error(code)
@@ -264,7 +264,7 @@ def test_a_server_that_refuses_is_told_with_a_remedy(monkeypatch, code, remedy):
             tracking.connect()
 
 
-def test_a_database_of_another_mlflow_is_told_with_a_remedy(tmp_path, monkeypatch, migrated_database):
+def test_a_database_of_another_mlflow_is_reported_with_a_remedy(tmp_path, monkeypatch, migrated_database):
     path = tmp_path / "old.db"
     shutil.copy(migrated_database, path)
     with sqlite3.connect(path) as database:
@@ -297,7 +297,7 @@ def test_the_tables_of_a_fresh_database_are_made_while_training_prepares(tmp_pat
 
 @pytest.mark.slow
 def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
-    """Without the lock they break it for good."""
+    """Without the lock they would damage it permanently."""
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "AFTERIMAGE_SCRATCH": str(tmp_path),
@@ -316,7 +316,7 @@ def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_migration_that_was_killed_is_begun_anew(tmp_path):
+def test_a_migration_that_was_killed_is_started_again(tmp_path):
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "AFTERIMAGE_SCRATCH": str(tmp_path),
