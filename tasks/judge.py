@@ -38,7 +38,7 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     from tasks.runtime.atomic import writing_folder
 
     require_accepted(accepted)
-    classes = read_index(images)["classes"]
+    classes = read_index(images).classes
     train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
     with writing_folder(folder) as temporary:
         published = _place_published(temporary, params)  # before hours of training: it may not be there

@@ -10,7 +10,7 @@ from typing import Any
 from tasks.formats import model_folder
 from tasks.formats.model_card import model_card
 from tasks.formats.verdict import require_accepted
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, measures, stage
 
 
@@ -25,7 +25,7 @@ def package(
     require_accepted(accepted)
     card = model_card(
         info=integrity.read_described(pipeline, "afterimage.json", "train"),
-        data=images.read_index(data),
+        data=read_index(data).to_json(),
         training=_read(training / "run.json")["params"],
         measured=measures.read(evaluation / measures.FILE),
         exported=_read(export),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
-from tasks.pictures.images import read_index
+from tasks.pictures.index import read_index
 from tasks.registration import adapter, gates
 from tasks.registration.gates import Judged
 from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
@@ -63,7 +63,7 @@ def register(
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)
-        version = _model_version(client, params.model_name, model, measured, trained, read_index(data)["sha256"])
+        version = _model_version(client, params.model_name, model, measured, trained, read_index(data).sha256)
         evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
         _describe(client, (trained, evaluated), measured, page)
         # The SQL stores give version numbers as int here and str there.

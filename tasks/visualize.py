@@ -274,7 +274,7 @@ def _neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Draw
 
     from tasks.pictures.images import load_pixels, read_index
 
-    count = read_index(images)["splits"].get("train", 0)
+    count = read_index(images).splits.get("train", 0)
     if not count or count * image.channels * image.resolution**2 > SEARCH_BYTES:
         return None
     train = load_pixels(images, "train", image).pixels

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams, ImageParams
-from tasks.pictures.images import load_pixels, read_index
+from tasks.pictures.images import load_pixels
+from tasks.pictures.index import read_index
 from tasks.runtime.measures import Measure, Measurements
 from tasks.runtime.stage import StageError
 
@@ -86,7 +87,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         "n_accuracy": params.n_accuracy,
         "seed": params.seed,
         "seed_blocks": params.seed_blocks,
-        "reference": {"split": "test", "images": index["splits"]["test"], "sha256": index["sha256"]},
+        "reference": {"split": "test", "images": index.splits["test"], "sha256": index.sha256},
         "floor": {"split": "train", "images": "as many, of the classes asked for, as far as there are"},
         "judge": judge.info.hashes,
         "extractor": judge.kind,
@@ -476,5 +477,5 @@ def _require_pipeline(pipeline: Pipeline, facts: dict[str, Any]) -> None:
 def _require_judge(images: Path, judge: Judge, facts: dict[str, Any]) -> None:
     if judge.info.hashes != facts["judge"]:
         raise NotComparableError("the judge is not the one that the protocol names; run 'dvc repro judge evaluate'")
-    if read_index(images)["sha256"] != facts["reference"]["sha256"]:
+    if read_index(images).sha256 != facts["reference"]["sha256"]:
         raise NotComparableError("the images are not those that the protocol names; run 'dvc repro evaluate'")

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import socket
 import ssl
 import subprocess
@@ -11,7 +10,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import psutil
 import yaml
 
 from tasks.params import DownloadParams, IngestParams, composition
+from tasks.pictures.index import read_index
 from tasks.runtime import integrity
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +243,6 @@ def random_cuts(size: int, count: int = 20) -> list[int]:
 
 
 def record_checksums(images: Path) -> None:
-    """Make shards that a test edited those that the index names: what a source may hold, not a damage."""
-    index = json.loads((images / "index.json").read_text())
-    index["files"] = integrity.checksums(images, "*.parquet")
-    (images / "index.json").write_text(json.dumps(index))
+    """Update the checksums in the index, so that shards that a test edited do not count as damaged."""
+    index = replace(read_index(images), files=integrity.checksums(images, "*.parquet"))
+    index.write(images / "index.json")

@@ -4,6 +4,7 @@ and captions, a small judge of them, and a pipeline that draws something of thei
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def write_images(root: Path, labels: bool = True, captions=template_captions) ->
                 "source": "digits",
             }
         )
-    atomic.write_json(folder / "index.json", {**writer.close(), "classes": CLASSES if labels else []})
+    replace(writer.close(), classes=CLASSES if labels else []).write(folder / "index.json")
     atomic.write_json(root / "data" / "accepted.json", {"verdict": "accepted"})
     return folder
 

@@ -16,6 +16,7 @@ from models.pipeline import PipelineInfo, save_pipeline
 from tasks.export import export
 from tasks.package import package
 from tasks.params import ExportParams
+from tasks.pictures.index import ImageIndex
 from tasks.runtime import atomic, measures
 from tasks.runtime.measures import Measure, Measurements
 
@@ -117,8 +118,22 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     atomic.write_json(evaluation / "protocol.json", protocol)
     atomic.write_text(root / "reports" / "index.html", "<title>the report</title>")
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
-    index = {"format": 2, "rows": 90, "splits": {"test": 30, "train": 60}, "classes": CLASSES, "source": "pets"}
-    atomic.write_json(root / "data" / "images" / "index.json", index | {"licence": "CC0", "sha256": "d" * 64})
+    _write_index(root / "data" / "images")
+
+
+def _write_index(images: Path) -> None:
+    images.mkdir(parents=True, exist_ok=True)
+    ImageIndex(
+        shards=[],
+        files={},
+        rows=90,
+        splits={"test": 30, "train": 60},
+        caption_count=0,
+        sha256="d" * 64,
+        classes=CLASSES,
+        licence="CC0",
+        source="pets",
+    ).write(images / "index.json")
 
 
 def measurements(distance: float = 20.0, label_accuracy: float | None = 0.99, **changes: object) -> Measurements:

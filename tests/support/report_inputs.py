@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from tasks.pictures import images as normal_form
 from tasks.runtime import measures
 from tasks.runtime.measures import Measure, Measurements
 from tasks.validation import report as validation_report
-from tasks.validation.expectations import Finding, Gate
+from tasks.validation.findings import Finding, Findings, Gate
 from tasks.visualize import visualize
 
 SIZE, TIMESTEPS = 8, 20
@@ -61,6 +60,7 @@ FINDINGS = [
         0,
         [],
         "0.35",
+        "warning",
     ),
 ]
 SAMPLERS = """\
@@ -110,7 +110,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
-    validation_report.write(root / "reports" / "validation", FINDINGS, ["drift"], {"not an image": 2})
+    validation_report.write(root / "reports" / "validation", Findings(FINDINGS, {"not an image": 2}))
     MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
@@ -146,7 +146,7 @@ def _write_images(folder: Path, classes: list[str], channels: int) -> np.ndarray
                 "source": "digits",
             }
         )
-    (folder / "index.json").write_text(json.dumps({**writer.close(), "classes": classes}))
+    replace(writer.close(), classes=classes).write(folder / "index.json")
     return pixels
 
 

@@ -11,7 +11,8 @@ import pytest
 from tasks import ingest
 from tasks.ingest import _problem
 from tasks.runtime.stage import StageError
-from tasks.sources import archives, folder, picture_tables
+from tasks.sources import archives, folder, packing, picture_tables
+from tasks.sources.entry import TableColumns
 from tests.support.data_inputs import picture, write_tree, write_zip
 
 TEXT = {f"x{number}.png": f"a dog, number {number}" for number in range(4)}
@@ -287,7 +288,7 @@ def test_one_line_stays_one_caption(read, text):
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", b"it\x92s", b"\xff\xfea", b"\xff\xfe\x00\xd8a\x00"])
-def test_a_text_that_cannot_be_decoded_sets_its_image_aside(read, content):
+def test_a_text_that_cannot_be_decoded_quarantines_its_image(read, content):
     _, rows, refused = read({"1.png": picture(1), "1.txt": content})
     assert (rows, refused["1.png"].reason) == ({}, "caption not UTF-8")
 
@@ -297,17 +298,17 @@ def test_captions_of_several_lines_are_said_once(read):
     source, rows, _ = read(PICTURES | {"x0.txt": wrapped, "x1.txt": b"a dog\na brown dog", "x2.txt": b"one"})
     assert [len(texts) for texts in rows.values()] == [3, 2, 1, 0]
     (note,) = source.notes
-    assert "2 caption files have several lines, and each line is a caption of its own (x0.txt: 3 captions)" in note
+    assert "2 caption files have several lines, and each line is a separate caption (x0.txt: 3 captions)" in note
     assert "1 of them may be one wrapped text (x0.txt)" in note
     help_text = " ".join((ingest.ingest.__doc__ or "").split())
-    assert "Each line of a text file is a caption of its own" in help_text
+    assert "Each line of a text file is a separate caption" in help_text
 
 
 def table_of(tmp_path, metadata=None, **columns):
     values = {"image": [picture(1)], **{name: [text] for name, text in columns.items()}}
     schema = pa.schema([(name, pa.binary() if name == "image" else pa.string()) for name in values], metadata)
     pq.write_table(pa.table(values, schema), tmp_path / "0.parquet")
-    return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20)
+    return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, TableColumns(), 1 << 20)
 
 
 def test_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
@@ -331,7 +332,7 @@ def test_captions_of_a_hub_table_that_cannot_be_decoded(tmp_path, listed):
     kind = (pa.list_ if listed else lambda its: its)(pa.binary())
     captions = pa.array(texts, kind).view((pa.list_ if listed else lambda its: its)(pa.string()))
     pq.write_table(pa.table({"image": [picture(1)] * 3, "caption": captions}), tmp_path / "0.parquet")
-    entries = list(picture_tables.read({"0.parquet": tmp_path / "0.parquet"}, {}, 1 << 20).entries)
+    entries = list(picture_tables.read({"0.parquet": tmp_path / "0.parquet"}, TableColumns(), 1 << 20).entries)
     assert [entry.problem.reason if entry.problem else None for entry in entries] == ["caption not UTF-8", None, None]
     assert [entry.captions for entry in entries[1:]] == [("café",), ("a dog",)]
 

@@ -12,6 +12,7 @@ import pytest
 from tasks.ingest import ingest
 from tasks.params import DownloadParams, ImageParams
 from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime import atomic
 from tasks.runtime.stage import StageError
 from tasks.sources import cifar
@@ -81,16 +82,16 @@ def taken(tmp_path, monkeypatch):
             params = DownloadParams(source="cifar10", allow_private_addresses=True)
             with atomic.writing_folder(tmp_path / "raw") as raw:
                 write_manifest(raw, "cifar10", cifar.copy(raw, params, published), "unknown")
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params(caption_templates=["a {}"]))
-        return images.read_index(tmp_path / "images")
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params(caption_templates=["a {}"]))
+        return read_index(tmp_path / "images")
 
     return call
 
 
 def test_every_picture_arrives_with_its_split_label_and_pixels(tmp_path, taken):
     index = taken(archive())
-    assert index["splits"] == {"test": ROWS, "train": 5 * ROWS}
-    assert index["classes"] == cifar.CLASSES
+    assert index.splits == {"test": ROWS, "train": 5 * ROWS}
+    assert index.classes == cifar.CLASSES
     train = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=32, channels=3))
     assert train.keys[:2] == ["data_batch_1/00000", "data_batch_1/00001"]
     expected = [batch(number) for number in range(1, 6)]

@@ -82,13 +82,13 @@ def demands(**others: object) -> Demands:
 
 
 def judge(tmp_path, inputs: dict[str, bytes], asked: Demands) -> None:
-    where = {name: tmp_path / name for name in ("raw", "images", "aside", "accepted.json", "report")}
+    where = {name: tmp_path / name for name in ("raw", "images", "quarantine", "accepted.json", "report")}
     download(where["raw"], folder_params(write_tree(tmp_path / "in", inputs), licence="mine"))
-    ingest(where["raw"], where["images"], where["aside"], ingest_params())
+    ingest(where["raw"], where["images"], where["quarantine"], ingest_params())
     limits = {"min_images": 1, "min_side": 8, "max_aspect_ratio": 2.0, "max_quarantined_fraction": 0.0}
     limits |= {"min_images_per_class": 0, "warn_only": ("near_duplicates", "near_leaks", "drift", "captions")}
     params = ValidateParams.model_validate(limits)
-    validate(where["images"], where["aside"], where["accepted.json"], where["report"], params, asked)
+    validate(where["images"], where["quarantine"], where["accepted.json"], where["report"], params, asked)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -16,7 +16,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime.stage import StageError
 from tasks.transfer import fetch
 from tests.support.data_inputs import ROOT, cutting, ingest_params, picture, random_cuts, serving, write_params
@@ -48,14 +48,14 @@ def taken(tmp_path):
     """Download and ingest; returns the index, the rows by key and the quarantine by key."""
 
     def call(asked, **others):
-        raw, out, aside = tmp_path / "raw", tmp_path / "images", tmp_path / "aside"
+        raw, out, quarantine = tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine"
         download(raw, asked)
-        ingest(raw, out, aside, ingest_params(**others))
-        index = images.read_index(out)
-        rows = [row for shard in index["shards"] for row in pq.read_table(out / shard).to_pylist()]
+        ingest(raw, out, quarantine, ingest_params(**others))
+        index = read_index(out)
+        rows = [row for shard in index.shards for row in pq.read_table(out / shard).to_pylist()]
         rows = [row | {"image": row["image"]["bytes"]} for row in rows]
-        refused = pq.read_table(aside / "quarantine.parquet").to_pylist()
-        assert index["inputs"] == len(rows) + len(refused)
+        refused = pq.read_table(quarantine / "quarantine.parquet").to_pylist()
+        assert index.inputs == len(rows) + len(refused)
         return index, {row["key"]: row for row in rows}, {row["key"]: row for row in refused}
 
     return call
@@ -70,8 +70,8 @@ def test_cifar10_as_published(site, taken):
     }
     publish(site, "uoft-cs/cifar10", files)
     index, rows, _ = taken(params("uoft-cs/cifar10", images=9), caption_templates=["a {}"])
-    assert index["classes"] == CLASSES
-    assert index["splits"] == {"test": 3, "train": 6}
+    assert index.classes == CLASSES
+    assert index.splits == {"test": 3, "train": 6}
     first = rows["plain_text/test-00000-of-00001/0000000"]
     assert (first["image"], first["label"], first["captions"]) == (test[0], 2, ["a bird"])
 
@@ -85,7 +85,7 @@ def test_celebahq_as_published(site, taken):
     publish(site, "mattymchen/celeba-hq", files)
     asked = params("mattymchen/celeba-hq", {"classes": ["woman", "man"]}, images=5)
     index, rows, _ = taken(asked, caption_templates=["a photo of the face of a {}"])
-    assert index["splits"] == {"test": 1, "train": 4}
+    assert index.splits == {"test": 1, "train": 4}
     held_out = rows["data/validation-00000-of-00001-9f8e7d/0000000"]
     assert held_out["captions"] == ["a photo of the face of a man"]
     with pytest.raises(StageError, match="holds 5 images and not 30000"):
@@ -105,7 +105,7 @@ def test_pictures_with_captions(site, taken):
     assert rows["0000/0000000"]["captions"] == ["a thing"]
 
 
-def test_rows_that_cannot_be_loaded_are_set_aside(site, taken):
+def test_rows_that_cannot_be_loaded_are_quarantined(site, taken):
     pictures = [picture(0), None, b"<html>", picture(3), picture(4), picture(5), b"x" * 5000]
     labels = [0, 1, 2, 7, -1, None, 1]
     publish(site, "a/b", {"train.parquet": table(pictures, CIFAR | {"image": {"_type": "Image"}}, label=labels)})
@@ -133,18 +133,18 @@ def test_rows_that_cannot_be_loaded_are_set_aside(site, taken):
 def test_classes_that_the_table_does_not_name(site, taken, labels, classes, expected):
     publish(site, "a/b", {"data.parquet": table([picture(seed) for seed in range(3)], label=labels)})
     index, rows, _ = taken(params("a/b"))
-    assert index["classes"] == classes
+    assert index.classes == classes
     assert [row["label"] for _, row in sorted(rows.items())] == expected
 
 
 def test_labels_and_captions_that_are_no_number_and_no_text(site, taken):
-    """Columns with NaN, as tables out of pandas have them: no label, no caption; a number that is none is set aside."""
+    """Columns with NaN, as tables out of pandas have them: no label, no caption; a number that is none goes to quarantine."""
     labels = [0.0, 1.0, float("nan"), 1.5, float("inf"), None]
     captions = [float("nan")] * 6
     data = table([picture(seed) for seed in range(6)], label=labels, note=captions)
     publish(site, "a/b", {"data.parquet": data})
     index, rows, refused = taken(params("a/b", {"label": "label", "captions": ["note"]}))
-    assert index["classes"] == ["0", "1"]
+    assert index.classes == ["0", "1"]
     assert [row["label"] for _, row in sorted(rows.items())] == [0, 1, None, None]
     assert not any(row["captions"] for row in rows.values())
     assert {key[-1]: row["reason"] for key, row in refused.items()} == dict.fromkeys("34", "label out of range")
@@ -159,7 +159,7 @@ def test_a_label_may_be_an_element_of_a_list(site, taken):
     columns = {"image": "image", "label": "attributes[20]", "classes": ["woman", "man"]}
     asked = params("eurecom-ds/celeba-hq-256", columns, images=4)
     index, rows, _ = taken(asked, caption_templates=["a photo of the face of a {}"])
-    assert index["classes"] == ["woman", "man"]
+    assert index.classes == ["woman", "man"]
     found = [(row["label"], row["captions"]) for _, row in sorted(rows.items())]
     assert found[0] == (0, ["a photo of the face of a woman"])
     assert [label for label, _ in found] == [*male, None]

@@ -1,4 +1,4 @@
-"""The stage `ingest`: any source becomes one form; what cannot be read is set aside; nothing is lost on the way."""
+"""The stage `ingest`: any source becomes one form; what cannot be read goes to quarantine; nothing is lost on the way."""
 
 import hashlib
 import io
@@ -20,6 +20,7 @@ from tasks.download import download
 from tasks.ingest import CEILING_CHUNKS, CHUNK_BYTES, CHUNK_ENTRIES, ingest
 from tasks.params import DownloadParams, ImageParams
 from tasks.pictures import decoding, images
+from tasks.pictures.index import read_index
 from tasks.runtime.stage import StageError
 from tasks.sources import digits
 from tasks.sources.entry import Entry, Source
@@ -42,16 +43,16 @@ def taken(tmp_path):
     """Download and ingest a local source; returns index, rows by key, quarantine by key."""
 
     def call(path, **others):
-        raw, out, aside = tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine"
+        raw, out, quarantine = tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine"
         download(raw, folder_params(path))
-        ingest(raw, out, aside, ingest_params(**others))
-        index = images.read_index(out)
-        rows = [row for shard in index["shards"] for row in pq.read_table(out / shard).to_pylist()]
+        ingest(raw, out, quarantine, ingest_params(**others))
+        index = read_index(out)
+        rows = [row for shard in index.shards for row in pq.read_table(out / shard).to_pylist()]
         rows = [row | {"image": row["image"]["bytes"]} for row in rows]
-        refused = pq.read_table(aside / "quarantine.parquet").to_pylist()
-        assert index["inputs"] == index["rows"] + sum(index["quarantined"].values())
-        assert index["rows"] == len(rows) == sum(index["splits"].values())
-        assert sum(index["quarantined"].values()) == len(refused)
+        refused = pq.read_table(quarantine / "quarantine.parquet").to_pylist()
+        assert index.inputs == index.rows + sum(index.quarantined.values())
+        assert index.rows == len(rows) == sum(index.splits.values())
+        assert sum(index.quarantined.values()) == len(refused)
         return index, {row["key"]: row for row in rows}, {row["key"]: row for row in refused}
 
     return call
@@ -61,7 +62,7 @@ GOOD = {f"good/{seed}.png": picture(seed) for seed in range(4)}
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "tar"])
-def test_every_bad_input_is_set_aside_with_its_reason_or_loads(tmp_path, taken, form):
+def test_every_bad_input_is_quarantined_with_its_reason_or_loads(tmp_path, taken, form):
     files = {name: data for name, (data, _) in bad_inputs.FILES.items()}
     path = write_tree(tmp_path / "in", files)
     if form == "zip":
@@ -73,7 +74,7 @@ def test_every_bad_input_is_set_aside_with_its_reason_or_loads(tmp_path, taken, 
     index, rows, refused = taken(path, max_image_bytes=bad_inputs.MAX_IMAGE_BYTES, held_out_fraction=1e-9)
     became = {name: row["reason"] for name, row in refused.items()} | dict.fromkeys(rows, bad_inputs.LOADS)
     assert became == {name: fate for name, (_, fate) in bad_inputs.FILES.items()}
-    assert index["inputs"] == len(files) == len(rows) + len(refused)
+    assert index.inputs == len(files) == len(rows) + len(refused)
     for name, row in refused.items():
         assert (row["size"], bool(row["detail"])) == (len(files[name]), True)
         if row["reason"] != "oversized":
@@ -91,20 +92,20 @@ def test_every_bad_input_is_set_aside_with_its_reason_or_loads(tmp_path, taken, 
     assert (red[0] > 200 > 50 > red[2]) and (blue[2] > 200 > 50 > blue[0])
 
 
-def test_every_bad_caption_sets_its_image_aside_or_loads(tmp_path, taken):
+def test_every_bad_caption_quarantines_its_image_or_loads(tmp_path, taken):
     files = {name: picture(seed) for seed, name in enumerate(bad_inputs.CAPTIONS)}
     files["captions.csv"] = bad_inputs.caption_table()
     index, rows, refused = taken(write_tree(tmp_path / "in", files))
     became = {name: row["reason"] for name, row in refused.items()} | dict.fromkeys(rows, bad_inputs.LOADS)
     assert became == {name: fate for name, (_, fate) in bad_inputs.CAPTIONS.items()}
-    assert index["inputs"] == len(bad_inputs.CAPTIONS)
+    assert index.inputs == len(bad_inputs.CAPTIONS)
     for name, row in rows.items():
         text = bad_inputs.CAPTIONS[name][0].strip()
         assert row["captions"] == ([text] if text else [])
 
 
 @pytest.mark.parametrize("label", [-1, 3, float("nan"), "one"])
-def test_a_label_that_names_no_class_sets_its_image_aside(tmp_path, monkeypatch, label):
+def test_a_label_that_names_no_class_quarantines_its_image(tmp_path, monkeypatch, label):
     entries = [
         Entry("a", picture(1), 9, label=0),
         Entry("b", picture(2), 9, label=label),
@@ -112,10 +113,10 @@ def test_a_label_that_names_no_class_sets_its_image_aside(tmp_path, monkeypatch,
     ]
     monkeypatch.setattr(digits, "read", lambda file: Source(["x", "y", "z"], 3, iter(entries)))
     download(tmp_path / "raw", DownloadParams(source="digits"))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
-    (refused,) = pq.read_table(tmp_path / "aside" / "quarantine.parquet").to_pylist()
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
+    (refused,) = pq.read_table(tmp_path / "quarantine" / "quarantine.parquet").to_pylist()
     assert (refused["key"], refused["reason"]) == ("b", "label out of range")
-    assert images.read_index(tmp_path / "images")["rows"] == 2
+    assert read_index(tmp_path / "images").rows == 2
 
 
 def test_a_large_refused_file_is_recorded_without_its_bytes(tmp_path, taken):
@@ -146,7 +147,7 @@ def test_paths_that_lead_out_of_a_zip(tmp_path, taken):
         "twice.png": "repeated path",
     }
     assert rows["twice.png"]["image"] == picture(1)
-    assert index["inputs"] == 8
+    assert index.inputs == 8
     assert not list(tmp_path.parent.rglob("up.png"))
 
 
@@ -192,7 +193,7 @@ def test_hidden_files_are_no_inputs(tmp_path, taken):
     files = GOOD | {".DS_Store": b"x", "__MACOSX/good/._0.png": b"x", "good/.hidden.png": b"x", ".git/a.png": b"x"}
     for path in (write_tree(tmp_path / "in", files), write_zip(tmp_path / "in.zip", files)):
         index, _, _ = taken(path)
-        assert (index["inputs"], index["rows"], index["quarantined"]) == (4, 4, {})
+        assert (index.inputs, index.rows, index.quarantined) == (4, 4, {})
 
 
 def test_names_that_are_no_text(tmp_path, taken):
@@ -214,7 +215,7 @@ def test_a_zip_of_windows(tmp_path, taken):
             archive.writestr(info, picture(len(name)))
     index, rows, _ = taken(tmp_path / "in.zip")
     assert set(rows) == {"cat/1.png", "dog/2.png"}
-    assert index["classes"] == ["cat", "dog"]
+    assert index.classes == ["cat", "dog"]
 
 
 def test_class_folders_and_split_folders(tmp_path, taken):
@@ -223,7 +224,7 @@ def test_class_folders_and_split_folders(tmp_path, taken):
         write_tree(tmp_path / "in", {name: picture(seed) for seed, name in enumerate(names)}),
         caption_templates=["a photo of a {}", "one {}"],
     )
-    assert index["classes"] == ["cat", "cat_big", "dog"]
+    assert index.classes == ["cat", "cat_big", "dog"]
     assert [rows[name]["split"] for name in names] == ["train", "train", "test", "val", "train"]
     assert [rows[name]["label"] for name in names] == [0, 2, 0, 2, 1]
     assert rows["training/cat_big/5.png"]["captions"] == ["a photo of a cat big", "one cat big"]
@@ -232,26 +233,26 @@ def test_class_folders_and_split_folders(tmp_path, taken):
 def test_val_is_held_out_where_there_is_no_test(tmp_path, taken):
     names = ["train/a/1.png", "train/b/2.png", "valid/a/3.png"]
     index, _, _ = taken(write_tree(tmp_path / "in", {name: picture(seed) for seed, name in enumerate(names)}))
-    assert index["splits"] == {"test": 1, "train": 2}
+    assert index.splits == {"test": 1, "train": 2}
 
 
 def test_a_split_alone_is_no_split(tmp_path, taken):
     index, rows, _ = taken(write_tree(tmp_path / "in", {f"train/{seed}.png": picture(seed) for seed in range(60)}))
-    assert index["classes"] == []
-    assert 5 <= index["splits"]["test"] <= 25
+    assert index.classes == []
+    assert 5 <= index.splits["test"] <= 25
     assert {row["label"] for row in rows.values()} == {None}
 
 
 def test_numbers_as_classes_are_in_their_order(tmp_path, taken):
     index, rows, _ = taken(write_tree(tmp_path / "in", {f"{n}/x.png": picture(n) for n in range(12)}))
-    assert index["classes"] == [str(n) for n in range(12)]
+    assert index.classes == [str(n) for n in range(12)]
     assert all(rows[f"{n}/x.png"]["label"] == n for n in range(12))
 
 
 def test_the_innermost_folder_is_the_class(tmp_path, taken):
     names = ["ref/female/1.png", "ref/male/2.png", "src/female/3.png"]
     index, _, _ = taken(write_tree(tmp_path / "in", {name: picture(seed) for seed, name in enumerate(names)}))
-    assert index["classes"] == ["female", "male"]
+    assert index.classes == ["female", "male"]
 
 
 def test_the_split_of_an_image_does_not_depend_on_the_others(tmp_path, taken):
@@ -287,7 +288,7 @@ def test_captions_are_joined_by_file_name(tmp_path, taken, kind):
     assert rows["pics/0.png"]["captions"] == ["first, with a comma", "second"]
     assert rows["pics/1.png"]["captions"] == ["Zürich"]
     assert rows["pics/2.png"]["captions"] == []
-    assert (index["caption_count"], index["inputs"], index["classes"], refused) == (3, 3, [], {})
+    assert (index.caption_count, index.inputs, index.classes, refused) == (3, 3, [], {})
 
 
 def test_a_table_after_the_images_of_a_tar(tmp_path, taken):
@@ -301,10 +302,10 @@ def test_a_table_after_the_images_of_a_tar(tmp_path, taken):
             archive.addfile(info, io.BytesIO(data))
     index, rows, _ = taken(tmp_path / "in.tar")
     assert rows["0.png"]["captions"] == ["a thing"]
-    assert index["unmatched_captions"] == 1
+    assert index.unmatched_captions == 1
 
 
-def test_a_table_of_something_else_is_set_aside(tmp_path, taken):
+def test_a_table_of_something_else_is_quarantined(tmp_path, taken):
     _, rows, refused = taken(write_tree(tmp_path / "in", GOOD | {"scores.csv": b"model,score\na,1\n"}))
     assert len(rows) == 4
     assert refused["scores.csv"]["reason"] == "no image file"
@@ -314,7 +315,7 @@ BAD_TABLES = {
     "of another set": ({"c.csv": b"image,caption\nx.png,a\ny.png,b\n"}, "names none of the"),
     "ambiguous": (
         {"c.csv": b"image,caption\nsame.png,a\n", "a/same.png": picture(5), "b/same.png": picture(6)},
-        "may be",
+        "matches a/same.png and b/same.png",
     ),
     "utf-16 without a mark": ({"c.csv": "image,caption\n0.png,a\n".encode("utf-16-le")}, "save it as UTF-8"),
 }
@@ -331,7 +332,7 @@ def test_nothing_readable_ends_with_one_sentence(tmp_path):
     folder = write_tree(tmp_path / "in", {"a.jpg": b"no", "b.png": b"", "c.txt": b"text"})
     params = write_params(tmp_path / "params.yaml", download={"source": "folder", "path": str(folder)})
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
-    done = run_stage("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "aside", params=params)
+    done = run_stage("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
     assert done.returncode == 1
     assert "holds no readable image (1 x no image file, 1 x not an image, 1 x zero bytes)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -449,8 +450,8 @@ def test_the_digits_in_their_form(tmp_path):
         assert done.returncode == 0, done.stderr
     from sklearn.datasets import load_digits
 
-    index = json.loads((tmp_path / "images" / "index.json").read_text())
-    assert (index["rows"], index["classes"][7], index["quarantined"]) == (1797, "seven", {})
+    index = read_index(tmp_path / "images")
+    assert (index.rows, index.classes[7], index.quarantined) == (1797, "seven", {})
     published = load_digits()
     for split in ("train", "test"):
         samples = images.load_pixels(tmp_path / "images", split, ImageParams(resolution=8, channels=1))
@@ -478,7 +479,7 @@ def test_the_largest_pictures_in_little_memory(tmp_path):
         tmp_path / "params.yaml", download={"source": "folder", "path": str(tmp_path / "in.zip"), "licence": "none"}
     )
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
-    done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "aside", params=params)
+    done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
     assert done.returncode == 0, done.stderr
     assert "0 in quarantine" in done.stdout
     assert peak < 1.5 * 2**30
@@ -499,7 +500,7 @@ def test_sixty_thousand_images_at_most_of_the_decode_speed_in_little_memory(tmp_
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
     shares = []
     for _ in range(3):
-        done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "aside", params=params)
+        done, peak = run_and_measure("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
         assert done.returncode == 0, done.stderr
         assert peak < 1.5 * 2**30
         shares.append(int(re.search(r"(\d+)% of the ceiling", done.stdout).group(1)))

@@ -13,7 +13,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams, LaionParams
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tasks.runtime.stage import StageError
 from tasks.transfer import addresses, crawl, laion
 from tests.support.data_inputs import ROOT, ingest_params, picture, serving
@@ -287,7 +287,7 @@ def engine(monkeypatch):
 
     def replaced(*arguments):
         python, *rest = command(*arguments)
-        return [python, str(ROOT / "tests" / "small_engine.py"), *rest[2:]]
+        return [python, str(ROOT / "tests" / "support" / "small_engine.py"), *rest[2:]]
 
     monkeypatch.setattr(crawl, "_command", replaced)
 
@@ -303,9 +303,9 @@ def check_the_whole(site, tmp_path, params):
         "success": 31,
     }
     assert said["details"]["filters"] == {"read": 38, "kept": 38, "left_out": {}}
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
-    index = images.read_index(tmp_path / "images")
-    assert (index["rows"], index["quarantined"], index["source"]) == (31, {}, "laion")
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
+    index = read_index(tmp_path / "images")
+    assert (index.rows, index.quarantined, index.source) == (31, {}, "laion")
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "images" / "shard-0.parquet").to_pylist()}
     assert rows["000000007"]["image"]["bytes"] == site.files["/7.jpg"]
     assert (rows["000000007"]["captions"], rows["000000007"]["safety"]) == (["picture 7"], "safe")

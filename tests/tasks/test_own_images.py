@@ -9,7 +9,7 @@ import pytest
 
 from tasks.download import download
 from tasks.ingest import ingest
-from tasks.pictures import images
+from tasks.pictures.index import read_index
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree, write_zip
 
 
@@ -18,14 +18,14 @@ def taken(tmp_path):
     """Index, rows by key, reasons of the quarantine by key."""
 
     def call(path, **others):
-        raw, out, aside = tmp_path / "raw", tmp_path / "images", tmp_path / "aside"
+        raw, out, quarantine = tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine"
         download(raw, folder_params(path))
-        ingest(raw, out, aside, ingest_params(**others))
-        index = images.read_index(out)
-        rows = [row for shard in index["shards"] for row in pq.read_table(out / shard).to_pylist()]
+        ingest(raw, out, quarantine, ingest_params(**others))
+        index = read_index(out)
+        rows = [row for shard in index.shards for row in pq.read_table(out / shard).to_pylist()]
         rows = [row | {"image": row["image"]["bytes"]} for row in rows]
-        refused = pq.read_table(aside / "quarantine.parquet").to_pylist()
-        assert index["inputs"] == len(rows) + len(refused)
+        refused = pq.read_table(quarantine / "quarantine.parquet").to_pylist()
+        assert index.inputs == len(rows) + len(refused)
         return index, {row["key"]: row for row in rows}, {row["key"]: row["reason"] for row in refused}
 
     return call
@@ -54,8 +54,8 @@ def shard(first, count=3):
 
 
 def check_shards(index, rows, prefix):
-    assert (index["rows"], index["quarantined"], index["classes"]) == (6, {}, ["9", "10"])
-    assert index["splits"] == {"test": 3, "train": 3}
+    assert (index.rows, index.quarantined, index.classes) == (6, {}, ["9", "10"])
+    assert index.splits == {"test": 3, "train": 3}
     row = rows[f"{prefix}train-000000.tar/000000001.jpg"]
     assert (row["captions"], row["label"], row["image"]) == (["caption 1"], 1, picture(1, kind="JPEG"))
 
@@ -77,7 +77,7 @@ def test_webdataset_shards(tmp_path, taken, form):
 def test_one_shard_is_an_archive_like_any_other(tmp_path, taken):
     (tmp_path / "a.tar").write_bytes(tar_of(shard(0)))
     index, rows, _ = taken(tmp_path / "a.tar")
-    assert (index["rows"], index["quarantined"], index["classes"]) == (3, {}, ["9", "10"])
+    assert (index.rows, index.quarantined, index.classes) == (3, {}, ["9", "10"])
     assert rows["000000002.jpg"]["captions"] == ["caption 2"]
 
 
@@ -87,7 +87,7 @@ def test_folders_inside_a_shard_are_classes_and_the_shard_is_none(tmp_path, take
         "1.tar": tar_of({"3.png": picture(3)}),
     }
     index, rows, _ = taken(write_tree(tmp_path / "in", files))
-    assert index["classes"] == ["cat", "dog"]
+    assert index.classes == ["cat", "dog"]
     assert rows["1.tar/3.png"]["label"] is None
 
 
@@ -133,7 +133,7 @@ def test_files_beside_images(tmp_path, taken):
         "dog/4.json": "captions not read",
         "dog/5.png": "caption not UTF-8",
     }
-    assert index["classes"] == ["cat", "dog"]
+    assert index.classes == ["cat", "dog"]
 
 
 def test_five_captions_a_picture_in_a_table(tmp_path, taken):
@@ -142,7 +142,7 @@ def test_five_captions_a_picture_in_a_table(tmp_path, taken):
     files = {f"images/{number}.jpg": picture(number, kind="JPEG") for number in range(4)}
     table = "\n".join(["image,caption", *lines]) + "\n"
     index, rows, refused = taken(write_zip(tmp_path / "f.zip", files | {"captions.csv": table.encode()}))
-    assert (index["classes"], index["caption_count"], refused) == ([], 20, {})
+    assert (index.classes, index.caption_count, refused) == ([], 20, {})
     assert rows["images/3.jpg"]["captions"] == [f"caption {turn} of 3 ." for turn in range(5)]
 
 
@@ -151,5 +151,5 @@ def test_folders_above_the_classes(tmp_path, taken):
     names = ["ref/female/1.jpg", "ref/male/2.jpg", "src/female/3.jpg", "src/male/4.jpg"]
     files = {name: picture(number, kind="JPEG") for number, name in enumerate(names)}
     index, rows, _ = taken(write_zip(tmp_path / "c.zip", files), caption_templates=["a photo of the face of a {}"])
-    assert index["classes"] == ["female", "male"]
+    assert index.classes == ["female", "male"]
     assert rows["src/male/4.jpg"]["captions"] == ["a photo of the face of a male"]

@@ -16,6 +16,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.pictures import colours, decoding, images
+from tasks.pictures.index import read_index
 from tasks.runtime.stage import StageError
 from tasks.sources import archives
 from tests.support.bad_inputs import saved
@@ -59,12 +60,12 @@ def taken(tmp_path):
     """Download and ingest a local source; returns the index, keys of rows, reasons by key."""
 
     def call(path):
-        raw, out, aside = tmp_path / "raw", tmp_path / "images", tmp_path / "aside"
+        raw, out, quarantine = tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine"
         download(raw, folder_params(path))
-        ingest(raw, out, aside, ingest_params())
-        index = images.read_index(out)
+        ingest(raw, out, quarantine, ingest_params())
+        index = read_index(out)
         keys = set(images.read_columns(out, ["key"]).column(0).to_pylist())
-        refused = pq.read_table(aside / "quarantine.parquet").to_pylist()
+        refused = pq.read_table(quarantine / "quarantine.parquet").to_pylist()
         return index, keys, {row["key"]: row["reason"] for row in refused}
 
     return call
@@ -106,7 +107,7 @@ def test_a_profile_of_other_pixels_is_not_usable():
 def test_converted_pictures_are_counted(tmp_path, taken, capsys):
     files = {f"{name}.png": tagged(name, (200, place, 30)) for place, name in enumerate(PROFILES)}
     index, keys, _ = taken(write_tree(tmp_path / "in", files))
-    assert (len(keys), index["profiles"]) == (4, {"converted": 1, "not usable": 1})
+    assert (len(keys), index.profiles) == (4, {"converted": 1, "not usable": 1})
     told = capsys.readouterr().out
     assert "1 images have a colour profile other than sRGB and are converted to sRGB (first converted.png)" in told
     assert "(first not usable.png)" in told

@@ -89,7 +89,7 @@ def test_everything_below_a_prefix_becomes_one_archive(bucket, server, tmp_path)
     before = (tmp_path / "raw" / "images.zip").read_bytes()
     download(tmp_path / "raw", asked)
     assert (tmp_path / "raw" / "images.zip").read_bytes() == before
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert (index["rows"], index["classes"], index["caption_count"]) == (3, ["cat", "dog"], 1)
 
@@ -111,7 +111,7 @@ def test_keys_that_lead_elsewhere_end_in_quarantine(bucket, server, tmp_path):
     for key in ("mine/../../up.png", "mine//etc/passwd.png", "mine/fine.png", "mine/sp ace+ü.png"):
         put(bucket, key, picture(len(key)))
     download(tmp_path / "raw", params(server, "mine/", pin_of(server, "mine/")))
-    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert (index["rows"], index["quarantined"]) == (2, {"unsafe path": 2})
 

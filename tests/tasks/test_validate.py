@@ -23,6 +23,7 @@ from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import Demands, ValidateParams
 from tasks.pictures.images import schema
+from tasks.pictures.index import ImageIndex
 from tasks.runtime import integrity
 from tasks.runtime.stage import StageError
 from tasks.sources import quarantine
@@ -89,12 +90,12 @@ def judged(tmp_path):
     def call(files, licence="mine", change=None, demands=None, resolution=8, **limits):
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
-        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "aside", ingest_params())
+        ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
         if change:
             rewrite(tmp_path / "images", change)
         (tmp_path / "accepted.json").unlink(missing_ok=True)
         try:
-            paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
+            paths = [tmp_path / name for name in ("images", "quarantine", "accepted.json", "report")]
             validate(*paths, gates(**limits), asked(**{"image.resolution": resolution} | (demands or {})))
         except StageError as error:
             return str(error)
@@ -276,7 +277,7 @@ def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case)
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
     assert complaint in said
     assert offender in said
-    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())["findings"]
     (failed,) = [finding for finding in findings if not finding["success"]]
     assert (failed["severity"], failed["offenders"][0]) == ("warning", offender)
     assert {finding["severity"] for finding in findings} == {"warning", "failure"}
@@ -291,7 +292,7 @@ def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, 
     assert judged(files, min_side=9, resolution=12) is None
     told = "1 images are smaller than image.resolution 12 and are enlarged"
     assert f"validate: {told}" in capsys.readouterr().out
-    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())["findings"]
     assert [its["gate"]["note"] for its in findings if its["gate"]["check"] == "size"] == [told]
 
 
@@ -318,7 +319,7 @@ def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged,
     told = capsys.readouterr().out.splitlines()
     (line,) = [line for line in told if line.startswith("ingest: 3 files or lines look like captions")]
     assert "are not read (words/0.txt: it has the name of an image" in line
-    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())["findings"]
     (failed,) = [finding for finding in findings if not finding["success"]]
     assert (failed["unexpected"], failed["offenders"][0]) == (3, "words/0.txt")
     assert any("does not lie beside it" in page.read_text() for page in (tmp_path / "report").rglob("*.html"))
@@ -375,12 +376,12 @@ def test_through_the_entry_point_nothing_after_it_runs(tmp_path):
     """A failed gate ends with one sentence, and the stages behind it refuse, each by itself."""
     params = write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
     where = {
-        name: tmp_path / name for name in ("raw", "images", "aside", "accepted.json", "report", "codec", "latents")
+        name: tmp_path / name for name in ("raw", "images", "quarantine", "accepted.json", "report", "codec", "latents")
     }
     assert run_stage("download", where["raw"], params=params).returncode == 0
-    assert run_stage("ingest", where["raw"], where["images"], where["aside"], params=params).returncode == 0
+    assert run_stage("ingest", where["raw"], where["images"], where["quarantine"], params=params).returncode == 0
     done = run_stage(
-        "validate", where["images"], where["aside"], where["accepted.json"], where["report"], params=params
+        "validate", where["images"], where["quarantine"], where["accepted.json"], where["report"], params=params
     )
     assert done.returncode == 1
     (sentence,) = [line for line in done.stderr.splitlines() if "validate: error:" in line]
@@ -429,8 +430,9 @@ def write_metadata(root, count):
     """A normal form of `count` rows in 16 shards, 1% of them repeating another, with pictures of a byte."""
     random = np.random.default_rng(0)
     (root / "images").mkdir()
-    (root / "aside").mkdir()
-    quarantine.Writer(root / "aside").close()
+    (root / "quarantine").mkdir()
+    quarantine.Writer(root / "quarantine").close()
+    quarantine.QuarantineIndex(count, count, {}).write(root / "quarantine" / quarantine.INDEX)
     each, shards = count // 16, [f"shard-{number:x}.parquet" for number in range(16)]
     for number, shard in enumerate(shards):
         ids = range(number * each, (number + 1) * each)
@@ -450,11 +452,16 @@ def write_metadata(root, count):
             "source": ["hub"] * each,
         }
         pq.write_table(pa.table(columns, schema()), root / "images" / shard, row_group_size=1024)
-    index = {"format": 2, "shards": shards, "rows": count, "caption_count": count}
-    index |= {"splits": {"train": count * 9 // 10, "test": count // 10}}
-    index["files"] = integrity.checksums(root / "images", "*.parquet")
-    index |= {"classes": [str(label) for label in range(10)], "source": "hub", "sha256": "0" * 64}
-    (root / "images" / "index.json").write_text(json.dumps(index))
+    ImageIndex(
+        shards=shards,
+        files=integrity.checksums(root / "images", "*.parquet"),
+        rows=count,
+        splits={"train": count * 9 // 10, "test": count // 10},
+        caption_count=count,
+        sha256="0" * 64,
+        classes=[str(label) for label in range(10)],
+        source="hub",
+    ).write(root / "images" / "index.json")
 
 
 @pytest.mark.slow
@@ -462,7 +469,7 @@ def test_a_million_rows_in_under_a_minute_and_little_memory(tmp_path):
     write_metadata(tmp_path, 1_000_000)
     params = write_params(tmp_path / "params.yaml", validate={"max_duplicate_fraction": 0.02})
     started = time.monotonic()
-    paths = [tmp_path / name for name in ("images", "aside", "accepted.json", "report")]
+    paths = [tmp_path / name for name in ("images", "quarantine", "accepted.json", "report")]
     done, peak = run_and_measure("validate", *paths, params=params)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 60
