@@ -15,7 +15,6 @@ from tasks.formats import codec_info
 from tasks.formats.codec_info import CodecInfo
 from tasks.formats.verdict import require_accepted
 from tasks.params import CodecParams, ImageParams
-from tasks.pictures.images import enlarged, load_pixels, read_columns
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, stage
 from tasks.runtime.measures import QUALITY, RECONSTRUCTIONS
@@ -28,6 +27,9 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     condition is nothing, the label, or the token embeddings of text encoders, downloaded or trained on the captions.
     """
     require_accepted(accepted)
+
+    from tasks.pictures.images import enlarged, load_pixels
+
     classes = read_index(images).classes
     if warning := enlarged(_smaller(images, image.resolution), image.resolution):
         print(f"codec: {warning}")
@@ -67,6 +69,8 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
 def _smaller(images: Path, resolution: int) -> int:
     """Count the images whose shorter side is below `resolution`."""
     import numpy as np
+
+    from tasks.pictures.images import read_columns
 
     sides = read_columns(images, ["width", "height"])
     return int((np.minimum(*(sides[name].to_numpy() for name in ("width", "height"))) < resolution).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.encoding.rows import input_resolution, read_rows, require_disk_space
 from tasks.formats.buckets import bucket_resolutions
 from tasks.formats.codec_info import CodecInfo
 from tasks.formats.verdict import require_accepted
@@ -21,6 +20,9 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     """
     require_accepted(accepted)
     info = CodecInfo.load(codec)
+
+    from tasks.encoding.rows import input_resolution, read_rows, require_disk_space
+
     resolutions = bucket_resolutions(info.size, params.buckets, params.bucket_multiple)
     rows = read_rows(images, resolutions)
     require_disk_space(latents.parent, info, params, resolutions, rows)

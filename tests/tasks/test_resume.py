@@ -139,9 +139,7 @@ def signalled_at(folder: Path, database: Path, step: int, number: int, **more: s
 
 
 @pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])
-def test_a_signal_saves_a_checkpoint_and_sets_the_code(
-    undisturbed, tmp_path, migrated_database, number, code, more
-):
+def test_a_signal_saves_a_checkpoint_and_sets_the_code(undisturbed, tmp_path, migrated_database, number, code, more):
     """The same if accelerate's launcher receives the signal."""
     copy_of(undisturbed, tmp_path)
     left, output = signalled_at(tmp_path, migrated_database, 10, number, **more)
