@@ -99,7 +99,7 @@ def register(
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:  # JSON, checked by its readers
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -210,9 +210,9 @@ def _evaluation_run(
     return run
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Flatten a nested mapping: keys are joined by dots, lists become JSON."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")

@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from models.judges import inception, pretrained
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
-from tasks.evaluation import protocol
+from tasks.evaluation.protocol import declare
+from tasks.evaluation.summary import measure
 from tasks.params import JudgeParams
 from tasks.runtime.disk import sha256_of
 from tasks.runtime.stage import StageError
@@ -164,16 +165,16 @@ def test_a_judge_of_published_networks_measures_and_its_fingerprint_names_them(t
     images = judge_inputs.write_images(tmp_path)
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     judge = load_judge(judged(tmp_path, ("dinov2", dinov2), clip))
-    declared = protocol.declare(pipeline, images, judge, PARAMS)
+    declared = declare(pipeline, images, judge, PARAMS)
     assert (judge.kind, judge.info.feature_dim, judge.clip) == ("pretrained dinov2", 24, None)
     assert set(judge.info.hashes) == {"classifier", "extractor", "pretrained_clip"}
-    measured = protocol.measure(pipeline, images, judge, declared)
+    measured = measure(pipeline, images, judge, declared)
     assert measured.extractor == "pretrained dinov2"
     assert measured.measures["frechet_distance"].value > measured.measures["frechet_distance"].floor > 0
     assert 0 <= measured.measures["clip_score"].value <= 100 and measured.clip_score_note is None
     (tmp_path / "judge").rename(tmp_path / "other")
     other = load_judge(judged(tmp_path, ("clip", clip), None))
-    assert protocol.declare(pipeline, images, other, PARAMS)["fingerprint"] != declared["fingerprint"]
+    assert declare(pipeline, images, other, PARAMS).fingerprint != declared.fingerprint
 
 
 def test_a_score_by_the_weights_that_condition_the_model_says_so(tmp_path, clip):
@@ -188,11 +189,11 @@ def test_a_score_by_the_weights_that_condition_the_model_says_so(tmp_path, clip)
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     text = TextEncoder(CLIPTextModel.from_pretrained(clip), CLIPTokenizer())
     told = replace(pipeline, text=text)
-    assert protocol.declare(told, images, judge, PARAMS)["clip_is_condition"] is True
+    assert declare(told, images, judge, PARAMS).clip_is_condition is True
     torch.nn.init.normal_(text.model.get_input_embeddings().weight)
-    assert protocol.declare(told, images, judge, PARAMS)["clip_is_condition"] is False
-    declared = protocol.declare(pipeline, images, judge, PARAMS) | {"clip_is_condition": True}
-    assert "flatters" in protocol.measure(pipeline, images, judge, declared).clip_score_note
+    assert declare(told, images, judge, PARAMS).clip_is_condition is False
+    declared = replace(declare(pipeline, images, judge, PARAMS), clip_is_condition=True)
+    assert "flatters" in measure(pipeline, images, judge, declared).clip_score_note
 
 
 def test_weights_that_are_not_there_or_not_as_pinned_end_in_a_sentence(tmp_path, clip, monkeypatch):
