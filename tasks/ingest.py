@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import multiprocessing
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from tasks.params import IngestParams
 from tasks.pictures import colours, decoding
 from tasks.pictures.images import Writer, split_of
-from tasks.runtime import atomic, integrity, stage
+from tasks.runtime import atomic, integrity, parent, stage
 from tasks.runtime.stage import StageError
 from tasks.sources import cifar, digits, folder, picture_tables
 from tasks.sources import quarantine as apart
@@ -162,9 +161,7 @@ def _begin_decoder() -> None:
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent.end_with_parent(signal.SIGKILL)
 
 
 def _examined(

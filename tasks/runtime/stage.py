@@ -7,7 +7,6 @@ A stage is one function whose `Path` arguments are its files, in the order of `d
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import inspect
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
-from tasks.runtime import loopback
+from tasks.runtime import loopback, parent
 from tasks.runtime.redaction import redacted
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
@@ -54,7 +53,7 @@ def main(function: Callable[..., None]) -> NoReturn:
     """Run a stage function from the command line and leave the process with its exit code."""
     arguments = _parser(function).parse_args()
     name = function.__name__
-    end_with_parent()
+    parent.end_with_dvc()
     let_threads_sleep()
     loopback.exempt(os.environ)
     signal.signal(signal.SIGTERM, _raise_preempted)
@@ -156,22 +155,3 @@ def let_threads_sleep() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 microseconds; GNU's OpenMP, as PyTorch brings it
-
-
-def end_with_parent() -> None:
-    """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
-    if "DVC_STAGE" in os.environ:
-        _signal_on_parent_death()
-
-
-def end_with(parent: int) -> None:
-    """Ask Linux to send SIGTERM to this process when its parent, the process `parent`, dies."""
-    _signal_on_parent_death()
-    if os.getppid() != parent:  # it died before the request
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _signal_on_parent_death() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -18,18 +18,16 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import venv
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.runtime import atomic, locks, workspace
+from tasks.runtime import atomic, leash, locks, workspace
 from tasks.runtime.disk import require_space
 from tasks.runtime.stage import StageError
 from tasks.transfer import proxy
@@ -48,16 +46,8 @@ OPT_OUT = ["noai", "noimageai", "noindex", "noimageindex"]
 POLL_SECONDS = 0.5
 # Answers of a proxy that is gone, is another one's, or had spent its bytes: no fault of the addresses asked for.
 SPOILT = r"Errno 111\]|Error 407|failed: 407|Error 471|failed: 471"
-# Runs the engine and ends it, with all that it started, when whoever holds the other end of its input is gone.
-LEASH = """
-import os, signal, subprocess, sys, threading
-def leash():
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-threading.Thread(target=leash, daemon=True).start()
-sys.exit(engine.wait())
-"""
+GRACE_SECONDS = 1.0
+"""Between SIGTERM and SIGKILL for the engine, which has nothing to save: its shards are renamed when complete."""
 
 
 def download(urls: Path, target: Path, kept: list[str], hash_kind: str, params: DownloadParams) -> dict[str, int]:
@@ -201,7 +191,7 @@ def _run(command: list[str], variables: dict[str, str], shards: int, target: Pat
     progress = tqdm(desc="download", total=shards, unit="shard", mininterval=1, dynamic_ncols=True)
     with log.open("wb") as output, progress as bar:
         engine = subprocess.Popen(
-            [sys.executable, "-c", LEASH, *command],
+            leash.command_line(command, GRACE_SECONDS),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -220,9 +210,7 @@ def _run(command: list[str], variables: dict[str, str], shards: int, target: Pat
                 time.sleep(POLL_SECONDS)
             bar.update(len(_complete(target)) - bar.n)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(engine.pid, signal.SIGKILL)
-            engine.communicate()
+            engine.communicate()  # closes the leash, which ends the engine
     if bar.n < shards:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise StageError(
