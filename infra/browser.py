@@ -1,7 +1,7 @@
 """A headless Chromium controlled over the DevTools protocol: open a page, collect its errors, take screenshots.
 
 Why not a library: the wheel of Playwright contains a Node.js runtime and supports only the browser builds that it
-downloads; pyppeteer is unmaintained; Selenium needs a chromedriver of the browser's version. The dozen commands that are
+downloads; pyppeteer is unmaintained; Selenium needs a chromedriver of the same version. The dozen commands that are
 needed here work over `websockets` with any installed Chromium.
 """
 
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -49,7 +50,7 @@ def find() -> str | None:
 class Page:
     """One tab, with its errors and requests since the last `visit`."""
 
-    connection: ClientConnection
+    connection: Connection
     session: str
     errors: list[str] = field(default_factory=list)
     """Errors and warnings of the console, uncaught exceptions, failed requests."""
@@ -178,7 +179,7 @@ def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
     raise RuntimeError(f"the browser did not start (exit code {process.poll()})")
 
 
-def _tab(connection: ClientConnection) -> Page:
+def _tab(connection: Connection) -> Page:
     def ask(number: int, method: str, **parameters: object) -> Message:
         connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
