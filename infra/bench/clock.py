@@ -40,7 +40,10 @@ Advance: TypeAlias = Callable[[int], Block]
 class Run(Protocol):
     """A training run of either side."""
 
-    config: NetworkConfig
+    @property
+    def config(self) -> NetworkConfig:
+        """Architecture of the network."""
+        ...
 
     def advance(self, steps: int) -> tuple[float, float]:
         """Make `steps` optimizer steps; returns `now()` after the last."""

@@ -14,7 +14,7 @@ import torch
 
 from infra.bench import clock, peer
 from infra.bench.ours import Ours
-from models.networks.unet import UNet
+from models.networks.unet import UNet, UNetConfig
 from models.pipeline import PipelineInfo, save_pipeline
 from models.schedules import betas
 from tasks.params import Params, parse
@@ -122,21 +122,22 @@ def _turn(run: Run, steps: int, params: Params) -> Block:
 
 
 def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
-    own = params.diffusion
+    own, config = params.diffusion, run.config
+    assert isinstance(config, UNetConfig)
     named = (own.schedule, own.timesteps, own.zero_terminal_snr)
     schedule = named if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS, False)
-    conditional = run.config.conditions > 0
+    conditional = config.conditions > 0
     info = PipelineInfo(
         conditioning="label" if conditional else "none",
-        channels=run.config.channels,
-        size=run.config.size,
+        channels=config.channels,
+        size=config.size,
         schedule=schedule[0],
         timesteps=schedule[1],
         prediction=own.prediction if side == "ours" else peer.PREDICTION,
         train_key="",
-        classes=[str(number) for number in range(run.config.conditions - 1)],
-        null_label=run.config.conditions - 1 if conditional else None,
+        classes=[str(number) for number in range(config.conditions - 1)],
+        null_label=config.conditions - 1 if conditional else None,
     )
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
-        save_pipeline(temporary, UNet(run.config), weights, betas(*schedule), info)
+        save_pipeline(temporary, UNet(config), weights, betas(*schedule), info)

@@ -21,10 +21,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from infra.bench.clock import now
+from models.networks.unet import UNetConfig
 from tasks.training.run import network_config
 
 if TYPE_CHECKING:
-    from models.networks.network import NetworkConfig
     from tasks.params import Params
 
 # Defaults of the script.
@@ -129,7 +129,9 @@ class Peer:
         return dict(zip(names, self.ema.shadow_params, strict=True))
 
 
-def network(params: Params) -> NetworkConfig:
+def network(params: Params) -> UNetConfig:
     """The unconditional network of these parameters."""
     form = {"size": params.image.resolution, "channels": params.image.channels}
-    return network_config({**form, "conditioning": "none", "classes": []}, params.model)
+    config = network_config({**form, "conditioning": "none", "classes": []}, params.model)
+    assert isinstance(config, UNetConfig)
+    return config

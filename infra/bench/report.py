@@ -162,9 +162,10 @@ def _quality(part: schema.QualityPart) -> Made:
         rows += [{"seed": run["seed"], "side": side, **row} for side in ("peer", "ours") for row in run[side]["curve"]]
 
     def draw(axes: Axes) -> None:
-        for side, colour, label in (("peer", "series-2", "reference loop"), ("ours", "series-1", "ours")):
-            for number, run in enumerate(part["runs"]):
-                points = run[side]["curve"]
+        for number, run in enumerate(part["runs"]):
+            sides = ((run["peer"], "series-2", "reference loop"), (run["ours"], "series-1", "ours"))
+            for side, colour, label in sides:
+                points = side["curve"]
                 axes.plot(
                     [row["seconds"] for row in points],
                     [row["distance"] for row in points],
