@@ -47,7 +47,7 @@ lint: install ## style, types, layers, import cycles, declared dependencies, spe
 	python -m infra.prose
 	python -m infra.architecture --check
 
-coverage: install ## the tests of `make test` with the lines and branches they run; writes coverage.xml (COVERAGE_COST)
+coverage: install ## the tests of `make test` with the lines and branches they run (slower); writes coverage.xml
 	@mkdir -p .scratch/coverage
 	@$(TESTS) --cov --cov-report=term --cov-report=xml $(ARGS)
 
