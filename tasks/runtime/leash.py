@@ -25,7 +25,7 @@ from pathlib import Path
 if not __package__:  # started by its path; an isolated Python has the project on no path
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tasks.runtime.parent import end_with_parent  # noqa: E402 - see above
+from tasks.runtime.parent import end_with_parent
 
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.05
