@@ -17,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro dag test lint drills bench ui serve run stop lock clean
+.PHONY: help install repro dag test lint coverage drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -31,14 +31,25 @@ repro: install ## run the whole chain and print a summary; what is up to date is
 dag: install ## list the stages, each with those it depends on
 	@python -m flows.dag
 
-test: install lint ## lint, types, layer rule, all tests but the drills
-	@python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+# The tests that `make test` and `make coverage` run: on two processes, a file at a time.
+TESTS = python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install ## ruff, mypy, import-linter
+test: install lint ## lint and all tests but the drills (ARGS=... goes to pytest, such as --durations=15)
+	@$(TESTS) $(ARGS)
+
+lint: install ## style, types, layers, import cycles, declared dependencies, spelling, vocabulary, the diagram
 	ruff check
 	ruff format --check
 	mypy
 	lint-imports
+	deptry .
+	codespell
+	python -m infra.prose
+	python -m infra.architecture --check
+
+coverage: install ## the tests of `make test` with the lines and branches they run (slower); writes coverage.xml
+	@mkdir -p .scratch/coverage
+	@$(TESTS) --cov --cov-report=term --cov-report=xml $(ARGS)
 
 drills: install ## the long tests: kills, resumes, races (up to an hour)
 	@python -m pytest -m slow
@@ -58,10 +69,10 @@ run: install ## have the worker of `make serve` run a preset now (PRESET=digits,
 stop: ## end what `make serve` started
 	@test ! -x .venv/bin/python || python -m flows.stop
 
-lock: ## pin pyproject.toml and tasks/img2dataset*.in anew: their .lock files, infra/download-sizes.json
+lock: ## pin pyproject.toml and tasks/transfer/img2dataset*.in anew; writes their .lock files
 	@$(PYTHON) infra/lock.py
 
 clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache
-	rm -rf data outputs reports dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf data outputs reports coverage.xml dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	$(if $(ALL),rm -rf mlflow.db mlflow.db-shm mlflow.db-wal mlruns .dvc/cache .dvc/tmp .prefect)

@@ -1,1 +1,1 @@
-import tasks as tasks  # says what to do where this Python lacks the packages
+import tasks as tasks  # exits with a remedy if this Python lacks the packages

@@ -1,4 +1,4 @@
-"""What a flow run shows in Prefect's pages: metrics, the sample grid, links, which stages ran."""
+"""Prefect artifacts of a flow run: metrics, the sample grid, links to the results, and which stages ran."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tasks.runtime import markdown, measures, tracking, workspace
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
-"""Where `make ui` serves the store of the work tree."""
+"""Address of `make ui`."""
 
 
 def publish(stage: str, folder: Path) -> None:
-    """Show what `stage` made in the workspace `folder`; most stages have nothing to show."""
+    """Publish the artifacts of `stage` from the workspace `folder`; most stages have none."""
     if stage == "evaluate":
         _metrics(folder / "reports" / "evaluation" / measures.FILE)
         _grid(folder / "reports" / "evaluation")
@@ -28,12 +28,12 @@ def publish(stage: str, folder: Path) -> None:
 
 
 def publish_stages(rows: list[dict[str, str]]) -> None:
-    """Show which stages ran and which were cached, with their seconds."""
+    """Publish the table of stages: which ran, which were cached, and their seconds."""
     create_table_artifact(rows, key="stages", description="Stages of this run")
 
 
 def publish_failure(reason: str, folder: Path) -> None:
-    """Show why a run failed, and where the report of its checks is."""
+    """Publish why a run failed, with the path of its validation report."""
     lines = [reason, "", f"- work tree of the run: `{folder}`"]
     if (folder / VALIDATION).exists():
         lines.append(f"- validation report: `{folder / VALIDATION}`")
@@ -41,7 +41,7 @@ def publish_failure(reason: str, folder: Path) -> None:
 
 
 def publish_standing(folder: Path) -> str | None:
-    """Show whether the model became champion; returns a clause that says so where the gates refused it."""
+    """Publish whether the model became champion; returns a clause with the reason if the gates refused it."""
     if not (folder / "reports" / "train" / "run.json").exists():
         return None  # a chain without these stages
     name = params.load(folder / "params.yaml").register_.model_name
@@ -62,8 +62,10 @@ def publish_standing(folder: Path) -> str | None:
 
 
 def _metrics(path: Path) -> None:
-    """One row a measure: the guidance it was taken at, its value, the spread between seed blocks, and what real images
-    score in its place."""
+    """Publish one row for each measure.
+
+    Columns: guidance scale, value, standard deviation over the seed blocks, and the same measure of real images.
+    """
     measured = measures.read(path)
     rows = [
         {
@@ -81,9 +83,9 @@ def _metrics(path: Path) -> None:
 
 
 def _grid(evaluation: Path) -> None:
-    """The sample grid, inside the artifact itself: a page of the server cannot read files of the work tree.
+    """Publish the sample grid as a data URI, because the pages of the server cannot read files of the work tree.
 
-    An image artifact would also print the address, which is the whole picture here, across its page.
+    An image artifact would also print the URI, which contains the whole image, as text.
     """
     grids = (evaluation / name for name in ("grid_guided.png", "grid_unguided.png"))
     for path in [path for path in grids if path.exists()][:1]:
@@ -99,7 +101,7 @@ def _links(folder: Path) -> None:
 
 
 def _mlflow_lines(folder: Path) -> list[str]:
-    """The training run and the model's versions with an alias, as links to MLflow's pages."""
+    """Links to the MLflow pages of the training run and of the model versions that have an alias."""
     key = json.loads((folder / "reports" / "train" / "run.json").read_text(encoding="utf-8"))["train_key"]
     name = params.load(folder / "params.yaml").register_.model_name
     client = tracking.connect()

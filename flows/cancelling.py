@@ -1,7 +1,8 @@
-"""Obey a cancellation that Prefect's worker no longer hears.
+"""Cancel a flow run whose cancellation Prefect's worker no longer notices.
 
-When the server has been away for 40 s, Prefect 3.8.8 stops to listen for cancellations, also when the server is back;
-its setting PREFECT_RUNNER_CRASH_ON_CANCELLATION_FAILURE ends in an error of anyio. So the run itself asks.
+After 40 s without the server, the worker of Prefect 3.8.8 stops watching for cancellations and does not resume when the
+server is back. With PREFECT_RUNNER_CRASH_ON_CANCELLATION_FAILURE=true it kills the run, but that kill ends in a
+NoEventLoopError, so the setting is not used. Instead the run itself polls its state.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 
-ASK_SECONDS = 10.0
+POLL_SECONDS = 10.0
 WORKER_SECONDS = 20.0
-"""The worker has this long to end a run that is being cancelled, as it does when it hears of it."""
+"""A worker that notices the cancellation ends the run within this time."""
 
 
 @contextmanager
 def obeyed(run: UUID) -> Iterator[threading.Event]:
-    """End the stage within the block when the flow run is being cancelled and the worker does not end it.
+    """End the stage that runs in the block when the flow run is being cancelled and the worker does not end it.
 
-    Yields what is set then. The stage is on the leash of `flows/leash.py`, so training saves a checkpoint first.
+    Yields an event that is set in that case. The stage is on the leash of `tasks/runtime/leash.py`, so training saves a
+    checkpoint first.
     """
     over, cancelled = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(run, over, cancelled), name="cancellation", daemon=True).start()
@@ -39,7 +41,7 @@ def obeyed(run: UUID) -> Iterator[threading.Event]:
 
 def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None:
     since: float | None = None
-    while not over.wait(ASK_SECONDS):
+    while not over.wait(POLL_SECONDS):
         if not _is_cancelling(run):
             since = None
             continue
@@ -52,7 +54,7 @@ def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None
 
 
 def _is_cancelling(run: UUID) -> bool:
-    """Whether the server says so; False while it is away."""
+    """Whether the server has the run in the state Cancelling; False if it does not answer."""
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run).state

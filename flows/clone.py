@@ -1,7 +1,7 @@
 """The clone in which a deployment works, and the lock that keeps two runs out of one workspace.
 
 A clone follows the committed state of the main work tree and shares its DVC cache, its MLflow store and its
-scratch folder. Nothing in the main work tree is ever written but those.
+scratch folder. A run writes nothing else in the main work tree.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.repro import dvc
+from flows import dvc
 from tasks import params
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 Log = Callable[[str], None]
 
@@ -30,18 +30,24 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 def folder(root: Path, name: str) -> Path:
-    """Where the clone `name` of the work tree `root` is, or will be. Raises `StageError` for an unusable name."""
+    """Folder of the clone `name` of the work tree `root`; it need not exist. Raises `StageError` for a bad name."""
     if not NAME.fullmatch(name):
-        raise StageError(f"workspace {name!r} is no usable name; use small letters, digits and hyphens")
+        raise StageError(f"workspace {name!r} is not a valid name; use lower-case letters, digits and hyphens")
     return root / CLONES / name
 
 
 @contextmanager
 def only_run(workspace: Path, who: str, wait_seconds: float, log: Log) -> Iterator[int]:
-    """Hold the workspace alone; yields the lock's descriptor, for child processes to keep it locked as well.
+    """Lock the workspace; yields the descriptor of the lock, which child processes inherit.
 
-    Waits up to `wait_seconds` for another run, then raises `StageError`. The kernel lets go of the lock when
-    the last process that has the descriptor is gone, however it went.
+    Waits up to `wait_seconds` for another run, then raises `StageError`. The kernel releases the lock when the last
+    process that has the descriptor open ends or is killed.
+
+    Args:
+        workspace: Folder to lock.
+        who: Name of this run in the messages of waiting runs.
+        wait_seconds: Limit of the waiting.
+        log: Receives one line if this run has to wait.
     """
     path = workspace / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,7 @@ def only_run(workspace: Path, who: str, wait_seconds: float, log: Log) -> Iterat
 
 def _wait_for(descriptor: int, workspace: Path, wait_seconds: float, log: Log) -> None:
     deadline = time.monotonic() + wait_seconds
-    told = False
+    logged = False
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,24 +71,24 @@ def _wait_for(descriptor: int, workspace: Path, wait_seconds: float, log: Log) -
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
         if time.monotonic() >= deadline:
             raise StageError(
-                f"{holder} has {workspace} and did not finish within {wait_seconds:.0f} s; cancel it or try again later"
+                f"{holder} uses {workspace} and did not end within {wait_seconds:.0f} s; cancel it or try again later"
             )
-        if not told:
-            log(f"{holder} has {workspace}; waiting up to {wait_seconds:.0f} s for it to finish")
-            told = True
+        if not logged:
+            log(f"{holder} uses {workspace}; waiting up to {wait_seconds:.0f} s for it to finish")
+            logged = True
         time.sleep(POLL_SECONDS)
 
 
 def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str], log: Log) -> None:
     """Bring `clone` to the commit that `root` has checked out; the caller holds `only_run(clone)`.
 
-    Its `params.yaml` is the committed one, or, where `preset` is given, that preset with `overrides`
-    (`key=value`). Raises `StageError` where nothing is committed or the preset does not exist.
+    Its `params.yaml` is the committed one or, with `preset`, that preset with `overrides` (`key=value`).
+    Raises `StageError` if nothing is committed or the preset does not exist.
     """
     if overrides and preset is None:
         raise StageError("overrides change a preset; name one as well (parameter `preset`)")
     commit = _git(
-        root, "rev-parse", "HEAD^{commit}", hint=f"{root} has no commit; a deployment works on what is committed"
+        root, "rev-parse", "HEAD^{commit}", hint=f"{root} has no commit; a deployment runs the committed state"
     )
     if not (clone / ".git").exists():
         log(f"making a clone of {root} in {clone}")
@@ -101,7 +107,7 @@ def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str]
 
 
 def committed_params(root: Path) -> str:
-    """Text of the params.yaml that `root` has committed; empty where there is none."""
+    """Text of the committed params.yaml of `root`; empty if none is committed."""
     try:
         return _git(root, "show", "HEAD:./params.yaml")
     except StageError:
@@ -109,7 +115,7 @@ def committed_params(root: Path) -> str:
 
 
 def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
-    # Started from a hook, Git would otherwise work on the repository of that hook.
+    # In a Git hook these variables name the repository of the hook.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", "-C", str(where), *arguments], capture_output=True, text=True, check=False, env=environment
@@ -120,14 +126,14 @@ def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
 
 
 def _share_cache(root: Path, clone: Path) -> None:
-    """Point the clone at the cache that the main work tree uses, so that what is known there is not computed again."""
-    done = subprocess.run(dvc("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
+    """Have the clone use the cache of the main work tree, so that results there are not computed again."""
+    done = subprocess.run(dvc.command("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"DVC does not work in {root}: {' '.join(done.stderr.split())}")
     cache = (root / done.stdout.strip()).resolve()
     atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
-    # A killed DVC leaves its entry here, and a process that happens to get the same number then blocks the
-    # workspace for ever. The caller holds the clone's lock, so no entry can be of a living command.
+    # A killed DVC leaves its entry in this file, and an unrelated process with the same id then blocks the workspace
+    # for ever. The caller holds the lock of the clone, so no running command has an entry.
     (clone / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
 
 
@@ -135,11 +141,11 @@ def _compose(clone: Path, preset: str, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "tasks.preset", preset, *overrides]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StageError((done.stderr.strip().splitlines() or ["tasks.preset failed without a word"])[-1])
+        raise StageError((done.stderr.strip().splitlines() or ["tasks.preset failed without a message"])[-1])
 
 
 def _check_source(root: Path, clone: Path) -> None:
-    """A source inside the main work tree that is not committed is not in the clone; say so before DVC does."""
+    """Raise `StageError` for a source in the main work tree that is not committed, so not in the clone."""
     path = params.load(clone / "params.yaml").download.path
     if not (clone / path).exists() and (root / path).exists():
         raise StageError(f"download.path '{path}' is not committed; commit it, or write it as an absolute path")

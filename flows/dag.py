@@ -1,4 +1,4 @@
-"""`make dag`: the stages of the chain in their order, each with the stages it depends on."""
+"""`make dag`: list the stages in their order, each with the stages that it depends on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import textwrap
 
 from flows import repro
 from tasks.runtime import workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 WIDTH = 79
 
@@ -25,12 +25,12 @@ def main() -> None:
 
 
 def rows(graph: dict[str, list[str]]) -> list[str]:
-    """Lines of at most `WIDTH` characters: a stage, and what it reads from; in the order of `graph`."""
-    place = {name: number for number, name in enumerate(graph)}
+    """Lines of at most `WIDTH` characters, in the order of `graph`: a stage and the stages that it depends on."""
+    position = {name: number for number, name in enumerate(graph)}
     widest = max(map(len, graph), default=0)
     lines: list[str] = []
     for name, upstream in graph.items():
-        listed = ", ".join(sorted(upstream, key=place.__getitem__))
+        listed = ", ".join(sorted(upstream, key=position.__getitem__))
         first = f"{name:<{widest}}  <- " if listed else name
         lines += textwrap.wrap(listed, WIDTH, initial_indent=first, subsequent_indent=" " * (widest + 5)) or [name]
     return lines

@@ -1,4 +1,4 @@
-"""`make run`: have the worker of `make serve` run a preset now, as the deployment on-demand."""
+"""`make run`: start a run of the deployment on-demand, which the worker of `make serve` executes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from flows import server
 from tasks.params import composition
 from tasks.runtime import workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 DEPLOYMENT = "afterimage/on-demand"
 
@@ -44,7 +44,7 @@ def _environment(root: Path) -> dict[str, str]:
 
 
 def advice(root: Path, port: int) -> str:
-    """How to start a run: with make, and with Prefect's own command in any shell."""
+    """Lines that explain how to start a run: with make, and with Prefect's own command in any shell."""
     prefect = Path(sys.executable).parent / "prefect"
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in server.client_settings(root, port).items())
     return (

@@ -1,178 +1,104 @@
-"""The chain as a Prefect flow: every stage of `dvc.yaml` in its order, through DVC, as one generic task.
+"""Run the chain once as a Prefect flow, here and now.
 
     python -m flows.pipeline [--workspace NAME [--preset NAME] [key=value ...]]
 
-Stage tasks are called directly, not submitted: the flow's main thread then waits for the stage, so that a
-cancelled flow ends it at once.
+The flow itself is in `flows/chain.py`.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before Prefect is imported, which takes a while and reads the environment
-    from flows import once
-
-    once.main()
-    raise SystemExit
-
-import logging
+import argparse
 import os
-import re
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from uuid import UUID
+import urllib.error
+import urllib.request
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
-from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled, Completed, Failed, State
+from flows import server
+from tasks.params import composition as preset
+from tasks.params.redaction import redacted, without_user
+from tasks.runtime import loopback, store, workspace
+from tasks.runtime.errors import StageError
 
-from flows import artifacts, cancelling, clone, repro
-from tasks.params import ParamsError, composition
-from tasks.params.redaction import redacted
-from tasks.runtime import local_source
-from tasks.runtime import workspace as places
-from tasks.runtime.stage import StageError
-
-DOWNLOAD_RETRY_SECONDS = (10, 60)
-CACHED, NOT_REACHED = "Cached", "not reached"
-LEVELS = ((re.compile(r"[\w-]+: error: |ERROR: "), logging.ERROR), (re.compile(r"[\w-]+: warning: "), logging.WARNING))
-"""How a line of a stage's output begins -> the level at which it is logged; all others are INFO."""
-WRITTEN_FROM = re.compile(r"# Written by `python -m tasks\.preset ([\w-]+)")
-
-COMMITTED = "params.yaml"
-"""Stands for the committed params.yaml in the list of presets."""
-
-if TYPE_CHECKING:
-    Preset = str
-else:
-    Preset = Literal[(COMMITTED, *composition.names())]  # Prefect's form makes a drop-down of it
+INTERRUPTED = 130
+PROBE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a flow works, and what its stages see."""
-
-    folder: Path
-    environment: dict[str, str]
-    held: int
-    """Descriptor of the workspace's lock."""
-    wait_seconds: float
-
-
-def _run_name() -> str:
-    """Name of the flow run: its preset, and when it was to start."""
-    preset = flow_run.parameters["preset"]
-    if preset == COMMITTED:
-        in_clone = flow_run.parameters.get("workspace") or deployment.name
-        found = WRITTEN_FROM.match(clone.committed_params(places.root()) if in_clone else _own_params())
-        preset = found[1] if found else COMMITTED
-    return f"{preset} {flow_run.scheduled_start_time:%Y-%m-%d %H:%M}"
-
-
-def _own_params() -> str:
-    path = places.root() / "params.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-@flow(name="afterimage", flow_run_name=_run_name)
-def pipeline(
-    workspace: str | None = None,
-    preset: Preset = COMMITTED,
-    overrides: list[str] | None = None,
-    wait_seconds: float = 3600.0,
-) -> State[Any]:
-    """Bring the whole chain up to date.
-
-    Args:
-        workspace: Name of the clone to work in; it follows the commit that the work tree has checked out. Leave it
-            out to use the deployment's name. A run without a deployment works in the work tree itself.
-        preset: Preset to run; `params.yaml` is the committed file.
-        overrides: Parameters that differ from the preset, one `section.key=value` each, such as `train.steps=1000`.
-        wait_seconds: Seconds to wait for another run in the same workspace before this one fails.
-    """
-    with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
-        try:
-            with _place(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
-                state = _chain(place)
-        except (StageError, ParamsError) as error:
-            state = Failed(message=redacted(str(error)))
-    return Cancelled(message="ended by the run itself") if cancelled.is_set() else state
-
-
-def _chain(place: Place) -> State[Any]:
-    """Every stage in its order; ends with the first that fails."""
-    local_source.require_hashable(place.folder)
-    stages = repro.stages(place.folder)
-    table: list[dict[str, str]] = []
-    for number, stage in enumerate(stages):
-        began = time.monotonic()
-        # A download may meet a network that is away for a minute; what another stage does wrong it does again.
-        retries = list(DOWNLOAD_RETRY_SECONDS) if stage == "download" else []
-        configured = run_stage.with_options(retries=len(retries), retry_delay_seconds=retries or None)
-        state = configured(stage, place, return_state=True)
-        table.append({"stage": stage, "result": state.name, "seconds": f"{time.monotonic() - began:.1f}"})
-        if not state.is_completed():
-            reason = state.message or f"{stage}: {state.name}"
-            table += [{"stage": later, "result": NOT_REACHED, "seconds": ""} for later in stages[number + 1 :]]
-            artifacts.publish_stages(table)
-            artifacts.publish_failure(reason, place.folder)
-            return Failed(message=reason)
-        artifacts.publish(stage, place.folder)
-    artifacts.publish_stages(table)
-    ran = [row["stage"] for row in table if row["result"] != CACHED]
-    summary = f"ran {', '.join(ran) or 'nothing'}; {len(table) - len(ran)} of {len(table)} stages cached"
-    standing = artifacts.publish_standing(place.folder)
-    return Completed(message=f"{standing}; {summary}" if standing else summary)
-
-
-@task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: str, place: Place) -> State[Any]:
-    """Bring one stage up to date by `dvc repro --single-item`; Completed, Cached or Failed, with one sentence."""
-    logger = get_run_logger()
-
-    def log(line: str) -> None:
-        logger.log(_level(line), line)
+def main() -> None:
+    """Parse the command line, choose the server and run the flow; exit with 0 or one sentence."""
+    arguments = _parser().parse_args()
+    loopback.exempt(os.environ)
+    try:
+        store.require_usable(workspace.tracking_uri())
+        print(f"pipeline: {_choose_server()}", flush=True)
+    except StageError as error:
+        sys.exit(f"pipeline: error: {redacted(str(error))}")
+    from flows.chain import COMMITTED, pipeline  # Prefect reads the environment when it is imported
 
     try:
-        ran = repro.repro(stage, place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds)
-    except StageError as error:
-        return Failed(message=redacted(str(error)))
-    return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")
-
-
-def _level(line: str) -> int:
-    return next((level for beginning, level in LEVELS if beginning.match(line)), logging.INFO)
-
-
-@contextmanager
-def _place(workspace: str | None, preset: str | None, overrides: list[str], wait_seconds: float) -> Iterator[Place]:
-    """The work tree or an updated clone of it, with no other run in it."""
-    log = get_run_logger().info
-    root = places.root()
-    workspace = workspace or deployment.name
-    if workspace is None and (preset or overrides):
-        raise StageError(
-            "preset and overrides are for a clone, so that no params.yaml of yours is rewritten; name a workspace too"
+        state = pipeline(
+            workspace=arguments.workspace,
+            preset=arguments.preset or COMMITTED,
+            overrides=arguments.overrides,
+            wait_seconds=arguments.wait,
+            return_state=True,
         )
-    folder = clone.folder(root, workspace) if workspace else root
-    with clone.only_run(folder, f"flow run {flow_run.name}", wait_seconds, log) as held:
-        if workspace:
-            clone.update(root, folder, preset, overrides, log)
-        yield Place(folder, _environment(), held, wait_seconds)
+    except KeyboardInterrupt:
+        print("pipeline: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if not state.is_completed():
+        sys.exit(f"pipeline: error: {redacted(state.message or state.name)}")
+    print(f"pipeline: {state.message}")
 
 
-def _environment() -> dict[str, str]:
-    """What a stage sees: the stores of the main work tree, also from a clone, and who called."""
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "PYTHONUNBUFFERED": "1",
-        "MLFLOW_TRACKING_URI": places.tracking_uri(),
-        "AFTERIMAGE_SCRATCH": str(places.scratch()),
-        "AFTERIMAGE_FLOW_RUN_ID": str(flow_run.id),
-    }
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.pipeline",
+        description="Run the chain once as a Prefect flow, in this work tree or a clone.",
+    )
+    parser.add_argument(
+        "--workspace", metavar="NAME", help="work in the clone .prefect/workspaces/NAME instead of here"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", choices=preset.names(), help="with --workspace: the preset to run there"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=3600.0, metavar="S", help="seconds to wait for another run (3600)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --preset: parameters to change")
+    return parser
+
+
+def _choose_server() -> str:
+    """Set the environment for the server to use: the caller's, that of this work tree, or a temporary one.
+
+    Returns a clause that names it. Raises `StageError` if the caller's server does not answer.
+    """
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    if "PREFECT_API_URL" in os.environ:
+        _require_answer(os.environ["PREFECT_API_URL"])
+        return f"on the Prefect server {redacted(os.environ['PREFECT_API_URL'])}"
+    root = workspace.root()
+    process = server.running(root).get("server")
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
+    os.environ.update(server.environment(root, process.port if process else None))
+    if process:
+        return f"on the Prefect server {server.url(process.port)}"
+    return "no Prefect server runs here (make serve), so one is started for this run; about 10 s"
+
+
+def _require_answer(url: str) -> None:
+    """Raise `StageError` if no Prefect server answers at `url`; Prefect itself would print a long stack trace."""
+    remedy = "start it, correct PREFECT_API_URL, or unset that to use the server of this work tree"
+    try:
+        urllib.request.urlopen(f"{without_user(url).rstrip('/')}/health", timeout=PROBE_SECONDS).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 500, 502, 503, 504):
+            raise StageError(f"{redacted(url)} answers {error.code}, so it is no Prefect server; {remedy}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StageError(f"no Prefect server answers at {redacted(url)} ({reason}); {remedy}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""One stage at a time through `dvc repro --single-item`, as a process on a leash whose output is read live."""
+"""Run one stage at a time with `dvc repro --single-item`, and read its output while it runs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,23 @@ import graphlib
 import os
 import re
 import subprocess
-import sys
 import time
-import typing
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from flows import dvc
 from tasks.params.redaction import redacted
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
-LEASH = Path(__file__).with_name("leash.py")
 PROGRESS_SECONDS = 5.0
 BUSY_SECONDS = 5.0
 MEMORY_LINES = 30
 
-# What DVC prints, and all that tells a stage that ran from one that did not.
-_SKIPPED = re.compile(r"didn't change, skipping|is cached - skipping run")
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def dvc(*arguments: str) -> list[str]:
-    """The command line of this environment's DVC."""
-    return [sys.executable, "-m", "dvc", *arguments]
 
 
 def stages(workspace: Path) -> list[str]:
@@ -41,11 +32,14 @@ def stages(workspace: Path) -> list[str]:
 
 
 def graph(workspace: Path) -> dict[str, list[str]]:
-    """Stage -> the stages whose outputs it reads, sorted; each stage comes after all it depends on."""
-    command = dvc("dag", "--dot")
+    """Stage -> the stages whose outputs it reads, sorted; each stage comes after all it depends on.
+
+    Raises `StageError` if DVC cannot read the chain.
+    """
+    command = dvc.command("dag", "--dot")
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StageError(f"DVC cannot read the chain in {workspace}: {_dvc_error(done.stderr.splitlines())}")
+        raise StageError(f"DVC cannot read the chain in {workspace}: {dvc.error(done.stderr.splitlines())}")
     upstream: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():
         names = re.findall(r'"([^"]+)"', line)
@@ -66,30 +60,38 @@ def repro(
     held: int,
     wait_seconds: float,
 ) -> bool:
-    """Bring `stage` up to date in `workspace`; True if it ran, False if DVC found its results.
+    """Bring `stage` up to date in `workspace`; True if it ran, False if DVC had its results.
 
-    Each line of output goes to `log` as it appears, a progress bar every few seconds. `held` is the descriptor
-    of the workspace's lock, which the processes keep locked should this one die. While another DVC command
-    has the workspace this waits, `wait_seconds` at most. Raises `StageError` with the stage's own sentence.
+    Waits up to `wait_seconds` while another DVC command works in the workspace. Raises `StageError` with the
+    sentence of the stage if it fails.
+
+    Args:
+        stage: Name in `dvc.yaml`.
+        workspace: Folder of `dvc.yaml`.
+        environment: All variables of the stage.
+        log: Receives each line of output as it appears, of a progress bar one every few seconds.
+        held: Descriptor of the workspace's lock, which the stage keeps locked if this process dies.
+        wait_seconds: Limit of the waiting.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
         memory: deque[str] = deque(maxlen=MEMORY_LINES)
         skipped = False
-        process, leash, output = _start(dvc("repro", "--single-item", stage), workspace, environment, held)
-        try:
-            for line in lines(output):
-                skipped = skipped or bool(_SKIPPED.search(line))
-                if not _ADVICE.match(line):
-                    memory.append(line)
+        with dvc.leashed(
+            dvc.command("repro", "--single-item", stage), environment, folder=workspace, held=[held]
+        ) as running:
+            try:
+                for line in lines(running.output):
+                    found = dvc.outcome(line)
+                    skipped = skipped or (found is not None and found[1] != dvc.Outcome.RAN)
+                    if not _ADVICE.match(line):
+                        memory.append(line)
+                        log(line)
+            finally:  # cancelled, interrupted, or done
+                running.end()
+                for line in lines(running.output):  # a closed pipe would break the saving of a checkpoint
                     log(line)
-        finally:  # cancelled, interrupted, or done
-            leash.close()
-            for line in lines(output):  # last words; a closed pipe would break the saving of a checkpoint
-                log(line)
-            output.close()
-            process.wait()
-        if process.returncode == 0:
+        if running.process.returncode == 0:
             return not skipped
         if not any(_BUSY.search(line) for line in memory):
             raise StageError(_reason(stage, memory))
@@ -101,26 +103,8 @@ def repro(
         time.sleep(BUSY_SECONDS)
 
 
-def _start(
-    command: list[str], workspace: Path, environment: Mapping[str, str], held: int
-) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Start `command` on a leash. Returns the process, the leash (closing it, or dying, ends all of its processes)
-    and its output."""
-    process = subprocess.Popen(
-        [sys.executable, "-I", str(LEASH), *command],
-        cwd=workspace,
-        env=dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        pass_fds=(held,),
-    )
-    return process, typing.cast("IO[bytes]", process.stdin), typing.cast("IO[bytes]", process.stdout)
-
-
 def lines(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as they come, without blank ones and secrets; of a progress bar, which redraws itself, one every few s."""
+    """Yield lines as they come, without blank ones and secrets; a progress bar, which redraws itself, every few s."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pending, shown = "", -PROGRESS_SECONDS
     while chunk := os.read(stream.fileno(), 65536):
@@ -138,14 +122,9 @@ def lines(stream: IO[bytes]) -> Iterator[str]:
         yield line
 
 
-def _reason(stage: str, memory: deque[str]) -> str:
-    """The sentence in which the stage, or else DVC, said what is wrong."""
+def _reason(stage: str, memory: Sequence[str]) -> str:
+    """The error that the stage printed, or else that of DVC, in one sentence."""
     for line in reversed(memory):
         if line.startswith(f"{stage}: error: "):
             return line
-    return f"{stage}: {_dvc_error(memory)}"
-
-
-def _dvc_error(output: list[str] | deque[str]) -> str:
-    errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
-    return errors[-1] if errors else (output[-1] if output else "no reason given")
+    return f"{stage}: {dvc.error(memory)}"

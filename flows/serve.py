@@ -1,6 +1,6 @@
-"""`make serve`: the Prefect server of this work tree, its deployments and a worker, in the background.
+"""`make serve`: start the Prefect server of this work tree, its deployments and a worker, in the background.
 
-What runs already stays; what is missing is started. `make stop` ends all of it.
+Processes that run already are kept. `make stop` ends all of them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from flows import on_demand, server
 from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 START_SECONDS = 180.0
 SILENCE_SECONDS = 90
-"""A flow that has not said for so long that it lives is called crashed: three missed heartbeats."""
+"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
 
 
 def main() -> None:
@@ -43,14 +43,17 @@ def main() -> None:
 
 
 def serve(root: Path, port: int | None) -> None:
-    """Start what is missing and deploy; returns when a worker waits for scheduled runs."""
+    """Start the processes that do not run yet, and deploy; returns when a worker waits for scheduled runs.
+
+    Raises `StageError` if the port is taken, the server does not start, or Prefect refuses a deployment.
+    """
     server.lines(root)
     up = server.running(root)
     port = _port(up.get(server.SERVER), port)
     variables = server.environment(root, port)
     restarted = None
     if server.SERVER not in up:
-        print("serve: starting the server (some 10 s)", flush=True)
+        print("serve: starting the server (about 10 s)", flush=True)
         restarted = datetime.now(UTC)
         _wait_until_healthy(root, server.start(root, server.SERVER, variables))
     _set_up(variables)
@@ -61,15 +64,15 @@ def serve(root: Path, port: int | None) -> None:
     print(on_demand.advice(root, port))
 
 
-def _port(process: server.Process | None, asked: int | None) -> int:
-    """The port to use. Raises `StageError` where it is taken or contradicts the server that runs."""
+def _port(process: server.Process | None, requested: int | None) -> int:
+    """The port to use. Raises `StageError` if it is taken, or differs from that of the running server."""
     if process is not None:
-        if asked not in (None, process.port):
+        if requested not in (None, process.port):
             raise StageError(
                 f"the server of this work tree runs on port {process.port} already; stop it first: make stop"
             )
         return process.port
-    port = asked or server.DEFAULT_PORT
+    port = requested or server.DEFAULT_PORT
     with socket.socket() as probe:
         if probe.connect_ex((server.HOST, port)) == 0:
             raise StageError(f"port {port} is in use; name another: make serve PORT={port + 1}")
@@ -90,7 +93,7 @@ def _wait_until_healthy(root: Path, process: server.Process) -> None:
 
 
 def _set_up(variables: dict[str, str]) -> None:
-    """Create the work pool, the watch over silent flows and the deployments, or bring them up to date."""
+    """Create or update the work pool, the automation for runs without heartbeat, and the deployments."""
     os.environ.update(variables)  # Prefect reads its settings when it is imported
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
@@ -107,12 +110,12 @@ def _set_up(variables: dict[str, str]) -> None:
     if done.returncode:
         raise StageError(f"prefect deploy refused: {' '.join((done.stderr or done.stdout).split())}")
     with get_client(sync_client=True) as client:
-        for deployment in paused:  # `deploy` resumes what somebody has paused
+        for deployment in paused:  # `deploy` resumes paused deployments
             client.pause_deployment(deployment)
 
 
 def _repair(restarted: datetime | None) -> None:
-    """Repair what a killed server or worker left behind; `restarted` is when the server began, if it did just now."""
+    """Repair runs and slots after a kill of the server or worker; `restarted`: start of the server, if now."""
     from prefect.client.orchestration import get_client
 
     from flows import slots
@@ -125,9 +128,7 @@ def _repair(restarted: datetime | None) -> None:
 
 
 def _watch_silent_flows() -> None:
-    """Have the server call a run crashed whose process went without a word (power cut, kill -9 of the worker)."""
-    from datetime import timedelta
-
+    """Have the server mark a run as crashed when its process disappears (power cut, kill -9 of the worker)."""
     from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import StateType
@@ -144,7 +145,7 @@ def _watch_silent_flows() -> None:
         within=timedelta(seconds=SILENCE_SECONDS),
     )
     action = ChangeFlowRunState(
-        state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {SILENCE_SECONDS} s"
+        state=StateType.CRASHED, name="Crashed", message=f"No heartbeat for {SILENCE_SECONDS} s"
     )
     with get_client(sync_client=True) as client:
         if not client.read_automations_by_name(name):

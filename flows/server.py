@@ -1,7 +1,7 @@
-"""The Prefect server of this work tree: where its files are, what its processes see, how they start and end.
+"""The Prefect server and worker of this work tree: their files, environment, start and end.
 
-Everything lies in `.prefect/` of the work tree, so nothing of a user's own Prefect profile is read or written.
-Prefect reads its settings when it is imported: what is here must come before that, and imports nothing of it.
+All files are in `.prefect/` of the work tree, so the user's own Prefect profile is neither read nor written. Prefect
+reads its settings when it is imported; this module is used before that and does not import it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from string import Template
 import psutil
 
 from tasks.runtime import atomic, loopback
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200
@@ -35,23 +35,24 @@ SERVER, WORKER = "server", "worker"
 """Names of the lines of the process file."""
 PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
+RECORD_FORMAT = 1
 LOGS = Path(".prefect") / "logs"
 HEARTBEAT_SECONDS = 30
-"""How often a flow says that it lives; the least that Prefect allows."""
+"""Seconds between two heartbeats of a flow run; Prefect's minimum."""
 GRACE_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """One line of the process file, running: the leader of a session of its own."""
+    """A running line of the process file: the leader of a session of its own, with the work tree as its folder."""
 
     name: str
     pid: int
     started: float
-    """Seconds since 1970, as the kernel tells: a process with this number and another start is not ours."""
+    """Start in seconds since 1970, from the kernel; another process with the same id has another start."""
     port: int
-    """Of the server, for the server and for those who talk to it."""
+    """Port of the server, also for the worker."""
 
 
 def url(port: int) -> str:
@@ -60,36 +61,36 @@ def url(port: int) -> str:
 
 
 def answers(api: str) -> bool:
-    """Whether an HTTP server answers at the address of an API, whatever it says."""
+    """Whether an HTTP server answers at the address of an API, with whatever status."""
     try:
         with _opener(api).open(f"{api.rstrip('/')}/health", timeout=ANSWER_SECONDS):
             return True
-    except urllib.error.HTTPError:  # it may want a key
+    except urllib.error.HTTPError:  # it may require a key
         return True
     except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
 def _opener(address: str) -> urllib.request.OpenerDirector:
-    """Opens `address`, on this machine never through a proxy."""
+    """Opener for `address`; without a proxy if it is on this machine."""
     here = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
     return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
 
 
 def environment(root: Path, port: int | None) -> dict[str, str]:
-    """Environment for Prefect in the work tree `root`: its server at `port`, or a passing one of its own."""
+    """Environment for Prefect in the work tree `root`: its server at `port`, or None for a temporary server."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     home = root / ".prefect" / "home"
-    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder of it alone
+    home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
     settings = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Leases of concurrency slots are kept in files. By default the server keeps them in memory: killed, it loses
-        # them, and never frees the slot of a run that was pending.
+        # Leases of concurrency slots are kept in files. A killed server would lose leases in memory (the default) and
+        # never free the slot of a run that was pending.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
-        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is on this machine; a person who asks waits less
+        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, so frequent polling is cheap
         "PREFECT_CLI_PROMPT": "false",
         "PYTHONUNBUFFERED": "1",
     }
@@ -106,7 +107,7 @@ def client_settings(root: Path, port: int) -> dict[str, str]:
 
 
 def alive(process: Process) -> bool:
-    """Whether it is this very process that runs now, not another one that got its number."""
+    """Whether this process still runs; False for another process that got the same id."""
     try:
         found = psutil.Process(process.pid)
         return _works(found) and abs(found.create_time() - process.started) < 1.0
@@ -115,20 +116,44 @@ def alive(process: Process) -> bool:
 
 
 def running(root: Path) -> dict[str, Process]:
-    """Those processes of the work tree `root` that are recorded and alive, by name."""
+    """The recorded processes of the work tree `root` that run, by name.
+
+    The record of a copied work tree names the processes of the original, which are left out: their working directory is
+    the original. That of a work tree that was moved follows the move.
+    """
+    return {process.name: process for process in _recorded(root) if _folder_of(process) == root.resolve()}
+
+
+def elsewhere(root: Path) -> Path | None:
+    """The work tree that `root` was copied from, if recorded processes of it run; else None."""
+    folders = {_folder_of(process) for process in _recorded(root)} - {None, root.resolve()}
+    return next(iter(folders), None)
+
+
+def _folder_of(process: Process) -> Path | None:
+    """Working directory of a recorded process; None if it does not run."""
     try:
-        recorded = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        return Path(psutil.Process(process.pid).cwd()).resolve() if alive(process) else None
+    except psutil.Error:
+        return None
+
+
+def _recorded(root: Path) -> list[Process]:
+    """Every recorded process. Raises `StageError` for a record of another version."""
+    try:
+        record = json.loads((root / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
-    processes = [Process(**entry) for entry in recorded]
-    return {process.name: process for process in processes if alive(process)}
+        return []
+    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
+        raise StageError(f"{root / RECORD} is of another version; end the processes that it lists, then delete it")
+    return [Process(**entry) for entry in record["processes"]]
 
 
 def start(root: Path, name: str, variables: Mapping[str, str]) -> Process:
     """Start the line `name` of the process file in the background and record it."""
     command = [Template(word).substitute(variables) for word in shlex.split(lines(root)[name])]
-    # Prefect's worker ends by a SIGINT of its own, which a shell has those ignore that it starts in the background, and
-    # all below them; with a handler here, they have the default.
+    # Prefect's worker ends its runs with SIGINT, which a background process of a shell ignores, and so do its children;
+    # with a handler in this process, the children get the default action.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = root / LOGS / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -148,24 +173,24 @@ def start(root: Path, name: str, variables: Mapping[str, str]) -> Process:
 
 
 def lines(root: Path) -> dict[str, str]:
-    """The process file: name -> command, in the order in which they start."""
+    """The process file: name -> command, in the order of starting. Raises `StageError` if there is none."""
     try:
         text = (root / PROCFILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise StageError(f"{root} holds no {PROCFILE}; run this in the top folder of the work tree") from None
+        raise StageError(f"{root} has no {PROCFILE}; run this in the top folder of the work tree") from None
     kept = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     return {name.strip(): command.strip() for name, _, command in (line.partition(":") for line in kept)}
 
 
 def stop(root: Path, process: Process) -> None:
-    """End a process and all below it, a worker's training, too: SIGTERM, and SIGKILL after the grace.
+    """End a process and all its descendants, also the training of a worker: SIGTERM, then SIGKILL after the grace.
 
-    SIGTERM goes to the session of the process alone: what runs below it notices its end, and may need some seconds to
-    save its work. Forgets the process in the record.
+    Only the process group gets SIGTERM: the other descendants notice its end and may need some seconds to save a
+    checkpoint. Removes the process from the record.
     """
     if alive(process):
         leader = psutil.Process(process.pid)
-        everything = [leader, *leader.children(recursive=True)]  # its end makes orphans of them
+        everything = [leader, *leader.children(recursive=True)]  # listed now: later they are orphans
         os.killpg(process.pid, signal.SIGTERM)
         if not _ended(everything):
             for one in everything:
@@ -177,7 +202,7 @@ def stop(root: Path, process: Process) -> None:
 
 
 def _ended(processes: list[psutil.Process]) -> bool:
-    """Wait until all of them have ended; False if the grace is over before."""
+    """Wait until all of them have ended; False if they have not after the grace."""
     deadline = time.monotonic() + GRACE_SECONDS
     while any(map(_works, processes)):
         if time.monotonic() > deadline:
@@ -194,4 +219,5 @@ def _works(process: psutil.Process) -> bool:
 
 
 def _record(root: Path, processes: Mapping[str, Process]) -> None:
-    atomic.write_json(root / RECORD, [asdict(process) for process in processes.values()])
+    record = {"format": RECORD_FORMAT, "processes": [asdict(process) for process in processes.values()]}
+    atomic.write_json(root / RECORD, record)

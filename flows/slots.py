@@ -1,7 +1,7 @@
-"""Deployments against their runs: end runs whose process is gone, free slots that no run holds, find late schedules.
+"""Compare deployments with their runs: end runs without a process, free slots without a run, find late schedules.
 
-A deployment with a concurrency limit counts its runs in `active_slots`. When the server is killed at the wrong moment,
-a run stays pending for ever or its slot stays taken, and with the strategy CANCEL_NEW every later run is cancelled.
+A deployment with a concurrency limit counts its runs in `active_slots`. If the server is killed while a run is pending,
+the run can stay pending for ever or its slot can stay taken; the strategy CANCEL_NEW then cancels every later run.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
 
 HOLDING = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-"""States in which a run holds a slot of its deployment."""
+"""States in which a run occupies a slot of its deployment."""
 START_SECONDS = 60
-"""Within this time a worker starts the process of a run that it has taken."""
-LOOK_AGAIN_SECONDS = 2.0
+"""Within this time a worker starts the process of a run that it has set to pending."""
+RECHECK_SECONDS = 2.0
 LATE = timedelta(minutes=10)
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """Set by Prefect's worker in the process of a run; the stages inherit it."""
 
 
 def repair(client: SyncPrefectClient, taken_before: datetime | None = None) -> list[str]:
-    """Crash the runs whose process is gone and free the slots that no run holds; one sentence for each.
+    """Mark runs without a process as crashed and free slots without a run; returns one sentence for each.
 
-    A run is examined if it has been in its state since before `taken_before`, by default `START_SECONDS` ago. All
-    workers are on this machine, because the server listens on 127.0.0.1 alone.
+    Only runs that have been in their state since before `taken_before` (default: `START_SECONDS` ago) are examined. All
+    workers are on this machine, because the server listens on 127.0.0.1 only.
     """
     taken_before = taken_before or datetime.now(UTC) - timedelta(seconds=START_SECONDS)
     runs = client.read_flow_runs(flow_run_filter=_in_states(HOLDING))
@@ -66,7 +66,7 @@ def _in_states(types: list[StateType]) -> FlowRunFilter:
 
 
 def _with_process() -> set[UUID]:
-    """Flow runs of which a process of this user runs."""
+    """Flow runs that have a running process of this user."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, ValueError):
@@ -76,7 +76,7 @@ def _with_process() -> set[UUID]:
 
 
 def _end(client: SyncPrefectClient, run: FlowRun) -> str:
-    """Set the final state of a run without a process, which also gives its slot and lease back."""
+    """Set the final state of a run without a process, which also releases its slot and its lease."""
     assert run.state is not None
     was = run.state.name
     message = f"Its process was gone while it was {was}"
@@ -86,11 +86,11 @@ def _end(client: SyncPrefectClient, run: FlowRun) -> str:
 
 
 def _free_slots(client: SyncPrefectClient) -> Iterator[str]:
-    """Free what is taken by nobody in two looks: a run may end between reading the slots and reading the runs."""
+    """Free slots that are unheld in two checks: a run may end between reading the slots and reading the runs."""
     first = _unheld(client)
     if not first:
         return
-    time.sleep(LOOK_AGAIN_SECONDS)
+    time.sleep(RECHECK_SECONDS)
     for name, (limit, second) in _unheld(client).items():
         if slots := min(second, first.get(name, (limit, 0))[1]):
             client.release_concurrency_slots(names=[limit], slots=slots, occupancy_seconds=1)
@@ -98,7 +98,7 @@ def _free_slots(client: SyncPrefectClient) -> Iterator[str]:
 
 
 def _unheld(client: SyncPrefectClient) -> dict[str, tuple[str, int]]:
-    """Deployment -> its limit's name, and how many of its slots neither a run nor a valid lease holds."""
+    """Deployment -> the name of its limit, and how many of its slots neither a run nor a valid lease holds."""
     found = {}
     leases = _leases()
     for deployment in client.read_deployments():
@@ -111,7 +111,7 @@ def _unheld(client: SyncPrefectClient) -> dict[str, tuple[str, int]]:
 
 
 def _leases() -> list[str]:
-    """Concurrency limits of the leases that are still valid; the server frees the slots of the others itself."""
+    """Concurrency limits of the leases that are still valid; the server itself frees the slots of expired ones."""
     limits: list[str] = []
     for path in (Path(get_current_settings().home) / "concurrency_leases").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -126,7 +126,7 @@ def _is(deployment: DeploymentResponse) -> DeploymentFilter:
 
 
 def late(client: SyncPrefectClient) -> list[str]:
-    """One sentence for each deployment whose schedule does not do what it says."""
+    """One sentence for each deployment whose scheduled runs do not start or are not planned."""
     sentences = (_late(client, deployment) for deployment in client.read_deployments() if _is_scheduled(deployment))
     return [sentence for sentence in sentences if sentence]
 
@@ -136,7 +136,7 @@ def _is_scheduled(deployment: DeploymentResponse) -> bool:
 
 
 def _late(client: SyncPrefectClient, deployment: DeploymentResponse) -> str | None:
-    """What is wrong: a due run was not started, two in a row did not begin, or none is planned."""
+    """The fault of a schedule: a due run was not started, two in a row did not begin, or none is planned."""
     now = datetime.now(UTC)
     due = client.read_flow_runs(
         deployment_filter=_is(deployment),

@@ -1,14 +1,17 @@
-"""`make stop`: end what `make serve` started in this work tree, and nothing else.
+"""`make stop`: end the processes that `make serve` started in this work tree, and no others.
 
-The server goes last, so that the run of a worker can still report how it ended.
+The server ends last, so that a run of the worker can still report its final state.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from flows import server
 from tasks.runtime import locks, workspace
+from tasks.runtime.errors import StageError
 
 
 def main() -> None:
@@ -16,13 +19,23 @@ def main() -> None:
         prog="python -m flows.stop", description="End the Prefect server and worker of this work tree."
     ).parse_args()
     root = workspace.root()
-    with locks.exclusive(root / ".prefect" / "serve.lock"):
-        up = server.running(root)
-        if not up:
-            print("stop: nothing of this work tree runs")
-        for process in sorted(up.values(), key=lambda process: process.name == server.SERVER):
-            print(f"stop: {process.name} (process {process.pid})", flush=True)
-            server.stop(root, process)
+    try:
+        with locks.exclusive(root / ".prefect" / "serve.lock"):
+            stop(root)
+    except StageError as error:
+        sys.exit(f"stop: error: {error}")
+
+
+def stop(root: Path) -> None:
+    """End the worker and the server of the work tree `root`, and print what was ended."""
+    up = server.running(root)
+    if original := server.elsewhere(root):
+        print(f"stop: {server.RECORD} was copied from {original}, whose processes continue; end them there: make stop")
+    elif not up:
+        print("stop: no server or worker of this work tree runs")
+    for process in sorted(up.values(), key=lambda process: process.name == server.SERVER):
+        print(f"stop: {process.name} (process {process.pid})", flush=True)
+        server.stop(root, process)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""The scheduled check of the schedules: repairs what a killed server left, and fails where a nightly run is missing."""
+"""The scheduled check of the schedules: repair runs and slots after a kill, and fail if a scheduled run is missing."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -13,10 +11,10 @@ from flows import slots
 
 
 @flow(name="afterimage-watch")
-def watch() -> State[Any]:
-    """Free concurrency slots that no run holds, and report schedules that are late or silent.
+def watch() -> State[None]:
+    """Free concurrency slots that no run holds, and report schedules that are late or plan no run.
 
-    Fails, with the reason as its message, when a scheduled run did not start.
+    The final state is Failed, with the reason as its message, if a scheduled run did not start.
     """
     log = get_run_logger()
     with get_client(sync_client=True) as client:

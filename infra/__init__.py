@@ -1,3 +1,3 @@
-"""What stands around the chain: installation, the lock, `make repro`, configuration of machines."""
+"""Commands around the chain: installation, the lock, `make repro`, benchmarks, checks of the documentation."""
 
-import tasks as tasks  # says what to do where this Python lacks the packages
+import tasks as tasks  # exits with a remedy if this Python lacks the packages

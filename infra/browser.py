@@ -1,4 +1,9 @@
-"""A headless Chromium driven over its DevTools protocol: open a page, hear its errors, photograph it."""
+"""A headless Chromium controlled over the DevTools protocol: open a page, collect its errors, take screenshots.
+
+Why not a library: the wheel of Playwright contains a Node.js runtime and supports only the browser builds that it
+downloads; pyppeteer is unmaintained; Selenium needs a chromedriver of the same version. The dozen commands that are
+needed here work over `websockets` with any installed Chromium.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from websockets.sync.client import connect
 
 if TYPE_CHECKING:
     from websockets.sync.connection import Connection
@@ -31,31 +38,32 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 )
+Message: TypeAlias = dict[str, Any]  # JSON of the DevTools protocol, whose schema no package here contains
 START_SECONDS = 60
 SETTLE_SECONDS = 1.5
 
 
 def find() -> str | None:
-    """Path of a Chromium or Chrome on this machine; None where there is none."""
+    """Path of a Chromium or Chrome on this machine; None without one."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
 @dataclass
 class Page:
-    """One tab. What it complains about and asks for is collected since the last `visit`."""
+    """One tab, with its errors and requests since the last `visit`."""
 
     connection: Connection
     session: str
     errors: list[str] = field(default_factory=list)
     """Errors and warnings of the console, uncaught exceptions, failed requests."""
     requests: list[str] = field(default_factory=list)
-    """Addresses asked for, in order; data: addresses excepted."""
+    """Requested addresses in order, without data: URIs."""
     _events: list[str] = field(default_factory=list)
     _last: int = 0
 
     def visit(self, address: str, timeout: float = 30) -> None:
-        """Open `address` and wait for its load event. Raises `TimeoutError` where it does not come."""
-        # By way of an empty page, because another fragment of the same page would not load anything.
+        """Open `address` and wait for its load event. Raises `TimeoutError` without one."""
+        # The empty page first: another fragment of the same page would not load anything.
         for target in ("about:blank", address):
             self.errors.clear()
             self.requests.clear()
@@ -66,7 +74,7 @@ class Page:
                 self._receive(until)
 
     def settle(self, timeout: float = 30) -> None:
-        """Wait until the visible text has been the same for a while: for pages that scripts fill in."""
+        """Wait until the visible text stays the same for `SETTLE_SECONDS`, for pages that scripts fill."""
         until, same_since, text = time.monotonic() + timeout, time.monotonic(), None
         while time.monotonic() < until and time.monotonic() - same_since < SETTLE_SECONDS:
             now = self.evaluate("document.body.innerText")
@@ -74,8 +82,8 @@ class Page:
                 text, same_since = now, time.monotonic()
             time.sleep(0.2)
 
-    def evaluate(self, script: str) -> Any:
-        """Value of a JavaScript expression, awaited if it is a promise. Raises `RuntimeError` where it throws."""
+    def evaluate(self, script: str) -> Any:  # any JSON value
+        """Value of a JavaScript expression, awaited if it is a promise. Raises `RuntimeError` if it throws."""
         answer = self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "script failed"))
@@ -92,17 +100,17 @@ class Page:
         self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def remember(self, values: dict[str, str]) -> None:
-        """Put `values` into the local storage of every site before its own scripts run."""
+        """Set `values` in the local storage of every site before its scripts run."""
         lines = [f"localStorage.setItem({json.dumps(key)}, {json.dumps(value)});" for key, value in values.items()]
         self.command("Page.addScriptToEvaluateOnNewDocument", source=f"try {{ {''.join(lines)} }} catch {{}}")
 
     def screenshot(self, path: Path, full: bool = False) -> None:
-        """Write a PNG of the window, or of the `full` page beyond it."""
+        """Write a PNG of the window or, with `full`, of the whole page."""
         answer = self.command("Page.captureScreenshot", format="png", captureBeyondViewport=full)
         path.write_bytes(base64.b64decode(answer["data"]))
 
-    def command(self, method: str, timeout: float = 60, **parameters: Any) -> dict[str, Any]:
-        """Send a DevTools command to the tab and return its result. Raises `RuntimeError` where it is refused."""
+    def command(self, method: str, timeout: float = 60, **parameters: object) -> Message:
+        """Send a DevTools command to the tab and return its result. Raises `RuntimeError` if it is refused."""
         self._last += 1
         message = {"id": self._last, "sessionId": self.session, "method": method, "params": parameters}
         self.connection.send(json.dumps(message))
@@ -112,15 +120,15 @@ class Page:
             if answer.get("id") == self._last:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return answer["result"]
+                return result_of(answer)
 
-    def _receive(self, until: float) -> dict[str, Any]:
-        message: dict[str, Any] = json.loads(self.connection.recv(timeout=max(0.0, until - time.monotonic())))
+    def _receive(self, until: float) -> Message:
+        message: Message = json.loads(self.connection.recv(timeout=max(0.0, until - time.monotonic())))
         if "method" in message:
-            self._hear(message["method"], message["params"])
+            self._collect(message["method"], message["params"])
         return message
 
-    def _hear(self, event: str, details: dict[str, Any]) -> None:
+    def _collect(self, event: str, details: Message) -> None:
         self._events.append(event)
         if event == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning", "assert"):
             self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in details["args"]))
@@ -134,14 +142,18 @@ class Page:
             self.requests.append(details["request"]["url"])
 
 
+def result_of(answer: Message) -> Message:
+    """The result in the answer to a command."""
+    result: Message = answer["result"]
+    return result
+
+
 @contextmanager
 def browse(executable: str) -> Iterator[Page]:
-    """Start a browser with a fresh profile and yield its one tab; it ends with the block.
+    """Start a browser with a new profile and yield its one tab; the browser ends with the block.
 
-    Raises `RuntimeError` where the browser does not start within a minute.
+    Raises `RuntimeError` if the browser does not start within `START_SECONDS`.
     """
-    from websockets.sync.client import connect
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -158,7 +170,7 @@ def browse(executable: str) -> Iterator[Page]:
 
 
 def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    """Where the browser listens, which it writes into its profile."""
+    """WebSocket address of the browser, which it writes into its profile."""
     until = time.monotonic() + START_SECONDS
     port_file = profile / "DevToolsActivePort"
     while time.monotonic() < until and process.poll() is None:
@@ -170,12 +182,12 @@ def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def _tab(connection: Connection) -> Page:
-    def ask(number: int, method: str, **parameters: Any) -> dict[str, Any]:
+    def ask(number: int, method: str, **parameters: object) -> Message:
         connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            answer = json.loads(connection.recv(timeout=START_SECONDS))
+            answer: Message = json.loads(connection.recv(timeout=START_SECONDS))
             if answer.get("id") == number:
-                return answer["result"]
+                return result_of(answer)
 
     target = ask(1, "Target.createTarget", url="about:blank")["targetId"]
     page = Page(connection, ask(2, "Target.attachToTarget", targetId=target, flatten=True)["sessionId"], _last=2)

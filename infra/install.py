@@ -2,9 +2,9 @@
 
     python3.11 infra/install.py [--extra NAME]
 
-Runs on a bare Python, so it imports the standard library alone. pip does the work and obeys the user's own pip
-configuration. A stamp in `.venv` names the lock, the Python and the place it was made for; only when it differs
-is anything installed.
+Runs on a bare Python, so it imports only the standard library. pip installs, with the user's own pip configuration.
+A stamp in `.venv` names the lock, the Python and the folder of the last installation; packages are installed only if
+it differs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 3
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
-# Run by the new environment, whose pip can read markers: what the lock wants there and does not find.
+# Run by the new environment, whose pip can read markers: prints the pins of the lock that are not installed there.
 MISSING = """
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -56,22 +56,22 @@ for line in open(sys.argv[1], encoding="utf-8"):
             print(pin.name)
 """
 
-# Run by the new environment. Without the package, `import mlflow` would silently give the project's folder of
-# that name; torchvision's wheel beside PyTorch's CPU build breaks diffusers and transformers.
+# Run by the new environment. Without the package, `import mlflow` would import the project's folder of that name;
+# torchvision's default wheel together with PyTorch's CPU build breaks diffusers and transformers.
 CHECK = """
 from importlib.util import find_spec
 origin = getattr(find_spec("mlflow"), "origin", None)
 if not origin or not origin.endswith("__init__.py"):
-    raise SystemExit("the package mlflow is not there: only the project's folder of that name is found")
+    raise SystemExit("the package mlflow is not installed: only the project's folder of that name is found")
 import torch, onnxruntime
 if "+cpu" in torch.__version__ and find_spec("torchvision"):
-    raise SystemExit("torchvision stands beside PyTorch's CPU build, which breaks diffusers; pip uninstall torchvision")
+    raise SystemExit("torchvision beside PyTorch's CPU build breaks diffusers; pip uninstall torchvision")
 print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
 """
 
 
 class Build(NamedTuple):
-    """Which build of PyTorch is installed, and what pip is asked for before the lock so that it is that one."""
+    """A build of PyTorch, and the arguments of the `pip install` that selects it before the lock is installed."""
 
     cuda: bool
     first: list[str]
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def extra_requirements(extra: str) -> list[str]:
-    import tomllib  # not at the top: a Python that is too old shall come as far as the sentence that says so
+    import tomllib  # not at the top: a Python without it must reach the sentence that it is too old
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     if extra not in extras:
@@ -109,25 +109,25 @@ def extra_requirements(extra: str) -> list[str]:
 
 
 def stamp(requirements: list[str]) -> str:
-    """What the environment was made for: lock, Python, place (scripts hold absolute paths), extras."""
+    """Content of the stamp: lock, Python, folder (scripts contain absolute paths), extras."""
     parts = [hashlib.sha256(LOCK.read_bytes()).hexdigest(), platform.python_version(), str(VENV), *requirements]
     return "\n".join(parts) + "\n"
 
 
 def is_current(wanted: str) -> bool:
-    """Whether the stamp is the wanted one; an extra that was installed before does not have to be asked for again."""
+    """Whether the stamp matches; without `--extra`, an extra that was installed before stays."""
     return PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8").startswith(wanted)
 
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the work tree's lock; the kernel lets go of it when this process ends, however it ends."""
+    """Hold the lock of the work tree; the kernel releases it when this process ends or is killed."""
     descriptor = os.open(ROOT, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another installation is under way in this work tree; waiting for it")
+            say("another installation runs in this work tree; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -153,7 +153,7 @@ def install(requirements: list[str]) -> None:
 
 
 def make_environment() -> None:
-    """An environment of this Python with pip in it; one of another Python or place is replaced."""
+    """Create the environment with this Python and pip; one of another Python or another folder is replaced."""
     if Path(sys.prefix).resolve() == VENV:
         return
     if VENV.exists() and environment_version() == platform.python_version() and pip_works():
@@ -163,11 +163,11 @@ def make_environment() -> None:
     if done.returncode:
         shutil.rmtree(VENV, ignore_errors=True)
         package = f"python3.{sys.version_info[1]}-venv"
-        fail(f"{sys.executable} cannot make environments; install its venv module (on Debian or Ubuntu: {package})")
+        fail(f"{sys.executable} cannot create environments; install its venv module (on Debian or Ubuntu: {package})")
 
 
 def environment_version() -> str:
-    """Version of the Python in `.venv` if it was made in this place, else an empty string."""
+    """Version of the Python in `.venv` if it was created in this folder, else an empty string."""
     try:
         settings = (VENV / "pyvenv.cfg").read_text(encoding="utf-8")
         scripts = (VENV / "bin" / "pip").read_text(encoding="utf-8")
@@ -182,7 +182,7 @@ def pip_works() -> bool:
 
 
 def missing_packages() -> list[str]:
-    """Names of the pins that are meant for this machine and are not installed."""
+    """Names of the pins that apply to this machine and are not installed."""
     done = subprocess.run([str(PYTHON), "-c", MISSING, str(LOCK)], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
@@ -192,15 +192,15 @@ def installed_count() -> int:
 
 
 def choose_torch() -> Build:
-    """PyTorch's CPU build where there is no NVIDIA driver and it can be reached; the default build elsewhere."""
+    """PyTorch's CPU build if it can be reached and the machine has no NVIDIA driver; else the default build."""
     pin = next(line for line in LOCK.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
     if sys.platform != "linux":
         return Build(cuda=False, first=[])
     if has_nvidia_driver():
-        say("an NVIDIA driver is here: PyTorch's default build with CUDA")
+        say("NVIDIA driver found: PyTorch's default build with CUDA")
         return DEFAULT_BUILD
     if f"{pin.partition('==')[2]}+cpu" in versions_that_pip_finds("torch"):
-        say("no NVIDIA driver: PyTorch's CPU build, which pip finds by itself")
+        say("no NVIDIA driver: PyTorch's CPU build, from pip's own index")
         return Build(cuda=False, first=[])
     try:
         with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=PROBE_SECONDS):  # noqa: S310 - https above
@@ -222,7 +222,7 @@ def versions_that_pip_finds(package: str) -> list[str]:
 
 
 def download_note(names: list[str], build: Build) -> str:
-    """One line: how much comes over the network, at most (pip's cache may hold some of it)."""
+    """One line: the largest number of bytes to download; pip's cache may contain some of them."""
     sizes = json.loads(SIZES.read_text(encoding="utf-8"))
     total = sum(size for name, size in sizes["packages"].items() if name in names)
     if "torch" in names:
@@ -232,24 +232,26 @@ def download_note(names: list[str], build: Build) -> str:
 
 
 def run_pip(arguments: list[str], total: int) -> None:
-    """`pip install`, with one line of progress in place of its output, which goes to `.venv/install.log`."""
+    """Run `pip install` with one line of progress; its output goes to `.venv/install.log`."""
     command = [*PIP, "install", "--progress-bar", "off", *arguments]
     with LOG.open("w", encoding="utf-8") as log:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             show_progress(pip, total, before=installed_count())
-        except BaseException:  # Ctrl-C too: pip must not go on behind the person's back
+        except BaseException:  # also for Ctrl-C: pip must not continue in the background
             pip.terminate()
             pip.wait()
             raise
     if pip.returncode:
         lines = [line for line in LOG.read_text(encoding="utf-8").splitlines() if "is ignored" not in line]
         print("\n".join(lines[-15:]), file=sys.stderr)
-        fail(f"pip did not finish; its whole output is in {LOG.relative_to(ROOT)}; the same command goes on from here")
+        fail(
+            f"pip did not finish; its whole output is in {LOG.relative_to(ROOT)}; the same command continues from here"
+        )
 
 
 def show_progress(pip: subprocess.Popen[bytes], total: int, before: int) -> None:
-    """Report what pip has found and installed until it ends: in place on a terminal, else every 20 s."""
+    """Report the progress of pip until it ends: on a terminal in one line, else a line every 20 s."""
     terminal = sys.stdout.isatty()
     started = reported = time.monotonic()
     while pip.poll() is None:
@@ -280,4 +282,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        fail("interrupted; the same command continues from here")

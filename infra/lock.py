@@ -1,9 +1,8 @@
-"""`make lock`: pin what pyproject.toml asks for, for every supported Python and platform.
+"""`make lock`: pin the dependencies of pyproject.toml for every supported Python and platform.
 
-Writes `requirements.lock` (exact pins with markers), `infra/download-sizes.json` (what installing them
-downloads, so that `infra/install.py` can say it before it starts), and the locks of img2dataset's environments,
-which are not the project's own. The resolver is uv, in an environment of its own that is thrown away: pip needs over
-ten minutes for this set, uv a few seconds.
+Writes `requirements.lock` (exact pins with markers), `infra/download-sizes.json` (bytes per package, which
+`infra/install.py` prints before it starts), and the locks of img2dataset's environments, which are separate from the
+project's. The resolver is uv, in a temporary environment: pip needs over ten minutes for this set, uv a few seconds.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import urllib.request
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 SIZES = ROOT / "infra" / "download-sizes.json"
-ASIDE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")
-"""What environments of their own ask for; the lock of each lies beside it."""
+SEPARATE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")
+"""Requirements of the separate environments; each has its lock beside it."""
 UV = "uv==0.13.9"
 OLDEST_PYTHON = "3.11"
 INDEX = "https://pypi.org/simple"
@@ -39,32 +38,32 @@ HEADER = """\
 # Written by `make lock` from pyproject.toml; do not edit. Exact pins for Python 3.11, 3.12 and 3.13.
 # CUDA's packages are left out: torch brings them where its build needs them.
 """
-HEADER_ASIDE = """\
+HEADER_SEPARATE = """\
 # Written by `make lock` from {source}; do not edit.
-# Exact pins for Python 3.11, 3.12 and 3.13, installed without asking for more.
+# Exact pins for Python 3.11, 3.12 and 3.13, installed without further dependencies.
 """
 
 
 def main() -> None:
     argparse.ArgumentParser(
         prog="python infra/lock.py",
-        description="Resolve pyproject.toml and tasks/img2dataset*.in anew and write their lock files and "
+        description="Resolve pyproject.toml and tasks/transfer/img2dataset*.in anew and write their lock files and "
         "infra/download-sizes.json; needs the network.",
     ).parse_args()
     with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
         python = make_environment(Path(folder))
         print("lock: resolving pyproject.toml", flush=True)
         pins = resolve(python, "pyproject.toml", "--extra", "dev")
-        aside = {source: resolve(python, source) for source in ASIDE}
+        separate = {source: resolve(python, source) for source in SEPARATE}
     kept = [pin for pin in pins if not CUDA_PACKAGE.match(pin)]
     cuda = [pin for pin in pins if CUDA_PACKAGE.match(pin)]
     print(f"lock: {len(kept)} packages; asking the index for their sizes", flush=True)
     sizes = {"packages": download_sizes(kept), "cuda": sum(download_sizes(cuda).values()), "torch_cpu": cpu_size(kept)}
     write_pins(LOCK, HEADER, kept)
     SIZES.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for source, pinned in aside.items():
-        write_pins((ROOT / source).with_suffix(".lock"), HEADER_ASIDE.format(source=source), pinned)
-    print(f"lock: wrote {LOCK.name}, {SIZES.relative_to(ROOT)} and the locks of {' and '.join(ASIDE)}")
+    for source, pinned in separate.items():
+        write_pins((ROOT / source).with_suffix(".lock"), HEADER_SEPARATE.format(source=source), pinned)
+    print(f"lock: wrote {LOCK.name}, {SIZES.relative_to(ROOT)} and the locks of {' and '.join(SEPARATE)}")
 
 
 def resolve(python: Path, source: str, *options: str) -> list[str]:
@@ -75,7 +74,7 @@ def resolve(python: Path, source: str, *options: str) -> list[str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"lock: error: uv found no set of versions that fits {source}:\n{done.stderr}")
-    # A pin never names a local build: `torch==2.13.0` is met by `2.13.0+cpu` as well.
+    # A pin never names a local build: `2.13.0+cpu` satisfies `torch==2.13.0` as well.
     return sorted(re.sub(r"\+\w+", "", line) for line in done.stdout.splitlines() if line.strip())
 
 
@@ -84,7 +83,7 @@ def write_pins(lock: Path, header: str, pins: list[str]) -> None:
 
 
 def make_environment(folder: Path) -> Path:
-    """An environment with uv in `folder`; returns its Python."""
+    """Create an environment with uv in `folder`; returns its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     subprocess.run([str(python), "-m", "pip", "install", "-q", "-q", UV], check=True, stderr=subprocess.DEVNULL)
@@ -99,7 +98,7 @@ def download_sizes(pins: list[str]) -> dict[str, int]:
 
 
 def cpu_size(pins: list[str]) -> int:
-    """Bytes of PyTorch's CPU build: from the folders and indices that pip knows, or else from PyTorch's own."""
+    """Bytes of PyTorch's CPU build, from pip's own indices or else from PyTorch's."""
     version = next(pin.split("==")[1].split()[0] for pin in pins if pin.startswith("torch=="))
     with tempfile.TemporaryDirectory(prefix="afterimage-lock-") as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "-q", "--no-deps", "--dest", folder]
@@ -109,20 +108,28 @@ def cpu_size(pins: list[str]) -> int:
 
 
 def _elsewhere(pin: str) -> bool:
-    """Whether a marker keeps the package away from x86-64 Linux with CPython."""
+    """Whether the marker excludes x86-64 Linux with CPython."""
     marker = pin.partition(";")[2]
     return bool(re.search(r"sys_platform == '(win32|darwin|emscripten)'", marker)) and "linux" not in marker
 
 
 def _size(pin: str) -> int:
-    """Bytes of the file that pip would take: the best wheel for x86-64 Linux, or else the source archive."""
+    """Bytes of the file that pip would choose: the best wheel for x86-64 Linux, or else the source archive."""
     name, version = re.match(r"([\w.-]+)==([\w.!+-]+)", pin).groups()  # type: ignore[union-attr]
     files = [file for file in _files(name) if _version_of(name, file["filename"]) == version and not file["yanked"]]
     ranked = sorted(files, key=lambda file: _preference(file["filename"]), reverse=True)
     return int(ranked[0]["size"]) if ranked else 0
 
 
-def _files(name: str) -> list[dict[str, Any]]:
+class IndexFile(TypedDict):
+    """The keys of a file in the JSON form of a package index that are used here."""
+
+    filename: str
+    size: int
+    yanked: bool | str
+
+
+def _files(name: str) -> list[IndexFile]:
     request = urllib.request.Request(f"{INDEX}/{name}/", headers={"Accept": INDEX_JSON})  # noqa: S310 - https above
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310

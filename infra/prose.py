@@ -22,6 +22,8 @@ UNCHECKED = {"infra/prose.py", "tests/infra/test_prose.py"}
 
 
 class Phrase(NamedTuple):
+    """A regular expression, and what to write instead."""
+
     pattern: str
     instead: str
 
@@ -43,6 +45,8 @@ PHRASES = (
 
 
 class Finding(NamedTuple):
+    """A phrase in a file."""
+
     file: Path
     line: int
     found: str

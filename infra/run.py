@@ -1,14 +1,15 @@
-"""`make repro`: `dvc repro` with its output live, then what came out: times, memory, metrics, where things are.
+"""`make repro`: run `dvc repro` with its output live, then print a summary: times, memory, metrics, paths of results.
 
     python -m infra.run [arguments of dvc repro]
 
-The chain runs on the leash of `flows/leash.py`: Ctrl-C, a SIGTERM or the death of this process ends all of it,
+The chain runs on the leash of `tasks/runtime/leash.py`: Ctrl-C, a SIGTERM or the death of this process ends all of it,
 and training saves a checkpoint first.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib.util
 import os
 import re
@@ -27,51 +28,48 @@ from typing import IO
 import psutil
 import yaml
 
-from flows.repro import LEASH, dvc
+from flows import dvc
 from tasks.params import ParamsError
 from tasks.params.redaction import redacted
 from tasks.runtime import local_source, loopback, measures, store, workspace
+from tasks.runtime.errors import StageError
 from tasks.runtime.measures import SHORT_FINGERPRINT, Measurements
-from tasks.runtime.stage import StageError
 
 SAMPLE_SECONDS = 1.0
 MEASUREMENTS = Path("reports/evaluation") / measures.FILE
-RESULTS = (
-    (re.compile(rb"^Running stage '([\w-]+)'"), "ran"),
-    (re.compile(rb"^Stage '([\w-]+)' is cached - skipping run"), "cached"),
-    (re.compile(rb"^Stage '([\w-]+)' didn't change, skipping"), "unchanged"),
-)
 SHOWN = ("frechet_distance", "kid", "inception_style_score", "clip_score", "label_accuracy")
 
 
 @dataclass
 class Stage:
+    """A row of the summary."""
+
     result: str = "not reached"
     seconds: float = 0.0
 
 
 @dataclass
 class Chain:
-    """What the output of `dvc repro` tells: which stage ran, for how long, and what `register` said."""
+    """Which stage ran, for how long, and what `register` printed, read from the output of `dvc repro`."""
 
     stages: dict[str, Stage]
     registered: str = ""
     _running: Stage | None = None
     _since: float = 0.0
 
-    def read(self, line: bytes) -> None:
-        for pattern, result in RESULTS:
-            if found := pattern.match(line):
-                self.close()
-                stage = self.stages.setdefault(found.group(1).decode(), Stage())
-                stage.result = result
-                if result == "ran":
-                    self._running, self._since = stage, time.monotonic()
-        if line.startswith(b"register: ") and b" version " in line:
-            self.registered = line.decode(errors="replace").strip().removeprefix("register: ")
+    def read(self, line: str) -> None:
+        """Take one line of output into account."""
+        if found := dvc.outcome(line):
+            self.close()
+            stage = self.stages.setdefault(found[0], Stage())
+            stage.result = found[1]
+            if found[1] == dvc.Outcome.RAN:
+                self._running, self._since = stage, time.monotonic()
+        if line.startswith("register: ") and " version " in line:
+            self.registered = line.strip().removeprefix("register: ")
 
     def close(self, failed: bool = False) -> None:
-        """The stage that runs, if one does, has ended."""
+        """End the stage that runs, if any."""
         if self._running:
             self._running.seconds = time.monotonic() - self._since
             self._running.result = "FAILED" if failed else self._running.result
@@ -79,10 +77,10 @@ class Chain:
 
 
 class Memory(threading.Thread):
-    """Peak memory of a process and all below it.
+    """Peak memory of a process and its descendants, in bytes.
 
-    On Linux the sum of proportional set sizes: a page that n processes share counts 1/n in each, so once in all.
-    Elsewhere the sum of unique set sizes. A sum of resident sizes would count shared libraries once per process.
+    On Linux the sum of proportional set sizes: a page shared by n processes counts 1/n in each of them. Elsewhere the
+    sum of unique set sizes. A sum of resident set sizes would count shared libraries once per process.
     """
 
     def __init__(self, pid: int) -> None:
@@ -109,7 +107,7 @@ class Memory(threading.Thread):
             try:
                 yield getattr(process.memory_full_info(), self.kind)
             except psutil.Error:
-                continue  # it has ended meanwhile
+                continue  # it has ended
 
 
 def main() -> int:
@@ -126,14 +124,13 @@ def main() -> int:
         sys.exit(f"repro: error: {redacted(str(error))}")
     began = time.monotonic()
     chain = Chain({name: Stage() for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]})
-    with leashed(dvc("repro", *given)) as process:
-        memory = Memory(process.pid)
+    with interruptible(dvc.command("repro", *given)) as running:
+        memory = Memory(running.process.pid)
         memory.start()
-        assert process.stdout is not None
         try:
-            for line in passed_on(process.stdout):
+            for line in passed_on(running.output):
                 chain.read(line)
-            code = process.wait()
+            code = running.process.wait()
         finally:
             memory.stop()
     chain.close(failed=code != 0)
@@ -141,7 +138,7 @@ def main() -> int:
     if code:
         failed = [name for name, stage in chain.stages.items() if stage.result == "FAILED"]
         where = f"in stage '{failed[0]}'" if failed else "before a stage began"
-        print(f"repro: stopped {where}; the reason is above, and the same command goes on from here", file=sys.stderr)
+        print(f"repro: stopped {where}; the reason is above, and the same command continues from here", file=sys.stderr)
         return 1
     if chain.registered:
         print_results(chain)
@@ -149,7 +146,7 @@ def main() -> int:
 
 
 def parse_arguments() -> list[str]:
-    """The arguments for `dvc repro`: all that were given. `--help` alone is answered here."""
+    """Arguments for `dvc repro`: all but `--help`, which prints the help of this command."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.run",
         usage="%(prog)s [-h] [arguments of dvc repro ...]",
@@ -162,7 +159,7 @@ def parse_arguments() -> list[str]:
 
 
 def check_source(given: list[str]) -> None:
-    """Leave with one sentence where DVC would stop with a bare error, or for ever, at a file that it has to hash."""
+    """Exit with one sentence for a source that DVC cannot hash; DVC itself prints a bare errno or waits for ever."""
     options = set(given)
     if options & {"-s", "--single-item"} and "download" not in options:
         return
@@ -173,51 +170,40 @@ def check_source(given: list[str]) -> None:
 
 
 def require_repository() -> None:
-    """Leave with one sentence where DVC would not start: outside of Git, unless its configuration allows that."""
+    """Exit with one sentence outside of a Git repository, in which DVC does not start unless `no_scm` is set."""
     settings = (path.read_text(encoding="utf-8") for path in Path(".dvc").glob("config*"))
     if not Path(".git").exists() and not any("no_scm = true" in text.lower() for text in settings):
         sys.exit(
-            "repro: error: this folder is not a Git repository, in which DVC works; clone the project with git, or "
+            "repro: error: this folder is not a Git repository, which DVC requires; clone the project with git, or "
             "run: git init && git add . && git commit -m start"
         )
 
 
 @contextmanager
-def leashed(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` with its output in a pipe; Ctrl-C and SIGTERM end it and everything below it, then this."""
+def interruptible(command: list[str]) -> Iterator[dvc.Leashed]:
+    """Run `command` on a leash; Ctrl-C and SIGTERM end it and all its descendants, and then this process continues."""
     width = shutil.get_terminal_size().columns
-    process = subprocess.Popen(
-        [sys.executable, "-I", str(LEASH), *command],
-        env={**os.environ, "COLUMNS": str(width - 1), "PYTHONUNBUFFERED": "1"},  # progress bars know the width
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Letting go of the leash ends the processes; their last words still come through the pipe.
-        signal.signal(number, lambda *_: process.stdin.close())  # type: ignore[union-attr]
-    try:
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait()
+    environment = {**os.environ, "COLUMNS": str(width - 1), "PYTHONUNBUFFERED": "1"}  # COLUMNS: for progress bars
+    with dvc.leashed(command, environment) as running:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: running.end())
+        yield running
 
 
-def passed_on(stream: IO[bytes]) -> Iterator[bytes]:
+def passed_on(stream: IO[bytes]) -> Iterator[str]:
     """Copy `stream` to standard output as it comes; yield its lines."""
-    pending = b""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pending = ""
     while chunk := os.read(stream.fileno(), 65536):
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
-        *whole, pending = re.split(rb"[\r\n]+", pending + chunk)
+        *whole, pending = re.split(r"[\r\n]+", pending + decoder.decode(chunk))
         yield from whole
     yield pending
 
 
 def print_times(chain: Chain, seconds: float, memory: Memory) -> None:
-    """The stages that were reached, and after a failure those that were not; nothing of what was not asked for."""
+    """Print the stages that were reached and, after a failure, those that were not."""
     failed = any(stage.result == "FAILED" for stage in chain.stages.values())
     shown = {name: stage for name, stage in chain.stages.items() if failed or stage.result != "not reached"}
     print(f"\n{'stage':<12}{'result':<14}{'seconds':>8}")
@@ -255,7 +241,7 @@ def print_measures(measured: Measurements) -> None:
 
 
 def no_baseline() -> str | None:
-    """How to make this run the baseline of experiments; None where the last commit holds it, or there is no Git.
+    """How to make this run the baseline of experiments; None if the last commit contains it, or without Git.
 
     `dvc exp show` and `dvc metrics diff` read the numbers of the last commit through its `dvc.lock`.
     """
@@ -267,7 +253,7 @@ def no_baseline() -> str | None:
     if done.returncode or not done.stdout.strip():
         return None
     return (
-        "experiments are compared with the last commit, which holds other results than these; to make these the "
+        "experiments are compared with the last commit, which has different results; to make these the "
         "baseline: git add dvc.lock && git commit -m 'Results of this machine'"
     )
 

@@ -1,4 +1,4 @@
-"""The pictures of the README: the report, MLflow's and Prefect's pages, photographed in a headless browser.
+"""Take the screenshots of the README in a headless browser: the report, pages of MLflow and of Prefect.
 
 make ui & make serve
 python -m infra.screenshots docs/images --mlflow http://127.0.0.1:5000 --prefect http://127.0.0.1:4200
@@ -17,7 +17,7 @@ from infra import browser
 
 EXPERIMENT = "afterimage"
 WIDTH, HEIGHT = 1440, 900
-# MLflow opens its pages for language models and an assistant, until told otherwise.
+# By default MLflow opens its pages for language models and its assistant.
 MLFLOW_SETTINGS = {
     "mlflow.workflowType_v1": '"machine_learning"',
     "mlflow.assistant.panelOpen_v1": "false",
@@ -38,7 +38,7 @@ RUNS_TABLE = {
         "params.`train.learning_rate`",
     ],
 }
-# Plotly shows its tool bar on hovering; a browser without a mouse shows it always.
+# Plotly shows its tool bar while the mouse is over a chart; a browser without a mouse shows it always.
 HIDE_TOOL_BARS = "document.head.insertAdjacentHTML('beforeend', '<style>.modebar { display: none }</style>')"
 
 
@@ -48,8 +48,8 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where the PNG files go")
     parser.add_argument("--report", type=Path, default=Path("reports/index.html"))
-    parser.add_argument("--mlflow", metavar="ADDRESS", help="a running MLflow server; left out without it")
-    parser.add_argument("--prefect", metavar="ADDRESS", help="a running Prefect server; left out without it")
+    parser.add_argument("--mlflow", metavar="ADDRESS", help="a running MLflow server; by default left out")
+    parser.add_argument("--prefect", metavar="ADDRESS", help="a running Prefect server; by default left out")
     arguments = parser.parse_args()
     executable = browser.find()
     if executable is None:
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def mlflow_pages(server: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Names of the pictures -> addresses, and what the browser should remember before it opens them.
+    """File names -> addresses, and the local storage that these pages need.
 
-    The runs as a table and as curves, the two latest training runs compared, the latest one, the registered model.
+    The pages: runs as a table and as curves, a comparison of the two latest training runs, the latest run, the model.
     """
     api = f"{server}/api/2.0/mlflow"
     found = _ask(f"{api}/experiments/get-by-name?experiment_name={EXPERIMENT}")
@@ -106,16 +106,16 @@ def mlflow_pages(server: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def prefect_pages(server: str) -> dict[str, str]:
-    """Names of the pictures -> addresses: the deployments, and the latest flow run."""
+    """File names -> addresses: the deployments and the latest flow run."""
     pages = {"prefect-deployments": f"{server}/deployments"}
-    begun = {"start_time": {"is_null_": False}}  # the schedule's runs to come have none
+    begun = {"start_time": {"is_null_": False}}  # planned runs have none
     runs = _ask(f"{server}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun})
     if runs:
         pages["prefect-run"] = f"{server}/runs/flow-run/{runs[0]['id']}"
     return pages
 
 
-def _ask(address: str, body: dict[str, Any] | None = None) -> Any:
+def _ask(address: str, body: dict[str, object] | None = None) -> Any:  # JSON of two servers
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})  # noqa: S310
     try:

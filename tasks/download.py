@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tasks.params import DownloadParams
 from tasks.runtime import atomic, stage, workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.runtime import atomic, integrity, measures, stage
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,7 @@ from tasks.formats.model_folder import ExportReport, TensorRTReport
 from tasks.formats.verdict import require_accepted
 from tasks.params import ExportParams
 from tasks.runtime import atomic, closure, integrity, stage, workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import multiprocessing
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from tqdm import tqdm
 
 from tasks.params import IngestParams
-from tasks.runtime import atomic, integrity, stage
-from tasks.runtime.stage import StageError
+from tasks.runtime import atomic, integrity, parent, stage
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import Entry, Manifest, Problem, Source, read_manifest
 
 if TYPE_CHECKING:
@@ -206,9 +205,7 @@ def _begin_decoder() -> None:
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent.end_with_parent(signal.SIGKILL)
 
 
 def _examined(

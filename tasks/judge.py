@@ -16,6 +16,7 @@ from tasks.pictures.images import Samples, load_pixels
 from tasks.pictures.index import read_index
 from tasks.pretrained import extractors
 from tasks.runtime import stage
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,7 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
     try:
         return load_published(folder, kind, best_device())
     except ValueError as error:
-        raise stage.StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
+        raise StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:

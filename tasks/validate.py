@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tasks.params import Demands, ValidateParams
 from tasks.runtime import atomic, stage
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from tasks.validation.findings import Finding

@@ -12,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Threads of PyTorch that spin take the cores that the other test process works on: here they sleep at once.
+# Spinning threads of PyTorch would take the cores of the other test process: in tests they sleep at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Begun first, so that no process is left alone with a long one at the end. Named by what they take.
+# Started first, so that no process runs a long file alone at the end.
 LONGEST = ("test_prefect_server", "test_end_to_end", "test_resume", "test_train", "test_sdxl", "test_text_to_image")
 
 
@@ -27,13 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:
-    """An MLflow database with its tables made, to be copied: making them takes 7 s."""
+    """A migrated MLflow database, to be copied: a migration takes 7 s."""
     folder = tmp_path_factory.mktemp("mlflow")
     path = folder / "mlflow.db"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(folder)}
     connect = "from tasks.runtime import tracking; tracking.connect()"
     subprocess.run([sys.executable, "-c", connect], cwd=ROOT, env=environment, check=True)
-    with closing(sqlite3.connect(path)) as database:  # whose artifacts would lie beside this file, not the copy
+    with closing(sqlite3.connect(path)) as database:  # its artifacts would be beside this file, not the copy
         database.execute("DELETE FROM experiments WHERE name = 'afterimage'")
         database.commit()
     return path
@@ -65,7 +65,7 @@ def work(tmp_path, exported, migrated_database, monkeypatch):
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A certificate for files.test that nobody but this test trusts, and its key, in one file."""
+    """A self-signed certificate for files.test and its key, in one file; only these tests trust it."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -1,4 +1,4 @@
-"""`make bench`: how fast, how good, how soon, measured beside the reference loop of diffusers.
+"""`make bench`: speed, quality, sampling and start-up, compared with the reference training loop of diffusers.
 
-Nothing of the chain imports this, and no test times anything: what is written here ends in `reports/bench.json`.
+The chain does not use this package, and no test checks a time; the results are in `reports/bench.json`.
 """

@@ -1,4 +1,4 @@
-"""The command line: `python -m infra.bench PART`. Each part can be run alone, and is kept in `bench.json`."""
+"""The command line `python -m infra.bench PART`. Every part can be run alone; its result is stored in `bench.json`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from infra.bench import encoding, levers, quality, sampling, startup, throughput
-from infra.bench.results import Results
+from infra.bench import cases
 from tasks.params import ParamsError
 from tasks.params.composition import PresetError
 from tasks.params.redaction import redacted
 from tasks.runtime import loopback
-from tasks.runtime.stage import PREEMPTED, StageError, limit_openmp_spin
+from tasks.runtime.errors import StageError
+from tasks.runtime.stage import PREEMPTED, limit_openmp_spin
+
+if TYPE_CHECKING:
+    from infra.bench.results import Results
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
@@ -26,13 +31,15 @@ REHEARSAL = {
     "sampling": "--samples 4 --set train.warmup_steps=1 train.steps=20",
     "levers": f"--steps 20 --seeds 1 --only diffusion.loss_weighting=plain {_FEW}",
 }
-"""Every part in minutes, with numbers that mean nothing."""
+"""Arguments that run every part within minutes; the numbers are meaningless."""
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # and with it the processes that were started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # also ends the processes that were started
     limit_openmp_spin()
+    from infra.bench.results import Results  # which imports torch
+
     loopback.exempt(os.environ)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
     try:
@@ -40,18 +47,30 @@ def main() -> None:
     except (StageError, ParamsError, PresetError) as error:
         sys.exit(f"bench: error: {redacted(str(error))}")
     except KeyboardInterrupt:
-        sys.exit("\nbench: interrupted; the same command goes on with what is not measured yet")
+        sys.exit("\nbench: interrupted; the same command continues with the parts that are not measured yet")
     print(f"bench: {arguments.reports / 'bench.md'}, {arguments.reports / 'bench.json'}")
 
 
+def _measure(
+    results: Results, name: str, arguments: Mapping[str, object], measure: Callable[[], Mapping[str, object]]
+) -> None:
+    from infra.bench import report
+
+    report.write(results.folder, results.part(name, arguments, measure))
+
+
 def _throughput(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import throughput
+
     plan = throughput.Plan(
         given.work, given.cifar, tuple(given.cases), given.rounds, given.block_seconds, tuple(given.set)
     )
-    results.part("throughput", plan.__dict__, lambda: throughput.measure(plan))
+    _measure(results, "throughput", plan.__dict__, lambda: throughput.measure(plan))
 
 
 def _quality(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import quality
+
     digits = given.data == DIGITS
     samplers = tuple(given.samplers or (("ddim", "dpm_solver_pp_2m") if digits else ("ddim",)))
     plan = quality.Plan(
@@ -70,34 +89,44 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
     if not digits and given.cifar is None:
         raise StageError("there is no CIFAR-10 without --cifar; give a zip of JPEGs in class folders")
     name = f"quality_{given.data}{'_unconditional' if given.unconditional else ''}"
-    results.part(name, {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan))
+    _measure(results, name, {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan))
 
 
 def _levers(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import levers, quality
+
     how = quality.Measure(given.samples, given.sampler_steps, tuple(given.samplers or ("ddim", "dpm_solver_pp_2m")))
     plan = levers.Plan(given.work, given.steps, given.seeds, how, tuple(given.only), tuple(given.set))
-    results.part("levers", {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
+    _measure(results, "levers", {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
 
 
 def _sampling(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import sampling
+
     plan = sampling.Plan(given.work, given.pipeline, given.samples, tuple(given.set))
-    results.part("sampling", plan.__dict__, lambda: sampling.measure(plan))
+    _measure(results, "sampling", plan.__dict__, lambda: sampling.measure(plan))
 
 
 def _encoding(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import encoding
+
     plan = encoding.Plan(
         given.work, given.photos, tuple(given.cases), given.rounds, given.block_seconds, tuple(given.set)
     )
-    results.part("encoding", plan.__dict__, lambda: encoding.measure(plan))
+    _measure(results, "encoding", plan.__dict__, lambda: encoding.measure(plan))
 
 
 def _startup(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench import startup
+
     plan = startup.Plan(given.work, given.repeats, tuple(given.set))
-    results.part("startup", plan.__dict__, lambda: startup.measure(plan))
+    _measure(results, "startup", plan.__dict__, lambda: startup.measure(plan))
 
 
 def _all(given: argparse.Namespace, results: Results) -> None:
-    """Every part with its own defaults, the short ones first; what is only rehearsed leaves the reports alone."""
+    """Run every part with its defaults, the short ones first; a rehearsal writes no reports."""
+    from infra.bench.results import Results
+
     if given.rehearse:
         given.reports = given.work / "rehearsal"
         results = Results(given.reports, again=True)
@@ -119,26 +148,26 @@ def _all(given: argparse.Namespace, results: Results) -> None:
         chosen = _parser().parse_args([*shared, *part])
         chosen.run(chosen, results)
     if not archive:
-        print("bench: no --cifar, so the time to a quality on CIFAR-10 was left out")
+        print("bench: no --cifar, so quality on CIFAR-10 was left out")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m infra.bench", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".scratch/bench"), help="folder of inputs and finished runs")
     parser.add_argument(
-        "--reports", type=Path, default=Path("reports"), help="folder of bench.json and what goes with it"
+        "--reports", type=Path, default=Path("reports"), help="folder of bench.json, bench.md and bench/"
     )
-    parser.add_argument("--again", action="store_true", help="measure a part anew that is in bench.json already")
+    parser.add_argument("--again", action="store_true", help="repeat the measurement of a part that is in bench.json")
     parts = parser.add_subparsers(required=True, metavar="PART")
 
-    def part(name: str, run: object, what: str, shows: bool = True) -> argparse.ArgumentParser:
+    def part(name: str, run: object, what: str, with_overrides: bool = True) -> argparse.ArgumentParser:
         chosen = parts.add_parser(
             name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         chosen.set_defaults(run=run)
-        if shows:
+        if with_overrides:
             chosen.add_argument(
-                "--set", nargs="*", default=[], metavar="key=value", help="other parameters than the preset's"
+                "--set", nargs="*", default=[], metavar="key=value", help="parameters that differ from the preset"
             )
         return chosen
 
@@ -148,9 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     def measured(chosen: argparse.ArgumentParser) -> None:
         chosen.add_argument("--samples", type=int, default=512, help="images of one distance")
         chosen.add_argument("--sampler-steps", type=int, default=20, help="network evaluations of one image")
-        chosen.add_argument("--samplers", nargs="+", metavar="NAME", help="samplers of which the better one counts")
+        chosen.add_argument(
+            "--samplers", nargs="+", metavar="NAME", help="samplers; the one with the smallest distance counts"
+        )
 
-    chosen = part("all", _all, "every part with its defaults", shows=False)
+    chosen = part("all", _all, "every part with its defaults", with_overrides=False)
     archive(chosen)
     chosen.add_argument("--rehearse", action="store_true", help="run through every part without measuring anything")
 
@@ -158,29 +189,29 @@ def _parser() -> argparse.ArgumentParser:
         chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")
         chosen.add_argument("--block-seconds", type=float, default=3.0, help="length of a turn")
 
-    chosen = part("throughput", _throughput, "training images per second beside the reference loop")
+    chosen = part("throughput", _throughput, "training images per second, compared with the reference loop")
     archive(chosen)
     chosen.add_argument("--cases", nargs="*", default=[], metavar="PRESET:BATCH", help="or PRESET:default")
     turns(chosen)
 
-    chosen = part("encoding", _encoding, "a training step on stored latents beside one that encodes")
-    chosen.add_argument("--photos", type=Path, metavar="ZIP", help="captioned pictures, such as Flickr8k's")
-    chosen.add_argument("--cases", nargs="*", default=[], choices=list(encoding.CASES), help="default: all")
+    chosen = part("encoding", _encoding, "a training step on stored latents, compared with one that encodes")
+    chosen.add_argument("--photos", type=Path, metavar="ZIP", help="captioned images, such as Flickr8k")
+    chosen.add_argument("--cases", nargs="*", default=[], choices=list(cases.ENCODING), help="default: all")
     turns(chosen)
 
-    chosen = part("quality", _quality, "time until the distance that the reference loop ends with")
+    chosen = part("quality", _quality, "training time until the final distance of the reference loop")
     archive(chosen)
     chosen.add_argument("--data", choices=[DIGITS, "cifar"], default=DIGITS, help="which data set")
     chosen.add_argument("--unconditional", action="store_true", help="ours without labels, which the reference lacks")
     chosen.add_argument("--seeds", type=int, help="default: 3 for digits, 1 for cifar")
     chosen.add_argument("--steps", type=int, default=500, help="steps of the reference on digits")
     chosen.add_argument("--minutes", type=float, default=20, help="minutes of the reference on cifar")
-    chosen.add_argument("--share", type=float, default=0.5, help="share of those that ours plans its schedule for")
-    chosen.add_argument("--points", type=int, help="measurements of the reference on its way")
-    chosen.add_argument("--own-points", type=int, help="measurements of ours on its planned way")
+    chosen.add_argument("--share", type=float, default=0.5, help="share of them that our schedule is planned for")
+    chosen.add_argument("--points", type=int, help="measurements of the reference")
+    chosen.add_argument("--own-points", type=int, help="measurements of ours, if it trains to the end")
     measured(chosen)
 
-    chosen = part("levers", _levers, "the digits recipe with one choice changed at a time")
+    chosen = part("levers", _levers, "ablations of the digits recipe, one choice at a time")
     chosen.add_argument("--steps", type=int, default=250, help="training steps of each")
     chosen.add_argument("--seeds", type=int, default=2, help="runs of each")
     chosen.add_argument("--only", nargs="*", default=[], metavar="CHANGE", help="these changes instead of the list")

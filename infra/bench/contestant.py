@@ -1,61 +1,45 @@
-"""A training run in a process of its own that works only while it is told to.
+"""A training run in a process of its own, which works only on command.
 
-Each side has the interpreter, the caches and accelerate's global state to itself, as when a user starts it, and while
-one works the others wait at a pipe and cost nothing.
+Each side has its own interpreter, caches and accelerate state, as if a user had started it. While one side works, the
+others wait at a pipe and use no CPU time.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tqdm import tqdm
+import torch
 
-from infra.bench.inputs import Inputs
-from tasks.params import Params
+from infra.bench import clock, peer
+from infra.bench.ours import Ours
+from models.networks.unet import UNet, UNetConfig
+from models.pipeline import PipelineInfo, save_pipeline
+from models.schedules import betas
+from tasks.params import Params, parse
+from tasks.runtime.atomic import writing_folder
 from tasks.runtime.stage import limit_openmp_spin
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from pathlib import Path
+
+    from infra.bench.clock import Block, Run
+    from infra.bench.inputs import Inputs
 
 Side: TypeAlias = Literal["ours", "peer"]
 
-WARM_UP = 3
-"""Steps before the clock: the first ones choose kernels and allocate memory."""
-IMPORTED = ["accelerate", "diffusers.models.unets.unet_2d", "diffusers.training_utils", "infra.bench.contestant"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Steps made in one go. `cpu_seconds` is of all its threads and of nothing else on the machine."""
-
-    steps: int
-    images: int
-    seconds: float
-    cpu_seconds: float
-
-    @property
-    def machine_seconds(self) -> float:
-        """What it takes with the machine to itself: on a CPU the work of all threads, shared by the cores."""
-        import torch
-
-        return self.seconds if torch.cuda.is_available() else self.cpu_seconds / torch.get_num_threads()
-
-
-Name = TypeVar("Name")
-Advance: TypeAlias = Callable[[int], Block]
-"""Makes that many optimizer steps."""
+PRELOADED = ["accelerate", "diffusers.models.unets.unet_2d", "diffusers.training_utils", "infra.bench.contestant"]
 
 
 class Contestant:
-    """Starts the process, which builds the run; `close` it, or use it as a context."""
+    """Starts the process, which builds the run. `close` it, or use it as a context."""
 
     def __init__(self, side: Side, params: Params, inputs: Inputs, scratch: Path) -> None:
-        # The server has no thread and no GPU, so its forks are clean, and they need not import all this again.
+        # The fork server has no threads and no GPU context, so forking it is safe, and its imports are shared.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context.set_forkserver_preload(PRELOADED)
         self._pipe, other = context.Pipe()
         arguments = (other, side, params.model_dump(mode="json", by_alias=True), inputs, scratch)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
@@ -66,19 +50,18 @@ class Contestant:
 
     def advance(self, steps: int) -> Block:
         """Make that many optimizer steps."""
-        self._pipe.send(("advance", steps))
-        return self._answer()
+        return self._ask("advance", steps)
 
     def turn(self, steps: int) -> Block:
-        """The same as one of several who share a GPU: the memory that it keeps for the next step is given back at the
-        end, and asked for again in a step off the clock."""
-        self._pipe.send(("turn", steps))
-        return self._answer()
+        """Make that many optimizer steps, alternating with other processes on one GPU.
+
+        Cached GPU memory is released at the end and allocated again by an untimed step at the beginning.
+        """
+        return self._ask("turn", steps)
 
     def save(self, folder: Path) -> None:
         """Write the averaged weights as a pipeline folder."""
-        self._pipe.send(("save", folder))
-        self._answer()
+        self._ask("save", folder)
 
     def close(self) -> None:
         self._pipe.close()
@@ -91,31 +74,33 @@ class Contestant:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _answer(self) -> Any:
+    def _ask(self, command: str, argument: object) -> Any:  # the answer to the command: a Block or None
+        self._pipe.send((command, argument))
+        return self._answer()
+
+    def _answer(self) -> Any:  # whatever the process has sent
         try:
             answer = self._pipe.recv()
         except EOFError:
-            raise RuntimeError("a measured process ended by itself; its own words stand above") from None
+            raise RuntimeError("a measured process ended unexpectedly; its error is printed above") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
-def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scratch: Path) -> None:
-    """The process: build the run, then do what the pipe says until it is closed."""
-    from infra.bench.ours import Ours
-    from infra.bench.peer import Peer
-    from tasks.params import parse
-
+def _serve(
+    pipe: Connection[object, Any], side: Side, document: dict[str, object], inputs: Inputs, scratch: Path
+) -> None:
+    """The process: build the run, then execute the commands of the pipe until it is closed."""
     params = parse(document)
     os.environ["AFTERIMAGE_SCRATCH"] = str(scratch)
     try:
-        run: Any = Ours(params, inputs) if side == "ours" else Peer(params, inputs.files)
+        run: Run = Ours(params, inputs) if side == "ours" else peer.Peer(params, inputs.files)
         pipe.send(sum(weight.numel() for weight in run.averaged().values()))
         while True:
             command, argument = pipe.recv()
             if command == "advance":
-                pipe.send(advance(run, argument, params))
+                pipe.send(clock.advance(run, argument, params.train.batch_size))
             elif command == "turn":
                 pipe.send(_turn(run, argument, params))
             else:
@@ -128,68 +113,31 @@ def _serve(pipe: Any, side: Side, document: dict[str, Any], inputs: Inputs, scra
         raise
 
 
-def _turn(run: Any, steps: int, params: Params) -> Block:
-    import torch
-
+def _turn(run: Run, steps: int, params: Params) -> Block:
     if torch.cuda.is_available():
         run.advance(1)
-    block = advance(run, steps, params)
+    block = clock.advance(run, steps, params.train.batch_size)
     torch.cuda.empty_cache()
     return block
 
 
-def advance(run: Any, steps: int, params: Params) -> Block:
-    """Make `steps` optimizer steps of a run of either side, in this process."""
-    began, cpu_began = now()
-    ended, cpu_ended = run.advance(steps)
-    return Block(steps, steps * params.train.batch_size, ended - began, cpu_ended - cpu_began)
-
-
-def take_turns(advances: Mapping[Name, Advance], rounds: int, seconds: float, title: str) -> dict[Name, list[Block]]:
-    """A block of each in every round, as long as `seconds` or a step; every second round in reverse."""
-    steps = {}
-    for name, its in advances.items():
-        its(WARM_UP)
-        steps[name] = max(1, round(seconds * WARM_UP / its(WARM_UP).seconds))
-    blocks: dict[Name, list[Block]] = {name: [] for name in advances}
-    order = list(advances)
-    turns = [name for turn in range(rounds) for name in (order if turn % 2 == 0 else reversed(order))]
-    for name in tqdm(turns, title, unit="block", dynamic_ncols=True):
-        blocks[name].append(advances[name](steps[name]))
-    return blocks
-
-
-def now() -> tuple[float, float]:
-    """Wall-clock and CPU seconds of this process, after everything that a GPU has been given to do."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
-def _save(run: Any, folder: Path, params: Params, side: Side) -> None:
-    from infra.bench import peer
-    from models.networks.unet import UNet
-    from models.pipeline import PipelineInfo, save_pipeline
-    from models.schedules import betas
-    from tasks.runtime.atomic import writing_folder
-
-    own = params.diffusion
+def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
+    own, config = params.diffusion, run.config
+    assert isinstance(config, UNetConfig)
     named = (own.schedule, own.timesteps, own.zero_terminal_snr)
     schedule = named if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS, False)
-    conditional = run.config.conditions > 0
+    conditional = config.conditions > 0
     info = PipelineInfo(
         conditioning="label" if conditional else "none",
-        channels=run.config.channels,
-        size=run.config.size,
+        channels=config.channels,
+        size=config.size,
         schedule=schedule[0],
         timesteps=schedule[1],
         prediction=own.prediction if side == "ours" else peer.PREDICTION,
         train_key="",
-        classes=[str(number) for number in range(run.config.conditions - 1)],
-        null_label=run.config.conditions - 1 if conditional else None,
+        classes=[str(number) for number in range(config.conditions - 1)],
+        null_label=config.conditions - 1 if conditional else None,
     )
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
-        save_pipeline(temporary, UNet(run.config), weights, betas(*schedule), info)
+        save_pipeline(temporary, UNet(config), weights, betas(*schedule), info)

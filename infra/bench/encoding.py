@@ -1,10 +1,9 @@
-"""A training step on stored latents and embeddings, beside one that makes both itself: what `encode` is worth.
+"""Compare a training step on stored latents and embeddings with one that encodes online: the gain of `encode`.
 
-All sides are one run: the same network, optimizer and loop, drawing the same samples; only the stores under its
-batches are exchanged, in turns. The side that encodes as it goes does what diffusers' `train_text_to_image.py` does in
-each step by its defaults: it decodes and resizes the batch's pictures, whose files are in memory, tokenizes its
-captions, and encodes both at once, without gradients, in training's precision. A third side has pictures and tokens
-ready, which tells the encoders' own share.
+All sides are one run with the same network, optimizer, loop and samples; only the stores of its batches are exchanged,
+in turns. The online side does what diffusers' `train_text_to_image.py` does in each step by default: it decodes and
+resizes the images of the batch (their files are in memory), tokenizes the captions, and encodes both without gradients
+in the training precision. A third side has decoded images and tokens ready, which isolates the cost of the encoders.
 """
 
 from __future__ import annotations
@@ -17,52 +16,43 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from infra.bench.contestant import Block, advance, now, take_turns
+import numpy as np
+import torch
+
+from infra.bench import cases
+from infra.bench.clock import Block, advance, now, take_turns
 from infra.bench.inputs import Inputs, parameters, prepare
-from tasks.params import Params
+from infra.bench.ours import Ours
+from models import autoencoder_training as training
+from models.flops import forward_flops
+from models.networks.autoencoder import encode as encode_pixels
+from models.networks.autoencoder import load_autoencoder
+from models.networks.network import build
+from models.networks.text_encoder import load_text_encoder
+from tasks.encode import encode
+from tasks.formats import latents
+from tasks.formats.latents import InputSpec
+from tasks.pictures.decoding import ingested
+from tasks.pictures.images import load_pixels, read_columns
+from tasks.training.batches import Batches
+from tasks.training.run import network_config
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from infra.bench.ours import Ours
+    from infra.bench.schema import Encoding, EncodingRow, EncodingTimes
     from models.networks.text_encoder import TextEncoder
-    from tasks.training.batches import Batches
+    from tasks.params import Params
 
 PRESET = "digits"
-CASES = {
-    "tiny": (
-        "image.resolution=64",
-        "model.block_out_channels=[32,64,128]",
-        "model.attention=[false,true,true]",
-    ),
-    "stable_diffusion_8th": (
-        "image.resolution=128",
-        "codec.autoencoder.widths=[16,32,64,64]",
-        "codec.autoencoder.layers_per_block=2",
-        "codec.text.width=96",
-        "codec.text.layers=12",
-        "codec.text.length=77",
-        "model.block_out_channels=[40,80,160,160]",
-        "model.attention=[true,true,true,false]",
-        "model.layers_per_block=2",
-        "model.attention_head_dim=null",
-        "model.heads=1",
-        "train.batch_size=64",
-        "train.gradient_accumulation=4",
-    ),
-}
-"""What the small presets train at 64x64 by the autoencoder and text encoder that are the default; and Stable Diffusion
-1.5 with an eighth of its widths and heads and a quarter of its sides, which leaves the proportions of its parts. The
-batches are those of the presets `laion_sd_tiny` and `laion_sd`."""
 COMMON = (
     "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
     "image.channels=3",
     "codec.kind=autoencoder",
-    # How well they are trained is the same to the clock.
+    # The quality of the encoders does not affect the time.
     "codec.autoencoder.steps=10",
     "codec.text.steps=10",
     "train.steps=1000000",
@@ -78,8 +68,11 @@ PHOTOS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: `cases` are names in `CASES`, none means all of them. `photos` is a folder, zip or tar of
-    captioned pictures; without one it is the digits, drawn as large and as colourful, which take as long to encode."""
+    """What to measure.
+
+    `cases` are names in `cases.ENCODING`, none means all of them. `photos` is a folder, zip or tar of captioned images;
+    without one the digits are used, resized to the same resolution in RGB, which take as long to encode.
+    """
 
     work: Path
     photos: Path | None
@@ -89,50 +82,49 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """One row for each case: milliseconds of a step of each side, their ratios, the epoch that breaks even."""
+def measure(plan: Plan) -> Encoding:
+    """One row for each case: milliseconds of a step of each side, their ratios, the break-even epoch."""
     source = [*PHOTOS, f"download.path={plan.photos}"] if plan.photos else []
     sets = {
-        case: parameters(PRESET, None, *COMMON, *CASES[case], *source, *plan.overrides) for case in plan.cases or CASES
+        case: parameters(PRESET, None, *COMMON, *cases.ENCODING[case], *source, *plan.overrides)
+        for case in plan.cases or cases.ENCODING
     }
-    # Before anything is trained: from then on the process keeps what memory it had.
+    # All inputs before the first training: a process keeps the memory that it has once allocated.
     inputs = {case: prepare(plan.work, params) for case, params in sets.items()}
-    rows = []
+    rows: list[EncodingRow] = []
     for case, params in sets.items():
-        rows.append({"case": case, **_row(plan, params, inputs[case])})
-        print(f"encoding: {told(rows[-1])}", flush=True)
+        rows.append(_row(case, plan, params, inputs[case]))
+        print(f"encoding: {sentence(rows[-1])}", flush=True)
     return {"rows": rows}
 
 
-def told(row: dict[str, Any]) -> str:
-    """A row in a sentence."""
+def sentence(row: EncodingRow) -> str:
+    """A row as a sentence."""
     even = row["break_even_epoch"]
     return (
-        f"{row['case']}: {row['stored_ms']:.1f} ms a step on what is stored, {row['online_ms']:.1f} ms with "
-        f"encoding in it, {row['ratio']:.2f} times as long ({row['ratio_by_cpu_time']:.2f} by CPU time; "
-        f"{row['encoders_ratio']:.2f} where pictures and tokens are ready); "
+        f"{row['case']}: {row['stored_ms']:.1f} ms per step on stored latents, {row['online_ms']:.1f} ms with online "
+        f"encoding, {row['ratio']:.2f} times as long ({row['ratio_by_cpu_time']:.2f} by CPU time; "
+        f"{row['encoders_ratio']:.2f} with decoded images and tokens); "
         f"encoding once breaks even {f'in epoch {even:.2f}' if even is not None else 'never'}"
     )
 
 
-def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
-    from infra.bench.ours import Ours
-    from tasks.training.batches import Batches
-
+def _row(case: str, plan: Plan, params: Params, inputs: Inputs) -> EncodingRow:
     os.environ["AFTERIMAGE_SCRATCH"] = str(plan.work / "scratch")
     ours = Ours(params, inputs)
     stored = ours.run.batches
-    assert isinstance(stored, Batches), "there are no buckets but the square"
+    assert isinstance(stored, Batches), "only square images"
     encoders = Encoders(params, inputs, stored)
     sides = {
         "stored": stored,
-        "online": encoders.under(stored, Pictures(params, inputs), Captions(inputs, encoders.text)),
-        "encoders": encoders.under(stored, Pixels(params, inputs), Tokens(inputs, encoders.text)),
+        "online": encoders.replacing(stored, Images(params, inputs), Captions(inputs, encoders.text)),
+        "encoders": encoders.replacing(stored, Pixels(params, inputs), Tokens(inputs, encoders.text)),
     }
     advances = {side: partial(_advance_on, batches, ours, params) for side, batches in sides.items()}
     blocks = take_turns(advances, plan.rounds, plan.block_seconds, "encoding")
     once = _encode_once(params, inputs)
     return {
+        "case": case,
         "image": params.image.resolution,
         "latent": list(stored.shape),
         "parameters": sum(weight.numel() for weight in ours.averaged().values()),
@@ -145,14 +137,14 @@ def _row(plan: Plan, params: Params, inputs: Inputs) -> dict[str, Any]:
 
 def _advance_on(batches: Batches, ours: Ours, params: Params, steps: int) -> Block:
     ours.run.batches = batches
-    return advance(ours, steps, params)
+    return advance(ours, steps, params.train.batch_size)
 
 
-def compared(stored: list[Block], online: list[Block], encoders: list[Block], once: Block) -> dict[str, Any]:
-    """Medians over the rounds; `once` is the stage `encode` over all images.
+def compared(stored: list[Block], online: list[Block], encoders: list[Block], once: Block) -> EncodingTimes:
+    """Medians over the rounds; `once` is the stage `encode` on all images.
 
-    To encode an image once costs as much as training saves on it in `break_even_epoch` epochs; None where it saves
-    nothing.
+    Encoding an image once costs as much as training on stored latents saves in `break_even_epoch` epochs; None if it
+    saves nothing.
     """
     pairs = list(zip(stored, online, strict=True))
     saved = median(b.seconds / b.images - a.seconds / a.images for a, b in pairs)
@@ -177,15 +169,7 @@ def _ratio(stored: list[Block], other: list[Block]) -> float:
 
 
 def ratio_by_operations(params: Params) -> float:
-    """Of a step with and without the autoencoder in it, counted on tensors without content."""
-    import torch
-
-    from models import autoencoder_training as training
-    from models.flops import forward_flops
-    from models.networks.network import build
-    from tasks.formats.latents import InputSpec
-    from tasks.training.run import network_config
-
+    """Ratio of a step with the autoencoder to one without it, by operations counted on meta tensors."""
     wanted, image = params.codec.autoencoder, params.image
     shape = training.AutoencoderConfig(image.channels, wanted.latent_channels, wanted.widths, wanted.layers_per_block)
     side, width = image.resolution // 2 ** (len(wanted.widths) - 1), params.codec.text.width
@@ -193,17 +177,14 @@ def ratio_by_operations(params: Params) -> float:
     with torch.device("meta"):
         autoencoder, network = training.build(shape), build(network_config(spec, params.model))
         autoencoder.forward = lambda pixels: autoencoder.encode(pixels).latent_dist.mean
-        encode = forward_flops(autoencoder, torch.empty(1, image.channels, image.resolution, image.resolution))
+        encoding = forward_flops(autoencoder, torch.empty(1, image.channels, image.resolution, image.resolution))
         text, t = torch.empty(1, params.codec.text.length, width), torch.zeros(1, dtype=torch.int64)
         step = 3 * forward_flops(network, torch.empty(1, wanted.latent_channels, side, side), t, text)
-    return 1 + encode / step
+    return 1 + encoding / step
 
 
 def _encode_once(params: Params, inputs: Inputs) -> Block:
-    """The stage as it runs on data that it has never seen."""
-    from tasks.encode import encode
-    from tasks.formats import latents
-
+    """Run the stage without its cache of earlier results."""
     before = os.environ["AFTERIMAGE_SCRATCH"]
     with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
         os.environ["AFTERIMAGE_SCRATCH"] = folder
@@ -218,15 +199,9 @@ def _encode_once(params: Params, inputs: Inputs) -> Block:
 
 
 class Encoders:
-    """An autoencoder and a text encoder in training's precision, and what they put in the place of stored columns."""
+    """An autoencoder and a text encoder in the training precision, and the batches that they encode online."""
 
     def __init__(self, params: Params, inputs: Inputs, stored: Batches) -> None:
-        import torch
-
-        from models.networks.autoencoder import load_autoencoder
-        from models.networks.text_encoder import load_text_encoder
-        from tasks.formats import latents
-
         weights = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
         self.device = stored.device
         self.autoencoder = load_autoencoder(inputs.codec / "vae", str(self.device)).to(weights)
@@ -234,8 +209,8 @@ class Encoders:
         self.text.model.to(weights)
         self.own = latents.load_latents(inputs.latents, "train")
 
-    def under(self, stored: Batches, pixels: Drawn, tokens: Drawn) -> Batches:
-        """The same batches as `stored`, their latents and embeddings made as they are drawn."""
+    def replacing(self, stored: Batches, pixels: PixelSource, tokens: TokenSource) -> Batches:
+        """The batches of `stored`, with latents and embeddings that are encoded when a batch is drawn."""
         batches = copy.copy(stored)
         batches.store = EncodedOnline(self, pixels)
         batches.texts = EmbeddedOnline(self, tokens)
@@ -243,71 +218,71 @@ class Encoders:
 
 
 class EncodedOnline:
-    """A split as a `Store`: an autoencoder makes `mean` and `std` of pictures whenever they are asked for."""
+    """A split as a `Store` that encodes images to `mean` and `std` on access."""
 
     where = "encoded online"
 
-    def __init__(self, encoders: Encoders, pixels: Drawn) -> None:
-        from tasks.formats import latents
-
+    def __init__(self, encoders: Encoders, pixels: PixelSource) -> None:
         own = encoders.own
-        assert own.mean is not None and own.std is not None and own.captions is not None, "text to image in latents"
+        assert own.mean is not None and own.std is not None and own.captions is not None, (
+            "the data set has captions and latents"
+        )
         self.autoencoder, self.pixels, self.count = encoders.autoencoder, pixels, own.count
         self.captions = latents.as_tensor(own.captions).to(encoders.device)
         columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}  # type: ignore[attr-defined]
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        from models.networks.autoencoder import encode
-
+        """Encode the images of `rows` (int64 [B])."""
         del following
-        mean, std = encode(self.autoencoder, self.pixels(rows))
+        mean, std = encode_pixels(self.autoencoder, self.pixels(rows))
         return {"mean": mean[:, None], "std": std[:, None], "captions": self.captions[rows]}
 
 
 class EmbeddedOnline:
-    """All captions as a `Store`: a text encoder makes `embeddings` of them whenever they are asked for."""
+    """All captions as a `Store` that encodes them to `embeddings` on access."""
 
     where = "embedded online"
 
-    def __init__(self, encoders: Encoders, tokens: Drawn) -> None:
+    def __init__(self, encoders: Encoders, tokens: TokenSource) -> None:
         text = encoders.text
         self.model, self.device, self.tokens, self.count = text.model, encoders.device, tokens, len(tokens)
         self.shapes: dict[str, tuple[int, ...]] = {"embeddings": (text.length, text.model.config.hidden_size)}
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        import torch
-
+        """Encode the captions of `rows` (int64 [B])."""
         del following
         with torch.inference_mode():
             return {"embeddings": self.model(self.tokens(rows).to(self.device)).last_hidden_state}
 
 
-class Drawn(Protocol):
-    """What an encoder reads: rows int64 [B] -> pictures uint8 [B, C, S, S], or token ids int64 [B, L] of captions."""
+class PixelSource(Protocol):
+    """Rows int64 [B] -> images uint8 [B, C, S, S]."""
 
-    def __call__(self, rows: Tensor) -> Any: ...
+    def __call__(self, rows: Tensor) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
 
-class Pictures:
-    """The training images' files in memory, decoded and resized whenever they are asked for."""
+class TokenSource(Protocol):
+    """Rows int64 [B] -> token ids int64 [B, L] of captions."""
+
+    def __call__(self, rows: Tensor) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+class Images:
+    """The files of the training images in memory, decoded and resized on access."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks.pictures.images import read_columns
-
         table = read_columns(inputs.images, ["key", "split", "image", "width", "height"]).sort_by("key")
         self.files = [row for row in table.to_pylist() if row["split"] == "train"]
-        self.form, self.channels = (params.image.resolution, params.image.resolution), params.image.channels
+        self.shape, self.channels = (params.image.resolution, params.image.resolution), params.image.channels
 
     def __call__(self, rows: Tensor) -> np.ndarray:
-        import numpy as np
-
-        from tasks.pictures.decoding import ingested
-
-        drawn = [self.files[row] for row in rows.tolist()]
-        pixels = (ingested(its["image"], its["width"] * its["height"], self.form, self.channels) for its in drawn)
+        chosen = [self.files[row] for row in rows.tolist()]
+        pixels = (ingested(file["image"], file["width"] * file["height"], self.shape, self.channels) for file in chosen)
         return np.stack(list(pixels))
 
     def __len__(self) -> int:
@@ -315,11 +290,9 @@ class Pictures:
 
 
 class Pixels:
-    """The training images, decoded and resized beforehand."""
+    """The training images, decoded and resized in advance."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks.pictures.images import load_pixels
-
         self.pixels = load_pixels(inputs.images, "train", params.image).pixels
 
     def __call__(self, rows: Tensor) -> np.ndarray:
@@ -330,11 +303,9 @@ class Pixels:
 
 
 class Captions:
-    """All captions, tokenized whenever they are asked for."""
+    """All captions, tokenized on access."""
 
     def __init__(self, inputs: Inputs, text: TextEncoder) -> None:
-        from tasks.pictures.images import read_columns
-
         captions = read_columns(inputs.images, ["captions"]).column(0).to_pylist()
         self.texts = sorted({one for several in captions for one in several})
         self.tokenized = text.token_ids
@@ -347,7 +318,7 @@ class Captions:
 
 
 class Tokens:
-    """All captions, tokenized beforehand."""
+    """All captions, tokenized in advance."""
 
     def __init__(self, inputs: Inputs, text: TextEncoder) -> None:
         self.tokens = text.token_ids(Captions(inputs, text).texts)

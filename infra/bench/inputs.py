@@ -1,4 +1,4 @@
-"""What is measured on: a data set brought in by the project's own stages, and its training images as plain files."""
+"""Inputs of the measurements: a dataset prepared by the project's stages, and its training images as plain files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from models.hashing import file_sha256
+from tasks.codec import codec
+from tasks.download import download
+from tasks.encode import encode
+from tasks.ingest import ingest
+from tasks.judge import judge as train_judge
 from tasks.params import Demands, Params, parse
 from tasks.params.composition import compose
+from tasks.pictures.images import read_columns
 from tasks.runtime import atomic
-from tasks.runtime.disk import sha256_of
+from tasks.validate import validate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Folders that the stages wrote: `data` from one source, `model` for one form of the model's inputs, `judge`."""
+    """Output folders of the stages: `data` of one source, `model` with one format of model inputs, `judge`."""
 
     data: Path
     model: Path
@@ -33,7 +43,7 @@ class Inputs:
 
     @property
     def files(self) -> Path:
-        """The training images as files, as whoever trains with the reference script keeps them."""
+        """The training images as files, which the reference script reads."""
         return self.data / "files"
 
     @property
@@ -46,10 +56,13 @@ class Inputs:
 
 
 def parameters(preset: str, archive: Path | None, *overrides: str) -> Params:
-    """Parameters of a preset. A CIFAR-10 preset reads `archive`, a zip of JPEGs in class folders; without one it gets
-    the digits drawn as large and as colourful, which take as long to train on."""
-    chosen = ["ingest.caption_templates=[]"]  # captions would have the judge train a CLIP that nothing here reads
-    chosen += ["evaluate.guidance_sweep=[]"]  # nothing here evaluates, and without a condition it cannot be
+    """Parameters of a preset.
+
+    A CIFAR-10 preset reads `archive`, a zip of JPEGs in class folders. Without one it reads the digits, resized to
+    32x32 RGB, which take as long to train on.
+    """
+    chosen = ["ingest.caption_templates=[]"]  # with captions, the judge would train a CLIP that is not used here
+    chosen += ["evaluate.guidance_sweep=[]"]  # nothing is evaluated here, and an unconditional model has no guidance
     if preset.startswith("cifar10") and archive:
         chosen += ["download.source=folder", f"download.path={archive}"]
     elif preset.startswith("cifar10"):
@@ -59,16 +72,9 @@ def parameters(preset: str, archive: Path | None, *overrides: str) -> Params:
 
 
 def prepare(work: Path, params: Params, judge: bool = False) -> Inputs:
-    """Run the stages that make the model's inputs, and the judge where asked for; what is there already is kept."""
-    from tasks.codec import codec
-    from tasks.download import download
-    from tasks.encode import encode
-    from tasks.ingest import ingest
-    from tasks.judge import judge as train_judge
-    from tasks.validate import validate
-
+    """Run the stages up to `encode` and, with `judge`, the judge; outputs that exist are kept."""
     source = Path(params.download.path)
-    data = work / f"data-{_key(params.download, params.ingest, params.validation, sha256_of(source))}"
+    data = work / f"data-{_key(params.download, params.ingest, params.validation, file_sha256(source))}"
     model = data / f"model-{_key(params.image, params.codec, params.encode)}"
     made = Inputs(data, model, data / f"judge-{_key(params.image, params.judge)}")
     _once(data / "raw", lambda out: download(out, params.download))
@@ -87,26 +93,24 @@ def prepare(work: Path, params: Params, judge: bool = False) -> Inputs:
     return made
 
 
-def key(value: Any) -> str:
-    """Short name of a JSON value."""
+def key(value: object) -> str:
+    """Short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _key(*sections: Any) -> str:
+def _key(*sections: BaseModel | str) -> str:
     return key([section if isinstance(section, str) else section.model_dump(mode="json") for section in sections])
 
 
 def _once(out: Path, make: Callable[[Path], None]) -> None:
-    """Every stage writes its output whole or not at all, so one that exists is finished."""
+    """Run `make` unless its output exists: a stage writes its output completely or not at all."""
     if not out.exists():
         print(f"bench: {out.name}", flush=True)
         make(out)
 
 
 def _write_files(images: Path, folder: Path) -> None:
-    """The training split's pictures with the bytes that were published."""
-    from tasks.pictures.images import read_columns
-
+    """Write the images of the training split with their published bytes."""
     with atomic.writing_folder(folder) as temporary:
         columns = read_columns(images, ["image", "split"]).to_pydict()
         training = [data for data, split in zip(columns["image"], columns["split"], strict=True) if split == "train"]

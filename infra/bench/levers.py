@@ -1,14 +1,17 @@
-"""What each choice of the digits recipe is worth: one changed at a time, same steps and measure, mean of seeds."""
+"""Ablations of the digits recipe: one choice changed at a time, with the same steps and measure, mean of seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING
 
 from infra.bench.inputs import parameters, prepare
 from infra.bench.quality import Measure, Scale, curve
+
+if TYPE_CHECKING:
+    from infra.bench.schema import LeverRow, Levers
 
 PRESET = "digits"
 LEVERS = (
@@ -35,7 +38,7 @@ LEVERS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """`only` are overrides to measure instead of the list; several joined by spaces are changed together."""
+    """`only` replaces the list of changes; an entry may have several overrides, separated by spaces."""
 
     work: Path
     steps: int
@@ -45,7 +48,8 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
+def measure(plan: Plan) -> Levers:
+    """Train the recipe and each of its changes."""
     chosen = [("given", text) for text in plan.only] or LEVERS
     rows = [_row(plan, "the recipe", "")]
     for lever, change in chosen:
@@ -54,7 +58,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     return {"steps": plan.steps, "rows": rows}
 
 
-def _row(plan: Plan, lever: str, change: str) -> dict[str, Any]:
+def _row(plan: Plan, lever: str, change: str) -> LeverRow:
     every = [f"train.steps={plan.steps}", f"train.checkpoint_every={plan.steps}", f"train.sample_every={plan.steps}"]
     runs = []
     for seed in range(plan.seeds):

@@ -1,29 +1,30 @@
-"""Our side of a comparison: the loop of `tasks/train.py` itself, a number of steps at a time.
+"""Our side of a comparison: the training loop of `tasks/train.py`, a number of steps at a time.
 
-MLflow is left out, as the tracker is on the other side; so are the sample grids, which the other side would draw too.
+It runs without MLflow and without sample grids, as the reference runs without a tracker and without samples.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from infra.bench.contestant import now
-from infra.bench.inputs import Inputs
-from tasks.params import Params
+from infra.bench.clock import now
+from tasks import train
+from tasks.formats import latents
+from tasks.formats.verdict import require_accepted
+from tasks.training import key as training_key
+from tasks.training import run as training_run
 
 if TYPE_CHECKING:
     import torch
+
+    from infra.bench.inputs import Inputs
+    from tasks.params import Params
 
 
 class Ours:
     """One run of the project's training."""
 
     def __init__(self, params: Params, inputs: Inputs) -> None:
-        from tasks.formats import latents
-        from tasks.formats.verdict import require_accepted
-        from tasks.training import key as training_key
-        from tasks.training import run as training_run
-
         index = latents.read_index(inputs.latents)
         verdict = require_accepted(inputs.accepted)
         sections = (params.model, params.diffusion, params.train)
@@ -33,11 +34,10 @@ class Ours:
         self.config = self.run.network.config
 
     def advance(self, steps: int) -> tuple[float, float]:
-        """Make `steps` optimizer steps; returns the clocks after the last."""
-        from tasks import train
-
+        """Make `steps` optimizer steps; returns `now()` after the last."""
         train.fit(self.run, None, [], until=self.run.step + steps)
         return now()
 
     def averaged(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
         return self.run.averages[self.run.params.pipeline_ema].state_dict()

@@ -1,8 +1,8 @@
-"""The reference: the loop that diffusers documents for unconditional training, as its users run it.
+"""The reference: the training loop that diffusers documents for unconditional training, as its users run it.
 
-Written from the guide to `train_unconditional.py` and from the documentation of the classes it names, with the
-defaults given there. Two things differ, both in its favour: torchvision, which has no build beside a CPU build of
-torch, is replaced by the same work in PIL and NumPy; and what it would log after every step is made, not written.
+Written from the guide to `train_unconditional.py` and the documentation of the classes it uses, with the defaults given
+there. Two things differ, both in favour of the reference: PIL and NumPy do the work of torchvision, which has no build
+for the CPU build of torch; and the values that it would log after every step are computed but not written.
 """
 
 from __future__ import annotations
@@ -11,10 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.params import Params
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.nn import functional as F
+
+from infra.bench.clock import now
+from models.networks.unet import UNetConfig
+from tasks.formats.latents import InputSpec
+from tasks.training.run import network_config
 
 if TYPE_CHECKING:
-    import torch
+    from tasks.params import Params
 
 # Defaults of the script.
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARM_UP = 1e-4, (0.95, 0.999), 1e-6, 500
@@ -24,7 +36,7 @@ DEFAULT_BATCH = 16
 
 
 class ImageFiles:
-    """A map-style data set over image files; each is opened, resized, cropped, flipped, normalised when drawn."""
+    """A map-style dataset of image files; an item is opened, resized, cropped, flipped and normalised on access."""
 
     def __init__(self, folder: Path, size: int, channels: int, flip: bool) -> None:
         self.paths = sorted(folder.iterdir())
@@ -35,10 +47,6 @@ class ImageFiles:
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """float32 [C, size, size] in [-1, 1]."""
-        import numpy as np
-        import torch
-        from PIL import Image
-
         with Image.open(self.paths[row]) as file:
             image = file.convert(self.mode)
         short = min(image.size)
@@ -54,16 +62,13 @@ class ImageFiles:
 
 
 class Peer:
-    """One run of the reference loop. Of `params` it reads the network, the picture's size and, of `train`, steps,
-    batch size, precision, seed and flip; everything else is its own default."""
+    """One run of the reference loop.
+
+    Reads the network and the image resolution of `params` and, from `train`, steps, batch size, precision, seed and
+    flip; everything else is a default of the reference.
+    """
 
     def __init__(self, params: Params, files: Path) -> None:
-        import torch
-        from accelerate import Accelerator
-        from diffusers import DDPMScheduler, UNet2DModel
-        from diffusers.optimization import get_scheduler
-        from diffusers.training_utils import EMAModel
-
         train, image = params.train, params.image
         self.config = network(params)
         self.accelerator = Accelerator(mixed_precision=train.precision)
@@ -80,8 +85,8 @@ class Peer:
         )
         self.noise_scheduler = DDPMScheduler(TIMESTEPS, beta_schedule=SCHEDULE, prediction_type=PREDICTION)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        pictures: Any = ImageFiles(files, image.resolution, image.channels, train.horizontal_flip)
-        loader = torch.utils.data.DataLoader(pictures, batch_size=train.batch_size, shuffle=True)
+        images: Any = ImageFiles(files, image.resolution, image.channels, train.horizontal_flip)
+        loader = torch.utils.data.DataLoader(images, batch_size=train.batch_size, shuffle=True)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=train.steps)
         self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
             model, optimizer, loader, schedule
@@ -90,19 +95,14 @@ class Peer:
         self.batches = self._endless()
         self.step = 0
         self.shown: dict[str, float] = {}
-        """What its progress bar and its tracker get after every step."""
+        """The values for the progress bar and the tracker after every step."""
 
     def _endless(self) -> Iterator[torch.Tensor]:
         while True:
             yield from self.loader
 
     def advance(self, steps: int) -> tuple[float, float]:
-        """Make `steps` optimizer steps; returns the clocks after the last."""
-        import torch
-        from torch.nn import functional as F
-
-        from infra.bench.contestant import now
-
+        """Make `steps` optimizer steps; returns `now()` after the last."""
         accelerator = self.accelerator
         self.model.train()
         for _ in range(steps):
@@ -125,13 +125,13 @@ class Peer:
         return now()
 
     def averaged(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
         names = [name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()]
         return dict(zip(names, self.ema.shadow_params, strict=True))
 
 
-def network(params: Params) -> Any:
-    """The unconditional network of these parameters, a `UNetConfig`."""
-    from tasks.formats.latents import InputSpec
-    from tasks.training.run import network_config
-
-    return network_config(InputSpec(params.image.channels, params.image.resolution), params.model)
+def network(params: Params) -> UNetConfig:
+    """The unconditional network of these parameters."""
+    config = network_config(InputSpec(params.image.channels, params.image.resolution), params.model)
+    assert isinstance(config, UNetConfig)
+    return config

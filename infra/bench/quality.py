@@ -1,8 +1,8 @@
-"""Seconds of training until samples are as near to the data as the reference loop's are at the end of its run.
+"""Seconds of training until our samples reach the distance that the reference loop has at the end of its run.
 
 The distance is the Frechet distance to the held-out images in the features of the project's judge: the same judge,
-seeds, number of samples and sampler steps for both sides, and the averaged weights of each. Drawing and measuring is
-not on the clock. Ours stops when it has reached what the reference ended with.
+seeds, number of samples and sampler steps for both sides, with the averaged weights of each. Sampling and measuring are
+not timed. Our training stops when it reaches the final distance of the reference.
 """
 
 from __future__ import annotations
@@ -14,25 +14,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, key, parameters, prepare
-from tasks.params import Params
+from models.device import best_device
+from models.judges.judge import load_judge
+from models.judges.metrics import frechet_distance
+from models.pipeline import load_pipeline
+from models.pixels import to_uint8
+from models.samplers import Sampling
+from tasks.pictures.images import load_pixels
 from tasks.runtime import atomic
+
+if TYPE_CHECKING:
+    from infra.bench.schema import Curve, Point, Quality, QualityRun
+    from tasks.params import Params
 
 FIRST_SEED = 5_000_000
 CALIBRATION_STEPS = 20
 SHOWN_STEPS = 25
-"""Steps between two movements of the progress bar."""
+"""Steps between two updates of the progress bar."""
 PEER_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a distance is taken: `samples` images in `sampler_steps` network evaluations each."""
+    """How a distance is measured: `samples` images with `sampler_steps` network evaluations each."""
 
     samples: int
     sampler_steps: int
@@ -41,9 +52,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set. The reference makes `steps` steps, or as many as it makes in `minutes`; ours plans its learning
-    rate for its preset's steps, or for `share` of those minutes. `points` and `own_points` measurements are taken on
-    the way, evenly."""
+    """One data set.
+
+    The reference trains for `steps` steps, or for as many as fit into `minutes`. Ours plans its learning rate schedule
+    for the steps of its preset, or for `share` of those minutes. `points` (reference) and `own_points` (ours)
+    measurements are taken at equal distances.
+    """
 
     work: Path
     preset: str
@@ -59,13 +73,9 @@ class Plan:
 
 
 class Scale:
-    """Measures pipelines against one data set: always the same seeds, and real training images for the floor."""
+    """Measures pipelines on one data set with fixed seeds; `floor` is the distance of real training images."""
 
     def __init__(self, inputs: Inputs, params: Params, measure: Measure) -> None:
-        from models.device import best_device
-        from models.judges.judge import load_judge
-        from tasks.pictures.images import load_pixels
-
         self.how = measure
         self.device = best_device()
         self.judge = load_judge(inputs.judge, self.device)
@@ -74,15 +84,11 @@ class Scale:
         self.floor = self._to_reference(train.pixels[balanced(train.labels, measure.samples)])
 
     def distance(self, pipeline: Path) -> float:
-        """The lowest over the samplers: each side is drawn with the one that serves it."""
+        """The smallest distance over the samplers, so that each side uses its better one."""
         return min(self.distance_by(pipeline, sampler, self.how.sampler_steps)[0] for sampler in self.how.samplers)
 
     def distance_by(self, pipeline: Path, sampler: str, steps: int) -> tuple[float, float]:
-        """Distance of one sampler's images, and the seconds that drawing one of them took."""
-        from models.pipeline import load_pipeline
-        from models.pixels import to_uint8
-        from models.samplers import Sampling
-
+        """Distance of the images of one sampler, and the seconds per image."""
         model, count = load_pipeline(pipeline, self.device), self.how.samples
         labels = [i % len(model.info.classes) for i in range(count)] if model.info.conditioning == "label" else None
         with tqdm(total=count * steps, desc=f"draw: {sampler}", unit="step", mininterval=1, leave=False) as bar:
@@ -96,43 +102,45 @@ class Scale:
             seconds = time.perf_counter() - began
         return self._to_reference(to_uint8(images)), seconds / count
 
-    def _to_reference(self, pixels: Any) -> float:
-        from models.judges.metrics import frechet_distance
-
+    def _to_reference(self, pixels: np.ndarray) -> float:
         return float(f"{frechet_distance(self.judge.features(pixels), self.reference):.5g}")
 
 
-def balanced(labels: Any, count: int) -> Any:
-    """Rows of `count` of the images at random, of every class as many as there are: as the labels asked for are.
+def balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """Random rows of `count` images with as equal class counts as possible, like the labels of the samples.
 
-    labels: int64 [N]; returns int64 [min(count, N)].
+    Args:
+        labels: int64 [N].
+        count: Number of rows.
+
+    Returns:
+        int64 [min(count, N)].
     """
-    import numpy as np
-
     order = np.random.default_rng(FIRST_SEED).permutation(len(labels))
     turn = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
-        its = labels[order] == label
-        turn[its] = np.arange(its.sum())
-    return order[np.argsort(turn, kind="stable")[:count]]
+        of_class = labels[order] == label
+        turn[of_class] = np.arange(of_class.sum())
+    return cast("np.ndarray", order[np.argsort(turn, kind="stable")[:count]])
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Both curves of every seed, and what the two ends cost."""
+def measure(plan: Plan) -> Quality:
+    """Train both sides with every seed; returns the curves and the ratios of the training times."""
     ours = parameters(plan.preset, plan.archive, *plan.overrides)
     inputs = prepare(plan.work, ours, judge=True)
     scale = Scale(inputs, ours, plan.measure)
     runs = [_one_seed(plan, seed, inputs, scale) for seed in range(plan.seeds)]
-    reached = [run for run in runs if run["ratio"] is not None]
+    ratios = [run["ratio"] for run in runs if run["ratio"] is not None]
+    by_cpu_time = [run["ratio_by_cpu_time"] for run in runs if run["ratio_by_cpu_time"] is not None]
     return {
         "runs": runs,
         "floor": scale.floor,
-        "ratio": median(run["ratio"] for run in reached) if len(reached) == len(runs) else None,
-        "ratio_by_cpu_time": median(run["ratio_by_cpu_time"] for run in reached) if len(reached) == len(runs) else None,
+        "ratio": median(ratios) if len(ratios) == len(runs) else None,
+        "ratio_by_cpu_time": median(by_cpu_time) if len(ratios) == len(runs) else None,
     }
 
 
-def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> dict[str, Any]:
+def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> QualityRun:
     theirs = ["conditioning=none", "train.precision='no'", f"train.batch_size={PEER_BATCH}", f"train.seed={seed}"]
     steps = plan.steps
     if plan.minutes is not None:
@@ -156,14 +164,14 @@ def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> dict[str, 
 
 
 def _of(steps: int) -> list[str]:
-    """A run of so many steps that neither saves nor draws on the way: that is not on the reference's clock either."""
+    """Overrides for a run of `steps` steps without checkpoints and samples, as in the reference."""
     return [f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.sample_every={steps}"]
 
 
 def _steps_in(seconds: float, side: Side, plan: Plan, overrides: list[str], inputs: Inputs) -> int:
-    """Steps that a side makes in that time with the machine to itself, from a short trial.
+    """Steps that a side makes in that time on an otherwise idle machine, estimated from a short trial.
 
-    Kept, so that a run that was cut off finds itself.
+    The number is stored, so that an interrupted run continues with the same one.
     """
     file = plan.work / "runs" / f"steps-{key([side, plan.preset, seconds, overrides, plan.overrides])}.json"
     if not file.exists():
@@ -175,9 +183,7 @@ def _steps_in(seconds: float, side: Side, plan: Plan, overrides: list[str], inpu
     return int(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _run(
-    side: Side, plan: Plan, overrides: list[str], inputs: Inputs, scale: Scale, stop_at: float = 0.0
-) -> dict[str, Any]:
+def _run(side: Side, plan: Plan, overrides: list[str], inputs: Inputs, scale: Scale, stop_at: float = 0.0) -> Curve:
     params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides)
     points = plan.points if side == "peer" else plan.own_points
     return curve(side, params, inputs, scale, plan.work, points, stop_at)
@@ -185,9 +191,11 @@ def _run(
 
 def curve(
     side: Side, params: Params, inputs: Inputs, scale: Scale, work: Path, points: int, stop_at: float = 0.0
-) -> dict[str, Any]:
-    """Train to the end, or until `stop_at` is reached, and measure `points` times on the way. A finished run is kept
-    in `work`, and asked for again it is read from there."""
+) -> Curve:
+    """Train to the end, or until the distance is at most `stop_at`, and measure it `points` times.
+
+    A finished run is stored in `work` and read from there the next time.
+    """
     name = key([side, params.model_dump(mode="json"), str(inputs.data), points, stop_at, scale.how.__dict__])
     file, pipeline = work / "runs" / f"{name}.json", work / "runs" / f"{name}-pipeline"
     if not file.exists():
@@ -195,7 +203,7 @@ def curve(
             file, _trained(side, params, inputs, scale.distance, work / "scratch", pipeline, points, stop_at)
         )
         shutil.rmtree(pipeline)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return cast("Curve", json.loads(file.read_text(encoding="utf-8")))
 
 
 def _trained(
@@ -207,8 +215,8 @@ def _trained(
     pipeline: Path,
     points: int,
     stop_at: float,
-) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
+) -> Curve:
+    rows: list[Point] = []
     step, seconds, cpu = 0, 0.0, 0.0
     total = params.train.steps
     bar = tqdm(total=total, desc=f"train: {side}", unit="step", mininterval=1, dynamic_ncols=True)

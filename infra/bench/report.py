@@ -1,13 +1,22 @@
-"""Tables and pictures of what `bench.json` holds: `bench.md`, and a CSV and a PNG of each curve in `bench/`."""
+"""The report of `bench.json`: tables in `bench.md`, and a CSV and a PNG of each curve in `bench/`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from infra.bench.results import csv_text
+from matplotlib.figure import Figure
+
+from tasks.report.charts import COLOURS
 from tasks.runtime import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from infra.bench import schema
 
 QUALITY = "quality_"
 PRECISION = {"no": "float32", "bf16": "bfloat16"}
@@ -19,20 +28,28 @@ REFERENCE = (
 DISTANCE = "A distance is the Frechet distance to the held-out images in the features of the project's judge"
 
 
-def write(folder: Path, parts: dict[str, Any]) -> None:
-    """Write everything that can be written of the parts measured so far."""
+Rows: TypeAlias = Sequence[Mapping[str, object]]
+Draw: TypeAlias = "Callable[[Axes], None]"
+Made: TypeAlias = "tuple[str, Rows, Draw | None]"
+"""A table in Markdown, the rows of the CSV, and the function that draws the chart."""
+
+
+def write(folder: Path, parts: Mapping[str, schema.Part]) -> None:
+    """Write the report of the parts measured so far."""
+    # Each function reads the keys of its own part, which the name of the part selects.
+    makers: dict[str, Callable[[Any], Made]] = {
+        "throughput": _throughput,
+        "quality": _quality,
+        "levers": _levers,
+        "sampling": _sampling,
+        "startup": _startup,
+        "encoding": _encoding,
+    }
     details = folder / "bench"
     texts = []
     for name, part in sorted(parts.items()):
         kind = "quality" if name.startswith(QUALITY) else name
-        table, rows, draw = {
-            "throughput": _throughput,
-            "quality": _quality,
-            "levers": _levers,
-            "sampling": _sampling,
-            "startup": _startup,
-            "encoding": _encoding,
-        }[kind](part)
+        table, rows, draw = makers[kind](part)
         machine = part["machine"]
         texts.append(
             f"## {name.replace('_', ', ')}\n\n{_about(kind, part)}\n\n{table}\n\n"
@@ -46,50 +63,55 @@ def write(folder: Path, parts: dict[str, Any]) -> None:
     atomic.write_text(folder / "bench.md", "# Benchmarks\n\n" + "\n".join(texts))
 
 
-def _about(kind: str, part: dict[str, Any]) -> str:
-    """What was measured and how its numbers are to be read."""
-    given = part["arguments"]
+def csv_text(rows: Rows) -> str:
+    """CSV of rows with equal keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _about(kind: str, part: schema.Part) -> str:
+    """What was measured, and how to read the numbers."""
+    given = cast("dict[str, Any]", part["arguments"])  # the Plan of the part as JSON
     how = given.get("measure", {})
     drawn = f"{DISTANCE}, of {how.get('samples')} images drawn in {how.get('sampler_steps')} network evaluations each"
-    best = f"by {' or '.join(NAMES.get(name, name) for name in how.get('samplers', []))}, whichever comes nearer"
+    best = f"by {' or '.join(NAMES.get(name, name) for name in how.get('samplers', []))}, whichever is smaller"
     labels = "without labels, as the reference" if "conditioning=none" in given.get("overrides", []) else "with labels"
     return {
         "throughput": (
-            f"Training images per second on the same pictures and the same network. {REFERENCE} The sides take turns "
+            f"Training images per second with the same images and the same network. {REFERENCE} The sides alternate "
             f"in {given.get('rounds')} rounds, each in a process of its own; a ratio is the median over the rounds of "
-            "ours divided by the reference's, above 1 is faster. By CPU time it is that of images per second of the "
-            "processor, which other work on the machine leaves alone. As they come, the reference has its default "
-            "batch in float32 and ours what the preset says. Of ceiling: operations of ours beside those of a large "
-            "matrix product in the same precision."
+            "ours divided by the reference's, above 1 is faster. By CPU time it is the ratio of images per CPU second, "
+            "which other load of the machine does not affect. As they come: the reference with its default batch size "
+            "in float32, ours as its preset says. Of ceiling: operations per second of our training, relative to a "
+            "large matrix product in the same precision."
         ),
         "quality": (
-            f"Seconds of training until samples are as near to real images as the reference's at the end of its run. "
-            f"{REFERENCE} It trains in float32 without labels; ours by its preset {labels}, until it is there. {drawn} "
-            f"{best}; drawing is not on the clock. A ratio is ours divided by the reference's, below 1 is faster."
+            f"Seconds of training until the distance of the samples is that of the reference at the end of its run. "
+            f"{REFERENCE} It trains in float32 without labels; ours by its preset {labels}. {drawn} "
+            f"{best}; sampling is not timed. A ratio is ours divided by the reference's, below 1 is faster."
         ),
         "levers": (
             f"The recipe of the digits with one choice changed at a time, {given.get('seeds')} seeds each. {drawn} "
-            f"{best}: the mean of the seeds, and their standard deviation."
+            f"{best}: mean and standard deviation over the seeds."
         ),
         "sampling": (
-            f"One trained model of the digits, drawn by each sampler. {DISTANCE}, of {given.get('samples')} images; "
+            f"One trained model of the digits with each sampler. {DISTANCE}, of {given.get('samples')} images; "
             "the floor is that of as many training images."
         ),
-        "startup": "From the command to its answer, and to its first checkpoint, which is asked for after one step.",
+        "startup": "From the command to its help, and to its first checkpoint, which is saved after one step.",
         "encoding": (
-            "A step of training on latents and embeddings that `encode` has stored, beside one that makes both itself "
-            "from files and captions, as diffusers' `train_text_to_image.py` does (decode, resize, tokenize, encode; "
-            "bilinear, in the training process), and beside one that finds pictures and tokens ready; the same samples "
-            "in turns. A ratio is divided by stored; from the epoch that breaks even on, encoding once has cost less "
-            "than it saved."
+            "A training step on latents and embeddings that `encode` has stored (stored), one that encodes files and "
+            "captions itself, as diffusers' `train_text_to_image.py` does (online: decode, resize, tokenize, encode; "
+            "bilinear, in the training process), and one with decoded images and tokens; the same samples in turns. "
+            "Ratios are relative to stored; after the break-even epoch, encoding once has cost less than it saved."
         ),
     }[kind]
 
 
-Made = tuple[str, list[dict[str, Any]], Callable[[Any], None] | None]
-
-
-def _throughput(part: dict[str, Any]) -> Made:
+def _throughput(part: schema.ThroughputPart) -> Made:
     titles = [
         "network",
         "parameters",
@@ -119,7 +141,7 @@ def _throughput(part: dict[str, Any]) -> Made:
     return f"{_table(titles, lines)}\n\nCeiling, TFLOP/s of a matrix product: {ceilings}.", part["rows"], None
 
 
-def _quality(part: dict[str, Any]) -> Made:
+def _quality(part: schema.QualityPart) -> Made:
     titles = ["seed", "reference: s", "distance at its end", "ours: s to that", "steps", "ratio", "by CPU time"]
     lines = []
     rows = []
@@ -139,12 +161,11 @@ def _quality(part: dict[str, Any]) -> Made:
         )
         rows += [{"seed": run["seed"], "side": side, **row} for side in ("peer", "ours") for row in run[side]["curve"]]
 
-    def draw(axes: Any) -> None:
-        from tasks.report.charts import COLOURS
-
-        for side, colour, label in (("peer", "series-2", "reference loop"), ("ours", "series-1", "ours")):
-            for number, run in enumerate(part["runs"]):
-                points = run[side]["curve"]
+    def draw(axes: Axes) -> None:
+        for number, run in enumerate(part["runs"]):
+            sides = ((run["peer"], "series-2", "reference loop"), (run["ours"], "series-1", "ours"))
+            for side, colour, label in sides:
+                points = side["curve"]
                 axes.plot(
                     [row["seconds"] for row in points],
                     [row["distance"] for row in points],
@@ -157,13 +178,13 @@ def _quality(part: dict[str, Any]) -> Made:
         axes.set(xlabel="seconds of training", ylabel="Frechet distance", yscale="log")
         axes.legend()
 
-    told = [f"Distance of the floor, real training images: {part['floor']:.4g}."]
+    notes = [f"Distance of real training images (the floor): {part['floor']:.4g}."]
     if part["ratio"] is not None:
-        told.append(f"Median over the seeds: {part['ratio']:.2f}, by CPU time {part['ratio_by_cpu_time']:.2f}.")
-    return f"{_table(titles, lines)}\n\n{' '.join(told)}", rows, draw
+        notes.append(f"Median over the seeds: {part['ratio']:.2f}, by CPU time {part['ratio_by_cpu_time']:.2f}.")
+    return f"{_table(titles, lines)}\n\n{' '.join(notes)}", rows, draw
 
 
-def _levers(part: dict[str, Any]) -> Made:
+def _levers(part: schema.LeversPart) -> Made:
     titles = ["lever", "change", "distance", "spread", "training s", "CPU s"]
     lines = [
         [row["lever"], f"`{row['change']}`", row["distance"], row["spread"], row["seconds"], row["cpu_seconds"]]
@@ -172,13 +193,11 @@ def _levers(part: dict[str, Any]) -> Made:
     return f"Each for {part['steps']} steps.\n\n{_table(titles, lines)}", part["rows"], None
 
 
-def _sampling(part: dict[str, Any]) -> Made:
+def _sampling(part: schema.SamplingPart) -> Made:
     titles = ["sampler", "steps", "img/s", f"distance (floor {part['floor']})"]
     lines = [[NAMES[row["sampler"]], row["steps"], row["img_s"], row["distance"]] for row in part["rows"]]
 
-    def draw(axes: Any) -> None:
-        from tasks.report.charts import COLOURS
-
+    def draw(axes: Axes) -> None:
         for number, sampler in enumerate(dict.fromkeys(row["sampler"] for row in part["rows"])):
             rows = [row for row in part["rows"] if row["sampler"] == sampler]
             costs, distances = [row["seconds_per_image"] for row in rows], [row["distance"] for row in rows]
@@ -193,7 +212,7 @@ def _sampling(part: dict[str, Any]) -> Made:
     return _table(titles, lines), part["rows"], draw
 
 
-def _encoding(part: dict[str, Any]) -> Made:
+def _encoding(part: schema.EncodingPart) -> Made:
     titles = [
         "case",
         "image",
@@ -205,9 +224,9 @@ def _encoding(part: dict[str, Any]) -> Made:
         "online: ms a step",
         "ratio",
         "by CPU time",
-        "pictures and tokens ready: ms a step",
+        "images and tokens ready: ms a step",
         "ratio",
-        "its encoders by operations",
+        "encoders by operations",
         "encoding once: img/s",
         "breaks even in epoch",
     ]
@@ -234,7 +253,7 @@ def _encoding(part: dict[str, Any]) -> Made:
     return _table(titles, lines), [{**row, "latent": "x".join(map(str, row["latent"]))} for row in part["rows"]], None
 
 
-def _startup(part: dict[str, Any]) -> Made:
+def _startup(part: schema.StartupPart) -> Made:
     lines = [
         ["`python -m tasks.train --help`", part["help_seconds"]],
         ["the same, CPU time", part["help_cpu_seconds"]],
@@ -244,16 +263,12 @@ def _startup(part: dict[str, Any]) -> Made:
     return _table([f"median of {part['repeats']}", "seconds"], lines), [], None
 
 
-def _table(titles: list[str], lines: Iterable[Iterable[Any]]) -> str:
+def _table(titles: list[str], lines: Iterable[Iterable[object]]) -> str:
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows)
 
 
-def _picture(draw: Callable[[Any], None]) -> bytes:
-    import io
-
-    from matplotlib.figure import Figure
-
+def _picture(draw: Draw) -> bytes:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -1,26 +1,31 @@
-"""Where measurements are kept: `bench.json`, a part at a time, and what is drawn and tabulated from it."""
+"""Storage of the measurements: `bench.json`, part by part, and the pieces of a part that was interrupted."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
 
 from tasks.runtime import atomic
+
+if TYPE_CHECKING:
+    from infra.bench.schema import Machine, Part
+
+Piece = TypeVar("Piece")
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Results:
-    """The folder of reports. Parts are kept under the name and the arguments they were measured with."""
+    """The folder of the reports; parts are stored by name, with the arguments of their measurement."""
 
     folder: Path
     again: bool = False
@@ -29,60 +34,58 @@ class Results:
     def file(self) -> Path:
         return self.folder / "bench.json"
 
-    def all(self) -> dict[str, Any]:
-        """The parts measured so far, by name; those of another format count as not measured."""
+    def all(self) -> dict[str, Part]:
+        """The parts measured so far, by name; those of another format are left out."""
         kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         return {name: part for name, part in kept.items() if part["format"] == FORMAT}
 
-    def part(self, name: str, arguments: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a part unless it was measured with these arguments already."""
-        from infra.bench import report
-
+    def part(
+        self, name: str, arguments: Mapping[str, object], measure: Callable[[], Mapping[str, object]]
+    ) -> dict[str, Part]:
+        """Measure a part unless it was measured with these arguments; returns all parts measured so far."""
         arguments = json.loads(json.dumps(arguments, default=str))
-        known = self.all().get(name, {})
-        if known.get("arguments") == arguments and not self.again:
+        known = self.all().get(name)
+        if known and known["arguments"] == arguments and not self.again:
             print(f"bench: {name} was measured with these arguments; --again measures anew", flush=True)
         else:
             before, measured, after = load(), measure(), load()
             kept = {"format": FORMAT, "arguments": arguments, "machine": machine(), "load": [before, after], **measured}
             atomic.write_json(self.file, {**self.all(), name: kept})
-        report.write(self.folder, self.all())
+        return self.all()
 
 
 class Piecewise:
-    """Pieces of a part that was begun, kept in `folder` until the part is whole: one that is cut off goes on there."""
+    """Stores the pieces of a part in `folder` until the part is complete: an interrupted one continues there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: list[Path] = []
 
-    def piece(self, arguments: Any, measure: Callable[[], Any]) -> Any:
-        """What was measured with these arguments before the part was cut off, or else now; JSON."""
+    def piece(self, arguments: object, measure: Callable[[], Piece]) -> Piece:
+        """The stored measurement with these arguments, or else a new one; the measurement is a JSON value."""
         name = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()[:12]
         file = self._folder / f"{name}.json"
         if not file.exists():
             atomic.write_json(file, measure())
         self._files.append(file)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return cast("Piece", json.loads(file.read_text(encoding="utf-8")))
 
     def __enter__(self) -> Piecewise:
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             for file in self._files:
                 file.unlink(missing_ok=True)
 
 
 def load() -> float:
-    """How busy the machine is: runnable processes, mean of the last minute."""
+    """Runnable processes of the machine, mean of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    import torch
-
+def machine() -> Machine:
+    """The machine and the versions of this measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
@@ -100,12 +103,3 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys -> CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,17 +1,21 @@
-"""What samples cost and what they are worth: the samplers on one trained pipeline, cost beside distance."""
+"""Cost and quality of the samplers on one trained pipeline: seconds per image and Frechet distance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from infra.bench.contestant import Contestant
 from infra.bench.inputs import Inputs, key, parameters, prepare
 from infra.bench.quality import Measure, Scale
 from infra.bench.results import Piecewise
-from tasks.params import Params
+from models.pipeline import load_pipeline
+
+if TYPE_CHECKING:
+    from infra.bench.schema import Sampling, SamplingRow
+    from tasks.params import Params
 
 PRESET = "digits"
 SAMPLERS = (
@@ -21,12 +25,12 @@ SAMPLERS = (
     ("ddim", 50),
     ("ddpm", 1000),
 )
-"""By name and steps; no more steps than the model has timesteps."""
+"""Name and steps; the steps are limited to the timesteps of the model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Without a `pipeline` of the digits, their preset is trained in `work`, once."""
+    """Without a `pipeline` of the digits, the preset is trained once, in `work`."""
 
     work: Path
     pipeline: Path | None
@@ -34,15 +38,14 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    from models.pipeline import load_pipeline
-
+def measure(plan: Plan) -> Sampling:
+    """Draw with every sampler and measure the distance."""
     params = parameters(PRESET, None, *plan.overrides)
     inputs = prepare(plan.work, params, judge=True)
     folder = plan.pipeline or _trained(plan, params, inputs)
     timesteps = load_pipeline(folder).info.timesteps
     scale = Scale(inputs, params, Measure(plan.samples, 0, ()))
-    scale.distance_by(folder, "ddim", 1)  # kernels are chosen, memory is there
+    scale.distance_by(folder, "ddim", 1)  # warm-up
     with Piecewise(plan.work / "pieces") as kept:
         rows = [
             kept.piece([plan.__dict__, *which], partial(_row, plan, folder, scale, which[0], min(which[1], timesteps)))
@@ -60,7 +63,7 @@ def _trained(plan: Plan, params: Params, inputs: Inputs) -> Path:
     return folder
 
 
-def _row(plan: Plan, folder: Path, scale: Scale, sampler: str, steps: int) -> dict[str, Any]:
+def _row(plan: Plan, folder: Path, scale: Scale, sampler: str, steps: int) -> SamplingRow:
     distance, seconds = scale.distance_by(folder, sampler, steps)
     print(f"sampling: {sampler}, {steps} steps: {1 / seconds:.3g} img/s, distance {distance}", flush=True)
     return {

@@ -1,4 +1,4 @@
-"""How soon the training command answers: its help, and the first optimizer step of the default preset."""
+"""Start-up time of the training command: until its help, and until the first optimizer step of the default preset."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 from tqdm import tqdm
 
 from infra.bench.inputs import Inputs, parameters, prepare
 from tasks.preset import dump
+
+if TYPE_CHECKING:
+    from infra.bench.schema import Startup
 
 PRESET = "digits"
 GIVE_UP = 300
@@ -26,12 +29,15 @@ POLL = 0.005
 
 @dataclass(frozen=True)
 class Plan:
+    """Start the command `repeats` times."""
+
     work: Path
     repeats: int
     overrides: tuple[str, ...] = ()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
+def measure(plan: Plan) -> Startup:
+    """Median start-up times."""
     params = parameters(PRESET, None, *plan.overrides, "train.checkpoint_every=1")
     inputs = prepare(plan.work, params)
     with tempfile.TemporaryDirectory(dir=plan.work) as folder:
@@ -86,6 +92,6 @@ def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
 def _waited_for(made: Callable[[], bool], process: psutil.Popen, began: float) -> float:
     while not made():
         if process.poll() is not None or time.perf_counter() - began > GIVE_UP:
-            raise RuntimeError("the training command made no step; `python -m tasks.train` says why")
+            raise RuntimeError("the training command made no step; run `python -m tasks.train` to see its error")
         time.sleep(POLL)
     return time.perf_counter() - began

@@ -1,8 +1,8 @@
-"""Training images per second, ours beside the reference loop: same network, same batch, same pictures.
+"""Training images per second of ours and of the reference loop: same network, same batch, same images.
 
-For each network and batch size four runs stand ready, each side in float32 and in bfloat16, and take turns in short
-blocks, so that whatever else the machine does meets all of them. A ratio is the median over the rounds. "As they come"
-is the reference with its default batch size in float32 against our preset.
+For each network and batch size there are four runs, each side in float32 and in bfloat16. They alternate in short
+blocks, so that other load of the machine affects all of them. A ratio is the median over the rounds. The case
+"default" compares the reference with its default batch size in float32 with our preset as it is.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from infra.bench.contestant import Block, Contestant, Side, take_turns
+import torch
+
+from infra.bench.cases import AS_THEY_COME, THROUGHPUT_ON_CPU, THROUGHPUT_ON_GPU
+from infra.bench.clock import Block, take_turns
+from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, parameters, prepare
 from infra.bench.peer import DEFAULT_BATCH, network
 from infra.bench.results import Piecewise
-from tasks.params import Params
+from models.flops import forward_flops, matmul_ceiling
+from models.networks.unet import UNet
+
+if TYPE_CHECKING:
+    from infra.bench.schema import Throughput, ThroughputRow
+    from tasks.params import Params
 
 PRECISIONS = ("no", "bf16")
-AS_THEY_COME = "default"
-ON_CPU = ("digits:32", "cifar10_tiny:16", "cifar10_tiny:64", "cifar10_tiny:default", "cifar10_ddpm:16")
-ON_GPU = ("cifar10_ddpm:128", "cifar10_ddpm:256", "cifar10_ddpm:512", "cifar10_ddpm:default")
 
 Runs: TypeAlias = "dict[tuple[Side, str], Params]"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: `cases` are "preset:batch size" or "preset:default"; none means those that fit the machine."""
+    """`cases` are "preset:batch size" or "preset:default"; none means the list for the CPU or for the GPU."""
 
     work: Path
     archive: Path | None
@@ -40,29 +46,27 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    import torch
-
-    from models.flops import matmul_ceiling
-
+def measure(plan: Plan) -> Throughput:
+    """Measure every case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = plan.cases or (ON_GPU if device.type == "cuda" else ON_CPU)
+    cases = plan.cases or (THROUGHPUT_ON_GPU if device.type == "cuda" else THROUGHPUT_ON_CPU)
     ceilings = {"no": matmul_ceiling(device, torch.float32), "bf16": matmul_ceiling(device, torch.bfloat16)}
     with Piecewise(plan.work / "pieces") as kept:
-        told = {**plan.__dict__, "cases": None}
-        pieces = [kept.piece([told, case], partial(_case, plan, case, ceilings)) for case in cases]
+        arguments = {**plan.__dict__, "cases": None}
+        pieces = [kept.piece([arguments, case], partial(_case, plan, case, ceilings)) for case in cases]
     rows = [row for piece in pieces for row in piece]
     return {"rows": rows, "matmul_flops": ceilings}
 
 
-def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of one network: with a batch size, one of each precision and one of the defaults; else both as they come."""
-    import torch
+def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[ThroughputRow]:
+    """Rows of one case.
 
+    With a batch size: one for each precision, and one with each side's own precision. With the defaults: one.
+    """
     preset, batch = case.split(":")
     common = ["conditioning=none", "train.steps=1000000", *plan.overrides]
     if not torch.cuda.is_available():
-        common.insert(0, "train.channels_last=false")  # a layout for GPUs, which a preset for them has
+        common.insert(0, "train.channels_last=false")  # presets for GPUs have a memory format that is slow on a CPU
     preferred = parameters(preset, plan.archive, *common)
     own: str = preferred.train.precision
     if batch == AS_THEY_COME:
@@ -105,8 +109,17 @@ def _measured(plan: Plan, case: str, runs: Runs, inputs: Inputs) -> tuple[dict[t
         return blocks, next(iter(ready.values())).parameters
 
 
-def _rates(theirs: list[Block], ours: list[Block]) -> dict[str, float]:
-    """Medians over the rounds: images per second of both, how many times more ours makes, and that by CPU time."""
+class Rates(TypedDict):
+    """The part of a `ThroughputRow` that is measured."""
+
+    peer_img_s: float
+    ours_img_s: float
+    ratio: float
+    ratio_by_cpu_time: float
+
+
+def _rates(theirs: list[Block], ours: list[Block]) -> Rates:
+    """Medians over the rounds: images per second of both sides, and the ratio by time and by CPU time."""
     pairs = list(zip(theirs, ours, strict=True))
     by_cpu = [(b.images / b.cpu_seconds) / (a.images / a.cpu_seconds) for a, b in pairs]
     return {
@@ -122,12 +135,7 @@ def _rate(blocks: list[Block]) -> float:
 
 
 def training_flops(params: Params) -> float:
-    """Floating-point operations of forward and backward for one image, counted on tensors without content."""
-    import torch
-
-    from models.flops import forward_flops
-    from models.networks.unet import UNet
-
+    """Floating-point operations of forward and backward for one image, counted on meta tensors."""
     with torch.device("meta"):
         image = torch.empty(1, params.image.channels, params.image.resolution, params.image.resolution)
         return 3 * forward_flops(UNet(network(params)), image, torch.zeros(1, dtype=torch.int64))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from models.samplers import Sampling
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject

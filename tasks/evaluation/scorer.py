@@ -51,7 +51,9 @@ class Scorer:
     def __init__(self, images: Path, judge: Judge, protocol: Protocol) -> None:
         measurement = protocol.measurement
         require_judge(images, judge, measurement)
-        shape = ImageParams(resolution=measurement.image["size"], channels=measurement.image["channels"])
+        shape = ImageParams.model_validate(
+            {"resolution": measurement.image["size"], "channels": measurement.image["channels"]}
+        )
         self.judge = judge
         self.measurement = measurement
         self.held_out = load_pixels(images, "test", shape)

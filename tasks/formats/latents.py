@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from models.hashing import file_sha256
 from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
 from tasks.runtime import integrity
-from tasks.runtime.disk import sha256_of
 from tasks.runtime.errors import StageError
 from tasks.runtime.stage_file import Part, StageFile
 
@@ -178,14 +178,14 @@ def write_shards(folder: Path, name: str, count: int, rows: Callable[[slice], Co
         part = rows(slice(start, min(start + shard_size, count)))
         tensors = {key: torch.as_tensor(value).contiguous() for key, value in part.items()}
         file.write_bytes(save(tensors))  # not save_file: a full disk must raise OSError
-        shards.append(Shard(file=file.name, sha256=sha256_of(file)))
+        shards.append(Shard(file=file.name, sha256=file_sha256(file)))
     return shards
 
 
 def write_prompts(folder: Path, embeddings: torch.Tensor) -> str:
     """Write the embeddings [P + 1, L, D] of the sample prompts and the empty text; returns the file's SHA-256."""
     (folder / PROMPTS).write_bytes(save({"embeddings": embeddings.contiguous()}))
-    return sha256_of(folder / PROMPTS)
+    return file_sha256(folder / PROMPTS)
 
 
 def write_index(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tasks.runtime import atomic, integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 PIPELINE = "pipeline"
 BUNDLE = "onnx"

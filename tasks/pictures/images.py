@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tasks.pictures import decoding
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from tasks.params import ImageParams

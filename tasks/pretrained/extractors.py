@@ -7,12 +7,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from models.hashing import file_sha256
 from models.judges.pretrained import INCEPTION_FILE, read_inception
 from tasks.params import ExtractorParams, ScoringClipParams
 from tasks.pretrained import weights
 from tasks.runtime import workspace
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import fetch
 
 MAX_BYTES = 1 << 30
@@ -51,7 +51,7 @@ def _inception_file(where: str, pin: str) -> Path:
         folder = workspace.scratch() / "weights"
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{pin}.pth"
-        if not (target.exists() and sha256_of(target) == pin):
+        if not (target.exists() and file_sha256(target) == pin):
             fetch.fetch(
                 [where],
                 target,
@@ -63,7 +63,7 @@ def _inception_file(where: str, pin: str) -> Path:
         return target
     path = Path(where).expanduser()
     if path.is_file():
-        found = sha256_of(path)
+        found = file_sha256(path)
         if found != pin:
             raise StageError(f"the sha256 of {path} is {found} and not the pinned {pin}; correct one of them")
         return path

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 
+from models.hashing import file_sha256
 from tasks.params import S3Params
 from tasks.runtime import atomic, locks, workspace
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 WEIGHTS = ".safetensors"
 KEPT = (".json", WEIGHTS, ".txt", ".model")
@@ -62,7 +62,7 @@ def _require_pin(folder: Path, pin: str, parts: tuple[str, ...]) -> None:
     if len(files) != 1:
         raise StageError(f"{where} holds {len(files)} {WEIGHTS} files; use a folder with exactly one")
     files += [file for name in parts[1:] for file in sorted((folder / name).glob(f"*{WEIGHTS}"))]
-    hashes = [sha256_of(file) for file in files]
+    hashes = [file_sha256(file) for file in files]
     found = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     if found != pin:
         named = " and ".join(map(str, files))
@@ -140,7 +140,7 @@ def _cached(repository: str, commit: str, parts: tuple[str, ...]) -> Path | None
 
 def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Download the files below an s3:// prefix to the scratch folder, once; AWS_ENDPOINT_URL selects another server."""
-    from tasks.transfer import objects  # noqa: PLC0415 - imports boto3, which only S3 needs
+    from tasks.transfer import objects
 
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/") + "/" if prefix else ""

@@ -1,8 +1,7 @@
-"""Files on disk: their checksums, printable names and the free space."""
+"""Files on disk: chunk size of reading, printable names and the free space."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,12 +9,6 @@ from tasks.runtime.errors import StageError
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def printable_name(name: str) -> str:

@@ -7,7 +7,6 @@ are the sections of `params.yaml` that it reads. `main(function)` is the command
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import inspect
 import os
@@ -21,10 +20,10 @@ from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
 from tasks.params.redaction import redacted
-from tasks.runtime import consistency, loopback
+from tasks.runtime import consistency, loopback, parent
 from tasks.runtime.errors import Preempted, StageError
 
-__all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "Preempted", "StageError", "main", "paths_of", "sections_of"]
+__all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "main", "paths_of", "sections_of"]
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
@@ -49,7 +48,7 @@ def main(function: Callable[..., None]) -> NoReturn:
     """Run a stage function from the command line, then exit."""
     arguments = _parser(function).parse_args()
     name = function.__name__
-    end_with_parent()
+    parent.end_with_dvc()
     limit_openmp_spin()
     loopback.exempt(os.environ)
     signal.signal(signal.SIGTERM, _raise_preempted)
@@ -149,22 +148,3 @@ def limit_openmp_spin() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read by GNU OpenMP, which is part of PyTorch
-
-
-def end_with_parent() -> None:
-    """Ask Linux to end this stage when `dvc`, which started it, dies: no orphan trains on."""
-    if "DVC_STAGE" in os.environ:
-        _signal_on_parent_death()
-
-
-def end_with(parent: int) -> None:
-    """Ask Linux to send SIGTERM to this process when its parent, the process `parent`, dies."""
-    _signal_on_parent_death()
-    if os.getppid() != parent:  # it died before the request
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _signal_on_parent_death() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, TypeAlias
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.disk import printable_name
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import Problem
 
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
@@ -71,11 +72,6 @@ def kind(file: Path) -> str:
     except DAMAGED:
         pass  # the parser fails on some files that are not tar
     raise StageError(f"{file.name} is neither a zip nor a tar file, or is truncated; use a folder, a zip or a tar")
-
-
-def text(name: str) -> str:
-    """A file name as valid UTF-8 text; invalid bytes are escaped, as in "%udcff"."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\\", "%").replace("\0", "%00")
 
 
 def list_members(file: Path) -> list[Member]:
@@ -328,15 +324,15 @@ def _tar_infos(archive: tarfile.TarFile) -> Iterator[tuple[Listed, tarfile.TarIn
     for position, info in enumerate(archive):
         if info.isdir():
             continue
-        name, problem, size = text(info.name), None, info.size
+        name, problem, size = printable_name(info.name), None, info.size
         place: tuple[int, ...] = (position,)
         if info.issym():
-            problem = Problem("link", f"a symbolic link to {text(info.linkname)}")
+            problem = Problem("link", f"a symbolic link to {printable_name(info.linkname)}")
         elif info.islnk():
-            linked = files.get(_plain(text(info.linkname)))
+            linked = files.get(_plain(printable_name(info.linkname)))
             if linked is None or _is_shard(name):
                 problem = Problem(
-                    "link", f"a hard link to {text(info.linkname)}, which does not precede it in the archive"
+                    "link", f"a hard link to {printable_name(info.linkname)}, which does not precede it in the archive"
                 )
             else:
                 place, _, size, problem = linked

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources.image_names import Names, is_image_name
 from tasks.sources.text_files import is_damaged
 

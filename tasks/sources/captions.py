@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tasks.pictures.index import CaptionFile
-from tasks.runtime.stage import StageError
-from tasks.sources import archives, caption_documents, caption_tables
+from tasks.runtime.disk import printable_name
+from tasks.runtime.errors import StageError
+from tasks.sources import caption_documents, caption_tables
 from tasks.sources.caption_tables import DamagedLine, Line, UnreadError
 from tasks.sources.entry import Problem
 from tasks.sources.image_names import Names
@@ -96,7 +97,7 @@ def _join(file: str, content: bytes | Problem, names: Names, captions: Captions)
         image = names.find(line.name, file)
         if image is None:
             unmatched += 1
-            first_unmatched = first_unmatched or f"line {line.number}: {archives.text(line.name)}"
+            first_unmatched = first_unmatched or f"line {line.number}: {printable_name(line.name)}"
             continue
         matched += 1
         texts += len(line.texts)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+from numpy._core.multiarray import _reconstruct
 
 from tasks.runtime import workspace
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import Entry, Source
 from tasks.transfer import fetch
 

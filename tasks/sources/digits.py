@@ -15,8 +15,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from models.hashing import file_sha256
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import Entry, Source
 
 FILE = "digits.csv.gz"
@@ -32,7 +32,7 @@ def copy(raw: Path) -> None:
     published = Path(str(package.origin)).parent / "datasets" / "data" / FILE if package else None
     if published is None or not published.is_file():
         raise StageError("scikit-learn's digits.csv.gz is not installed; run 'make repro', which installs it")
-    found = sha256_of(published)
+    found = file_sha256(published)
     if found != SHA256:
         raise StageError(
             f"the checksum of scikit-learn's {FILE} is {found[:16]}..., not {SHA256[:16]}...; reinstall scikit-learn"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from models.hashing import file_sha256
 from models.json_files import Description, JsonObject
 from tasks.runtime import atomic, integrity
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from tasks.pictures.index import CaptionFile
@@ -144,7 +144,7 @@ def settle_splits(published: set[str | None]) -> dict[str | None, str | None]:
 def write_manifest(raw: Path, source: SourceKind, origin: str, licence: str, details: JsonObject | None = None) -> None:
     """Record the files in `raw` with size and SHA-256, and their origin."""
     files = [
-        RawFile(path.relative_to(raw).as_posix(), path.stat().st_size, sha256_of(path))
+        RawFile(path.relative_to(raw).as_posix(), path.stat().st_size, file_sha256(path))
         for path in sorted(raw.rglob("*"))
         if path.is_file()
     ]

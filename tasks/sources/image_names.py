@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from tasks.pictures import suffixes
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources.text_files import composed
 
 _CAPTION_NUMBER = re.compile(r"#\d+$")

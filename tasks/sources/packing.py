@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tasks.runtime.disk import CHUNK, require_space
-from tasks.runtime.stage import StageError
-from tasks.sources.archives import text
+from tasks.runtime.disk import CHUNK, printable_name, require_space
+from tasks.runtime.errors import StageError
 
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 """The earliest date of the zip format; a constant date makes the bytes reproducible."""
@@ -63,4 +62,4 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         for file in files + linked:
             path = Path(parent, file)
             if not file.startswith("."):
-                yield text(path.relative_to(folder).as_posix()), path
+                yield printable_name(path.relative_to(folder).as_posix()), path

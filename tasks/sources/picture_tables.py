@@ -8,7 +8,7 @@ not set, by their usual names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import SPLITS, Entry, Problem, Source, TableColumns, settle_splits
 from tasks.sources.text_files import Json, is_damaged, parsed
 
@@ -122,7 +122,9 @@ def _columns(schema: pa.Schema, wanted: TableColumns) -> Columns:
 
 def _require_columns(schema: pa.Schema, wanted: TableColumns) -> None:
     """Raise `StageError` if a column that `download.columns` names is missing."""
-    for key, names in {"image": [wanted.image], "label": [wanted.label], "captions": wanted.captions}.items():
+    columns: dict[str, Sequence[str | None]]
+    columns = {"image": [wanted.image], "label": [wanted.label], "captions": wanted.captions}
+    for key, names in columns.items():
         for name in names:
             if name and name not in schema.names:
                 raise StageError(

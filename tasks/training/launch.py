@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks.runtime import stage
+from tasks.runtime import parent
 
 LAUNCHER = "AFTERIMAGE_LAUNCHER"
 """Environment variable of the processes that the launcher starts: the launcher's process number."""
@@ -28,12 +28,12 @@ def through_accelerate(module: str) -> None:
     configuration = os.environ.pop(CONFIGURATION, None)  # the started processes must not launch again
     if not configuration:
         if launcher := os.environ.pop(LAUNCHER, None):
-            stage.end_with(int(launcher))
+            parent.end_with_parent(parent=int(launcher))
         return
     name = module.rpartition(".")[2]
     if not Path(configuration).is_file():
         sys.exit(f"{name}: error: {CONFIGURATION} names {configuration}, which is not a file; see infra/accelerate")
-    stage.end_with_parent()
+    parent.end_with_dvc()
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 IPV4_SUFFIXED = [
     ipaddress.IPv6Network(network)

@@ -17,12 +17,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import venv
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from tasks.runtime import atomic, locks, workspace
+from tasks.runtime import atomic, leash, locks, workspace
 from tasks.runtime.disk import require_space
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import proxy
 
 if TYPE_CHECKING:
@@ -49,16 +47,8 @@ OPT_OUT = ["noai", "noimageai", "noindex", "noimageindex"]
 POLL_SECONDS = 0.5
 # Errors caused by the proxy (stopped, wrong password, total bytes exhausted) and not by the URL.
 PROXY_ERRORS = r"Errno 111\]|Error 407|failed: 407|Error 471|failed: 471"
-# Runs img2dataset and kills its process group when the writing end of standard input is closed.
-LEASH = """
-import os, signal, subprocess, sys, threading
-def leash():
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-threading.Thread(target=leash, daemon=True).start()
-sys.exit(engine.wait())
-"""
+GRACE_SECONDS = 1.0
+"""Between SIGTERM and SIGKILL for img2dataset, which has nothing to save: its shards are renamed when complete."""
 
 
 def download(urls: Path, target: Path, kept: list[str], hash_kind: str, params: DownloadParams) -> dict[str, int]:
@@ -197,7 +187,7 @@ def _run(command: list[str], variables: dict[str, str], shards: int, target: Pat
     progress = tqdm(desc="download", total=shards, unit="shard", mininterval=1, dynamic_ncols=True)
     with log.open("wb") as output, progress as bar:
         engine = subprocess.Popen(
-            [sys.executable, "-c", LEASH, *command],
+            leash.command_line(command, GRACE_SECONDS),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -216,9 +206,7 @@ def _run(command: list[str], variables: dict[str, str], shards: int, target: Pat
                 time.sleep(POLL_SECONDS)
             bar.update(len(_complete(target)) - bar.n)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(engine.pid, signal.SIGKILL)
-            engine.communicate()
+            engine.communicate()  # closes the leash, which ends the engine
     if bar.n < shards:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise StageError(

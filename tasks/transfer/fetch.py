@@ -23,10 +23,11 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 from tqdm import tqdm
 
+from models.hashing import file_sha256
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, locks
-from tasks.runtime.disk import require_space, sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.disk import require_space
+from tasks.runtime.errors import StageError
 from tasks.transfer import addresses
 
 MAX_REDIRECTS = 5
@@ -169,7 +170,7 @@ def _complete(url: str, part: Path, sha256: str, limits: Limits) -> None:
     """Complete `part` and verify it; a resumed file with a wrong checksum is downloaded once more from the start."""
     resumed = part.exists()
     _receive(url, part, limits)
-    found = sha256_of(part)
+    found = file_sha256(part)
     if found == sha256:
         return
     part.unlink()

@@ -21,9 +21,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from models.hashing import file_sha256
 from tasks.runtime import workspace
-from tasks.runtime.disk import require_space, sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.disk import require_space
+from tasks.runtime.errors import StageError
 from tasks.transfer import fetch
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ def copy(target: Path, params: DownloadParams) -> str:
 def _hub() -> ModuleType:
     """Import huggingface_hub with telemetry disabled."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read at import
-    import huggingface_hub  # noqa: PLC0415
-    import huggingface_hub.constants  # noqa: PLC0415
-    import huggingface_hub.errors  # noqa: PLC0415
+    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.errors
 
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # in case it was imported before
     return huggingface_hub
@@ -169,7 +170,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _copy_cached(file: Published, cached: Path, path: Path) -> bool:
     """Copy a file from the local cache; False if its checksum differs from the published one."""
     shutil.copyfile(cached, path)
-    return not file.sha256 or sha256_of(path) == file.sha256
+    return not file.sha256 or file_sha256(path) == file.sha256
 
 
 def _fetch(file: Published, path: Path, params: DownloadParams, deadline: float) -> None:

@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from models.hashing import file_sha256
 from models.json_files import Description, JsonObject
 from tasks.runtime import atomic, workspace
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import crawl, hub
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _tables(target: Path, params: DownloadParams) -> str:
 def _identity(files: list[Path], laion: LaionParams) -> str:
     """Identifier of the work: hash of the tables and of the parameters that determine the result."""
     parts = laion.model_dump(mode="json", include={*NEEDED, "max_images", "shorter_side", "shard_size", "user_agent"})
-    hashes = [sha256_of(file) for file in files]
+    hashes = [file_sha256(file) for file in files]
     return hashlib.sha256(json.dumps([hashes, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -29,8 +29,9 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
 from tqdm import tqdm
 
-from tasks.runtime.disk import CHUNK, require_space, sha256_of
-from tasks.runtime.stage import StageError
+from models.hashing import file_sha256
+from tasks.runtime.disk import CHUNK, require_space
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from tasks.params import S3Params
@@ -223,7 +224,7 @@ def _mismatch(shared: Download, stored: Stored, file: Path) -> str | None:
     answer = shared.client.head_object(Bucket=shared.bucket, Key=stored.key, IfMatch=stored.etag)
     published = answer["Metadata"].get("sha256", "")
     if re.fullmatch(r"[0-9a-fA-F]{64}", published):
-        return None if sha256_of(file) == published.lower() else "its sha256 is not that of its metadata"
+        return None if file_sha256(file) == published.lower() else "its sha256 is not that of its metadata"
     etag = stored.etag.strip('"')
     if answer.get("ServerSideEncryption", "AES256") != "AES256":
         return None  # the ETag is not an MD5

@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if not ready:
                     return "cut by time"
                 for key, _ in ready:
-                    source, sink = cast(socket.socket, key.fileobj), cast(socket.socket, key.data)
+                    source, sink = cast("socket.socket", key.fileobj), cast("socket.socket", key.data)
                     data = source.recv(PIECE)
                     if not data:
                         return "passed"

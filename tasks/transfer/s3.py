@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.hashing import file_sha256
 from tasks.runtime import locks, workspace
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.disk import printable_name
+from tasks.runtime.errors import StageError
 from tasks.sources import archives, packing
 from tasks.transfer import fetch, objects
 
@@ -34,11 +35,11 @@ def copy(target: Path, params: DownloadParams) -> str:
         with objects.explained(url):
             objects.download(client, bucket, found, folder, params.s3.connections, params.timeout_seconds)
         if _is_prefix(key):
-            files = [(archives.text(item.key.removeprefix(key)), folder / objects.file_name(item)) for item in found]
+            files = [(printable_name(item.key.removeprefix(key)), folder / objects.file_name(item)) for item in found]
             packing.pack_files(sorted(files), target / "images.zip")
         else:
             file = folder / objects.file_name(found[0])
-            arrived = sha256_of(file)
+            arrived = file_sha256(file)
             if arrived != pin:
                 file.unlink()
                 raise StageError(

@@ -45,8 +45,8 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
         _require_distinct(table)
     os.environ["GX_ANALYTICS_ENABLED"] = "False"
     # Great Expectations reads the variable when it is imported, and takes seconds.
-    import great_expectations as gx  # noqa: PLC0415
-    from great_expectations.core.run_identifier import RunIdentifier  # noqa: PLC0415
+    import great_expectations as gx
+    from great_expectations.core.run_identifier import RunIdentifier
 
     logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")

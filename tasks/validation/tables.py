@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tasks.pictures import colours
 from tasks.pictures.images import enlarged, read_columns, schema, schema_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.sources.quarantine import FILE as QUARANTINE_FILE
 from tasks.validation import checks, demands, duplicates

@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import clone, dag, leash, repro, server
-from tasks.params import NO_PATH
-from tasks.runtime.stage import StageError
+from flows import clone, dag, dvc, repro, server
+from tasks.runtime import leash
+from tasks.runtime.errors import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """\
@@ -68,14 +68,13 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy = tmp_path_factory.mktemp("pristine") / "toy"
     toy.mkdir()
     git(toy, "init", "--quiet")
-    subprocess.run(repro.dvc("init", "--quiet"), cwd=toy, check=True)
+    subprocess.run(dvc.command("init", "--quiet"), cwd=toy, check=True)
     (toy / "dvc.yaml").write_text(TOY)
     (toy / "sleeper.py").write_text(SLEEPER)
     (toy / "source.txt").write_text("one")
     (toy / ".gitignore").write_text("*.txt\n!source.txt\n/.prefect/\n/pids\n")
     shutil.copy(ROOT / "params.yaml", toy)
-    (toy / NO_PATH).parent.mkdir(parents=True)
-    (toy / NO_PATH).touch()
+    (toy / "requirements.lock").touch()
     git(toy, "add", ".")
     git(toy, "commit", "--quiet", "-m", "toy")
     return toy
@@ -187,7 +186,7 @@ def flow_like(toy: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]
     """A process that holds the workspace and runs the stage `sleeper`, as the flow does."""
     program = (
         "import os, pathlib, signal; from flows import clone, repro\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs in the background ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a process in the background ignores it
         "here = pathlib.Path.cwd()\n"
         "with clone.only_run(here, 'the first run', 0, print) as held:\n"
         "    repro.repro('sleeper', here, os.environ, print, held=held, wait_seconds=0)\n"
@@ -210,9 +209,9 @@ def test_killing_the_leash_ends_dvc(toy: Path, environment: dict[str, str]) -> N
     process = flow_like(toy, environment)
     pids = sleepers(toy)
     holder = next(child for child in psutil.Process(process.pid).children() if "leash.py" in " ".join(child.cmdline()))
-    dvc = holder.children()[0]
+    below = holder.children()[0]
     holder.kill()
-    wait_for(lambda: gone(dvc.pid), 10)
+    wait_for(lambda: gone(below.pid), 10)
     for pid in pids:  # the stages of the real chain end with dvc; the toy does not
         os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=30) != 0
@@ -229,7 +228,7 @@ def test_a_stage_that_ignores_sigterm_is_killed() -> None:
 
 
 def test_the_leash_passes_on_the_exit_code() -> None:
-    command = [sys.executable, "-I", str(repro.LEASH), sys.executable, "-c", "raise SystemExit(7)"]
+    command = leash.command_line([sys.executable, "-c", "raise SystemExit(7)"])
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait(timeout=30) == 7
 
@@ -257,7 +256,7 @@ def test_a_second_run_in_a_workspace_waits_then_goes_on(toy: Path) -> None:
 def test_a_second_run_gives_up_with_one_sentence(toy: Path) -> None:
     with (
         clone.only_run(toy, "the first run", 0, print),
-        pytest.raises(StageError, match=r"^the first run \(process \d+\) has .* cancel it or try again later$"),
+        pytest.raises(StageError, match=r"^the first run \(process \d+\) uses .* cancel it or try again later$"),
         clone.only_run(toy, "the second run", 0, print),
     ):
         pass
@@ -275,7 +274,7 @@ def test_the_workspace_stays_locked_until_the_last_process_of_a_killed_run_is_go
 
 
 def test_a_stage_waits_for_a_person_who_runs_dvc(toy: Path, environment: dict[str, str], descriptor: int) -> None:
-    person = subprocess.Popen(repro.dvc("repro", "--single-item", "sleeper"), cwd=toy, env=environment)
+    person = subprocess.Popen(dvc.command("repro", "--single-item", "sleeper"), cwd=toy, env=environment)
     pids = sleepers(toy)
     with pytest.raises(StageError, match="another DVC command has kept"):
         run("sleeper", toy, environment, descriptor, wait=0)
@@ -339,20 +338,20 @@ def test_overrides_without_a_preset_are_refused(toy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/x", "UPPER", "-x"])
 def test_a_name_of_a_workspace_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StageError, match="no usable name"):
+    with pytest.raises(StageError, match="not a valid name"):
         clone.folder(tmp_path, name)
 
 
 def test_a_tree_without_a_commit_is_one_sentence(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet")
-    with pytest.raises(StageError, match="a deployment works on what is committed"):
+    with pytest.raises(StageError, match="a deployment runs the committed state"):
         update(tmp_path)
 
 
 def test_a_source_that_is_not_committed_is_one_sentence(toy: Path) -> None:
     (toy / "my-images.zip").touch()
     text = (toy / "params.yaml").read_text()
-    text = text.replace("source: digits", "source: folder").replace(f"path: {NO_PATH}", "path: my-images.zip")
+    text = text.replace("source: digits", "source: folder").replace("path: requirements.lock", "path: my-images.zip")
     (toy / "params.yaml").write_text(text)
     git(toy, "commit", "--quiet", "-m", "own images", "params.yaml")
     with pytest.raises(StageError, match=r"'my-images\.zip' is not committed"):
@@ -387,7 +386,7 @@ def test_make_passes_the_port_and_the_preset_on() -> None:
 
 
 def test_a_dead_server_in_the_environment_is_one_sentence() -> None:
-    with socket.socket() as free:  # bound, and nobody listens
+    with socket.socket() as free:  # bound, and no process listens
         free.bind((server.HOST, 0))
         address = f"http://{server.HOST}:{free.getsockname()[1]}/api"
         environment = {**os.environ, "PREFECT_API_URL": address.replace("//", "//somebody:secret@")}
@@ -423,6 +422,34 @@ def test_stop_ends_the_server_last_whatever_started_first(tmp_path: Path) -> Non
     assert not any(server.alive(process) for process in started)
 
 
+def test_a_copied_work_tree_does_not_stop_the_server_of_the_original(tmp_path: Path) -> None:
+    original, copy, moved = tmp_path / "original", tmp_path / "copy", tmp_path / "moved"
+    (original / server.PROCFILE).parent.mkdir(parents=True)
+    (original / server.PROCFILE).write_text("server: sleep 600\n")
+    started = server.start(original, "server", {**os.environ, "PORT": "0"})
+    try:
+        shutil.copytree(original, copy)
+        assert server.running(original) == {"server": started}
+        assert server.running(copy) == {} and server.elsewhere(copy) == original.resolve()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "flows.stop"]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        assert f"was copied from {original.resolve()}, whose processes continue" in done.stdout, done.stderr
+        assert server.alive(started)
+        original.rename(moved)
+        assert server.running(moved) == {"server": started}, "a moved work tree keeps its server"
+    finally:
+        server.stop(moved if moved.exists() else original, started)
+    assert not server.alive(started)
+
+
+def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / server.RECORD).parent.mkdir(parents=True)
+    (tmp_path / server.RECORD).write_text("[]")
+    with pytest.raises(StageError, match="is of another version; end the processes that it lists, then delete it"):
+        server.running(tmp_path)
+
+
 def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> None:
     here = psutil.Process()
     ours = server.Process("server", here.pid, here.create_time(), 4200)
@@ -446,5 +473,5 @@ def test_the_commands_answer_at_once_and_without_torch(module: str) -> None:
 
 
 def test_the_flow_imports_no_torch() -> None:
-    program = "import sys, flows.pipeline; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    program = "import sys, flows.chain; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from infra.bench import __main__ as bench
-from infra.bench import encoding, inputs, quality, report, throughput
-from infra.bench.contestant import Block
+from infra.bench import cases, encoding, inputs, quality, report, throughput
+from infra.bench.clock import Block
 from infra.bench.results import Piecewise
 
 TINY = [
@@ -80,7 +80,7 @@ def test_the_floor_is_of_as_many_images_of_every_class():
     assert len(set(quality.balanced(labels, 500))) == 100
 
 
-@pytest.mark.parametrize("case", sorted({*throughput.ON_CPU, *throughput.ON_GPU}))
+@pytest.mark.parametrize("case", sorted({*cases.THROUGHPUT_ON_CPU, *cases.THROUGHPUT_ON_GPU}))
 def test_every_case_of_throughput_is_a_valid_preset(case):
     preset = case.split(":")[0]
     assert inputs.parameters(preset, None, "conditioning=none").codec.conditioning == "none"
@@ -155,9 +155,9 @@ def test_a_distance_that_was_not_reached_is_said(tmp_path):
     part = {"machine": machine, "load": [0.1, 2.0], "floor": 1.0, "ratio": None, "runs": [never | sides]}
     how = {"samples": 64, "sampler_steps": 20, "samplers": ["ddim", "dpm_solver_pp_2m"]}
     report.write(tmp_path, {"quality_digits": part | {"arguments": {"measure": how, "overrides": []}}})
-    told = (tmp_path / "bench.md").read_text(encoding="utf-8")
-    assert "| 0 | 1.0 | 3.0 | not reached |" in told
-    assert "of 64 images drawn in 20 network evaluations each by DDIM or DPM-Solver++ (2M)" in told
+    text = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "| 0 | 1.0 | 3.0 | not reached |" in text
+    assert "of 64 images drawn in 20 network evaluations each by DDIM or DPM-Solver++ (2M)" in text
     report.write(
         tmp_path, {"quality_digits": part | {"arguments": {"measure": how, "overrides": ["conditioning=none"]}}}
     )
@@ -191,16 +191,16 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
     from infra.bench.ours import Ours
 
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path))
-    params = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["tiny"], *SMALL_LATENTS)
+    params = inputs.parameters("digits", None, *encoding.COMMON, *cases.ENCODING["tiny"], *SMALL_LATENTS)
     prepared = inputs.prepare(work, params)
     stored = Ours(params, prepared).run.batches
     encoders = encoding.Encoders(params, prepared, stored)
     reads = {
-        "files": (encoding.Pictures(params, prepared), encoding.Captions(prepared, encoders.text)),
+        "files": (encoding.Images(params, prepared), encoding.Captions(prepared, encoders.text)),
         "memory": (encoding.Pixels(params, prepared), encoding.Tokens(prepared, encoders.text)),
     }
     for step, read in ((0, "files"), (5, "files"), (5, "memory")):
-        a, b = stored.draw(step), encoders.under(stored, *reads[read]).draw(step)
+        a, b = stored.draw(step), encoders.replacing(stored, *reads[read]).draw(step)
         assert torch.equal(a.t, b.t) and torch.equal(a.eps, b.eps)
         assert torch.allclose(a.x0, b.x0, atol=0.03) and torch.allclose(a.condition, b.condition, atol=0.03)
     assert not torch.allclose(stored.draw(0).x0, stored.draw(1).x0, atol=0.03)
@@ -220,8 +220,8 @@ def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
         "codec.autoencoder.layers_per_block=2",
     ]
     text = ["codec.text.width=768", "model.block_out_channels=[320,640,1280,1280]", "model.norm_num_groups=32"]
-    small = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"])
-    large = inputs.parameters("digits", None, *encoding.COMMON, *encoding.CASES["stable_diffusion_8th"], *shape, *text)
+    small = inputs.parameters("digits", None, *encoding.COMMON, *cases.ENCODING["stable_diffusion_8th"])
+    large = inputs.parameters("digits", None, *encoding.COMMON, *cases.ENCODING["stable_diffusion_8th"], *shape, *text)
     ratios = [encoding.ratio_by_operations(params) for params in (small, large)]
     assert ratios[0] == pytest.approx(ratios[1], rel=0.01) and ratios[1] == pytest.approx(1.46, abs=0.01)
 

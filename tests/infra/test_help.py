@@ -27,7 +27,7 @@ def commands() -> dict[str, list[str]]:
             if not re.search(r'^if __name__ == "__main__":', path.read_text(encoding="utf-8"), re.M):
                 continue
             module = ".".join(name.with_suffix("").parts).removesuffix(".__main__")
-            # The leash and the installer are started by their path, without the packages of the project.
+            # The leash and the installer are started by their path, because they run in an isolated or a bare Python.
             alone = path.name in ("leash.py", "install.py")
             found[str(name)] = [sys.executable, *(["-I", str(name)] if alone else ["-m", module])]
     return found

@@ -1,4 +1,4 @@
-"""What stands around the chain: the wrapper of `make repro`, its reading of DVC, the configurations of machines."""
+"""`make repro`: its summary, memory and signals; `make ui`; the files for accelerate, Docker and CI."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import model_outputs, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DVC_OUTPUT = b"""\
+DVC_OUTPUT = """\
 Stage 'download' didn't change, skipping
 Stage 'ingest' is cached - skipping run, checking out outputs
 Running stage 'train':
@@ -94,8 +94,8 @@ def test_nothing_outlives_the_wrapper(number, tmp_path):
     inner = f"import os, pathlib, time; pathlib.Path({file!r}).write_text(str(os.getpid())); time.sleep(60)"
     middle = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     script = (
-        "import sys; from infra.run import leashed, passed_on\n"
-        f"with leashed([sys.executable, '-c', {middle!r}]) as process: list(passed_on(process.stdout))"
+        "import sys; from infra.run import interruptible, passed_on\n"
+        f"with interruptible([sys.executable, '-c', {middle!r}]) as running: list(passed_on(running.output))"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True) as process:
         inner_pid = int(waited_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
@@ -134,7 +134,7 @@ def test_a_failing_chain_is_named_and_its_reason_is_the_stages_own(tmp_path):
     assert "bad: error: no such thing; do that" in done.stdout
     assert re.search(r"^good +ran", done.stdout, re.MULTILINE) and re.search(r"^bad +FAILED", done.stdout, re.MULTILINE)
     assert done.stderr.strip() == (
-        "repro: stopped in stage 'bad'; the reason is above, and the same command goes on from here"
+        "repro: stopped in stage 'bad'; the reason is above, and the same command continues from here"
     )
 
 

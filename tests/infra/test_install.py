@@ -104,10 +104,10 @@ def test_an_environment_without_mlflow_is_refused(tmp_path):
     house.lock("torch==2.0", "onnxruntime==1.0")
     done = house.install()
     assert done.returncode == 1
-    assert "the package mlflow is not there" in done.stderr
+    assert "the package mlflow is not installed" in done.stderr
 
 
-def test_an_old_python_is_told_which_ones_will_do():
+def test_an_old_python_gets_the_supported_versions():
     old = next((path for path in map(shutil.which, ("python3.10", "python3.9", "python3.8")) if works(path)), None)
     if old is None:
         pytest.skip("no Python older than 3.11 on this machine")

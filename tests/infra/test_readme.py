@@ -1,5 +1,7 @@
-"""What the README shows runs: each command in its order, in a clone; the sampler outside this project, on the weights
-as they are saved. A command or a block of code that stands in none of the tables here fails."""
+"""The commands of the README run: each in its order, in a clone; the sampler outside this project, on saved weights.
+
+A command or a block of code that is in none of the tables here fails.
+"""
 
 import importlib.util
 import os

@@ -66,10 +66,10 @@ def test_command_names_dependencies_and_outs_in_the_order_of_the_function(name):
     assert (python, flag, module) == ("python", "-m", f"tasks.{name}")
     assert len(arguments) == len(stage.paths_of(function_of(name)))
     deps, outs = paths(STAGES[name]["deps"]), outs_of(name)
-    assert not set(arguments) - {*deps, *outs}, "an argument that DVC does not know is read or written behind its back"
-    assert set(outs) <= set(arguments), "the stage is not told where one of its outs goes"
+    assert not set(arguments) - {*deps, *outs}, "DVC does not know an argument that is read or written"
+    assert set(outs) <= set(arguments), "an out of the stage is not among its arguments"
     data = {path for path in deps if not path.startswith(("tasks/", "models/", "mlflow/", "$"))}
-    assert data <= set(arguments), "the stage is not told where one of its inputs is"
+    assert data <= set(arguments), "an input of the stage is not among its arguments"
 
 
 def test_each_path_has_one_owner_and_each_input_a_maker():
@@ -78,7 +78,7 @@ def test_each_path_has_one_owner_and_each_input_a_maker():
     for name, entry in STAGES.items():
         for path in paths(entry["deps"]):
             assert path in made or path.startswith("$") or (ROOT / path).exists(), (
-                f"{name} reads {path}, made by nobody"
+                f"{name} reads {path}, which no stage makes"
             )
 
 
@@ -107,8 +107,10 @@ def test_import_linter_knows_every_stage():
 
 
 def test_what_measures_has_no_part_in_what_is_drawn():
-    """Another judge re-encodes and retrains nothing: neither its files, nor its parameters, nor its networks lead
-    to the pipeline."""
+    """Another judge causes no encoding and no training.
+
+    Neither the files, nor the parameters, nor the networks of the judge are inputs of the pipeline.
+    """
     needed, waiting = set(), ["train"]
     while waiting:
         name = waiting.pop()

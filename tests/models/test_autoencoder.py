@@ -310,9 +310,9 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
     untrained.register_to_config(scaling_factor=0.5)
     autoencoder.save_autoencoder(published, untrained)
     untrained.register_to_config(scaling_factor=1.0)
-    from tasks.runtime.disk import sha256_of
+    from models.hashing import file_sha256
 
-    pin = sha256_of(published / "diffusion_pytorch_model.safetensors")
+    pin = file_sha256(published / "diffusion_pytorch_model.safetensors")
     given = {"weights": str(chain.folder / "published"), "pin": pin, "widths": (8, 16), "latent_channels": 2}
     chain.make_codec(wanted=AutoencoderParams(**given, scaling="published"))
     document = json.loads((chain.codec / "codec.json").read_text())["autoencoder"]
@@ -339,7 +339,7 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
 def test_a_tiny_autoencoder_keeps_its_published_scaling(chain):
     from diffusers import AutoencoderTiny
 
-    from tasks.runtime.disk import sha256_of
+    from models.hashing import file_sha256
 
     torch.manual_seed(0)
     tiny = AutoencoderTiny(
@@ -350,7 +350,7 @@ def test_a_tiny_autoencoder_keeps_its_published_scaling(chain):
         latent_channels=2,
     )
     tiny.save_pretrained(chain.folder / "tiny", safe_serialization=True)
-    pin = sha256_of(chain.folder / "tiny" / "diffusion_pytorch_model.safetensors")
+    pin = file_sha256(chain.folder / "tiny" / "diffusion_pytorch_model.safetensors")
     given = {"weights": str(chain.folder / "tiny"), "pin": pin, "widths": (8, 16), "latent_channels": 2}
     with pytest.raises(StageError, match=r"set codec\.autoencoder\.scaling to 'published'"):
         chain.make_codec(wanted=AutoencoderParams(**given))

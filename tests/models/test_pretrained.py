@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from models.hashing import file_sha256
 from models.judges import inception, pretrained
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
 from tasks.evaluation.protocol import declare
 from tasks.evaluation.summary import measure
 from tasks.params import JudgeParams
-from tasks.runtime.disk import sha256_of
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.tasks.test_evaluate import PARAMS
 
@@ -152,7 +152,7 @@ def test_another_network_is_named(clip, dinov2, name, what):
 
 def judged(root, extractor=None, clip=None):
     def named(kind, folder):
-        own = {"weights": str(folder), "pin": sha256_of(folder / "model.safetensors")}
+        own = {"weights": str(folder), "pin": file_sha256(folder / "model.safetensors")}
         return own | ({"kind": kind} if kind else {})
 
     sections = {"extractor": named(*extractor)} if extractor else {}
@@ -205,7 +205,7 @@ def test_weights_that_are_not_there_or_not_as_pinned_end_in_a_sentence(tmp_path,
         "private address": {"kind": "inception", "weights": "http://127.0.0.1:9/inception.pth", "pin": "0" * 64},
     }
     (tmp_path / "inception.pth").write_bytes(b"is no weights")
-    own = {"weights": str(tmp_path / "inception.pth"), "pin": sha256_of(tmp_path / "inception.pth")}
+    own = {"weights": str(tmp_path / "inception.pth"), "pin": file_sha256(tmp_path / "inception.pth")}
     cases["can be read"] = {"kind": "inception", **own}
     for sentence, extractor in cases.items():
         params = {"classifier_steps": 1, "clip_steps": 1, "extractor": extractor}

@@ -21,10 +21,6 @@ import psutil
 import yaml
 
 from tasks.params import DownloadParams, IngestParams, composition
-from tasks.pictures.index import read_index
-=======
-from tasks.pictures.index import read_index
->>>>>>> 50536c79462c5fd6b896bcc72c3d68c88a95eb9b
 from tasks.runtime import integrity
 
 ROOT = Path(__file__).parents[2]

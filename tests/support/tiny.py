@@ -1,4 +1,4 @@
-"""A work tree of its own with a chain of minutes made one of seconds: every stage real, everything small."""
+"""A copy of the work tree with tiny parameters: every stage is real and takes seconds instead of minutes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OVERRIDES = [
 
 
 def tree(destination: Path) -> Path:
-    """Copy the work tree as it is, without what a run makes, give it tiny parameters and commit it."""
+    """Copy the files of the work tree without outputs, compose tiny parameters and commit the copy."""
     listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in listed:
         if name and name != "dvc.lock" and (ROOT / name).is_file():
@@ -51,6 +51,6 @@ def tree(destination: Path) -> Path:
 
 
 def git(where: Path, *arguments: str) -> str:
-    """Output of a Git command in `where`, by an author who is nobody."""
+    """Output of a Git command in `where`, with a test author."""
     command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "core.hooksPath=", *arguments]
     return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout.strip()

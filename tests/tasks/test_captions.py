@@ -11,7 +11,7 @@ import pytest
 from tasks import ingest
 from tasks.ingest import _problem
 from tasks.pictures.index import CaptionFile
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources import archives, folder, packing, picture_tables
 from tasks.sources.entry import TableColumns
 from tests.support.data_inputs import picture, write_tree, write_zip

@@ -14,7 +14,7 @@ from tasks.params import DownloadParams, ImageParams
 from tasks.pictures import images
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources import cifar
 from tasks.sources.entry import write_manifest
 from tests.support.data_inputs import ingest_params, serving

@@ -10,7 +10,7 @@ import pytest
 
 from tasks import params
 from tasks.runtime import atomic, consistency, stage
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.infra.test_wiring import STAGES, function_of
 from tests.support.train_inputs import ROOT, run, write_inputs, write_params
 

@@ -9,7 +9,7 @@ from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import Demands, Params, ValidateParams
 from tasks.preset import compose
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.validate import validate
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
 

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from tasks.download import download
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import (
     ROOT,
     contents,

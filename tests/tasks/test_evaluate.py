@@ -22,7 +22,7 @@ from tasks.evaluation.summary import measure
 from tasks.params import EvaluateParams
 from tasks.pictures.images import load_pixels
 from tasks.runtime import measures
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents
 

@@ -21,7 +21,7 @@ from models.bundle import CPU, Bundle
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from models.samplers import Sampling
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import addresses, fetch
 from tests.support.data_inputs import cutting, random_cuts, serving
 

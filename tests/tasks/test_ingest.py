@@ -20,7 +20,7 @@ from tasks.ingest import CEILING_CHUNKS, CHUNK_BYTES, CHUNK_ENTRIES, ingest
 from tasks.params import DownloadParams, ImageParams
 from tasks.pictures import decoding, images
 from tasks.pictures.index import read_index
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources import digits
 from tasks.sources.entry import Entry, Source
 from tests.support import bad_inputs

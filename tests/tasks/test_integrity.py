@@ -19,7 +19,7 @@ from tasks.ingest import ingest
 from tasks.params import CodecParams, EncodeParams, ImageParams
 from tasks.pictures import images
 from tasks.runtime import integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
 from tests.support.train_inputs import ROOT, checkpoints, train_here, write_inputs, write_params

@@ -14,7 +14,7 @@ from models.judges.fit import Recipe
 from models.judges.judge import load_judge
 from tasks.judge import caption_choices, class_prompts
 from tasks.pictures.images import Samples, load_pixels
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents, record_checksums
 

@@ -14,7 +14,7 @@ from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams, LaionParams
 from tasks.pictures.index import read_index
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import addresses, crawl, laion
 from tests.support.data_inputs import ROOT, ingest_params, picture, serving
 from tests.support.hub_site import COMMIT, publish

@@ -15,7 +15,7 @@ from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import NO_PATH
 from tasks.runtime import local_source
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support.data_inputs import ROOT, folder_params, ingest_params, picture, write_params, write_tree
 
 

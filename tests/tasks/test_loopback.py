@@ -76,7 +76,7 @@ def test_mlflow_on_loopback_is_probed_directly(behind_a_dead_proxy, monkeypatch)
 STARTED = {
     "infra/run.py": """
 import infra.run
-infra.run.dvc = lambda *_: [sys.executable, "-c", SHOW]
+infra.run.dvc.command = lambda *_: [sys.executable, "-c", SHOW]
 sys.argv = ["run"]
 infra.run.main()
 """,

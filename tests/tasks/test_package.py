@@ -12,7 +12,7 @@ import pytest
 from tasks.formats import model_folder
 from tasks.formats.model_card import DataFacts, ModelFacts, model_card
 from tasks.formats.model_folder import ExportReport, TensorRTReport
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.report_inputs import MEASURED
 

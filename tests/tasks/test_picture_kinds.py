@@ -17,7 +17,7 @@ from tasks.download import download
 from tasks.ingest import ingest
 from tasks.pictures import colours, decoding, images
 from tasks.pictures.index import read_index
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources import archives
 from tests.support.bad_inputs import saved
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree, write_zip

@@ -10,7 +10,7 @@ import pytest
 
 from models.samplers import Sampling
 from tasks.evaluation.protocol import FILE, Measurement, Protocol, Reference
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 MEASUREMENT = Measurement(

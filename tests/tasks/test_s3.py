@@ -14,7 +14,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import ingest
 from tasks.params import DownloadParams
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.transfer import objects, s3
 from tests.support import s3_site
 from tests.support.data_inputs import ROOT, cutting, ingest_params, picture, random_cuts, write_params, write_zip

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime import store, tracking
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 DATASET = {"name": "digits", "digest": "ab" * 32}

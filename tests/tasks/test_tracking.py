@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tasks.runtime import tracking
-from tasks.runtime.stage import Preempted, StageError
+from tasks.runtime.errors import Preempted, StageError
 from tasks.training import tracked
 
 ROOT = Path(__file__).parents[2]

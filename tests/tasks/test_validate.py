@@ -26,7 +26,7 @@ from tasks.params import Demands, ValidateParams
 from tasks.pictures.images import schema
 from tasks.pictures.index import ImageIndex
 from tasks.runtime import integrity
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tasks.sources import quarantine
 from tasks.validate import validate
 from tasks.validation.expectations import Table, judge

@@ -20,7 +20,7 @@ from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts
 from tasks.report.process import nearest_images
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import report_inputs
 
 TEN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "<eight> & co", "nine"]

@@ -10,7 +10,7 @@ import huggingface_hub.constants as hub_constants
 import pytest
 
 from tasks.pretrained import weights
-from tasks.runtime.stage import StageError
+from tasks.runtime.errors import StageError
 from tests.support import s3_site
 from tests.support.data_inputs import serving
 from tests.support.hub_site import COMMIT, publish_model
