@@ -113,18 +113,19 @@ def test_commands_in_their_order(tmp_path):
 
 
 def save_random_pipeline(folder: Path) -> None:
-    """An untrained class-conditional pipeline of the default preset's form."""
+    """Save an untrained class-conditional pipeline with the image size and classes of the default preset."""
     import torch
 
     from models import schedules
     from models.networks.unet import UNet, UNetConfig
-    from models.pipeline import save_pipeline
+    from models.pipeline import PipelineInfo, save_pipeline
 
     torch.manual_seed(0)
     unet = UNet(UNetConfig(16, 1, (8, 16), (False, True), 1, 4, 8, conditions=11))
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    info = {"conditioning": "label", "prediction": "v_prediction"}
+    classes = [str(digit) for digit in range(10)]
+    info = PipelineInfo("label", 1, 16, "cosine", 1000, "v_prediction", "", classes, null_label=10)
     folder.mkdir(parents=True)
     save_pipeline(folder, unet, dict(unet.state_dict()), schedules.betas("cosine", 1000), info)
 
