@@ -125,7 +125,17 @@ def save_random_pipeline(folder: Path) -> None:
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     classes = [str(digit) for digit in range(10)]
-    info = PipelineInfo("label", 1, 16, "cosine", 1000, "v_prediction", "", classes, null_label=10)
+    info = PipelineInfo(
+        conditioning="label",
+        channels=1,
+        size=16,
+        schedule="cosine",
+        timesteps=1000,
+        prediction="v_prediction",
+        train_key="",
+        classes=classes,
+        null_label=10,
+    )
     folder.mkdir(parents=True)
     save_pipeline(folder, unet, dict(unet.state_dict()), schedules.betas("cosine", 1000), info)
 

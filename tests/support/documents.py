@@ -54,9 +54,15 @@ def require_form(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             _compose(words[3], words[4:], folder, monkeypatch)
         elif program == "python":
             assert words[1] == "-m", command
-            assert words[2].startswith("afterimage_bundle") or importlib.util.find_spec(words[2]), command
+            assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
         else:
             assert words[0] in _NOT_CHECKED, command
+
+
+def _is_module(name: str) -> bool:
+    """Whether `name` is a module or a package; a folder without `__init__.py` is neither."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
 
 
 def _require_tests(arguments: list[str]) -> None:
