@@ -56,8 +56,8 @@ def test_links_lead_to_files_and_headings(name):
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
-def test_command_has_a_form_that_its_program_takes(name, command, tmp_path, monkeypatch):
-    documents.require_form(command, tmp_path, monkeypatch)
+def test_command_has_a_form_that_its_program_takes(name, command, tmp_path):
+    documents.require_form(command, tmp_path)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
-
-import pytest
-
-from tasks import preset
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
@@ -35,8 +33,8 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
 
 
-def require_form(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a program would refuse its arguments; presets are composed in `folder`, with sources made up there."""
+def require_form(command: str, folder: Path) -> None:
+    """Fail if a program would refuse its arguments; presets are written in the empty `folder`."""
     for part in command.split(" && "):
         words = [word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)]
         program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
@@ -51,7 +49,7 @@ def require_form(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         elif program == "pytest" or words[1:3] == ["-m", "pytest"]:
             _require_tests(arguments[2:] if program == "python" else arguments)
         elif words[1:3] == ["-m", "tasks.preset"] and words[3] not in ("NAME", "--list"):
-            _compose(words[3], words[4:], folder, monkeypatch)
+            _compose(words[3:], folder)
         elif program == "python":
             assert words[1] == "-m", command
             assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
@@ -74,12 +72,14 @@ def _require_tests(arguments: list[str]) -> None:
         assert (ROOT / arguments[0]).is_file()
 
 
-def _compose(name: str, overrides: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _compose(arguments: list[str], folder: Path) -> None:
+    """Write the parameters of a preset in `folder`, where the project and the sources that the documents name are."""
     (folder / "pictures").mkdir()
     (folder / "cifar10-jpeg.zip").touch()
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):
             (folder / entry.name).symlink_to(entry)
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.chdir(folder)
-    preset.compose(name, overrides)
+    command = [sys.executable, "-m", "tasks.preset", *arguments, "--params", "written.yaml"]
+    environment = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
