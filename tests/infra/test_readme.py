@@ -26,7 +26,7 @@ IN_ORDER = [
     "source .venv/bin/activate",
     "dvc metrics show",
     "dvc plots show",
-    "cd outputs/onnx && python -m afterimage_bundle.bundle --label 3 --seed 0 --out three.png",
+    "cd outputs/onnx && python -m afterimage_bundle.bundle --label 3 --seed 0 --out ../three.png",
     "make dag",
     "dvc repro",
     'git commit -m "Results of this machine" dvc.lock',
@@ -108,7 +108,7 @@ def test_commands_in_their_order(tmp_path):
         ["bash", "-exc", "\n".join(shell)], cwd=clone, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    assert "served" in done.stdout and (clone / "outputs" / "onnx" / "three.png").exists()
+    assert "served" in done.stdout and (clone / "outputs" / "three.png").exists()
     assert "train.learning_rate" in done.stdout
 
 
