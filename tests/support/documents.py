@@ -1,0 +1,85 @@
+"""Commands and blocks of code in Markdown documents."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
+_BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
+_INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )?(?:{PROGRAMS}) [^`]+)`")
+_NOT_CHECKED = ("cd", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Kind and content of each fenced block."""
+    return _BLOCK.findall(text)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of the shell blocks without comments, then inline code that begins like a command; each once."""
+    lines = [
+        line for kind, block in blocks(text) if kind in ("bash", "sh", "console", "") for line in block.splitlines()
+    ]
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    found += [" ".join(code.split()) for code in _INLINE.findall(_BLOCK.sub("", text))]
+    return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
+
+
+def require_form(command: str, folder: Path) -> None:
+    """Fail if a program would refuse its arguments; presets are written in the empty `folder`."""
+    for part in command.split(" && "):
+        words = [word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)]
+        program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+        if program == "make":
+            dry = ["make", "-n", "-o", "install", *shlex.split(part)[shlex.split(part).index("make") + 1 :]]
+            done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        elif program == "dvc":
+            from dvc.cli.parser import get_main_parser
+
+            get_main_parser().parse_args(arguments)
+        elif program == "pytest" or words[1:3] == ["-m", "pytest"]:
+            _require_tests(arguments[2:] if program == "python" else arguments)
+        elif words[1:3] == ["-m", "tasks.preset"] and words[3] not in ("NAME", "--list"):
+            _compose(words[3:], folder)
+        elif program == "python":
+            assert words[1] == "-m", command
+            assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
+        else:
+            assert words[0] in _NOT_CHECKED, command
+
+
+def _is_module(name: str) -> bool:
+    """Whether `name` is a module or a package; a folder without `__init__.py` is neither."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
+
+
+def _require_tests(arguments: list[str]) -> None:
+    """A marker that exists, or a file of tests that exists."""
+    if arguments[0] == "-m":
+        configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+        assert arguments[1] in [marker.split(":")[0] for marker in configuration["markers"]]
+    else:
+        assert (ROOT / arguments[0]).is_file()
+
+
+def _compose(arguments: list[str], folder: Path) -> None:
+    """Write the parameters of a preset in `folder`, where the project and the sources that the documents name are."""
+    (folder / "pictures").mkdir()
+    (folder / "cifar10-jpeg.zip").touch()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (folder / entry.name).symlink_to(entry)
+    command = [sys.executable, "-m", "tasks.preset", *arguments, "--params", "written.yaml"]
+    environment = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
