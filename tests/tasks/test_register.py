@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tasks.formats import model_folder
@@ -432,11 +433,19 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
 
 
 @pytest.mark.slow
+def register_command(work) -> list[str]:
+    """The stage as a process, with the digits' parameters for images as large as those of the model."""
+    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    document["image"]["resolution"] = model_outputs.SIZE
+    file = work.root / "params.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return [sys.executable, "-m", "tasks.register", *map(str, work.paths()), "--params", str(file)]
+
+
 def test_several_registrations_at_once_make_one_version(work):
     model_outputs.write_reports(work.root)
     model_outputs.run_package(work.root)
-    (work.root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    command = [sys.executable, "-m", "tasks.register", *map(str, work.paths())]
+    command = register_command(work)
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [process.wait(timeout=200) for process in started] == [0, 0, 0]
     client = tracking.connect()
@@ -465,7 +474,7 @@ def test_killed_at_any_moment_the_next_run_completes_it(work):
         "sqlite3.connect = lambda *a, **k: connect(*a, **{**k, 'factory': Mortal})\n"
         "sqlite3.dbapi2.connect = sqlite3.connect\n"
     )
-    command = [sys.executable, "-m", "tasks.register", *map(str, work.paths())]
+    command = register_command(work)
     ends = []
     for commits in range(1, 60):
         environment = os.environ | {"PYTHONPATH": str(work.root), "COMMITS": str(commits)}
