@@ -33,15 +33,15 @@ def test_a_row_resembles_the_first_one_that_is_near(bits):
     own = np.arange(500)
     expected = [min(np.flatnonzero(row <= bits)) for row in distances]
     expected = [-1 if first == row else first for row, first in enumerate(expected)]
-    assert duplicates.resembled(hashes, own, own, bits).tolist() == expected
+    assert duplicates.first_duplicates(hashes, own, own, bits).tolist() == expected
     rows, among = own[300:], own[:300]
     expected = [min(np.flatnonzero(distances[row][:300] <= bits), default=-1) for row in rows]
-    assert duplicates.resembled(hashes, rows, among, bits).tolist() == expected
+    assert duplicates.first_duplicates(hashes, rows, among, bits).tolist() == expected
 
 
 def test_a_crowd_of_equal_hashes_is_found_at_once():
     hashes = np.full(200_000, 0xF0F0, np.uint64)
-    assert (duplicates.resembled(hashes, np.arange(200_000), np.arange(200_000), 3)[1:] == 0).all()
+    assert (duplicates.first_duplicates(hashes, np.arange(200_000), np.arange(200_000), 3)[1:] == 0).all()
 
 
 def test_hashes_are_read_as_numbers():

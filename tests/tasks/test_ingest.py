@@ -18,7 +18,7 @@ import pytest
 from tasks.download import download
 from tasks.ingest import CEILING_CHUNKS, CHUNK_BYTES, CHUNK_ENTRIES, ingest
 from tasks.params import DownloadParams, ImageParams
-from tasks.pictures import decoding, images
+from tasks.pictures import images
 from tasks.pictures.index import read_index
 from tasks.runtime.errors import StageError
 from tasks.sources import digits
@@ -392,16 +392,6 @@ def test_pixels_are_upright_square_and_on_white(tmp_path, taken):
     assert samples.labels.tolist() == [-1, -1, -1]
 
 
-def test_the_perceptual_hash_is_the_signs_of_the_low_frequencies():
-    from scipy.fft import dctn
-
-    pictures = np.random.default_rng(0).integers(0, 256, (50, 32, 32), np.uint8)
-    low = dctn(pictures.astype(float), axes=(1, 2))[:, :8, :8].reshape(50, 64)
-    expected = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
-    found = np.array([list(bytes.fromhex(text)) for text in decoding.perceptual_hashes(pictures)], np.uint8)
-    assert np.unpackbits(expected ^ found).sum() <= 2  # a sign may turn where a frequency is all but the median
-
-
 def test_the_perceptual_hash_survives_a_smaller_copy(tmp_path, taken):
     small = io.BytesIO()
     large = PIL.Image.open(io.BytesIO(picture(3, (96, 96))))
@@ -411,35 +401,6 @@ def test_the_perceptual_hash_survives_a_smaller_copy(tmp_path, taken):
     bits = {name: int(row["phash"], 16) for name, row in rows.items()}
     assert (bits["large.png"] ^ bits["small.jpg"]).bit_count() <= 6
     assert (bits["large.png"] ^ bits["other.png"]).bit_count() > 12
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_the_thumbnail_of_a_transparent_picture_lies_on_white(mode):
-    picture = PIL.Image.radial_gradient("L").resize((96, 64))
-    image = PIL.Image.merge("RGBA", [picture, picture.rotate(90), picture, picture.rotate(180)])
-    image = image.quantize(64) if mode == "P" else image.convert(mode)
-    white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    expected = np.asarray(white.convert("L").resize((32, 32), PIL.Image.Resampling.BILINEAR))
-    assert np.abs(decoding.thumbnail(image).astype(int) - expected).max() <= 2
-
-
-@pytest.mark.parametrize("orientation", range(10))
-def test_a_picture_is_set_upright_as_pillow_does(orientation):
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    lying = decoding.open_image(
-        bad_inputs.saved(PIL.Image.radial_gradient("L").crop((0, 9, 99, 70)), "PNG", exif=exif), 9999
-    )
-    upright = PIL.ImageOps.exif_transpose(lying)
-    assert np.array_equal(decoding.to_mode(lying, 1), upright)
-    assert decoding.upright_size(lying) == upright.size[::-1]
-
-
-def test_a_picture_of_a_phone_is_no_animation():
-    first, second = (PIL.Image.open(io.BytesIO(picture(seed))) for seed in (1, 2))
-    file = io.BytesIO()
-    first.save(file, "MPO", save_all=True, append_images=[second])
-    assert decoding.open_image(file.getvalue(), 10_000).size == (12, 12)
 
 
 def test_the_digits_in_their_form(tmp_path):

@@ -238,7 +238,7 @@ def test_shards_that_lost_their_proxy_are_asked_for_again(tmp_path):
         ["<urlopen error [Errno 111] Connection refused>", "HTTP Error 407: x", "HTTP Error 404: Not Found", None]
     ):
         reported(tmp_path / f"0000{number}.parquet", [fine(0), failed(1, error)])
-    crawl._discard_spoilt(tmp_path)
+    crawl._discard_incomplete(tmp_path)
     assert [file.name for file in sorted(tmp_path.iterdir())] == [
         "00002.parquet",
         "00002_stats.json",
