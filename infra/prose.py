@@ -29,7 +29,7 @@ class Phrase(NamedTuple):
 
 
 PHRASES = (
-    Phrase(r"told|tells?|telling", "say who reads or receives what, such as 'the network is conditioned on'"),
+    Phrase(r"told|(?<!\.)tells?|telling", "say who reads or receives what, such as 'the network is conditioned on'"),
     Phrase(r"where there (is|are|was|were)( no)?", "'if there is', 'without' or 'with'"),
     Phrase(r"low-rank additions?", "'LoRA adapter'"),
     Phrase(r"from which on|up to which", "a plain limit, such as 'at least' or 'the largest'"),

@@ -17,7 +17,7 @@ from tasks.formats.verdict import require_accepted
 from tasks.params import CodecParams, ImageParams
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, stage
-from tasks.runtime.measures import QUALITY, RECONSTRUCTIONS
+from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:

@@ -34,7 +34,7 @@ def _fetch(target: Path, params: DownloadParams) -> tuple[str, JsonObject]:
             digits.copy(target)
             return digits.ORIGIN, {}
         case "cifar10":
-            from tasks.sources import cifar
+            from tasks.transfer import cifar
 
             return cifar.copy(target, params), {}
         case "hub":

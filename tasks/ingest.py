@@ -59,10 +59,10 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     caption file that name no image only cause a warning, because a complete caption file beside a subset of the images
     is common; they do not count towards validate.max_quarantined_fraction.
     """
+    from tasks.formats import quarantine as quarantines
     from tasks.pictures import colours
     from tasks.pictures.images import Writer
     from tasks.pictures.index import FILE
-    from tasks.sources import quarantine as quarantines
 
     started = time.perf_counter()
     manifest = read_manifest(raw)

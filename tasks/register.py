@@ -24,6 +24,7 @@ from tasks.pictures.index import read_index
 from tasks.registration import gates
 from tasks.registration.gates import Judged
 from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
+from tasks.runtime.codec_quality import RECONSTRUCTIONS, of_codec
 from tasks.runtime.tracking import CHALLENGER, CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
@@ -121,10 +122,10 @@ def _training_run(client: MlflowClient, report: Path, measured: Measurements) ->
         step = int(path.stem.removeprefix("step-"))
         if ("samples", step) not in images:
             tracking.log_image(client, run_id, "samples", step, path)
-    reconstructions = report / "codec" / measures.RECONSTRUCTIONS
+    reconstructions = report / "codec" / RECONSTRUCTIONS
     if reconstructions.is_file() and ("reconstructions", 0) not in images:
         tracking.log_image(client, run_id, "reconstructions", 0, reconstructions)
-    metrics = run_labels.evaluation_metrics(measured) | measures.of_codec(report / "codec")
+    metrics = run_labels.evaluation_metrics(measured) | of_codec(report / "codec")
     changed = {name: value for name, value in metrics.items() if run.data.metrics.get(name) != value}
     if changed:
         client.log_batch(run_id, metrics=tracking.points(0, changed))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tasks.formats.codec_info import CodecInfo
 from tasks.formats.verdict import require_accepted
 from tasks.params import DiffusionParams, ModelParams, TrainParams
-from tasks.runtime import locks, measures, stage, tracking, workspace
+from tasks.runtime import codec_quality, locks, stage, tracking, workspace
 from tasks.runtime.errors import Preempted
 from tasks.runtime.progress import progress
 from tasks.training import launch
@@ -222,9 +222,9 @@ def learning_rate_at(step: int, params: TrainParams) -> float:
 
 def _log_codec(live: TrainingRun, codec: Path) -> None:
     """Log the codec's measurements, because its losses bound the quality that the model can reach."""
-    live.log(0, measures.of_codec(codec))
-    if (codec / measures.RECONSTRUCTIONS).is_file():
-        live.image("reconstructions", 0, codec / measures.RECONSTRUCTIONS)
+    live.log(0, codec_quality.of_codec(codec))
+    if (codec / codec_quality.RECONSTRUCTIONS).is_file():
+        live.image("reconstructions", 0, codec / codec_quality.RECONSTRUCTIONS)
 
 
 if __name__ == "__main__":

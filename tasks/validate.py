@@ -25,8 +25,8 @@ def validate(
     stage runs. Failed gates of the checks in `validate.warn_only` only print a warning. `asked` holds the parameters of
     later stages that place demands on the data.
     """
+    from tasks.formats.quarantine import read_index as read_quarantine_index
     from tasks.pictures.index import read_index
-    from tasks.sources.quarantine import read_index as read_quarantine_index
     from tasks.validation import expectations, report, tables
     from tasks.validation.findings import Findings
 

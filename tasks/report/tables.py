@@ -10,7 +10,8 @@ from pathlib import Path
 from tasks.report import charts
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
-from tasks.runtime.measures import CLIP_SCORE, DISTANCE, QUALITY, RECONSTRUCTIONS, Measurements, Row
+from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
+from tasks.runtime.measures import CLIP_SCORE, DISTANCE, Measurements, Row
 from tasks.validation import report as validation_report
 
 MEASURES = {

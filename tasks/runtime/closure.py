@@ -30,6 +30,8 @@ PLUMBING = {
     "tasks/params",
     "tasks/runtime/atomic.py",
     "tasks/runtime/closure.py",
+    "tasks/formats/verdict.py",
+    "tasks/runtime/codec_quality.py",
     "tasks/runtime/consistency.py",
     "tasks/runtime/disk.py",
     "tasks/runtime/errors.py",

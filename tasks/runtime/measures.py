@@ -9,7 +9,6 @@ MLflow and report format it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ DISTANCE, ACCURACY, CLIP_SCORE = "frechet_distance", "label_accuracy", "clip_sco
 HEADLINE = (DISTANCE, ACCURACY, CLIP_SCORE)
 """The measures of `reports/metrics.json`: those that the gates check, and the CLIP score."""
 SHORT_FINGERPRINT = 12
-QUALITY, RECONSTRUCTIONS = CODEC = "quality.json", "reconstructions.png"
-"""Files of `outputs/codec` that `train` copies to `codec/` in its report."""
 Drawn: TypeAlias = Literal["unguided", "guided"]
 
 
@@ -192,10 +189,3 @@ def read(path: Path) -> Measurements:
         raise StageError(
             f"{path} was written by another version of this project ({where}: {first['msg']}); run 'dvc repro evaluate'"
         ) from None
-
-
-def of_codec(folder: Path) -> dict[str, float]:
-    """Return the held-out quality of the autoencoder and the text encoder as MLflow metrics; empty without them."""
-    file = folder / QUALITY
-    quality = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {f"codec/{name}": value for name, value in quality.items()}

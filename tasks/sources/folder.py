@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.pictures import decoding, suffixes
+from tasks.pictures import decoding
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
-from tasks.sources import archives, captions, packing, sidecars
+from tasks.sources import archives, captions, packing, sidecars, suffixes
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE, SPLITS, Entry, Problem, Source, settle_splits
 from tasks.sources.text_files import composed, is_damaged
 

@@ -6,8 +6,8 @@ import posixpath
 import re
 from collections.abc import Iterable
 
-from tasks.pictures import suffixes
 from tasks.runtime.errors import StageError
+from tasks.sources import suffixes
 from tasks.sources.text_files import composed
 
 _CAPTION_NUMBER = re.compile(r"#\d+$")

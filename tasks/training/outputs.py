@@ -14,7 +14,7 @@ from models.pipeline import PipelineInfo, save_pipeline
 from models.schedules import betas
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
-from tasks.runtime import atomic, measures
+from tasks.runtime import atomic, codec_quality
 from tasks.training import log, previews
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_report(
         atomic.write_text(folder / "history.csv", text.getvalue())
         record.write(folder / training_record.FILE)
         (folder / "codec").mkdir()
-        for name in measures.CODEC:
+        for name in codec_quality.FILES:
             if (codec / name).is_file():
                 atomic.write_bytes(folder / "codec" / name, (codec / name).read_bytes())
         (folder / "samples").mkdir()

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tasks.formats.quarantine import FILE as QUARANTINE_FILE
 from tasks.pictures import colours
 from tasks.pictures.images import enlarged, read_columns, schema, schema_of
 from tasks.runtime.errors import StageError
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
-from tasks.sources.quarantine import FILE as QUARANTINE_FILE
 from tasks.validation import checks, demands, duplicates
 from tasks.validation.expectations import Table
 from tasks.validation.writing_systems import Reader

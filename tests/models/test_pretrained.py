@@ -25,8 +25,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 20, 20), np.uint8)
 
 
 def write_processor(folder, size):
-    told = {"size": {"shortest_edge": size}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    declared = {"size": {"shortest_edge": size}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(declared))
 
 
 def write_tokenizer(folder):
@@ -188,10 +188,10 @@ def test_a_score_by_the_weights_that_condition_the_model_says_so(tmp_path, clip)
     judge = load_judge(judged(tmp_path, None, clip))
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     text = TextEncoder(CLIPTextModel.from_pretrained(clip), CLIPTokenizer())
-    told = replace(pipeline, text=text)
-    assert declare(told, images, judge, PARAMS).clip_is_condition is True
+    declared = replace(pipeline, text=text)
+    assert declare(declared, images, judge, PARAMS).clip_is_condition is True
     torch.nn.init.normal_(text.model.get_input_embeddings().weight)
-    assert declare(told, images, judge, PARAMS).clip_is_condition is False
+    assert declare(declared, images, judge, PARAMS).clip_is_condition is False
     declared = replace(declare(pipeline, images, judge, PARAMS), clip_is_condition=True)
     assert "flatters" in measure(pipeline, images, judge, declared).clip_score_note
 
@@ -222,6 +222,6 @@ def test_weights_that_are_not_there_or_not_as_pinned_end_in_a_sentence(tmp_path,
         ({"weights": "openai/clip", "pin": "0"}, "not read by kind 'in_domain'"),
     ],
 )
-def test_an_extractor_that_is_not_told_where_it_comes_from_is_refused(extractor, sentence):
+def test_an_extractor_without_a_source_is_refused(extractor, sentence):
     with pytest.raises(ValueError, match=sentence):
         JudgeParams.model_validate({"classifier_steps": 1, "clip_steps": 1, "extractor": extractor})

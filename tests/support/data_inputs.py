@@ -103,7 +103,7 @@ def write_params(path: Path, **sections: dict[str, object]) -> Path:
 
 @dataclass
 class Site:
-    """A web server on 127.0.0.1 that answers ranges, redirects, and breaks connections when told to."""
+    """A web server on 127.0.0.1 that answers ranges, redirects, and breaks connections on request."""
 
     address: str
     files: dict[str, bytes] = field(default_factory=dict)

@@ -21,13 +21,13 @@ import pytest
 import yaml
 
 from tasks.download import download
+from tasks.formats import quarantine
 from tasks.ingest import ingest
 from tasks.params import Demands, ValidateParams
 from tasks.pictures.images import schema
 from tasks.pictures.index import ImageIndex
 from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
-from tasks.sources import quarantine
 from tasks.validate import validate
 from tasks.validation.expectations import Table, judge
 from tasks.validation.findings import Gate
