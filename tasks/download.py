@@ -34,7 +34,7 @@ def _fetch(target: Path, params: DownloadParams) -> tuple[str, JsonObject]:
             digits.copy(target)
             return digits.ORIGIN, {}
         case "cifar10":
-            from tasks.transfer import cifar
+            from tasks.sources import cifar
 
             return cifar.copy(target, params), {}
         case "hub":
@@ -71,7 +71,7 @@ def _own_images(target: Path, params: DownloadParams) -> str:
 
         return s3.copy(target, params)
     from tasks.sources import archives
-    from tasks.transfer import fetch
+    from tasks.web import fetch
 
     origin = fetch.fetch(
         [fetch.address(params.url, "download.url")],

@@ -13,7 +13,7 @@ from tasks.params import ExtractorParams, ScoringClipParams
 from tasks.pretrained import weights
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.transfer import fetch
+from tasks.web import fetch
 
 MAX_BYTES = 1 << 30
 TIMEOUT_SECONDS = 3600

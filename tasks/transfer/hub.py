@@ -3,7 +3,7 @@
 `HF_ENDPOINT` selects a mirror, `HF_HUB_OFFLINE=1` restricts downloads to the local cache. The token comes from
 `HF_TOKEN` or `hf auth login`; it is sent only to the hub, and never printed or stored.
 
-huggingface_hub lists the files and finds the token and cached files. The download itself uses `tasks.transfer.fetch`,
+huggingface_hub lists the files and finds the token and cached files. The download itself uses `tasks.web.fetch`,
 which, unlike huggingface_hub, resumes within pieces of 10 MB, has a time limit, screens addresses and verifies the
 published SHA-256.
 """
@@ -25,7 +25,7 @@ from models.hashing import file_sha256
 from tasks.runtime import workspace
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
-from tasks.transfer import fetch
+from tasks.web import fetch
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo

@@ -31,7 +31,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 from urllib.parse import urlsplit
 
-from tasks.transfer import addresses
+from tasks.web import addresses
 
 REFUSED = 470
 """Status for a refused address; servers do not use it, so it differs from a 403 of the site."""

@@ -11,7 +11,8 @@ from tasks.runtime import locks, workspace
 from tasks.runtime.disk import printable_name
 from tasks.runtime.errors import StageError
 from tasks.sources import archives, packing
-from tasks.transfer import fetch, objects
+from tasks.transfer import objects
+from tasks.web import fetch
 
 if TYPE_CHECKING:
     from tasks.params import DownloadParams

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tasks.transfer import addresses
+from tasks.web import addresses
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 from tasks.sources import cifar
 from tasks.sources.entry import write_manifest
-from tasks.transfer import cifar as archive
 from tests.support.data_inputs import ingest_params, serving
 
 ROWS = 20
@@ -76,13 +75,13 @@ def taken(tmp_path, monkeypatch):
     def call(data, sha256=None):
         with serving() as site:
             site.files["/cifar.tar.gz"] = data
-            published = archive.Publication(
+            published = cifar.Publication(
                 (f"{site.address}/gone.tar.gz", f"{site.address}/cifar.tar.gz"),
                 sha256 or hashlib.sha256(data).hexdigest(),
             )
             params = DownloadParams(source="cifar10", allow_private_addresses=True)
             with atomic.writing_folder(tmp_path / "raw") as raw:
-                write_manifest(raw, "cifar10", archive.copy(raw, params, published), "unknown")
+                write_manifest(raw, "cifar10", cifar.copy(raw, params, published), "unknown")
         ingest(
             tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params(caption_templates=["a {}"])
         )
@@ -146,5 +145,5 @@ def test_another_archive_is_refused(taken, changes, expected):
 
 
 def test_the_official_archive_is_the_known_one():
-    assert archive.OFFICIAL.sha256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-    assert all(url.startswith("https://") for url in archive.OFFICIAL.urls)
+    assert cifar.OFFICIAL.sha256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    assert all(url.startswith("https://") for url in cifar.OFFICIAL.urls)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tasks.runtime.errors import StageError
-from tasks.transfer import addresses, fetch
+from tasks.web import addresses, fetch
 from tests.support.data_inputs import cutting, random_cuts, serving
 
 DATA = bytes(range(256)) * 4000

@@ -18,7 +18,7 @@ from tasks.ingest import ingest
 from tasks.params import DownloadParams
 from tasks.pictures.index import read_index
 from tasks.runtime.errors import StageError
-from tasks.transfer import fetch
+from tasks.web import fetch
 from tests.support.data_inputs import ROOT, cutting, ingest_params, picture, random_cuts, serving, write_params
 from tests.support.hub_site import COMMIT, publish, table
 

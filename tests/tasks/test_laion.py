@@ -15,7 +15,8 @@ from tasks.ingest import ingest
 from tasks.params import DownloadParams, LaionParams
 from tasks.pictures.index import read_index
 from tasks.runtime.errors import StageError
-from tasks.transfer import addresses, crawl, laion
+from tasks.transfer import crawl, laion
+from tasks.web import addresses
 from tests.support.data_inputs import ROOT, ingest_params, picture, serving
 from tests.support.hub_site import COMMIT, publish
 

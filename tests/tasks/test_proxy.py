@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tasks.transfer import addresses, proxy
+from tasks.transfer import proxy
+from tasks.web import addresses
 from tests.support.data_inputs import serving
 
 # What urllib leaves behind where it is refused.

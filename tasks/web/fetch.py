@@ -28,7 +28,7 @@ from tasks.params.redaction import redacted
 from tasks.runtime import atomic, locks
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
-from tasks.transfer import addresses
+from tasks.web import addresses
 
 MAX_REDIRECTS = 5
 ATTEMPTS = 3
