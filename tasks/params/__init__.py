@@ -53,6 +53,8 @@ __all__ = [
     "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
+RENAMED = {"image.size": "image.resolution"}
+"""Keys of earlier versions -> their present names."""
 MAX_SUGGESTIONS = 3
 """Most keys that are suggested for an unknown one."""
 
@@ -133,10 +135,16 @@ def _remedy(keys: tuple[str, ...], address: str) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first error of pydantic as one sentence that names the key and the remedy."""
-    first = error.errors()[0]
+    """The first error of pydantic as one sentence that names the key and the remedy.
+
+    An unknown key comes first: a misspelled or renamed one also counts as missing.
+    """
+    errors = error.errors()
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     location = first["loc"]
     key = ".".join(str(part) for part in location)
+    if key in RENAMED:
+        return f"parameter '{key}' is now called '{RENAMED[key]}'; rename it"
     if first["type"] == "extra_forbidden":
         return f"unknown parameter '{key}'; {_suggestion(location)}"
     if first["type"] == "missing":
