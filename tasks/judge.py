@@ -12,9 +12,7 @@ from tqdm import tqdm
 
 from tasks.formats.verdict import require_accepted
 from tasks.params import ImageParams, JudgeParams
-from tasks.pictures.images import Samples, load_pixels
 from tasks.pictures.index import read_index
-from tasks.pretrained import extractors
 from tasks.runtime import stage
 from tasks.runtime.errors import StageError
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from models.judges.fit import Progress
     from models.judges.judge import Judge
     from models.judges.pretrained import Extractor, PretrainedClip
+    from tasks.pictures.images import Samples
 
 CHOICES = 10
 """Captions among which the CLIP has to find that of a held-out image, for data without a caption per class."""
@@ -39,6 +38,7 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     `params.clip` replaces them.
     """
     from models.judges.judge import save_judge
+    from tasks.pictures.images import load_pixels
     from tasks.runtime.atomic import writing_folder
 
     require_accepted(accepted)

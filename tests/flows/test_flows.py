@@ -351,7 +351,7 @@ def test_a_tree_without_a_commit_is_one_sentence(tmp_path: Path) -> None:
 def test_a_source_that_is_not_committed_is_one_sentence(toy: Path) -> None:
     (toy / "my-images.zip").touch()
     text = (toy / "params.yaml").read_text()
-    text = text.replace("source: digits", "source: folder").replace("path: requirements.lock", "path: my-images.zip")
+    text = text.replace("source: digits", "source: folder").replace("path: tasks/presets/none", "path: my-images.zip")
     (toy / "params.yaml").write_text(text)
     git(toy, "commit", "--quiet", "-m", "own images", "params.yaml")
     with pytest.raises(StageError, match=r"'my-images\.zip' is not committed"):

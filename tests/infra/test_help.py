@@ -29,7 +29,7 @@ def commands() -> dict[str, list[str]]:
             module = ".".join(name.with_suffix("").parts).removesuffix(".__main__")
             # The leash and the installer are started by their path, because they run in an isolated or a bare Python.
             alone = path.name in ("leash.py", "install.py")
-            found[str(name)] = [sys.executable, *(["-I", str(name)] if alone else ["-m", module])]
+            found[str(name)] = [sys.executable, *(["-I", "-B", str(name)] if alone else ["-m", module])]
     return found
 
 

@@ -128,7 +128,12 @@ def test_a_failing_chain_is_named_and_its_reason_is_the_stages_own(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "infra.run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "infra.run", "--single-item", "good", "bad"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert "bad: error: no such thing; do that" in done.stdout
@@ -141,7 +146,7 @@ def test_a_failing_chain_is_named_and_its_reason_is_the_stages_own(tmp_path):
 def test_first_words_come_at_once():
     """Within a second; measured as work, which a busy machine does not stretch as it does waiting."""
     with subprocess.Popen(
-        [sys.executable, "-m", "infra.run", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", "infra.run", "--dry"], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"repro: the chain of dvc.yaml\n"
         spent = psutil.Process(process.pid).cpu_times()

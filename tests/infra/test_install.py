@@ -171,7 +171,7 @@ def test_the_lock_of_another_environment_meets_what_that_asks_for(name):
     asked, pins = (
         [
             line
-            for line in (ROOT / "tasks" / f"{name}.{kind}").read_text(encoding="utf-8").splitlines()
+            for line in (ROOT / "tasks" / "transfer" / f"{name}.{kind}").read_text(encoding="utf-8").splitlines()
             if line[0] != "#"
         ]
         for kind in ("in", "lock")

@@ -332,7 +332,7 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
             chain.make_codec(wanted=AutoencoderParams(**(given | change)))
     described = json.loads((published / "config.json").read_text())
     (published / "config.json").write_text(json.dumps(described | {"latents_mean": [0.1, 0.2]}))
-    with pytest.raises(StageError, match=r"by a latents_mean beside the scaling factor, .*; choose others"):
+    with pytest.raises(StageError, match=r"by a latents_mean as well as a scaling factor, .*; choose other weights"):
         chain.make_codec(wanted=AutoencoderParams(**given, scaling="published"))
 
 

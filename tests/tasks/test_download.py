@@ -164,7 +164,7 @@ def _no_archive(tmp_path):
 def _cut_archive(tmp_path):
     whole = write_zip(tmp_path / "whole.zip", FILES).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
-    return {"source": "folder", "path": str(tmp_path / "cut.zip")}, "cut off"
+    return {"source": "folder", "path": str(tmp_path / "cut.zip")}, "is truncated"
 
 
 def _unreachable(_):

@@ -357,7 +357,7 @@ def test_editing_one_image_rewrites_one_shard(tmp_path, taken):
     after = contents(tmp_path / "images")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"index.json", f"shard-{images.key_hash('7.png')[0]}.parquet"}
-    assert first["sha256"] != second["sha256"]
+    assert first.sha256 != second.sha256
 
 
 def test_the_order_in_a_zip_does_not_matter(tmp_path, taken):
@@ -418,7 +418,7 @@ def test_the_digits_in_their_form(tmp_path):
         rows = [int(key.removeprefix("digits-")) for key in samples.keys]
         assert np.array_equal(samples.labels, published.target[rows])
         assert np.array_equal(samples.pixels[:, 0], np.rint(published.images[rows] * 255 / 16).astype(np.uint8))
-        assert samples.captions[0][1] == f"the digit {index['classes'][samples.labels[0]]}"
+        assert samples.captions[0][1] == f"the digit {index.classes[samples.labels[0]]}"
 
 
 def test_a_large_source_reports_its_speed_beside_the_ceiling(tmp_path, taken, capsys):

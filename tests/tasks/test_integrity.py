@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.judges.judge import Judge, save_judge
+from models.judges.judge import Judge, JudgeInfo, save_judge
 from tasks import params
 from tasks.codec import codec
 from tasks.download import download
@@ -154,7 +154,7 @@ FORM = ImageParams(resolution=8, channels=3)
 def test_a_judge_lists_its_files(tmp_path):
     from models.judges.classifier import Classifier
 
-    save_judge(tmp_path, Judge({"classes": ["a", "b"]}, Classifier(1, 8, 2)))
+    save_judge(tmp_path, Judge(JudgeInfo(["a", "b"], None, {"channels": 1, "size": 8}, 4), Classifier(1, 8, 2)))
     listed = json.loads((tmp_path / "judge.json").read_text())["files"]
     assert listed == integrity.checksums(tmp_path, "*.safetensors")
     damage(tmp_path / "classifier.safetensors")

@@ -219,7 +219,7 @@ def test_outcomes_are_distinguished(tmp_path):
     reported(tmp_path / "shards" / "00001.parquet", [fine(9)])
     raw = tmp_path / "raw"
     raw.mkdir()
-    counts = laion._collect(tmp_path / "shards", raw, "md5", judged=True)
+    counts = laion._collect(tmp_path / "shards", raw, "md5", safety_filter=True)
     assert counts == {
         "address refused": 2,
         "dead link": 2,

@@ -125,6 +125,7 @@ def test_a_missing_source_on_another_machine_gets_correct_advice(tree):
 def test_make_repro_names_a_pipe_at_once(tree):
     pipe(tree.parent / "pictures")
     (tree / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "infra.run"],

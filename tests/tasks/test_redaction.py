@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flows import once
+from flows import pipeline
 from tasks import params
 from tasks.params.redaction import redacted, redacted_values, without_user
 from tests.support.data_inputs import write_params
@@ -144,4 +144,4 @@ def test_a_prefect_server_that_does_not_answer_is_one_sentence(tmp_path, monkeyp
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "no Prefect server answers at http://***@127.0.0.1:9/api" in done.stderr
-    assert "PREFECT_API_URL" in done.stderr and once.PROBE_SECONDS < 10
+    assert "PREFECT_API_URL" in done.stderr and pipeline.PROBE_SECONDS < 10

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,6 @@ def write_digits(folder: Path) -> None:
     from sklearn.datasets import load_digits
 
     from tasks.pictures import images
-    from tasks.runtime import atomic
 
     digits = load_digits()
     chosen = np.flatnonzero(digits.target < 3)[:180]
@@ -190,8 +190,8 @@ def write_digits(folder: Path) -> None:
         split = "test" if number % 3 == 0 else "train"
         size = {"width": 8, "height": 8, "label": int(digits.target[row]), "captions": [], "safety": None}
         writer.add({"key": f"{number:03d}", "image": file.getvalue(), "split": split, **text, **size})
-    index = {**writer.close(), "classes": model_outputs.CLASSES, "source": "pets", "licence": "CC0"}
-    atomic.write_json(folder / "index.json", index)
+    index = replace(writer.close(), classes=model_outputs.CLASSES, source="pets", licence="CC0")
+    index.write(folder / "index.json")
 
 
 def test_a_champion_measured_another_way_is_sampled_again(work, capsys):

@@ -268,7 +268,7 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert said.count("validate.") <= 2, "one gate fails, not a crowd of them"
     assert not (tmp_path / "accepted.json").exists()
     page = (tmp_path / "report" / "index.html").read_text()
-    assert re.search(r"The data is refused: [12] of \d+ checks", page) and complaint in html.unescape(page)
+    assert re.search(r"The data is refused: [123] of \d+ checks", page) and complaint in html.unescape(page)
     assert offender is None or offender.split(",")[0] in html.unescape(page)
     assert not re.search(r"<script|https?://", page), "the page needs a network"
 

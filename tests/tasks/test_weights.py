@@ -97,7 +97,7 @@ def test_refusals_of_the_hub_are_one_sentence_each(hub):
         "somebody/secret": "correct the name, or set HF_TOKEN if the repository is private",
         "somebody/moved": f"it has no commit {COMMIT}; correct the pin",
         "somebody/odd": "the hub answered 400",
-        "somebody/pickled": "it has no .safetensors files in vae",
+        "somebody/pickled": "there are no .safetensors files in vae",
     }.items():
         with pytest.raises(StageError, match=sentence) as said:
             weights.bring(repo, COMMIT, ("vae",))
