@@ -59,6 +59,7 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
     """
     from models.device import best_device
     from models.judges.judge import EXTRACTOR, PRETRAINED_CLIP, load_published
+    from tasks.pretrained import extractors
 
     kind = params.extractor.kind if params.extractor.kind != "in_domain" else None
     if kind:
