@@ -24,6 +24,7 @@ ASYNCHRONOUS = (
     "mlflow.utils.async_logging.async_logging_queue",
     "mlflow.utils.async_logging.async_artifacts_logging_queue",
     "mlflow.system_metrics.system_metrics_monitor",
+    "mlflow.utils.rest_utils",
     "urllib3.connectionpool",
 )
 """Loggers of MLflow's threads and of its HTTP client; they repeat long messages about a lost server."""
@@ -77,8 +78,9 @@ class TrainingRun:
 
         self._attempt(mlflow.flush_async_logging)
         self._attempt(self._client.set_terminated, self.run_id, status)
-        for name in ASYNCHRONOUS:
-            logging.getLogger(name).removeFilter(self._filter)
+        if self._reachable:  # otherwise MLflow's threads go on failing until the process ends
+            for name in ASYNCHRONOUS:
+                logging.getLogger(name).removeFilter(self._filter)
 
     def _attempt(self, call: Callable[..., object], *arguments: object) -> None:
         from mlflow.exceptions import MlflowException

@@ -115,7 +115,7 @@ READERS = {
     "download.licence": {"download"},
     "ingest.shards": {"ingest"},
     "validate.min_side": {"validate"},
-    "image.channels": {"validate", "codec", "judge"},
+    "image.channels": {"codec", "judge"},
     "codec.text_steps": {"codec"},
     "encode.shard_size": {"encode"},
     "model.dropout": {"train"},
