@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.hashing import file_sha256
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.index import read_index
@@ -139,8 +140,7 @@ def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurement
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
     evaluated = runs[1]
-    with page.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(page)
     if evaluated.data.tags.get(REPORT_SHA256) != digest:
         client.log_artifact(evaluated.info.run_id, str(page), REPORT)
         client.set_tag(evaluated.info.run_id, REPORT_SHA256, digest)

@@ -265,7 +265,12 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
     for _ in range(MAX_REDIRECTS + 1):
         with _client(here) as client:
             private = own if (here.scheme, here.netloc) == (first.scheme, first.netloc) else {}
-            response = _send(client, here, {**headers, **private}, limits)
+            try:
+                response = _send(client, here, {**headers, **private}, limits)
+            except httpx.RemoteProtocolError as error:  # httpx parses the header also when it does not follow it
+                if "location header" not in str(error):
+                    raise
+                raise MirrorError("it redirects to an invalid URL") from None
             try:
                 if not response.has_redirect_location:
                     if response.status_code in RETRIED:
@@ -278,10 +283,7 @@ def _response(url: str, headers: dict[str, str], limits: Limits) -> Iterator[htt
                     return
             finally:
                 response.close()
-        try:
-            there = here.join(response.headers["Location"])
-        except httpx.InvalidURL:
-            raise MirrorError("it redirects to an invalid URL") from None
+        there = here.join(response.headers["Location"])
         if here.scheme == "https" and there.scheme != "https":
             raise StageError(f"{shown(url)} redirects from https to {there.scheme}; use another download.url")
         here = there

@@ -296,7 +296,7 @@ def test_an_address_that_is_none_is_one_sentence(get, url):
 
 def test_a_redirect_to_an_address_that_is_none_is_one_sentence(site, get):
     site.redirects["/a"] = "http://0177.0.0.1/"
-    with pytest.raises(StageError, match="Invalid URL in location header"):
+    with pytest.raises(StageError, match="redirects to an invalid URL"):
         get(f"{site.address}/a")
 
 
