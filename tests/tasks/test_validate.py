@@ -268,7 +268,8 @@ def test_a_failed_gate_names_the_first_offenders(tmp_path, judged, case):
     assert said.count("validate.") <= 2, "one gate fails, not a crowd of them"
     assert not (tmp_path / "accepted.json").exists()
     page = (tmp_path / "report" / "index.html").read_text()
-    assert re.search(r"The data is refused: [123] of \d+ checks", page) and complaint in html.unescape(page)
+    failed = "3" if case == "no test split" else "[12]"  # without it, codec and judge lack their images as well
+    assert re.search(rf"The data is refused: {failed} of \d+ checks", page) and complaint in html.unescape(page)
     assert offender is None or offender.split(",")[0] in html.unescape(page)
     assert not re.search(r"<script|https?://", page), "the page needs a network"
 
