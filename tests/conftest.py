@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 # Spinning threads of PyTorch would take the cores of the other test process: in tests they sleep at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# `make test` passes its own flags on, which would change what a `make` inside a test prints.
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(_name, None)
+
 # Started first, so that no process runs a long file alone at the end.
 LONGEST = ("test_prefect_server", "test_end_to_end", "test_resume", "test_train", "test_sdxl", "test_text_to_image")
 
@@ -23,6 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of LONGEST, then the others; inside a file nothing moves."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """Undo what a test does to the environment: stages exempt this machine from proxies for the rest of a process."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
