@@ -45,7 +45,7 @@ def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     if conditioning not in ("none", "label", "text"):
         raise ValueError(f"a model conditioned on {conditioning!r} cannot be exported to ONNX; use none, label or text")
     names = [*INPUTS[:2], *([conditioning] if conditioning != "none" else [])]
-    return _graph(pipeline.unet, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
+    return _graph(pipeline.network, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
 
 
 def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:

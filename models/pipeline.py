@@ -85,9 +85,9 @@ class PipelineInfo(Description):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A U-Net in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
+    """A network in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
 
-    unet: Network
+    network: Network
     betas: schedules.Array
     """float64 [T]."""
     scheduler: SchedulerConfig
@@ -164,7 +164,7 @@ class Pipeline:
             ValueError: if labels or prompts do not match the model.
         """
         condition, null = self.condition(labels, prompts)
-        return samplers.denoiser(predictor(self.unet), self.scheduler, sampling, condition, null)
+        return samplers.denoiser(predictor(self.network), self.scheduler, sampling, condition, null)
 
     def sample(
         self,

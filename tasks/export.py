@@ -173,7 +173,7 @@ def _torch_predict(trained: Pipeline) -> Predict:
 
     from models.networks.network import predictor
 
-    evaluate = predictor(trained.unet)
+    evaluate = predictor(trained.network)
 
     def predict(x: np.ndarray, t: int, condition: np.ndarray | None) -> np.ndarray:
         on_device = None if condition is None else torch.from_numpy(condition).to(trained.device)
@@ -293,7 +293,7 @@ def _on_fastest_device(trained: Pipeline) -> Pipeline:
 
     if not torch.cuda.is_available():
         return trained
-    return dataclasses.replace(trained, unet=trained.unet.to("cuda"), device="cuda")
+    return dataclasses.replace(trained, network=trained.network.to("cuda"), device="cuda")
 
 
 def _median_ms(call: Callable[[], object]) -> float:

@@ -130,7 +130,7 @@ def _title(model: Pipeline) -> str:
 
 
 def _facts(model: Pipeline, sampler: str) -> list[tuple[str, str]]:
-    weights = sum(parameter.numel() for parameter in model.unet.parameters())
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
     return [
         ("Network", f"U-Net, {weights / 1e6:.2f} M parameters"),
         ("Images", f"{model.info.size} × {model.info.size}, {'grey' if model.info.channels == 1 else 'RGB'}"),

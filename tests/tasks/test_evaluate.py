@@ -117,7 +117,7 @@ def table(path):
 def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real_ones(tree, pipeline, judge):
     images = tree / "data" / "images"
     perfect = Copyist(
-        pipeline.unet,
+        pipeline.network,
         pipeline.betas,
         pipeline.scheduler,
         pipeline.info,

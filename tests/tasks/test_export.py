@@ -60,7 +60,7 @@ def test_every_batch_size_gives_pytorchs_numbers(tree, bundle, batch):
     label = np.arange(batch) % 4
     for t in (0, TIMESTEPS - 1):
         with torch.inference_mode():
-            expected = trained.unet(torch.from_numpy(x), torch.full((batch,), t), torch.from_numpy(label)).numpy()
+            expected = trained.network(torch.from_numpy(x), torch.full((batch,), t), torch.from_numpy(label)).numpy()
         np.testing.assert_allclose(bundle.predict(x, t, label), expected, atol=1e-5)
     assert np.abs(bundle.predict(x, 0, label) - bundle.predict(x, TIMESTEPS - 1, label)).max() > 1e-3
     assert np.abs(bundle.predict(x, 0, label) - bundle.predict(x, 0, (label + 1) % 4)).max() > 1e-3

@@ -74,7 +74,7 @@ def test_sizes_and_crop_are_stored_with_each_image_and_reach_the_network(tree):
         assert condition.shape == (8, 9, WIDTH)
         assert condition[:, -1, POOLED : POOLED + 6].tolist() == [[16, 24, 0, 4, 16, 16]] * 8
     assert plain[:, -1, :POOLED].any() and not dropped[:, -1, :POOLED].any() and not dropped[:, :-1].any()
-    unet = load_pipeline(tree / "pipeline").unet
+    unet = load_pipeline(tree / "pipeline").network
     x, t = torch.randn(8, 2, 8, 8), torch.full((8,), 10)
     other = plain.clone()
     other[:, -1, POOLED] = 99
@@ -107,7 +107,7 @@ LORA = MODEL.model_copy(update={"lora_rank": 2})
 
 
 def weights(folder):
-    return load_pipeline(folder).unet.state_dict()
+    return load_pipeline(folder).network.state_dict()
 
 
 def changed_attention(before, after) -> set[str]:

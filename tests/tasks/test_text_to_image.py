@@ -84,7 +84,7 @@ def test_the_first_network_can_be_trained_on_and_get_a_lora_adapter(tree, monkey
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))
     monkeypatch.chdir(tree)
     run_train(tree, "adapted", MODEL.model_copy(update={"lora_rank": 2}), init_from="pipeline", learning_rate=0.5)
-    before, after = (load_pipeline(tree / name).unet.state_dict() for name in ("pipeline", "adapted"))
+    before, after = (load_pipeline(tree / name).network.state_dict() for name in ("pipeline", "adapted"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".attn" in name and name.endswith(".weight") for name in changed)
@@ -111,7 +111,7 @@ def registered_adapter_is_that_of(tree):
     loaded = mlflow.diffusers.load_model("models:/pictures-lora/1")
     assert (loaded.base_model, loaded.base_model_revision, loaded.adapter_type) == ("./pipeline", None, "lora")
     pipeline = loaded.load_pipeline(base_model=str(tree / "pipeline"), local_files_only=True)
-    wanted = load_pipeline(tree / "adapted").unet
+    wanted = load_pipeline(tree / "adapted").network
     x, t, text = torch.randn(1, 2, 8, 8), torch.tensor([7]), torch.randn(1, 8, 32)
     with torch.inference_mode():
         theirs = pipeline.unet(x, t, text).sample

@@ -149,7 +149,7 @@ def test_unconditional_pipeline_runs_in_diffusers(trained):
     assert drawn.images.shape == (2, 8, 8, 1)
     ours = load_pipeline(folder / "pipeline")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 40])
-    assert torch.allclose(ours.unet(x, t), theirs.unet(x, t).sample, atol=1e-5)
+    assert torch.allclose(ours.network(x, t), theirs.unet(x, t).sample, atol=1e-5)
 
 
 def test_every_way_to_save_memory_or_time_trains_the_same(trained, tmp_path):
