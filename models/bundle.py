@@ -1,7 +1,7 @@
 """Sampling from the exported ONNX network with NumPy and ONNX Runtime (and `tokenizers`, for text).
 
-Copies of this file, `samplers.py`, `pixels.py` and `json_files.py` form the package `afterimage_bundle`, which lies
-beside `unet.onnx` and `bundle.json`. There, without PyTorch and without this project:
+Copies of this file and of those that it imports form the package `afterimage_bundle`, which lies beside `unet.onnx` and
+`bundle.json`. There, without PyTorch and without this project:
 
     python -m afterimage_bundle.bundle --label 3 --seed 0 --out image.png
 """
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from .json_files import Description, JsonObject
+from .noise.paths import DiffusionPath, RectifiedFlow
+from .noise.samplers import DEFAULT_SAMPLING, SAMPLERS, Sampling, SchedulerConfig, SeededNoise, denoiser, sample
 from .pixels import to_uint8
-from .samplers import DEFAULT_SAMPLING, SAMPLERS, Sampling, SchedulerConfig, SeededNoise, denoiser, sample
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -53,7 +54,7 @@ class BundleText:
 class BundleInfo(Description):
     """`bundle.json`: what sampling needs besides the graphs."""
 
-    FORMAT = 3  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
+    FORMAT = 4  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
     REMEDY = "export the model again"
 
     conditioning: str
@@ -70,7 +71,10 @@ class BundleInfo(Description):
     null_label: int | None
     """Class index of the null condition; None unless the model is class-conditional."""
     train_key: str
-    alpha_bar: list[float]
+    alpha_bar: list[float] | None
+    """The diffusion path, [T]; None for a rectified flow."""
+    flow: dict[str, float] | None
+    """`timesteps` and `shift` of a rectified flow; None for a diffusion path."""
     sampling: dict[str, str | int]
     """`variance`, `spacing` and `steps_offset` of the trained scheduler."""
     text: BundleText | None = None
@@ -89,6 +93,7 @@ class BundleInfo(Description):
     @classmethod
     def of(cls, info: PipelineInfo, scheduler: SchedulerConfig, text: BundleText | None) -> BundleInfo:
         """Describe the bundle of a trained pipeline."""
+        path = scheduler.path
         return cls(
             conditioning=info.conditioning,
             classes=info.classes,
@@ -99,7 +104,8 @@ class BundleInfo(Description):
             prediction=info.prediction,
             null_label=info.null_label,
             train_key=info.train_key,
-            alpha_bar=[float(level) for level in scheduler.alpha_bar],
+            alpha_bar=[float(level) for level in path.alpha_bar] if isinstance(path, DiffusionPath) else None,
+            flow={"timesteps": path.timesteps, "shift": path.shift} if isinstance(path, RectifiedFlow) else None,
             sampling={
                 "variance": scheduler.variance_type,
                 "spacing": scheduler.timestep_spacing,
@@ -111,10 +117,15 @@ class BundleInfo(Description):
     @property
     def scheduler(self) -> SchedulerConfig:
         """What the trained model prescribes for sampling."""
+        path = (
+            RectifiedFlow(int(self.flow["timesteps"]), self.flow["shift"])
+            if self.flow
+            else DiffusionPath(self.alpha_bar or ())
+        )
         return SchedulerConfig(
-            self.alpha_bar,
+            path,
             self.prediction,
-            clip_sample=self.latent is None,
+            clip_sample=self.latent is None and self.flow is None,
             variance_type=str(self.sampling["variance"]),
             timestep_spacing=str(self.sampling["spacing"]),
             steps_offset=int(self.sampling["steps_offset"]),
@@ -151,13 +162,13 @@ class Bundle:
         """The execution providers that ONNX Runtime uses, in order of priority."""
         return list(self.session.get_providers())
 
-    def predict(self, x: np.ndarray, t: int, condition: Condition = None) -> np.ndarray:
+    def predict(self, x: np.ndarray, t: float, condition: Condition = None) -> np.ndarray:
         """Evaluate the network at one timestep.
 
         x: float32 [N, C, H, W]. condition: labels int64 [N] or embedded text float32 [N, L, D]. Returns float32
         [N, C, H, W].
         """
-        feed = {"sample": x, "timestep": np.full(len(x), t, np.int64)}
+        feed = {"sample": x, "timestep": np.full(len(x), t, np.float32 if self.info.flow else np.int64)}
         if condition is not None:
             feed[self.info.conditioning] = condition
         return np.asarray(self.session.run(["output"], feed)[0])

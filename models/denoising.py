@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from models.noise.samplers import SeededNoise
 from models.pixels import from_uint8
-from models.samplers import SeededNoise
 
 if TYPE_CHECKING:
     from models.pipeline import Pipeline
@@ -22,14 +22,14 @@ def error_by_timestep(
     pipeline: Pipeline,
     pixels: np.ndarray,
     conditions: Conditions,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     seed: int,
     batch_size: int,
 ) -> list[float]:
     """Return the mean squared error of the predicted clean image, values in [-1, 1], at each of `timesteps`.
 
-    pixels: uint8 [N, C, S, S]. Each image is noised by x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4);
-    eps is the same at every timestep, and that of image i has the seed `seed` + i.
+    pixels: uint8 [N, C, S, S]. Each image is noised by x_t = alpha x_0 + sigma eps; eps is the same at every timestep,
+    and that of image i has the seed `seed` + i.
     """
     totals = np.zeros(len(timesteps))
     for start in range(0, len(pixels), batch_size):
@@ -40,7 +40,7 @@ def error_by_timestep(
 
 
 def _errors(
-    pipeline: Pipeline, pixels: np.ndarray, conditions: Conditions, timesteps: Sequence[int], seed: int
+    pipeline: Pipeline, pixels: np.ndarray, conditions: Conditions, timesteps: Sequence[float], seed: int
 ) -> np.ndarray:
     """Return the errors of one batch at each timestep, summed over its images, float64 [T]."""
     images, clean = torch.from_numpy(from_uint8(pixels)).to(pipeline.device), pipeline.encode(pixels)
@@ -49,7 +49,7 @@ def _errors(
     errors = []
     with torch.inference_mode():
         for t in timesteps:
-            a = float(pipeline.alpha_bar[t])
-            predicted = pipeline.decode(denoise(a**0.5 * clean + (1 - a) ** 0.5 * noise, t))
+            level = pipeline.path.level(t)
+            predicted = pipeline.decode(denoise(level.alpha * clean + level.sigma * noise, level))
             errors.append(float((predicted - images).double().square().mean(dim=(1, 2, 3)).sum()))
     return np.asarray(errors)

@@ -1,7 +1,7 @@
 """The training side of diffusion: noising, targets, loss and loss weighting, on torch tensors.
 
-Legend: `x0` clean images float [B, C, H, W] in [-1, 1]; `eps` standard normal noise of that shape; `a` alpha_bar_t of
-each sample, float [B]; `t` int64 [B].
+Legend: `x0` clean images float [B, C, H, W] in [-1, 1]; `eps` standard normal noise of that shape; `alpha` and `sigma`
+the scales of both at each sample's noise level, float [B] (see `models/noise/paths.py`).
 """
 
 from __future__ import annotations
@@ -9,50 +9,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def add_noise(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
-    """Return x_t = sqrt(a) x0 + sqrt(1 - a) eps, float [B, C, H, W] (Ho et al. 2020, eq. 4)."""
-    a = a[:, None, None, None]
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+from models.noise.paths import coefficients, error_scale
 
 
-def target(prediction: str, x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
-    """Return what the network learns to predict, float [B, C, H, W]; the names are those of diffusers.
+def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return x_t = alpha x0 + sigma eps, float [B, C, H, W] (Ho et al. 2020, eq. 4; Liu et al. 2023, section 2.1)."""
+    return _wide(alpha) * x0 + _wide(sigma) * eps
 
-    `epsilon`: eps (Ho et al. 2020). `sample`: x0. `v_prediction`: v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022,
-    section 4).
+
+def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return what the network learns to predict, float [B, C, H, W]; see `paths.coefficients`.
 
     Raises:
-        ValueError: for another prediction.
+        ValueError: for an unknown prediction type.
     """
-    if prediction == "epsilon":
-        return eps
-    if prediction == "sample":
-        return x0
-    if prediction == "v_prediction":
-        a = a[:, None, None, None]
-        return a.sqrt() * eps - (1 - a).sqrt() * x0
-    raise ValueError(f"unknown prediction {prediction!r}; known: epsilon, sample, v_prediction")
+    of_x0, of_eps = coefficients(prediction, _wide(alpha), _wide(sigma))
+    return of_x0 * x0 + of_eps * eps
 
 
-def loss_weights(weighting: str, prediction: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Return the weight of the squared error at each timestep, float32 [T], from alpha_bar float [T].
+def _wide(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def loss_weights(weighting: str, prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
+    """Return the weight of the squared error of the network output at noise levels (alpha, sigma), float64 [B].
 
     `plain` is 1. `min_snr` weights the error of x0 by min(SNR, gamma), whatever the network predicts (Hang et al.
-    2023): the squared error of eps is SNR times that of x0, the squared error of v is SNR + 1 times that of x0.
+    2023); `paths.error_scale` converts between the two errors.
 
     Raises:
-        ValueError: for another weighting or prediction.
+        ValueError: for another weighting or prediction type.
     """
-    snr = alpha_bar.double() / (1 - alpha_bar.double())
+    alpha, sigma = alpha.double(), sigma.double()
     if weighting == "plain":
-        return torch.ones_like(snr, dtype=torch.float32)
+        return torch.ones_like(alpha)
     if weighting != "min_snr":
         raise ValueError(f"unknown weighting {weighting!r}; known: plain, min_snr")
-    per_x0 = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}
-    if prediction not in per_x0:
-        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(per_x0)}")
-    return (snr.clamp(max=gamma) / per_x0[prediction]).float()
+    snr = (alpha / sigma) ** 2
+    return snr.clamp(max=gamma) / error_scale(prediction, snr, alpha, sigma)
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models.networks.text_encoder import pack
+from models.noise.paths import RectifiedFlow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,8 +35,8 @@ MAX_EMBEDDED_BYTES = 2**31 - 2**26
 def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     """Export the network.
 
-    Inputs: `sample` float32 [batch, C, H, W], `timestep` int64 [batch] and, for a conditional model, `label` int64
-    [batch] or `text` float32 [batch, L, D]. Output: `output` float32 [batch, C, H, W].
+    Inputs: `sample` float32 [batch, C, H, W], `timestep` int64 [batch] (float32 for a rectified flow) and, for a
+    conditional model, `label` int64 [batch] or `text` float32 [batch, L, D]. Output: `output` float32 [batch, C, H, W].
 
     Raises:
         ValueError: for a model with another kind of condition.
@@ -85,7 +86,8 @@ def write(graph: onnx.ModelProto, file: Path, max_embedded_bytes: int = MAX_EMBE
 
 def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
     """Return zeros with the shapes and dtypes of the network's inputs."""
-    inputs = (torch.zeros(batch, *pipeline.info.input_shape), torch.zeros(batch, dtype=torch.int64))
+    dtype = torch.float32 if isinstance(pipeline.path, RectifiedFlow) else torch.int64
+    inputs = (torch.zeros(batch, *pipeline.info.input_shape), torch.zeros(batch, dtype=dtype))
     condition, _ = pipeline.condition(None if pipeline.info.conditioning == "none" else [0] * batch)
     return inputs if condition is None else (*inputs, torch.zeros_like(condition))
 

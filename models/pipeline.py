@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from models import samplers, schedules
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
@@ -27,8 +26,10 @@ from models.networks.config import DIFFUSERS_VERSION
 from models.networks.network import build, config_of, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
 from models.networks.unet import UNetConfig
+from models.noise import paths, samplers, schedules
+from models.noise.paths import RectifiedFlow
+from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 from models.pixels import from_uint8
-from models.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 
 if TYPE_CHECKING:
     from models.networks.network import Network, NetworkConfig
@@ -54,10 +55,10 @@ class PipelineInfo(Description):
     size: int
     """Height and width of an image, pixels."""
     schedule: str
-    """One of `schedules.SCHEDULES`, or "trained" for betas that match none of them."""
+    """One of `schedules.SCHEDULES`, "rectified_flow", or "trained" for betas that match none of them."""
     timesteps: int
     prediction: str
-    """One of `samplers.PREDICTION_TYPES`."""
+    """One of `paths.PREDICTION_TYPES`."""
     train_key: str
     """Identity of the training run; for a published model, the SHA-256 of its weights."""
     classes: list[str]
@@ -88,8 +89,8 @@ class Pipeline:
     """A network in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
 
     network: Network
-    betas: schedules.Array
-    """float64 [T]."""
+    betas: schedules.Array | None
+    """float64 [T]; None for a rectified flow."""
     scheduler: SchedulerConfig
     info: PipelineInfo
     device: str = "cpu"
@@ -97,9 +98,9 @@ class Pipeline:
     text: AnyEncoder | None = None
 
     @property
-    def alpha_bar(self) -> schedules.Array:
-        """Remaining share of the signal's variance, float64 [T]."""
-        return np.asarray(self.scheduler.alpha_bar)
+    def path(self) -> paths.Path:
+        """The path from images to noise that the network was trained on."""
+        return self.scheduler.path
 
     def condition(
         self, labels: Sequence[int] | None, prompts: Sequence[str] | None = None
@@ -158,7 +159,7 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
     ) -> samplers.Denoise:
-        """Return `denoise(x, t) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
+        """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
         Raises:
             ValueError: if labels or prompts do not match the model.
@@ -213,7 +214,7 @@ def save_pipeline(
     folder: Path,
     unet: Network,
     weights: dict[str, torch.Tensor],
-    betas: schedules.Array,
+    noise: schedules.Array | RectifiedFlow,
     info: PipelineInfo,
     codec: Path | None = None,
     adapter: Mapping[str, torch.Tensor] | None = None,
@@ -224,7 +225,7 @@ def save_pipeline(
         folder: where to write.
         unet: the network, of which only the configuration is used.
         weights: its state dict under diffusers' names.
-        betas: float64 [T].
+        noise: betas float64 [T], or a rectified flow.
         info: the content of `afterimage.json`.
         codec: folder with autoencoder, text encoders and tokenizers, if the model has any.
         adapter: the LoRA adapter alone, see `text_unet.adapter`; `weights` already contain it.
@@ -239,7 +240,12 @@ def save_pipeline(
     if adapter:
         (folder / ADAPTER).parent.mkdir()
         save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
-    scheduler = scheduler_config(betas, info.prediction, clip_sample=not (folder / "vae").is_dir())
+    of_pixels = not (folder / "vae").is_dir()
+    scheduler = (
+        flow_config(noise)
+        if isinstance(noise, RectifiedFlow)
+        else scheduler_config(noise, info.prediction, clip_sample=of_pixels)
+    )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     if index := _model_index(folder, info.conditioning):
         write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
@@ -266,6 +272,19 @@ def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: 
     }
 
 
+def flow_config(path: RectifiedFlow) -> JsonObject:
+    """Return the configuration of a diffusers `FlowMatchEulerDiscreteScheduler`, which takes the steps of `euler`.
+
+    Its default noise levels end at 1 / T; `set_timesteps(sigmas=[1 - i / n for i in range(n)])` gives ours.
+    """
+    return {
+        "_class_name": published.FLOW_SCHEDULER,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": path.timesteps,
+        "shift": path.shift,
+    }
+
+
 def _model_index(folder: Path, conditioning: str) -> JsonObject | None:
     """Return what `DiffusionPipeline.from_pretrained` reads, for the models that diffusers has a pipeline for.
 
@@ -273,6 +292,8 @@ def _model_index(folder: Path, conditioning: str) -> JsonObject | None:
     """
     unet, scheduler = ["diffusers", "UNet2DModel"], ["diffusers", "DDPMScheduler"]
     latent = (folder / "vae").is_dir()
+    if read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"] == published.FLOW_SCHEDULER:
+        return None  # diffusers has no pipeline of a U-Net with this scheduler
     if conditioning == "none" and not latent:
         return {"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler}
     if conditioning != "text" or not latent:
@@ -339,7 +360,7 @@ def _published_info(
         channels=config.channels,
         size=config.size,
         schedule=scheduler.schedule,
-        timesteps=len(scheduler.betas),
+        timesteps=scheduler.config.path.timesteps,
         prediction=scheduler.config.prediction_type,
         train_key=file_sha256(unet_folder / published.WEIGHTS),
         classes=[],

@@ -75,9 +75,12 @@ class Engine:
             raise RuntimeError("TensorRT cannot load the engine; delete it, so that it is built again")
         self._context = self._engine.create_execution_context()
 
-    def predict(self, x: np.ndarray, t: int, label: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, x: np.ndarray, t: float, label: np.ndarray | None = None) -> np.ndarray:
         """Evaluate the network at one timestep: x float32 [N, C, H, W], label int64 [N] -> float32 [N, C, H, W]."""
-        feed = {"sample": torch.from_numpy(x), "timestep": torch.full((len(x),), t, dtype=torch.int64)}
+        feed = {
+            "sample": torch.from_numpy(x),
+            "timestep": torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32),
+        }
         if label is not None:
             feed["label"] = torch.from_numpy(label)
         return self.run({name: value.cuda() for name, value in feed.items()}).cpu().numpy()

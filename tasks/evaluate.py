@@ -28,14 +28,17 @@ Row: TypeAlias = Mapping[str, "float | int | str"]
 """A row of a CSV file by column; columns that it lacks stay empty."""
 
 COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
-"""Samplers and steps that are compared with the protocol's, with eta 0."""
+COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
+"""Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
+SLOWEST_FLOW = "heun", 100
+"""Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
 COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
 SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "inception_score"]
 SWEEP_COLUMNS += ["clip_score", "label_accuracy", "note"]
 CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
-TIMESTEP_COLUMNS = ["timestep", "alpha_bar", "n", "squared_error", "psnr"]
+TIMESTEP_COLUMNS = ["timestep", "signal", "n", "squared_error", "psnr"]
 TIMESTEPS, N_TIMESTEP = 10, 128
 """Rows of the table by timestep, and held-out images in each."""
 NEAREST = 10
@@ -87,7 +90,7 @@ def evaluate(
     measured = summarise(unguided, guided, scorer, declared)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
-    grids = {"grid_unguided": unguided[0], "grid_ddpm": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
+    grids = {"grid_unguided": unguided[0], "grid_slowest": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         declared.write(folder / protocol.FILE)
         measured.write(folder / measures.FILE)
@@ -109,15 +112,17 @@ def evaluate(
 
 
 def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) -> Iterator[Draw]:
-    """Draw one seed block with each other sampler of the table; DDPM over all timesteps comes last."""
+    """Draw one seed block with each other sampler of the table; the slowest comes last."""
+    from models.noise.paths import RectifiedFlow
     from tasks.evaluation.draws import draw
 
-    timesteps = model.info.timesteps
-    for sampler, steps in COMPARED.items():
+    timesteps, flow = model.info.timesteps, isinstance(model.path, RectifiedFlow)
+    for sampler, steps in (COMPARED_FLOW if flow else COMPARED).items():
         if (sampler, 0.0) != (params.sampler, params.eta):
             sampling = replace(protocol.unguided, sampler=sampler, steps=min(steps, timesteps), eta=0.0)
             yield draw(model, protocol, params.n_compare, sampling)
-    yield draw(model, protocol, params.n_ddpm, replace(protocol.unguided, sampler="ddpm", steps=timesteps, eta=0.0))
+    sampler, steps = SLOWEST_FLOW if flow else ("ddpm", timesteps)
+    yield draw(model, protocol, params.n_slowest, replace(protocol.unguided, sampler=sampler, steps=steps, eta=0.0))
 
 
 def _sweep(model: Pipeline, protocol: Protocol, drawn: list[Draw], params: EvaluateParams) -> Iterator[Draw]:
@@ -163,12 +168,9 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> I
     """Yield the error of the predicted clean image at timesteps spread over the schedule."""
     import math
 
-    import numpy as np
-
     from models.denoising import error_by_timestep
 
-    noisy = int((model.alpha_bar > 0).sum())  # at alpha_bar 0 there is no signal, and no prediction to measure
-    timesteps = sorted({round(t) for t in np.linspace(0, noisy - 1, min(TIMESTEPS, noisy))})
+    timesteps = model.path.spread(TIMESTEPS)
     pixels, conditions = scorer.held_out_for(model.info.conditioning, N_TIMESTEP)
     errors: list[float] = []
     if len(pixels):
@@ -176,7 +178,7 @@ def _timestep_rows(model: Pipeline, scorer: Scorer, params: EvaluateParams) -> I
     for t, error in zip(timesteps, errors, strict=False):
         yield {
             "timestep": t,
-            "alpha_bar": float(model.alpha_bar[t]),
+            "signal": model.path.level(t).signal,
             "n": len(pixels),
             "squared_error": error,
             "psnr": 10 * math.log10(4 / error) if error > 0 else math.inf,  # values in [-1, 1]: a range of 2

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.bundle import Bundle
+    from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
-    from models.samplers import Sampling
     from models.tensorrt_engine import Engine
 
-Predict: TypeAlias = "Callable[[np.ndarray, int, np.ndarray | None], np.ndarray]"
+Predict: TypeAlias = "Callable[[np.ndarray, float, np.ndarray | None], np.ndarray]"
 """`predict(x, t, condition)` returns the raw network output, float32 [N, *input_shape]."""
 Sample: TypeAlias = "Callable[[Sequence[int], Sequence[int] | None, Sampling], np.ndarray]"
 """`sample(seeds, labels, sampling)` draws images, float32 [N, C, H, W]."""
@@ -101,11 +101,11 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
             (folder / f"tokenizer{suffix}.json").write_text(tokenizer, encoding="utf-8")
             text.pads[suffix] = tower.tokenizer.pad_token_id
     BundleInfo.of(trained.info, trained.scheduler, text).write(folder / "bundle.json")
-    package = folder / PACKAGE
-    package.mkdir()
-    (package / "__init__.py").touch()
     for name in closure.closure("models/bundle.py", plumbing=()):
-        shutil.copyfile(closure.ROOT / name, package / Path(name).name)
+        copied = folder / PACKAGE / Path(name).relative_to("models")
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        (copied.parent / "__init__.py").touch()
+        shutil.copyfile(closure.ROOT / name, copied)
 
 
 @contextmanager
@@ -128,8 +128,7 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
         StageError: if either differs too much.
     """
     differences = {}
-    timesteps = trained.info.timesteps
-    points = [(batch, t) for batch in PARITY_BATCHES for t in (0, timesteps // 2, timesteps - 1)]
+    points = [(batch, t) for batch in PARITY_BATCHES for t in trained.path.spread(3)]
     for batch, t in tqdm(points, desc="parity", unit="batch", mininterval=1, dynamic_ncols=True):
         differences[f"batch {batch}, t {t}"] = _difference(trained, bundle.predict, batch, t, params.seed)
     where, worst = max(differences.items(), key=lambda item: item[1])
@@ -175,7 +174,7 @@ def _torch_predict(trained: Pipeline) -> Predict:
 
     evaluate = predictor(trained.network)
 
-    def predict(x: np.ndarray, t: int, condition: np.ndarray | None) -> np.ndarray:
+    def predict(x: np.ndarray, t: float, condition: np.ndarray | None) -> np.ndarray:
         on_device = None if condition is None else torch.from_numpy(condition).to(trained.device)
         with torch.inference_mode():
             output: np.ndarray = evaluate(torch.from_numpy(x).to(trained.device), t, on_device).cpu().numpy()
@@ -184,7 +183,7 @@ def _torch_predict(trained: Pipeline) -> Predict:
     return predict
 
 
-def _difference(trained: Pipeline, predict: Predict, batch: int, t: int, seed: int) -> float:
+def _difference(trained: Pipeline, predict: Predict, batch: int, t: float, seed: int) -> float:
     import numpy as np
 
     x, condition = _noisy_inputs(trained, batch, seed)
@@ -193,16 +192,16 @@ def _difference(trained: Pipeline, predict: Predict, batch: int, t: int, seed: i
 
 def _drawn_psnr(trained: Pipeline, sample: Sample, seed: int) -> dict[str, float]:
     """Return for each sampler the PSNR in dB of its worst image against PyTorch's for the same noise."""
-    from models.samplers import SAMPLERS, Sampling
+    from models.noise.samplers import Sampling, samplers_of
 
     seeds = range(seed, seed + DRAWN_IMAGES)
     conditional = trained.info.conditioning != "none"
     labels = [i % len(trained.info.classes) for i in range(DRAWN_IMAGES)] if conditional else None
     steps, scale = min(DRAWN_STEPS, trained.info.timesteps), GUIDANCE if conditional else 1.0
-    settings = {name: Sampling(name, steps, guidance_scale=scale) for name in SAMPLERS}
+    settings = {name: Sampling(name, steps, guidance_scale=scale) for name in samplers_of(trained.path)}
     return {
         name: _psnr(sample(seeds, labels, settings[name]), trained.sample(seeds, labels, settings[name]))
-        for name in tqdm(SAMPLERS, desc="draw", unit="sampler", mininterval=1, dynamic_ncols=True)
+        for name in tqdm(settings, desc="draw", unit="sampler", mininterval=1, dynamic_ncols=True)
     }
 
 
@@ -221,7 +220,7 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         StageError: if the images differ too much.
     """
     from models import tensorrt_engine
-    from models.samplers import SeededNoise, denoiser, sample
+    from models.noise.samplers import SeededNoise, denoiser, sample
 
     reason = tensorrt_engine.unavailable_because()
     if trained.info.conditioning == "text" or trained.autoencoder is not None:
@@ -270,10 +269,11 @@ def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params:
         runners["tensorrt"] = engine.predict
     rows = []
     for batch in tqdm(params.latency_batches, desc="latency", unit="batch", mininterval=1, dynamic_ncols=True):
+        (t,) = trained.path.spread(1)
         x, condition = _noisy_inputs(trained, batch, params.seed)
         row: dict[str, float] = {"batch": batch}
         for name, predict in runners.items():
-            row[f"{name}_ms"] = round(_median_ms(functools.partial(predict, x, 1, condition)), 3)
+            row[f"{name}_ms"] = round(_median_ms(functools.partial(predict, x, t, condition)), 3)
         row["onnxruntime_speedup"] = round(row["torch_ms"] / row["onnxruntime_ms"], 2)
         rows.append(row)
     return {

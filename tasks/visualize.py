@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from tasks.report.process import Drawn
     from tasks.runtime.measures import Measurements
 
-PREDICTIONS = {"epsilon": "noise ε", "sample": "clean image x₀", "v_prediction": "v"}
+PREDICTIONS = {
+    "epsilon": "noise ε",
+    "sample": "clean image x₀",
+    "v_prediction": "v",
+    "flow_prediction": "velocity ε − x₀",
+}
 
 
 def visualize(
@@ -98,14 +103,10 @@ def _charts(model: Pipeline, training: Path) -> tuple[Chart, Chart]:
     """Return the charts of the noise schedules and of the training curves."""
     import pandas as pd
 
-    from models.schedules import alpha_bar, log_snr
     from tasks.report import charts
-    from tasks.report.process import schedule_betas
+    from tasks.report.process import known_paths
 
-    curves = {}
-    for name, betas in schedule_betas(model).items():
-        levels = alpha_bar(betas)
-        curves[name] = {"beta": betas, "alpha_bar": levels, "log_snr": log_snr(levels)}
+    curves = {name: charts.path_curves(path) for name, path in known_paths(model).items()}
     return charts.schedules(curves, model.info.schedule), charts.training(pd.read_csv(training / "history.csv"))
 
 

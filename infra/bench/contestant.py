@@ -15,8 +15,8 @@ import torch
 from infra.bench import clock, peer
 from infra.bench.ours import Ours
 from models.networks.unet import UNet, UNetConfig
+from models.noise.schedules import betas
 from models.pipeline import PipelineInfo, save_pipeline
-from models.schedules import betas
 from tasks.params import Params, parse
 from tasks.runtime.atomic import writing_folder
 from tasks.runtime.stage import limit_openmp_spin

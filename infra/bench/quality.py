@@ -24,9 +24,9 @@ from infra.bench.inputs import Inputs, key, parameters, prepare
 from models.device import best_device
 from models.judges.judge import load_judge
 from models.judges.metrics import frechet_distance
+from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
-from models.samplers import Sampling
 from tasks.pictures.images import load_pixels
 from tasks.runtime import atomic
 

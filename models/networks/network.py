@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig
 Network: TypeAlias = UNet | TextUNet
-Predict: TypeAlias = Callable[[Tensor, int, Tensor | None], Tensor]
+Predict: TypeAlias = Callable[[Tensor, float, Tensor | None], Tensor]
 
 
 def build(config: NetworkConfig) -> Network:
@@ -48,9 +48,13 @@ def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
 
 
 def predictor(network: nn.Module) -> Predict:
-    """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch."""
+    """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch.
 
-    def predict(x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        return network(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), condition)
+    An int becomes int64 [B], as on a diffusion path, and a float float32 [B], as on a rectified flow.
+    """
+
+    def predict(x: Tensor, t: float, condition: Tensor | None) -> Tensor:
+        dtype = torch.int64 if isinstance(t, int) else torch.float32
+        return network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), condition)
 
     return predict

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models import schedules
 from models.networks.config import Supported, require_supported
-from models.samplers import PREDICTION_TYPES, SchedulerConfig
+from models.noise import schedules
+from models.noise.paths import FLOW_PREDICTION, PREDICTION_TYPES, RECTIFIED_FLOW, DiffusionPath, RectifiedFlow
+from models.noise.samplers import SchedulerConfig
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject
@@ -29,8 +30,11 @@ SCHEDULES = {
     "scaled_linear": "scaled_linear",
 }
 """`beta_schedule` of diffusers -> name of ours."""
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 OTHER_DIFFUSION = ("FlowMatch", "FlowMap", "EDM", "CMStochastic", "CosineDPM", "KarrasVe", "ScoreSde")
-"""First letters of the diffusers schedulers that are not defined by betas."""
+"""First letters of the diffusers schedulers that are neither defined by betas nor `FLOW_SCHEDULER`."""
+OF_BETAS = tuple(name for name in PREDICTION_TYPES if name != FLOW_PREDICTION)
+"""Prediction types of schedulers with betas."""
 VARIANCE_TYPES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
 """`variance_type` of diffusers -> one of `samplers.VARIANCE_TYPES`."""
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -41,10 +45,10 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 class Scheduler:
     """A `scheduler_config.json`."""
 
-    betas: schedules.Array
-    """float64 [T]."""
+    betas: schedules.Array | None
+    """float64 [T]; None for a rectified flow."""
     schedule: str
-    """One of `schedules.SCHEDULES`, or "trained" for betas that match none of them."""
+    """One of `schedules.SCHEDULES`, "rectified_flow", or "trained" for betas that match none of them."""
     config: SchedulerConfig
 
 
@@ -62,25 +66,27 @@ def parts(folder: Path) -> tuple[Path, Path]:
 
 
 def read_diffusion(config: JsonObject) -> Scheduler:
-    """Read the noise schedule and prediction type that a network was trained with, from any scheduler with betas.
+    """Read the path and prediction type that a network was trained with, from a flow scheduler or one with betas.
 
-    How that scheduler samples is ignored: training needs only the diffusion process.
+    How that scheduler samples is ignored: training needs only the path.
 
     Raises:
-        ValueError: for other kinds of diffusion, such as flow matching or EDM, which our losses do not train.
+        ValueError: for other kinds of diffusion, such as EDM, which our losses do not train.
     """
     name = str(config.get("_class_name", ""))
+    if name == FLOW_SCHEDULER:
+        return _read_flow(config)
     if name.startswith(OTHER_DIFFUSION) or "sigma_data" in config:
-        raise ValueError(f"its {name} does not add noise by betas, which is the only kind supported")
+        raise ValueError(f"its {name} adds noise neither by betas nor along a rectified flow, which are supported")
     supported: Supported = {
         "beta_schedule": tuple(SCHEDULES),
-        "prediction_type": PREDICTION_TYPES,
+        "prediction_type": OF_BETAS,
         "use_flow_sigmas": (False,),
     }
     require_supported(config, supported, "scheduler")
     betas, schedule = _betas(config)
     prediction_type = config.get("prediction_type", "epsilon")
-    return Scheduler(betas, schedule, SchedulerConfig(schedules.alpha_bar(betas), prediction_type))
+    return Scheduler(betas, schedule, SchedulerConfig(DiffusionPath(schedules.alpha_bar(betas)), prediction_type))
 
 
 def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
@@ -91,12 +97,14 @@ def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
     Raises:
         ValueError: for a scheduler that our samplers do not reproduce, in one sentence.
     """
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return _read_flow(config)
     supported: Supported = {
-        "_class_name": ("DDPMScheduler", "DDIMScheduler"),
+        "_class_name": ("DDPMScheduler", "DDIMScheduler", FLOW_SCHEDULER),
         "beta_schedule": tuple(SCHEDULES),
         "clip_sample": (clip_sample,),
         "clip_sample_range": (1.0,),
-        "prediction_type": PREDICTION_TYPES,
+        "prediction_type": OF_BETAS,
         "set_alpha_to_one": (True,),
         "thresholding": (False,),
         "timestep_spacing": ("leading", "trailing"),
@@ -108,7 +116,7 @@ def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
         betas,
         name,
         SchedulerConfig(
-            schedules.alpha_bar(betas),
+            DiffusionPath(schedules.alpha_bar(betas)),
             config.get("prediction_type", "epsilon"),
             clip_sample,
             VARIANCE_TYPES[config.get("variance_type", "fixed_small")],
@@ -116,6 +124,22 @@ def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
             config.get("steps_offset", 0),
         ),
     )
+
+
+def _read_flow(config: JsonObject) -> Scheduler:
+    """Read a rectified flow; its scheduler has no prediction type, because its networks predict the velocity."""
+    supported: Supported = {
+        "invert_sigmas": (False,),
+        "shift_terminal": (None,),
+        "stochastic_sampling": (False,),
+        "use_beta_sigmas": (False,),
+        "use_dynamic_shifting": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_karras_sigmas": (False,),
+    }
+    require_supported(config, supported, "scheduler")
+    path = RectifiedFlow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
+    return Scheduler(None, RECTIFIED_FLOW, SchedulerConfig(path, FLOW_PREDICTION, clip_sample=False))
 
 
 def _betas(config: JsonObject) -> tuple[schedules.Array, str]:

@@ -15,8 +15,8 @@ from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
 
 if TYPE_CHECKING:
+    from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
-    from models.samplers import Sampling
     from tasks.evaluation.protocol import Protocol
 
 BLOCK_STRIDE = 1_000_000

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from models.samplers import Sampling
+from models.noise.samplers import Sampling
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity
 from tasks.runtime.errors import StageError

@@ -23,6 +23,10 @@ from tasks.params.section import NO_PATH, PositiveInt, Section
 
 S = TypeVar("S", bound=Section)
 
+DIFFUSION_SAMPLERS = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m")
+FLOW_SAMPLERS = ("euler", "heun", "dpm_solver_pp_2m")
+"""`samplers.OF_DIFFUSION` and `samplers.OF_FLOW`, without importing NumPy."""
+
 
 class Demands(Section):
     """What later stages require of the data: single parameters of several sections, keyed by their dotted names."""
@@ -154,9 +158,19 @@ class Params(Section):
             )
 
     def _check_steps(self) -> None:
-        """A sampler takes at most one step per timestep."""
-        for section, steps in (("evaluate", self.evaluate.steps), ("visualize", self.visualize.steps)):
-            if steps > self.diffusion.timesteps:
+        """A sampler fits the path, and takes at most one step per timestep of a noise schedule."""
+        flow = self.diffusion.schedule == "rectified_flow"
+        known = FLOW_SAMPLERS if flow else DIFFUSION_SAMPLERS
+        for section, sampler, steps in (
+            ("evaluate", self.evaluate.sampler, self.evaluate.steps),
+            ("visualize", self.visualize.sampler, self.visualize.steps),
+        ):
+            if sampler not in known:
+                raise ValueError(
+                    f"{section}.sampler '{sampler}' does not sample diffusion.schedule '{self.diffusion.schedule}'; "
+                    f"use one of: {', '.join(known)}"
+                )
+            if steps > self.diffusion.timesteps and not flow:
                 raise ValueError(
                     f"{section}.steps {steps} exceeds diffusion.timesteps {self.diffusion.timesteps}; lower it"
                 )

@@ -168,11 +168,22 @@ class ModelParams(Section):
 class DiffusionParams(Section):
     """The noise schedule and the training objective."""
 
-    schedule: Literal["linear", "cosine", "sigmoid", "scaled_linear"]
-    """Noise schedule; "scaled_linear" is that of Stable Diffusion."""
+    schedule: Literal["linear", "cosine", "sigmoid", "scaled_linear", "rectified_flow"]
+    """Path from images to noise: a noise schedule ("scaled_linear" is that of Stable Diffusion), or the straight path
+    of flow matching."""
     timesteps: Annotated[int, Field(ge=2)]
-    prediction: Literal["epsilon", "sample", "v_prediction"]
-    """Output of the network: the noise, the clean image, or v (names of diffusers)."""
+    """T; on a rectified flow the timestep of pure noise."""
+    prediction: Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+    """Output of the network: the noise, the clean image, v, or a flow's velocity (names of diffusers)."""
+    timestep_density: Literal["uniform", "logit_normal", "normal_log_snr"] = "uniform"
+    """Distribution of the training timesteps: t / T uniform, t / T logit-normal (Esser et al. 2024), or log SNR normal
+    (Karras et al. 2022)."""
+    density_mean: float = 0.0
+    """Mean of the normal distribution: of logit(t / T), or of log SNR."""
+    density_std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 moves training timesteps, and on a rectified flow those of the samplers, towards noise, as higher
+    resolutions need (3 in Esser et al. 2024 at 1024 pixels)."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
     loss_weighting: Literal["plain", "min_snr"] = "plain"
@@ -191,7 +202,36 @@ class DiffusionParams(Section):
                 "diffusion.loss_weighting 'min_snr' gives the last timestep, where sampling begins, a weight of 0 with "
                 "diffusion.zero_terminal_snr; set diffusion.loss_weighting to 'plain'"
             )
+        self._check_flow()
+        self._check_density()
         return self
+
+    def _check_flow(self) -> None:
+        """A rectified flow predicts the velocity, a noise schedule does not; the flow begins at pure noise."""
+        flow = self.schedule == "rectified_flow"
+        if flow != (self.prediction == "flow_prediction"):
+            fitting = "'flow_prediction'" if flow else "'epsilon', 'sample' or 'v_prediction'"
+            raise ValueError(
+                f"diffusion.prediction '{self.prediction}' does not fit diffusion.schedule '{self.schedule}'; set it "
+                f"to {fitting}"
+            )
+        if flow and self.zero_terminal_snr:
+            raise ValueError(
+                "diffusion.zero_terminal_snr rescales noise schedules; diffusion.schedule 'rectified_flow' begins at "
+                "pure noise anyway: set it to false"
+            )
+        if flow and self.loss_weighting == "min_snr":
+            raise ValueError(
+                "diffusion.loss_weighting 'min_snr' gives pure noise, where a rectified flow begins, a weight of 0; "
+                "set it to 'plain', and choose a diffusion.timestep_density instead"
+            )
+
+    def _check_density(self) -> None:
+        if self.timestep_density == "uniform" and (self.density_mean, self.density_std) != (0.0, 1.0):
+            raise ValueError(
+                "diffusion.density_mean and diffusion.density_std are not read by diffusion.timestep_density "
+                "'uniform'; set them back to 0.0 and 1.0"
+            )
 
 
 class TrainParams(Section):

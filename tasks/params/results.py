@@ -11,7 +11,7 @@ from models.judges.feature_widths import INCEPTION, stage_widths
 from tasks.params.section import Fraction, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
 
 if TYPE_CHECKING:
-    from models.samplers import Sampling
+    from models.noise.samplers import Sampling
 
 MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
 """Stricter than MLflow's rule for registered models: the name also occurs in filters and URIs."""
@@ -100,8 +100,8 @@ class EvaluateParams(Section):
     """Samples per seed block at `guidance_scale`, for label accuracy and CLIP score."""
     n_compare: PositiveInt
     """Samples of each other sampler in the table of samplers."""
-    n_ddpm: PositiveInt
-    """Samples of DDPM with every timestep, for the grid."""
+    n_slowest: PositiveInt
+    """Samples of the slowest sampler, for the grid: DDPM with every timestep, or on a rectified flow Heun."""
     guidance_scale: Annotated[float, Field(ge=1)]
     guidance_interval: NoiseLevels | None = None
     """Noise levels at which guidance is applied (Kynkäänniemi et al. 2024); null is all."""
@@ -123,7 +123,7 @@ class EvaluateParams(Section):
     @property
     def sampling(self) -> Sampling:
         """The settings of guided samples; unguided ones differ in the guidance scale."""
-        from models.samplers import Sampling  # imports NumPy, which loading parameters does not need
+        from models.noise.samplers import Sampling  # imports NumPy, which loading parameters does not need
 
         return Sampling(self.sampler, self.steps, self.eta, self.guidance_scale, self.guidance_interval)
 
@@ -146,7 +146,7 @@ class VisualizeParams(Section):
 
     def sampling(self, guidance_scale: float) -> Sampling:
         """Return the settings of one row of samples."""
-        from models.samplers import Sampling  # imports NumPy, which loading parameters does not need
+        from models.noise.samplers import Sampling  # imports NumPy, which loading parameters does not need
 
         return Sampling(self.sampler, self.steps, self.eta, guidance_scale, self.guidance_interval)
 

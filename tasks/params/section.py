@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"]
+Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun"]
 NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
-"""(low, high] in sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise relative to an image in [-1, 1]."""
+"""(low, high] in sigma / alpha, the noise relative to an image in [-1, 1]."""
 
 NO_PATH = "tasks/presets/none"
 """Value of a path parameter that names no file; DVC requires every dependency to exist.

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from models.noise.paths import DiffusionPath
+from models.noise.schedules import log_snr
+
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from models.schedules import Array
+    from models.noise.paths import Path as NoisePath
+    from models.noise.schedules import Array
 
 Values: TypeAlias = "Sequence[float] | np.ndarray | pd.Series"
 
@@ -31,9 +35,10 @@ COLOURS = {
     "series-2": "#c2410c",
     "series-3": "#7048b6",
     "series-4": "#4d7c0f",
+    "series-5": "#a3195b",
 }
-SERIES = ("series-1", "series-2", "series-3", "series-4")
-DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 1.6, 1.2, 1.6)))
+SERIES = ("series-1", "series-2", "series-3", "series-4", "series-5")
+DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1, 1.2, 1, 1.2, 1)))
 FONT = "DejaVu Sans"  # comes with matplotlib, so the same glyphs everywhere
 PNG_DPI = 144
 HEIGHT = 3.2
@@ -50,15 +55,31 @@ class Chart:
     text is drawn as outlines."""
 
 
-def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
-    """Draw beta, alpha_bar and log-SNR of each schedule over the timestep; the model's `own` is emphasised.
+def path_curves(path: NoisePath) -> dict[str, Array]:
+    """Return `signal` (its share of the variance) and `log_snr` by timestep, and for a diffusion path `beta`.
 
-    curves: schedule -> {"beta", "alpha_bar", "log_snr"} -> float64 [T].
+    Each is float64 [T]. A rectified flow, which has no betas, is taken at t = 1..T.
+    """
+    if isinstance(path, DiffusionPath):
+        levels = np.asarray(path.alpha_bar)
+        beta = 1 - levels / np.concatenate([[1.0], levels[:-1]])
+        return {"beta": beta, "signal": levels, "log_snr": log_snr(levels)}
+    flow = [path.level(t) for t in range(1, path.timesteps + 1)]
+    return {
+        "signal": np.array([level.signal for level in flow]),
+        "log_snr": np.array([level.log_snr for level in flow]),
+    }
+
+
+def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
+    """Draw beta, the signal's share and log-SNR of each path over the timestep; the model's `own` is emphasised.
+
+    curves: schedule -> result of `path_curves`.
     """
     panels = (
         ("beta", r"noise added per step, $\beta_t$"),
-        ("alpha_bar", r"signal left, $\bar{\alpha}_t$"),
-        ("log_snr", r"log signal-to-noise, $\log\,\bar{\alpha}_t/(1-\bar{\alpha}_t)$"),
+        ("signal", r"signal left, $\alpha_t^2/(\alpha_t^2+\sigma_t^2)$"),
+        ("log_snr", r"log signal-to-noise, $\log\,\alpha_t^2/\sigma_t^2$"),
     )
 
     ordered = sorted(curves, key=lambda name: name != own)
@@ -68,10 +89,12 @@ def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
             _title(axes, title, "timestep t")
             for series, name in enumerate(ordered):
                 label = f"{name} (this model)" if name == own else name
-                _line(axes, range(len(curves[name][quantity])), curves[name][quantity], series, label, bold=name == own)
+                if quantity in curves[name]:
+                    values = curves[name][quantity]
+                    _line(axes, range(len(values)), values, series, label, bold=name == own)
             if quantity == "beta":
                 axes.set_yscale("log")
-            if quantity == "alpha_bar":
+            if quantity == "signal":
                 axes.legend(loc="best")
 
         return draw

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import pictures, schedules
+from models import pictures
+from models.noise import schedules
+from models.noise.paths import RECTIFIED_FLOW
+from models.noise.samplers import Callback, SeededNoise
 from models.pixels import to_uint8
-from models.samplers import Callback, SeededNoise
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 from tasks.report.page import Neighbours, Tiles
@@ -24,8 +26,8 @@ from tasks.report.page import Neighbours, Tiles
 if TYPE_CHECKING:
     from PIL import Image
 
+    from models.noise.paths import Path as NoisePath
     from models.pipeline import Pipeline
-    from models.schedules import Array
     from tasks.params import ImageParams, VisualizeParams
     from tasks.pictures.images import Samples
 
@@ -53,11 +55,11 @@ class Trajectory:
     """Indices of the steps to keep."""
     decode: Callable[[torch.Tensor], torch.Tensor]
     """See `Pipeline.decode`."""
-    times: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     noisy: list[np.ndarray] = field(default_factory=list)
     predicted: list[np.ndarray] = field(default_factory=list)
 
-    def __call__(self, i: int, t: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+    def __call__(self, i: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
         if i in self.kept:
             self.times.append(t)
             for images, values in ((self.noisy, self.x), (self.predicted, x0)):
@@ -103,7 +105,7 @@ def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
 
 
 def _both(callback: Callback, tick: Callable[[], object]) -> Callback:
-    def step(i: int, t: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+    def step(i: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
         callback(i, t, x, x0)
         tick()
 
@@ -124,14 +126,14 @@ def _choose(held_out: Samples, count: int) -> list[int]:
     return [int((held_out.labels == label).argmax()) for label in wanted]
 
 
-def _noised(model: Pipeline, pixels: np.ndarray, alpha_bar: Array, times: Sequence[int], seed: int) -> np.ndarray:
+def _noised(model: Pipeline, pixels: np.ndarray, path: NoisePath, times: Sequence[int], seed: int) -> np.ndarray:
     """Return the image uint8 [C, H, W] and its x_t at each of `times`: uint8 [1 + len(times), C, H, W].
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), with the same eps for all t.
+    x_t = alpha_t x_0 + sigma_t eps, with the same eps for all t.
     """
     clean = model.encode(pixels[None])
     noise = torch.from_numpy(SeededNoise([seed], model.info.input_shape)()).to(clean.device)
-    steps = [float(np.sqrt(alpha_bar[t])) * clean + float(np.sqrt(1 - alpha_bar[t])) * noise for t in times]
+    steps = [level.alpha * clean + level.sigma * noise for level in map(path.level, times)]
     return np.concatenate([pixels[None], to_uint8(model.decode(torch.cat(steps)).float().cpu().numpy())])
 
 
@@ -142,31 +144,31 @@ def _forward_times(model: Pipeline) -> list[int]:
 def forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
     """Show the forward process of a few held-out images."""
     times, chosen = _forward_times(model), _choose(held_out, FORWARD_ROWS)
-    alpha_bar = model.alpha_bar
-    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed + row) for row, index in enumerate(chosen)]
+    signal = [model.path.level(t).signal for t in times]
+    strips = [_noised(model, held_out.pixels[index], model.path, times, seed + row) for row, index in enumerate(chosen)]
     return Tiles(
         np.stack(strips),
         [_class_name(model, int(held_out.labels[index])) for index in chosen],
         ["image", *(f"t = {t}" for t in times)],
-        ["ᾱ = 1", *(f"{alpha_bar[t]:.2g}" if alpha_bar[t] >= 0.001 else "< 0.001" for t in times)],
+        ["signal 1", *(f"{share:.2g}" if share >= 0.001 else "< 0.001" for share in signal)],
     )
 
 
 def forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
-    """Show the forward process of one held-out image under each noise schedule."""
+    """Show the forward process of one held-out image on each path."""
     times, index = _forward_times(model), _choose(held_out, FORWARD_ROWS)[-1]
-    names = list(schedules.SCHEDULES)
-    own = model.info.schedule
-    levels = [schedules.alpha_bar(betas) for betas in schedule_betas(model).values()]
-    strips = [_noised(model, held_out.pixels[index], alpha_bar, times, seed) for alpha_bar in levels]
+    known, own = known_paths(model), model.info.schedule
+    names = list(known)
+    strips = [_noised(model, held_out.pixels[index], path, times, seed) for path in known.values()]
     columns = ["image", *(f"t = {t}" for t in times)]
     return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own) if own in names else None)
 
 
-def schedule_betas(model: Pipeline) -> dict[str, Array]:
-    """Return the betas of every schedule by name, float64 [T]; the model's own stand for its schedule."""
+def known_paths(model: Pipeline) -> dict[str, NoisePath]:
+    """Return every path by the name of its schedule, with as many timesteps as the model's, and the model's own."""
     timesteps, own = model.info.timesteps, model.info.schedule
-    return {name: model.betas if name == own else schedules.betas(name, timesteps) for name in schedules.SCHEDULES}
+    names = (*schedules.SCHEDULES, RECTIFIED_FLOW)
+    return {name: model.path if name == own else schedules.path_of(name, timesteps) for name in names}
 
 
 def _class_name(model: Pipeline, label: int) -> str:
@@ -181,7 +183,7 @@ def reverse(trajectory: Trajectory, names: Sequence[str]) -> Tiles:
         for what, images in (("noisy", trajectory.noisy), ("predicted", trajectory.predicted)):
             strips.append(np.stack([images[step][sample] for step in steps]))
             titles.append(f"{names[sample]}, {what}" if names[sample] else what)
-    return Tiles(np.stack(strips), titles, [f"t = {trajectory.times[step]}" for step in steps])
+    return Tiles(np.stack(strips), titles, [f"t = {trajectory.times[step]:.0f}" for step in steps])
 
 
 def neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Drawn) -> Neighbours | None:
@@ -229,7 +231,7 @@ def animation(trajectory: Trajectory, names: Sequence[str]) -> list[Image.Image]
     frames = []
     for t, noisy, predicted in zip(trajectory.times, trajectory.noisy, trajectory.predicted, strict=True):
         both = pictures.shrunk(np.concatenate([noisy[:count], predicted[:count]]), largest)
-        frames.append(pictures.grid(both, count, tile_scale(both), [f"t = {t}", "predicted"], titles))
+        frames.append(pictures.grid(both, count, tile_scale(both), [f"t = {t:.0f}", "predicted"], titles))
     return frames
 
 

@@ -64,7 +64,7 @@ CLASS_COLUMNS = {
 }
 TIMESTEP_COLUMNS = {
     "timestep": "t",
-    "alpha_bar": "Signal left",
+    "signal": "Signal left",
     "n": "n",
     "squared_error": "Squared error",
     "psnr": "PSNR, dB",
@@ -77,6 +77,8 @@ SAMPLERS = {
     "ddim": "DDIM",
     "euler_ancestral": "Euler ancestral",
     "dpm_solver_pp_2m": "DPM-Solver++ 2M",
+    "euler": "Euler",
+    "heun": "Heun",
 }
 
 
@@ -284,7 +286,7 @@ def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
     captions = {
         "grid_unguided": f"{own}, without guidance",
         **({"grid_guided": f"{own}, guidance {measured.guided_scale:g}"} if measured.guided_scale is not None else {}),
-        "grid_ddpm": "DDPM over all timesteps, without guidance",
+        "grid_slowest": f"{_slowest(evaluation)}, without guidance",
         "grid_nearest": "The samples that are nearest to a training image by features, above that image",
     }
     return [
@@ -292,6 +294,12 @@ def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
         for name, caption in captions.items()
         if (evaluation / f"{name}.png").exists()
     ]
+
+
+def _slowest(evaluation: Path) -> str:
+    """Return sampler and steps of the last row of the table of samplers, whose images are in `grid_slowest`."""
+    *_, last = _read(evaluation / "samplers.csv")
+    return sampler_name(last["sampler"], int(last["steps"]))
 
 
 def progress(samples: Path) -> list[Picture]:

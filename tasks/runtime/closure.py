@@ -102,7 +102,7 @@ def digest(*starts: str) -> str:
 def _read_by(file: str) -> list[str]:
     """Files of the project that `file` imports outside of TYPE_CHECKING, or whose name it contains as a string."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    imported = [path for module in _imports(tree, Path(file).parts[0]) for path in _file_of(module, file)]
+    imported = [path for module in _imports(tree, Path(file).parent.parts) for path in _file_of(module, file)]
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     texts.discard("__init__.py")
     named = [path for path in _files() if path.rpartition("/")[2] in texts]
@@ -115,15 +115,16 @@ def _files() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for folder in NAMED for path in sorted((ROOT / folder).rglob("*.*"))]
 
 
-def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str | None]]:
-    """(module, name imported from it) of every import in a syntax tree, also inside functions."""
+def _imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    """(module, name imported from it) of every import in the syntax tree of a file in `package`, also in functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join((*above, *([node.module] if node.module else [])))
             yield from ((base, alias.name) for alias in node.names)
         yield from _imports(node, package)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from models.diffusion import drop_condition
 from models.networks.text_encoder import with_sizes
 from models.pixels import from_uint8
+from models.timesteps import Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
 
@@ -44,7 +45,7 @@ class Batch:
     eps: Tensor
     """float32 [B, C, H, W]: the noise"""
     t: Tensor
-    """int64 [B]: timesteps"""
+    """int64 [B], or float32 [B] on a rectified flow: timesteps"""
     condition: Tensor | None
     """int64 [B] labels, or float32 [B, L, D] token embeddings"""
 
@@ -192,7 +193,7 @@ class DrawConfig:
 
     batch_size: int
     """Samples per step and process, over all accumulated parts."""
-    timesteps: int
+    timesteps: Timesteps
     seed: int
     condition_dropout: float = 0.0
     """Probability that a condition is replaced by the null condition (classifier-free guidance)."""
@@ -225,7 +226,7 @@ class Batches:
         following = (step, part + 1) if part + 1 < config.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
         x0 = self._images(columns, generator)
-        t = torch.randint(config.timesteps, (len(x0),), generator=generator, device=self.device)
+        t = config.timesteps.draw(len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
         return Batch(x0, eps, t, self._condition(columns, generator))
 

@@ -27,7 +27,7 @@ NO_WEIGHT = {
     "models/flops.py": "counts operations for the log",
     "models/pictures.py": "draws the grids of previews",
     "models/pipeline.py": "writes finished weights",
-    "models/samplers.py": "draws previews",
+    "models/noise/samplers.py": "draws previews",
     "tasks/formats/codec_info.py": "reads the description of the codec, whose hash is in the key",
     "tasks/formats/training_record.py": "writes the identity of the run for the report",
     "tasks/pretrained/weights.py": "finds first weights, whose sha256 is in the key",

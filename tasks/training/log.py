@@ -82,9 +82,10 @@ class Tally:
         self.sums = torch.zeros(TIMESTEP_RANGES + 1, 2, dtype=torch.float64, device=device)
 
     def add_losses(self, t: Tensor, losses: Tensor) -> None:
-        """Add the losses [B] of samples at timesteps int64 [B]."""
+        """Add the losses [B] of samples at timesteps [B] between 0 and T."""
         pairs = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)], dim=1)
-        self.sums.index_add_(0, t * TIMESTEP_RANGES // self.timesteps, pairs)
+        ranges = (t * TIMESTEP_RANGES).div(self.timesteps, rounding_mode="floor").long()
+        self.sums.index_add_(0, ranges.clamp(max=TIMESTEP_RANGES - 1), pairs)
 
     def add_gradient_norm(self, norm: Tensor) -> None:
         """Add a norm before clipping; one that overflowed in fp16 is left out, because its step was skipped."""

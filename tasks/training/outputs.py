@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.networks.text_unet import adapter, merged
+from models.noise.paths import RectifiedFlow
+from models.noise.schedules import betas
 from models.pipeline import PipelineInfo, save_pipeline
-from models.schedules import betas
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
 from tasks.runtime import atomic, codec_quality
@@ -69,6 +70,11 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
     weights, lora = (
         {name: value.cpu().contiguous() for name, value in part.items()} for part in (merged(final), adapter(final))
     )
-    levels = betas(run.diffusion.schedule, run.diffusion.timesteps, run.diffusion.zero_terminal_snr)
+    diffusion, path = run.diffusion, run.timesteps.path
+    noise = (
+        path
+        if isinstance(path, RectifiedFlow)
+        else betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
+    )
     with atomic.writing_folder(pipeline) as folder:
-        save_pipeline(folder, run.network, weights, levels, info, codec, lora)
+        save_pipeline(folder, run.network, weights, noise, info, codec, lora)

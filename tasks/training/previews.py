@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models import pictures, samplers
+from models import pictures
 from models.networks import autoencoder
 from models.networks.network import predictor
+from models.noise import samplers
+from models.noise.paths import DiffusionPath
 from models.pixels import to_uint8
 from tasks.runtime import atomic
 from tasks.training.held_out import averaged
@@ -44,8 +46,8 @@ def sample_grid(run: Run) -> Path:
 def _draw(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray:
     """Draw images uint8 [n, C, H, W] with the network's current weights, each from the noise of its seed."""
     noise, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
-    clip = run.autoencoder is None
-    scheduler = samplers.SchedulerConfig(run.alpha_bar, run.diffusion.prediction, clip_sample=clip)
+    clip = run.autoencoder is None and isinstance(run.timesteps.path, DiffusionPath)
+    scheduler = samplers.SchedulerConfig(run.timesteps.path, run.diffusion.prediction, clip_sample=clip)
     sampling = samplers.Sampling("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
     denoise = samplers.denoiser(predictor(run.network), scheduler, sampling, condition)
     drawn = samplers.sample(denoise, lambda: torch.from_numpy(noise()).to(device), scheduler, sampling)

@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from models import schedules
-from models.diffusion import add_noise, loss_weights, squared_error, target
+from models.diffusion import add_noise, squared_error, target
 from models.ema import EMA
 from models.json_files import JsonObject
 from models.networks.network import Network, NetworkConfig, build
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
+from models.noise.schedules import path_of
+from models.timesteps import Density, Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.params import DiffusionParams, ModelParams, TrainParams
@@ -65,8 +66,8 @@ class Run:
     averages: dict[str, EMA]
     batches: Batches | Bucketed
     held_out: list[Batch]
-    alpha_bar: schedules.Array
-    """float64 [T]: the noise schedule."""
+    timesteps: Timesteps
+    """Those of the training batches, with their path."""
     diffusion: DiffusionParams
     params: TrainParams
     folder: Path
@@ -159,19 +160,19 @@ def prepare(
     module, prepared = accelerator.prepare(network, optimizer)
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
-    levels = schedules.alpha_bar(schedules.betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr))
-    batches, held_out = _batches(data, index, accelerator, diffusion, params)
+    timesteps = timesteps_of(diffusion, accelerator.device)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params)
     run = Run(
         accelerator=accelerator,
         network=network,
         # torch.compile is declared for functions; for a module it returns a module.
         module=torch.compile(module) if params.compile else module,  # type: ignore[arg-type]
-        objective=Objective(diffusion, levels, accelerator.device),
+        objective=Objective(diffusion, timesteps),
         optimizer=prepared,
         averages={profile: EMA(network, profile) for profile in params.ema},
         batches=batches,
         held_out=held_out,
-        alpha_bar=levels,
+        timesteps=timesteps,
         diffusion=diffusion,
         params=params,
         folder=training_key.folder_of(workspace.scratch(), facts),
@@ -205,29 +206,38 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
 class Objective:
     """The training objective: (network, batch) -> the weighted loss of each sample, float32 [B]."""
 
-    def __init__(self, params: DiffusionParams, alpha_bar: schedules.Array, device: torch.device) -> None:
-        levels = torch.from_numpy(alpha_bar)
-        weights = loss_weights(params.loss_weighting, params.prediction, levels, params.min_snr_gamma)
-        self.prediction = params.prediction
-        self.alpha_bar, self.weights = levels.float().to(device), weights.to(device)
+    def __init__(self, params: DiffusionParams, timesteps: Timesteps) -> None:
+        self.params, self.timesteps = params, timesteps
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        a = self.alpha_bar[batch.t]
-        output = network(add_noise(batch.x0, batch.eps, a), batch.t, batch.condition)
-        return self.weights[batch.t] * squared_error(output, target(self.prediction, batch.x0, batch.eps, a))
+        params = self.params
+        alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
+        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, batch.condition)
+        error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
+        return self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma) * error
+
+
+def timesteps_of(params: DiffusionParams, device: torch.device) -> Timesteps:
+    """Return the timesteps of the training batches, drawn from the density that the section names."""
+    path = path_of(params.schedule, params.timesteps, params.zero_terminal_snr, params.shift)
+    density = Density(params.timestep_density, params.density_mean, params.density_std, params.shift)
+    return Timesteps(path, device, density)
 
 
 def _batches(
-    data: Path, index: LatentsIndex, accelerator: Accelerator, diffusion: DiffusionParams, params: TrainParams
+    data: Path, index: LatentsIndex, accelerator: Accelerator, timesteps: Timesteps, params: TrainParams
 ) -> tuple[Batches | Bucketed, list[Batch]]:
-    """Return the training batches, and one fixed held-out draw in parts of a training batch's size."""
+    """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
+
+    Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
+    """
     device, where = accelerator.device, params.data_on_device
     conditioning = open_conditioning(data, where, device)
 
     def training(bucket: int, seed: int) -> Batches:
         config = DrawConfig(
             batch_size=params.batch_size // accelerator.num_processes,
-            timesteps=diffusion.timesteps,
+            timesteps=timesteps,
             seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
@@ -244,12 +254,12 @@ def _batches(
     else:
         several = [training(bucket, seed_for(params.seed, "bucket", bucket)) for bucket in filled]
         train = Bucketed(several, (index.channels, index.size, index.size), params.seed)
-    held_out = []
+    held_out, uniform = [], Timesteps(timesteps.path, device)
     total = index.splits["test"].count
     for bucket in latents.buckets_of(data, "test"):
         store = open_store(data, "test", where, device, bucket)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
-        config = DrawConfig(batch_size=share, timesteps=diffusion.timesteps, seed=bucket)
+        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket)
         held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 

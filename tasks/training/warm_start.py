@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models import schedules
 from models.json_files import read_json
 from models.networks.network import config_of, load_weights
 from models.networks.published import read_diffusion, read_weights
+from models.noise import schedules
+from models.noise.paths import RECTIFIED_FLOW
 from tasks.params import NO_PATH, DiffusionParams, TrainParams
 from tasks.pretrained import weights
 from tasks.runtime.errors import StageError
@@ -110,7 +111,13 @@ def _check_diffusion(initial: InitialWeights, diffusion: DiffusionParams) -> Non
             f"{initial.name} predicts {prediction}, not {diffusion.prediction}; "
             f"set diffusion.prediction to {prediction}"
         )
-    _compare_noise(initial, learned.betas, learned.schedule, diffusion)
+    if (learned.betas is None) != (diffusion.schedule == RECTIFIED_FLOW):
+        raise StageError(
+            f"{initial.name} learned the path '{learned.schedule}', not '{diffusion.schedule}'; set diffusion.schedule "
+            "to it"
+        )
+    if learned.betas is not None:
+        _compare_noise(initial, learned.betas, learned.schedule, diffusion)
 
 
 def _compare_noise(initial: InitialWeights, theirs: schedules.Array, schedule: str, diffusion: DiffusionParams) -> None:

@@ -116,8 +116,8 @@ def save_random_pipeline(folder: Path) -> None:
     """Save an untrained class-conditional pipeline with the image size and classes of the default preset."""
     import torch
 
-    from models import schedules
     from models.networks.unet import UNet, UNetConfig
+    from models.noise import schedules
     from models.pipeline import PipelineInfo, save_pipeline
 
     torch.manual_seed(0)

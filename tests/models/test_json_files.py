@@ -7,11 +7,12 @@ import pytest
 
 from models.bundle import BundleInfo, BundleText
 from models.judges.judge import JudgeInfo
+from models.noise.paths import DiffusionPath
+from models.noise.samplers import SchedulerConfig
 from models.pipeline import PipelineInfo
-from models.samplers import SchedulerConfig
 
 PIPELINE = PipelineInfo("label", 1, 8, "cosine", 20, "v_prediction", "a" * 64, ["dog", "chat noir é"], 2)
-SCHEDULER = SchedulerConfig([0.9, 0.5], "v_prediction", variance_type="fixed_large", steps_offset=1)
+SCHEDULER = SchedulerConfig(DiffusionPath([0.9, 0.5]), "v_prediction", variance_type="fixed_large", steps_offset=1)
 BUNDLE = BundleInfo.of(PIPELINE, SCHEDULER, BundleText(8, {"": 0, "_2": 3}, 16, [8, 8, 0, 0, 8, 8]))
 JUDGE = JudgeInfo(["dog"], None, {"channels": 1, "size": 8}, 60, 20, clip_accuracy=0.5, hashes={"clip": "b" * 64})
 DESCRIPTIONS = pytest.mark.parametrize("info", [PIPELINE, BUNDLE, JUDGE], ids=lambda info: type(info).__name__)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import schedules
 from models.networks.unet import UNet, UNetConfig
+from models.noise import schedules
+from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
-from models.samplers import SAMPLERS, Sampling
 from tests.support import model_outputs
 
 CONFIG = UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8)
@@ -56,7 +56,7 @@ def test_a_published_model_is_sampled_at_the_timesteps_of_its_scheduler(tmp_path
 
 
 def noises(seeds: list[int], pipeline, count: int) -> np.ndarray:
-    from models.samplers import SeededNoise
+    from models.noise.samplers import SeededNoise
 
     draw = SeededNoise(seeds, (pipeline.info.channels, pipeline.info.size, pipeline.info.size))
     return np.stack([draw() for _ in range(count)])
@@ -221,7 +221,7 @@ def conditional(tmp_path_factory):
     return load_pipeline(folder)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", OF_DIFFUSION)
 def test_an_image_depends_on_its_seed_whatever_the_batch(conditional, sampler):
     seeds, labels = list(range(7)), [0, 1, 2, 0, 1, 2, 0]
     sampling = Sampling(sampler, 10, 1.0 if sampler == "ddim" else 0.0, 1.5)

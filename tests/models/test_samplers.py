@@ -6,17 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from models import samplers, schedules
 from models.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
-from models.samplers import Sampling, SchedulerConfig
+from models.noise import paths, samplers, schedules
+from models.noise.paths import DiffusionPath, Level
+from models.noise.samplers import Sampling, SchedulerConfig
 
 T = 1000
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", T))
 SHAPE = (2, 1, 8, 8)
 
 
+def at(a, t=0):
+    """The noise level with this alpha_bar."""
+    return Level(t, math.sqrt(a), math.sqrt(1 - a))
+
+
+def scales(a):
+    """alpha and sigma of alpha_bar, a tensor."""
+    return a.sqrt(), (1 - a).sqrt()
+
+
 def drawn_by(sampler, steps, denoise, noise, levels=ALPHA_BAR):
-    return samplers.sample(denoise, noise, SchedulerConfig(levels, "sample"), Sampling(sampler, steps))
+    return samplers.sample(denoise, noise, SchedulerConfig(DiffusionPath(levels), "sample"), Sampling(sampler, steps))
 
 
 def x0_of(x, t):
@@ -28,7 +39,7 @@ def output_of(prediction, x, t, levels):
     """What that network would say in the parametrisation `prediction`."""
     a, x0 = torch.tensor(levels[t]), x0_of(x, t)
     eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-    return target(prediction, x0, eps, a[None]).float()
+    return target(prediction, x0, eps, *scales(a[None])).float()
 
 
 def scheduler_for(sampler, levels_of, prediction, spacing="trailing", offset=0):
@@ -81,14 +92,14 @@ def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, step
         scheduler, sampler, lambda x, t: output_of(prediction, x, t, levels), draws, monkeypatch
     )
     ours, noise = [], iter(draws[1:])
+    path = DiffusionPath(levels)
     chosen = samplers.timesteps_for(sampler.split()[0], T, steps, spacing, offset)
     assert [int(t) for t in scheduler.timesteps] == chosen
     samplers.SAMPLERS[sampler.split()[0]](
-        samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), SchedulerConfig(levels, prediction)),
+        samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), SchedulerConfig(path, prediction)),
         draws[0],
         lambda: next(noise),
-        levels,
-        chosen,
+        [path.level(t) for t in chosen],
         lambda i, t, x, x0: ours.append(x),
         **OPTIONS.get(sampler, {}),
     )
@@ -139,7 +150,7 @@ def test_whole_trajectory_from_pure_noise_equals_diffusers(sampler, prediction, 
     assert largest_difference(sampler, prediction, levels, levels_of, monkeypatch) < 1e-4
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.OF_DIFFUSION)
 def test_pure_noise_is_the_limit_of_almost_pure_noise(sampler):
     def draw(last):
         levels = schedules.alpha_bar(schedules.betas("cosine", T, zero_terminal_snr=True))
@@ -174,15 +185,19 @@ def test_order_of_convergence(sampler, order):
     timesteps = np.array(samplers.trailing_timesteps(T, T))
     levels = schedules.alpha_bar(schedules.betas("cosine", T))
 
-    def denoise(x, t):  # E[x_0 | x_t] for Gaussian data
-        a = levels[t]
+    def denoise(x, level):  # E[x_0 | x_t] for Gaussian data
+        a = level.alpha**2
         return math.sqrt(a) * variance / (a * variance + 1 - a) * x
 
     def error(stride):
         chosen = timesteps[50:951:stride]
         seen = []
         samplers.SAMPLERS[sampler](
-            denoise, np.ones(1), lambda: np.zeros(1), levels, chosen, lambda i, t, x, x0: seen.append(x)
+            denoise,
+            np.ones(1),
+            lambda: np.zeros(1),
+            [at(levels[t]) for t in chosen],
+            lambda i, t, x, x0: seen.append(x),
         )
         # the step that leaves the last chosen timestep goes to a clean image; compare where it starts
         return abs(seen[-2] - exact_gaussian(1.0, levels[chosen[0]], levels[chosen[-1]], variance))[0]
@@ -199,8 +214,8 @@ def test_order_of_convergence_with_fresh_noise(sampler):
     variance = 0.3
     levels = schedules.alpha_bar(schedules.betas("cosine", T))
 
-    def denoise(x, t):
-        a = levels[t]
+    def denoise(x, level):
+        a = level.alpha**2
         return math.sqrt(a) * variance / (a * variance + 1 - a) * x
 
     def error(stride):
@@ -209,7 +224,12 @@ def test_order_of_convergence_with_fresh_noise(sampler):
         options = {"eta": 1.0} if sampler == "ddim" else {}
         x = math.sqrt(levels[chosen[0]] * variance + 1 - levels[chosen[0]]) * next(fresh)
         samplers.SAMPLERS[sampler](
-            denoise, x, lambda: next(fresh), levels, chosen, lambda i, t, x, x0: seen.append(x), **options
+            denoise,
+            x,
+            lambda: next(fresh),
+            [at(levels[t]) for t in chosen],
+            lambda i, t, x, x0: seen.append(x),
+            **options,
         )
         wanted = levels[chosen[-1]] * variance + 1 - levels[chosen[-1]]
         return abs((seen[-2] ** 2).sum() - wanted)
@@ -218,7 +238,7 @@ def test_order_of_convergence_with_fresh_noise(sampler):
     assert math.log2(error(60) / error(30)) == pytest.approx(1, abs=0.35)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.OF_DIFFUSION)
 def test_perfect_denoiser_gives_the_image(sampler):
     image = np.linspace(-1, 1, 64).reshape(1, 1, 8, 8).astype(np.float32)
     noise = samplers.SeededNoise([3], (1, 8, 8))
@@ -226,7 +246,7 @@ def test_perfect_denoiser_gives_the_image(sampler):
     assert np.abs(drawn - image).max() < 1e-5
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.OF_DIFFUSION)
 def test_torch_and_numpy_agree(sampler):
     def draw(convert):
         noise = samplers.SeededNoise([1, 2], (1, 8, 8))
@@ -244,10 +264,10 @@ def test_image_depends_on_its_own_seed_alone():
 
 
 def test_guidance_moves_away_from_the_null_condition():
-    scheduler = SchedulerConfig(ALPHA_BAR, "epsilon")
+    scheduler = SchedulerConfig(DiffusionPath(ALPHA_BAR), "epsilon")
     denoise = samplers.denoiser(lambda x, t, c: 0 * x + c, scheduler, Sampling(guidance_scale=3.0), 0.2, 0.1)
     x, a = np.zeros((1, 1, 2, 2)), ALPHA_BAR[100]
-    assert denoise(x, 100) == pytest.approx(-math.sqrt(1 - a) * (0.1 + 3 * 0.1) / math.sqrt(a))
+    assert denoise(x, at(a)) == pytest.approx(-math.sqrt(1 - a) * (0.1 + 3 * 0.1) / math.sqrt(a))
 
 
 def test_guidance_is_kept_to_its_noise_levels():
@@ -259,10 +279,10 @@ def test_guidance_is_kept_to_its_noise_levels():
         return 0 * x + condition
 
     sampling = Sampling(guidance_scale=3.0, guidance_interval=(0.5, 3.0))
-    scheduler = SchedulerConfig([0.9, 0.5, 0.1, 0.0], "sample")
+    scheduler = SchedulerConfig(DiffusionPath([0.9, 0.5, 0.1, 0.0]), "sample")
     denoise = samplers.denoiser(predict, scheduler, sampling, 0.2, 0.1)
     sigmas = [1 / 3, 1.0, 3.0, math.inf]
-    drawn = [float(denoise(np.zeros((1, 1, 1, 1)), t)[0, 0, 0, 0]) for t in range(4)]
+    drawn = [float(denoise(np.zeros((1, 1, 1, 1)), scheduler.path.level(t))[0, 0, 0, 0]) for t in range(4)]
     assert drawn == pytest.approx([0.4 if 0.5 < sigma <= 3.0 else 0.2 for sigma in sigmas])
     assert asked == [0.2, 0.2, 0.1, 0.2, 0.1, 0.2]
 
@@ -301,25 +321,25 @@ def test_target_and_x0_are_inverse(prediction, t):
     torch.manual_seed(0)
     x0, eps = torch.rand(SHAPE) * 2 - 1, torch.randn(SHAPE)
     a = torch.full((2,), ALPHA_BAR[t], dtype=torch.float32)
-    output = target(prediction, x0, eps, a)
-    assert torch.allclose(samplers.to_x0(prediction, output, add_noise(x0, eps, a), ALPHA_BAR[t]), x0, atol=1e-5)
+    output, x = target(prediction, x0, eps, *scales(a)), add_noise(x0, eps, *scales(a))
+    assert torch.allclose(paths.to_x0(prediction, output, x, at(ALPHA_BAR[t])), x0, atol=1e-5)
 
 
 def test_targets_in_numbers():
     """a = 0.64: sqrt(a) = 0.8 and sqrt(1 - a) = 0.6."""
     x0, eps, a = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0), torch.tensor([0.64])
-    assert add_noise(x0, eps, a).item() == pytest.approx(0.8 * 0.5 - 0.6)
-    assert target("epsilon", x0, eps, a).item() == -1
-    assert target("sample", x0, eps, a).item() == 0.5
-    assert target("v_prediction", x0, eps, a).item() == pytest.approx(-0.8 - 0.6 * 0.5)
+    assert add_noise(x0, eps, *scales(a)).item() == pytest.approx(0.8 * 0.5 - 0.6)
+    assert target("epsilon", x0, eps, *scales(a)).item() == -1
+    assert target("sample", x0, eps, *scales(a)).item() == 0.5
+    assert target("v_prediction", x0, eps, *scales(a)).item() == pytest.approx(-0.8 - 0.6 * 0.5)
 
 
 def test_the_image_in_pure_noise_follows_from_v_and_x0_alone():
     x, output = np.ones((1, 1, 1, 1)), np.full((1, 1, 1, 1), 0.25)
-    assert samplers.to_x0("sample", output, x, 0.0) == 0.25
-    assert samplers.to_x0("v_prediction", output, x, 0.0) == -0.25
+    assert paths.to_x0("sample", output, x, at(0.0)) == 0.25
+    assert paths.to_x0("v_prediction", output, x, at(0.0)) == -0.25
     with pytest.raises(ValueError, match="undefined at alpha_bar 0"):
-        samplers.to_x0("epsilon", output, x, 0.0)
+        paths.to_x0("epsilon", output, x, at(0.0))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -332,32 +352,32 @@ def test_min_snr_weighs_the_error_of_x0(prediction):
     assert snr[t[0]] > gamma > snr[t[3]]
     a = levels[t]
     x0, wrong, eps = torch.rand(3, 5, 1, 4, 4, dtype=torch.float64)
-    x = add_noise(x0, eps, a)
+    x = add_noise(x0, eps, *scales(a))
     # the output of a network that takes `wrong` for the image in x
     wide = a[:, None, None, None]
-    output = target(prediction, wrong, (x - wide.sqrt() * wrong) / (1 - wide).sqrt(), a)
-    error = (output - target(prediction, x0, eps, a)).square().mean(dim=(1, 2, 3))
+    output = target(prediction, wrong, (x - wide.sqrt() * wrong) / (1 - wide).sqrt(), *scales(a))
+    error = (output - target(prediction, x0, eps, *scales(a))).square().mean(dim=(1, 2, 3))
     of_x0 = (wrong - x0).square().mean(dim=(1, 2, 3))
-    weighted = loss_weights("min_snr", prediction, levels, gamma)[t] * error
+    weighted = loss_weights("min_snr", prediction, *scales(levels), gamma)[t] * error
     assert torch.allclose(weighted, snr[t].clamp(max=gamma) * of_x0, rtol=1e-5)
 
 
 def test_weights_in_numbers():
     """SNR 1/9, 1, 4, 9 with gamma 5."""
     levels = torch.tensor([0.1, 0.5, 0.8, 0.9], dtype=torch.float64)
-    assert loss_weights("plain", "epsilon", levels, 5.0).tolist() == [1, 1, 1, 1]
+    assert loss_weights("plain", "epsilon", *scales(levels), 5.0).tolist() == [1, 1, 1, 1]
     expected = {"epsilon": [1, 1, 1, 5 / 9], "sample": [1 / 9, 1, 4, 5], "v_prediction": [0.1, 0.5, 0.8, 0.5]}
     for prediction, weights in expected.items():
-        assert loss_weights("min_snr", prediction, levels, 5.0).tolist() == pytest.approx(weights)
+        assert loss_weights("min_snr", prediction, *scales(levels), 5.0).tolist() == pytest.approx(weights)
     with pytest.raises(ValueError, match="unknown weighting 'snr'"):
-        loss_weights("snr", "epsilon", levels, 5.0)
+        loss_weights("snr", "epsilon", *scales(levels), 5.0)
     with pytest.raises(ValueError, match="unknown prediction 'noise'"):
-        loss_weights("min_snr", "noise", levels, 5.0)
+        loss_weights("min_snr", "noise", *scales(levels), 5.0)
 
 
 def test_noising_keeps_unit_variance():
     torch.manual_seed(0)
-    noised = add_noise(torch.randn(64, 3, 16, 16), torch.randn(64, 3, 16, 16), torch.linspace(0.01, 0.99, 64))
+    noised = add_noise(torch.randn(64, 3, 16, 16), torch.randn(64, 3, 16, 16), *scales(torch.linspace(0.01, 0.99, 64)))
     assert noised.var().item() == pytest.approx(1, abs=0.02)
 
 

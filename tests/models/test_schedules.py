@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models import schedules
+from models.noise import schedules
 
 THEIRS = {
     "linear": {"beta_schedule": "linear"},

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from models import schedules
 from models.networks.unet import UNet, UNetConfig
+from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.judge import judge
 from tasks.params import ImageParams, JudgeParams

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from models import pictures, schedules
+from models import pictures
 from models.networks.unet import UNet, UNetConfig
+from models.noise import schedules
+from models.noise.samplers import Sampling
 from models.pipeline import PipelineInfo, save_pipeline
-from models.samplers import Sampling
 from tasks.evaluation import protocol
 from tasks.evaluation.protocol import Measurement, Protocol, Reference
 from tasks.export import export

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models import pictures, schedules
+from models import pictures
 from models.networks.unet import UNet, UNetConfig
+from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.params import VisualizeParams
 from tasks.pictures import images as normal_form
@@ -114,7 +115,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     validation_report.write(root / "reports" / "validation", Findings(FINDINGS, {"not an image": 2}))
     MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
-    pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_ddpm.png")
+    pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_slowest.png")
     pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")
     return Inputs(root)
 

@@ -103,8 +103,8 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     """
     from diffusers import DDIMScheduler, DiffusionPipeline
 
+    from models.noise.samplers import Sampling, SeededNoise
     from models.pipeline import load_pipeline
-    from models.samplers import Sampling, SeededNoise
 
     with warnings.catch_warnings(record=True) as complaints:
         theirs = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)

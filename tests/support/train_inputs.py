@@ -20,6 +20,16 @@ SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, 
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
+def uniform(timesteps: int):
+    """Return uniform timesteps of the cosine schedule."""
+    import torch
+
+    from models.noise.schedules import path_of
+    from models.timesteps import Timesteps
+
+    return Timesteps(path_of("cosine", timesteps), torch.device("cpu"))
+
+
 def write_inputs(
     folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, buckets: tuple = ((8, 8),)
 ) -> None:

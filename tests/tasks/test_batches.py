@@ -8,14 +8,20 @@ import torch
 
 from tasks.training import batches
 from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
-from tests.support.train_inputs import write_inputs
+from tests.support.train_inputs import uniform, write_inputs
 
 
 def opened(tmp_path, where="auto", conditioning="label", **options) -> Batches:
     """Open the tiny data set; `options` are those of `DrawConfig`."""
     if not (tmp_path / "latents").exists():
         write_inputs(tmp_path, conditioning)
-    defaults = {"batch_size": 16, "timesteps": 50, "condition_dropout": 0.25, "horizontal_flip": False, "seed": 1}
+    defaults = {
+        "batch_size": 16,
+        "timesteps": uniform(50),
+        "condition_dropout": 0.25,
+        "horizontal_flip": False,
+        "seed": 1,
+    }
     device = torch.device("cpu")
     conditions = open_conditioning(tmp_path / "latents", where, device)
     store = open_store(tmp_path / "latents", "train", where, device)

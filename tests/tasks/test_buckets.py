@@ -21,7 +21,7 @@ from tasks.runtime import atomic
 from tasks.training.batches import Batches, Conditioning, DrawConfig, Resident
 from tasks.training.bucketed import Bucketed
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
-from tests.support.train_inputs import checkpoints, copy_of, results, train_here, write_inputs, write_params
+from tests.support.train_inputs import checkpoints, copy_of, results, train_here, uniform, write_inputs, write_params
 
 SHAPES = {"square": (20, 20), "wide": (40, 20), "tall": (18, 36)}
 """Width and height of the images below."""
@@ -141,7 +141,7 @@ COUNTS = (37, 5, 16)
 def bucketed(counts=COUNTS, **options) -> Bucketed:
     """Return buckets of images whose pixels equal their index."""
     device = torch.device("cpu")
-    config = {"batch_size": 8, "timesteps": 10} | options
+    config = {"batch_size": 8, "timesteps": uniform(10)} | options
     several = []
     for number, count in enumerate(counts):
         pixels = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 1, 2, 2 + number))

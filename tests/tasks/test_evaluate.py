@@ -11,9 +11,9 @@ import PIL.Image
 import pytest
 
 from models.judges.judge import load_judge
+from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline
 from models.pixels import from_uint8, to_uint8
-from models.samplers import Sampling
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
 from tasks.evaluation.protocol import NotComparableError, Protocol, declare
@@ -32,7 +32,7 @@ PARAMS = EvaluateParams(
     n_distance=150,
     n_accuracy=60,
     n_compare=80,
-    n_ddpm=7,
+    n_slowest=7,
     guidance_scale=2.0,
     seed_blocks=3,
     guidance_sweep=(1.0, 2.0, 4.0),
@@ -179,7 +179,7 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
         params = PARAMS.model_copy(update=changes)
         return declare(pipeline, tree / "data" / "images", judge, params).fingerprint
 
-    same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_ddpm": 2}
+    same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_slowest": 2}
     same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True}
     assert {of(**{name: value}) for name, value in same.items()} == {of()}
     other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
@@ -252,7 +252,7 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     }
     assert {path.name for path in (tmp_path / "out" / "evaluation").iterdir()} == {
         "grid_unguided.png",
-        "grid_ddpm.png",
+        "grid_slowest.png",
         "grid_nearest.png",
         "measurements.json",
         "protocol.json",
@@ -473,7 +473,7 @@ def test_dvc_shows_the_metrics(evaluated, tmp_path):
 
 
 def test_with_fewer_images_than_classes_some_classes_have_no_number(tree, tmp_path):
-    few = {"n_accuracy": 2, "n_compare": 2, "n_ddpm": 2, "guidance_sweep": ()}
+    few = {"n_accuracy": 2, "n_compare": 2, "n_slowest": 2, "guidance_sweep": ()}
     rows = table(run(tree, tmp_path, PARAMS.model_copy(update=few)) / "evaluation" / "classes.csv")
     assert [row["n"] for row in rows] == ["3", "3", "0"]  # three seed blocks
     assert rows[1]["label_accuracy"] and not rows[2]["label_accuracy"]

@@ -18,9 +18,9 @@ from PIL import Image
 
 from models import onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
+from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
-from models.samplers import Sampling
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.samplers import Sampling
+from models.noise.samplers import Sampling
 from tasks.evaluation.protocol import FILE, Measurement, Protocol, Reference
 from tasks.runtime.errors import StageError
 

@@ -215,7 +215,7 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
         n_distance=24,
         n_accuracy=12,
         n_compare=2,
-        n_ddpm=2,
+        n_slowest=2,
         guidance_scale=1.5,
         seed_blocks=3,
         allow_small_n=True,

@@ -14,9 +14,9 @@ from tests.support.registry import loaded, workspace_in
 
 
 def test_registered_model_draws_what_pytorch_draws(work):
+    from models.noise.samplers import Sampling
     from models.pipeline import load_pipeline
     from models.pixels import to_uint8
-    from models.samplers import Sampling
 
     work.register()
     model = loaded()

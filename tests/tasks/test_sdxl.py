@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from models.networks.text_encoder import PairedEncoder, load_text_encoder
+from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
-from models.samplers import Sampling
 from tasks.formats import latents
 from tasks.params import AutoencoderParams, CodecParams, TextParams
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
+from tests.support.train_inputs import uniform
 
 CODEC = CodecParams(
     kind="autoencoder",
@@ -67,7 +68,7 @@ def test_sizes_and_crop_are_stored_with_each_image_and_reach_the_network(tree):
     device = torch.device("cpu")
     conditioning = open_conditioning(tree / "latents", "device", device)
     store = open_store(tree / "latents", "train", "device", device)
-    configs = (DrawConfig(batch_size=8, timesteps=20, seed=0, condition_dropout=p) for p in (0.0, 1.0))
+    configs = (DrawConfig(batch_size=8, timesteps=uniform(20), seed=0, condition_dropout=p) for p in (0.0, 1.0))
     kept, without = (Batches(store, conditioning, config, device) for config in configs)
     plain, dropped = kept.draw(0).condition, without.draw(0).condition
     for condition in (plain, dropped, kept.conditions(8)):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
+from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
-from models.samplers import Sampling
 from tasks.params import AutoencoderParams, CodecParams, TextParams
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
+from tests.support.train_inputs import uniform
 
 CODEC = CodecParams(
     kind="autoencoder",
@@ -66,7 +67,7 @@ def test_training_draws_another_caption_and_mirror_each_epoch(tree):
 
     device = torch.device("cpu")
     conditioning = open_conditioning(tree / "latents", "device", device)
-    config = DrawConfig(batch_size=36, timesteps=20, seed=0)
+    config = DrawConfig(batch_size=36, timesteps=uniform(20), seed=0)
     store = open_store(tree / "latents", "train", "device", device)
     plain = Batches(store, conditioning, config, device).draw(0)
     without = replace(config, condition_dropout=1.0, horizontal_flip=True)
@@ -181,7 +182,7 @@ def test_without_classes_it_is_evaluated_by_the_captions_of_held_out_images(tree
     brief = JudgeParams(classifier_steps=2, clip_steps=2, batch_size=8)
     judge(*data, tree / "judge", brief, ImageParams(resolution=16, channels=3))
     scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
-    counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_ddpm": 2, "batch_size": 3, "allow_small_n": True}
+    counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_slowest": 2, "batch_size": 3, "allow_small_n": True}
     params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
     evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
     measured = measures.read(out / "report" / measures.FILE)

@@ -125,8 +125,8 @@ def test_mlflow_holds_every_curve_and_grid(trained):
 
 @pytest.mark.parametrize("conditioning", ["none", "text"])
 def test_other_conditionings_train(trained, conditioning):
+    from models.noise.samplers import Sampling
     from models.pipeline import load_pipeline
-    from models.samplers import Sampling
 
     folder = trained(conditioning=conditioning)
     info = json.loads((folder / "pipeline" / "afterimage.json").read_text())

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import schedules
+from models.noise import schedules
+from models.noise.paths import RECTIFIED_FLOW
+from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
-from models.samplers import Sampling
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts
@@ -168,14 +169,15 @@ def test_forward_strip_begins_with_real_images_and_ends_in_noise(
 def test_schedules_start_from_one_image_and_part(outline: Outline) -> None:
     caption = "Forward process of one image under each schedule"
     tiles = outline.tiles(caption)
-    assert outline.headings[caption][-len(schedules.SCHEDULES) :] == list(schedules.SCHEDULES)
+    names = [*schedules.SCHEDULES, RECTIFIED_FLOW]
+    assert outline.headings[caption][-len(names) :] == names
     assert np.array_equal(tiles[0, 0], tiles[1, 0])
     assert np.array_equal(tiles[0, 0], tiles[2, 0])
     assert not np.array_equal(tiles[0, 4], tiles[1, 4])
 
 
 def test_reverse_strip_runs_from_the_seeded_noise_to_the_sample(inputs: report_inputs.Inputs, outline: Outline) -> None:
-    from models.samplers import SeededNoise
+    from models.noise.samplers import SeededNoise
 
     tiles = outline.tiles("Reverse process: noisy images and predicted clean images at decreasing timesteps")
     followed = outline.tiles("Samples by class and guidance")[1]  # the middle guidance, rounded up
@@ -289,11 +291,9 @@ def test_data_that_was_not_accepted_is_not_drawn(tmp_path: Path) -> None:
 
 
 def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
-    curves = {}
-    for name in schedules.SCHEDULES:
-        beta = schedules.betas(name, 50)
-        bar = schedules.alpha_bar(beta)
-        curves[name] = {"beta": beta, "alpha_bar": bar, "log_snr": schedules.log_snr(bar)}
+    curves = {name: charts.path_curves(schedules.path_of(name, 50)) for name in (*schedules.SCHEDULES, RECTIFIED_FLOW)}
+    assert np.allclose(curves["cosine"]["beta"], schedules.betas("cosine", 50))
+    assert np.allclose(curves["rectified_flow"]["signal"][[24, 49]], [0.5, 0])
     chart = charts.schedules(curves, "sigmoid")
     assert "sigmoid (this model)" in chart.svg
     assert "cosine (this model)" not in chart.svg

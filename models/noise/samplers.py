@@ -4,32 +4,33 @@
 prescribes. Only arithmetic operators touch the images, so the same code runs on torch tensors and on NumPy arrays.
 The ONNX bundle contains a copy of this file, so it imports only NumPy.
 
-Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image of the same shape, about [-1, 1]; `a` is
-alpha_bar at the current timestep. `denoise(x, t)` maps x_t and an integer timestep to x0; `noise()` returns standard
-normal noise in the shape of x; `timesteps` decrease from about T - 1 to about 0. `callback(i, t, x, x0)` is called
-after each step.
+Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image of the same shape, about [-1, 1]. `levels` are
+the noise levels from pure noise down (see `paths.py`); every sampler goes on from the last of them to a clean image.
+`a` is alpha^2, which is alpha_bar on a diffusion path. `denoise(x, level)` maps x_t to x0; `noise()` returns standard
+normal noise in the shape of x. `callback(i, t, x, x0)` is called after each step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from .paths import CLEAN, DiffusionPath, Level, Path, RectifiedFlow, to_x0
+
 Batch: TypeAlias = Any  # a torch tensor or a NumPy array; the two have no common type
-Predict: TypeAlias = Callable[[Batch, int, Batch], Batch]
+Predict: TypeAlias = Callable[[Batch, float, Batch], Batch]
 """`predict(x, t, condition)` returns the raw network output for one timestep."""
-Denoise: TypeAlias = Callable[[Batch, int], Batch]
+Denoise: TypeAlias = Callable[[Batch, Level], Batch]
 Noise: TypeAlias = Callable[[], Batch]
-Levels: TypeAlias = "Sequence[float] | np.ndarray"
-Callback: TypeAlias = Callable[[int, int, Batch, Batch], None]
+Callback: TypeAlias = Callable[[int, float, Batch, Batch], None]
 Interval: TypeAlias = "Sequence[float] | None"
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Sampling:
     sampler: str = "dpm_solver_pp_2m"
     """A key of `SAMPLERS`."""
     steps: int = 20
-    """Network evaluations per image, or twice as many with guidance; at most the model's timesteps."""
+    """Network evaluations per image, twice as many with guidance or with `heun`; a diffusion model has at most as many
+    steps as timesteps."""
     eta: float = 0.0
     """Stochasticity of DDIM, 0 (deterministic) to 1 (the variance of DDPM); 0 for the other samplers."""
     guidance_scale: float = 1.0
@@ -68,18 +70,28 @@ class Sampling:
 class SchedulerConfig:
     """What a trained model prescribes for sampling; the names are those of a diffusers `scheduler_config.json`."""
 
-    alpha_bar: Levels
-    """float [T], decreasing."""
+    path: Path
     prediction_type: str
-    """What the network outputs: one of `PREDICTION_TYPES`."""
+    """What the network outputs: one of `paths.PREDICTION_TYPES`."""
     clip_sample: bool = True
-    """Clip x0 to [-1, 1]: true for pixels, false for latents, which are unbounded."""
+    """Clip x0 to [-1, 1]: true for diffusion models of pixels. Latents are unbounded, and flows are not clipped."""
     variance_type: str = "fixed_small"
     """Variance of `ddpm`: one of `VARIANCE_TYPES`."""
     timestep_spacing: str = "trailing"
     """"trailing" or "leading", see `timesteps_for`."""
     steps_offset: int = 0
     """The last timestep of leading spacing."""
+
+    def levels(self, sampler: str, steps: int) -> list[Level]:
+        """Return the noise levels at which `sampler` evaluates the network, from pure noise down.
+
+        Raises:
+            ValueError: for an impossible number of steps.
+        """
+        if isinstance(self.path, RectifiedFlow):
+            return self.path.sampled(steps)
+        total, spacing = self.path.timesteps, self.timestep_spacing
+        return [self.path.level(t) for t in timesteps_for(sampler, total, steps, spacing, self.steps_offset)]
 
 
 class SeededNoise:
@@ -144,27 +156,6 @@ def timesteps_for(sampler: str, total: int, steps: int, spacing: str = "trailing
     return leading_timesteps(total, steps, offset, steps + (sampler == "dpm_solver_pp_2m"))
 
 
-def to_x0(prediction_type: str, output: Batch, x: Batch, a: float) -> Batch:
-    """Convert the network output to x0.
-
-    `epsilon`: Ho et al. 2020, eq. 15. `sample`: the output is x0. `v_prediction`: Salimans & Ho 2022, section 4.
-
-    Raises:
-        ValueError: for another prediction type, and for `epsilon` at alpha_bar 0, where x_t is the noise itself.
-    """
-    if prediction_type == "epsilon":
-        if a == 0:
-            raise ValueError(
-                "epsilon prediction is undefined at alpha_bar 0, pure noise; train with another prediction"
-            )
-        return (x - math.sqrt(1 - a) * output) / math.sqrt(a)
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "v_prediction":
-        return math.sqrt(a) * x - math.sqrt(1 - a) * output
-    raise ValueError(f"unknown prediction {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-
-
 def denoiser(
     predict: Predict,
     scheduler: SchedulerConfig,
@@ -172,56 +163,43 @@ def denoiser(
     condition: Batch = None,
     null_condition: Batch = None,
 ) -> Denoise:
-    """Wrap a network as `denoise(x, t) -> x0`, with guidance and clipping.
+    """Wrap a network as `denoise(x, level) -> x0`, with guidance and clipping.
 
     With a guidance scale w other than 1 the output is u + w (c - u): c with `condition`, u with `null_condition`
     (Ho & Salimans 2022, in the parametrisation in which w = 1 disables guidance). With a guidance interval (low,
-    high) this applies only where low < sigma <= high, sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024); other
-    steps need one network evaluation. x0 is clipped before the samplers derive the noise from it, so that both stay
-    consistent. Without `sampling` there is no guidance.
+    high) this applies only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024); other steps need one network
+    evaluation. x0 is clipped before the samplers derive the noise from it, so that both stay consistent. Without
+    `sampling` there is no guidance.
     """
     scale, interval = (sampling.guidance_scale, sampling.guidance_interval) if sampling else (1.0, None)
 
-    def denoise(x: Batch, t: int) -> Batch:
-        output, a = predict(x, t, condition), float(scheduler.alpha_bar[t])
-        if scale != 1.0 and _within(interval, a):
-            unguided = predict(x, t, null_condition)
+    def denoise(x: Batch, level: Level) -> Batch:
+        output = predict(x, level.t, condition)
+        if scale != 1.0 and (interval is None or interval[0] < level.relative_noise <= interval[1]):
+            unguided = predict(x, level.t, null_condition)
             output = unguided + scale * (output - unguided)
-        x0 = to_x0(scheduler.prediction_type, output, x, a)
+        x0 = to_x0(scheduler.prediction_type, output, x, level)
         return x0.clip(-1, 1) if scheduler.clip_sample else x0
 
     return denoise
 
 
-def _within(interval: Interval, a: float) -> bool:
-    """Return whether the noise level at alpha_bar `a` lies in (low, high]; None contains every level."""
-    if interval is None:
-        return True
-    sigma = math.sqrt((1 - a) / a) if a > 0 else math.inf
-    return interval[0] < sigma <= interval[1]
+def _steps(levels: Sequence[Level]) -> Iterator[tuple[int, Level, Level]]:
+    """Yield (i, level, next level) of each step; the last one leads to a clean image."""
+    for i, (level, following) in enumerate(itertools.pairwise([*levels, CLEAN])):
+        yield i, level, following
 
 
-def _pairs(alpha_bar: Levels, timesteps: Sequence[int]) -> list[tuple[int, int, float, float]]:
-    """Return (i, t, alpha_bar at t, alpha_bar at the next timestep); the last step leads to a clean image, 1."""
-    levels = [float(alpha_bar[t]) for t in timesteps] + [1.0]
-    return [(i, t, levels[i], levels[i + 1]) for i, t in enumerate(timesteps)]
-
-
-def _log_snr(a: float) -> float:
-    return math.log(a / (1 - a)) if a > 0 else -math.inf
-
-
-def _report(callback: Callback | None, i: int, t: int, x: Batch, x0: Batch) -> None:
+def _report(callback: Callback | None, i: int, level: Level, x: Batch, x0: Batch) -> None:
     if callback:
-        callback(i, t, x, x0)
+        callback(i, level.t, x, x0)
 
 
 def ddpm(
     denoise: Denoise,
     x: Batch,
     noise: Noise,
-    alpha_bar: Levels,
-    timesteps: Sequence[int],
+    levels: Sequence[Level],
     callback: Callback | None = None,
     variance_type: str = "fixed_small",
 ) -> Batch:
@@ -231,14 +209,15 @@ def ddpm(
     q(x_s | x_t, x_0), `fixed_large` is beta. The last step adds no noise. With `fixed_small` this sampler, `ddim`
     with eta 1 and `euler_ancestral` are the same process in three notations.
     """
-    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
-        x0 = denoise(x, t)
+    for i, level, following in _steps(levels):
+        a, a_next = level.alpha**2, following.alpha**2
+        x0 = denoise(x, level)
         alpha = a / a_next
         beta = 1 - alpha
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a_next) / (1 - a) * x
         if a_next < 1:
             x = x + math.sqrt(beta if variance_type == "fixed_large" else (1 - a_next) / (1 - a) * beta) * noise()
-        _report(callback, i, t, x, x0)
+        _report(callback, i, level, x, x0)
     return x
 
 
@@ -246,75 +225,98 @@ def ddim(
     denoise: Denoise,
     x: Batch,
     noise: Noise,
-    alpha_bar: Levels,
-    timesteps: Sequence[int],
+    levels: Sequence[Level],
     callback: Callback | None = None,
     eta: float = 0.0,
 ) -> Batch:
     """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of `ddpm`."""
-    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
-        x0 = denoise(x, t)
-        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+    for i, level, following in _steps(levels):
+        a, a_next = level.alpha**2, following.alpha**2
+        x0 = denoise(x, level)
+        eps = (x - level.alpha * x0) / level.sigma
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
-        x = math.sqrt(a_next) * x0 + math.sqrt(max(1 - a_next - sigma**2, 0.0)) * eps
+        x = following.alpha * x0 + math.sqrt(max(1 - a_next - sigma**2, 0.0)) * eps
         if sigma > 0:
             x = x + sigma * noise()
-        _report(callback, i, t, x, x0)
+        _report(callback, i, level, x, x0)
     return x
 
 
 def euler_ancestral(
-    denoise: Denoise,
-    x: Batch,
-    noise: Noise,
-    alpha_bar: Levels,
-    timesteps: Sequence[int],
-    callback: Callback | None = None,
+    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
 ) -> Batch:
     """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (k-diffusion's sampler of this name).
 
     A step goes down to sigma_down = sigma_next^2 / sigma and adds noise of variance sigma_up^2 = sigma_next^2 -
     sigma_down^2. Written with r = (sigma_next / sigma)^2, which is 0 where alpha_bar is 0 and sigma infinite.
     """
-    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
-        x0 = denoise(x, t)
-        sigma_next = math.sqrt((1 - a_next) / a_next)
+    for i, level, following in _steps(levels):
+        a, a_next = level.alpha**2, following.alpha**2
+        x0 = denoise(x, level)
+        sigma_next = following.relative_noise
         r = sigma_next**2 * a / (1 - a)
         # x / sqrt(a): the image in units in which the signal has scale 1 and the noise scale sigma
         scaled = (1 - r) * x0 + sigma_next**2 * math.sqrt(a) / (1 - a) * x
         if a_next < 1:
             scaled = scaled + sigma_next * math.sqrt(1 - r) * noise()
-        x = math.sqrt(a_next) * scaled
-        _report(callback, i, t, x, x0)
+        x = following.alpha * scaled
+        _report(callback, i, level, x, x0)
     return x
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoise,
-    x: Batch,
-    noise: Noise,
-    alpha_bar: Levels,
-    timesteps: Sequence[int],
-    callback: Callback | None = None,
+    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
 ) -> Batch:
     """DPM-Solver++(2M), a second-order multistep solver (Lu et al. 2022b, algorithm 2); it draws no noise.
 
-    The last step, to a clean image, returns x0. At zero terminal SNR (alpha_bar 0) the first h is infinite; that
-    step and the next one are of first order.
+    The last step, to a clean image, returns x0. From pure noise the first h is infinite; that step and the next one
+    are of first order.
     """
     del noise
     previous, h_previous = None, 0.0
-    for i, t, a, a_next in _pairs(alpha_bar, timesteps):
-        x0 = denoise(x, t)
-        if a_next < 1:
-            h = 0.5 * (_log_snr(a_next) - _log_snr(a))
+    for i, level, following in _steps(levels):
+        x0 = denoise(x, level)
+        if following.sigma > 0:
+            h = 0.5 * (following.log_snr - level.log_snr)
             slope = x0 if previous is None else x0 + h / (2 * h_previous) * (x0 - previous)
-            x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * slope
+            x = following.sigma / level.sigma * x - following.alpha * math.expm1(-h) * slope
             previous, h_previous = x0, h
         else:
             x = x0
-        _report(callback, i, t, x, x0)
+        _report(callback, i, level, x, x0)
     return x
+
+
+def euler(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None) -> Batch:
+    """Euler steps of a rectified flow, dx = (eps - x_0) dsigma (Liu et al. 2023, algorithm 1); it draws no noise."""
+    del noise
+    for i, level, following in _steps(levels):
+        x0 = denoise(x, level)
+        x = x + (following.sigma - level.sigma) * _velocity(x, x0, level)
+        _report(callback, i, level, x, x0)
+    return x
+
+
+def heun(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None) -> Batch:
+    """Heun's second-order steps of a rectified flow (Karras et al. 2022, algorithm 1, for dx = (eps - x_0) dsigma).
+
+    Each step but the last evaluates the network twice. It draws no noise.
+    """
+    del noise
+    for i, level, following in _steps(levels):
+        x0 = denoise(x, level)
+        step, slope = following.sigma - level.sigma, _velocity(x, x0, level)
+        if following.sigma > 0:
+            ahead = x + step * slope
+            slope = (slope + _velocity(ahead, denoise(ahead, following), following)) / 2
+        x = x + step * slope
+        _report(callback, i, level, x, x0)
+    return x
+
+
+def _velocity(x: Batch, x0: Batch, level: Level) -> Batch:
+    """Return eps - x0 on the straight path, where x = (1 - sigma) x0 + sigma eps."""
+    return (x - x0) / level.sigma
 
 
 SAMPLERS: dict[str, Callable[..., Batch]] = {
@@ -322,8 +324,18 @@ SAMPLERS: dict[str, Callable[..., Batch]] = {
     "ddim": ddim,
     "euler_ancestral": euler_ancestral,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "euler": euler,
+    "heun": heun,
 }
+OF_DIFFUSION = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m")
+OF_FLOW = ("euler", "heun", "dpm_solver_pp_2m")
+"""Samplers of each kind of path. A step of `euler` is a step of `ddim` with eta 0, in other units."""
 DEFAULT_SAMPLING = Sampling()
+
+
+def samplers_of(path: Path) -> tuple[str, ...]:
+    """Return the names of the samplers that a path has."""
+    return OF_DIFFUSION if isinstance(path, DiffusionPath) else OF_FLOW
 
 
 def sample(
@@ -338,15 +350,16 @@ def sample(
     Guidance is part of `denoise`, see `denoiser`.
 
     Raises:
-        ValueError: for a number of steps that the model does not support.
+        ValueError: for a sampler that the model's path does not have, or a number of steps that it does not support.
     """
+    known = samplers_of(scheduler.path)
+    if sampling.sampler not in known:
+        kind = "diffusion model" if isinstance(scheduler.path, DiffusionPath) else "rectified flow"
+        raise ValueError(f"a {kind} has no sampler {sampling.sampler!r}; use one of: {', '.join(known)}")
     options: dict[str, float | str] = {}
     if sampling.sampler == "ddim":
         options["eta"] = sampling.eta
     if sampling.sampler == "ddpm":
         options["variance_type"] = scheduler.variance_type
-    timesteps = timesteps_for(
-        sampling.sampler, len(scheduler.alpha_bar), sampling.steps, scheduler.timestep_spacing, scheduler.steps_offset
-    )
-    draw = SAMPLERS[sampling.sampler]
-    return draw(denoise, noise(), noise, scheduler.alpha_bar, timesteps, callback, **options)
+    levels = scheduler.levels(sampling.sampler, sampling.steps)
+    return SAMPLERS[sampling.sampler](denoise, noise(), noise, levels, callback, **options)

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from models.noise.paths import RECTIFIED_FLOW, DiffusionPath, Path, RectifiedFlow
+
 Array: TypeAlias = NDArray[np.float64]
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "scaled_linear")
@@ -39,6 +41,17 @@ def betas(
     first, last = (SCALED_START, SCALED_END) if schedule == "scaled_linear" else (BETA_START, BETA_END)
     beta = _named(schedule, timesteps, first if start is None else start, last if end is None else end)
     return rescaled_to_zero_snr(beta) if zero_terminal_snr else beta
+
+
+def path_of(schedule: str, timesteps: int, zero_terminal_snr: bool = False, shift: float = 1.0) -> Path:
+    """Return the path of a named schedule, or the rectified flow, whose samplers `shift` their noise levels.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if schedule == RECTIFIED_FLOW:
+        return RectifiedFlow(timesteps, shift)
+    return DiffusionPath(alpha_bar(betas(schedule, timesteps, zero_terminal_snr)))
 
 
 def _named(schedule: str, timesteps: int, start: float, end: float) -> Array:
