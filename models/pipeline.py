@@ -40,6 +40,8 @@ CODEC_FOLDERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenize
 """Folders that a pipeline copies from the codec."""
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 """The file name that diffusers' `load_lora_weights(folder)` expects."""
+COMPANIONS = ("guide", "teacher")
+"""Folders of further weights of the same network, which some samplings compare with or take part in."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Pipeline:
     device: str = "cpu"
     autoencoder: autoencoders.Autoencoder | None = None
     text: AnyEncoder | None = None
+    companions: Mapping[str, Network] = field(default_factory=dict)
+    """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
 
     @property
     def path(self) -> paths.Path:
@@ -218,6 +222,7 @@ def save_pipeline(
     info: PipelineInfo,
     codec: Path | None = None,
     adapter: Mapping[str, torch.Tensor] | None = None,
+    companions: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write the layout into an existing empty `folder`; the caller makes it appear atomically.
 
@@ -229,6 +234,7 @@ def save_pipeline(
         info: the content of `afterimage.json`.
         codec: folder with autoencoder, text encoders and tokenizers, if the model has any.
         adapter: the LoRA adapter alone, see `text_unet.adapter`; `weights` already contain it.
+        companions: state dicts of further weights, by the names in `COMPANIONS`.
     """
     for part in CODEC_FOLDERS:
         if codec is not None and (codec / part).is_dir():
@@ -237,6 +243,10 @@ def save_pipeline(
         (folder / part).mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.config.to_diffusers())
     save_file(weights, folder / "unet" / published.WEIGHTS, metadata={"format": "pt"})
+    for name, others in (companions or {}).items():
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", unet.config.to_diffusers())
+        save_file(dict(others), folder / name / published.WEIGHTS, metadata={"format": "pt"})
     if adapter:
         (folder / ADAPTER).parent.mkdir()
         save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
@@ -329,20 +339,29 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     config = config_of(read_json(unet_folder / "config.json"))
     of_pixels = not (folder / "vae").is_dir()
     scheduler = published.read_scheduler(read_json(scheduler_folder / "scheduler_config.json"), clip_sample=of_pixels)
-    weights = published.read_weights(unet_folder)
     if (folder / INFO).exists():
         info = PipelineInfo.read(folder / INFO)
     else:
         info = _published_info(unet_folder, config, scheduler, of_pixels)
-    unet = build(config)
-    try:
-        unet.load_state_dict(weights)
-    except RuntimeError:  # its message lists every tensor that does not fit
-        raise ValueError(f"the weights in {unet_folder} are not those of the network in its config.json") from None
-    unet.eval().requires_grad_(False).to(device)
+    unet = _network(config, unet_folder, device)
+    companions = {name: _network(config, folder / name, device) for name in COMPANIONS if (folder / name).is_dir()}
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
-    return Pipeline(unet, scheduler.betas, scheduler.config, info, device, autoencoder, text)
+    return Pipeline(unet, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
+
+
+def _network(config: NetworkConfig, folder: Path, device: str) -> Network:
+    """Load the weights in `folder` for evaluation.
+
+    Raises:
+        ValueError: if they are damaged or of another network.
+    """
+    network = build(config)
+    try:
+        network.load_state_dict(published.read_weights(folder))
+    except RuntimeError:  # its message lists every tensor that does not fit
+        raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
+    return network.eval().requires_grad_(False).to(device)
 
 
 def _published_info(

@@ -109,7 +109,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import checkpoint, log, previews
+    from tasks.training import checkpoint, companions, log, previews
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -152,6 +152,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         # average
         for average in run.averages.values():
             average.update(run.step)
+        companions.keep(run)
 
         # log
         sample_due = run.step % params.sample_every == 0

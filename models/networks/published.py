@@ -75,7 +75,7 @@ def read_diffusion(config: JsonObject) -> Scheduler:
     """
     name = str(config.get("_class_name", ""))
     if name == FLOW_SCHEDULER:
-        return _read_flow(config)
+        return _flow(config)
     if name.startswith(OTHER_DIFFUSION) or "sigma_data" in config:
         raise ValueError(f"its {name} adds noise neither by betas nor along a rectified flow, which are supported")
     supported: Supported = {
@@ -127,7 +127,7 @@ def read_scheduler(config: JsonObject, clip_sample: bool = True) -> Scheduler:
 
 
 def _read_flow(config: JsonObject) -> Scheduler:
-    """Read a rectified flow; its scheduler has no prediction type, because its networks predict the velocity."""
+    """Read a rectified flow for sampling."""
     supported: Supported = {
         "invert_sigmas": (False,),
         "shift_terminal": (None,),
@@ -138,6 +138,11 @@ def _read_flow(config: JsonObject) -> Scheduler:
         "use_karras_sigmas": (False,),
     }
     require_supported(config, supported, "scheduler")
+    return _flow(config)
+
+
+def _flow(config: JsonObject) -> Scheduler:
+    """Return the rectified flow; its scheduler has no prediction type, because its networks predict the velocity."""
     path = RectifiedFlow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
     return Scheduler(None, RECTIFIED_FLOW, SchedulerConfig(path, FLOW_PREDICTION, clip_sample=False))
 

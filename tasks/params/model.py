@@ -271,6 +271,9 @@ class TrainParams(Section):
     full_steps: Annotated[int, Field(ge=0)] = 0
     """With model.lora_rank: the number of steps that train all weights before the adapter, if no base weights are
     given."""
+    guide_step: Annotated[int, Field(ge=0)] = 0
+    """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
+    0 saves none."""
     seed: Seed = 0
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
@@ -289,6 +292,11 @@ class TrainParams(Section):
             raise ValueError(
                 f"train.full_steps {self.full_steps} leaves nothing of train.steps {self.steps} to the LoRA "
                 "adapter; lower it"
+            )
+        if self.guide_step >= self.steps:
+            raise ValueError(
+                f"train.guide_step {self.guide_step} is not before the end, train.steps {self.steps}; lower it, or set "
+                "it to 0"
             )
         for profile in self.ema:
             kind, _, number = profile.partition("-")

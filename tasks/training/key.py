@@ -155,9 +155,11 @@ def _extends(key: str, params: TrainParams) -> bool:
     """Whether a parameter leaves the weights before the last step as they are.
 
     More steps at a learning rate that is constant after warm-up continue a shorter run, and the average for the
-    pipeline is chosen at the end.
+    pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
-    return key == "train.pipeline_ema" or (key == "train.steps" and params.lr_schedule == "constant")
+    return (key == "train.pipeline_ema" and not params.guide_step) or (
+        key == "train.steps" and params.lr_schedule == "constant"
+    )
 
 
 def _digest(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ from tasks.runtime import atomic, codec_quality
 from tasks.training import log, previews
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tasks.formats.latents import LatentsIndex
     from tasks.training.key import RunFacts
     from tasks.training.log import HistoryRow
@@ -65,11 +67,9 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         prompts=index.prompts,
         latent=[index.channels, index.size] if index.autoencoder else None,
     )
-    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
-    final = frozen | run.averages[run.params.pipeline_ema].state_dict()
-    weights, lora = (
-        {name: value.cpu().contiguous() for name, value in part.items()} for part in (merged(final), adapter(final))
-    )
+    frozen = _on_cpu({name: parameter.detach() for name, parameter in run.network.named_parameters()})
+    final = frozen | _on_cpu(run.averages[run.params.pipeline_ema].state_dict())
+    others = {name: merged(frozen | _on_cpu(earlier)) for name, earlier in run.companions.items()}
     diffusion, path = run.diffusion, run.timesteps.path
     noise = (
         path
@@ -77,4 +77,8 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         else betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
     )
     with atomic.writing_folder(pipeline) as folder:
-        save_pipeline(folder, run.network, weights, noise, info, codec, lora)
+        save_pipeline(folder, run.network, merged(final), noise, info, codec, adapter(final), others)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

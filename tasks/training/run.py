@@ -30,7 +30,7 @@ from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, memory, warm_start
+from tasks.training import checkpoint, companions, memory, warm_start
 from tasks.training import key as training_key
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
@@ -78,6 +78,8 @@ class Run:
     step: int = 0
     """Steps done."""
     history: list[HistoryRow] = field(default_factory=list)
+    companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
 
 
 def check_fits(params: TrainParams) -> None:
@@ -321,6 +323,7 @@ def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
             OPTIMIZER: _copies({f"{names[i]}/{key}": v for i, slots in state.items() for key, v in slots.items()}),
             "tally": _copies({"sums": tallies}),
             **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
+            **companions.groups(run),
         },
         history=[row.to_json() for row in run.history],
         scaler=scaler.state_dict() if scaler else None,
@@ -357,4 +360,5 @@ def restore(run: Run, found: checkpoint.Checkpoint) -> None:
     if run.accelerator.scaler and found.scaler:
         run.accelerator.scaler.load_state_dict(found.scaler)
     run.tally.sums.copy_(found.tensors["tally"]["sums"][run.accelerator.process_index])
+    run.companions = companions.restored(found.tensors)
     run.step, run.history = found.step, [HistoryRow.from_json(row) for row in found.history]

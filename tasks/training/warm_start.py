@@ -106,15 +106,15 @@ def _check_diffusion(initial: InitialWeights, diffusion: DiffusionParams) -> Non
     except ValueError as error:
         raise StageError(f"{initial.name} cannot be trained here: {error}; choose another") from None
     prediction = learned.config.prediction_type
+    if (learned.betas is None) != (diffusion.schedule == RECTIFIED_FLOW):
+        raise StageError(
+            f"{initial.name} learned the path '{learned.schedule}', not '{diffusion.schedule}'; set diffusion.schedule "
+            f"to '{learned.schedule}' and diffusion.prediction to '{prediction}'"
+        )
     if prediction != diffusion.prediction:
         raise StageError(
             f"{initial.name} predicts {prediction}, not {diffusion.prediction}; "
             f"set diffusion.prediction to {prediction}"
-        )
-    if (learned.betas is None) != (diffusion.schedule == RECTIFIED_FLOW):
-        raise StageError(
-            f"{initial.name} learned the path '{learned.schedule}', not '{diffusion.schedule}'; set diffusion.schedule "
-            "to it"
         )
     if learned.betas is not None:
         _compare_noise(initial, learned.betas, learned.schedule, diffusion)

@@ -59,7 +59,7 @@ def test_an_edited_file_gives_another_training_key(copied, tmp_path_factory, fil
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
     before = key_of(inputs)
-    edit(copied / "models" / "samplers.py")
+    edit(copied / "models" / "noise" / "samplers.py")
     assert key_of(inputs) == before, "drawing previews alters no weight"
     edit(copied / file)
     after = key_of(inputs)
@@ -98,7 +98,9 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 def test_the_bundle_carries_what_its_code_imports():
     """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
-    assert files == [f"models/{name}.py" for name in ("bundle", "json_files", "pixels", "samplers")]
+    assert files == [
+        f"models/{name}.py" for name in ("bundle", "json_files", "noise/paths", "noise/samplers", "pixels")
+    ]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
 
 

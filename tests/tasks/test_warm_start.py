@@ -14,6 +14,7 @@ from tasks.training import warm_start
 from tests.support.text_inputs import train_params
 
 CONFIG = TextUNetConfig(8, 4, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
+FLOW = DiffusionParams(schedule="rectified_flow", timesteps=1000, prediction="flow_prediction")
 STABLE = DiffusionParams(schedule="scaled_linear", timesteps=1000, prediction="epsilon")
 # As in runwayml/stable-diffusion-v1-5: without prediction_type, whose default is epsilon.
 PNDM = {
@@ -94,7 +95,6 @@ def test_without_a_scheduler_a_warning_names_the_assumed_prediction(published, c
     "scheduler",
     [
         {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_data": 0.5},
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
         PNDM | {"prediction_type": "flow_prediction"},
         PNDM | {"beta_schedule": "laplace"},
     ],
@@ -103,6 +103,18 @@ def test_another_kind_of_diffusion_is_refused(published, scheduler):
     """Playground 2.5 has the network of Stable Diffusion XL with another diffusion process."""
     with pytest.raises(StageError, match=r"cannot be trained here: (its|the) .* supported.*; choose another"):
         warm_start.check(published(scheduler), CONFIG, STABLE)
+
+
+def test_a_flow_is_not_trained_on_a_noise_schedule(published):
+    wanted = r"'rectified_flow', not 'scaled_linear'; .*schedule to 'rectified_flow' and .*to 'flow_prediction'"
+    with pytest.raises(StageError, match=wanted):
+        warm_start.check(published({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}), CONFIG, STABLE)
+
+
+def test_a_flow_continues_a_flow_whatever_its_sampling(published, capsys):
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    warm_start.check(published(scheduler), CONFIG, FLOW)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

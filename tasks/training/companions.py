@@ -1,0 +1,30 @@
+"""Weights from the middle of a training that go into the pipeline beside the final ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.training.run import Run
+
+PREFIX = "companion-"
+"""First part of their groups' names in checkpoints."""
+
+
+def keep(run: Run) -> None:
+    """Copy the average for the pipeline if a companion is due at this step: the guide of autoguidance."""
+    if run.step == run.params.guide_step:
+        average = run.averages[run.params.pipeline_ema]
+        run.companions["guide"] = {name: value.detach().cpu().clone() for name, value in average.state_dict().items()}
+
+
+def groups(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return the companions as groups of tensors for a checkpoint."""
+    return {f"{PREFIX}{name}": weights for name, weights in run.companions.items()}
+
+
+def restored(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return the companions among the groups of a checkpoint."""
+    return {name.removeprefix(PREFIX): group for name, group in tensors.items() if name.startswith(PREFIX)}
