@@ -157,9 +157,9 @@ def _extends(key: str, params: TrainParams) -> bool:
     More steps at a learning rate that is constant after warm-up continue a shorter run, and the average for the
     pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
-    return (key == "train.pipeline_ema" and not params.guide_step) or (
-        key == "train.steps" and params.lr_schedule == "constant"
-    )
+    if key == "train.pipeline_ema":
+        return not params.guide_step
+    return key == "train.steps" and params.lr_schedule == "constant"
 
 
 def _digest(value: object) -> str:

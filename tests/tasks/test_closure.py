@@ -98,9 +98,8 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 def test_the_bundle_carries_what_its_code_imports():
     """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
-    assert files == [
-        f"models/{name}.py" for name in ("bundle", "json_files", "noise/paths", "noise/samplers", "pixels")
-    ]
+    names = ("bundle", "json_files", "noise/paths", "noise/samplers", "pixels")
+    assert files == [f"models/{name}.py" for name in names]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
 
 
