@@ -1,5 +1,8 @@
-"""What the tests of `judge` and `evaluate` share: the normal form of scikit-learn's digits, with or without labels
-and captions, a small judge of them, and a pipeline that draws something of their size."""
+"""Inputs for the tests of `judge` and `evaluate`.
+
+Images of scikit-learn's digits in the format of `ingest`, with or without labels and captions, a small judge trained
+on them, and a pipeline with random weights that draws images of the same size.
+"""
 
 from __future__ import annotations
 

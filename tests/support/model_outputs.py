@@ -1,5 +1,7 @@
-"""What `export`, `package` and `register` read, made on the fly: a tiny network of random weights and the reports
-of a run that never was."""
+"""Inputs for the tests of `export`, `package` and `register`.
+
+A tiny pipeline with random weights, and the reports of an invented training run and evaluation.
+"""
 
 from __future__ import annotations
 
