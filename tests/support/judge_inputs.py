@@ -16,10 +16,10 @@ import PIL.Image
 from models import schedules
 from models.networks.unet import UNet, UNetConfig
 from models.pipeline import PipelineInfo, save_pipeline
+from tasks.formats.verdict import Verdict
 from tasks.judge import judge
 from tasks.params import ImageParams, JudgeParams
 from tasks.pictures.images import Writer
-from tasks.runtime import atomic
 
 CLASSES = ["zero", "one", "two"]
 TIMESTEPS = 30
@@ -60,7 +60,7 @@ def write_images(root: Path, labels: bool = True, captions=template_captions) ->
             }
         )
     replace(writer.close(), classes=CLASSES if labels else []).write(folder / "index.json")
-    atomic.write_json(root / "data" / "accepted.json", {"verdict": "accepted"})
+    Verdict().write(root / "data" / "accepted.json")
     return folder
 
 

@@ -19,6 +19,7 @@ from models.samplers import Sampling
 from tasks.evaluation import protocol
 from tasks.evaluation.protocol import Measurement, Protocol, Reference
 from tasks.export import export
+from tasks.formats.verdict import Verdict
 from tasks.package import package
 from tasks.params import ExportParams
 from tasks.pictures.index import ImageIndex
@@ -87,7 +88,7 @@ def write_pipeline(folder: Path, conditioning: str = "label") -> None:
 
 
 def write_accepted(path: Path) -> None:
-    atomic.write_json(path, {"verdict": "accepted", "source": "pets", "data_sha256": "d" * 64})
+    Verdict(source="pets", sha256="d" * 64).write(path)
 
 
 def run_export(root: Path, params: ExportParams = PARAMS) -> None:
