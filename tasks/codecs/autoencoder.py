@@ -85,7 +85,7 @@ def _train(train: Samples, params: CodecParams) -> Autoencoder:
 
 def _download(params: AutoencoderParams) -> Autoencoder:
     assert params.weights is not None and params.pin is not None, "checked when the parameters are loaded"
-    folder = weights.part(weights.bring(params.weights, params.pin, ("vae",)), "vae")
+    folder = weights.part(weights.local_folder(params.weights, params.pin, ("vae",)), "vae")
     try:
         return autoencoder.load_autoencoder(folder, best_device())
     except (OSError, ValueError) as error:

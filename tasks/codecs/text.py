@@ -94,7 +94,7 @@ def _download(params: CodecParams) -> AnyEncoder:
     paired = section.second_width is not None
     suffixes = SUFFIXES if paired else SUFFIXES[:1]
     names = [f"{name}{suffix}" for suffix in suffixes for name in ("text_encoder", "tokenizer")]
-    folder = weights.bring(section.weights, section.pin, tuple(names))
+    folder = weights.local_folder(section.weights, section.pin, tuple(names))
     try:
         encoder = load_text_encoder(folder, best_device(), paired)
     except (OSError, ValueError) as error:

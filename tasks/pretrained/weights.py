@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 6 * 3600
 """Time limit for all files of a model; partial downloads are kept."""
 
 
-def bring(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
+def local_folder(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Return the local folder of a model in the layout of diffusers or transformers; download it if necessary.
 
     Args:
