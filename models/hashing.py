@@ -13,14 +13,18 @@ def file_sha256(file: Path) -> str:
 
 
 def files_sha256(folder: Path) -> dict[str, str]:
-    """Return relative path -> SHA-256 of every file below a folder."""
+    """Return relative path -> SHA-256 of every file below a folder, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return the SHA-256 over names and contents of the files directly in a folder."""
+    """Return the SHA-256 over the relative paths and contents of all files below a folder.
+
+    Python's bytecode caches (`__pycache__`) are left out.
+    """
     content = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        content.update(file.name.encode("utf-8") + b"\0" + bytes.fromhex(file_sha256(file)))
+    for name, sha256 in files_sha256(folder).items():
+        if "__pycache__" not in name.split("/"):
+            content.update(name.encode("utf-8") + b"\0" + bytes.fromhex(sha256))
     return content.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.formats.verdict import Verdict
 from tasks.params import Demands, ValidateParams
 from tasks.runtime import atomic, stage
 from tasks.runtime.errors import StageError
@@ -47,8 +48,7 @@ def validate(
     refusals = [_complaint(finding) for finding in failed if finding.severity == "failure"]
     if refusals:
         raise StageError(f"the data is not accepted: {'; '.join(refusals)}; {reports / 'index.html'} shows every check")
-    verdict = {"verdict": "accepted", "source": index.source, "sha256": index.sha256, "images": index.rows}
-    atomic.write_json(accepted, verdict | {"labels": counts})
+    Verdict(index.source, index.sha256, index.rows, counts).write(accepted)
     held = f"{len(findings) - len(failed)} of {len(findings)} gates hold"
     print(f"validate: accepted, {held}, {len(failed)} warn; see {reports / 'index.html'}")
 

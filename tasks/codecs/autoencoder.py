@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,13 +13,15 @@ from models import pictures
 from models.device import best_device
 from models.judges.fit import Recipe
 from models.networks import autoencoder
-from models.networks.autoencoder import Autoencoder
 from tasks.formats.codec_info import AutoencoderInfo
-from tasks.params import AutoencoderParams, CodecParams
-from tasks.pictures.images import Samples
 from tasks.pretrained import weights
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from models.networks.autoencoder import Autoencoder
+    from tasks.params import AutoencoderParams, CodecParams
+    from tasks.pictures.images import Samples
 
 SCALING_IMAGES = 1024
 """Training images over which the mean and standard deviation of the latents are measured."""
@@ -82,7 +85,7 @@ def _train(train: Samples, params: CodecParams) -> Autoencoder:
 
 def _download(params: AutoencoderParams) -> Autoencoder:
     assert params.weights is not None and params.pin is not None, "checked when the parameters are loaded"
-    folder = weights.part(weights.bring(params.weights, params.pin, ("vae",)), "vae")
+    folder = weights.part(weights.local_folder(params.weights, params.pin, ("vae",)), "vae")
     try:
         return autoencoder.load_autoencoder(folder, best_device())
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.device import best_device
 from models.judges.fit import Recipe
@@ -21,11 +22,13 @@ from models.networks.text_encoder import (
 from models.text_training import TextConfig, Towers, projected, retrieval_accuracy, train_text_encoder
 from tasks.codecs.autoencoder import rounded
 from tasks.formats.codec_info import TextInfo
-from tasks.params import CodecParams
-from tasks.pictures.images import Samples
 from tasks.pretrained import weights
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from tasks.params import CodecParams
+    from tasks.pictures.images import Samples
 
 PROMPTS = 64
 """Captions of held-out images that serve as sample prompts of a data set without classes."""
@@ -91,7 +94,7 @@ def _download(params: CodecParams) -> AnyEncoder:
     paired = section.second_width is not None
     suffixes = SUFFIXES if paired else SUFFIXES[:1]
     names = [f"{name}{suffix}" for suffix in suffixes for name in ("text_encoder", "tokenizer")]
-    folder = weights.bring(section.weights, section.pin, tuple(names))
+    folder = weights.local_folder(section.weights, section.pin, tuple(names))
     try:
         encoder = load_text_encoder(folder, best_device(), paired)
     except (OSError, ValueError) as error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.formats import buckets
-from tasks.formats.buckets import Resolution
-from tasks.formats.codec_info import CodecInfo
-from tasks.params import EncodeParams
 from tasks.pictures.images import read_columns
 from tasks.runtime.disk import require_space
+
+if TYPE_CHECKING:
+    from tasks.formats.buckets import Resolution
+    from tasks.formats.codec_info import CodecInfo
+    from tasks.params import EncodeParams
 
 BFLOAT16_BYTES = 2
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.encoding.rows import Row
-from tasks.formats.buckets import Resolution
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
 from tasks.pictures.images import read_encoded
@@ -20,7 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.encoding.blocks import Blocks
+    from tasks.encoding.rows import Row
     from tasks.encoding.texts import CaptionEmbeddings
+    from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo
     from tasks.formats.latents import Columns
 

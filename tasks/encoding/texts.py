@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ import torch
 from models.device import best_device
 from models.networks.text_encoder import load_text_encoder
 from tasks.encoding.blocks import Blocks
-from tasks.encoding.rows import Row
-from tasks.formats.codec_info import CodecInfo
 from tasks.formats.latents import Shard, write_prompts, write_shards
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from tasks.encoding.rows import Row
+    from tasks.formats.codec_info import CodecInfo
 
 BLOCK = 4096
 """Captions that are embedded and stored at a time."""

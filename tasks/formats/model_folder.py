@@ -11,11 +11,11 @@ Equal files are the same version, so the folder contains nothing that differs be
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from models.hashing import folder_sha256
 from tasks.runtime import atomic, integrity
 from tasks.runtime.errors import StageError
 
@@ -80,11 +80,5 @@ class ExportReport:
 
 
 def content_key(folder: Path) -> str:
-    """Return the SHA-256 over names and bytes of all files of the folder, without Python's bytecode caches."""
-    whole = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    for path in sorted(files):
-        whole.update(path.relative_to(folder).as_posix().encode("utf-8") + b"\0")
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+    """Return the identity of a model folder: its hash."""
+    return folder_sha256(folder)

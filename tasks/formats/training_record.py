@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import JsonValue  # noqa: TC002 - pydantic resolves it at run time
+from pydantic import JsonValue
 
 from tasks.runtime.stage_file import Part, StageFile
 

@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from tasks.pictures import decoding
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from tasks.params import ImageParams
@@ -246,7 +246,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
         captions[place] = row["captions"]
 
     with (
-        tqdm(desc=f"read {split}", total=len(keys), unit="img", mininterval=1, dynamic_ncols=True, delay=2) as bar,
+        progress(desc=f"read {split}", total=len(keys), unit="img", delay=2) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding releases the global interpreter lock
     ):
         for rows in _rows(images, split):

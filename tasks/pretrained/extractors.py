@@ -31,7 +31,7 @@ def place(params: ExtractorParams | ScoringClipParams, target: Path) -> None:
     if isinstance(params, ExtractorParams) and params.kind == "inception":
         _place_inception(_inception_file(params.weights, params.pin), target)
         return
-    folder = weights.bring(params.weights, params.pin, NO_PARTS)
+    folder = weights.local_folder(params.weights, params.pin, NO_PARTS)
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in weights.KEPT:
             shutil.copyfile(file, target / file.name)
@@ -67,7 +67,7 @@ def _inception_file(where: str, pin: str) -> Path:
         if found != pin:
             raise StageError(f"the sha256 of {path} is {found} and not the pinned {pin}; correct one of them")
         return path
-    files = sorted(weights.bring(where, pin, NO_PARTS).glob("*.safetensors"))
+    files = sorted(weights.local_folder(where, pin, NO_PARTS).glob("*.safetensors"))
     if len(files) != 1:
         raise StageError(
             f"judge.extractor.weights '{where}' holds {len(files)} .safetensors files; use a folder or repository with "

@@ -15,6 +15,7 @@ from models.hashing import file_sha256
 from tasks.params import S3Params
 from tasks.runtime import atomic, locks, workspace
 from tasks.runtime.errors import StageError
+from tasks.transfer import objects
 
 WEIGHTS = ".safetensors"
 KEPT = (".json", WEIGHTS, ".txt", ".model")
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 6 * 3600
 """Time limit for all files of a model; partial downloads are kept."""
 
 
-def bring(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
+def local_folder(weights: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Return the local folder of a model in the layout of diffusers or transformers; download it if necessary.
 
     Args:
@@ -140,8 +141,6 @@ def _cached(repository: str, commit: str, parts: tuple[str, ...]) -> Path | None
 
 def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Download the files below an s3:// prefix to the scratch folder, once; AWS_ENDPOINT_URL selects another server."""
-    from tasks.transfer import objects
-
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     wanted = json.dumps([bucket, prefix, pin, parts])

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import mlflow.diffusers
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from tasks.runtime import tracking
@@ -98,11 +101,6 @@ def register(client: MlflowClient, name: str, pipeline: Path, trained: Run) -> s
 
 def _log(client: MlflowClient, model_id: str, weights: Path, base: Base) -> None:
     """Log the adapter as the logged model `model_id`, with the commit of its base: MLflow would record the newest."""
-    # Loading diffusers takes seconds, which models without an adapter need not spend.
-    import mlflow.diffusers
-    from mlflow.models import Model
-    from mlflow.models.model import MLMODEL_FILE_NAME
-
     with tempfile.TemporaryDirectory() as scratch:
         folder, model = Path(scratch) / "model", Model(model_id=model_id)
         requirements = [f"{package}=={_release(package)}" for package in REQUIREMENTS]

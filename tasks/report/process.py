@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models import pictures
 from models.noise import schedules
@@ -22,6 +21,7 @@ from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 from tasks.report.page import Neighbours, Tiles
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,9 +90,7 @@ def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
     scales = params.guidance_scales if conditional else (1.0,) * UNCONDITIONAL_ROWS
     followed = len(scales) // 2 if conditional else 0
     rows, paths = [], []
-    with tqdm(
-        total=len(scales) * params.steps, desc="visualize", unit="step", mininterval=1, dynamic_ncols=True, delay=2
-    ) as bar:
+    with progress(desc="visualize", total=len(scales) * params.steps, unit="step", delay=2) as bar:
         for row, scale in enumerate(scales):
             seeds = [params.seed + column + (0 if conditional else row * params.columns) for column in columns]
             start = torch.from_numpy(SeededNoise(seeds, model.info.input_shape)()).to(model.device)

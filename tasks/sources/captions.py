@@ -23,7 +23,7 @@ from tasks.sources.image_names import Names
 from tasks.sources.text_files import composed, decoded
 
 if TYPE_CHECKING:
-    from tasks.sources.archives import Member
+    from tasks.sources.archive_members import Member
 
 TABLES, LINES, DOCUMENTS, TEXTS = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".txt",)
 OTHER_TABLES = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".pkl", ".db", ".sqlite")

@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING
 from tasks.pictures import decoding
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
-from tasks.sources import archives, captions, packing, sidecars, suffixes
+from tasks.sources import archives, captions, packing, sidecars, suffixes, tars
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE, SPLITS, Entry, Problem, Source, settle_splits
 from tasks.sources.text_files import composed, is_damaged
 
 if TYPE_CHECKING:
     from tasks.pictures.index import CaptionFile
-    from tasks.sources.archives import Member
+    from tasks.sources.archive_members import Member
     from tasks.sources.sidecars import Sidecars
 
 
@@ -233,7 +233,7 @@ def _split_named(folder: str) -> str | None:
 
 
 def _is_shard(folder: str) -> bool:
-    return folder.lower().endswith(archives.SHARD)
+    return folder.lower().endswith(tars.SHARD)
 
 
 def _split_word(folder: str) -> str:

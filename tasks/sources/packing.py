@@ -8,10 +8,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tasks.runtime.disk import CHUNK, printable_name, require_space
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 """The earliest date of the zip format; a constant date makes the bytes reproducible."""
@@ -33,7 +32,7 @@ def pack_files(files: list[tuple[str, Path]], target: Path) -> None:
     """Pack files under the names given, in this order, into an uncompressed zip; symbolic links are kept as links."""
     require_space(target.parent, sum(path.lstat().st_size for _, path in files))
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for name, path in tqdm(files, "pack", unit="file", mininterval=1, dynamic_ncols=True, delay=1):
+        for name, path in progress(files, desc="pack", unit="file", delay=1):
             status = path.lstat()
             info = zipfile.ZipInfo(name, NO_DATE)
             info.create_system = 3  # Unix, also on Windows: the same bytes everywhere

@@ -24,7 +24,7 @@ from tasks.sources.entry import Problem
 from tasks.sources.text_files import composed, decoded, is_damaged, lines, parsed
 
 if TYPE_CHECKING:
-    from tasks.sources.archives import Member
+    from tasks.sources.archive_members import Member
 
 TEXTS, OBJECTS, CLASSES = {".txt", ".caption"}, {".json"}, {".cls"}
 FOLDERS = {"caption", "captions", "text", "texts", "txt", "prompt", "prompts"}

@@ -49,7 +49,7 @@ def initial_folder(params: TrainParams) -> Path | None:
         StageError: if published weights cannot be downloaded.
     """
     if params.weights is not None and params.pin is not None:
-        return weights.bring(params.weights, params.pin, ("unet", "scheduler"))
+        return weights.local_folder(params.weights, params.pin, ("unet", "scheduler"))
     return None if params.init_from == NO_PATH else Path(params.init_from)
 
 

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from tasks.runtime import atomic, leash, locks, workspace
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 from tasks.transfer import proxy
 
 if TYPE_CHECKING:
@@ -184,8 +184,7 @@ def _run(command: list[str], variables: dict[str, str], shards: int, target: Pat
     deadline = time.monotonic() + params.timeout_seconds
     target.mkdir(parents=True, exist_ok=True)
     log = target.with_suffix(".log")
-    progress = tqdm(desc="download", total=shards, unit="shard", mininterval=1, dynamic_ncols=True)
-    with log.open("wb") as output, progress as bar:
+    with log.open("wb") as output, progress(desc="download", total=shards, unit="shard") as bar:
         engine = subprocess.Popen(
             leash.command_line(command, GRACE_SECONDS),
             stdin=subprocess.PIPE,

@@ -10,16 +10,16 @@ published SHA-256.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download, try_to_load_from_cache
 
 from models.hashing import file_sha256
 from tasks.runtime import workspace
@@ -54,8 +54,9 @@ def copy(target: Path, params: DownloadParams) -> str:
     Raises `StageError` if the revision is not a commit, the dataset cannot be read, no file matches the pattern, or
     the files exceed `download.max_bytes` or `download.timeout_seconds`.
     """
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     deadline = time.monotonic() + params.timeout_seconds
-    files = _cached(params) if _is_offline() else _listed(params)
+    files = _cached(params) if constants.is_offline_mode() else _listed(params)
     size = sum(file.size for file in files)
     if size > params.max_bytes:
         raise StageError(
@@ -71,25 +72,9 @@ def copy(target: Path, params: DownloadParams) -> str:
     return f"hf://datasets/{params.hub.repo}@{params.hub.revision}"
 
 
-def _hub() -> ModuleType:
-    """Import huggingface_hub with telemetry disabled."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read at import
-    import huggingface_hub
-    import huggingface_hub.constants
-    import huggingface_hub.errors
-
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # in case it was imported before
-    return huggingface_hub
-
-
-def _is_offline() -> bool:
-    return bool(_hub().constants.is_offline_mode())
-
-
 def _listed(params: DownloadParams) -> list[Published]:
     """List the files that match `download.hub.files` on the hub."""
-    hub = _hub()
-    endpoint = hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     fetch.require_allowed(endpoint, params.allow_private_addresses)
     repo = str(params.hub.repo)
     info = _dataset_info(repo, params.hub.revision)
@@ -105,7 +90,7 @@ def _listed(params: DownloadParams) -> list[Published]:
             continue
         if sibling.lfs is None:
             raise StageError(f"the hub publishes no sha256 of {sibling.rfilename} in {repo}; narrow download.hub.files")
-        found = hub.try_to_load_from_cache(repo, sibling.rfilename, revision=info.sha, repo_type="dataset")
+        found = try_to_load_from_cache(repo, sibling.rfilename, revision=info.sha, repo_type="dataset")
         cached = Path(found) if isinstance(found, str) else None
         files.append(Published(sibling.rfilename, int(sibling.size or 0), sibling.lfs.sha256, cached))
     if not files:
@@ -116,11 +101,9 @@ def _listed(params: DownloadParams) -> list[Published]:
 
 def _dataset_info(repo: str, revision: str | None) -> DatasetInfo:
     """Metadata of a revision. Raises `StageError` with the cause and the remedy if the hub does not provide it."""
-    hub = _hub()
-    errors = hub.errors
-    where = f"{hub.constants.ENDPOINT}/datasets/{repo}"
+    where = f"{constants.ENDPOINT}/datasets/{repo}"
     try:
-        info: DatasetInfo = hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=LIST_SECONDS)
+        info: DatasetInfo = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=LIST_SECONDS)
         return info
     except errors.GatedRepoError:
         raise StageError(_gated(where)) from None
@@ -153,7 +136,7 @@ def _gated(where: str) -> str:
 
 
 def _refused(where: str, status: int) -> str:
-    if _hub().get_token() is None:
+    if get_token() is None:
         return _gated(where)
     if status == 401:
         return f"{where}: the hub rejects the token of HF_TOKEN (or 'hf auth login'); create a new one"
@@ -174,11 +157,10 @@ def _copy_cached(file: Published, cached: Path, path: Path) -> bool:
 
 
 def _fetch(file: Published, path: Path, params: DownloadParams, deadline: float) -> None:
-    hub = _hub()
-    if _is_offline():
+    if constants.is_offline_mode():
         raise StageError(f"{file.name} in the local cache is damaged; unset HF_HUB_OFFLINE to download it again")
-    where = f"{hub.constants.ENDPOINT}/datasets/{params.hub.repo}"
-    token = hub.get_token()
+    where = f"{constants.ENDPOINT}/datasets/{params.hub.repo}"
+    token = get_token()
     try:
         fetch.fetch(
             [f"{where}/resolve/{params.hub.revision}/{quote(file.name)}"],
@@ -218,14 +200,13 @@ def _cached(params: DownloadParams) -> list[Published]:
 
 def _snapshot(repo: str, revision: str, pattern: str) -> dict[str, Path]:
     """Cached files of a commit that match a pattern, by name, sorted."""
-    hub = _hub()
     try:
         folder = Path(
-            hub.snapshot_download(
+            snapshot_download(
                 repo, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=pattern
             )
         )
-    except hub.errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         return {}
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in paths.items() if _matches(name, pattern)}

@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from models.hashing import file_sha256
 from models.json_files import Description, JsonObject
 from tasks.runtime import atomic, workspace
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 from tasks.transfer import crawl, hub
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _frames(files: list[Path], laion: LaionParams) -> Iterator[pd.DataFrame]:
     Numbers are converted to float64; strings are left as published.
     """
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    with tqdm(desc="filter", total=total, unit="row", mininterval=1, dynamic_ncols=True, delay=2) as bar:
+    with progress(desc="filter", total=total, unit="row", delay=2) as bar:
         for file in files:
             table = pq.ParquetFile(file)
             names = _names(file.name, table.schema_arrow.names, laion)

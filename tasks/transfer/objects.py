@@ -27,13 +27,15 @@ import boto3
 import botocore
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
-from tqdm import tqdm
 
 from models.hashing import file_sha256
 from tasks.runtime.disk import CHUNK, require_space
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from tasks.params import S3Params
 
 Client: TypeAlias = Any  # boto3 creates the classes of its clients at run time
@@ -149,7 +151,7 @@ def download(
     require_space(folder, total - arrived)
     deadline = time.monotonic() + timeout_seconds
     with (
-        tqdm(desc="download", total=total, initial=arrived, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+        progress(desc="download", total=total, initial=arrived, unit="B", unit_scale=True) as bar,
         ThreadPoolExecutor(connections) as pool,
     ):
         shared = Download(client, bucket, folder, deadline, bar, threading.Event())

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from tasks.formats.quarantine import FILE as QUARANTINE_FILE
 from tasks.pictures import colours
 from tasks.pictures.images import enlarged, read_columns, schema, schema_of
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
 from tasks.validation import checks, demands, duplicates
 from tasks.validation.expectations import Table
@@ -131,7 +131,7 @@ def _twins(frame: pd.DataFrame, bits: int) -> dict[str, Rows]:
     hashes = duplicates.to_numbers(frame["phash"].tolist()) if _all_hashes(frame["phash"]) else None
     found = {name: np.full(len(frame), -1) for name in ("repeats", "leaks", "nearly_repeats", "nearly_leaks")}
     train = np.flatnonzero(splits == "train")
-    for split in tqdm(np.unique(splits), "compare", unit="split", mininterval=1, delay=2, dynamic_ncols=True):
+    for split in progress(np.unique(splits), desc="compare", unit="split", delay=2):
         rows = np.flatnonzero(splits == split)
         found["repeats"][rows] = duplicates.first_duplicates(codes, rows, rows, 0)
         others = np.flatnonzero((splits == split) & (found["repeats"] < 0))
@@ -156,7 +156,7 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, Ro
     """
     reader = Reader(params.caption_scripts)
     parts: list[dict[str, Rows]] = []
-    for chunk in tqdm(captions.chunks, "captions", unit="chunk", mininterval=1, delay=2, dynamic_ncols=True):
+    for chunk in progress(captions.chunks, desc="captions", unit="chunk", delay=2):
         counts = pc.list_value_length(chunk).to_numpy()
         owners, texts = np.repeat(np.arange(len(chunk)), counts), chunk.flatten()
         longest = np.zeros(len(chunk), np.int64)

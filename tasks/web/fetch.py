@@ -21,13 +21,13 @@ from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
-from tqdm import tqdm
 
 from models.hashing import file_sha256
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, locks
 from tasks.runtime.disk import require_space
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 from tasks.web import addresses
 
 MAX_REDIRECTS = 5
@@ -228,15 +228,7 @@ def _append(url: str, part: Path, start: int, limits: Limits) -> bool:
             require_space(part.parent, length)
         with (
             part.open("r+b" if start else "wb") as file,
-            tqdm(
-                desc="download",
-                initial=start,
-                total=total,
-                unit="B",
-                unit_scale=True,
-                mininterval=1,
-                dynamic_ncols=True,
-            ) as bar,
+            progress(desc="download", initial=start, total=total, unit="B", unit_scale=True) as bar,
         ):
             file.seek(start)
             # Write each piece as it arrives, so that a broken connection loses nothing.

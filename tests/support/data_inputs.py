@@ -121,66 +121,74 @@ class Site:
     """Path and Authorization header of each request."""
 
 
+class SiteServer(ThreadingHTTPServer):
+    """Serves a `Site` on a free port; clients that leave early print no traceback."""
+
+    def __init__(self, certificate: Path | None) -> None:
+        super().__init__(("127.0.0.1", 0), SiteHandler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.site = Site(f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_port}")
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing."""
+
+
+class SiteHandler(BaseHTTPRequestHandler):
+    """Answers one request as the `Site` of its server says."""
+
+    server: SiteServer
+
+    def do_GET(self) -> None:
+        site, authorization = self.server.site, self.headers["Authorization"]
+        site.requests.append((self.path, self.headers["Range"]))
+        site.tokens.append((self.path, authorization))
+        if self.path in site.refusals and authorization != "Bearer right":
+            status, headers = site.refusals[self.path]
+            self._send_head(status, {**headers, "Content-Length": "0"})
+        elif self.path in site.redirects:
+            self._send_head(302, {"Location": site.redirects[self.path]})
+        elif self.path in site.files:
+            self._send_file(site.files[self.path], site)
+        else:
+            self.send_error(404)
+
+    def do_HEAD(self) -> None:
+        site = self.server.site
+        headers = {"Content-Length": str(len(site.files.get(self.path, b"")))} | site.headers.get(self.path, {})
+        self._send_head(200 if self.path in site.files else 404, headers)
+
+    def _send_head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _send_file(self, data: bytes, site: Site) -> None:
+        """Send a file, or its end from the start of the requested range, up to `site.cut_after` bytes."""
+        start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and site.ranges else 0
+        if start and start >= len(data):
+            self.send_error(416)
+            return
+        ranged = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        length = {"Content-Length": str(len(data) - start)}
+        self._send_head(206 if start else 200, ranged | length | site.headers.get(self.path, {}))
+        end = len(data) if site.cut_after is None else start + site.cut_after
+        self.wfile.write(data[start:end])
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
 @contextmanager
 def serving(certificate: Path | None = None) -> Iterator[Site]:
     """A `Site` for the length of the block; https with `certificate` (and its key), else http."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            site.requests.append((self.path, self.headers["Range"]))
-            site.tokens.append((self.path, self.headers["Authorization"]))
-            if self.path in site.refusals and self.headers["Authorization"] != "Bearer right":
-                status, headers = site.refusals[self.path]
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": "0"}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                return
-            if self.path in site.redirects:
-                self.send_response(302)
-                self.send_header("Location", site.redirects[self.path])
-                self.end_headers()
-                return
-            if self.path not in site.files:
-                self.send_error(404)
-                return
-            data = site.files[self.path]
-            start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and site.ranges else 0
-            if start and start >= len(data):
-                self.send_error(416)
-                return
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.send_header("Content-Length", str(len(data) - start))
-            for name, value in site.headers.get(self.path, {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            end = len(data) if site.cut_after is None else start + site.cut_after
-            self.wfile.write(data[start:end])
-
-        def do_HEAD(self) -> None:
-            found = self.path in site.files
-            self.send_response(200 if found else 404)
-            headers = {"Content-Length": str(len(site.files.get(self.path, b"")))} | site.headers.get(self.path, {})
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that leaves early is part of the tests
-    if certificate:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    site = Site(f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+    server = SiteServer(certificate)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield site
+        yield server.site
     finally:
         server.shutdown()
         server.server_close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.support.data_inputs import Site
+if TYPE_CHECKING:
+    from tests.support.data_inputs import Site
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,5 +1,8 @@
-"""What the tests of `judge` and `evaluate` share: the normal form of scikit-learn's digits, with or without labels
-and captions, a small judge of them, and a pipeline that draws something of their size."""
+"""Inputs for the tests of `judge` and `evaluate`.
+
+Images of scikit-learn's digits in the format of `ingest`, with or without labels and captions, a small judge trained
+on them, and a pipeline with random weights that draws images of the same size.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ import PIL.Image
 from models.networks.unet import UNet, UNetConfig
 from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline
+from tasks.formats.verdict import Verdict
 from tasks.judge import judge
 from tasks.params import ImageParams, JudgeParams
 from tasks.pictures.images import Writer
-from tasks.runtime import atomic
 
 CLASSES = ["zero", "one", "two"]
 TIMESTEPS = 30
@@ -57,7 +60,7 @@ def write_images(root: Path, labels: bool = True, captions=template_captions) ->
             }
         )
     replace(writer.close(), classes=CLASSES if labels else []).write(folder / "index.json")
-    atomic.write_json(root / "data" / "accepted.json", {"verdict": "accepted"})
+    Verdict().write(root / "data" / "accepted.json")
     return folder
 
 

@@ -1,5 +1,7 @@
-"""What `export`, `package` and `register` read, made on the fly: a tiny network of random weights and the reports
-of a run that never was."""
+"""Inputs for the tests of `export`, `package` and `register`.
+
+A tiny pipeline with random weights, and the reports of an invented training run and evaluation.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from models.pipeline import PipelineInfo, save_pipeline
 from tasks.evaluation import protocol
 from tasks.evaluation.protocol import Measurement, Protocol, Reference
 from tasks.export import export
+from tasks.formats.verdict import Verdict
 from tasks.package import package
 from tasks.params import ExportParams
 from tasks.pictures.index import ImageIndex
@@ -86,7 +89,7 @@ def write_pipeline(folder: Path, conditioning: str = "label") -> None:
 
 
 def write_accepted(path: Path) -> None:
-    atomic.write_json(path, {"verdict": "accepted", "source": "pets", "data_sha256": "d" * 64})
+    Verdict(source="pets", sha256="d" * 64).write(path)
 
 
 def run_export(root: Path, params: ExportParams = PARAMS) -> None:

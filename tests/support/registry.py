@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from tasks.params import RegisterParams
 from tasks.register import register
 from tasks.runtime import tracking
 from tests.support import model_outputs
 
 if TYPE_CHECKING:
+    import pytest
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.pyfunc import PyFuncModel

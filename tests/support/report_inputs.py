@@ -13,6 +13,7 @@ from models import pictures
 from models.networks.unet import UNet, UNetConfig
 from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline
+from tasks.formats.verdict import Verdict
 from tasks.params import VisualizeParams
 from tasks.pictures import images as normal_form
 from tasks.runtime import measures
@@ -108,7 +109,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
         "reports/validation",
     ):
         (root / folder).mkdir(parents=True)
-    (root / "data" / "accepted.json").write_text('{"verdict": "accepted"}')
+    Verdict().write(root / "data" / "accepted.json")
     pixels = _write_images(root / "data" / "images", classes, channels)
     _write_pipeline(root / "outputs" / "pipeline", classes, channels)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
-import pytest
 from moto.server import ThreadedMotoServer
+
+if TYPE_CHECKING:
+    import pytest
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode
 from tasks.export import export
+from tasks.formats.verdict import Verdict
 from tasks.ingest import ingest
 from tasks.params import (
     NO_PATH,
@@ -26,7 +27,6 @@ from tasks.params import (
     TrainParams,
 )
 from tasks.params.composition import compose
-from tasks.runtime import atomic
 from tasks.train import train
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
 
@@ -54,7 +54,7 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
         source = write_tree(root / "in", files | {"captions.csv": "\n".join(["image,caption", *LINES]).encode()})
         download(root / "raw", folder_params(source))
         ingest(root / "raw", root / "images", root / "quarantine", ingest_params())
-        atomic.write_json(root / "accepted.json", {"verdict": "accepted"})
+        Verdict().write(root / "accepted.json")
         codec(root / "images", root / "accepted.json", root / "codec", params, ImageParams(resolution=16, channels=3))
         encode(
             root / "images",

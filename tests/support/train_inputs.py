@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from tasks.formats.verdict import Verdict
+
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
@@ -47,7 +49,6 @@ def write_inputs(
     from tasks.formats import latents
     from tasks.formats.codec_info import CodecInfo, TextInfo
     from tasks.formats.latents import BucketShard, Split
-    from tasks.runtime import atomic
 
     rng = np.random.default_rng(0)
     classes = [] if conditioning == "none" else ["light", "dark"]
@@ -104,7 +105,7 @@ def write_inputs(
         )
     latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts)
     codec.write(folder / "codec" / "codec.json")
-    atomic.write_json(folder / "accepted.json", {"verdict": "accepted", "sha256": "0" * 64})
+    Verdict(sha256="0" * 64).write(folder / "accepted.json")
 
 
 def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0, **train) -> None:

@@ -55,29 +55,29 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_of_a_repository_come_the_parts_that_are_asked_for_and_never_a_pickle(hub):
-    folder = weights.bring(REPO, COMMIT, ("vae",))
+    folder = weights.local_folder(REPO, COMMIT, ("vae",))
     assert names(folder) == OF_THE_VAE
     assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == b"vae"
     asked = [path for path, _ in hub.requests]
     assert not any("unet" in path or "sd_xl" in path or path.endswith(".bin") for path in asked)
-    both = weights.bring(REPO, COMMIT, ("text_encoder", "tokenizer"))
+    both = weights.local_folder(REPO, COMMIT, ("text_encoder", "tokenizer"))
     assert names(both) == OF_THE_VAE | {name for name in FILES if name.startswith("t") and not name.endswith(".bin")}
 
 
 def test_what_is_there_is_not_fetched_again_and_serves_without_the_hub(hub, monkeypatch):
-    folder = weights.bring(REPO, COMMIT, ("vae",))
+    folder = weights.local_folder(REPO, COMMIT, ("vae",))
     before = sum("/resolve/" in path for path, _ in hub.requests)
-    assert weights.bring(REPO, COMMIT, ("vae",)) == folder
+    assert weights.local_folder(REPO, COMMIT, ("vae",)) == folder
     assert sum("/resolve/" in path for path, _ in hub.requests) == before
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    assert weights.bring(REPO, COMMIT, ("vae",)) == folder
+    assert weights.local_folder(REPO, COMMIT, ("vae",)) == folder
     with pytest.raises(StageError, match="its local cache lacks them; set HF_ENDPOINT to a mirror"):
-        weights.bring("somebody/else", COMMIT, ("vae",))
+        weights.local_folder("somebody/else", COMMIT, ("vae",))
 
 
 def test_a_repository_that_is_one_network_gives_its_own_folder(hub):
     publish_model(hub, "somebody/vae", {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"vae"})
-    folder = weights.bring("somebody/vae", COMMIT, ("vae",))
+    folder = weights.local_folder("somebody/vae", COMMIT, ("vae",))
     assert weights.part(folder, "vae") == folder
     assert names(folder) == {"config.json", "diffusion_pytorch_model.safetensors"}
 
@@ -100,7 +100,7 @@ def test_refusals_of_the_hub_are_one_sentence_each(hub):
         "somebody/pickled": "there are no .safetensors files in vae",
     }.items():
         with pytest.raises(StageError, match=sentence) as said:
-            weights.bring(repo, COMMIT, ("vae",))
+            weights.local_folder(repo, COMMIT, ("vae",))
         assert repo in str(said.value) and "\n" not in str(said.value)
 
 
@@ -123,29 +123,29 @@ def bucket(s3, monkeypatch, tmp_path):
 
 def test_the_same_comes_from_s3_once(bucket):
     pin = hashlib.sha256(b"vae").hexdigest()
-    folder = weights.bring("s3://models/sdxl", pin, ("vae",))
+    folder = weights.local_folder("s3://models/sdxl", pin, ("vae",))
     assert names(folder) == OF_THE_VAE
     bucket.delete_object(Bucket="models", Key="sdxl/vae/config.json")
-    assert weights.bring("s3://models/sdxl/", pin, ("vae",)) == folder
+    assert weights.local_folder("s3://models/sdxl/", pin, ("vae",)) == folder
     assert names(folder) == OF_THE_VAE
 
 
 def test_what_s3_lacks_or_has_otherwise_is_one_sentence(bucket):
     with pytest.raises(StageError, match="nothing below s3://models/nothing/"):
-        weights.bring("s3://models/nothing", "0" * 64, ("vae",))
+        weights.local_folder("s3://models/nothing", "0" * 64, ("vae",))
     with pytest.raises(StageError, match="s3://nowhere/sdxl does not exist"):
-        weights.bring("s3://nowhere/sdxl", "0" * 64, ("vae",))
+        weights.local_folder("s3://nowhere/sdxl", "0" * 64, ("vae",))
     with pytest.raises(StageError, match="and not the pinned"):
-        weights.bring("s3://models/sdxl", "0" * 64, ("vae",))
+        weights.local_folder("s3://models/sdxl", "0" * 64, ("vae",))
 
 
 def test_the_pin_of_several_networks_covers_each_of_them(bucket):
     hashes = [hashlib.sha256(FILES[f"{name}.safetensors"]).hexdigest() for name in ("text_encoder/model", UNET)]
     pin = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    folder = weights.bring("s3://models/sdxl", pin, ("text_encoder", "unet"))
+    folder = weights.local_folder("s3://models/sdxl", pin, ("text_encoder", "unet"))
     (folder / f"{UNET}.safetensors").write_bytes(b"something else")
     with pytest.raises(StageError, match="and not the pinned"):
-        weights.bring(str(folder), pin, ("text_encoder", "unet"))
+        weights.local_folder(str(folder), pin, ("text_encoder", "unet"))
 
 
 def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
