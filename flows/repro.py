@@ -1,4 +1,4 @@
-"""Run one stage at a time with `dvc repro --single-item`, and read its output while it runs."""
+"""The stages in DVC's order, and running one of them with `dvc repro --single-item` while its output is read."""
 
 from __future__ import annotations
 

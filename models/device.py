@@ -1,4 +1,4 @@
-"""The device that evaluation, encoding and sampling run on."""
+"""The device of everything except the diffusion training, whose device accelerate selects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contrastive training of a text encoder on a data set's captions (Radford et al. 2021), with its own tokenizer.
+"""Contrastive training of a text encoder and its tokenizer on captions (Radford et al. 2021), and its measurement.
 
 transformers and tokenizers are imported where they are used: models of pixels load neither.
 

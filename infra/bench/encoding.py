@@ -34,7 +34,7 @@ from models.networks.text_encoder import load_text_encoder
 from tasks.encode import encode
 from tasks.formats import latents
 from tasks.formats.latents import InputSpec
-from tasks.pictures.decoding import ingested
+from tasks.pictures.decoding import decode_resized
 from tasks.pictures.images import load_pixels, read_columns
 from tasks.training.batches import Batches
 from tasks.training.run import network_config
@@ -282,7 +282,9 @@ class Images:
 
     def __call__(self, rows: Tensor) -> np.ndarray:
         chosen = [self.files[row] for row in rows.tolist()]
-        pixels = (ingested(file["image"], file["width"] * file["height"], self.shape, self.channels) for file in chosen)
+        pixels = (
+            decode_resized(file["image"], file["width"] * file["height"], self.shape, self.channels) for file in chosen
+        )
         return np.stack(list(pixels))
 
     def __len__(self) -> int:

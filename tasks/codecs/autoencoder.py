@@ -93,19 +93,17 @@ def _download(params: AutoencoderParams) -> Autoencoder:
 
 
 def _require_fits(network: Autoencoder, train: Samples, params: AutoencoderParams) -> None:
-    """Require the shape that the parameters state, because the section model was checked against it."""
+    """Require the latents that the parameters describe, because the section `model` was checked against them."""
     config, key = network.config, "codec.autoencoder.weights"
     if config.in_channels != train.pixels.shape[1]:
-        raise StageError(
-            f"{key} are for {config.in_channels} channels and image.channels is {train.pixels.shape[1]}; change that"
-        )
+        raise StageError(f"{key} are for {config.in_channels} image channels; set image.channels to that number")
     if config.latent_channels != params.latent_channels:
         raise StageError(f"{key} make {config.latent_channels} latent channels; set codec.autoencoder.latent_channels")
     downscale = autoencoder.downscale_factor(network)
     if downscale != 2 ** (len(params.widths) - 1):
         raise StageError(
-            f"{key} make a side {downscale} times smaller, and codec.autoencoder.widths says "
-            f"{2 ** (len(params.widths) - 1)} times; state the widths of the weights"
+            f"{key} reduce height and width by a factor of {downscale}, and codec.autoencoder.widths by "
+            f"{2 ** (len(params.widths) - 1)}; set it to the widths of the weights"
         )
     if getattr(config, "latents_mean", None) is not None:
         raise StageError(

@@ -62,7 +62,10 @@ def sample_prompts(train: Samples, held_out: Samples, classes: int) -> list[str]
 
 
 def _train(train: Samples, held_out: Samples, params: CodecParams, quality: dict[str, float]) -> AnyEncoder:
-    """Train one encoder, or two with different seeds, the second with the projection that it was trained in."""
+    """Train one encoder, or with `second_width` two with different seeds, and measure each.
+
+    The second keeps its projection into the space shared with images, which makes the pooled embedding.
+    """
     encoder, pair = _train_tower(train, params, params.text.width, params.seed)
     quality |= _retrieval(pair, encoder, held_out, params.seed, "text")
     if params.text.second_width is None:

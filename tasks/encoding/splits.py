@@ -81,7 +81,7 @@ class SplitWriter:
         pixels = np.empty((len(rows), channels, *resolution), np.uint8)
         files = read_encoded(self.images, places)
         for sha256, data, count in progress(files, desc=f"read {name}", total=len(places), unit="img", delay=2):
-            pixels[places[sha256]] = decoding.ingested(data, count, resolution, channels)
+            pixels[places[sha256]] = decoding.decode_resized(data, count, resolution, channels)
         return pixels
 
 

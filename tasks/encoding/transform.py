@@ -37,7 +37,9 @@ class Chunk:
 
 def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
     """Decode, resize and crop image files to uint8 [n, channels, *chunk.resolution]."""
-    return np.stack([decoding.ingested(data, pixels, chunk.resolution, channels) for _, data, pixels in chunk.images])
+    return np.stack(
+        [decoding.decode_resized(data, pixels, chunk.resolution, channels) for _, data, pixels in chunk.images]
+    )
 
 
 def encode_pixels(network: autoencoder.Autoencoder, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:

@@ -99,8 +99,8 @@ def _opened(data: bytes, max_pixels: int) -> Image:
     except PIL.UnidentifiedImageError:
         kind = kind_of(data[:HEAD_BYTES])
         if kind is not None and kind not in FORMATS:
-            raise UnreadableError(f"{kind} is not read", f"{kind} pictures are not read here; {CONVERT}") from None
-        raise UnreadableError("not an image", "the bytes are in none of the formats read here") from None
+            raise UnreadableError(f"{kind} is not read", f"{kind} images are not supported; {CONVERT}") from None
+        raise UnreadableError("not an image", "the bytes are in none of the supported formats") from None
     except Exception as error:  # damaged headers raise many types of errors
         raise UnreadableError("not an image", f"{type(error).__name__}: {error}") from None
     if image.width * image.height > max_pixels:
@@ -175,21 +175,21 @@ def _orientation(image: Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def ingested(data: bytes, pixels: int, form: tuple[int, int], channels: int) -> np.ndarray:
-    """Decode an image of the dataset -> uint8 [channels, *form], see `to_form`.
+def decode_resized(data: bytes, pixels: int, resolution: tuple[int, int], channels: int) -> np.ndarray:
+    """Decode an image of the dataset -> uint8 [channels, *resolution], see `crop_and_resize`.
 
     `pixels` is width * height from the metadata; `ingest` has already enforced `ingest.max_pixels`.
     """
-    return to_form(open_image(data, max_pixels=pixels), form, channels)
+    return crop_and_resize(open_image(data, max_pixels=pixels), resolution, channels)
 
 
-def to_form(image: Image, form: tuple[int, int], channels: int) -> np.ndarray:
-    """A decoded image -> uint8 [channels, height, width] in sRGB, for `form` = (height, width).
+def crop_and_resize(image: Image, resolution: tuple[int, int], channels: int) -> np.ndarray:
+    """A decoded image -> uint8 [channels, height, width] in sRGB, for `resolution` = (height, width).
 
-    The image is cropped around its centre to the aspect ratio of `form`, then resized (bilinear, antialiased).
+    The image is cropped around its centre to the aspect ratio of `resolution`, then resized (bilinear, antialiased).
     """
     image = to_mode(image, channels)
-    height, width = form
+    height, width = resolution
     across = min(image.width, max(1, round(image.height * width / height)))
     down = min(image.height, max(1, round(image.width * height / width)))
     left, top = (image.width - across) // 2, (image.height - down) // 2

@@ -226,7 +226,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     """Decode one split of an images folder -> pixels, labels and captions, sorted by key.
 
     Images are turned upright, converted to grey or RGB, cropped to the centre square and resized (bilinear,
-    antialiased) to `image.resolution`, by the same `decoding.ingested` as in `encode`.
+    antialiased) to `image.resolution`, by the same `decoding.decode_resized` as in `encode`.
     Raises `StageError` if the pixels exceed `IN_MEMORY_BYTES` and the disk has no space for them.
     """
     table = read_columns(images, ["key", "split"])
@@ -238,7 +238,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
 
     def take(row: dict[str, Any]) -> None:
         place = position[row["key"]]
-        pixels[place] = decoding.ingested(
+        pixels[place] = decoding.decode_resized(
             row["image"]["bytes"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
         if row["label"] is not None:

@@ -1,6 +1,8 @@
-"""The import closure of source files, read from their syntax trees: nothing is imported, and it takes milliseconds.
+"""The code that a source file depends on: the files that it imports or opens by name, directly or not.
 
-`dvc.yaml` lists these files as dependencies of a stage, and the key of a training run hashes them.
+They are read from the syntax trees, which takes milliseconds and imports nothing. `PLUMBING`, which cannot change the
+bytes of an output, is left out. `dvc.yaml` lists these files as dependencies of a stage, and the key of a training run
+hashes them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The asking process holds the writing end of this process's standard input. When that end closes, because the asking
 process closed it, ended or was killed, the whole process group of the command is ended: SIGTERM, so that training can
-save a checkpoint, then SIGKILL after the grace. The exit code is that of the command.
+save a checkpoint, then SIGKILL after the grace period. The exit code is that of the command.
 
 `dvc` needs this: a signal to it alone orphans the stage, and the next `dvc repro` would start a second trainer.
 """
@@ -78,7 +78,7 @@ def _raise_ended(*_: object) -> None:
 
 
 def end_group(group: int, grace_seconds: float = GRACE_SECONDS) -> None:
-    """End every process of a group: SIGTERM, and SIGKILL after the grace; returns when none is left."""
+    """End every process of a group: SIGTERM, and SIGKILL after `grace_seconds`; returns when none is left."""
     only_ask = 0
     for number in (signal.SIGTERM, signal.SIGKILL):
         left = _signal_group(group, number)

@@ -1,4 +1,4 @@
-"""Caption files in CSV, TSV and similar formats -> lines of (image name, captions).
+"""Caption files in CSV, TSV and similar formats -> lines of (image name, captions), and the types of these lines.
 
 The delimiter is stated by `sep=` in the first line, or is the one of `DELIMITERS` that splits the first lines into a
 column of file names and one of captions. With a header, columns are found by name; without one, the table must have

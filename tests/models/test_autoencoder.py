@@ -324,7 +324,7 @@ def test_published_weights_are_used_as_they_are_and_pinned(chain, untrained):
     )
     for change, sentence in (
         ({"pin": "0" * 64}, "and not the pinned"),
-        ({"widths": (8, 16, 16)}, "state the widths of the weights"),
+        ({"widths": (8, 16, 16)}, "set it to the widths of the weights"),
         ({"latent_channels": 4}, "make 2 latent channels"),
         ({"weights": str(chain.folder / "nowhere")}, "are not a local folder"),
     ):

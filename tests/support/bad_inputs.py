@@ -13,7 +13,7 @@ MAX_IMAGE_BYTES = 30_000
 
 
 def bomb(width, height):
-    """A PNG of a few hundred bytes that claims to be huge."""
+    """A PNG of a few hundred bytes whose header states `width` x `height` pixels."""
 
     def chunk(kind, data):
         body = kind + data
@@ -35,7 +35,7 @@ def saved(image, kind, **options):
 
 
 def turned():
-    """Red above blue, stored lying on its side."""
+    """A JPEG that is red above blue after the rotation in its EXIF data."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     image = PIL.Image.new("RGB", (20, 10), "blue")
@@ -43,8 +43,8 @@ def turned():
     return saved(image, "JPEG", exif=exif, quality=100)
 
 
-def said(tiff):
-    """A picture whose EXIF data is `tiff`."""
+def with_exif(tiff):
+    """A JPEG whose EXIF data is `tiff`."""
     plain, body = saved(PIL.Image.new("RGB", (8, 8), "red"), "JPEG", quality=100), b"Exif\0\0" + tiff
     return plain[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + plain[2:]
 
@@ -72,8 +72,8 @@ FILES = {
     "press.jpg": (saved(PIL.Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG", quality=100), LOADS),
     "deep.png": (saved(PIL.Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)), "PNG"), LOADS),
     "turned.jpg": (turned(), LOADS),
-    "wrong-exif.jpg": (said(b"XX*\0\x08\0\0\0"), LOADS),
-    "cut-exif.jpg": (said(b"II*\0\x08\0\0\0\xff\xff"), LOADS),
+    "wrong-exif.jpg": (with_exif(b"XX*\0\x08\0\0\0"), LOADS),
+    "cut-exif.jpg": (with_exif(b"II*\0\x08\0\0\0\xff\xff"), LOADS),
     "clear.png": (saved(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"), LOADS),
     "palette.gif": (picture(3, (9, 9), "GIF", "P"), LOADS),
     "still.webp": (picture(4, (9, 9), "WEBP"), LOADS),
@@ -82,14 +82,14 @@ FILES = {
 }
 """Name -> content, and the reason in quarantine or `LOADS`."""
 
-SEEN = {
+COLOURS = {
     "press.jpg": (255, 0, 0),
     "deep.png": (0x80, 0x80, 0x80),
     "clear.png": (255, 255, 255),
     "wrong-exif.jpg": (255, 0, 0),
     "cut-exif.jpg": (255, 0, 0),
 }
-"""Colours of the pictures that are all of one."""
+"""Name -> colour of each image of a single colour after conversion to RGB."""
 
 CAPTIONS = {
     "long.png": ("a " * 5000, LOADS),

@@ -1,4 +1,4 @@
-"""What the tests of the data stages share: pictures, trees of files, a web server, the command line."""
+"""Inputs of the data stages' tests (images, folders, archives), a local web server, and stages as processes."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 12), kind: str = "PNG", mode: str = "RGB") -> bytes:
-    """An encoded picture of smooth noise."""
+    """An encoded image of smooth noise."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     file = io.BytesIO()
     PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC).convert(mode).save(file, kind)
@@ -58,7 +58,7 @@ def ingest_params(**others: object) -> IngestParams:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
+    """Relative path -> SHA-256 of every file below a folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -67,13 +67,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def run_stage(stage: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
-    """A stage through its real entry point."""
+    """Run a stage as a process, as DVC does."""
     command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def run_and_measure(stage: str, *paths: Path, params: Path) -> tuple[subprocess.CompletedProcess[str], int]:
-    """A stage through its real entry point, and the most memory in bytes that it and its processes held at once."""
+    """Run a stage as a process; returns it with the peak memory in bytes, its child processes included."""
     command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         watched, peak, finished = psutil.Process(process.pid), [0], threading.Event()
@@ -116,7 +116,7 @@ class Site:
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Path -> further headers of its answer."""
     refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
-    """Path -> status and headers for whoever does not send `Authorization: Bearer right`."""
+    """Path -> status and headers of the answer to requests without `Authorization: Bearer right`."""
     tokens: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and Authorization header of each request."""
 
@@ -137,7 +137,7 @@ class SiteServer(ThreadingHTTPServer):
 
 
 class SiteHandler(BaseHTTPRequestHandler):
-    """Answers one request as the `Site` of its server says."""
+    """Answers one request from the `Site` of its server."""
 
     server: SiteServer
 
@@ -196,18 +196,18 @@ def serving(certificate: Path | None = None) -> Iterator[Site]:
 
 @dataclass
 class Relay:
-    """A wire to a server on 127.0.0.1 that breaks."""
+    """A TCP relay to a server on 127.0.0.1 that breaks connections."""
 
     port: int
     cuts: list[int]
-    """Bytes of the answers after which the next connections break, one each."""
+    """For each of the next connections, the number of bytes of the answer after which it breaks."""
 
 
 @contextmanager
 def cutting(address: str, cuts: list[int]) -> Iterator[Relay]:
-    """A `Relay` to the server at `address` for the length of the block; it breaks as many connections as `cuts` say.
+    """A `Relay` to the server at `address` for the length of the block; it breaks one connection for each of `cuts`.
 
-    An answer that is over before its cut leaves the cut to the next connection.
+    If an answer ends before the cut, the cut applies to the next connection.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     relay = Relay(listener.getsockname()[1], list(cuts))
@@ -246,12 +246,12 @@ def cutting(address: str, cuts: list[int]) -> Iterator[Relay]:
 
 
 def random_cuts(size: int, count: int = 20) -> list[int]:
-    """Places at which `count` broken connections get through less than an answer of `size` bytes between them."""
+    """Positions at which to break `count` connections; together they transfer less than an answer of `size` bytes."""
     return np.random.default_rng(0).integers(3000, size // (count + 1), count).tolist()
 
 
 def record_checksums(images: Path) -> None:
-    """Make shards that a test edited those that the index names: what a source may hold, not a damage."""
+    """Record the checksums of shards that a test edited, so that they count as valid data and not as damaged."""
     index = json.loads((images / "index.json").read_text())
     index["files"] = integrity.checksums(images, "*.parquet")
     (images / "index.json").write_text(json.dumps(index))

@@ -1,4 +1,4 @@
-"""Commands and blocks of code in Markdown documents."""
+"""Find the commands in Markdown documents, and check that they would be accepted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[str]:
-    """Lines of the shell blocks without comments, then inline code that begins like a command; each once."""
+    """Lines of the shell blocks without comments, then inline code that begins with one of `PROGRAMS`; each once."""
     lines = [
         line for kind, block in blocks(text) if kind in ("bash", "sh", "console", "") for line in block.splitlines()
     ]
@@ -34,7 +34,7 @@ def commands(text: str) -> list[str]:
 
 
 def require_form(command: str, folder: Path) -> None:
-    """Fail if a program would refuse its arguments; presets are written in the empty `folder`."""
+    """Fail if a program would reject its arguments; presets are composed in the empty `folder`."""
     for part in command.split(" && "):
         words = [word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)]
         program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
@@ -64,7 +64,7 @@ def _is_module(name: str) -> bool:
 
 
 def _require_tests(arguments: list[str]) -> None:
-    """A marker that exists, or a file of tests that exists."""
+    """Require that a marker or a file of tests exists."""
     if arguments[0] == "-m":
         configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
         assert arguments[1] in [marker.split(":")[0] for marker in configuration["markers"]]
@@ -73,7 +73,7 @@ def _require_tests(arguments: list[str]) -> None:
 
 
 def _compose(arguments: list[str], folder: Path) -> None:
-    """Write the parameters of a preset in `folder`, where the project and the sources that the documents name are."""
+    """Write the parameters of a preset in `folder`, with links to the project and the documented sources."""
     (folder / "pictures").mkdir()
     (folder / "cifar10-jpeg.zip").touch()
     for entry in ROOT.iterdir():

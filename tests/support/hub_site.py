@@ -1,4 +1,4 @@
-"""The Hugging Face hub, as far as files go: its listings, its redirects to storage, its refusals."""
+"""A local server with the file API of the Hugging Face hub: listings, redirects to storage, refusals."""
 
 from __future__ import annotations
 

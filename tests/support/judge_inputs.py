@@ -32,7 +32,7 @@ def template_captions(label: int) -> list[str]:
 
 
 def write_images(root: Path, labels: bool = True, captions=template_captions) -> Path:
-    """Real zeros, ones and twos as `root/data/images`, every fourth held out, and their acceptance beside them."""
+    """Write digits 0 to 2 as `root/data/images`, every fourth held out, and `accepted.json` beside them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits(n_class=len(CLASSES))
@@ -71,13 +71,13 @@ def run_judge(root: Path, params: JudgeParams = PARAMS) -> Path:
 
 
 def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
-    """A tiny pipeline of random weights as `root/outputs/pipeline`: it draws noise of a kind."""
+    """Write a tiny pipeline with random weights as `root/outputs/pipeline`."""
     import torch
 
     torch.manual_seed(0)
     classes = CLASSES if classes is None else classes
     unet = UNet(UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=len(classes) + 1 if classes else 0))
-    for weights in unet.parameters():  # the last layer starts at zero, and would not heed the label
+    for weights in unet.parameters():  # the last layer starts at zero, so that the output would not depend on the label
         torch.nn.init.normal_(weights, std=0.2)
     info = PipelineInfo(
         conditioning="label" if classes else "none",

@@ -55,7 +55,7 @@ PROTOCOL = Protocol(
 
 
 def write_pipeline(folder: Path, conditioning: str = "label") -> None:
-    """A pipeline whose weights are small random numbers, so that every layer has a say in its output."""
+    """Write a pipeline with small random weights, so that every layer affects the output."""
     import torch
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def run_export(root: Path, params: ExportParams = PARAMS) -> None:
 
 
 def exported(root: Path, conditioning: str = "label") -> Path:
-    """A work tree in which `export` has run."""
+    """Make a work tree in which `export` has run, and return it."""
     write_pipeline(root / "outputs" / "pipeline", conditioning)
     write_accepted(root / "data" / "accepted.json")
     run_export(root)
@@ -113,7 +113,7 @@ def exported(root: Path, conditioning: str = "label") -> Path:
 
 
 def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-3, **changes: object) -> None:
-    """The reports of a training and its evaluation; the learning rate names the training."""
+    """Write the reports of a training run and its evaluation; another learning rate makes another run."""
     train = root / "reports" / "train"
     shutil.rmtree(train, ignore_errors=True)
     (train / "samples").mkdir(parents=True)
@@ -164,7 +164,7 @@ def _write_index(images: Path) -> None:
 
 
 def measurements(distance: float = 20.0, label_accuracy: float | None = 0.99, **changes: object) -> Measurements:
-    """What `evaluate` might have measured: distances unguided, label accuracy at guidance 1.5."""
+    """Plausible results of `evaluate`: distances unguided, label accuracy at guidance 1.5."""
     found = {
         "frechet_distance": Measure(
             value=distance, spread=1.0, drawn="unguided", guidance_scale=1.0, n=64, floor=10.0, floor_spread=0.5
@@ -192,7 +192,7 @@ def measurements(distance: float = 20.0, label_accuracy: float | None = 0.99, **
 
 
 def run_package(root: Path) -> None:
-    """Run the stage on what `exported` and `write_reports` made."""
+    """Run `package` on the outputs of `exported` and `write_reports`."""
     package(
         root / "outputs" / "pipeline",
         root / "outputs" / "onnx",

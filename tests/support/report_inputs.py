@@ -1,4 +1,4 @@
-"""What `visualize` reads, made on the fly: real digits, a tiny network of random weights, tables like evaluate's."""
+"""Inputs for the tests of `visualize`: real digits, a tiny network with random weights, tables as of `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.formats.verdict import Verdict
 from tasks.params import VisualizeParams
-from tasks.pictures import images as normal_form
+from tasks.pictures import images as image_files
 from tasks.runtime import measures
 from tasks.runtime.measures import Measure, Measurements
 from tasks.validation import report as validation_report
@@ -128,7 +128,7 @@ def _write_images(folder: Path, classes: list[str], channels: int) -> np.ndarray
 
     digits = (load_digits().images[: 80 * channels] * (255 / 16)).astype(np.uint8)
     pixels = digits.reshape(80, channels, SIZE, SIZE)
-    writer = normal_form.Writer(folder, shards=1)
+    writer = image_files.Writer(folder, shards=1)
     for number, image in enumerate(pixels):
         encoded = io.BytesIO()
         Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0)).save(encoded, "PNG")

@@ -1,4 +1,4 @@
-"""S3, from a server of this machine that speaks its protocol (moto)."""
+"""A local S3 server (moto) and a client for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def serving() -> Iterator[str]:
 
 
 def client(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A client of it, with credentials in the environment and a scratch folder of its own."""
+    """A client of the server, with credentials in the environment and a separate scratch folder."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTITY")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -1,7 +1,7 @@
-"""A few lines that do what img2dataset does, for tests that shall not install 780 MB.
+"""A small replacement for img2dataset in tests, whose installation takes 780 MB.
 
-It takes the same options, goes through the same environment variables with the same client, and writes the same form.
-The slow test beside it runs img2dataset itself and expects the same of it.
+It accepts the same options, downloads with the same HTTP client through the same environment variables, and writes the
+same file format. A slow test runs img2dataset itself and expects the same results.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ assert options["disable_all_reencoding"] == "True"
 
 
 def download(row):
-    said = {**row, "status": "failed_to_download", "error_message": None, kind: None, "jpg": None}
+    outcome = {**row, "status": "failed_to_download", "error_message": None, kind: None, "jpg": None}
     try:
         with urllib.request.urlopen(row["url"], timeout=int(options["timeout"])) as answer:  # noqa: S310
             if refused & set(answer.headers.get_all("X-Robots-Tag", [])):
-                return said | {"error_message": "Use of image disallowed by X-Robots-Tag directive"}
+                return outcome | {"error_message": "Use of image disallowed by X-Robots-Tag directive"}
             data = answer.read()
     except Exception as error:
-        return said | {"error_message": str(error)}
-    return said | {"status": "success", kind: getattr(hashlib, kind)(data).hexdigest(), "jpg": data}
+        return outcome | {"error_message": str(error)}
+    return outcome | {"status": "success", kind: getattr(hashlib, kind)(data).hexdigest(), "jpg": data}
 
 
 shard = 0

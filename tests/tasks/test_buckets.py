@@ -54,16 +54,16 @@ def test_an_upright_image_is_cropped_at_its_centre():
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, 20:40] = 255
     whole = PIL.Image.fromarray(stripes)
-    assert (decoding.to_form(whole, (20, 20), 1) == 255).all()
-    assert (decoding.to_form(whole, (20, 60), 3) == stripes.transpose(2, 0, 1)).all()
-    assert decoding.to_form(whole, (24, 40), 3).shape == (3, 24, 40)
+    assert (decoding.crop_and_resize(whole, (20, 20), 1) == 255).all()
+    assert (decoding.crop_and_resize(whole, (20, 60), 3) == stripes.transpose(2, 0, 1)).all()
+    assert decoding.crop_and_resize(whole, (24, 40), 3).shape == (3, 24, 40)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     whole.save(file, "PNG", exif=exif)
     turned = decoding.open_image(file.getvalue(), max_pixels=10_000)
     assert turned.size == (60, 20) and decoding.upright_size(turned) == (60, 20)
-    assert (decoding.to_form(turned, (60, 20), 1)[0, 20:40] == 255).all()
+    assert (decoding.crop_and_resize(turned, (60, 20), 1)[0, 20:40] == 255).all()
 
 
 def test_size_and_crop_conditioning_of_sdxl():
@@ -107,7 +107,7 @@ def test_pixels_are_stored_by_bucket(encoded, tmp_path):
             )
             for row, pixels, label in zip(rows, its.pixels, its.labels, strict=True):
                 opened = decoding.open_image(row["image"], max_pixels=10_000)
-                assert np.array_equal(pixels, decoding.to_form(opened, resolution, 3)) and label == row["label"]
+                assert np.array_equal(pixels, decoding.crop_and_resize(opened, resolution, 3)) and label == row["label"]
 
 
 def test_latents_are_stored_by_bucket_and_found_again(encoded, capsys):

@@ -84,7 +84,7 @@ def test_every_bad_input_is_quarantined_with_its_reason_or_loads(tmp_path, taken
         assert row["sha256"] == hashlib.sha256(files[name]).hexdigest()
     samples = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=8, channels=3))
     pixels = dict(zip(samples.keys, samples.pixels, strict=True))
-    for name, colour in bad_inputs.SEEN.items():
+    for name, colour in bad_inputs.COLOURS.items():
         assert np.abs(pixels[name].astype(int) - np.reshape(colour, (3, 1, 1))).max() <= 2, name
     assert np.array_equal(pixels["copy.png"], pixels["again/copy.png"])
     red, blue = pixels["turned.jpg"][:, 1, 4].tolist(), pixels["turned.jpg"][:, -2, 4].tolist()

@@ -81,7 +81,7 @@ def tagged(profile, colour=(200, 30, 30), mode="RGB", kind="PNG", **options):
 def test_a_colour_profile_is_honoured(kind, name):
     image = decoding.open_image(tagged(name, kind=kind, **({"quality": 100} if kind != "PNG" else {})), 10_000)
     assert colours.profile(image) == name
-    seen = decoding.to_form(image, (8, 8), 3)[:, 4, 4].astype(int)
+    seen = decoding.crop_and_resize(image, (8, 8), 3)[:, 4, 4].astype(int)
     stored = np.asarray(image.convert("RGB"))[4, 4].astype(int)
     # (200, 30, 30) of Adobe RGB is a red that sRGB does not reach: 235 and no green; by colorimetry, and lcms agrees.
     expected = [235, 24, 26] if name == "converted" else stored
