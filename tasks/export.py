@@ -18,13 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tqdm import tqdm
-
 from tasks.formats.model_folder import ExportReport, TensorRTReport
 from tasks.formats.verdict import require_accepted
 from tasks.params import ExportParams
 from tasks.runtime import atomic, closure, integrity, stage, workspace
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +128,7 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
     """
     differences = {}
     points = [(batch, t) for batch in PARITY_BATCHES for t in trained.path.spread(3)]
-    for batch, t in tqdm(points, desc="parity", unit="batch", mininterval=1, dynamic_ncols=True):
+    for batch, t in progress(points, desc="parity", unit="batch"):
         differences[f"batch {batch}, t {t}"] = _difference(trained, bundle.predict, batch, t, params.seed)
     where, worst = max(differences.items(), key=lambda item: item[1])
     if not worst <= params.max_abs_difference:
@@ -201,7 +200,7 @@ def _drawn_psnr(trained: Pipeline, sample: Sample, seed: int) -> dict[str, float
     settings = {name: Sampling(name, steps, guidance_scale=scale) for name in samplers_of(trained.path)}
     return {
         name: _psnr(sample(seeds, labels, settings[name]), trained.sample(seeds, labels, settings[name]))
-        for name in tqdm(settings, desc="draw", unit="sampler", mininterval=1, dynamic_ncols=True)
+        for name in progress(settings, desc="draw", unit="sampler")
     }
 
 
@@ -268,7 +267,7 @@ def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params:
     if engine:
         runners["tensorrt"] = engine.predict
     rows = []
-    for batch in tqdm(params.latency_batches, desc="latency", unit="batch", mininterval=1, dynamic_ncols=True):
+    for batch in progress(params.latency_batches, desc="latency", unit="batch"):
         (t,) = trained.path.spread(1)
         x, condition = _noisy_inputs(trained, batch, params.seed)
         row: dict[str, float] = {"batch": batch}

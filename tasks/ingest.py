@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tqdm import tqdm
-
 from tasks.params import IngestParams
 from tasks.runtime import atomic, integrity, parent, stage
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 from tasks.sources.entry import Entry, Manifest, Problem, Source, read_manifest
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     ):
         writer = Writer(image_folder, params.shards, source.classes)
         quarantined = quarantines.Writer(quarantine_folder)
-        progress = tqdm(total=source.count, desc="ingest", unit="img", mininterval=1, dynamic_ncols=True)
+        bar = progress(desc="ingest", total=source.count, unit="img")
         sample: list[list[bytes]] = []
         first_profiled: dict[str, str] = {}
         profiles: Counter[str] = Counter()
@@ -88,8 +87,8 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
                 profiles[finding.profile] += 1
                 first_profiled.setdefault(finding.profile, entry.key)
                 writer.add(_row(entry, finding, captions, manifest, params))
-            progress.update()
-        progress.close()
+            bar.update()
+        bar.close()
         reasons = quarantined.close()
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))

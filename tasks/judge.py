@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from tasks.formats.verdict import require_accepted
 from tasks.params import ImageParams, JudgeParams
 from tasks.pictures.index import read_index
 from tasks.runtime import stage
 from tasks.runtime.errors import StageError
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,7 +180,7 @@ def caption_choices(
 
 
 def _bar(what: str) -> Progress:
-    return partial(tqdm, desc=f"judge: {what}", unit="step", mininterval=1, dynamic_ncols=True)
+    return partial(progress, desc=f"judge: {what}", unit="step")
 
 
 if __name__ == "__main__":

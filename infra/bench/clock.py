@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import torch
-from tqdm import tqdm
+
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from models.networks.network import NetworkConfig
@@ -80,6 +81,6 @@ def take_turns(advances: Mapping[Name, Advance], rounds: int, seconds: float, ti
     blocks: dict[Name, list[Block]] = {name: [] for name in advances}
     order = list(advances)
     turns = [name for turn in range(rounds) for name in (order if turn % 2 == 0 else reversed(order))]
-    for name in tqdm(turns, title, unit="block", dynamic_ncols=True):
+    for name in progress(turns, desc=title, unit="block"):
         blocks[name].append(advances[name](steps[name]))
     return blocks

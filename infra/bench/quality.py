@@ -17,7 +17,6 @@ from statistics import median
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, key, parameters, prepare
@@ -29,6 +28,7 @@ from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
 from tasks.runtime import atomic
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from infra.bench.schema import Curve, Point, Quality, QualityRun
@@ -91,7 +91,7 @@ class Scale:
         """Distance of the images of one sampler, and the seconds per image."""
         model, count = load_pipeline(pipeline, self.device), self.how.samples
         labels = [i % len(model.info.classes) for i in range(count)] if model.info.conditioning == "label" else None
-        with tqdm(total=count * steps, desc=f"draw: {sampler}", unit="step", mininterval=1, leave=False) as bar:
+        with progress(desc=f"draw: {sampler}", total=count * steps, unit="step", leave=False) as bar:
             began = time.perf_counter()
             images = model.sample(
                 range(FIRST_SEED, FIRST_SEED + count),
@@ -219,7 +219,7 @@ def _trained(
     rows: list[Point] = []
     step, seconds, cpu = 0, 0.0, 0.0
     total = params.train.steps
-    bar = tqdm(total=total, desc=f"train: {side}", unit="step", mininterval=1, dynamic_ncols=True)
+    bar = progress(desc=f"train: {side}", total=total, unit="step")
     with bar, Contestant(side, params, inputs, scratch) as run:
         for point in range(1, points + 1):
             while step < round(total * point / points):
@@ -229,7 +229,7 @@ def _trained(
             run.save(pipeline)
             found = distance(pipeline)
             rows.append({"step": step, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "distance": found})
-            tqdm.write(f"{side}: step {step} of {total}, {seconds:.1f} s, distance {found:.4g}")
+            bar.write(f"{side}: step {step} of {total}, {seconds:.1f} s, distance {found:.4g}")
             if found <= stop_at:
                 break
     return {"steps": total, "batch_size": params.train.batch_size, "curve": rows}

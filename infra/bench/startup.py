@@ -14,10 +14,10 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import psutil
-from tqdm import tqdm
 
 from infra.bench.inputs import Inputs, parameters, prepare
 from tasks.preset import dump
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from infra.bench.schema import Startup
@@ -43,7 +43,7 @@ def measure(plan: Plan) -> Startup:
     with tempfile.TemporaryDirectory(dir=plan.work) as folder:
         here = Path(folder)
         (here / "params.yaml").write_text(dump(params.model_dump(mode="json", by_alias=True), PRESET), encoding="utf-8")
-        bar = tqdm(total=2 * plan.repeats + 1, desc="start-up", unit="start", dynamic_ncols=True)
+        bar = progress(desc="start-up", total=2 * plan.repeats + 1, unit="start")
         fresh = _first_step(here, inputs, "fresh")
         bar.update()
         helps, steps = [], []

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from models.pixels import to_uint8
 from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
+from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from models.noise.samplers import Sampling
@@ -73,14 +73,8 @@ def draw(pipeline: Pipeline, protocol: Protocol, count: int, sampling: Sampling,
     first = measurement.seed + block * BLOCK_STRIDE
     labels = balanced_labels(count, len(measurement.labels)) if measurement.labels is not None else None
     started = time.perf_counter()
-    with tqdm(
-        total=count * sampling.steps,
-        desc=f"draw: {_name(sampling)}",
-        unit="step",
-        unit_scale=True,
-        mininterval=1,
-        dynamic_ncols=True,
-    ) as bar:
+    bar = progress(desc=f"draw: {_name(sampling)}", total=count * sampling.steps, unit="step", unit_scale=True)
+    with bar:
         images = pipeline.sample(
             range(first, first + count),
             labels,

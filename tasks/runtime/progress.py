@@ -20,6 +20,7 @@ def progress(
     unit_scale: bool = False,
     initial: int = 0,
     delay: float = 0,
+    leave: bool = True,
     disable: bool = False,
 ) -> tqdm[T]:
     """Return a progress bar on stderr: around `iterable`, or one that the caller advances with `update()`.
@@ -34,6 +35,7 @@ def progress(
         unit_scale: Whether counts are shown with a metric prefix (k, M, G).
         initial: Items that were done before.
         delay: Seconds before the bar appears, so that short work shows none.
+        leave: Whether the bar stays on the terminal after the last item.
         disable: Whether no bar is shown.
     """
     from tqdm import tqdm  # its import takes 50 ms, which `--help` does not need
@@ -46,6 +48,7 @@ def progress(
         unit_scale=unit_scale,
         initial=initial,
         delay=delay,
+        leave=leave,
         disable=disable,
         mininterval=1,
         dynamic_ncols=True,
