@@ -137,9 +137,8 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
             run.tally.add_losses(batch.t, losses)
 
         # step
-        learning_rate = learning_rate_at(run.step, params)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate_at(run.step, params, group["initial_lr"])
         gradient_norm = accelerator.clip_grad_norm_(run.module.parameters(), params.clip_norm)
         run.tally.add_gradient_norm(gradient_norm)
         run.optimizer.step()
@@ -189,7 +188,11 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
 def _next_row(run: Run) -> HistoryRow:
     """Return the row of the history since the last one, from all processes."""
     sums = run.accelerator.reduce(run.tally.sums, "sum")
-    return run.tally.row(run.step, learning_rate_at(run.step - 1, run.params), sums)
+    params, last = run.params, run.step - 1
+    row = run.tally.row(run.step, learning_rate_at(last, params, params.learning_rate), sums)
+    if params.optimizer == "muon":
+        row = replace(row, muon_learning_rate=learning_rate_at(last, params, params.muon_learning_rate))
+    return row
 
 
 def _complete_history(run: Run, live: TrainingRun | None) -> list[HistoryRow]:
@@ -211,14 +214,14 @@ def _complete_history(run: Run, live: TrainingRun | None) -> list[HistoryRow]:
     return history
 
 
-def learning_rate_at(step: int, params: TrainParams) -> float:
-    """Return the learning rate of 0-based `step`: linear warm-up, then constant or a half cosine down to 0."""
+def learning_rate_at(step: int, params: TrainParams, peak: float) -> float:
+    """Return the learning rate of 0-based `step`: linear warm-up to `peak`, then constant or half a cosine to 0."""
     if step < params.warmup_steps:
-        return params.learning_rate * (step + 1) / params.warmup_steps
+        return peak * (step + 1) / params.warmup_steps
     if params.lr_schedule == "constant":
-        return params.learning_rate
+        return peak
     fraction = (step - params.warmup_steps) / (params.steps - params.warmup_steps)
-    return params.learning_rate * 0.5 * (1 + math.cos(math.pi * fraction))
+    return peak * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 def _log_codec(live: TrainingRun, codec: Path) -> None:

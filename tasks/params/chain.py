@@ -138,6 +138,11 @@ class Params(Section):
                 "model.lora_rank trains a LoRA adapter, which needs base weights; name them in train.weights or "
                 "train.init_from, or set train.full_steps to train them first"
             )
+        if self.model.lora_rank and not self.train.full_steps and self.train.optimizer == "muon":
+            raise ValueError(
+                "train.optimizer 'muon' is for hidden matrices, and with model.lora_rank only the adapter is trained; "
+                "set train.optimizer to 'adamw'"
+            )
         if self.train.full_steps and not self.model.lora_rank:
             raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
 

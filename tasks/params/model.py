@@ -240,7 +240,13 @@ class TrainParams(Section):
     steps: PositiveInt
     batch_size: PositiveInt
     """Images per optimizer step, over all processes and accumulated parts."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` trains the hidden matrices and convolutions by Muon (Jordan et al. 2024) and the rest by AdamW."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    """Of AdamW, at its peak."""
+    muon_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Of Muon, at its peak; it follows the same schedule as `learning_rate`."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     lr_schedule: Literal["constant", "cosine"]
     """After the warm-up: constant (a run with more steps then continues a shorter one) or a half cosine down to 0."""
     warmup_steps: Annotated[int, Field(ge=0)]

@@ -24,6 +24,7 @@ TIMESTEP_RANGES = 4
 """Equal ranges of timesteps whose losses are averaged separately; the first is nearly clean, the last nearly noise."""
 EXPLOSION_FACTOR, EXPLOSION_ROWS, BASELINE_ROWS = 5.0, 3, 20
 """The loss has exploded if 3 rows in a row are above 5 times the median of the 20 rows before them."""
+MUON_RATE = "muon_learning_rate"
 HELD_OUT, LOSS_OF_RANGE = "held_out_loss/", "loss_t"
 """Prefixes of the columns of a held-out loss and of a range's loss."""
 
@@ -35,7 +36,7 @@ class HistoryRow:
     step: int
     """Steps done."""
     learning_rate: float
-    """Of the last step."""
+    """Of AdamW at the last step."""
     loss: float
     loss_by_timestep: dict[str, float]
     """Column name -> loss of a range of timesteps; ranges without samples are absent."""
@@ -43,12 +44,16 @@ class HistoryRow:
     """Before clipping; None if no norm was finite."""
     held_out_loss: dict[str, float] = field(default_factory=dict)
     """Weight average -> loss on held-out samples; empty if it was not measured at this step."""
+    muon_learning_rate: float | None = None
+    """Of the last step; None if `train.optimizer` is not Muon."""
 
     def to_json(self) -> dict[str, float]:
         """Return the row as columns, without those that have no value."""
         row = {"step": self.step, "learning_rate": self.learning_rate, "loss": self.loss, **self.loss_by_timestep}
         if self.gradient_norm is not None:
             row["grad_norm"] = self.gradient_norm
+        if self.muon_learning_rate is not None:
+            row[MUON_RATE] = self.muon_learning_rate
         return row | {f"{HELD_OUT}{name}": loss for name, loss in self.held_out_loss.items()}
 
     @classmethod
@@ -60,6 +65,7 @@ class HistoryRow:
             loss=row["loss"],
             loss_by_timestep={name: loss for name, loss in row.items() if name.startswith(LOSS_OF_RANGE)},
             gradient_norm=row.get("grad_norm"),
+            muon_learning_rate=row.get(MUON_RATE),
             held_out_loss={
                 name.removeprefix(HELD_OUT): loss for name, loss in row.items() if name.startswith(HELD_OUT)
             },
@@ -117,10 +123,11 @@ def timestep_range_names(timesteps: int) -> list[str]:
     return [f"{LOSS_OF_RANGE}{first}_{after - 1}" for first, after in itertools.pairwise(edges)]
 
 
-def columns(timesteps: int, averages: Sequence[str], chosen: str) -> list[str]:
-    """Return the columns of `history.csv`, in order."""
+def columns(timesteps: int, averages: Sequence[str], chosen: str, muon: bool = False) -> list[str]:
+    """Return the columns of `history.csv`, in order; with `muon`, also Muon's learning rate."""
     others = [f"{HELD_OUT}{name}" for name in averages if name != chosen]
-    return ["step", "loss", "held_out_loss", "learning_rate", "grad_norm", *timestep_range_names(timesteps), *others]
+    rates = ["learning_rate", MUON_RATE] if muon else ["learning_rate"]
+    return ["step", "loss", "held_out_loss", *rates, "grad_norm", *timestep_range_names(timesteps), *others]
 
 
 def refuse_divergence(history: Sequence[HistoryRow], folder: Path) -> None:
@@ -148,6 +155,6 @@ def diverged(what: str, step: int, folder: Path) -> StageError:
     good = checkpoint.newest_before(folder, step)
     kept = f"the last good checkpoint is {good}" if good else "no checkpoint is older than that"
     return StageError(
-        f"{what}; lower train.learning_rate or train.clip_norm, lengthen train.warmup_steps, or set train.precision "
-        f"to 'no' ({kept})"
+        f"{what}; lower train.learning_rate (with Muon also train.muon_learning_rate) or train.clip_norm, lengthen "
+        f"train.warmup_steps, or set train.precision to 'no' ({kept})"
     )

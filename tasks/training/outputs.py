@@ -33,7 +33,7 @@ def write_report(
     """Write the loss history, the identity of the run, the sample grids and the codec's measurements."""
     chosen = run.params.pipeline_ema
     text = io.StringIO()
-    columns = log.columns(run.diffusion.timesteps, run.params.ema, chosen)
+    columns = log.columns(run.diffusion.timesteps, run.params.ema, chosen, muon=run.params.optimizer == "muon")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.published(chosen) for row in history)

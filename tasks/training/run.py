@@ -30,7 +30,7 @@ from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, memory, warm_start
+from tasks.training import checkpoint, companions, memory, optimizer, warm_start
 from tasks.training import key as training_key
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
@@ -156,10 +156,7 @@ def prepare(
     memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
     # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
-    )
-    module, prepared = accelerator.prepare(network, optimizer)
+    module, prepared = accelerator.prepare(network, optimizer.build(network, params))
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
@@ -308,8 +305,6 @@ def gather_tallies(run: Run) -> Tensor:
 
 def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
     """Return everything that determines the rest of the run, with the `gather_tallies` of all processes."""
-    names = [name for name, _ in run.network.named_parameters()]
-    state = run.optimizer.state_dict()["state"]
     scaler = run.accelerator.scaler
     last = run.history[-1] if run.history else None
     measured = last.held_out_loss.get(run.params.pipeline_ema) if last and last.step == run.step else None
@@ -320,7 +315,7 @@ def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
         held_out_loss=measured,
         tensors={
             "model": _copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
-            OPTIMIZER: _copies({f"{names[i]}/{key}": v for i, slots in state.items() for key, v in slots.items()}),
+            OPTIMIZER: _copies(optimizer.state_of(run.network, run.optimizer)),
             "tally": _copies({"sums": tallies}),
             **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
             **companions.groups(run),
@@ -347,16 +342,7 @@ def restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.network.load_state_dict({**base, **found.tensors["model"]})
     for name, average in run.averages.items():
         average.load_state_dict(found.tensors[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = dict(run.network.named_parameters())
-    names = list(parameters)
-    for name, value in found.tensors[OPTIMIZER].items():
-        owner, key = name.rsplit("/", 1)
-        parameter = parameters[owner]
-        if value.shape == parameter.shape:  # in the parameter's memory format, as the fused step expects
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
-        state.setdefault(names.index(owner), {})[key] = value
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+    optimizer.restore(run.network, run.optimizer, found.tensors[OPTIMIZER])
     if run.accelerator.scaler and found.scaler:
         run.accelerator.scaler.load_state_dict(found.scaler)
     run.tally.sums.copy_(found.tensors["tally"]["sums"][run.accelerator.process_index])

@@ -164,12 +164,13 @@ def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_da
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_processes_killed_and_continued(tmp_path, migrated_database):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimizer):
     """Started by `accelerate launch` with the configuration in infra/, on the CPU."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         write_inputs(folder)
-        write_params(folder, dropout=0.2, steps=60)
+        write_params(folder, dropout=0.2, steps=60, optimizer=optimizer)
     assert kill_at(killed, migrated_database, has_step(killed, 10), **TWO_PROCESSES) == KILLED
     process = start(killed, migrated_database, **TWO_PROCESSES)
     workers = paused_at(process, has_step(killed, 20))

@@ -37,6 +37,13 @@ def test_a_changed_parameter_starts_anew_and_is_named(trained, capsys):
     assert "continues at step 12 of 12" in capsys.readouterr().out
 
 
+def test_the_history_has_the_learning_rate_of_muon(trained):
+    rows = history(trained(optimizer="muon", learning_rate=0.002, muon_learning_rate=0.03))
+    rates = [(float(row["learning_rate"]), float(row["muon_learning_rate"])) for row in rows]
+    assert rates[0][0] > rates[-1][0] > 0
+    assert [muon / adamw for adamw, muon in rates] == pytest.approx([15] * len(rates))
+
+
 def test_another_number_of_threads_starts_anew_and_is_named(trained, capsys):
     """Sums are divided among the threads, so the weights differ and no run continues the other's checkpoints."""
     import torch

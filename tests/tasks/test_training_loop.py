@@ -125,16 +125,87 @@ def test_the_loop_is_the_one_of_the_textbook(prepared):
     assert (own(run.averages["decay-0.5"].weights) - own(average)).abs().mean() < 2e-5
 
 
+@pytest.mark.parametrize(
+    ("options", "conditioning"),
+    [({}, "label"), ({"gradient_accumulation": 2, "precision": "bf16", "channels_last": True}, "text")],
+    ids=["plain", "bf16"],
+)
+def test_muon_continues_in_the_same_bytes(prepared, options, conditioning):
+    """From a checkpoint in which a hidden matrix has a momentum, and a bias the averages of AdamW."""
+    import torch
+
+    from tasks import train
+    from tasks.training import checkpoint
+    from tasks.training.run import gather_tallies, snapshot
+
+    def reached(until):
+        run = prepared(conditioning, optimizer="muon", ema=["decay-0.5"], pipeline_ema="decay-0.5", **RARELY | options)
+        began = run.step
+        train.fit(run, None, [], until=until)
+        return began, run, snapshot(run, gather_tallies(run))
+
+    _, _, whole = reached(6)
+    _, run, part = reached(4)
+    checkpoint.save(run.folder, part)
+    began, run, continued = reached(6)
+    assert began == 4
+    for group, tensors in whole.tensors.items():
+        assert set(tensors) == set(continued.tensors[group])
+        assert all(torch.equal(value, continued.tensors[group][name]) for name, value in tensors.items()), group
+    assert not torch.equal(part.tensors["model"]["conv_in.weight"], whole.tensors["model"]["conv_in.weight"])
+    state = whole.tensors["optimizer"]
+    hidden = "mid_block.resnets.0.conv1"
+    assert {name.rpartition("/")[2] for name in state if name.startswith(f"{hidden}.weight/")} == {"momentum_buffer"}
+    assert {name.rpartition("/")[2] for name in state if name.startswith(f"{hidden}.bias/")} == {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+    }
+    assert state[f"{hidden}.weight/momentum_buffer"].count_nonzero()
+
+
+def test_the_loop_with_muon_is_that_of_two_optimizers(prepared, monkeypatch):
+    """torch's Muon in float32 on the matrices alone, with a learning rate of its own, and AdamW on the rest."""
+    import torch
+
+    from models.muon import hidden_matrices
+    from tasks import train
+
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    options = {"optimizer": "muon", "lr_schedule": "constant", "warmup_steps": 2, "clip_norm": 1e6}
+    options |= {"learning_rate": 0.01, "muon_learning_rate": 0.05, "muon_momentum": 0.8, "weight_decay": 0.1}
+    run = prepared(**RARELY | options)
+    plain, names = copy.deepcopy(run.network), hidden_matrices(run.network)
+    hidden = [plain.get_parameter(name) for name in names]
+    others = [parameter for name, parameter in plain.named_parameters() if name not in names]
+    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in hidden]
+    muon = torch.optim.Muon(matrices, momentum=0.8, weight_decay=0.1)
+    adamw = torch.optim.AdamW(others, weight_decay=0.1)
+    for step in range(3):
+        plain.zero_grad()
+        run.objective(plain, run.batches.draw(step)).mean().backward()
+        for weight, matrix in zip(hidden, matrices, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        for optimizer, rate in ((muon, 0.05), (adamw, 0.01)):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 2)
+            optimizer.step()
+        with torch.no_grad():
+            for weight, matrix in zip(hidden, matrices, strict=True):
+                weight.copy_(matrix.view(weight.shape))
+    train.fit(run, None, [], until=3)
+    own = torch.nn.utils.parameters_to_vector
+    difference = (own(run.network.parameters()) - own(plain.parameters())).abs()
+    assert difference.mean() < 2e-5
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 0.002), ("cosine", 0.0)])
 def test_learning_rates(schedule, last):
     from tasks import params
     from tasks.train import learning_rate_at
 
     section = params.load(Path("params.yaml")).train
-    section = section.model_copy(
-        update={"lr_schedule": schedule, "steps": 110, "warmup_steps": 10, "learning_rate": 0.002}
-    )
-    rates = [learning_rate_at(step, section) for step in (0, 4, 9, 10, 60, 110)]
+    section = section.model_copy(update={"lr_schedule": schedule, "steps": 110, "warmup_steps": 10})
+    rates = [learning_rate_at(step, section, 0.002) for step in (0, 4, 9, 10, 60, 110)]
     assert rates == pytest.approx([0.0002, 0.001, 0.002, 0.002, (0.002 + last) / 2, last])
 
 

@@ -1,0 +1,207 @@
+"""Muon (Jordan et al. 2024) for the hidden matrices of a network, and AdamW for its other parameters, as one optimizer.
+
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+https://kellerjordan.github.io/posts/muon/. `torch.optim.Muon` takes parameters of two dimensions only; here a
+convolution is the matrix [out, in * kernel height * kernel width].
+
+Legend: m x n a matrix, B the momentum, O the orthogonalised update.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+A, B, C = 3.4445, -4.7750, 2.0315
+"""Coefficients of the Newton-Schulz iteration (Jordan et al. 2024): singular values end between 0.7 and 1.2."""
+ITERATIONS = 5
+SMALLEST_NORM = 1e-7
+"""Matrices with a smaller Frobenius norm are scaled by its inverse only, so that a gradient of zero stays zero."""
+INPUTS_AND_OUTPUTS = re.compile(
+    r"conv_in|conv_out|pos_embed\.proj|proj_out(_\d)?|caption_projection\.linear_1|(.*\.)?\w*embed(ding|der)\.linear_1"
+)
+"""Layers that read what the network is given or write what it predicts, by the names of diffusers: of a U-Net, of a
+transformer (patches, modulation of the output), and the first layer of the embedding of timestep, size or text."""
+MUON, ADAMW = "muon", "adamw"
+"""Values of a parameter group's `algorithm`."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""The defaults of `torch.optim.AdamW`."""
+
+Group: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+
+def hidden_matrices(network: nn.Module) -> list[str]:
+    """Return the names of the parameters that Muon trains: weights of the hidden linear layers and convolutions.
+
+    The remaining ones are biases, norms, embeddings and other tables, `INPUTS_AND_OUTPUTS`, parameters that are frozen,
+    and LoRA adapters: orthogonalising the factors B and A apart does not orthogonalise the change of their product,
+    which depends on how it is factorised, and the learning rates known for adapters are Adam's.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, kinds)
+        and module.weight.requires_grad
+        and not INPUTS_AND_OUTPUTS.fullmatch(name)
+        and ".lora_" not in name
+    ]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the `hidden_matrices` of a network, fused AdamW (Loshchilov & Hutter 2019) for its other parameters.
+
+    Muon, with the gradient G of a matrix W [m, n]:
+
+        B <- momentum B + (1 - momentum) G
+        O <- orthogonalize((1 - momentum) G + momentum B)                      (Nesterov)
+        W <- (1 - lr weight_decay) W - lr sqrt(max(1, m / n)) O
+
+    The factor sqrt(max(1, m / n)) is that of the authors, `adjust_lr_fn="original"` of `torch.optim.Muon`. A gradient's
+    scale does not matter, so neither does the clipping of its norm.
+
+    Both kinds of parameters are groups of one optimizer, because a gradient scaler and accelerate treat each optimizer
+    as a step of its own. The group of Muon comes first. The state has one tensor per parameter and quantity, in the
+    parameter's shape: `momentum_buffer`, or `exp_avg`, `exp_avg_sq` and `step`.
+
+    Args:
+        network: Its parameters are trained.
+        lr: Learning rate of Muon, and `adamw_lr` that of AdamW.
+        momentum: Of Muon, in [0, 1).
+        weight_decay: Of both.
+
+    Raises:
+        ValueError: if no parameter qualifies for Muon.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, adamw_lr: float, momentum: float, weight_decay: float) -> None:
+        names = set(hidden_matrices(network))
+        if not names:
+            raise ValueError("no trained parameter is a hidden matrix, which Muon needs; train this network with AdamW")
+        hidden = [parameter for name, parameter in network.named_parameters() if name in names]
+        others = [parameter for name, parameter in network.named_parameters() if name not in names]
+        groups: list[Group] = [
+            {"params": hidden, "algorithm": MUON, "lr": lr, "momentum": momentum},
+            # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
+            {"params": others, "algorithm": ADAMW, "lr": adamw_lr, "fused": True},
+        ]
+        super().__init__(groups, {"weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Called first, with gradients enabled, if it is given.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            if parameters:
+                (self._muon if group["algorithm"] == MUON else self._adamw)(group, parameters, gradients)
+        return loss
+
+    def _muon(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        buffers = self._state_of(parameters, "momentum_buffer")
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, buffers, momentum)
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        matrices = orthogonalize([update.flatten(1) for update in updates])
+        steps = [matrix * -(lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))) for matrix in matrices]
+        torch._foreach_add_(parameters, [step.reshape(p.shape) for step, p in zip(steps, parameters, strict=True)])
+
+    def _adamw(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for parameter in parameters:
+            self.state[parameter].setdefault("step", torch.zeros((), device=parameter.device))
+        adamw(
+            parameters,
+            gradients,
+            self._state_of(parameters, "exp_avg"),
+            self._state_of(parameters, "exp_avg_sq"),
+            [],
+            [self.state[parameter]["step"] for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPSILON,
+            maximize=False,
+        )
+
+    def _state_of(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
+        """Return the state `key` of each parameter; it starts as zeros in the parameter's memory format."""
+        for parameter in parameters:
+            if key not in self.state[parameter]:
+                self.state[parameter][key] = torch.zeros_like(parameter)
+        return [self.state[parameter][key] for parameter in parameters]
+
+
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return about U V^T of each matrix U S V^T, by five Newton-Schulz iterations (Jordan et al. 2024).
+
+    X <- A X + B (X X^T) X + C (X X^T)^2 X, from X = matrix / (its Frobenius norm), transposed if it has more rows than
+    columns. Every iterate is Q X_0 with a polynomial Q of the Gram matrix G = X_0 X_0^T [m, m], and polynomials of G
+    commute, so with P = A + B G + C G^2 the same iteration is
+
+        Q <- P Q,  G <- P G P,
+
+    and the result Q X_0. Only the first and the last product have the long side of a convolution, and matrices of any
+    length with the same m go through one chain of batched products. In float32 this costs half of the plain iteration
+    with one batch per shape, and a third of that in bfloat16, on a CPU with bfloat16 instructions (digits network, 60
+    matrices). It needs all of float32: an error in a small eigenvalue of G grows by up to A^2 per iteration.
+
+    Args:
+        matrices: [m, n] each, of any shapes.
+
+    Returns:
+        float32 matrices of the same shapes.
+    """
+    wide = [matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().mT for matrix in matrices]
+    by_rows: dict[int, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(wide):
+        by_rows[matrix.shape[0]].append(index)
+    results = list(wide)
+    for indices in by_rows.values():
+        factors = _newton_schulz(torch.stack([wide[index] @ wide[index].mT for index in indices]))
+        for index, factor in zip(indices, factors, strict=True):
+            result = factor @ wide[index]
+            results[index] = result if matrices[index].shape == result.shape else result.mT
+    return results
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """Return Q, with which the result is Q X, from the Gram matrices X X^T, both float32 [batch, m, m]."""
+    squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=SMALLEST_NORM**2)[:, None, None]
+    gram = gram / squared_norm
+    constant = A * torch.eye(gram.shape[1], device=gram.device)
+    q = squared_norm.rsqrt()  # X_0 = q X
+    for iteration in range(ITERATIONS):
+        p = torch.baddbmm(gram, gram, gram, beta=B, alpha=C).add_(constant)
+        q = p @ q if iteration else p * q
+        if iteration < ITERATIONS - 1:
+            gram = p @ gram @ p
+    return q
