@@ -37,7 +37,8 @@ from tasks.runtime.measures import SHORT_FINGERPRINT, Measurements
 
 SAMPLE_SECONDS = 1.0
 MEASUREMENTS = Path("reports/evaluation") / measures.FILE
-SHOWN = ("frechet_distance", "kid", "inception_style_score", "clip_score", "label_accuracy")
+SHOWN = ("frechet_distance", "kid", "cmmd", "inception_style_score", "clip_score", "label_accuracy")
+"""Measures of the summary; the protocol's headline comes first."""
 
 
 @dataclass
@@ -231,7 +232,7 @@ def print_results(chain: Chain) -> None:
 def print_measures(measured: Measurements) -> None:
     print(f"{'measure':<24}{'guidance':>10}{'value':>10}{'samples':>10}")
     rows = {row.name: row for row in measured.rows(SHOWN)}
-    for name in SHOWN:
+    for name in dict.fromkeys((measured.headline, *SHOWN)):
         if row := rows.get(name):
             beside = f"   {row.beside}" if row.reference else ""
             print(f"{name:<24}{row.guidance:>10}{row.value:>10.4g}{row.samples:>10}{beside}")

@@ -33,10 +33,10 @@ COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
 SLOWEST_FLOW = "heun", 100
 """Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
 COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "n", "seed_blocks"]
-COLUMNS += ["frechet_distance", "kid", "precision", "recall"]
+COLUMNS += ["frechet_distance", "kid", "cmmd", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
-SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "precision", "recall", "inception_score"]
-SWEEP_COLUMNS += ["clip_score", "label_accuracy", "note"]
+SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "cmmd", "precision", "recall"]
+SWEEP_COLUMNS += ["inception_score", "clip_score", "label_accuracy", "note"]
 CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
 TIMESTEP_COLUMNS = ["timestep", "signal", "n", "squared_error", "psnr"]
 TIMESTEPS, N_TIMESTEP = 10, 128
@@ -107,7 +107,7 @@ def evaluate(
             save_png(grid_of(drawn, model.info.classes), folder / f"{name}.png")
         save_png(grid_of_nearest(unguided[0], scorer), folder / "grid_nearest.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
-    atomic.write_json(metrics, measured.headline())
+    atomic.write_json(metrics, measured.headline_numbers())
     _print(measured)
 
 

@@ -2,8 +2,8 @@
 
     python -m tasks.goals [--out goals.md]
 
-One row per goal and fingerprint (a way of measuring): the run with the smallest distance, of equals the latest. A goal
-without a run has a row without numbers.
+One row per goal, fingerprint (a way of measuring) and headline (`evaluate.headline`, the distance that leads): the run
+with the smallest distance, of equals the latest. A goal without a run has a row without numbers.
 """
 
 from __future__ import annotations
@@ -35,17 +35,22 @@ READING = (
     "FID is the Fréchet distance in the features of the named network. Values in features of a network that was "
     "trained on the same data (`classifier`, `clip`, `self_supervised`) cannot be compared with published ones. The "
     "floor is the distance between real training images and the same held-out images. Rows with different fingerprints "
-    "cannot be compared with each other."
+    "or measures cannot be compared with each other."
 )
-FLOORS = ("eval/frechet_distance_floor", "frechet_distance_floor")
+DISTANCES = {"frechet_distance": "FID", "kid": "KID", "cmmd": "CMMD"}
+"""Names in the table of the distances that `evaluate.headline` may be."""
+USUAL = "frechet_distance"
+"""The headline of runs of earlier versions, which have no parameter `headline`."""
+FLOORS = ("eval/{}_floor", "{}_floor")
 """Names of the metric with the floor; runs of earlier versions have the second one."""
-TABLE_COLUMNS = ("sampler", "steps", "guidance_scale", "frechet_distance", "clip_score", "seed_blocks", "n", "note")
-"""Columns of `samplers.csv` that are read."""
+TABLE_COLUMNS = ("sampler", "steps", "guidance_scale", "clip_score", "seed_blocks", "n", "note")
+"""Columns of `samplers.csv` that are read, besides the headline."""
 COLUMNS = {
     "goal": "Goal",
     "data": "Data",
     "resolution": "Resolution",
-    "fid": "FID",
+    "distance": "Distance",
+    "measure": "Measure",
     "floor": "Floor",
     "clip_score": "CLIP score",
     "steps": "Steps",
@@ -65,11 +70,14 @@ class Row:
     sampler: str
     steps: str
     guidance_scale: str
-    frechet_distance: str
     clip_score: str
     seed_blocks: str
     n: str
     note: str
+    headline: str
+    """Name of the distance."""
+    distance: str
+    """Empty if there were too few images."""
     data: str
     """Name of the dataset."""
     resolution: str
@@ -124,17 +132,22 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[Row]:
         table = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
         seconds = _seconds_per_image(client, run.info.run_id, scratch)
     params = run.data.params
+    headline = params.get("headline", USUAL)
+    floors = (name.format(headline) for name in FLOORS)
+    floor = next((run.data.metrics[name] for name in floors if name in run.data.metrics), None)
     for row in table:
         eta = float(row.get("eta") or 0)  # tables of earlier versions have no such column
         name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta)
         yield Row(
             **{column: row[column] for column in TABLE_COLUMNS},
+            headline=headline,
+            distance=row[headline],
             data=run.inputs.dataset_inputs[0].dataset.name if run.inputs and run.inputs.dataset_inputs else "",
             resolution=params.get("measurement.image.size", ""),
             kind=_kind(params),
             features=params.get("measurement.extractor", ""),
             fingerprint=params.get("fingerprint", ""),
-            floor=next((run.data.metrics[name] for name in FLOORS if name in run.data.metrics), None),
+            floor=floor,
             seconds=seconds.get(name),
         )
 
@@ -157,13 +170,13 @@ def _kind(params: dict[str, str]) -> str:
 
 
 def _best(goal: Goal, measured: list[Row]) -> Iterator[dict[str, str]]:
-    """The cells of the best row of each fingerprint, of equals the newest; cells without numbers if there is none."""
+    """The cells of the best row of each fingerprint and headline, of equals the newest; without a row, no numbers."""
     of_goal = [row for row in measured if goal.is_met_by(row)]
     if not of_goal:
         yield dict.fromkeys(COLUMNS, "") | {"goal": goal.name, "note": "no run yet"}
-    for fingerprint in sorted({row.fingerprint for row in of_goal}):
-        same = [row for row in of_goal if row.fingerprint == fingerprint]
-        yield _cells(goal, min(same, key=lambda row: float(row.frechet_distance or "inf")))
+    for kind in sorted({(row.fingerprint, row.headline) for row in of_goal}):
+        same = [row for row in of_goal if (row.fingerprint, row.headline) == kind]
+        yield _cells(goal, min(same, key=lambda row: float(row.distance or "inf")))
 
 
 def _cells(goal: Goal, row: Row) -> dict[str, str]:
@@ -171,7 +184,8 @@ def _cells(goal: Goal, row: Row) -> dict[str, str]:
         "goal": goal.name,
         "data": row.data,
         "resolution": row.resolution,
-        "fid": _number(row.frechet_distance),
+        "distance": _number(row.distance),
+        "measure": DISTANCES[row.headline],
         "floor": _number(row.floor),
         "clip_score": _number(row.clip_score),
         "steps": row.steps,

@@ -317,7 +317,7 @@ def _reason_against(
         return reason
     holder = client.get_model_version(version.name, str(champion))
     try:
-        numbers = _numbers_of(client, holder, judged.fingerprint, sources)
+        numbers = _numbers_of(client, holder, judged, sources)
     except Exception as error:  # a champion that cannot be measured stays champion, whatever the cause
         return f"champion version {champion} cannot be measured under this protocol ({_first_line(error)})"
     return gates.not_better(judged, numbers)
@@ -327,23 +327,25 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _numbers_of(client: MlflowClient, holder: ModelVersion, fingerprint: str, sources: Sources) -> Judged:
-    """Return the champion's numbers with this fingerprint, from its tags or by measuring it again."""
+def _numbers_of(client: MlflowClient, holder: ModelVersion, challenger: Judged, sources: Sources) -> Judged:
+    """Return the champion's numbers that compare with the challenger's, from its tags or by measuring it again."""
     from tasks.evaluation.protocol import FILE, Protocol
 
     tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
-    known = gates.from_tags(tagged)
-    if known and known.fingerprint == fingerprint:
+    known = gates.from_tags(tagged, challenger.headline)
+    if known and known.fingerprint == challenger.fingerprint:
         return known
     declared = Protocol.read(sources.evaluation / FILE)
     digest = hashlib.sha256(json.dumps(declared.to_json(), sort_keys=True).encode()).hexdigest()
     remembered = f"{MEASURED}.{digest[:16]}"
-    if remembered not in holder.tags:
-        numbers = _measure_again(holder, sources, declared)
-        written = json.dumps(numbers.numbers(), sort_keys=True)
-        client.set_model_version_tag(holder.name, holder.version, remembered, written)
-        return numbers
-    return Judged(**json.loads(holder.tags[remembered]))
+    if remembered in holder.tags:
+        known = gates.from_tags(json.loads(holder.tags[remembered]), challenger.headline)
+        if known:
+            return known
+    numbers = _measure_again(holder, sources, declared)
+    written = json.dumps(numbers.tags(), sort_keys=True)
+    client.set_model_version_tag(holder.name, holder.version, remembered, written)
+    return numbers
 
 
 def _measure_again(holder: ModelVersion, sources: Sources, declared: Protocol) -> Judged:

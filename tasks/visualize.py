@@ -91,7 +91,7 @@ def visualize(
         reconstructions=tables.reconstructions(training / "codec"),
         neighbours=neighbours,
         measures=tables.measures(measured),
-        tables=tables.tables(evaluation),
+        tables=tables.tables(evaluation, measured.headline),
         evaluation_grids=tables.grids(evaluation, measured),
         provenance=_provenance(model, measured),
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from models.json_files import JsonObject
     from models.judges.judge import Judge
     from models.pipeline import Pipeline
-    from tasks.params import EvaluateParams
+    from tasks.params import EvaluateParams, Headline
 
 FILE = "protocol.json"
 FLOOR = {"split": "train", "images": "as many, of the classes asked for, as far as there are"}
@@ -100,6 +100,8 @@ class Protocol:
     FORMAT: ClassVar[int] = 1
 
     measurement: Measurement
+    headline: Headline
+    """The distance that gates and reports lead with. Not part of the fingerprint: every distance is measured alike."""
     space: str
     """"pixels" or "latents": where the model denoises."""
     conditioning: str
@@ -123,6 +125,7 @@ class Protocol:
         return {
             "measurement": self.measurement.to_json(),
             "fingerprint": self.fingerprint,
+            "headline": self.headline,
             "space": self.space,
             "conditioning": self.conditioning,
             "clip_is_condition": self.clip_is_condition,
@@ -146,6 +149,7 @@ class Protocol:
         )
         return cls(
             measurement=Measurement.from_json(values["measurement"]),
+            headline=values["headline"],
             space=values["space"],
             conditioning=values["conditioning"],
             clip_is_condition=values["clip_is_condition"],
@@ -193,6 +197,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
     )
     return Protocol(
         measurement=measurement,
+        headline=params.headline,
         space="pixels" if info.latent is None else "latents",
         conditioning=info.conditioning,
         clip_is_condition=_share_text_weights(pipeline, judge),

@@ -74,6 +74,7 @@ class Scorer:
         found = {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
             "kid": metrics.kernel_distance(features, self.reference, self.measurement.seed),
+            "cmmd": metrics.cmmd(features, self.reference),
             "precision": precision,
             "recall": recall,
         }

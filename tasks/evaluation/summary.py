@@ -62,6 +62,7 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
     interval = sampling.guidance_interval
     return Measurements(
         fingerprint=protocol.fingerprint,
+        headline=protocol.headline,
         sampler=sampling.sampler,
         steps=sampling.steps,
         eta=sampling.eta,

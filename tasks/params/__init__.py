@@ -38,6 +38,7 @@ from tasks.params.results import (
     EvaluateParams,
     ExportParams,
     ExtractorParams,
+    Headline,
     JudgeParams,
     RegisterParams,
     ScoringClipParams,
@@ -48,9 +49,9 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
     "DiffusionParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams", "ExtractorParams",
-    "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params", "ParamsError",
-    "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams", "ValidateParams",
-    "VisualizeParams", "load", "names_of", "parse", "read",
+    "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params",
+    "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams",
+    "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution"}

@@ -18,6 +18,8 @@ MODEL_NAME = re.compile(r"\w([\w -]{0,198}\w)?")
 IMAGES_PER_DIMENSION = 2
 """Least number of images per feature dimension; the estimate of the covariance is poor below it."""
 Extractor = Literal["in_domain", "inception", "clip", "dinov2"]
+Headline = Literal["frechet_distance", "kid", "cmmd"]
+"""A distance between samples and held-out images."""
 
 
 class ExtractorParams(Section):
@@ -110,6 +112,9 @@ class EvaluateParams(Section):
     n_sweep: Annotated[int, Field(ge=2)] = 128
     """Samples at each scale of `guidance_sweep`."""
     seed_blocks: Annotated[int, Field(ge=3)] = 3
+    headline: Headline = "frechet_distance"
+    """The distance that leads reports, `reports/metrics.json` and `tasks.goals`, and that the gates of `register`
+    compare. All are measured, and their values do not depend on it."""
     allow_small_n: bool = False
     """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
     batch_size: PositiveInt = 256
@@ -168,7 +173,7 @@ class RegisterParams(Section):
 
     model_name: str
     max_distance_over_floor: Annotated[float, Field(gt=0)]
-    """Gate of the first version: largest Frechet distance, as a multiple of its floor."""
+    """Gate of the first version: largest `evaluate.headline`, as a multiple of its floor."""
     min_label_accuracy: Fraction
     """Gate of every version; ignored if label accuracy does not apply."""
 

@@ -6,71 +6,83 @@ Each gate returns the reason against promotion, or None.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.runtime import measures
 
 if TYPE_CHECKING:
-    from tasks.params import RegisterParams
+    from tasks.params import Headline, RegisterParams
     from tasks.runtime.measures import Measurements
 
-DISTANCE, SPREAD, FLOOR = "frechet_distance_unguided", "frechet_distance_spread", "frechet_distance_floor"
 ACCURACY, GUIDED_SCALE, FINGERPRINT = "label_accuracy_guided", "guided_scale", "fingerprint"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The numbers that the gates compare; their names are the tags of a model version."""
+    """The numbers that the gates compare."""
 
     fingerprint: str
-    frechet_distance_unguided: float
-    frechet_distance_spread: float
-    frechet_distance_floor: float
-    label_accuracy_guided: float | None = None
+    headline: Headline
+    """Name of the distance."""
+    distance: float
+    """Mean over the seed blocks of unguided samples."""
+    spread: float
+    floor: float
+    label_accuracy: float | None = None
+    """Of guided samples; None where it does not apply."""
     guided_scale: float | None = None
 
     def tags(self) -> dict[str, str]:
-        """Return the numbers as text, without loss of digits."""
-        return {name: value if isinstance(value, str) else repr(value) for name, value in self.numbers().items()}
+        """Return the tags of a model version: the numbers as text, without loss of digits."""
+        names = _distance_names(self.headline)
+        values = (self.distance, self.spread, self.floor, self.label_accuracy, self.guided_scale)
+        numbers = zip((*names, ACCURACY, GUIDED_SCALE), values, strict=True)
+        return {FINGERPRINT: self.fingerprint} | {name: repr(value) for name, value in numbers if value is not None}
 
-    def numbers(self) -> dict[str, float | str]:
-        """Return the numbers that apply."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+
+def _distance_names(headline: Headline) -> tuple[str, str, str]:
+    """Return the flat names of the mean of a distance, of its spread and of its floor."""
+    return f"{headline}_unguided", f"{headline}_spread", f"{headline}_floor"
 
 
 def judged(measured: Measurements) -> Judged:
     """Return the numbers of an evaluation that the gates compare."""
     flat = measured.flat()
+    distance, spread, floor = (flat[name] for name in _distance_names(measured.headline))
     return Judged(
         measured.fingerprint,
-        flat[DISTANCE],
-        flat[SPREAD],
-        flat[FLOOR],
+        measured.headline,
+        distance,
+        spread,
+        floor,
         flat.get(ACCURACY),
         measured.guided_scale if ACCURACY in flat else None,
     )
 
 
-def from_tags(tags: Mapping[str, str]) -> Judged | None:
-    """Read what `Judged.tags` wrote; None for versions that were registered without some of the tags."""
-    numbers = {name: float(tags[name]) for name in (DISTANCE, SPREAD, FLOOR, ACCURACY, GUIDED_SCALE) if name in tags}
-    if FINGERPRINT not in tags or not {DISTANCE, SPREAD, FLOOR} <= numbers.keys():
+def from_tags(tags: Mapping[str, str], headline: Headline) -> Judged | None:
+    """Read what `Judged.tags` wrote; None for versions that were registered with another headline or fewer tags."""
+    names = _distance_names(headline)
+    if not {FINGERPRINT, *names} <= tags.keys():
         return None
-    return Judged(fingerprint=tags[FINGERPRINT], **numbers)
+    distance, spread, floor = (float(tags[name]) for name in names)
+    accuracy, scale = (float(tags[name]) if name in tags else None for name in (ACCURACY, GUIDED_SCALE))
+    return Judged(tags[FINGERPRINT], headline, distance, spread, floor, accuracy, scale)
 
 
 def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
     """Apply the absolute gates: distance as a multiple of its floor, and label accuracy if it applies."""
-    distance, floor, accuracy = (
-        judged.frechet_distance_unguided,
-        judged.frechet_distance_floor,
-        judged.label_accuracy_guided,
-    )
+    distance, floor, accuracy = judged.distance, judged.floor, judged.label_accuracy
+    if not floor > 0:  # KID is unbiased, so that of real images is about zero, and negative as often as not
+        return (
+            f"{judged.headline} {distance:.4g} (unguided) cannot be expressed as a multiple of its floor {floor:.4g}; "
+            "set evaluate.headline to frechet_distance or cmmd"
+        )
     ratio = distance / floor
     if not ratio <= params.max_distance_over_floor:
         return (
-            f"{measures.DISTANCE} {distance:.4g} (unguided) is {ratio:.2f} times its floor {floor:.4g}, over "
+            f"{judged.headline} {distance:.4g} (unguided) is {ratio:.2f} times its floor {floor:.4g}, over "
             f"register.max_distance_over_floor {params.max_distance_over_floor:g}"
         )
     if accuracy is not None and not accuracy >= params.min_label_accuracy:
@@ -85,14 +97,14 @@ def not_better(challenger: Judged, champion: Judged) -> str | None:
     """Apply the relative gate: a distance below the champion's by more than the larger spread between seed blocks.
 
     Raises:
-        ValueError: if the two have different fingerprints.
+        ValueError: if the two have different fingerprints or distances.
     """
-    if challenger.fingerprint != champion.fingerprint:
-        raise ValueError("numbers with different fingerprints are not comparable")
-    spread = max(challenger.frechet_distance_spread, champion.frechet_distance_spread)
-    if challenger.frechet_distance_unguided < champion.frechet_distance_unguided - spread:
+    if (challenger.fingerprint, challenger.headline) != (champion.fingerprint, champion.headline):
+        raise ValueError("numbers with different fingerprints or of different distances are not comparable")
+    spread = max(challenger.spread, champion.spread)
+    if challenger.distance < champion.distance - spread:
         return None
     return (
-        f"{measures.DISTANCE} {challenger.frechet_distance_unguided:.4g} (unguided) does not beat the champion's "
-        f"{champion.frechet_distance_unguided:.4g} by more than the spread between seed blocks {spread:.3g}"
+        f"{challenger.headline} {challenger.distance:.4g} (unguided) does not beat the champion's "
+        f"{champion.distance:.4g} by more than the spread between seed blocks {spread:.3g}"
     )

@@ -134,15 +134,18 @@ def training(history: pd.DataFrame) -> Chart:
     return _render([draw_losses, draw_rate], widths=(6.5, 3.9), salt="training")
 
 
-def guidance(points: Sequence[tuple[float, float, float]], agreement: str) -> Chart:
-    """Draw the curve of a guidance sweep from (CLIP score or accuracy, Fréchet distance, guidance scale) points."""
+def guidance(points: Sequence[tuple[float, float, float]], distance: str, agreement: str) -> Chart:
+    """Draw the curve of a guidance sweep from (CLIP score or accuracy, distance, guidance scale) points.
+
+    `distance` and `agreement` are the titles of the two measures.
+    """
 
     def draw(axes: Axes) -> None:
-        _title(axes, "Fréchet distance", agreement)
+        _title(axes, distance, agreement)
         x, y = [point[0] for point in points], [point[1] for point in points]
         _line(axes, x, y, 0, None, bold=True, marker="o")
-        for agreed, distance, scale in points:
-            axes.annotate(f"w = {scale:g}", (agreed, distance), (5, 5), textcoords="offset points", fontsize=8.5)
+        for agreed, height, scale in points:
+            axes.annotate(f"w = {scale:g}", (agreed, height), (5, 5), textcoords="offset points", fontsize=8.5)
         axes.margins(x=0.12, y=0.18)
 
     return _render([draw], widths=(7.2,), salt="guidance")

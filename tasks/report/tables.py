@@ -11,12 +11,13 @@ from tasks.report import charts
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
-from tasks.runtime.measures import CLIP_SCORE, DISTANCE, Measurements, Row
+from tasks.runtime.measures import CLIP_SCORE, Measurements, Row
 from tasks.validation import report as validation_report
 
 MEASURES = {
     "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
     "kid": ("KID", "kernel distance between features, without the assumption of a Gaussian; lower is better"),
+    "cmmd": ("CMMD", "the same with a Gaussian kernel (σ = 10) on features of unit length, × 1000; lower is better"),
     "precision": ("Precision", "share of the samples that look real; higher is better"),
     "recall": ("Recall", "share of the real images that the samples cover; higher is better"),
     "inception_score": ("Inception score", "clear and varied images, in the classes of ImageNet; higher is better"),
@@ -31,8 +32,9 @@ MEASURES = {
         "share of the samples that are nearer to a training image than 99 % of the held-out images; lower is better",
     ),
 }
-HEADLINES = ("frechet_distance", "label_accuracy", "kid", "clip_score")
-"""The measures that come first, as far as they were taken."""
+HEADLINES = ("label_accuracy", "kid", "clip_score", "frechet_distance")
+"""The measures that come first, after the protocol's headline, as far as they were taken."""
+MAX_HEADLINES = 4
 SAMPLER_COLUMNS = {
     "sampler": "Sampler",
     "steps": "Steps",
@@ -42,6 +44,7 @@ SAMPLER_COLUMNS = {
     "seed_blocks": "Blocks",
     "frechet_distance": "Fréchet",
     "kid": "KID",
+    "cmmd": "CMMD",
     "precision": "Precision",
     "recall": "Recall",
     "inception_score": "IS",
@@ -51,7 +54,7 @@ SAMPLER_COLUMNS = {
 }
 SWEEP_COLUMNS = {"guidance_scale": "Guidance", "n": "n"} | {
     name: SAMPLER_COLUMNS[name]
-    for name in ("frechet_distance", "kid", "precision", "recall", "label_accuracy", "clip_score")
+    for name in ("frechet_distance", "kid", "cmmd", "precision", "recall", "label_accuracy", "clip_score")
 }
 CLASS_COLUMNS = {
     "class": "Class",
@@ -89,9 +92,9 @@ def sampler_name(sampler: str, steps: int) -> str:
 
 def measures(measured: Measurements) -> Measures:
     """Return the section of measures."""
-    first = measured.rows(dict.fromkeys((*HEADLINES, *MEASURES)))
+    first = measured.rows(dict.fromkeys((measured.headline, *HEADLINES, *MEASURES)))
     return Measures(
-        headlines=[_headline(row) for row in first[: len(HEADLINES)]],
+        headlines=[_headline(row, measured.headline) for row in first[:MAX_HEADLINES]],
         metrics=[_metric(row, measured.clip_score_note) for row in measured.rows(MEASURES)],
         not_applicable=[
             (MEASURES[name][0] if name in MEASURES else name, reason)
@@ -134,11 +137,12 @@ def _metric(row: Row, clip_score_note: str | None) -> Metric:
     )
 
 
-def _headline(row: Row) -> Headline:
+def _headline(row: Row, distance: str) -> Headline:
+    """Format a row as a headline; only that of the protocol's `distance` states a multiple of its floor."""
     reference = row.reference
     if reference is None:
         note = "no reference"
-    elif row.name == DISTANCE and reference.value > 0:
+    elif row.name == distance and reference.value > 0:
         note = f"{row.value / reference.value:.1f} times the floor of {_number(row.name, reference.value)}"
     else:
         note = f"{reference.name}: {_number(row.name, reference.value)}"
@@ -155,11 +159,11 @@ def _number(key: str, value: float, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def tables(evaluation: Path) -> list[Table]:
-    """Return the tables that `evaluate` wrote."""
+def tables(evaluation: Path, headline: str) -> list[Table]:
+    """Return the tables that `evaluate` wrote; `headline` is the distance of the chart by guidance scale."""
     found = [_sampler_table(evaluation / "samplers.csv")]
     if (evaluation / "guidance.csv").exists():
-        found.append(_guidance_table(evaluation / "guidance.csv"))
+        found.append(_guidance_table(evaluation / "guidance.csv", headline))
     if (evaluation / "classes.csv").exists():
         text = (
             "Over all seed blocks. Accuracy and CLIP score are those of guided samples; KID compares unguided samples "
@@ -187,14 +191,14 @@ def _sampler_table(path: Path) -> Table:
     return Table("Samplers compared", text, *_cells(rows, SAMPLER_COLUMNS), notes)
 
 
-def _guidance_table(path: Path) -> Table:
-    """Return the table by guidance scale, with a chart of distance against agreement if both were measured."""
+def _guidance_table(path: Path, headline: str) -> Table:
+    """Return the table by guidance scale, with a chart of `headline` against agreement if both were measured."""
     rows = _read(path)
     agreement = next((name for name in ("clip_score", "label_accuracy") if any(row[name] for row in rows)), None)
     points = [
-        (float(row[agreement]), float(row["frechet_distance"]), float(row["guidance_scale"]))
+        (float(row[agreement]), float(row[headline]), float(row["guidance_scale"]))
         for row in rows
-        if agreement and row[agreement] and row["frechet_distance"]
+        if agreement and row[agreement] and row[headline]
     ]
     text = (
         "A larger guidance scale w improves the agreement with the requested class or caption, and beyond some value "
@@ -204,8 +208,9 @@ def _guidance_table(path: Path) -> Table:
     title, (columns, cells) = "Guidance", _cells(rows, SWEEP_COLUMNS)
     if len(points) < 2 or agreement is None:
         return Table(title, text, columns, cells, notes)
-    label = f"Fréchet distance against {MEASURES[agreement][0]}, one point for each guidance scale"
-    return Table(title, text, columns, cells, notes, charts.guidance(points, MEASURES[agreement][0]).svg, label)
+    distance, agreed = MEASURES[headline][0], MEASURES[agreement][0]
+    label = f"{distance} against {agreed}, one point for each guidance scale"
+    return Table(title, text, columns, cells, notes, charts.guidance(points, distance, agreed).svg, label)
 
 
 def _read(path: Path) -> list[dict[str, str]]:

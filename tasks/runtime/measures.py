@@ -16,14 +16,13 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tasks.params import Headline
 from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 
 FILE = "measurements.json"
 """File name in `reports/evaluation` and in the folder of a registered model."""
-DISTANCE, ACCURACY, CLIP_SCORE = "frechet_distance", "label_accuracy", "clip_score"
-HEADLINE = (DISTANCE, ACCURACY, CLIP_SCORE)
-"""The measures of `reports/metrics.json`: those that the gates check, and the CLIP score."""
+ACCURACY, CLIP_SCORE = "label_accuracy", "clip_score"
 SHORT_FINGERPRINT = 12
 Drawn: TypeAlias = Literal["unguided", "guided"]
 
@@ -105,6 +104,8 @@ class Measurements(BaseModel):
     format: Literal[2] = 2
     fingerprint: str
     """SHA-256 of the measurement's description; only numbers with the same fingerprint are comparable."""
+    headline: Headline = "frechet_distance"
+    """The distance that the gates compare and that reports lead with."""
     sampler: str
     steps: int
     eta: float = 0.0
@@ -139,10 +140,14 @@ class Measurements(BaseModel):
             found |= {f"{name}_{part}": value for part, value in beside.items() if value is not None}
         return found | ({"guided_scale": self.guided_scale} if self.guided_scale is not None else {})
 
-    def headline(self) -> dict[str, float | str]:
-        """Return the content of `reports/metrics.json`; the names fit into a row of `dvc exp show`."""
-        chosen = {mean_name(name, self.measures[name]) for name in HEADLINE if name in self.measures}
-        chosen |= {f"{DISTANCE}_floor", "guided_scale"}
+    def headline_numbers(self) -> dict[str, float | str]:
+        """Return the content of `reports/metrics.json`: what the gates check, and the CLIP score.
+
+        The names fit into a row of `dvc exp show`.
+        """
+        names = (self.headline, ACCURACY, CLIP_SCORE)
+        chosen = {mean_name(name, self.measures[name]) for name in names if name in self.measures}
+        chosen |= {f"{self.headline}_floor", "guided_scale"}
         numbers: dict[str, float | str] = {name: value for name, value in self.flat().items() if name in chosen}
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}
 

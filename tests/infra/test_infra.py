@@ -246,4 +246,8 @@ def test_the_summary_names_the_guidance_of_each_number(capsys):
     assert rows[0] == ["measure", "guidance", "value", "samples"]
     assert ["frechet_distance", "none", "20", "3", "x", "64", "floor", "10"] in rows
     assert ["label_accuracy", "1.5", "0.99", "3", "x", "32", "real", "images", "1"] in rows
+    measured = model_outputs.measurements()
+    found = {**measured.measures, "kid": measured.measures["frechet_distance"]}
+    wrapper.print_measures(measured.model_copy(update={"headline": "kid", "measures": found}))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][1:3] == ["kid", "frechet_distance"]
     assert ["clip_score", "-", "-", "-", "the", "images", "have", "no", "captions"] in rows

@@ -121,7 +121,40 @@ def test_kernel_distance_is_unbiased():
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance, metrics.squared_mmd])
+def cmmd_by_hand(x, y):
+    """Jayasumana et al. 2024 with Gretton et al. 2012, equation 5, pair by pair."""
+    unit_x, unit_y = ([row / np.linalg.norm(row) for row in side] for side in (x, y))
+
+    def mean(a, b):
+        return np.mean([math.exp(-np.square(p - q).sum() / (2 * 10**2)) for p in a for q in b])
+
+    return 1000 * (mean(unit_x, unit_x) + mean(unit_y, unit_y) - 2 * mean(unit_x, unit_y))
+
+
+def test_cmmd_equals_the_biased_estimate_pair_by_pair(monkeypatch):
+    x, y = features(50, 6, 31), features(37, 6, 32, scale=2.0, shift=0.3)
+    whole = metrics.cmmd(x, y)
+    assert whole == pytest.approx(cmmd_by_hand(x, y), rel=1e-9)
+    monkeypatch.setattr(metrics, "BLOCK", 8)
+    assert metrics.cmmd(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+def test_cmmd_of_two_directions_in_closed_form():
+    x, y = np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([[0.0, 2.0], [0.0, 5.0], [0.0, 1.0]])
+    assert metrics.cmmd(x, y) == pytest.approx(1000 * (2 - 2 * math.exp(-2 / 200)), rel=1e-12)
+
+
+def test_cmmd_reads_directions_alone_and_a_row_of_zeros_is_one():
+    x, y = features(40, 5, 33), features(30, 5, 34, shift=0.5)
+    lengths = np.random.default_rng(35).uniform(0.1, 9, (40, 1))
+    assert metrics.cmmd(lengths * x, y) == pytest.approx(metrics.cmmd(x, y), rel=1e-9) != 0
+    assert metrics.cmmd(x, x[::-1]) == pytest.approx(0, abs=1e-9)
+    assert math.isfinite(metrics.cmmd(np.concatenate([x, np.zeros((1, 5))]), y))
+
+
+@pytest.mark.parametrize(
+    "distance", [metrics.frechet_distance, metrics.kernel_distance, metrics.squared_mmd, metrics.cmmd]
+)
 def test_distances_refuse_what_has_none(distance):
     with pytest.raises(ValueError, match="at least 2 images"):
         distance(np.zeros((1, 4)), np.zeros((5, 4)))

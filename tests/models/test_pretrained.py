@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from models.hashing import file_sha256
-from models.judges import inception, pretrained
+from models.judges import inception, metrics, pretrained
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
 from tasks.evaluation.protocol import declare
@@ -136,6 +136,14 @@ def test_features_are_those_of_transformers_after_its_processor_s_numbers(clip, 
     assert grey == pytest.approx(extractor.features(IMAGES[:, :1].repeat(3, 1)), abs=1e-6)
 
 
+def test_cmmd_in_clip_features_is_that_of_the_paper_on_unit_embeddings(clip):
+    extractor, embed = pretrained.load_extractor("clip", clip), pretrained.load_clip(clip).embed_images
+    assert np.linalg.norm(extractor.features(IMAGES), axis=1).max() > 1.001, "features are not scaled"
+    inverted = 255 - IMAGES
+    found = metrics.cmmd(extractor.features(IMAGES), extractor.features(inverted))
+    assert found == pytest.approx(metrics.cmmd(embed(IMAGES), embed(inverted)), rel=1e-4) != 0
+
+
 def test_a_clip_embeds_images_and_texts_of_any_length(clip):
     scoring = pretrained.load_clip(clip)
     texts = scoring.embed_texts(["a digit", "the digit zero " * 20, ""])
@@ -171,6 +179,7 @@ def test_a_judge_of_published_networks_measures_and_its_fingerprint_names_them(t
     measured = measure(pipeline, images, judge, declared)
     assert measured.extractor == "pretrained dinov2"
     assert measured.measures["frechet_distance"].value > measured.measures["frechet_distance"].floor > 0
+    assert measured.measures["cmmd"].value > measured.measures["cmmd"].floor > 0
     assert 0 <= measured.measures["clip_score"].value <= 100 and measured.clip_score_note is None
     (tmp_path / "judge").rename(tmp_path / "other")
     other = load_judge(judged(tmp_path, ("clip", clip), None))

@@ -45,6 +45,7 @@ PROTOCOL = Protocol(
         labels=CLASSES,
         prompts=None,
     ),
+    headline="frechet_distance",
     space="pixels",
     conditioning="label",
     clip_is_condition=False,

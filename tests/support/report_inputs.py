@@ -67,12 +67,12 @@ FINDINGS = [
     ),
 ]
 SAMPLERS = """\
-sampler,steps,eta,guidance_scale,n,seed_blocks,frechet_distance,kid,precision,recall,inception_score,\
+sampler,steps,eta,guidance_scale,n,seed_blocks,frechet_distance,kid,cmmd,precision,recall,inception_score,\
 inception_style_score,clip_score,label_accuracy,note
-dpm_solver_pp_2m,20,,1.0,512,3,23.1,0.0123,0.912,0.871,4.123,9.123,81.23,0.943,
-dpm_solver_pp_2m,20,,1.5,256,3,24.5,-0.000123,0.912,0.871,4.123,9.456,81.71,0.996,
-ddim,50,0.5,1.0,128,1,23.9,-0.000456,0.912,0.871,4.123,9.001,80.12,0.943,
-ddpm,1000,,1.0,32,1,,,,,,,79.51,0.938,too few images for distances (128 needed)
+dpm_solver_pp_2m,20,,1.0,512,3,23.1,0.0123,0.45,0.912,0.871,4.123,9.123,81.23,0.943,
+dpm_solver_pp_2m,20,,1.5,256,3,24.5,-0.000123,0.46,0.912,0.871,4.123,9.456,81.71,0.996,
+ddim,50,0.5,1.0,128,1,23.9,-0.000456,0.47,0.912,0.871,4.123,9.001,80.12,0.943,
+ddpm,1000,,1.0,32,1,,,,,,,,79.51,0.938,too few images for distances (128 needed)
 """
 
 

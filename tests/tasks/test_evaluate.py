@@ -126,7 +126,8 @@ def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real
     measured = measure(perfect, images, judge, declare(perfect, images, judge, PARAMS))
     found = measured.measures
     assert found["frechet_distance"].floor > 0
-    assert found["frechet_distance"].value < 3 * found["frechet_distance"].floor
+    for name in ("frechet_distance", "cmmd"):
+        assert found[name].value < 3 * found[name].floor
     assert found["label_accuracy"].value >= 0.97
     assert found["label_accuracy"].real >= 0.95
     assert found["clip_score"].value == pytest.approx(found["clip_score"].real, rel=0.05)
@@ -138,6 +139,7 @@ def test_a_model_of_random_weights_is_far_from_the_floor(evaluated):
     found = measured_in(evaluated).measures
     assert found["frechet_distance"].value > 10 * found["frechet_distance"].floor
     assert found["kid"].value > found["kid"].floor
+    assert found["cmmd"].value > 10 * found["cmmd"].floor > 0
     assert found["label_accuracy"].value < 0.8
     assert found["clip_score"].value < found["clip_score"].real
 
@@ -242,7 +244,7 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     measured = measured_in(tmp_path / "out")
     assert set(measured.not_applicable) == {"label_accuracy", "clip_score"}
     assert measured.guided_scale is None
-    distances = ["frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
+    distances = ["cmmd", "frechet_distance", "inception_style_score", "kid", "near_copies", "precision", "recall"]
     assert sorted(measured.measures) == distances
     assert {found.drawn for found in measured.measures.values()} == {"unguided"}
     assert set(read(tmp_path / "out" / "metrics.json")) == {
@@ -266,7 +268,7 @@ def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
     judge_inputs.run_judge(tmp_path)
     judge_inputs.write_pipeline(tmp_path, classes=[])
     measured = measured_in(run(tmp_path, tmp_path / "out"))
-    assert sorted(measured.measures) == ["frechet_distance", "kid", "near_copies", "precision", "recall"]
+    assert sorted(measured.measures) == ["cmmd", "frechet_distance", "kid", "near_copies", "precision", "recall"]
     assert set(measured.not_applicable) == {"inception_style_score", "label_accuracy", "clip_score"}
     assert measured.extractor == "self_supervised"
 
@@ -290,7 +292,7 @@ def test_clip_score_needs_captions(tmp_path, captions, reason):
 
 def test_every_number_says_at_which_guidance_it_was_measured(evaluated):
     measured = measured_in(evaluated)
-    distances = {"frechet_distance", "kid", "precision", "recall"}
+    distances = {"frechet_distance", "kid", "cmmd", "precision", "recall"}
     beside_real = {"inception_style_score", "clip_score", "label_accuracy", "near_copies"}
     guided = {"clip_score", "label_accuracy"}
     assert set(measured.measures) == distances | beside_real
@@ -317,6 +319,16 @@ def test_the_headline_is_short_and_names_the_guidance(evaluated):
         "guided_scale": 2.0,
         "fingerprint": measured.fingerprint[:12],
     }
+
+
+def test_the_headline_is_a_parameter_that_changes_no_number(tree, evaluated, tmp_path):
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"headline": "cmmd"}))
+    measured, before = measured_in(out), measured_in(evaluated)
+    assert measured == before.model_copy(update={"headline": "cmmd"}), "numbers and fingerprint are the same"
+    headline = read(out / "metrics.json")
+    assert headline["cmmd_unguided"] == measured.measures["cmmd"].value
+    assert headline["cmmd_floor"] == measured.measures["cmmd"].floor
+    assert not any(name.startswith("frechet") for name in headline)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "evaluate.py").write_text(EVALUATE)
     found = model_outputs.measurements().measures
     found["clip_score"] = found["label_accuracy"].model_copy(update={"value": 81.7})
-    headline = model_outputs.measurements(measures=found).headline()
+    headline = model_outputs.measurements(measures=found).headline_numbers()
     assert len(headline) <= 10
     (root / "headline.json").write_text(json.dumps(headline))
     (root / "params.yaml").write_text("train:\n  learning_rate: 0.004\n  steps: 500\ndiffusion:\n  schedule: cosine\n")

@@ -7,20 +7,25 @@ from dataclasses import replace
 import pytest
 
 from tasks.registration import gates
+from tasks.runtime.measures import Measure
+from tests.support import model_outputs
 from tests.support.registry import PARAMS
 
-JUDGED = gates.Judged("f", 20.0, 1.0, 10.0, 0.96, 1.5)
+JUDGED = gates.Judged("f", "frechet_distance", 20.0, 1.0, 10.0, 0.96, 1.5)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({}, None),
-        ({"frechet_distance_unguided": 30.0}, None),
-        ({"frechet_distance_unguided": 30.1}, "30.1 (unguided) is 3.01 times its floor 10"),
-        ({"frechet_distance_unguided": float("nan")}, "frechet_distance nan"),
-        ({"label_accuracy_guided": 0.95}, None),
-        ({"label_accuracy_guided": 0.949}, "label_accuracy 0.949 (guidance 1.5) is under"),
+        ({"distance": 30.0}, None),
+        ({"distance": 30.1}, "30.1 (unguided) is 3.01 times its floor 10"),
+        ({"distance": float("nan")}, "frechet_distance nan"),
+        ({"floor": 0.0}, "cannot be expressed as a multiple of its floor 0; set evaluate.headline"),
+        ({"headline": "kid", "distance": 0.02, "floor": -0.001}, "kid 0.02 (unguided) cannot be expressed"),
+        ({"headline": "cmmd", "distance": 0.4, "floor": 0.1}, "cmmd 0.4 (unguided) is 4.00 times its floor 0.1"),
+        ({"label_accuracy": 0.95}, None),
+        ({"label_accuracy": 0.949}, "label_accuracy 0.949 (guidance 1.5) is under"),
     ],
 )
 def test_absolute_gates(changes, reason):
@@ -29,7 +34,7 @@ def test_absolute_gates(changes, reason):
 
 
 def test_label_accuracy_is_no_gate_where_it_does_not_apply():
-    assert gates.not_good_enough(replace(JUDGED, label_accuracy_guided=None), PARAMS) is None
+    assert gates.not_good_enough(replace(JUDGED, label_accuracy=None), PARAMS) is None
 
 
 @pytest.mark.parametrize(
@@ -45,18 +50,32 @@ def test_label_accuracy_is_no_gate_where_it_does_not_apply():
     ],
 )
 def test_a_challenger_must_win_by_more_than_the_larger_spread(distance, spread, champions_spread, wins):
-    challenger = replace(JUDGED, frechet_distance_unguided=distance, frechet_distance_spread=spread)
-    champion = replace(JUDGED, frechet_distance_spread=champions_spread)
+    challenger = replace(JUDGED, distance=distance, spread=spread)
+    champion = replace(JUDGED, spread=champions_spread)
     assert (gates.not_better(challenger, champion) is None) == wins
 
 
 def test_numbers_with_different_fingerprints_are_never_compared():
     with pytest.raises(ValueError, match="not comparable"):
         gates.not_better(JUDGED, replace(JUDGED, fingerprint="g"))
+    with pytest.raises(ValueError, match="not comparable"):
+        gates.not_better(JUDGED, replace(JUDGED, headline="cmmd"))
+
+
+def test_the_gates_compare_the_headline_of_the_protocol():
+    cmmd = Measure(value=0.4, spread=0.02, drawn="unguided", guidance_scale=1.0, n=64, floor=0.1)
+    measured = model_outputs.measurements()
+    both = measured.model_copy(update={"measures": {**measured.measures, "cmmd": cmmd}})
+    found = gates.judged(both.model_copy(update={"headline": "cmmd"}))
+    assert (found.headline, found.distance, found.spread, found.floor) == ("cmmd", 0.4, 0.02, 0.1)
+    assert gates.judged(both) == gates.judged(measured)
+    assert {"cmmd_unguided", "cmmd_spread", "cmmd_floor", "label_accuracy_guided"} < found.tags().keys()
 
 
 def test_the_gates_read_back_what_they_wrote_on_a_version_and_nothing_of_an_earlier_form():
-    assert gates.from_tags(JUDGED.tags()) == JUDGED
-    unconditional = replace(JUDGED, label_accuracy_guided=None, guided_scale=None)
-    assert gates.from_tags(unconditional.tags()) == unconditional
-    assert gates.from_tags({"fingerprint": "f", "frechet_distance": "20.0", "frechet_distance_floor": "10.0"}) is None
+    assert gates.from_tags(JUDGED.tags(), "frechet_distance") == JUDGED
+    assert gates.from_tags(JUDGED.tags(), "cmmd") is None, "another headline"
+    unconditional = replace(JUDGED, label_accuracy=None, guided_scale=None)
+    assert gates.from_tags(unconditional.tags(), "frechet_distance") == unconditional
+    earlier = {"fingerprint": "f", "frechet_distance": "20.0", "frechet_distance_floor": "10.0"}
+    assert gates.from_tags(earlier, "frechet_distance") is None

@@ -30,7 +30,7 @@ MEASUREMENT = Measurement(
     prompts=[f"a handwritten {name}" for name in DIGITS],
 )
 UNGUIDED = Sampling("ddim", 20, 0.5, guidance_interval=(0.2, 5.0))
-PROTOCOL = Protocol(MEASUREMENT, "pixels", "label", False, UNGUIDED, replace(UNGUIDED, guidance_scale=1.5), 256)
+PROTOCOL = Protocol(MEASUREMENT, "cmmd", "pixels", "label", False, UNGUIDED, replace(UNGUIDED, guidance_scale=1.5), 256)
 
 
 def test_the_fingerprint_is_that_of_earlier_versions():
@@ -49,7 +49,7 @@ def test_a_protocol_is_read_back_as_it_was_written(protocol, tmp_path):
     assert Protocol.read(tmp_path / FILE) == protocol
     written = json.loads((tmp_path / FILE).read_text())
     assert (written["format"], written["fingerprint"]) == (1, protocol.fingerprint)
-    assert {"sampler", "steps", "eta", "guidance_scales", "guidance_interval", "batch_size"} < set(written)
+    assert {"headline", "sampler", "steps", "eta", "guidance_scales", "guidance_interval", "batch_size"} < set(written)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,12 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
     assert work.aliases == {"challenger": 3, "champion": 3}
     assert work.promotion(3) == "promoted: beats version 1"
     assert "measuring champion" not in capsys.readouterr().out, "its numbers are remembered on the version"
+    declared = replace(declared, headline="cmmd")
+    same_weights = same_weights.model_copy(update={"headline": "cmmd"})
+    challenge(1.01)
+    shown = f"{same_weights.measures['cmmd'].value:.4g}"
+    assert f"cmmd {shown} (unguided) does not beat the champion's {shown} by more than" in work.promotion(4)
+    assert "measuring champion version 3" in capsys.readouterr().out, "its tags hold another distance"
 
 
 def register_command(work) -> list[str]:

@@ -19,7 +19,7 @@ from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
-from tasks.report import charts
+from tasks.report import charts, tables
 from tasks.report.process import nearest_images
 from tasks.runtime.errors import StageError
 from tests.support import report_inputs
@@ -230,7 +230,7 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
         "the images have no captions",
         "CLIP score was not measured",
         "512 samples each, without guidance",
-        "DPM-Solver++ 2M 20 – 1 512 3 23.1 0.0123 91.2 % 87.1 %",
+        "DPM-Solver++ 2M 20 – 1 512 3 23.1 0.0123 0.45 91.2 % 87.1 %",
         "DDPM 1000 – 1 32 1 – –",
         "DDPM in 1000 steps : too few images for distances (128 needed)",
         "DPM-Solver++ 2M in 20 steps, without guidance",
@@ -250,6 +250,23 @@ def test_what_stands_between_images_and_model_has_its_numbers_and_picture(drawn:
     assert "PSNR, decoded images 23.5 dB" in text
     assert "Text encoder 0.8 share of the images whose own caption is ranked first by chance 0.1" in text
     assert "Held-out images above their reconstructions" in text
+
+
+def test_the_headline_of_the_protocol_leads(tmp_path: Path) -> None:
+    kid = report_inputs.MEASURED.measures["kid"].model_copy(update={"floor": 0.004})
+    found = {**report_inputs.MEASURED.measures, "kid": kid}
+    measured = report_inputs.MEASURED.model_copy(update={"headline": "kid", "measures": found})
+    first, *others = tables.measures(measured).headlines
+    assert (first.name, first.note) == ("KID", "without guidance; 3.1 times the floor of 0.004")
+    assert [each.name for each in others] == ["Label accuracy", "Fréchet distance"]
+    assert others[1].note == "without guidance; floor: 10.2"
+    names = ["guidance_scale", "n", "frechet_distance", "kid", "cmmd", "clip_score", "label_accuracy"]
+    rows = [names, ["1.0", "128", "23", "0.01", "0.4", "80", "0.9"], ["2.0", "128", "24", "0.02", "0.5", "81", "0.95"]]
+    (tmp_path / "guidance.csv").write_text("\n".join(map(",".join, rows)))
+    (tmp_path / "samplers.csv").write_text(report_inputs.SAMPLERS)
+    charts = [tables.tables(tmp_path, headline)[1].chart_svg for headline in ("cmmd", "frechet_distance")]
+    assert charts[0] != charts[1]
+    assert tables.tables(tmp_path, "cmmd")[1].chart_label.startswith("CMMD against CLIP score")
 
 
 def test_class_names_are_text_and_never_markup(drawn: tuple[Path, Path]) -> None:
