@@ -17,8 +17,9 @@ from tasks.params import composition
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
-OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_tiny", "folder", "hub"}
+OF_THE_README = {"digits", "digits_ddpm", "cifar10_ddpm", "cifar10_flow", "cifar10_tiny", "folder", "hub"}
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
+FLOWS = {"celebahq_ldm_flow"}
 TINY = {f"{name}_tiny" for name in PICTURES}
 REQUIRED_OVERRIDES = {"hub": ["download.hub.repo=owner/name"]} | {
     name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY}
@@ -31,7 +32,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert set(composition.names()) == OF_THE_README | PICTURES | TINY
+    assert set(composition.names()) == OF_THE_README | PICTURES | TINY | FLOWS
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
