@@ -54,7 +54,7 @@ __all__ = [
     "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
-RENAMED = {"image.size": "image.resolution"}
+RENAMED = {"image.size": "image.resolution", "evaluate.n_ddpm": "evaluate.n_slowest"}
 """Keys of earlier versions -> their present names."""
 MAX_SUGGESTIONS = 3
 """Most keys that are suggested for an unknown one."""
