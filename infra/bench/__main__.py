@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from infra.bench.results import Results
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
+SAMPLERS = ("ddim", "dpm_solver_pp_2m", "euler")
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
 REHEARSAL = {
     "startup": "--repeats 1",
@@ -72,7 +73,7 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
     from infra.bench import quality
 
     digits = given.data == DIGITS
-    samplers = tuple(given.samplers or (("ddim", "dpm_solver_pp_2m") if digits else ("ddim",)))
+    samplers = tuple(given.samplers or (SAMPLERS if digits else ("ddim", "euler")))
     plan = quality.Plan(
         work=given.work,
         preset=DIGITS if digits else CIFAR,
@@ -95,7 +96,7 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
 def _levers(given: argparse.Namespace, results: Results) -> None:
     from infra.bench import levers, quality
 
-    how = quality.Measure(given.samples, given.sampler_steps, tuple(given.samplers or ("ddim", "dpm_solver_pp_2m")))
+    how = quality.Measure(given.samples, given.sampler_steps, tuple(given.samplers or SAMPLERS))
     plan = levers.Plan(given.work, given.steps, given.seeds, how, tuple(given.only), tuple(given.set))
     _measure(results, "levers", {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
 

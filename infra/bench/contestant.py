@@ -15,7 +15,8 @@ import torch
 from infra.bench import clock, peer
 from infra.bench.ours import Ours
 from models.networks.unet import UNet, UNetConfig
-from models.noise.schedules import betas
+from models.noise.paths import RectifiedFlow
+from models.noise.schedules import betas, path_of
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.params import Params, parse
 from tasks.runtime.atomic import writing_folder
@@ -138,6 +139,8 @@ def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
         classes=[str(number) for number in range(config.conditions - 1)],
         null_label=config.conditions - 1 if conditional else None,
     )
+    path = path_of(*schedule, own.shift)
+    noise = path if isinstance(path, RectifiedFlow) else betas(*schedule)
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
-        save_pipeline(temporary, UNet(config), weights, betas(*schedule), info)
+        save_pipeline(temporary, UNet(config), weights, noise, info)

@@ -14,12 +14,27 @@ if TYPE_CHECKING:
     from infra.bench.schema import LeverRow, Levers
 
 PRESET = "digits"
+DIFFUSION = "objective=diffusion"
+DENSE = f"{DIFFUSION} diffusion.timestep_density=logit_normal"
+ADAMW = "train.optimizer=adamw"
+MIN_SNR = "diffusion.loss_weighting=min_snr diffusion.min_snr_gamma=2.0"
 LEVERS = (
-    ("objective", "diffusion.prediction=epsilon"),
-    ("objective", "diffusion.prediction=sample"),
-    ("weighting", "diffusion.loss_weighting=plain"),
-    ("schedule", "diffusion.schedule=linear"),
-    ("schedule", "diffusion.schedule=sigmoid"),
+    ("path", f"{DENSE}"),
+    ("timesteps", "diffusion.timestep_density=uniform"),
+    ("timesteps", "diffusion.timestep_density=normal_log_snr diffusion.density_std=2.0"),
+    ("timesteps", f"{DIFFUSION}"),
+    ("optimizer", ADAMW),
+    ("optimizer", f"{ADAMW} diffusion.timestep_density=uniform"),
+    ("optimizer", f"{DENSE} {ADAMW}"),
+    ("optimizer", "train.muon_learning_rate=0.01"),
+    ("optimizer", "train.muon_learning_rate=0.04"),
+    ("weighting", f"{DIFFUSION} {ADAMW} {MIN_SNR}"),
+    ("weighting", f"{DENSE} {ADAMW} {MIN_SNR}"),
+    ("weighting", f"{DIFFUSION} {ADAMW}"),
+    ("objective", f"{DENSE} diffusion.prediction=epsilon"),
+    ("objective", f"{DENSE} diffusion.prediction=sample"),
+    ("schedule", f"{DENSE} diffusion.schedule=linear"),
+    ("schedule", f"{DENSE} diffusion.schedule=sigmoid"),
     ("learning rate", "train.learning_rate=0.0001"),
     ("learning rate", "train.learning_rate=0.001"),
     ("learning rate", "train.learning_rate=0.008"),

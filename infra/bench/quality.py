@@ -23,7 +23,7 @@ from infra.bench.inputs import Inputs, key, parameters, prepare
 from models.device import best_device
 from models.judges.judge import load_judge
 from models.judges.metrics import frechet_distance
-from models.noise.samplers import Sampling
+from models.noise.samplers import Sampling, samplers_of
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
@@ -84,8 +84,10 @@ class Scale:
         self.floor = self._to_reference(train.pixels[balanced(train.labels, measure.samples)])
 
     def distance(self, pipeline: Path) -> float:
-        """The smallest distance over the samplers, so that each side uses its better one."""
-        return min(self.distance_by(pipeline, sampler, self.how.sampler_steps)[0] for sampler in self.how.samplers)
+        """The smallest distance over the samplers that the path of the model has, so that each side uses its best."""
+        known = samplers_of(load_pipeline(pipeline).path)
+        chosen = [sampler for sampler in self.how.samplers if sampler in known]
+        return min(self.distance_by(pipeline, sampler, self.how.sampler_steps)[0] for sampler in chosen)
 
     def distance_by(self, pipeline: Path, sampler: str, steps: int) -> tuple[float, float]:
         """Distance of the images of one sampler, and the seconds per image."""

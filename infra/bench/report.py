@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 QUALITY = "quality_"
 PRECISION = {"no": "float32", "bf16": "bfloat16"}
-NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM"}
+NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "heun": "Heun"}
 REFERENCE = (
     "The reference is the loop that diffusers documents for unconditional training (`train_unconditional.py`): "
     "`UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, AdamW, a DataLoader over image files."

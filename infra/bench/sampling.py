@@ -11,6 +11,7 @@ from infra.bench.contestant import Contestant
 from infra.bench.inputs import Inputs, key, parameters, prepare
 from infra.bench.quality import Measure, Scale
 from infra.bench.results import Piecewise
+from models.noise.samplers import samplers_of
 from models.pipeline import load_pipeline
 
 if TYPE_CHECKING:
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 
 PRESET = "digits"
 SAMPLERS = (
+    ("euler", 5),
+    ("euler", 10),
+    ("euler", 20),
+    ("heun", 5),
+    ("heun", 10),
     ("dpm_solver_pp_2m", 10),
     ("dpm_solver_pp_2m", 15),
     ("dpm_solver_pp_2m", 20),
+    ("ddim", 10),
     ("ddim", 50),
     ("ddpm", 1000),
 )
-"""Name and steps; the steps are limited to the timesteps of the model."""
+"""Name and steps; a model is measured with those of its path, in at most as many steps as it has timesteps."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,13 @@ def measure(plan: Plan) -> Sampling:
     params = parameters(PRESET, None, *plan.overrides)
     inputs = prepare(plan.work, params, judge=True)
     folder = plan.pipeline or _trained(plan, params, inputs)
-    timesteps = load_pipeline(folder).info.timesteps
+    path = load_pipeline(folder).path
+    known = samplers_of(path)
+    chosen = [(name, min(steps, path.timesteps)) for name, steps in SAMPLERS if name in known]
     scale = Scale(inputs, params, Measure(plan.samples, 0, ()))
-    scale.distance_by(folder, "ddim", 1)  # warm-up
+    scale.distance_by(folder, known[-1], 1)  # warm-up
     with Piecewise(plan.work / "pieces") as kept:
-        rows = [
-            kept.piece([plan.__dict__, *which], partial(_row, plan, folder, scale, which[0], min(which[1], timesteps)))
-            for which in SAMPLERS
-        ]
+        rows = [kept.piece([plan.__dict__, *which], partial(_row, plan, folder, scale, *which)) for which in chosen]
     return {"rows": rows, "floor": scale.floor}
 
 
