@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shared import made_once
+
 ROOT = Path(__file__).parent.parent
 
-# Spinning threads of PyTorch would take the cores of the other test process: in tests they sleep at once.
+# The test processes share the cores: one thread of PyTorch each, which is also faster for networks as small as these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # `make test` passes its own flags on, which would change what a `make` inside a test prints.
@@ -21,7 +24,7 @@ for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(_name, None)
 
 # Started first, so that no process runs a long file alone at the end.
-LONGEST = ("test_prefect_server", "test_end_to_end", "test_resume", "test_train", "test_sdxl", "test_text_to_image")
+LONGEST = ("test_end_to_end", "test_resume", "test_prefect_server", "test_train", "test_sdxl", "test_text_to_image")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,8 +45,11 @@ def restored_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:
-    """A migrated MLflow database, to be copied: a migration takes 7 s."""
-    folder = tmp_path_factory.mktemp("mlflow")
+    """A migrated MLflow database, to be copied and never opened: a migration takes 7 s."""
+    return made_once(tmp_path_factory, "mlflow", _migrate) / "mlflow.db"
+
+
+def _migrate(folder: Path) -> None:
     path = folder / "mlflow.db"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(folder)}
     connect = "from tasks.runtime import tracking; tracking.connect()"
@@ -51,7 +57,6 @@ def migrated_database(tmp_path_factory) -> Path:
     with closing(sqlite3.connect(path)) as database:  # its artifacts would be beside this file, not the copy
         database.execute("DELETE FROM experiments WHERE name = 'afterimage'")
         database.commit()
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +64,7 @@ def exported(tmp_path_factory) -> Path:
     """A work tree in which `export` has run on a class-conditional network; copy it before writing there."""
     from tests.support import model_outputs
 
-    return model_outputs.exported(tmp_path_factory.mktemp("exported"))
+    return made_once(tmp_path_factory, "exported", model_outputs.exported)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +72,7 @@ def exported_unconditional(tmp_path_factory) -> Path:
     """The same for an unconditional network."""
     from tests.support import model_outputs
 
-    return model_outputs.exported(tmp_path_factory.mktemp("exported"), "none")
+    return made_once(tmp_path_factory, "exported-none", lambda folder: model_outputs.exported(folder, "none"))
 
 
 @pytest.fixture

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,42 +20,23 @@ ALWAYS = "register"
 COMPUTING = [name for name in STAGES if name != ALWAYS]
 
 
-def run(tree: Path, *command: str) -> str:
-    """Output of a Python module, run in `tree` as a person would who has nothing set."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AFTERIMAGE_"))}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def results(output: str) -> dict[str, str]:
     """Stage -> ran, cached or unchanged, from the summary's table."""
     found = re.findall(r"^(\w+) +(ran|cached|unchanged|not reached|FAILED)\b", output, re.MULTILINE)
     return dict(found)
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory) -> tuple[Path, str]:
-    """The tree after the first run, and what that run printed."""
-    tree = tiny.tree(tmp_path_factory.mktemp("chain") / "tree")
-    return tree, run(tree, "infra.run")
-
-
 @pytest.fixture
-def tree(first):
+def tree(chain):
     """The tree as the first run left it; parameters that a test changes are put back."""
-    folder = first[0]
-    before = (folder / "params.yaml").read_text(encoding="utf-8")
-    yield folder
-    (folder / "params.yaml").write_text(before, encoding="utf-8")
+    before = (chain.tree / "params.yaml").read_text(encoding="utf-8")
+    yield chain.tree
+    (chain.tree / "params.yaml").write_text(before, encoding="utf-8")
 
 
 @pytest.mark.timeout(900)
-def test_one_command_makes_every_artefact_and_a_summary(first):
-    tree, output = first
+def test_one_command_makes_every_artefact_and_a_summary(chain):
+    tree, output = chain.tree, chain.output
     assert results(output) == dict.fromkeys(STAGES, "ran")
     for path in (
         "reports/index.html",
@@ -81,13 +59,13 @@ def test_one_command_makes_every_artefact_and_a_summary(first):
         assert re.search(rf"^{what} +\S", output, re.MULTILINE)
 
 
-def test_at_most_the_lock_differs_afterwards(first):
-    assert tiny.git(first[0], "status", "--porcelain") in ("?? dvc.lock", "")
+def test_at_most_the_lock_differs_afterwards(chain):
+    assert tiny.git(chain.tree, "status", "--porcelain") in ("?? dvc.lock", "")
 
 
 def test_again_everything_is_skipped(tree):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = run(tree, "infra.run")
+    output = tiny.run(tree, "infra.run")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert results(output) == dict.fromkeys(COMPUTING, "unchanged") | {ALWAYS: "ran"}
     assert "version 1" in output and "version 2" not in output
@@ -96,15 +74,15 @@ def test_again_everything_is_skipped(tree):
 
 
 def test_what_dvc_users_expect_works(tree):
-    assert "frechet_distance" in run(tree, "dvc", "metrics", "show")
-    assert "download" in run(tree, "dvc", "dag")
-    run(tree, "dvc", "plots", "show")
+    assert "frechet_distance" in tiny.run(tree, "dvc", "metrics", "show")
+    assert "download" in tiny.run(tree, "dvc", "dag")
+    tiny.run(tree, "dvc", "plots", "show")
     page = (tree / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "reports_figures_samples.png" in page and "reports_figures_training.png" in page
     assert not re.search(r"<script[^>]*src=.https?:", page), "without a network the page is empty"
     before = params.read(tree / "params.yaml")["train"]["learning_rate"]
     change(tree, "train", "learning_rate", 0.005)
-    differences = json.loads(run(tree, "dvc", "params", "diff", "--json"))
+    differences = json.loads(tiny.run(tree, "dvc", "params", "diff", "--json"))
     assert list(differences["params.yaml"]) == ["train.learning_rate"]
     assert differences["params.yaml"]["train.learning_rate"]["old"] == before != 0.005
 
@@ -144,7 +122,7 @@ def test_a_changed_parameter_concerns_the_stages_that_read_it(tree):
         section, _, key = name.rpartition(".")
         change(tree, section, key, "another value")
     concerned: dict[str, set[str]] = {name.split(".")[0]: set() for name in READERS}
-    for stage, reasons in json.loads(run(tree, "dvc", "status", "--json")).items():
+    for stage, reasons in json.loads(tiny.run(tree, "dvc", "status", "--json")).items():
         for reason in reasons:
             if reason != "always changed":
                 assert list(reason) == ["changed deps"] and list(reason["changed deps"]) == ["params.yaml"]
@@ -154,12 +132,17 @@ def test_a_changed_parameter_concerns_the_stages_that_read_it(tree):
     assert set(concerned) == set(params.read(tree / "params.yaml"))
 
 
+@pytest.fixture(scope="module")
+def order() -> list[str]:
+    return repro.stages(tiny.ROOT)
+
+
 @pytest.mark.parametrize("stage", AFTER)
-def test_what_follows_from_a_stage(stage):
+def test_what_follows_from_a_stage(stage, order):
     """The graph's order, as DVC sees it, says what a changed out makes run again."""
     document = yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     following = {stage}
-    for name in repro.stages(tiny.ROOT):
+    for name in order:
         made = {out for other in following for kind in ("outs", "metrics") for out in document[other].get(kind, [])}
         if made & set(document[name]["deps"]):
             following.add(name)
@@ -169,7 +152,7 @@ def test_what_follows_from_a_stage(stage):
 @pytest.mark.timeout(300)
 def test_a_changed_parameter_reruns_its_stages_and_no_other(tree):
     change(tree, "visualize", "columns", 3)
-    output = run(tree, "infra.run")
+    output = tiny.run(tree, "infra.run")
     assert {name for name, result in results(output).items() if result == "ran"} == {"visualize", ALWAYS}
 
 
@@ -178,7 +161,7 @@ def test_results_of_before_come_from_the_cache(tree):
     """After A, B: A again. Nothing is computed, and a deleted result is back."""
     shutil.rmtree(tree / "reports" / "figures")
     shutil.rmtree(tree / "outputs" / "onnx")
-    output = run(tree, "infra.run")
+    output = tiny.run(tree, "infra.run")
     ran = {name for name, result in results(output).items() if result == "ran"}
     assert ran == {ALWAYS}
     assert (tree / "outputs" / "onnx" / "unet.onnx").exists() and (
@@ -192,11 +175,11 @@ def test_an_experiment_leaves_the_work_tree_alone(tree):
     tiny.git(tree, "add", "dvc.lock")
     tiny.git(tree, "commit", "--quiet", "-m", "results")
     before = tiny.git(tree, "status", "--porcelain")
-    run(tree, "dvc", "exp", "run", "--temp", "-S", "train.learning_rate=0.004", "--name", "faster")
+    tiny.run(tree, "dvc", "exp", "run", "--temp", "-S", "train.learning_rate=0.004", "--name", "faster")
     assert tiny.git(tree, "status", "--porcelain") == before
-    shown = run(tree, "dvc", "exp", "show", "--csv")
+    shown = tiny.run(tree, "dvc", "exp", "show", "--csv")
     assert "faster" in shown and "0.004" in shown
-    table = run(tree, "dvc", "exp", "show", "--only-changed", "--drop", ".*/")
+    table = tiny.run(tree, "dvc", "exp", "show", "--only-changed", "--drop", ".*/")
     assert "frechet_distance_unguided" in table and "clip_score_guided" in table
     assert max(map(len, table.splitlines())) <= 160
 

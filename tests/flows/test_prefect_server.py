@@ -1,6 +1,7 @@
 """A real Prefect server and worker of `make serve`: a schedule, a cancelled run, a killed run.
 
-The tests build on each other, in their order: what the scheduled run computed is cached for the others.
+The work tree has the DVC cache of the shared chain, so that its runs compute only what differs. The tests build on each
+other, in their order.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
@@ -27,6 +29,9 @@ from flows import server
 from infra import browser
 from tasks.params import composition
 from tests.support import tiny
+
+if TYPE_CHECKING:
+    from tests.flows.conftest import Chain
 
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 
@@ -129,10 +134,13 @@ def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    root = tiny.tree(tmp_path_factory.mktemp("served"))
+def served(tmp_path_factory: pytest.TempPathFactory, chain: Chain, migrated_database: Path) -> Iterator[Served]:
+    # Another time limit makes `download` run, which gives the same files; so what follows is in the cache.
+    root = tiny.tree(tmp_path_factory.mktemp("served"), "download.timeout_seconds=1800")
+    shutil.copytree(chain.cache, root / ".dvc" / "cache", dirs_exist_ok=True)
+    shutil.copy(migrated_database, root / "mlflow.db")
     schedule = root / "prefect.yaml"
-    text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 15\n", schedule.read_text())
+    text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 10\n", schedule.read_text())
     half_an_hour_away = f"{(datetime.now(UTC).minute + 30) % 60} * * * *"
     text, other = re.subn(r"30 \* \* \* \*", half_an_hour_away, text)
     assert count == other == 1
@@ -142,7 +150,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         done = command(root, "flows.serve", "--port", str(port))
         assert done.returncode == 0, done.stderr
         assert f"http://127.0.0.1:{port}" in done.stdout
-        with httpx.Client(base_url=f"{server.url(port)}/api", timeout=30) as api:
+        with httpx.Client(base_url=f"{server.url(port)}/api", timeout=60) as api:
             yield Served(root, port, api, done.stdout)
     finally:
         ours = [psutil.Process(process.pid) for process in server.running(root).values()]
@@ -171,7 +179,9 @@ def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served
     run = served.run(first["id"])
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert re.fullmatch(r"digits \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
-    refused = r"afterimage-digits version 1 refused, there is no champion: frechet_distance .*; ran download, .*"
+    refused = (
+        r"afterimage-digits version 1 refused, there is no champion: frechet_distance .*; ran download, register; .*"
+    )
     assert re.fullmatch(refused, run["state"]["message"])
 
     with sqlite3.connect(served.root / "mlflow.db") as store:

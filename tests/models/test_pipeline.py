@@ -224,7 +224,7 @@ def conditional(tmp_path_factory):
 @pytest.mark.parametrize("sampler", OF_DIFFUSION)
 def test_an_image_depends_on_its_seed_whatever_the_batch(conditional, sampler):
     seeds, labels = list(range(7)), [0, 1, 2, 0, 1, 2, 0]
-    sampling = Sampling(sampler, 10, 1.0 if sampler == "ddim" else 0.0, 1.5)
+    sampling = Sampling(sampler, 5, 1.0 if sampler == "ddim" else 0.0, 1.5)
 
     def draw(batch_size):
         return conditional.sample(seeds, labels, sampling, batch_size=batch_size)

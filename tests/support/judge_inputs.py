@@ -25,6 +25,8 @@ CLASSES = ["zero", "one", "two"]
 TIMESTEPS = 30
 IMAGE = ImageParams(resolution=8, channels=1)
 PARAMS = JudgeParams(classifier_steps=60, clip_steps=60, batch_size=32, seed=1)
+BRIEF = JudgeParams(classifier_steps=1, clip_steps=1, batch_size=32, seed=1)
+"""For a judge that need not know anything."""
 
 
 def template_captions(label: int) -> list[str]:

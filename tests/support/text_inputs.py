@@ -29,6 +29,7 @@ from tasks.params import (
 from tasks.params.composition import compose
 from tasks.train import train
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
+from tests.support.train_inputs import small_grids
 
 LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
 MODEL = ModelParams(
@@ -83,16 +84,17 @@ def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
-    train(
-        root / "latents",
-        root / "codec",
-        root / "accepted.json",
-        root / name,
-        root / f"report-{name}",
-        model,
-        DIFFUSION,
-        train_params(**others),
-    )
+    with small_grids():
+        train(
+            root / "latents",
+            root / "codec",
+            root / "accepted.json",
+            root / name,
+            root / f"report-{name}",
+            model,
+            DIFFUSION,
+            train_params(**others),
+        )
 
 
 def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:

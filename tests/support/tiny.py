@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,19 +36,30 @@ OVERRIDES = [
 ]
 
 
-def tree(destination: Path) -> Path:
+def tree(destination: Path, *overrides: str) -> Path:
     """Copy the files of the work tree without outputs, compose tiny parameters and commit the copy."""
     listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in listed:
         if name and name != "dvc.lock" and (ROOT / name).is_file():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, destination / name)
-    command = [sys.executable, "-m", "tasks.preset", "digits", *OVERRIDES]
+    command = [sys.executable, "-m", "tasks.preset", "digits", *OVERRIDES, *overrides]
     subprocess.run(command, cwd=destination, check=True, capture_output=True)
     git(destination, "init", "--quiet")
     git(destination, "add", ".")
     git(destination, "commit", "--quiet", "-m", "a tiny chain")
     return destination
+
+
+def run(tree: Path, *command: str) -> str:
+    """Output of a Python module, run in `tree` as a person would who has nothing set."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AFTERIMAGE_"))}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def git(where: Path, *arguments: str) -> str:

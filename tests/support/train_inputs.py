@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from tasks.formats.verdict import Verdict
@@ -180,6 +182,17 @@ def history(folder: Path) -> list[dict[str, str]]:
     """Return the rows of `history.csv`."""
     with (folder / "report" / "history.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@contextmanager
+def small_grids() -> Iterator[None]:
+    """Draw four images in two steps for a grid of samples: those of the real size take longer than a tiny training."""
+    from tasks.training import previews
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("STEPS", "COLUMNS", "ROWS"):
+            patch.setattr(previews, name, 2)
+        yield
 
 
 def train_here(folder: Path, monkeypatch, database: Path) -> None:

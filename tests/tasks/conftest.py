@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.train_inputs import SHORT, prepare_here, train_here, write_inputs, write_params
+from tests.support.shared import made_once
+from tests.support.train_inputs import SHORT, prepare_here, small_grids, train_here, write_inputs, write_params
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory) -> Path:
+    """Labelled and captioned digits, and the judge that was trained on them; read them only."""
+    from tests.support import judge_inputs
+
+    def make(folder: Path) -> None:
+        judge_inputs.write_images(folder)
+        judge_inputs.run_judge(folder)
+
+    return made_once(tmp_path_factory, "judged", make)
 
 
 @pytest.fixture
@@ -18,7 +31,8 @@ def trained(tmp_path, monkeypatch, migrated_database):
             folder.mkdir(exist_ok=True)
             write_inputs(folder, conditioning)
         write_params(folder, conditioning, **SHORT | train)
-        train_here(folder, monkeypatch, migrated_database)
+        with small_grids():
+            train_here(folder, monkeypatch, migrated_database)
         return folder
 
     return call
@@ -35,3 +49,9 @@ def prepared(tmp_path, monkeypatch, migrated_database):
         return prepare_here(tmp_path, monkeypatch, migrated_database)
 
     return call
+
+
+@pytest.fixture
+def small_sample_grids():
+    with small_grids():
+        yield

@@ -200,6 +200,7 @@ def test_a_bucket_smaller_than_a_batch_has_its_turn_when_it_fills_one():
     assert {row for bucket, rows in steps if bucket == 1 for row in rows} == {0}
 
 
+@pytest.mark.usefixtures("small_sample_grids")
 @pytest.mark.parametrize("conditioning", ["label", "text"])
 def test_a_training_on_buckets_that_is_interrupted_ends_in_the_same_bytes(
     conditioning, tmp_path, monkeypatch, migrated_database

@@ -55,11 +55,11 @@ class Copyist(Pipeline):
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory, judged):
     """Labelled and captioned digits, their judge, and a pipeline of random weights; read it only."""
     root = tmp_path_factory.mktemp("tree")
-    judge_inputs.write_images(root)
-    judge_inputs.run_judge(root)
+    for name in ("data", "judge"):
+        (root / name).symlink_to(judged / name)
     judge_inputs.write_pipeline(root)
     return root
 
@@ -265,7 +265,7 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
 
 def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
     judge_inputs.write_images(tmp_path, labels=False, captions=None)
-    judge_inputs.run_judge(tmp_path)
+    judge_inputs.run_judge(tmp_path, judge_inputs.BRIEF)
     judge_inputs.write_pipeline(tmp_path, classes=[])
     measured = measured_in(run(tmp_path, tmp_path / "out"))
     assert sorted(measured.measures) == ["cmmd", "frechet_distance", "kid", "near_copies", "precision", "recall"]
@@ -280,7 +280,7 @@ def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
 )
 def test_clip_score_needs_captions(tmp_path, captions, reason):
     images = judge_inputs.write_images(tmp_path, captions=captions)
-    judge = load_judge(judge_inputs.run_judge(tmp_path))
+    judge = load_judge(judge_inputs.run_judge(tmp_path, judge_inputs.BRIEF))
     pipeline = load_pipeline(judge_inputs.write_pipeline(tmp_path))
     measured = measure(pipeline, images, judge, declare(pipeline, images, judge, PARAMS))
     assert ("clip_score" in measured.measures) == (reason is None)
@@ -366,8 +366,9 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
 
 
 def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
-    noisy = {"sampler": "ddim", "steps": 30, "eta": 0.5, "n_sweep": 1, "guidance_sweep": (), "seed_blocks": 3}
-    out = run(tree, tmp_path, PARAMS.model_copy(update=noisy))
+    noisy = {"sampler": "ddim", "steps": 30, "eta": 0.5, "n_sweep": 1, "guidance_sweep": ()}
+    few = {"n_distance": 64, "n_accuracy": 4}
+    out = run(tree, tmp_path, PARAMS.model_copy(update=noisy | few))
     rows = table(out / "evaluation" / "samplers.csv")
     compared = [row for row in rows if row["n"] == "80"]
     assert [(row["sampler"], row["eta"]) for row in compared] == [

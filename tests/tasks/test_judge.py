@@ -18,21 +18,13 @@ from tests.support import judge_inputs
 from tests.support.data_inputs import contents
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    root = tmp_path_factory.mktemp("labelled")
-    judge_inputs.write_images(root)
-    judge_inputs.run_judge(root)
-    return root
-
-
 def held_out(root):
     return load_pixels(root / "data" / "images", "test", judge_inputs.IMAGE)
 
 
-def test_labelled_and_captioned_images_give_a_classifier_and_a_clip_that_know_held_out_digits(labelled):
-    judge = load_judge(labelled / "judge")
-    images = held_out(labelled)
+def test_labelled_and_captioned_images_give_a_classifier_and_a_clip_that_know_held_out_digits(judged):
+    judge = load_judge(judged / "judge")
+    images = held_out(judged)
     assert judge.kind == judge.info.features == "classifier"
     assert judge.info.classes == judge_inputs.CLASSES
     assert judge.info.prompts == ["a zero", "a one", "a two"]
@@ -51,16 +43,16 @@ def test_labelled_and_captioned_images_give_a_classifier_and_a_clip_that_know_he
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-6)
 
 
-def test_features_are_those_that_the_classifier_reads(labelled):
-    judge, images = load_judge(labelled / "judge"), held_out(labelled)
+def test_features_are_those_that_the_classifier_reads(judged):
+    judge, images = load_judge(judged / "judge"), held_out(judged)
     with torch.inference_mode():
         logits = judge.classifier.head(torch.from_numpy(judge.features(images.pixels))).numpy()
     np.testing.assert_allclose(logits, judge.class_logits(images.pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_a_rerun_gives_the_same_bytes_and_another_seed_others(labelled, tmp_path):
-    first = contents(labelled / "judge")
-    (tmp_path / "data").symlink_to(labelled / "data")
+def test_a_rerun_gives_the_same_bytes_and_another_seed_others(judged, tmp_path):
+    first = contents(judged / "judge")
+    (tmp_path / "data").symlink_to(judged / "data")
     assert contents(judge_inputs.run_judge(tmp_path)) == first
     other = contents(judge_inputs.run_judge(tmp_path, judge_inputs.PARAMS.model_copy(update={"seed": 2})))
     assert {name for name in first if first[name] != other[name]} == {
@@ -70,10 +62,10 @@ def test_a_rerun_gives_the_same_bytes_and_another_seed_others(labelled, tmp_path
     }
 
 
-def test_training_does_not_disturb_torchs_random_state(labelled, tmp_path):
-    (tmp_path / "data").symlink_to(labelled / "data")
+def test_training_does_not_disturb_torchs_random_state(judged, tmp_path):
+    (tmp_path / "data").symlink_to(judged / "data")
     state = torch.random.get_rng_state()
-    judge_inputs.run_judge(tmp_path, judge_inputs.PARAMS.model_copy(update={"classifier_steps": 1, "clip_steps": 1}))
+    judge_inputs.run_judge(tmp_path, judge_inputs.BRIEF)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -125,10 +117,10 @@ def test_images_that_were_not_accepted_train_nothing(tmp_path):
     assert not (tmp_path / "judge").exists()
 
 
-def test_the_hash_of_the_clip_covers_its_tokenizer(labelled, tmp_path):
+def test_the_hash_of_the_clip_covers_its_tokenizer(judged, tmp_path):
     from models.judges.judge import save_judge
 
-    judge = load_judge(labelled / "judge")
+    judge = load_judge(judged / "judge")
     judge.tokenizer.enable_truncation(5)
     save_judge(tmp_path, judge)
     saved = json.loads((tmp_path / "judge.json").read_text())["hashes"]
@@ -136,8 +128,8 @@ def test_the_hash_of_the_clip_covers_its_tokenizer(labelled, tmp_path):
     assert saved["classifier"] == judge.info.hashes["classifier"]
 
 
-def test_another_format_is_refused(labelled, tmp_path):
-    described = json.loads((labelled / "judge" / "judge.json").read_text())
+def test_another_format_is_refused(judged, tmp_path):
+    described = json.loads((judged / "judge" / "judge.json").read_text())
     (tmp_path / "judge.json").write_text(json.dumps(described | {"format": 0}))
     with pytest.raises(ValueError, match="format 0"):
         load_judge(tmp_path)

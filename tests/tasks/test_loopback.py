@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_every_process_that_is_started_knows_it(place, tmp_path, migrated_databa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | PROXIES
-    environment |= {"AFTERIMAGE_SCRATCH": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{migrated_database}"}
+    shutil.copy(migrated_database, tmp_path / "mlflow.db")
+    environment |= {"AFTERIMAGE_SCRATCH": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     show = "import os; print('NO_PROXY', os.environ.get('no_proxy'))"
     names = f"SHOW, PORT, FOLDER = {show!r}, '{port}', {str(tmp_path)!r}"
     command = [sys.executable, "-c", f"import os, sys\nfrom pathlib import Path\n{names}\n{STARTED[place]}"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tasks import params, preset
 from tasks.params import composition
+from tests.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
@@ -26,9 +29,14 @@ REQUIRED_OVERRIDES = {"hub": ["download.hub.repo=owner/name"]} | {
 }
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tasks.preset", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return commands.call(preset.main, *arguments)
+
+
+@functools.cache
+def composed(name: str) -> dict[str, Any]:
+    """The preset with the overrides that it requires; read it only."""
+    return composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
 
 
 def test_the_presets_of_the_readme_exist():
@@ -37,10 +45,7 @@ def test_the_presets_of_the_readme_exist():
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_a_tiny_preset_is_a_small_one_of_its_kind(name):
-    large, tiny = (
-        composition.compose(name, REQUIRED_OVERRIDES.get(name, [])),
-        composition.compose(f"{name}_tiny", [PATH]),
-    )
+    large, tiny = composed(name), composed(f"{name}_tiny")
     for section, key in (("codec", "kind"), ("codec", "conditioning"), ("evaluate", "sampler"), ("evaluate", "steps")):
         assert large[section][key] == tiny[section][key]
     assert tiny["image"]["resolution"] == 64 and tiny["codec"]["autoencoder"]["weights"] is None
@@ -54,7 +59,7 @@ def test_a_large_preset_takes_pictures_from_a_folder_instead():
 
 @pytest.mark.parametrize("name", composition.names())
 def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
-    document = composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
+    document = composed(name)
     assert document["preset"] == name
     file = tmp_path / "params.yaml"
     file.write_text(preset.dump(document, name), encoding="utf-8")
@@ -78,7 +83,7 @@ def keys_of(value: object) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", composition.names())
 def test_no_parameter_has_a_name_that_dvc_drops(name):
-    document = composition.compose(name, REQUIRED_OVERRIDES.get(name, []))
+    document = composed(name)
     assert not DROPPED_BY_DVC & set(keys_of(document))
 
 
@@ -103,7 +108,8 @@ def test_dvc_changes_one_line_of_it(name, others, tmp_path):
     from dvc.utils.hydra import apply_overrides
 
     file = tmp_path / "params.yaml"
-    text = preset.dump(composition.compose(name, [*REQUIRED_OVERRIDES.get(name, []), *others]), name)
+    document = composition.compose(name, [*REQUIRED_OVERRIDES.get(name, []), *others]) if others else composed(name)
+    text = preset.dump(document, name)
     file.write_text(text, encoding="utf-8")
     apply_overrides(file, ["train.learning_rate=0.0123"])
     removed, added = different_lines(text, file.read_text(encoding="utf-8"))
@@ -118,7 +124,7 @@ def different_lines(before: str, after: str) -> tuple[list[str], list[str]]:
 def test_base_names_every_parameter():
     """The parameters that a preset does not set are in base.yaml, and never come from a default in the code."""
     base = yaml.safe_load((composition.PRESETS / "base.yaml").read_text(encoding="utf-8"))
-    complete = composition.compose("digits", [])
+    complete = composed("digits")
     assert {key: set(value) for key, value in base.items() if isinstance(value, dict)} == {
         key: set(value) for key, value in complete.items() if isinstance(value, dict)
     }
@@ -126,7 +132,7 @@ def test_base_names_every_parameter():
 
 def test_params_yaml_is_the_default_preset():
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    assert text == preset.dump(composition.compose("digits", []), "digits"), "run: python -m tasks.preset digits"
+    assert text == preset.dump(composed("digits"), "digits"), "run: python -m tasks.preset digits"
 
 
 def test_overrides_of_values_and_of_parts():
@@ -253,8 +259,10 @@ def test_of_many_changes_some_are_shown(tmp_path):
 
 
 def test_it_answers_at_once(tmp_path):
+    """As a process: what it imports counts."""
+    command = [sys.executable, "-m", "tasks.preset", "digits", "--params", str(tmp_path / "params.yaml")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run("digits", "--params", str(tmp_path / "params.yaml")).returncode == 0
-    assert run("digits", "train.seed=1", "--params", str(tmp_path / "params.yaml")).returncode == 0
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert subprocess.run([*command, "train.seed=1"], cwd=ROOT).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 2

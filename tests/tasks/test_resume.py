@@ -26,6 +26,7 @@ from tests.support.train_inputs import (
     kill_when,
     results,
     run,
+    train_here,
     write_inputs,
     write_params,
 )
@@ -39,13 +40,26 @@ TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, migrated_database):
-    """Return the folder of an undisturbed training of 60 steps with dropout."""
+    """Return the folder of an undisturbed training of 60 steps with dropout, in this process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_inputs(folder)
     write_params(folder, dropout=0.2)
-    done = run(folder, migrated_database)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(folder, patch, migrated_database)
     return folder
+
+
+@pytest.fixture
+def continued(undisturbed, tmp_path, monkeypatch, migrated_database, capsys):
+    """Return a function that continues a training in this process, checks its results and returns what it printed."""
+
+    def call() -> tuple[str, str]:
+        capsys.readouterr()
+        train_here(tmp_path, monkeypatch, migrated_database)
+        assert results(tmp_path) == results(undisturbed)
+        return tuple(capsys.readouterr())
+
+    return call
 
 
 def start(folder: Path, database: Path, arguments: list[str] | None = None, **more: str) -> subprocess.Popen[str]:
@@ -88,15 +102,12 @@ def writes_a_checkpoint(folder: Path):
     return lambda: any((folder / "scratch" / "train").glob("*/.step-*.tmp"))
 
 
-def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
+def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database, continued):
     copy_of(undisturbed, tmp_path)
     writes = writes_a_checkpoint(tmp_path)
     moments = (writes, has_step(tmp_path, 10), writes, has_step(tmp_path, 30), has_step(tmp_path, 40))
     assert [kill_at(tmp_path, migrated_database, moment) for moment in moments] == [KILLED] * 5
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 0, done.stderr
-    assert "continues at step" in done.stdout
-    assert results(tmp_path) == results(undisturbed)
+    assert "continues at step" in continued()[0]
 
 
 def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
@@ -139,27 +150,26 @@ def signalled_at(folder: Path, database: Path, step: int, number: int, **more: s
 
 
 @pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])
-def test_a_signal_saves_a_checkpoint_and_sets_the_code(undisturbed, tmp_path, migrated_database, number, code, more):
+def test_a_signal_saves_a_checkpoint_and_sets_the_code(
+    undisturbed, tmp_path, migrated_database, continued, number, code, more
+):
     """The same if accelerate's launcher receives the signal."""
     copy_of(undisturbed, tmp_path)
     left, output = signalled_at(tmp_path, migrated_database, 10, number, **more)
     assert left == code, output
     assert "the same command continues" in output
-    done = run(tmp_path, migrated_database)
-    assert int(re.search(r"continues at step (\d+)", done.stdout)[1]) > 10
-    assert results(tmp_path) == results(undisturbed)
+    assert int(re.search(r"continues at step (\d+)", continued()[0])[1]) > 10
 
 
-def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, migrated_database):
+def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, continued):
     copy_of(undisturbed, tmp_path, "scratch")
     newest = checkpoints(tmp_path / "scratch")[-1]
     damaged = bytearray((newest / "model.safetensors").read_bytes())
     damaged[-1] ^= 1
     (newest / "model.safetensors").write_bytes(damaged)
-    done = run(tmp_path, migrated_database)
-    assert f"{newest.name} is damaged" in done.stderr
-    assert "continues at step 50 of 60" in done.stdout
-    assert results(tmp_path) == results(undisturbed)
+    printed, warned = continued()
+    assert f"{newest.name} is damaged" in warned
+    assert "continues at step 50 of 60" in printed
 
 
 @pytest.mark.slow
