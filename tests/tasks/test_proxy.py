@@ -22,7 +22,7 @@ DATA = bytes(range(256)) * 2000
 
 @pytest.fixture(autouse=True)
 def no_exemption(monkeypatch):
-    """urllib goes past a proxy for the hosts in `no_proxy`, which a stage in this process has set to this machine."""
+    """Clear `no_proxy`, which a stage in this process has set to this machine and which urllib obeys."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
 

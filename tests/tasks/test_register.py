@@ -275,7 +275,7 @@ def test_several_registrations_at_once_make_one_version(work):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_completes_it(work):
-    """kill -9 after each of the writes to MLflow in turn: no version, run or point twice, none missing."""
+    """After SIGKILL at each write to MLflow in turn, no version, run or point is missing or repeated."""
     model_outputs.write_reports(work.root)
     model_outputs.run_package(work.root)
     (work.root / "sitecustomize.py").write_text(

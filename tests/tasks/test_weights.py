@@ -150,11 +150,10 @@ def test_the_pin_of_several_networks_covers_each_of_them(bucket):
 
 def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
     """The whole way: a network that is published is trained on, by its name and commit."""
-    from tasks.params import TrainParams
     from tasks.training.warm_start import initial_folder
     from tests.support.text_inputs import train_params
 
-    params: TrainParams = train_params(weights=REPO, pin=COMMIT)
+    params = train_params(weights=REPO, pin=COMMIT)
     folder = initial_folder(params)
     assert folder is not None
     assert names(folder) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
