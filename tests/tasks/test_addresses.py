@@ -1,4 +1,4 @@
-"""Which addresses count as public: the same on every Python, whatever form an IPv4 address hides in."""
+"""Classification of addresses as public or private, also of IPv4 addresses embedded in IPv6 addresses."""
 
 import socket
 

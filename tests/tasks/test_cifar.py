@@ -1,4 +1,4 @@
-"""The source `cifar10`, against small archives in the publisher's own format on a server of this machine."""
+"""The source `cifar10`, against small archives in the published format on a local server."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What later stages need of the data: each lack is refused by `validate`, by name and with its remedy."""
+"""Requirements of later stages on the data: `validate` checks each, by name and with its remedy."""
 
 from __future__ import annotations
 

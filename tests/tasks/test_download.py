@@ -1,4 +1,4 @@
-"""The stage `download`: what lies in data/raw, and what is said when it cannot."""
+"""The stage `download`: the files of data/raw, and the errors of sources that cannot be read."""
 
 import hashlib
 import json

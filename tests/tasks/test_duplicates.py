@@ -1,4 +1,4 @@
-"""Which rows show the same picture: against comparing every pair."""
+"""Duplicate detection, compared with a search over all pairs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Fetching over http: resumed, bounded, verified, screened. Against a real server on this machine."""
+"""Downloads over http: resumed, limited, verified, from screened addresses, against local servers."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The source `hub`: data sets in the hub's own format, from a server of this machine that answers as the hub does."""
+"""The source `hub`, against a local server with the hub's API, with data sets in their published formats."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The source `laion`: filters, outcomes in the form in which img2dataset reports them, and the whole with itself."""
+"""The source `laion`: filters, outcomes as img2dataset reports them, and the source end to end."""
 
 import csv
 import hashlib

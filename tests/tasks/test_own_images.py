@@ -1,4 +1,4 @@
-"""One's own images as people keep them: files beside images, webdataset shards, the layouts of known samples."""
+"""Common layouts of users' datasets: sidecar files, webdataset shards, published samples."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Pictures as people have them: colour profiles, long texts, odd suffixes, formats that are not read."""
+"""Unusual image files: colour profiles, long text chunks, unknown suffixes, unsupported formats."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The filtering proxy, through the client that img2dataset uses (urllib), against servers of this machine."""
+"""The screening proxy, used through urllib as by img2dataset, against local servers."""
 
 import http.client
 import socket

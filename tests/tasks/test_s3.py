@@ -1,4 +1,4 @@
-"""Archives and prefixes of S3, from a server of this machine that speaks its protocol (moto)."""
+"""The source `folder` at s3:// URLs, against a local S3 server (moto)."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The stage `validate`: good data passes, each kind of bad data fails by name, and then nothing after it starts."""
+"""The stage `validate`: good data is accepted, each kind of bad data is refused by name, no later stage runs."""
 
 import hashlib
 import html

@@ -1,4 +1,4 @@
-"""Published weights, from a server of this machine that answers as the hub does and from one that speaks S3."""
+"""Pretrained weights from local servers with the APIs of the Hugging Face hub and of S3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What characters say about a text."""
+"""Detection of unexpected scripts and of control characters in captions."""
 
 import pyarrow as pa
 import pytest
