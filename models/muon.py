@@ -42,7 +42,7 @@ def hidden_matrices(network: nn.Module) -> list[str]:
     """Return the names of the parameters that Muon trains: weights of the hidden linear layers and convolutions.
 
     The remaining ones are biases, norms, embeddings and other tables, `INPUTS_AND_OUTPUTS`, parameters that are frozen,
-    and LoRA adapters: orthogonalising the factors B and A apart does not orthogonalise the change of their product,
+    and LoRA adapters: orthogonalising each of the factors B and A does not orthogonalise the change of their product,
     which depends on how it is factorised, and the learning rates known for adapters are Adam's.
     """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

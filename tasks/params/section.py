@@ -14,11 +14,7 @@ NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Fi
 """(low, high] in sigma / alpha, the noise relative to an image in [-1, 1]."""
 
 NO_PATH = "tasks/presets/none"
-"""Value of a path parameter that names no file; DVC requires every dependency to exist.
-
-`requirements.lock` had this role before, so that every change of any package ran `download` and `train` again. Neither
-needs it: the digits are checked against their SHA-256, and the key of a training contains the version of torch.
-"""
+"""Value of a path parameter that names no file; DVC requires every dependency to exist."""
 
 
 class ParamsError(ValueError):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import psutil
@@ -22,9 +22,11 @@ from torch import Tensor
 from models.diffusion import drop_condition
 from models.networks.text_encoder import with_sizes
 from models.pixels import from_uint8
-from models.timesteps import Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
+
+if TYPE_CHECKING:
+    from models.timesteps import Timesteps
 
 MEMORY_SHARE = 0.3
 """Share of the free memory that the data set may take under `data_on_device: auto`; the rest is for training."""

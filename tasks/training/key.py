@@ -7,18 +7,21 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from models.hashing import file_sha256
 from models.json_files import JsonObject, read_json
 from tasks.formats.codec_info import FILE as CODEC_FILE
-from tasks.formats.latents import LatentsIndex
-from tasks.formats.training_record import Scalar
-from tasks.formats.verdict import Verdict
 from tasks.params import NO_PATH, DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, closure
 from tasks.training import checkpoint
+
+if TYPE_CHECKING:
+    from tasks.formats.latents import LatentsIndex
+    from tasks.formats.training_record import Scalar
+    from tasks.formats.verdict import Verdict
 
 FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from", "weights"}
 """Parameters of the section train that change no weight: a checkpoint made with another value is still valid."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-from tasks.params import TrainParams
 from tasks.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    from tasks.params import TrainParams
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # <malloc.h>
 TOP_PAD_BYTES = 64 * 2**20

@@ -27,22 +27,22 @@ from models.noise.schedules import path_of
 from models.timesteps import Density, Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
-from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
 from tasks.training import checkpoint, companions, memory, optimizer, warm_start
 from tasks.training import key as training_key
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
-from tasks.training.key import RunFacts
 from tasks.training.log import HistoryRow, Tally
-from tasks.training.warm_start import InitialWeights
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
     from torch import Tensor, nn
 
     from models.networks.autoencoder import Autoencoder
+    from tasks.params import DiffusionParams, ModelParams, TrainParams
+    from tasks.training.key import RunFacts
+    from tasks.training.warm_start import InitialWeights
 
 HELD_OUT_SAMPLES = 512
 INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")

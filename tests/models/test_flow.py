@@ -128,7 +128,7 @@ def test_a_sampler_that_the_path_does_not_have_is_named(path, sampler):
 
 
 def test_euler_is_ddim_in_other_units():
-    """x / sqrt(alpha^2 + sigma^2) turns the flow's levels into a variance-preserving path, and Euler into DDIM."""
+    """`x / sqrt(alpha^2 + sigma^2)` turns the flow's levels into a variance-preserving path, and Euler into DDIM."""
     levels = RectifiedFlow().sampled(9)
     scaled = [
         paths.Level(level.t, *(value / math.hypot(level.alpha, level.sigma) for value in level[1:])) for level in levels
@@ -157,7 +157,7 @@ def test_what_the_network_predicts_determines_the_image_on_every_path(prediction
 
 
 def test_the_velocity_in_numbers():
-    """t = 250 of 1,000: alpha 0.75 and sigma 0.25."""
+    """At t = 250 of 1,000: alpha 0.75 and sigma 0.25."""
     x0, eps = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
     alpha, sigma = (torch.tensor([value]) for value in RectifiedFlow(1000).level(250)[1:])
     assert add_noise(x0, eps, alpha, sigma).item() == pytest.approx(0.75 * 0.5 - 0.25)

@@ -163,8 +163,10 @@ def test_distances_refuse_what_has_none(distance):
 
 
 def manifold_by_hand(points, members, k):
-    """Kynkaanniemi et al. 2019, equation 1: a point is inside where it is no farther from some member than that
-    member's k-th neighbour."""
+    """Fraction of points inside the manifold of `members` (Kynkaanniemi et al. 2019, equation 1).
+
+    A point is inside if it is at most as far from some member as that member's k-th neighbour.
+    """
     radii = [np.sort([np.linalg.norm(member - other) for other in members])[k] for member in members]
     return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(members, radii, strict=True)) for p in points])
 

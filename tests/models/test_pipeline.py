@@ -32,7 +32,7 @@ def fed_to_diffusers(monkeypatch, draws: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("sampler", "offset"), [("ddim", 0), ("ddim", 1), ("dpm_solver_pp_2m", 1)])
 def test_a_published_model_is_sampled_at_the_timesteps_of_its_scheduler(tmp_path, monkeypatch, sampler, offset):
-    """diffusers spaces them "leading" where the configuration says nothing, and our own pipelines say "trailing"."""
+    """The default spacing of diffusers is "leading"; our own pipelines set "trailing"."""
     from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 
     publish(tmp_path, steps_offset=offset, prediction_type="v_prediction")

@@ -1,5 +1,7 @@
-"""Networks of Stable Diffusion's sizes, made by our code on the meta device: as large, and of the same shapes, as the
-published ones. Their `config.json` are written down here anew, so that a mistake in ours cannot be in both."""
+"""Networks of Stable Diffusion's sizes have the shapes and the number of parameters of the published ones.
+
+They are built on the meta device. The published `config.json` files are written out here, independently of our code.
+"""
 
 from __future__ import annotations
 

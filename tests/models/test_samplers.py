@@ -22,7 +22,7 @@ def at(a, t=0):
 
 
 def scales(a):
-    """alpha and sigma of alpha_bar, a tensor."""
+    """Return alpha and sigma for alpha_bar, a tensor."""
     return a.sqrt(), (1 - a).sqrt()
 
 
@@ -65,7 +65,7 @@ MODULES = {"ddpm": "ddpm", "ddim": "ddim", "euler": "euler_ancestral_discrete", 
 
 
 def trajectory_of_diffusers(scheduler, sampler, output, draws, monkeypatch):
-    """x after each step, in units where signal and noise have variance 1; diffusers is fed our noise, in order."""
+    """Return x after each step of a diffusers scheduler that receives our noise, scaled to variance 1."""
     fed = iter(draws[1:])
     name = MODULES[sampler.split()[0].split("_")[0]]
     monkeypatch.setattr(f"diffusers.schedulers.scheduling_{name}.randn_tensor", lambda *_, **__: next(fed))
@@ -326,7 +326,7 @@ def test_target_and_x0_are_inverse(prediction, t):
 
 
 def test_targets_in_numbers():
-    """a = 0.64: sqrt(a) = 0.8 and sqrt(1 - a) = 0.6."""
+    """For a = 0.64, sqrt(a) = 0.8 and sqrt(1 - a) = 0.6."""
     x0, eps, a = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0), torch.tensor([0.64])
     assert add_noise(x0, eps, *scales(a)).item() == pytest.approx(0.8 * 0.5 - 0.6)
     assert target("epsilon", x0, eps, *scales(a)).item() == -1

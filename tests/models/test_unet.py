@@ -54,7 +54,7 @@ def test_config_survives_the_round_trip(config):
 
 
 def test_a_condition_that_is_not_a_class_is_refused():
-    """diffusers' "identity", whose condition is an embedding, has the weights of an unconditional network."""
+    """The type "identity", whose condition is an embedding, has the weights of an unconditional network."""
     with pytest.raises(ValueError, match="class_embed_type is 'identity'; supported: None"):
         UNetConfig.from_diffusers(RGB.to_diffusers() | {"class_embed_type": "identity"})
 

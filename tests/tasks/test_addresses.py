@@ -1,4 +1,4 @@
-"""Which addresses count as public: the same on every Python, whatever form an IPv4 address hides in."""
+"""Classification of addresses as public or private, also of IPv4 addresses embedded in IPv6 addresses."""
 
 import socket
 
@@ -18,7 +18,7 @@ from tasks.web import addresses
         *("2001:db8::1", "192.88.99.1"),
     ],
 )
-def test_not_public(address):
+def test_special_addresses_are_not_public(address):
     assert not addresses.is_public(address)
 
 
@@ -29,11 +29,11 @@ def test_not_public(address):
         *("::ffff:8.8.8.8", "::ffff:0:808:808", "64:ff9b::808:808", "2002:808:808::1"),
     ],
 )
-def test_public(address):
+def test_global_addresses_are_public(address):
     assert addresses.is_public(address)
 
 
-def test_tables_of_newer_or_older_pythons_change_no_verdict(monkeypatch):
+def test_the_result_does_not_depend_on_the_python_version(monkeypatch):
     """Python 3.13 calls other networks global than 3.11 does: with either answer the verdict is the same."""
     import ipaddress
 
@@ -45,11 +45,11 @@ def test_tables_of_newer_or_older_pythons_change_no_verdict(monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".org", "no.such.host.invalid"])
-def test_a_name_that_cannot_be_looked_up_is_an_os_error(host):
+def test_an_unresolvable_name_raises_os_error(host):
     with pytest.raises(OSError):  # noqa: PT011 - the resolver's words
         addresses.lookup(host, 80)
 
 
-def test_an_octal_address_is_that_of_loopback():
+def test_an_octal_address_resolves_to_loopback():
     assert socket.inet_aton("0177.0.0.1") == socket.inet_aton("127.0.0.1")
     assert addresses.lookup("0177.0.0.1", 80) == ["127.0.0.1"]

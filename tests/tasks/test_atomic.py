@@ -38,7 +38,7 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     code = (
         "import os, signal, pathlib; from tasks.runtime import atomic\n"
         f"with atomic.writing_folder(pathlib.Path({str(tmp_path / 'folder')!r})) as folder:\n"
@@ -58,7 +58,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["whole"]
 
 
-def test_the_temporary_of_a_living_process_stays(tmp_path):
+def test_temporary_files_of_a_running_process_are_kept(tmp_path):
     other = tmp_path / f".file.{os.getppid()}.tmp"
     other.write_text("being written")
     atomic.write_text(tmp_path / "file", "text")

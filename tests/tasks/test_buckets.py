@@ -128,7 +128,7 @@ def test_latents_are_stored_by_bucket_and_found_again(encoded, capsys):
     assert "changed since the last time: buckets; all images are encoded anew" in capsys.readouterr().out
 
 
-def test_neither_workers_nor_history_change_a_byte(encoded, monkeypatch, tmp_path):
+def test_neither_workers_nor_stored_latents_change_a_byte(encoded, monkeypatch, tmp_path):
     before = contents(encoded(params=PARAMS.model_copy(update={"workers": 1})))
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "other"))
     encoded(files=FILES | {"tall/03.png": picture(99, (18, 36))})
@@ -156,7 +156,7 @@ def drawn(whole: Bucketed, step: int, part: int = 0) -> tuple[int, list[int]]:
     return x0.shape[3] - 2, ((x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
-def test_every_image_is_drawn_once_in_an_epoch_of_its_bucket_and_buckets_as_often_as_they_are_full():
+def test_every_image_is_drawn_once_per_epoch_and_buckets_in_proportion_to_their_size():
     whole = bucketed()
     seen = collections.defaultdict(list)
     epochs = 8
@@ -193,7 +193,7 @@ def test_parts_and_processes_share_the_bucket_and_the_images_of_a_step():
         assert [row for _, rows in several for row in rows] == images
 
 
-def test_a_bucket_smaller_than_a_batch_has_its_turn_when_it_fills_one():
+def test_a_bucket_smaller_than_a_batch_is_drawn_when_it_fills_one():
     whole = bucketed((30, 1))
     steps = [drawn(whole, step) for step in range(31 * 4)]
     assert sum(bucket == 1 for bucket, _ in steps) == 4

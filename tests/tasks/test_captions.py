@@ -92,7 +92,7 @@ FORMS = {
 
 @pytest.mark.parametrize("where", ["", "images/"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_common_form_is_read(read, form, where):
+def test_every_common_format_is_read(read, form, where):
     name, content = FORMS[form]
     content = content.encode() if isinstance(content, str) else content
     source, rows, refused = read({where + key: data for key, data in PICTURES.items()} | {name: content})
@@ -102,34 +102,34 @@ def test_every_common_form_is_read(read, form, where):
     assert source.notes == (f"4 captions from {name}",)
 
 
-def test_a_name_that_is_no_text_names_no_image(read):
+def test_an_image_name_that_is_not_utf_8_is_reported_as_unmatched(read):
     lines = b"image,caption\nx0.png,a dog\ncaf\xe9.png,a cup\n\n,\n"
     source, rows, refused = read(PICTURES | {"c.csv": lines})
     assert (rows["x0.png"], refused, source.unmatched_captions) == (["a dog"], {}, 1)
     assert source.caption_files[0].first_unmatched == "line 3: caf%udce9.png"
 
 
-def test_a_path_of_another_machine_distinguishes_two_images_of_one_name(read):
+def test_a_path_of_another_machine_distinguishes_images_of_the_same_name(read):
     files = {"a/1.png": picture(1), "b/1.png": picture(2)}
     lines = "image,caption\nC:\\set\\a\\1.png,one\n/home/set/b/1.png,two\n"
     _, rows, _ = read(files | {"c.csv": lines.encode()})
     assert rows == {"a/1.png": ["one"], "b/1.png": ["two"]}
 
 
-def test_the_delimiter_is_the_one_by_which_there_are_columns(read):
+def test_the_delimiter_is_the_one_that_gives_columns_of_names_and_captions(read):
     """More semicolons than commas in the first line, and yet a table of commas."""
     lines = "".join(f"{name},a dog; brown; big {number}\n" for number, name in enumerate(TEXT))
     _, rows, _ = read(PICTURES | {"captions.csv": lines.encode()})
     assert rows["x3.png"] == ["a dog; brown; big 3"]
 
 
-def test_all_columns_of_captions_are_read(read):
+def test_all_caption_columns_are_read(read):
     lines = "image,caption,prompt\n" + "".join(f"{name},one {name},two {name}\n" for name in TEXT)
     _, rows, _ = read(PICTURES | {"c.csv": lines.encode()})
     assert rows["x2.png"] == ["one x2.png", "two x2.png"]
 
 
-def test_a_quoted_caption_may_go_over_lines(read):
+def test_a_quoted_caption_may_span_lines(read):
     lines = "image,caption\n" + "".join(f'{name},"one {name}\nx, and two"\n' for name in TEXT)
     _, rows, _ = read(PICTURES | {"c.csv": lines.encode()})
     assert rows["x1.png"] == ["one x1.png\nx, and two"]
@@ -148,7 +148,7 @@ MELTING = {
 
 
 @pytest.mark.parametrize("kind", MELTING)
-def test_rows_never_melt_into_one_caption(read, kind):
+def test_an_unclosed_quote_is_refused(read, kind):
     with pytest.raises(StageError, match=r"c\.csv.*quote.*not closed"):
         read(PICTURES | {"c.csv": MELTING[kind].encode()})
 
@@ -185,7 +185,7 @@ NOT_READ = {
 
 
 @pytest.mark.parametrize("kind", NOT_READ)
-def test_what_looks_like_captions_and_is_not_read_is_counted(read, kind):
+def test_files_that_look_like_captions_and_are_not_read_are_reported(read, kind):
     name, content, reason = NOT_READ[kind]
     _, rows, refused = read(PICTURES | {name: content if isinstance(content, bytes) else content.encode()})
     assert rows == {image: [] for image in PICTURES}
@@ -195,7 +195,7 @@ def test_what_looks_like_captions_and_is_not_read_is_counted(read, kind):
         assert reason in refused[name].detail
 
 
-def test_other_files_are_no_captions(read):
+def test_other_files_are_not_reported_as_captions(read):
     files = {
         "README.txt": b"about these pictures",
         "scores.csv": b"model,score\na,1\n",
@@ -207,12 +207,12 @@ def test_other_files_are_no_captions(read):
     assert {name: problem.reason for name, problem in refused.items()} == dict.fromkeys(files, "no image file")
 
 
-def test_boxes_beside_an_image_are_no_captions(read):
+def test_bounding_boxes_beside_an_image_are_not_captions(read):
     _, rows, refused = read(PICTURES | {"x0.txt": b"0 0.5 0.5 0.1 0.2\n"})
     assert (rows["x0.png"], refused["x0.txt"].reason) == ([], "no image file")
 
 
-def test_a_damaged_line_costs_that_line(read):
+def test_a_damaged_line_is_skipped_and_reported(read):
     lines = [json.dumps(each) for each in LISTED]
     lines[1], lines[2] = "{broken", '{"a":' * 100_000
     _, rows, refused = read(PICTURES | {"metadata.jsonl": "\n".join(lines).encode()})
@@ -235,7 +235,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_texts_in_a_folder_of_captions(read, kind):
+def test_text_files_in_a_captions_folder_are_read(read, kind):
     image, text = FOLDERS[kind]
     files = {image.format(number): picture(number) for number in range(3)}
     said = '{{"caption": "cap {}"}}' if text.endswith(".json") else "cap {}"
@@ -245,14 +245,14 @@ def test_texts_in_a_folder_of_captions(read, kind):
     assert refused == {}
 
 
-def test_a_text_that_may_belong_to_two_images_is_not_read(read):
+def test_a_text_file_that_matches_two_images_is_not_read(read):
     files = {"images/1.png": picture(1), "masks/1.png": picture(2), "captions/1.txt": b"a dog"}
     _, rows, refused = read(files)
     assert rows == {"images/1.png": [], "masks/1.png": []}
     assert refused["captions/1.txt"].reason == "captions not read"
 
 
-def test_names_are_compared_after_normalisation(read):
+def test_names_are_compared_after_unicode_normalisation(read):
     nfd, nfc = (unicodedata.normalize(form, "Zürich") for form in ("NFD", "NFC"))
     files = {f"{nfd} 1.png": picture(1), f"{nfc} 2.png": picture(2), f"{nfd} 3.png": picture(3), "4.png": picture(4)}
     files |= {"c.csv": f"image,caption\n{nfc} 1.png,one\n{nfd} 2.png,two\n".encode(), f"{nfc} 3.txt": b"three"}
@@ -263,7 +263,7 @@ def test_names_are_compared_after_normalisation(read):
     assert source.classes == ["Bern", nfc]
 
 
-def test_a_zip_whose_names_are_utf_8_without_saying_so(tmp_path):
+def test_utf_8_names_in_a_zip_are_read_without_the_utf_8_flag(tmp_path):
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         archive.writestr("ZZZrich.png", picture(1))
         archive.writestr("captions.csv", "image,caption\nZürich.png,a lake\n")
@@ -285,7 +285,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_one_line_stays_one_caption(read, text):
+def test_each_line_of_a_text_file_is_one_caption(read, text):
     _, rows, refused = read({"1.png": picture(1), "1.txt": text.encode()})
     assert (rows, refused) == ({"1.png": TEXTS[text]}, {})
     _, rows, _ = read({"1.png": picture(1), "1.txt": text.encode("utf-16")})
@@ -293,12 +293,12 @@ def test_one_line_stays_one_caption(read, text):
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", b"it\x92s", b"\xff\xfea", b"\xff\xfe\x00\xd8a\x00"])
-def test_a_text_that_cannot_be_decoded_quarantines_its_image(read, content):
+def test_an_undecodable_text_file_quarantines_its_image(read, content):
     _, rows, refused = read({"1.png": picture(1), "1.txt": content})
     assert (rows, refused["1.png"].reason) == ({}, "caption not UTF-8")
 
 
-def test_captions_of_several_lines_are_said_once(read):
+def test_text_files_with_several_lines_give_one_note(read):
     wrapped = b"A woman in red\nstands there.\n\nThe light is warm."
     source, rows, _ = read(PICTURES | {"x0.txt": wrapped, "x1.txt": b"a dog\na brown dog", "x2.txt": b"one"})
     assert [len(texts) for texts in rows.values()] == [3, 2, 1, 0]
@@ -316,7 +316,7 @@ def table_of(tmp_path, metadata=None, **columns):
     return picture_tables.read({"train/0.parquet": tmp_path / "0.parquet"}, TableColumns(), 1 << 20)
 
 
-def test_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
+def test_unread_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
     source = table_of(tmp_path, caption="a dog", caption_en="a dog", url="x")
     assert source.notes == (
         "columns that look like captions and are not read: caption_en; see download.columns.captions",
@@ -325,13 +325,13 @@ def test_columns_of_a_hub_table_that_look_like_captions_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("said", [b"[" * 100_000, b'{"info":' * 100_000, b"[]", b'{"info": {"features": 3}}'])
-def test_metadata_of_a_hub_table_that_cannot_be_read_says_nothing(tmp_path, said):
+def test_unreadable_metadata_of_a_hub_table_is_ignored(tmp_path, said):
     source = table_of(tmp_path, {b"huggingface": said}, caption="a dog")
     assert [entry.captions for entry in source.entries] == [("a dog",)]
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_captions_of_a_hub_table_that_cannot_be_decoded(tmp_path, listed):
+def test_undecodable_captions_of_a_hub_table_quarantine_their_image(tmp_path, listed):
     """Nothing in a Parquet file makes its texts UTF-8."""
     texts = [[text] if listed else text for text in (b"caf\xe9", "café".encode(), b"a dog")]
     kind = (pa.list_ if listed else lambda its: its)(pa.binary())

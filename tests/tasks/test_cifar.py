@@ -1,4 +1,4 @@
-"""The source `cifar10`, against small archives in the publisher's own format on a server of this machine."""
+"""The source `cifar10`, against small archives in the published format on a local server."""
 
 import hashlib
 import io
@@ -90,7 +90,7 @@ def taken(tmp_path, monkeypatch):
     return call
 
 
-def test_every_picture_arrives_with_its_split_label_and_pixels(tmp_path, taken):
+def test_every_image_keeps_its_split_label_and_pixels(tmp_path, taken):
     index = taken(archive())
     assert index.splits == {"test": ROWS, "train": 5 * ROWS}
     assert index.classes == cifar.CLASSES
@@ -102,7 +102,7 @@ def test_every_picture_arrives_with_its_split_label_and_pixels(tmp_path, taken):
     assert train.captions[0] == [f"a {cifar.CLASSES[train.labels[0]]}"]
 
 
-def test_a_wrong_checksum_is_never_opened(tmp_path, taken):
+def test_an_archive_with_a_wrong_checksum_is_not_unpickled(tmp_path, taken):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -112,7 +112,7 @@ def test_a_wrong_checksum_is_never_opened(tmp_path, taken):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_pickle_builds_arrays_and_nothing_else(tmp_path, taken):
+def test_the_unpickler_builds_only_arrays_and_basic_types(tmp_path, taken):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -144,6 +144,6 @@ def test_another_archive_is_refused(taken, changes, expected):
         taken(archive(**changes))
 
 
-def test_the_official_archive_is_the_known_one():
+def test_the_checksum_is_that_of_the_official_archive():
     assert cifar.OFFICIAL.sha256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
     assert all(url.startswith("https://") for url in cifar.OFFICIAL.urls)

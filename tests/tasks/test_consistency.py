@@ -48,7 +48,7 @@ def written(folder: Path, name: str, changes: dict[str, Any] | None = None) -> d
 
 
 @pytest.mark.parametrize("name", consistency.INPUTS)
-def test_what_was_asked_for_is_accepted(name, tmp_path):
+def test_inputs_of_the_requested_parameters_are_accepted(name, tmp_path):
     consistency.require(name, written(tmp_path, name), PARAMS)
     consistency.require(name, dict.fromkeys(consistency.INPUTS[name], tmp_path / "missing"), PARAMS)
 
@@ -57,7 +57,7 @@ def test_what_was_asked_for_is_accepted(name, tmp_path):
     ("name", "argument", "changes"),
     [(*reader, changes) for reader in READERS for changes in CHANGES if set(changes) <= described_keys(*reader)],
 )
-def test_what_was_made_for_something_else_is_refused(name, argument, changes, tmp_path):
+def test_inputs_of_other_parameters_are_refused(name, argument, changes, tmp_path):
     artefact = consistency.INPUTS[name][argument]
     paths = written(tmp_path / "right", name) | {argument: written(tmp_path / "wrong", name, changes)[argument]}
     with pytest.raises(StageError) as raised:
@@ -71,7 +71,7 @@ def test_what_was_made_for_something_else_is_refused(name, argument, changes, tm
     assert f"run 'dvc repro -f -s {artefact.made_by}'" in str(raised.value)
 
 
-def test_every_stage_that_reads_such_a_folder_compares_it():
+def test_every_stage_that_reads_such_an_input_compares_it():
     """By the folders that `dvc.yaml` names, so that a new reader cannot be forgotten."""
     makers = {"outputs/codec": "codec", "data/latents": "encode", "outputs/pipeline": "train"}
     makers |= {"outputs/judge": "judge", "outputs/onnx": "export", "outputs/model": "package"}

@@ -12,7 +12,7 @@ from tests.support import bad_inputs
 from tests.support.data_inputs import picture
 
 
-def test_the_perceptual_hash_is_the_signs_of_the_low_frequencies():
+def test_the_perceptual_hash_compares_low_frequencies_with_their_median():
     from scipy.fft import dctn
 
     pictures = np.random.default_rng(0).integers(0, 256, (50, 32, 32), np.uint8)
@@ -23,7 +23,7 @@ def test_the_perceptual_hash_is_the_signs_of_the_low_frequencies():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_the_thumbnail_of_a_transparent_picture_lies_on_white(mode):
+def test_transparent_thumbnails_are_composited_on_white(mode):
     picture = PIL.Image.radial_gradient("L").resize((96, 64))
     image = PIL.Image.merge("RGBA", [picture, picture.rotate(90), picture, picture.rotate(180)])
     image = image.quantize(64) if mode == "P" else image.convert(mode)
@@ -33,7 +33,7 @@ def test_the_thumbnail_of_a_transparent_picture_lies_on_white(mode):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_picture_is_set_upright_as_pillow_does(orientation):
+def test_images_are_turned_upright_as_by_pillow(orientation):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     lying = decoding.open_image(
@@ -44,7 +44,7 @@ def test_a_picture_is_set_upright_as_pillow_does(orientation):
     assert decoding.upright_size(lying) == upright.size[::-1]
 
 
-def test_a_picture_of_a_phone_is_no_animation():
+def test_a_multi_picture_jpeg_of_a_phone_is_not_an_animation():
     first, second = (PIL.Image.open(io.BytesIO(picture(seed))) for seed in (1, 2))
     file = io.BytesIO()
     first.save(file, "MPO", save_all=True, append_images=[second])

@@ -1,4 +1,4 @@
-"""What later stages need of the data: each lack is refused by `validate`, by name and with its remedy."""
+"""Requirements of later stages on the data: `validate` checks each, by name and with its remedy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def judge(tmp_path, inputs: dict[str, bytes], asked: Demands) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_lack_is_refused_before_anything_is_trained(tmp_path, case):
+def test_missing_data_is_refused_before_anything_is_trained(tmp_path, case):
     inputs, asked, says = REFUSED[case]
     with pytest.raises(StageError) as error:
         judge(tmp_path, inputs, demands(**asked))
@@ -100,7 +100,7 @@ def test_a_lack_is_refused_before_anything_is_trained(tmp_path, case):
     assert not (tmp_path / "accepted.json").exists()
 
 
-def test_enough_is_accepted(tmp_path):
+def test_sufficient_data_is_accepted(tmp_path):
     judge(tmp_path, files(4, 3), demands(**{"codec.conditioning": "label", "train.batch_size": 8}))
     assert (tmp_path / "accepted.json").exists()
 
@@ -112,7 +112,7 @@ def test_the_width_of_the_features_is_that_of_the_network(resolution):
     assert Backbone(1, resolution).features == stage_widths(resolution)[-1]
 
 
-def test_published_features_of_unknown_width_ask_for_two_images():
+def test_published_features_of_unknown_width_require_two_images():
     asked = demands(**{"judge.extractor.kind": "clip", "evaluate.allow_small_n": False})
     assert asked.images_for_distances == 2
 

@@ -1,4 +1,4 @@
-"""The stage `download`: what lies in data/raw, and what is said when it cannot."""
+"""The stage `download`: the files of data/raw, and the errors of sources that cannot be read."""
 
 import hashlib
 import json
@@ -85,7 +85,7 @@ def test_an_archive_is_copied_and_never_linked(tmp_path):
     assert archive.stat().st_nlink == 1
 
 
-def test_a_tar_is_known_by_its_content(tmp_path):
+def test_a_tar_is_recognised_by_its_content(tmp_path):
     path = tmp_path / "data.bin"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(write_tree(tmp_path / "pictures", FILES), "pictures")
@@ -93,7 +93,7 @@ def test_a_tar_is_known_by_its_content(tmp_path):
     assert manifest(tmp_path / "raw")["name"] == "images.tar"
 
 
-def test_an_archive_behind_an_address(tmp_path, monkeypatch):
+def test_an_archive_is_downloaded_from_a_url(tmp_path, monkeypatch):
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     data = write_zip(tmp_path / "mine.zip", FILES).read_bytes()
     with serving() as site:
@@ -108,7 +108,7 @@ def test_an_archive_behind_an_address(tmp_path, monkeypatch):
     assert manifest(tmp_path / "raw")["origin"] == f"{site.address}/mine.zip"
 
 
-def test_a_signed_address_from_the_environment_leaves_no_trace(tmp_path):
+def test_a_signed_url_from_the_environment_is_not_recorded(tmp_path):
     """Through the real command: the address is in no output, and nothing of it is in any file that is left."""
     data = write_zip(tmp_path / "mine.zip", FILES).read_bytes()
     with serving() as site:
@@ -138,7 +138,7 @@ def test_the_digits_come_with_scikit_learn(tmp_path):
     assert manifest(tmp_path / "raw")["size"] == 57523
 
 
-def test_a_failed_download_leaves_the_earlier_one(folder, tmp_path):
+def test_a_failed_download_keeps_the_earlier_one(folder, tmp_path):
     raw = tmp_path / "raw"
     download(raw, folder_params(folder))
     before = contents(raw)
@@ -206,7 +206,7 @@ def test_a_checksum_mismatch_ends_with_one_sentence(tmp_path, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
-def test_no_space_left_ends_before_the_copy(folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_copy(folder, tmp_path, monkeypatch):
     archive = write_zip(tmp_path / "mine.zip", FILES)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     for path in (archive, folder):

@@ -1,4 +1,4 @@
-"""Which rows show the same picture: against comparing every pair."""
+"""Duplicate detection, compared with a search over all pairs."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_all_near_pairs_are_found_and_no_others(bits):
 
 
 @pytest.mark.parametrize("bits", [0, 2])
-def test_a_row_resembles_the_first_one_that_is_near(bits):
+def test_the_first_near_duplicate_of_a_row_is_found(bits):
     hashes = crowded(500, seed=1)
     hashes[100:120] = hashes[:20]
     distances = np.bitwise_count(hashes[:, None] ^ hashes[None])
@@ -39,7 +39,7 @@ def test_a_row_resembles_the_first_one_that_is_near(bits):
     assert duplicates.first_duplicates(hashes, rows, among, bits).tolist() == expected
 
 
-def test_a_crowd_of_equal_hashes_is_found_at_once():
+def test_many_equal_hashes_are_found_quickly():
     hashes = np.full(200_000, 0xF0F0, np.uint64)
     assert (duplicates.first_duplicates(hashes, np.arange(200_000), np.arange(200_000), 3)[1:] == 0).all()
 

@@ -92,7 +92,7 @@ def test_one_edited_image_changes_the_digest(encoded):
 
 
 @pytest.mark.parametrize("verdict", [None, {"verdict": "refused"}, {}])
-def test_nothing_is_made_of_data_that_was_not_accepted(tmp_path, encoded, verdict):
+def test_data_that_was_not_accepted_is_not_encoded(tmp_path, encoded, verdict):
     encoded(FILES)
     accepted = tmp_path / "accepted.json"
     accepted.unlink()

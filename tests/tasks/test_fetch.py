@@ -1,4 +1,4 @@
-"""Fetching over http: resumed, bounded, verified, screened. Against a real server on this machine."""
+"""Downloads over http: resumed, limited, verified, from screened addresses, against local servers."""
 
 import base64
 import hashlib
@@ -37,14 +37,14 @@ def get(tmp_path):
     return call
 
 
-def test_a_file_arrives_whole(site, get, tmp_path):
+def test_a_file_is_downloaded_completely(site, get, tmp_path):
     site.files["/a"] = DATA
     assert get(f"{site.address}/a") == f"{site.address}/a"
     assert (tmp_path / "file").read_bytes() == DATA
     assert not list((tmp_path / "partial").glob("*.part"))
 
 
-def test_a_server_that_cuts_connections_is_asked_for_the_rest(site, get, tmp_path):
+def test_a_cut_connection_is_resumed_with_a_range_request(site, get, tmp_path):
     site.files["/a"] = DATA
     site.cut_after = 300_000
     get(f"{site.address}/a")
@@ -64,7 +64,7 @@ def test_twenty_connections_that_break_at_random_places(site, get, tmp_path):
     assert len(starts) == 21 and starts == sorted(set(starts))
 
 
-def test_what_arrived_before_an_accident_is_kept_for_the_next_run(site, get, tmp_path):
+def test_a_partial_download_is_continued_by_the_next_run(site, get, tmp_path):
     site.files["/a"] = DATA
     site.cut_after = 0
     (tmp_path / "partial").mkdir()
@@ -79,7 +79,7 @@ def test_what_arrived_before_an_accident_is_kept_for_the_next_run(site, get, tmp
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_a_server_without_ranges_is_read_from_the_start(site, get, tmp_path):
+def test_without_range_support_the_download_starts_again(site, get, tmp_path):
     site.files["/a"] = DATA
     site.ranges = False
     (tmp_path / "partial").mkdir()
@@ -89,7 +89,7 @@ def test_a_server_without_ranges_is_read_from_the_start(site, get, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1000, len(DATA), len(DATA) + 5])
-def test_a_damaged_beginning_is_thrown_away(site, get, tmp_path, size):
+def test_a_damaged_partial_file_is_discarded(site, get, tmp_path, size):
     site.files["/a"] = DATA
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / f"{SHA256}.part").write_bytes(b"x" * size)
@@ -97,7 +97,7 @@ def test_a_damaged_beginning_is_thrown_away(site, get, tmp_path, size):
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_a_complete_part_needs_no_second_download(site, get, tmp_path):
+def test_a_complete_partial_file_is_not_downloaded_again(site, get, tmp_path):
     site.files["/a"] = DATA
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / f"{SHA256}.part").write_bytes(DATA)
@@ -105,14 +105,14 @@ def test_a_complete_part_needs_no_second_download(site, get, tmp_path):
     assert site.requests == [("/a", f"bytes={len(DATA)}-")]
 
 
-def test_the_next_mirror_serves_where_one_fails(site, get, tmp_path):
+def test_the_next_mirror_is_used_if_one_fails(site, get, tmp_path):
     site.files["/good"], site.files["/other"] = DATA, b"something else"
     used = get(f"{site.address}/missing", f"{site.address}/other", f"{site.address}/good")
     assert used == f"{site.address}/good"
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_a_checksum_mismatch_gives_no_file(site, get, tmp_path):
+def test_after_a_checksum_mismatch_no_file_is_left(site, get, tmp_path):
     site.files["/a"] = DATA[:-1] + b"x"
     with pytest.raises(StageError, match=f"checksum mismatch.*{SHA256}"):
         get(f"{site.address}/a")
@@ -126,14 +126,14 @@ def test_a_missing_page_and_a_closed_port_are_named(site, get):
         get("http://127.0.0.1:9/a")
 
 
-def test_too_many_bytes_are_refused_before_they_come(site, get, tmp_path):
+def test_a_file_over_the_limit_is_refused_before_the_download(site, get, tmp_path):
     site.files["/a"] = DATA
     with pytest.raises(StageError, match="max_bytes 1000"):
         get(f"{site.address}/a", max_bytes=1000)
     assert not list((tmp_path / "partial").glob("*.part"))
 
 
-def test_the_time_out_is_for_the_whole(site, get):
+def test_the_timeout_limits_the_whole_download(site, get):
     site.files["/a"] = DATA
     site.cut_after = 100
     begin = time.monotonic()
@@ -170,7 +170,7 @@ def test_redirects_are_followed_a_few_times_and_only_to_http(site, get, tmp_path
         get(f"{site.address}/file")
 
 
-def test_no_second_look_up_can_name_another_address(site, get, tmp_path, monkeypatch):
+def test_the_connection_goes_to_the_address_of_the_first_lookup(site, get, tmp_path, monkeypatch):
     """A host whose address changes between the screening and the connection is asked once."""
     site.files["/a"] = DATA
     asked = []
@@ -204,7 +204,7 @@ def test_a_proxy_of_the_environment_is_used(site, get, tmp_path, monkeypatch):
         get("http://10.0.0.1/a", allow_private_addresses=False)
 
 
-def test_the_certificate_is_that_of_the_host_and_not_of_the_address(get, tmp_path, monkeypatch, certificate):
+def test_the_certificate_is_verified_for_the_host_name(get, tmp_path, monkeypatch, certificate):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     resolve = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda _, *others, **named: resolve("127.0.0.1", *others, **named))
@@ -217,7 +217,7 @@ def test_the_certificate_is_that_of_the_host_and_not_of_the_address(get, tmp_pat
             get(f"https://other.test:{port}/a")
 
 
-def test_secrets_in_an_address_are_not_repeated(site, get):
+def test_secrets_in_a_url_are_not_printed(site, get):
     site.files["/a"] = DATA
     private = site.address.replace("http://", "http://user:password@") + "/a?signature=secret"
     assert get(private.replace("?signature=secret", "")) == f"{site.address}/a"
@@ -227,7 +227,7 @@ def test_secrets_in_an_address_are_not_repeated(site, get):
     assert "password" not in str(refused.value)
 
 
-def test_headers_go_to_the_host_that_was_asked_and_to_no_other(site, get, tmp_path):
+def test_headers_are_sent_only_to_the_original_host(site, get, tmp_path):
     with serving() as other:
         other.files["/there"] = DATA
         site.redirects |= {"/a": "/b", "/b": f"{other.address}/there"}
@@ -252,7 +252,7 @@ def test_user_and_password_of_a_host_come_from_netrc(site, get, tmp_path, monkey
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_without_an_entry_the_answer_401_names_netrc(site, get, tmp_path, monkeypatch):
+def test_without_a_netrc_entry_the_error_of_a_401_names_netrc(site, get, tmp_path, monkeypatch):
     site.refusals["/a"] = (401, {"WWW-Authenticate": "Basic"})
     (tmp_path / "netrc").write_text("machine elsewhere.org login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -261,7 +261,7 @@ def test_without_an_entry_the_answer_401_names_netrc(site, get, tmp_path, monkey
     assert site.tokens == [("/a", None)]
 
 
-def test_a_netrc_that_cannot_be_read_is_named_and_not_quoted(site, get, tmp_path, monkeypatch):
+def test_an_unreadable_netrc_is_named_and_not_quoted(site, get, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me\nsecret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(StageError, match=r"netrc cannot be read \(line \d\); correct it") as refused:
@@ -286,7 +286,7 @@ def test_an_address_from_the_environment(monkeypatch):
     "url",
     ["http://0177.0.0.1/", "http://a..b/x", "http://host:99999/", "http://[::1/x", "http://me:secret@0177.0.0.1/"],
 )
-def test_an_address_that_is_none_is_one_sentence(get, url):
+def test_an_invalid_url_is_one_sentence(get, url):
     with pytest.raises(StageError) as refused:
         get(url, allow_private_addresses=False)
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
@@ -294,13 +294,13 @@ def test_an_address_that_is_none_is_one_sentence(get, url):
         fetch.require_allowed(url, False)
 
 
-def test_a_redirect_to_an_address_that_is_none_is_one_sentence(site, get):
+def test_a_redirect_to_an_invalid_url_is_one_sentence(site, get):
     site.redirects["/a"] = "http://0177.0.0.1/"
     with pytest.raises(StageError, match="redirects to an invalid URL"):
         get(f"{site.address}/a")
 
 
-def test_no_space_left_is_said_before_anything_comes(site, get, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(site, get, tmp_path, monkeypatch):
     site.files["/a"] = DATA
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": len(DATA) - 1}))
     with pytest.raises(StageError, match="are free"):

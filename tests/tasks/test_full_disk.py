@@ -57,6 +57,6 @@ def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tm
         RuntimeError("(sqlite3.OperationalError) database or disk is full"),
     ],
 )
-def test_a_full_disk_is_known_in_the_words_of_each_library(error):
+def test_a_full_disk_is_recognised_by_the_errors_of_each_library(error):
     assert stage.is_disk_full(error)
     assert not stage.is_disk_full(ValueError("something else"))

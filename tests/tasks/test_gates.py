@@ -33,7 +33,7 @@ def test_absolute_gates(changes, reason):
     assert said is None if reason is None else reason in said
 
 
-def test_label_accuracy_is_no_gate_where_it_does_not_apply():
+def test_label_accuracy_is_not_a_gate_without_labels():
     assert gates.not_good_enough(replace(JUDGED, label_accuracy=None), PARAMS) is None
 
 
@@ -72,7 +72,7 @@ def test_the_gates_compare_the_headline_of_the_protocol():
     assert {"cmmd_unguided", "cmmd_spread", "cmmd_floor", "label_accuracy_guided"} < found.tags().keys()
 
 
-def test_the_gates_read_back_what_they_wrote_on_a_version_and_nothing_of_an_earlier_form():
+def test_judged_numbers_survive_the_tags_and_earlier_tags_are_ignored():
     assert gates.from_tags(JUDGED.tags(), "frechet_distance") == JUDGED
     assert gates.from_tags(JUDGED.tags(), "cmmd") is None, "another headline"
     unconditional = replace(JUDGED, label_accuracy=None, guided_scale=None)

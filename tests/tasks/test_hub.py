@@ -1,4 +1,4 @@
-"""The source `hub`: data sets in the hub's own format, from a server of this machine that answers as the hub does."""
+"""The source `hub`, against a local server with the hub's API, with data sets in their published formats."""
 
 import hashlib
 import json
@@ -130,14 +130,14 @@ def test_rows_that_cannot_be_loaded_are_quarantined(site, taken):
         ([3, 0, 1], ["0", "1", "2", "3"], [3, 0, 1]),
     ],
 )
-def test_classes_that_the_table_does_not_name(site, taken, labels, classes, expected):
+def test_undeclared_classes_are_taken_from_the_labels(site, taken, labels, classes, expected):
     publish(site, "a/b", {"data.parquet": table([picture(seed) for seed in range(3)], label=labels)})
     index, rows, _ = taken(params("a/b"))
     assert index.classes == classes
     assert [row["label"] for _, row in sorted(rows.items())] == expected
 
 
-def test_labels_and_captions_that_are_no_number_and_no_text(site, taken):
+def test_nan_labels_and_captions_are_missing_values(site, taken):
     """Columns with NaN, as written by pandas: no label, no caption; a number that is not a class goes to quarantine."""
     labels = [0.0, 1.0, float("nan"), 1.5, float("inf"), None]
     captions = [float("nan")] * 6
@@ -175,13 +175,13 @@ def test_a_label_may_be_an_element_of_a_list(site, taken):
         ({"classes": ["woman", "man"]}, "no column holds labels for download.columns.classes"),
     ],
 )
-def test_columns_that_hold_no_labels_are_named(site, taken, columns, said):
+def test_a_column_that_holds_no_labels_is_named(site, taken, columns, said):
     publish(site, "a/b", {"data.parquet": table([picture(1)], attributes=[[1, 0]], number=[123_456_789])})
     with pytest.raises(StageError, match=re.escape(said)):
         taken(params("a/b", columns))
 
 
-def test_a_moving_revision_is_answered_with_the_commit_to_pin(site, taken):
+def test_a_branch_as_revision_is_refused_with_the_commit_to_pin(site, taken):
     publish(site, "a/b", {"train.parquet": table([picture(1)])})
     for revision in (None, "main"):
         with pytest.raises(StageError, match=f"download.hub.revision={COMMIT}"):
@@ -199,7 +199,7 @@ def test_twenty_cut_connections(site, taken, tmp_path, monkeypatch):
     assert (tmp_path / "raw" / "train.parquet").read_bytes() == data
 
 
-def test_only_the_files_and_their_listing_are_asked_for(site, taken):
+def test_only_the_listing_and_the_files_are_requested(site, taken):
     """No telemetry, no search for who is asking."""
     publish(site, "a/b", {"train.parquet": table([picture(1)]), "extra.parquet": table([picture(2)])})
     taken(params("a/b", hub={"repo": "a/b", "revision": COMMIT, "files": "train*"}))
@@ -207,7 +207,7 @@ def test_only_the_files_and_their_listing_are_asked_for(site, taken):
     assert paths == ["api", "datasets", "storage"]
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(site, taken, monkeypatch, tmp_path):
+def test_the_token_is_sent_only_to_the_hub(site, taken, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "right")
     publish(site, "a/b", {"train.parquet": table([picture(1)])})
     resolve = f"/datasets/a/b/resolve/{COMMIT}/train.parquet"
@@ -244,7 +244,7 @@ def entry_point(site, tmp_path, **environment):
         ("listing", 500, "", None, "answered 500"),
     ],
 )
-def test_refusals_are_explained_in_a_sentence(site, taken, monkeypatch, where, status, code, token, said):
+def test_refusals_of_the_hub_are_explained_in_one_sentence(site, taken, monkeypatch, where, status, code, token, said):
     publish(site, "a/b", {"train.parquet": table([picture(1)])})
     path = f"/datasets/a/b/resolve/{COMMIT}/train.parquet"
     if where == "listing":
@@ -258,7 +258,7 @@ def test_refusals_are_explained_in_a_sentence(site, taken, monkeypatch, where, s
     assert "secret" not in str(refused.value)
 
 
-def test_the_token_is_in_nothing_that_is_printed(site, tmp_path):
+def test_the_token_is_never_printed(site, tmp_path):
     publish(site, "a/b", {"train.parquet": table([picture(1)])})
     site.refusals[f"/datasets/a/b/resolve/{COMMIT}/train.parquet"] = (403, {"X-Error-Code": "GatedRepo"})
     done = entry_point(site, tmp_path, HF_TOKEN="hf_wrong_secret", HF_DEBUG="1")
@@ -281,7 +281,7 @@ def fill_cache(home: Path, name: str, data: bytes) -> Path:
     return blob
 
 
-def test_offline_only_the_cache_is_used(site, tmp_path):
+def test_offline_mode_uses_only_the_cache(site, tmp_path):
     files = {f"train-0000{number}-of-00002.parquet": table([picture(number)]) for number in range(2)}
     publish(site, "a/b", files)
     (first, data), (second, other) = files.items()
@@ -299,7 +299,7 @@ def test_offline_only_the_cache_is_used(site, tmp_path):
     assert "cache is damaged" in done.stderr
 
 
-def test_what_the_cache_holds_is_not_fetched_again(site, tmp_path):
+def test_cached_files_are_not_downloaded_again(site, tmp_path):
     data = table([picture(1)])
     publish(site, "a/b", {"train.parquet": data})
     fill_cache(tmp_path / "home", "train.parquet", data)
@@ -320,13 +320,13 @@ def test_what_the_cache_holds_is_not_fetched_again(site, tmp_path):
         ({"allow_private_addresses": False}, "private address 127.0.0.1"),
     ],
 )
-def test_what_cannot_work_is_said(site, taken, values, said):
+def test_impossible_configurations_are_refused_in_one_sentence(site, taken, values, said):
     publish(site, "a/b", {"train.parquet": table([picture(1)])})
     with pytest.raises(StageError, match=said):
         taken(params("a/b", **values))
 
 
-def test_a_table_without_pictures_and_a_file_that_is_no_table(site, taken):
+def test_a_table_without_images_and_a_file_that_is_not_parquet_are_refused(site, taken):
     publish(site, "a/b", {"train.parquet": b"PAR1 not really", "x.txt": b"text"})
     with pytest.raises(StageError, match="is not a Parquet file"):
         taken(params("a/b"))

@@ -104,7 +104,7 @@ def test_every_bad_caption_quarantines_its_image_or_loads(tmp_path, taken):
 
 
 @pytest.mark.parametrize("label", [-1, 3, float("nan"), "one"])
-def test_a_label_that_names_no_class_quarantines_its_image(tmp_path, monkeypatch, label):
+def test_a_label_without_a_class_quarantines_its_image(tmp_path, monkeypatch, label):
     entries = [
         Entry("a", picture(1), 9, label=0),
         Entry("b", picture(2), 9, label=label),
@@ -125,7 +125,7 @@ def test_a_large_refused_file_is_recorded_without_its_bytes(tmp_path, taken):
     assert refused["noise.png"]["sha256"] == hashlib.sha256(files["noise.png"]).hexdigest()
 
 
-def test_paths_that_lead_out_of_a_zip(tmp_path, taken):
+def test_unsafe_paths_in_a_zip_are_quarantined(tmp_path, taken):
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for name in ("../up.png", "/absolute.png", "a/../../b.png", "C:/windows.png", "fine/a.png", "twice.png"):
             archive.writestr(name, picture(1))
@@ -150,7 +150,7 @@ def test_paths_that_lead_out_of_a_zip(tmp_path, taken):
     assert not list(tmp_path.parent.rglob("up.png"))
 
 
-def test_links_and_devices_in_a_tar(tmp_path, taken):
+def test_links_and_devices_in_a_tar_are_quarantined(tmp_path, taken):
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
         for name, kind in {"a.png": tarfile.REGTYPE, "s.png": tarfile.SYMTYPE, "h.png": tarfile.LNKTYPE}.items():
             info = tarfile.TarInfo(name)
@@ -178,7 +178,7 @@ def test_links_in_a_folder_are_not_followed(tmp_path, taken):
     assert {row["reason"] for row in refused.values()} == {"link"}
 
 
-def test_a_damaged_member_costs_one_image(tmp_path, taken):
+def test_a_damaged_member_quarantines_one_image(tmp_path, taken):
     path = write_zip(tmp_path / "in.zip", GOOD)
     data = bytearray(path.read_bytes())
     data[data.index(GOOD["good/1.png"]) + 60] ^= 0xFF
@@ -188,14 +188,14 @@ def test_a_damaged_member_costs_one_image(tmp_path, taken):
     assert refused["good/1.png"]["reason"] == "damaged in the archive"
 
 
-def test_hidden_files_are_no_inputs(tmp_path, taken):
+def test_hidden_files_are_skipped(tmp_path, taken):
     files = GOOD | {".DS_Store": b"x", "__MACOSX/good/._0.png": b"x", "good/.hidden.png": b"x", ".git/a.png": b"x"}
     for path in (write_tree(tmp_path / "in", files), write_zip(tmp_path / "in.zip", files)):
         index, _, _ = taken(path)
         assert (index.inputs, index.rows, index.quarantined) == (4, 4, {})
 
 
-def test_names_that_are_no_text(tmp_path, taken):
+def test_file_names_that_are_not_utf_8_are_escaped(tmp_path, taken):
     folder = write_tree(tmp_path / "in", GOOD)
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(picture(9))
     _, rows, _ = taken(folder)
@@ -206,7 +206,7 @@ def test_names_that_are_no_text(tmp_path, taken):
     assert rows["caf%udce9.png"]["image"] == picture(9)
 
 
-def test_a_zip_of_windows(tmp_path, taken):
+def test_backslashes_in_a_zip_separate_folders(tmp_path, taken):
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for name in ("cat/1.png", "dog/2.png"):
             info = zipfile.ZipInfo(name)
@@ -229,20 +229,20 @@ def test_class_folders_and_split_folders(tmp_path, taken):
     assert rows["training/cat_big/5.png"]["captions"] == ["a photo of a cat big", "one cat big"]
 
 
-def test_val_is_held_out_where_there_is_no_test(tmp_path, taken):
+def test_val_is_held_out_without_a_test_split(tmp_path, taken):
     names = ["train/a/1.png", "train/b/2.png", "valid/a/3.png"]
     index, _, _ = taken(write_tree(tmp_path / "in", {name: picture(seed) for seed, name in enumerate(names)}))
     assert index.splits == {"test": 1, "train": 2}
 
 
-def test_a_split_alone_is_no_split(tmp_path, taken):
+def test_a_training_split_alone_is_split_by_hash(tmp_path, taken):
     index, rows, _ = taken(write_tree(tmp_path / "in", {f"train/{seed}.png": picture(seed) for seed in range(60)}))
     assert index.classes == []
     assert 5 <= index.splits["test"] <= 25
     assert {row["label"] for row in rows.values()} == {None}
 
 
-def test_numbers_as_classes_are_in_their_order(tmp_path, taken):
+def test_numeric_class_names_are_sorted_as_numbers(tmp_path, taken):
     index, rows, _ = taken(write_tree(tmp_path / "in", {f"{n}/x.png": picture(n) for n in range(12)}))
     assert index.classes == [str(n) for n in range(12)]
     assert all(rows[f"{n}/x.png"]["label"] == n for n in range(12))
@@ -304,7 +304,7 @@ def test_a_table_after_the_images_of_a_tar(tmp_path, taken):
     assert index.unmatched_captions == 1
 
 
-def test_a_table_of_something_else_is_quarantined(tmp_path, taken):
+def test_a_table_without_image_names_is_quarantined(tmp_path, taken):
     _, rows, refused = taken(write_tree(tmp_path / "in", GOOD | {"scores.csv": b"model,score\na,1\n"}))
     assert len(rows) == 4
     assert refused["scores.csv"]["reason"] == "no image file"
@@ -321,13 +321,13 @@ BAD_TABLES = {
 
 
 @pytest.mark.parametrize("kind", BAD_TABLES)
-def test_a_table_that_does_not_fit_is_refused(tmp_path, taken, kind):
+def test_a_caption_table_that_does_not_match_the_images_is_refused(tmp_path, taken, kind):
     files, expected = BAD_TABLES[kind]
     with pytest.raises(StageError, match=expected):
         taken(write_tree(tmp_path / "in", GOOD | files))
 
 
-def test_nothing_readable_ends_with_one_sentence(tmp_path):
+def test_a_source_without_readable_images_is_one_sentence(tmp_path):
     folder = write_tree(tmp_path / "in", {"a.jpg": b"no", "b.png": b"", "c.txt": b"text"})
     params = write_params(tmp_path / "params.yaml", download={"source": "folder", "path": str(folder)})
     assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
@@ -339,7 +339,7 @@ def test_nothing_readable_ends_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 16])
-def test_the_same_bytes_whatever_the_workers(tmp_path, taken, shards):
+def test_the_number_of_workers_changes_no_byte(tmp_path, taken, shards):
     folder = write_tree(tmp_path / "in", {f"{seed % 3}/{seed}.png": picture(seed) for seed in range(600)})
     taken(folder, shards=shards, workers=1)
     before = contents(tmp_path / "images")
@@ -367,7 +367,7 @@ def test_the_order_in_a_zip_does_not_matter(tmp_path, taken):
     assert contents(tmp_path / "images") == before
 
 
-def test_pixels_are_upright_square_and_on_white(tmp_path, taken):
+def test_images_are_turned_cropped_and_composited_on_white(tmp_path, taken):
     left_red = PIL.Image.new("RGB", (20, 10), "blue")
     left_red.paste((255, 0, 0), (0, 0, 10, 10))
     turned = io.BytesIO()
@@ -392,7 +392,7 @@ def test_pixels_are_upright_square_and_on_white(tmp_path, taken):
     assert samples.labels.tolist() == [-1, -1, -1]
 
 
-def test_the_perceptual_hash_survives_a_smaller_copy(tmp_path, taken):
+def test_a_smaller_copy_has_nearly_the_same_perceptual_hash(tmp_path, taken):
     small = io.BytesIO()
     large = PIL.Image.open(io.BytesIO(picture(3, (96, 96))))
     large.resize((48, 48)).save(small, "JPEG", quality=80)
@@ -403,7 +403,7 @@ def test_the_perceptual_hash_survives_a_smaller_copy(tmp_path, taken):
     assert (bits["large.png"] ^ bits["other.png"]).bit_count() > 12
 
 
-def test_the_digits_in_their_form(tmp_path):
+def test_the_digits_are_ingested_as_published(tmp_path):
     params = write_params(tmp_path / "params.yaml")
     for stage, paths in {"download": ["raw"], "ingest": ["raw", "images", "quarantine"]}.items():
         done = run_stage(stage, *(tmp_path / path for path in paths), params=params)
@@ -421,7 +421,7 @@ def test_the_digits_in_their_form(tmp_path):
         assert samples.captions[0][1] == f"the digit {index.classes[samples.labels[0]]}"
 
 
-def test_a_large_source_reports_its_speed_beside_the_ceiling(tmp_path, taken, capsys):
+def test_a_large_source_reports_its_speed_and_the_decoding_limit(tmp_path, taken, capsys):
     count = CHUNK_ENTRIES * CEILING_CHUNKS
     taken(write_zip(tmp_path / "in.zip", {f"{seed}.png": GOOD[f"good/{seed % 4}.png"] for seed in range(count)}))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "of the ceiling" in line]
@@ -430,7 +430,7 @@ def test_a_large_source_reports_its_speed_beside_the_ceiling(tmp_path, taken, ca
 
 
 @pytest.mark.slow
-def test_the_largest_pictures_in_little_memory(tmp_path):
+def test_the_largest_images_need_little_memory(tmp_path):
     """As many pixels as `ingest.max_pixels` allows, of the kind that takes most memory, in both workers at once."""
     picture = bad_inputs.saved(PIL.Image.new("RGBA", (7000, 7000), (9, 99, 199, 50)), "PNG", compress_level=1)
     heavy = picture + bytes(CHUNK_BYTES // 2)  # two fill a chunk, so that both workers have some

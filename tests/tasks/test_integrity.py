@@ -51,7 +51,7 @@ def test_damaged_latents_are_not_opened(tmp_path, where):
         latents.load_latents(tmp_path / "latents", "train")
 
 
-def test_truncated_and_missing_latents_are_one_sentence(tmp_path):
+def test_truncated_and_missing_latents_are_refused_in_one_sentence(tmp_path):
     write_inputs(tmp_path)
     file = next((tmp_path / "latents").glob("train*.safetensors"))
     os.truncate(file, 200)
@@ -80,7 +80,7 @@ def test_training_never_starts_on_damaged_latents(tmp_path, monkeypatch, migrate
     assert not checkpoints(tmp_path / "scratch"), "no checkpoint from which a later run would go on"
 
 
-def test_a_large_data_set_is_compared_once_and_a_later_damage_is_still_found(tmp_path, monkeypatch):
+def test_a_large_data_set_is_verified_once_and_later_damage_is_detected(tmp_path, monkeypatch):
     write_inputs(tmp_path)
     monkeypatch.setattr(integrity, "REMEMBERED_BYTES", 0)
     file = next((tmp_path / "latents").glob("train*.safetensors"))
@@ -97,7 +97,7 @@ def test_a_large_data_set_is_compared_once_and_a_later_damage_is_still_found(tmp
     assert hashed == [file]
 
 
-def test_of_several_processes_of_a_machine_the_first_compares(tmp_path, monkeypatch):
+def test_only_the_first_process_of_a_machine_verifies(tmp_path, monkeypatch):
     write_inputs(tmp_path)
     damage(next((tmp_path / "latents").glob("train*.safetensors")))
     monkeypatch.setenv("LOCAL_RANK", "1")

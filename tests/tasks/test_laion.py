@@ -1,4 +1,4 @@
-"""The source `laion`: filters, outcomes in the form in which img2dataset reports them, and the whole with itself."""
+"""The source `laion`: filters, outcomes as img2dataset reports them, and the source end to end."""
 
 import csv
 import hashlib
@@ -58,7 +58,7 @@ def addresses_of(count):
     return [f"https://example.org/{number}.jpg" for number in range(count)]
 
 
-def test_each_filter_counts_what_it_leaves_out(tmp_path, chosen):
+def test_each_filter_counts_the_rows_that_it_removes(tmp_path, chosen):
     file = table(
         tmp_path / "a.parquet",
         URL=addresses_of(8),
@@ -106,7 +106,7 @@ def test_columns_are_matched_in_any_case_and_converted(tmp_path, chosen, release
     assert [(row["url"], row["caption"]) for row in rows] == [(values[0][0], "a"), (values[0][2], "c")]
 
 
-def test_what_is_no_number_or_no_text_does_not_pass_or_is_missing(tmp_path, chosen):
+def test_invalid_numbers_do_not_pass_and_invalid_captions_are_missing(tmp_path, chosen):
     file = table(
         tmp_path / "a.parquet",
         url=pa.array([url.encode() for url in addresses_of(4)]),
@@ -118,7 +118,7 @@ def test_what_is_no_number_or_no_text_does_not_pass_or_is_missing(tmp_path, chos
     assert [row["caption"] for row in rows] == ["fine", ""]
 
 
-def test_only_web_addresses_and_each_once(tmp_path, chosen):
+def test_only_http_urls_pass_and_each_once(tmp_path, chosen):
     urls = [
         "https://example.org/a.jpg",
         "HTTP://example.org/b.jpg",
@@ -147,7 +147,7 @@ def test_languages_and_the_limit(tmp_path, chosen):
     assert len(rows) == 4
 
 
-def test_hashes_of_the_content_are_distinguished_from_other_numbers(tmp_path, chosen):
+def test_content_hashes_are_distinguished_from_other_hashes(tmp_path, chosen):
     md5, sha256 = md5_of(b"x"), hashlib.sha256(b"x").hexdigest()
     file = table(tmp_path / "a.parquet", url=addresses_of(4), hash=[md5, None, "1234567890", sha256])
     counts, rows = chosen(file)
@@ -168,7 +168,7 @@ def test_hashes_of_the_content_are_distinguished_from_other_numbers(tmp_path, ch
         ({"URL": ["ftp://x/y"]}, {}, r"none of 1 rows passes the filters \(1 no http"),
     ],
 )
-def test_what_cannot_work_is_said(tmp_path, chosen, columns, filters, said):
+def test_impossible_configurations_are_refused_in_one_sentence(tmp_path, chosen, columns, filters, said):
     with pytest.raises(StageError, match=said):
         chosen(table(tmp_path / "a.parquet", **columns), **filters)
 
@@ -234,7 +234,7 @@ def test_outcomes_are_distinguished(tmp_path):
     assert lines[3]["error"] == "HTTP Error 404: Not Found"
 
 
-def test_shards_that_lost_their_proxy_are_asked_for_again(tmp_path):
+def test_shards_with_errors_of_the_proxy_are_downloaded_again(tmp_path):
     for number, error in enumerate(
         ["<urlopen error [Errno 111] Connection refused>", "HTTP Error 407: x", "HTTP Error 404: Not Found", None]
     ):
@@ -318,19 +318,19 @@ def check_the_whole(site, tmp_path, params):
     assert not (tmp_path / "scratch" / "laion").exists()
 
 
-def test_the_whole_with_a_stand_in_for_the_engine(internet, engine, tmp_path):
+def test_the_source_works_end_to_end_with_a_replacement_for_img2dataset(internet, engine, tmp_path):
     check_the_whole(internet, tmp_path, asked(prepare(internet, tmp_path / "t.parquet", 30)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_with_img2dataset(internet, tmp_path):
+def test_the_source_works_end_to_end_with_img2dataset(internet, tmp_path):
     """Installs 780 MB, once per session of tests."""
     check_the_whole(internet, tmp_path, asked(prepare(internet, tmp_path / "t.parquet", 30)))
     assert all(path.endswith((".jpg",)) for path, _ in internet.requests)
 
 
-def test_too_few_successes_stop_and_keep_what_came(internet, engine, tmp_path):
+def test_too_few_successes_are_an_error_and_keep_the_images(internet, engine, tmp_path):
     file = prepare(internet, tmp_path / "t.parquet", 30)
     with pytest.raises(StageError, match=r"31 of 38 URLs gave an image .*min_success_rate 0\.9"):
         download(tmp_path / "raw", asked(file, min_success_rate=0.9))
@@ -341,7 +341,7 @@ def test_too_few_successes_stop_and_keep_what_came(internet, engine, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_out_of_time_goes_on_where_it_was(internet, engine, tmp_path):
+def test_a_run_that_timed_out_is_continued(internet, engine, tmp_path):
     file = prepare(internet, tmp_path / "t.parquet", 30)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         rows = pq.read_table(file).to_pylist()
@@ -357,7 +357,7 @@ def test_a_run_that_is_out_of_time_goes_on_where_it_was(internet, engine, tmp_pa
     assert again == first, "a complete shard is not asked for again"
 
 
-def test_all_bytes_are_bounded(internet, engine, tmp_path):
+def test_the_total_of_bytes_is_limited(internet, engine, tmp_path):
     file = prepare(internet, tmp_path / "t.parquet", 30)
     with pytest.raises(StageError, match=r"the images exceed download\.max_bytes 10000"):
         download(tmp_path / "raw", asked(file).model_copy(update={"max_bytes": 10_000}))

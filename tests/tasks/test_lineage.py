@@ -95,7 +95,7 @@ def test_lineage_keeps_code_and_parameters_and_no_secret(changed_tree):
     ],
 )
 @pytest.mark.parametrize("name", ["tasks/code.py", "params.yaml"])
-def test_lineage_knows_many_kinds_of_secrets_added_or_removed(changed_tree, line, name):
+def test_lineage_detects_many_kinds_of_secrets_added_or_removed(changed_tree, line, name):
     (changed_tree / name).write_text(f"a: 1\n{line}\n")
     assert name in lineage.lineage("d")["git"]["left_out"]
     git(changed_tree, "commit", "-qam", "second")
@@ -104,7 +104,7 @@ def test_lineage_knows_many_kinds_of_secrets_added_or_removed(changed_tree, line
     assert list(facts["left_out"]) == [name] and facts["diff"] == ""
 
 
-def test_lineage_stores_no_diff_that_nothing_scanned(changed_tree, monkeypatch):
+def test_lineage_stores_no_diff_without_the_scanner(changed_tree, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "detect_secrets" else find(name))
     facts = lineage.lineage("d")["git"]

@@ -74,7 +74,7 @@ def tree(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_what_dvc_cannot_hash_is_named_with_its_remedy(tree, kind):
+def test_files_that_dvc_cannot_hash_are_named_with_a_remedy(tree, kind):
     make, said = ODD[kind]
     folder = tree.parent / "pictures"
     local_source.require_hashable(tree)
@@ -96,7 +96,7 @@ def test_the_remedy_works(tree, tmp_path, kind):
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
 
 
-def test_a_link_to_a_file_or_a_folder_is_nothing_to_dvc(tree):
+def test_links_to_existing_files_and_folders_are_accepted(tree):
     folder = tree.parent / "pictures"
     (folder / "link.png").symlink_to("0.png")
     (folder / "up").symlink_to("..")

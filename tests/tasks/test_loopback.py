@@ -31,7 +31,7 @@ PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
         ({"no_proxy": "*"}, "*", "*"),
     ],
 )
-def test_what_is_listed_stays_and_loopback_is_added_once(environment, lower, upper):
+def test_listed_hosts_are_kept_and_loopback_is_added_once(environment, lower, upper):
     environment = dict(environment)
     for _ in range(2):
         loopback.exempt(environment)
@@ -46,7 +46,7 @@ def behind_a_dead_proxy(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_clients_reach_this_machine_and_nothing_else(behind_a_dead_proxy, monkeypatch):
+def test_http_clients_reach_loopback_without_the_proxy(behind_a_dead_proxy, monkeypatch):
     import httpx
     import requests
 
@@ -102,7 +102,7 @@ stage.main(shown)
 
 
 @pytest.mark.parametrize("place", STARTED)
-def test_every_process_that_is_started_knows_it(place, tmp_path, migrated_database):
+def test_every_started_process_exempts_loopback(place, tmp_path, migrated_database):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

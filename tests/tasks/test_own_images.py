@@ -1,4 +1,4 @@
-"""One's own images as people keep them: files beside images, webdataset shards, the layouts of known samples."""
+"""Common layouts of users' datasets: sidecar files, webdataset shards, published samples."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def test_folders_inside_a_shard_are_classes_and_the_shard_is_none(tmp_path, take
     assert rows["1.tar/3.png"]["label"] is None
 
 
-def test_a_damaged_shard_costs_that_shard(tmp_path, taken):
+def test_a_damaged_shard_quarantines_only_that_shard(tmp_path, taken):
     whole = tar_of(shard(0))
     inner = tar_of({"deep.tar": tar_of(shard(9)), "../up.png": picture(1)})
     files = {"a.tar": whole, "cut.tar": tar_of(shard(3))[:1500], "text.tar": b"no tar at all", "nested.tar": inner}
@@ -136,7 +136,7 @@ def test_files_beside_images(tmp_path, taken):
     assert index.classes == ["cat", "dog"]
 
 
-def test_five_captions_a_picture_in_a_table(tmp_path, taken):
+def test_a_table_with_five_captions_per_image_is_read(tmp_path, taken):
     """The layout of the Flickr8k sample: one folder of pictures, five lines each, no classes."""
     lines = [f"{number}.jpg,caption {turn} of {number} ." for number in range(4) for turn in range(5)]
     files = {f"images/{number}.jpg": picture(number, kind="JPEG") for number in range(4)}
@@ -146,7 +146,7 @@ def test_five_captions_a_picture_in_a_table(tmp_path, taken):
     assert rows["images/3.jpg"]["captions"] == [f"caption {turn} of 3 ." for turn in range(5)]
 
 
-def test_folders_above_the_classes(tmp_path, taken):
+def test_folders_above_the_class_folders_are_ignored(tmp_path, taken):
     """The layout of the CelebA-HQ sample: ref and src are no classes, and no splits."""
     names = ["ref/female/1.jpg", "ref/male/2.jpg", "src/female/3.jpg", "src/male/4.jpg"]
     files = {name: picture(number, kind="JPEG") for number, name in enumerate(names)}

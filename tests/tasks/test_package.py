@@ -17,7 +17,7 @@ from tests.support import model_outputs
 from tests.support.report_inputs import MEASURED
 
 
-def test_content_key_sees_names_and_bytes_and_no_caches(tmp_path):
+def test_content_key_depends_on_names_and_bytes_but_not_on_caches(tmp_path):
     def key(**files: str) -> str:
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         for name, text in files.items():
@@ -78,7 +78,7 @@ DATA = DataFacts(source="s", licence="l", rows=2, splits={"train": 2}, sha256="h
 EXPORTED = ExportReport(20, 1e-6, {}, 99.0, {}, ["p"], TensorRTReport(built=True))
 
 
-def test_card_of_an_unconditional_model_promises_no_prompt():
+def test_card_of_an_unconditional_model_mentions_no_prompt():
     card = model_card(INFO, DATA, {}, model_outputs.measurements(), EXPORTED)
     assert "prompt" not in card
     assert "DiffusionPipeline.from_pretrained" in card
@@ -98,7 +98,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("conditioning", ["label", "text"])
 @pytest.mark.parametrize("first", range(len(HOSTILE)))
-def test_names_and_captions_in_the_card_are_text_and_nothing_else(conditioning, first):
+def test_names_and_captions_in_the_card_are_escaped(conditioning, first):
     """Rendered with the parser of MLflow's documentation and of Python's Markdown world, CommonMark."""
     markdown = pytest.importorskip("markdown_it")
     names = [*HOSTILE[first:], *HOSTILE[:first]]

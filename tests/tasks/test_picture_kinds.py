@@ -1,4 +1,4 @@
-"""Pictures as people have them: colour profiles, long texts, odd suffixes, formats that are not read."""
+"""Unusual image files: colour profiles, long text chunks, unknown suffixes, unsupported formats."""
 
 import io
 import os
@@ -78,7 +78,7 @@ def tagged(profile, colour=(200, 30, 30), mode="RGB", kind="PNG", **options):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_colour_profile_is_honoured(kind, name):
+def test_a_colour_profile_is_converted_to_srgb(kind, name):
     image = decoding.open_image(tagged(name, kind=kind, **({"quality": 100} if kind != "PNG" else {})), 10_000)
     assert colours.profile(image) == name
     seen = decoding.crop_and_resize(image, (8, 8), 3)[:, 4, 4].astype(int)
@@ -98,13 +98,13 @@ def test_transparency_and_orientation_survive_the_conversion():
     assert np.asarray(whole)[3, 3].min() > 120, "half of white shines through"
 
 
-def test_a_profile_of_other_pixels_is_not_usable():
+def test_a_profile_for_another_colour_space_is_not_used():
     image = decoding.open_image(tagged("converted", mode="L"), 10_000)
     assert colours.profile(image) == "not usable"
     assert np.array_equal(decoding.to_mode(image, 1), image)
 
 
-def test_converted_pictures_are_counted(tmp_path, taken, capsys):
+def test_converted_images_are_counted(tmp_path, taken, capsys):
     files = {f"{name}.png": tagged(name, (200, place, 30)) for place, name in enumerate(PROFILES)}
     index, keys, _ = taken(write_tree(tmp_path / "in", files))
     assert (len(keys), index.profiles) == (4, {"converted": 1, "not usable": 1})
@@ -115,7 +115,7 @@ def test_converted_pictures_are_counted(tmp_path, taken, capsys):
 
 @pytest.mark.parametrize("size", [2 << 20, 80 << 20])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_long_text_costs_no_picture(size, packed):
+def test_an_image_with_a_long_text_chunk_is_read(size, packed):
     texts = PIL.PngImagePlugin.PngInfo()
     texts.add_text("workflow", "x" * size, zip=packed)
     image = decoding.open_image(saved(PIL.Image.open(io.BytesIO(picture(1))), "PNG", pnginfo=texts), 10_000)
@@ -139,7 +139,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "tar.gz", "shard"])
-def test_a_picture_is_known_by_its_content(tmp_path, taken, form):
+def test_images_are_recognised_by_their_content(tmp_path, taken, form):
     path = write_tree(tmp_path / "in", {name: data for name, (data, _) in ODD.items()})
     if form == "zip":
         path = write_zip(tmp_path / "in.zip", {name: data for name, (data, _) in ODD.items()})
@@ -155,14 +155,14 @@ def test_a_picture_is_known_by_its_content(tmp_path, taken, form):
     assert refused == {f"{inside}{name}": reason for name, (_, reason) in ODD.items() if reason}
 
 
-def test_names_with_a_colon_are_names(tmp_path, taken):
+def test_file_names_with_a_colon_are_accepted(tmp_path, taken):
     names = {"12:30:00.jpg", "a:b/1.png", "x:y.png"}
     _, keys, refused = taken(write_zip(tmp_path / "in.zip", {name: picture(len(name)) for name in names}))
     assert (keys, refused) == (names, {})
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_hard_link_is_the_file_it_shares(tmp_path, taken, inside):
+def test_a_hard_link_has_the_content_of_its_file(tmp_path, taken, inside):
     folder = write_tree(tmp_path / "in", {"a/x.png": picture(1), "b/y.png": picture(2)})
     os.link(folder / "a/x.png", folder / "z.png")
     os.link(folder / "a/x.png", folder / "b/w.png")
@@ -180,7 +180,7 @@ def test_a_hard_link_is_the_file_it_shares(tmp_path, taken, inside):
 
 
 @pytest.mark.parametrize("form", ["one file", "many files", "zip", "long header"])
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, form):
+def test_a_decompression_bomb_is_refused(tmp_path, form):
     """Some hundred kilobytes that become hundreds of megabytes, in seconds and little memory."""
     path, zeros = tmp_path / "in", bytes(1 << 20)
     if form == "zip":

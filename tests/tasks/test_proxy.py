@@ -1,4 +1,4 @@
-"""The filtering proxy, through the client that img2dataset uses (urllib), against servers of this machine."""
+"""The screening proxy, used through urllib as by img2dataset, against local servers."""
 
 import http.client
 import socket
@@ -22,7 +22,7 @@ DATA = bytes(range(256)) * 2000
 
 @pytest.fixture(autouse=True)
 def no_exemption(monkeypatch):
-    """urllib goes past a proxy for the hosts in `no_proxy`, which a stage in this process has set to this machine."""
+    """Clear `no_proxy`, which a stage in this process has set to this machine and which urllib obeys."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
 
@@ -56,7 +56,7 @@ def refusal(opener, url):
     return str(refused.value)
 
 
-def test_an_answer_passes_unchanged(site, loopback_is_public):
+def test_a_response_passes_unchanged(site, loopback_is_public):
     with through() as (opener, running):
         for _ in range(3):
             with opener.open(f"{site.address}/a", timeout=5) as answer:
@@ -77,7 +77,7 @@ def test_private_addresses_are_refused(host, scheme):
     assert running.counts == {"refused address": 1}
 
 
-def test_a_redirect_is_screened_as_the_first_address_was(site, loopback_is_public):
+def test_a_redirect_is_screened_like_the_first_address(site, loopback_is_public):
     site.redirects |= {"/b": "/a", "/in": "http://169.254.169.254/latest", "/tls": "https://10.0.0.1/"}
     with through() as (opener, _):
         with opener.open(f"{site.address}/b", timeout=5) as answer:
@@ -106,14 +106,14 @@ def test_the_connection_goes_to_the_address_that_was_screened(site, monkeypatch)
         assert "470" in refusal(opener, f"http://changing.example:{port}/a")
 
 
-def test_an_answer_over_the_limit_is_broken_off_and_never_passes_for_a_whole_one(site, loopback_is_public):
+def test_a_response_over_the_limit_is_reset(site, loopback_is_public):
     with through(max_bytes=100_000) as (opener, running), pytest.raises((OSError, http.client.IncompleteRead)):
         opener.open(f"{site.address}/a", timeout=5).read()
     assert running.counts == {"cut by bytes": 1}
     assert running.received < 100_000 + 3 * 65536
 
 
-def test_an_answer_without_a_length_that_is_cut_is_an_error(loopback_is_public):
+def test_a_cut_response_without_a_length_is_an_error(loopback_is_public):
     """Where only the end of the connection ends the answer, a quiet end would make a whole picture of a part."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -128,7 +128,7 @@ def test_an_answer_without_a_length_that_is_cut_is_an_error(loopback_is_public):
             opener.open(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=5).read()
 
 
-def test_a_server_that_drips_is_left_after_a_while(loopback_is_public):
+def test_a_slow_response_is_cut_off_by_time(loopback_is_public):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stop = threading.Event()
 
@@ -148,7 +148,7 @@ def test_a_server_that_drips_is_left_after_a_while(loopback_is_public):
     assert running.counts == {"cut by time": 1}
 
 
-def test_all_bytes_together_are_bounded(site, loopback_is_public):
+def test_the_total_of_all_responses_is_limited(site, loopback_is_public):
     with through(total_bytes=len(DATA) + 5000) as (opener, _):
         assert opener.open(f"{site.address}/a", timeout=5).read() == DATA
         with pytest.raises((OSError, http.client.IncompleteRead)):
@@ -156,7 +156,7 @@ def test_all_bytes_together_are_bounded(site, loopback_is_public):
         assert "471" in refusal(opener, f"{site.address}/a")
 
 
-def test_who_does_not_know_the_password_is_refused(site, loopback_is_public):
+def test_clients_without_the_password_are_refused(site, loopback_is_public):
     with through() as (_, running):
         bare = "http://" + running.url.rpartition("@")[2]
         for wrong in (bare, bare.replace("http://", "http://afterimage:guess@")):
@@ -166,7 +166,7 @@ def test_who_does_not_know_the_password_is_refused(site, loopback_is_public):
     assert site.requests == []
 
 
-def test_the_password_and_the_proxy_headers_do_not_reach_the_site(loopback_is_public):
+def test_password_and_proxy_headers_are_not_forwarded(loopback_is_public):
     heads = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -185,7 +185,7 @@ def test_the_password_and_the_proxy_headers_do_not_reach_the_site(loopback_is_pu
     assert b"A: b" in head and b"Proxy" not in head
 
 
-def test_tls_passes_closed(certificate, loopback_is_public, monkeypatch):
+def test_tls_is_passed_through_unopened(certificate, loopback_is_public, monkeypatch):
     monkeypatch.setattr(addresses, "lookup", lambda *_: ["127.0.0.1"])
     context = ssl.create_default_context(cafile=str(certificate))
     with serving(certificate) as site, through() as (_, running):

@@ -37,7 +37,7 @@ DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
         "AKIASECRETSECRETSECR",
     ],
 )
-def test_no_secret_is_left(text):
+def test_secrets_are_masked(text):
     message = redacted(f"('{text}' refused)")
     assert "SECRET" not in message and "***" in message
     assert redacted(message) == message
@@ -55,11 +55,11 @@ def test_no_secret_is_left(text):
         "https://host/page?download=1&author=me",
     ],
 )
-def test_what_is_no_secret_stays(text):
+def test_text_without_secrets_is_unchanged(text):
     assert redacted(text) == text
 
 
-def test_an_address_without_its_user():
+def test_user_and_password_are_removed_from_a_url():
     assert without_user("http://u:p@a@host:80/x?y=1") == "http://host:80/x?y=1"
 
 
@@ -88,7 +88,7 @@ def with_value(section: str, key: str, value: str) -> dict[str, Any]:
         ("train", "weights", "https://user:SECRET@host/x", "a user name or password"),
     ],
 )
-def test_an_address_with_a_secret_is_refused_at_load(section, key, value, says):
+def test_a_url_with_a_secret_is_refused_at_load(section, key, value, says):
     with pytest.raises(params.ParamsError) as refused:
         params.parse(with_value(section, key, value))
     assert f"{section}.{key} holds " in str(refused.value) and says in str(refused.value)
@@ -98,14 +98,14 @@ def test_an_address_with_a_secret_is_refused_at_load(section, key, value, says):
 @pytest.mark.parametrize(
     "url", ["https://host/x.zip", "https://host/x.zip?download=1", "https://host:8080/a@b.zip", "env:MY_SIGNED_URL"]
 )
-def test_an_address_without_a_secret_is_taken(url):
+def test_a_url_without_a_secret_is_accepted(url):
     document = with_value("download", "url", url)
     document["download"] |= {"source": "folder", "sha256": "0" * 64}
     assert params.parse(document).download.url == url
 
 
 @pytest.mark.parametrize("url", ["env:", "env:1X", "env:A B", "env:https://host"])
-def test_what_names_no_environment_variable_is_refused(url):
+def test_an_invalid_environment_variable_name_is_refused(url):
     document = with_value("download", "url", url)
     document["download"] |= {"source": "folder", "sha256": "0" * 64}
     with pytest.raises(params.ParamsError, match="or be env:NAME"):
@@ -132,7 +132,7 @@ def test_a_name_that_mlflow_would_refuse_is_refused_at_load(name):
 
 
 @pytest.mark.parametrize("name", ["afterimage-digits", "faces_v1", "a", "Größe 2"])
-def test_an_ordinary_model_name_is_taken(name):
+def test_an_ordinary_model_name_is_accepted(name):
     assert params.parse(with_value("register", "model_name", name)).register_.model_name == name
 
 

@@ -153,7 +153,7 @@ def test_deleted_artifacts_versions_and_runs_come_back(work):
     assert len(work.runs("training")) == 1
 
 
-def test_points_that_were_lost_on_the_way_are_replayed_and_no_other(work):
+def test_only_missing_points_are_logged_again(work):
     model_outputs.write_reports(work.root)
     facts = model_outputs.read(work.root / "reports" / "train" / "run.json")
     tracking.connect()
@@ -164,7 +164,7 @@ def test_points_that_were_lost_on_the_way_are_replayed_and_no_other(work):
     assert sorted(work.history(run.run_id)) == [(step, 2e-3 / step) for step in model_outputs.STEPS]
 
 
-def test_a_champion_that_cannot_be_measured_alike_stays(work):
+def test_a_champion_that_cannot_be_measured_again_is_kept(work):
     work.register(learning_rate=1e-3, distance=20.0)
     shutil.rmtree(work.root / "mlruns" / "models")
     work.register(learning_rate=2e-3, distance=10.0, fingerprint="0" * 64)
@@ -275,7 +275,7 @@ def test_several_registrations_at_once_make_one_version(work):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_completes_it(work):
-    """kill -9 after each of the writes to MLflow in turn: no version, run or point twice, none missing."""
+    """After SIGKILL at each write to MLflow in turn, no version, run or point is missing or repeated."""
     model_outputs.write_reports(work.root)
     model_outputs.run_package(work.root)
     (work.root / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Archives and prefixes of S3, from a server of this machine that speaks its protocol (moto)."""
+"""The source `folder` at s3:// URLs, against a local S3 server (moto)."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def noise(size, seed=0):
     return np.random.default_rng(seed).bytes(size)
 
 
-def test_an_archive_comes_as_it_is(bucket, server, tmp_path):
+def test_an_archive_is_copied_unchanged(bucket, server, tmp_path):
     data = write_zip(tmp_path / "a.zip", {"cat/1.png": picture(1), "dog/2.png": picture(2)}).read_bytes()
     put(bucket, "sets/a.zip", data)
     download(tmp_path / "raw", params(server, "sets/a.zip", sha256_of(data)))
@@ -75,7 +75,7 @@ def test_an_archive_comes_as_it_is(bucket, server, tmp_path):
     assert not list((tmp_path / "scratch" / "downloads").glob("s3-*[!k]"))
 
 
-def test_everything_below_a_prefix_becomes_one_archive(bucket, server, tmp_path):
+def test_objects_below_a_prefix_become_one_archive(bucket, server, tmp_path):
     files = {"cat/1.png": picture(1), "cat/2.png": picture(2), "dog/3.png": picture(3)}
     for name, data in files.items():
         put(bucket, f"mine/{name}", data)
@@ -107,7 +107,7 @@ def test_a_pinned_prefix_that_changed_is_refused(bucket, server, tmp_path, chang
         download(tmp_path / "raw", params(server, "mine/", pin))
 
 
-def test_keys_that_lead_elsewhere_end_in_quarantine(bucket, server, tmp_path):
+def test_keys_with_unsafe_paths_are_quarantined(bucket, server, tmp_path):
     for key in ("mine/../../up.png", "mine//etc/passwd.png", "mine/fine.png", "mine/sp ace+ü.png"):
         put(bucket, key, picture(len(key)))
     download(tmp_path / "raw", params(server, "mine/", pin_of(server, "mine/")))
@@ -131,7 +131,7 @@ def zip_of_noise(tmp_path, size):
     return write_zip(tmp_path / "noise.zip", {"a.png": noise(size)}).read_bytes()
 
 
-def test_what_arrived_before_an_accident_is_kept_for_the_next_run(bucket, server, tmp_path, monkeypatch):
+def test_a_partial_download_is_continued_by_the_next_run(bucket, server, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "ATTEMPTS", 1)
     monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 3_000_000)
@@ -155,7 +155,7 @@ def test_what_arrived_before_an_accident_is_kept_for_the_next_run(bucket, server
     assert (tmp_path / "raw" / "images.zip").read_bytes() == data
 
 
-def test_an_object_that_changes_under_way_is_not_mixed(bucket, server, tmp_path, monkeypatch):
+def test_an_object_that_changes_during_the_download_is_refused(bucket, server, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 3_000_000)
     put(bucket, "a.zip", data)
@@ -174,7 +174,7 @@ def test_an_object_that_changes_under_way_is_not_mixed(bucket, server, tmp_path,
 
 
 @pytest.mark.parametrize("how", ["metadata", "etag", "parts"])
-def test_damaged_bytes_are_noticed(bucket, server, tmp_path, monkeypatch, how):
+def test_damaged_bytes_are_detected(bucket, server, tmp_path, monkeypatch, how):
     monkeypatch.setattr(objects, "RANGE_BYTES", 4 << 20)
     data = noise(11 << 20)
     if how == "parts":
@@ -210,7 +210,7 @@ def test_damaged_bytes_are_noticed(bucket, server, tmp_path, monkeypatch, how):
         assert archive.read("a.png") == data
 
 
-def test_ranges_are_fetched_side_by_side(bucket, server, tmp_path, monkeypatch):
+def test_ranges_are_downloaded_in_parallel(bucket, server, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "RANGE_BYTES", 1 << 20)
     data = zip_of_noise(tmp_path, 4_000_000)
     put(bucket, "a.zip", data)
@@ -238,7 +238,7 @@ def test_ranges_are_fetched_side_by_side(bucket, server, tmp_path, monkeypatch):
         ("a.zip", {"s3": {"endpoint_url": "no address"}}, "the configuration of S3 is invalid"),
     ],
 )
-def test_what_cannot_work_is_said(bucket, server, tmp_path, key, others, said):
+def test_impossible_configurations_are_refused_in_one_sentence(bucket, server, tmp_path, key, others, said):
     data = write_zip(tmp_path / "a.zip", {"a.png": picture(1)}).read_bytes()
     put(bucket, "a.zip", data)
     with pytest.raises(StageError, match=said):
@@ -246,7 +246,7 @@ def test_what_cannot_work_is_said(bucket, server, tmp_path, key, others, said):
 
 
 @pytest.mark.parametrize("credentials", ["none", "wrong"])
-def test_credentials_are_asked_for_and_never_shown(bucket, server, tmp_path, credentials):
+def test_missing_and_wrong_credentials_are_reported_and_never_printed(bucket, server, tmp_path, credentials):
     values = {"source": "folder", "url": f"s3://{BUCKET}/a.zip", "sha256": "0" * 64, "allow_private_addresses": True}
     file = write_params(tmp_path / "params.yaml", download=values | {"s3": {"endpoint_url": server}})
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

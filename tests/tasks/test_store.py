@@ -96,7 +96,7 @@ def test_a_path_that_mlflow_would_misread_is_refused_and_nothing_is_written(name
     assert files(tmp_path) == {}
 
 
-def test_other_odd_paths_work(tmp_path, migrated_database):
+def test_unusual_paths_work(tmp_path, migrated_database):
     name = "a b#ü, 50% off"
     folder = work_tree(tmp_path / name / "tree", migrated_database)
     done = run_in(folder, "one")
@@ -154,7 +154,7 @@ def test_a_damaged_database_is_one_sentence(damage, monkeypatch, tmp_path, migra
     assert f"the MLflow database {tmp_path / 'mlflow.db'} is damaged" in message and "move it away" in message
 
 
-def test_another_version_and_a_password_with_an_at_sign(monkeypatch, tmp_path, migrated_database):
+def test_an_old_schema_and_a_password_with_an_at_sign_are_one_sentence(monkeypatch, tmp_path, migrated_database):
     """The message contains no password: it names the environment variable instead of the address."""
     shutil.copy(migrated_database, tmp_path / "old.db")
     with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
@@ -166,7 +166,7 @@ def test_another_version_and_a_password_with_an_at_sign(monkeypatch, tmp_path, m
 
 
 @pytest.mark.parametrize("module", ["infra.run", "infra.ui", "flows.pipeline"])
-def test_the_commands_say_it_before_they_begin(module, tmp_path):
+def test_commands_refuse_an_unusable_database_before_they_begin(module, tmp_path):
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/a?b.db",
         "AFTERIMAGE_SCRATCH": str(tmp_path),
@@ -180,7 +180,7 @@ def test_the_commands_say_it_before_they_begin(module, tmp_path):
     assert re.match(r"\w+: error: MLflow would not find its database at ", done.stderr)
 
 
-def test_the_ui_of_a_server_is_where_the_server_is(tmp_path):
+def test_the_ui_address_is_that_of_the_server(tmp_path):
     environment = os.environ | {"MLFLOW_TRACKING_URI": "http://me:SECRET@mlflow.example.org:5000"}
     command = [sys.executable, "-m", "infra.ui"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -94,7 +94,7 @@ def test_the_same_key_continues_the_run_and_repeats_no_point(client, tmp_path):
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (Preempted, "KILLED"), (StageError, "FAILED")]
 )
-def test_how_a_run_ended_shows(client, error, status):
+def test_the_status_of_a_run_shows_how_it_ended(client, error, status):
     def interrupted():
         with tracked.training_run("k1", PARAMS, DATASET) as run:
             run.metrics(1, {"loss": 1.0})
@@ -239,7 +239,7 @@ def test_a_closed_port_is_reported_at_once(monkeypatch, tmp_path):
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_accepts_and_says_nothing_is_given_up_after_2_s(monkeypatch):
+def test_a_server_that_does_not_answer_is_given_up_after_2_s(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()

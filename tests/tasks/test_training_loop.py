@@ -165,7 +165,7 @@ def test_muon_continues_in_the_same_bytes(prepared, options, conditioning):
 
 
 def test_the_loop_with_muon_is_that_of_two_optimizers(prepared, monkeypatch):
-    """torch's Muon in float32 on the matrices alone, with a learning rate of its own, and AdamW on the rest."""
+    """Compare with torch's Muon in float32 on the matrices, with its learning rate, and AdamW on the rest."""
     import torch
 
     from models.muon import hidden_matrices

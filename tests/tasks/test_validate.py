@@ -1,4 +1,4 @@
-"""The stage `validate`: good data passes, each kind of bad data fails by name, and then nothing after it starts."""
+"""The stage `validate`: good data is accepted, each kind of bad data is refused by name, no later stage runs."""
 
 import hashlib
 import html
@@ -287,7 +287,7 @@ def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case)
     assert {finding["severity"] for finding in findings} == {"warning", "failure"}
 
 
-def test_pictures_below_the_resolution_are_refused_or_counted(tmp_path, judged, capsys):
+def test_images_below_the_resolution_are_refused_or_counted(tmp_path, judged, capsys):
     """The least side is the resolution unless the parameter allows less; then the number of enlarged ones is said."""
     files = CLASSED | {"train/cat/x.png": picture(900, (9, 9))}
     said = judged(files, min_side=None, resolution=12)
@@ -308,7 +308,7 @@ KAGGLE = {
 }
 
 
-def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, judged, capsys):
+def test_unlabelled_images_are_refused_only_for_label_conditioning(tmp_path, judged, capsys):
     """The layout of a Kaggle competition: labelled training images, a flat folder of test images."""
     assert judged(KAGGLE) is None
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validate: warning:")]
@@ -318,7 +318,7 @@ def test_images_without_a_class_matter_to_conditioning_by_label_alone(tmp_path, 
     assert "test/0.png" in refused
 
 
-def test_what_looks_like_captions_and_is_not_read_is_said_once(tmp_path, judged, capsys):
+def test_unread_caption_files_are_reported_once(tmp_path, judged, capsys):
     folders = CLASSED | {f"words/{seed}.txt": b"a cat" for seed in range(3)}
     assert judged(folders, max_quarantined_fraction=0.1) is None
     lines = capsys.readouterr().out.splitlines()
@@ -342,7 +342,7 @@ def test_a_failure_may_be_made_a_warning(judged):
     assert judged(CLASSED, min_side=100, warn_only=["size"]) is None
 
 
-def test_labels_are_weighed_against_the_version_accepted_before(tmp_path, judged):
+def test_the_label_balance_is_compared_with_the_baseline(tmp_path, judged):
     """The baseline is a file that a person copies and commits: the same files give the same verdict."""
     assert judged(CLASSED) is None
     baseline = tmp_path / "baseline.json"
@@ -362,20 +362,20 @@ def test_labels_are_weighed_against_the_version_accepted_before(tmp_path, judged
 
 
 @pytest.mark.parametrize("text", ["[]", "no JSON", '{"labels": {"cat": "many"}}'])
-def test_a_baseline_that_cannot_be_read_is_no_baseline(tmp_path, judged, text):
+def test_an_unreadable_baseline_is_refused(tmp_path, judged, text):
     (tmp_path / "baseline.json").write_text(text)
     assert "validate.baseline" in judged(CLASSED, baseline=str(tmp_path / "baseline.json"))
 
 
-def test_no_licence_is_no_answer(judged):
+def test_an_empty_licence_is_refused(judged):
     assert "download.licence" in judged(CLASSED, licence="")
 
 
-def test_some_damage_is_tolerated(judged):
+def test_quarantined_inputs_below_the_limit_are_accepted(judged):
     assert judged(CLASSED | {"train/cat/x.png": b"no"}, max_quarantined_fraction=0.03) is None
 
 
-def test_a_text_beside_the_images_is_no_damage(judged):
+def test_a_text_file_beside_the_images_does_not_count_as_damaged(judged):
     assert judged(CLASSED | {f"notes{number}.txt": b"x" for number in range(10)}) is None
 
 
@@ -384,7 +384,7 @@ def test_many_offenders_are_counted(judged):
     assert re.search(r"min_side 100.*\((\S+, ){4}\S+ and 43 more\)", said)
 
 
-def test_through_the_entry_point_nothing_after_it_runs(tmp_path):
+def test_no_later_stage_runs_on_refused_data(tmp_path):
     """A failed gate ends with one sentence, and the stages behind it refuse, each by itself."""
     params = write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
     where = {
@@ -425,7 +425,7 @@ def test_dvc_trains_nothing_on_refused_data(tmp_path):
         assert not (tmp_path / missing).exists()
 
 
-def test_every_stage_behind_it_depends_on_the_verdict():
+def test_every_later_stage_depends_on_the_verdict():
     """Asking for a later stage by name runs `validate` first: DVC follows this dependency."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     names = list(stages)

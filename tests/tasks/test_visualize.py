@@ -126,7 +126,7 @@ def test_the_same_inputs_give_the_same_bytes(inputs: report_inputs.Inputs, drawn
         assert (again[0] / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_page_calls_nothing_from_outside(outline: Outline) -> None:
+def test_page_loads_nothing_from_outside(outline: Outline) -> None:
     assert outline.images
     assert all(address.startswith(("data:", "#")) for address in outline.addresses), "a link leads out of the page"
     assert not outline.tags & {"script", "iframe", "object", "embed"}
@@ -135,7 +135,7 @@ def test_page_calls_nothing_from_outside(outline: Outline) -> None:
     assert {address[1:] for address in outline.addresses if address.startswith("#")} <= set(outline.ids)
 
 
-def test_samples_are_the_model_s_own_by_class_and_guidance(inputs: report_inputs.Inputs, outline: Outline) -> None:
+def test_samples_are_drawn_by_class_and_guidance(inputs: report_inputs.Inputs, outline: Outline) -> None:
     model = load_pipeline(inputs.root / "outputs" / "pipeline")
     tiles = outline.tiles("Samples by class and guidance")
     assert outline.headings["Samples by class and guidance"] == [
@@ -166,7 +166,7 @@ def test_forward_strip_begins_with_real_images_and_ends_in_noise(
     assert headings[9:] == ["one", "five", "nine"], "every second class is held out here"
 
 
-def test_schedules_start_from_one_image_and_part(outline: Outline) -> None:
+def test_schedules_noise_the_same_image_differently(outline: Outline) -> None:
     caption = "Forward process of one image under each schedule"
     tiles = outline.tiles(caption)
     names = [*schedules.SCHEDULES, RECTIFIED_FLOW]
@@ -245,7 +245,7 @@ def test_page_shows_the_measures(drawn: tuple[Path, Path]) -> None:
         assert expected in text, expected
 
 
-def test_what_stands_between_images_and_model_has_its_numbers_and_picture(drawn: tuple[Path, Path]) -> None:
+def test_codec_quality_and_reconstructions_are_shown(drawn: tuple[Path, Path]) -> None:
     text = " ".join(re.sub("<[^>]*>", " ", drawn[1].read_text(encoding="utf-8")).split())
     assert "PSNR, decoded images 23.5 dB" in text
     assert "Text encoder 0.8 share of the images whose own caption is ranked first by chance 0.1" in text
@@ -269,7 +269,7 @@ def test_the_headline_of_the_protocol_leads(tmp_path: Path) -> None:
     assert tables.tables(tmp_path, "cmmd")[1].chart_label.startswith("CMMD against CLIP score")
 
 
-def test_class_names_are_text_and_never_markup(drawn: tuple[Path, Path]) -> None:
+def test_class_names_are_escaped(drawn: tuple[Path, Path]) -> None:
     source = drawn[1].read_text(encoding="utf-8")
     assert "&lt;eight&gt; &amp; co" in source
     assert "<eight>" not in source

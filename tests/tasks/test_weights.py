@@ -1,4 +1,4 @@
-"""Published weights, from a server of this machine that answers as the hub does and from one that speaks S3."""
+"""Pretrained weights from local servers with the APIs of the Hugging Face hub and of S3."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def hub(monkeypatch, tmp_path):
         yield site
 
 
-def test_of_a_repository_come_the_parts_that_are_asked_for_and_never_a_pickle(hub):
+def test_only_requested_parts_of_a_repository_are_downloaded_and_never_a_pickle(hub):
     folder = weights.local_folder(REPO, COMMIT, ("vae",))
     assert names(folder) == OF_THE_VAE
     assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == b"vae"
@@ -64,7 +64,7 @@ def test_of_a_repository_come_the_parts_that_are_asked_for_and_never_a_pickle(hu
     assert names(both) == OF_THE_VAE | {name for name in FILES if name.startswith("t") and not name.endswith(".bin")}
 
 
-def test_what_is_there_is_not_fetched_again_and_serves_without_the_hub(hub, monkeypatch):
+def test_cached_weights_are_used_without_the_hub(hub, monkeypatch):
     folder = weights.local_folder(REPO, COMMIT, ("vae",))
     before = sum("/resolve/" in path for path, _ in hub.requests)
     assert weights.local_folder(REPO, COMMIT, ("vae",)) == folder
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_fetched_again_and_serves_without_the_hub(hub, monk
         weights.local_folder("somebody/else", COMMIT, ("vae",))
 
 
-def test_a_repository_that_is_one_network_gives_its_own_folder(hub):
+def test_a_repository_of_one_network_is_its_own_folder(hub):
     publish_model(hub, "somebody/vae", {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"vae"})
     folder = weights.local_folder("somebody/vae", COMMIT, ("vae",))
     assert weights.part(folder, "vae") == folder
@@ -121,7 +121,7 @@ def bucket(s3, monkeypatch, tmp_path):
     return client
 
 
-def test_the_same_comes_from_s3_once(bucket):
+def test_weights_are_downloaded_from_s3_once(bucket):
     pin = hashlib.sha256(b"vae").hexdigest()
     folder = weights.local_folder("s3://models/sdxl", pin, ("vae",))
     assert names(folder) == OF_THE_VAE
@@ -130,7 +130,7 @@ def test_the_same_comes_from_s3_once(bucket):
     assert names(folder) == OF_THE_VAE
 
 
-def test_what_s3_lacks_or_has_otherwise_is_one_sentence(bucket):
+def test_missing_or_other_weights_on_s3_are_one_sentence(bucket):
     with pytest.raises(StageError, match="nothing below s3://models/nothing/"):
         weights.local_folder("s3://models/nothing", "0" * 64, ("vae",))
     with pytest.raises(StageError, match="s3://nowhere/sdxl does not exist"):
@@ -150,11 +150,10 @@ def test_the_pin_of_several_networks_covers_each_of_them(bucket):
 
 def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
     """The whole way: a network that is published is trained on, by its name and commit."""
-    from tasks.params import TrainParams
     from tasks.training.warm_start import initial_folder
     from tests.support.text_inputs import train_params
 
-    params: TrainParams = train_params(weights=REPO, pin=COMMIT)
+    params = train_params(weights=REPO, pin=COMMIT)
     folder = initial_folder(params)
     assert folder is not None
     assert names(folder) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
