@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
