@@ -78,11 +78,12 @@ def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
 def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights by parameter name under every name that a state dict has.
 
-    A layer that several modules share occurs once among the parameters.
+    A layer that several modules share occurs once among the parameters; its other names get copies.
     """
     first: dict[nn.Parameter, str] = {parameter: name for name, parameter in network.named_parameters()}
     every = network.named_parameters(remove_duplicate=False)
-    return {name: weights[first[parameter]] for name, parameter in every}
+    owners = {name: first[parameter] for name, parameter in every}
+    return {name: weights[owner] if name == owner else weights[owner].clone() for name, owner in owners.items()}
 
 
 def predictor(network: nn.Module) -> Predict:

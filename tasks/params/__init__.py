@@ -27,6 +27,7 @@ from tasks.params.model import (
     AutoencoderParams,
     CodecParams,
     DiffusionParams,
+    DitParams,
     EncodeParams,
     ModelParams,
     TextParams,
@@ -47,10 +48,10 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams", "ExtractorParams",
-    "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params", "ParamsError",
-    "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams", "ValidateParams",
-    "VisualizeParams", "load", "names_of", "parse", "read",
+    "DiffusionParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
+    "ExtractorParams", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams", "ModelParams",
+    "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
+    "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution"}
