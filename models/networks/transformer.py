@@ -142,7 +142,7 @@ def rotations(positions: Tensor, width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate each plane of x [B, h, N, d], whose two coordinates lie d / 2 apart, by `rotations` [2, N, d / 2]."""
+    """Rotate each plane (x_i, x_{i + d / 2}) of x [B, h, N, d] by `rotations` [2, N, d / 2]."""
     first, second = x.chunk(2, dim=3)
     cos, sin = rotation[0], rotation[1]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=3)
