@@ -23,9 +23,9 @@ from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import published
 from models.networks.config import DIFFUSERS_VERSION
+from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
-from models.networks.transformer import TransformerConfig
 from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import RectifiedFlow
@@ -33,16 +33,12 @@ from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 from models.pixels import from_uint8
 
 if TYPE_CHECKING:
-    from models.networks.dit import DiTConfig
     from models.networks.network import Network, NetworkConfig
-    from models.networks.text_dit import TextDiTConfig
     from models.networks.text_encoder import AnyEncoder
 
 INFO = "afterimage.json"
 CODEC_FOLDERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 """Folders that a pipeline copies from the codec."""
-DIT_PIPELINE_CLASSES = 1000
-"""Number of classes for which diffusers' `DiTPipeline`, made for ImageNet, gives the right null class."""
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 """The file name that diffusers' `load_lora_weights(folder)` expects."""
 COMPANIONS = ("guide", "teacher")
@@ -259,7 +255,7 @@ def save_pipeline(
         else scheduler_config(noise, info.prediction, clip_sample=of_pixels)
     )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if index := _model_index(folder, network.config, info):
+    if index := model_index(folder, network.config, info.conditioning, info.classes):
         write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
     replace(info, files=files_sha256(folder)).write(folder / INFO)
 
@@ -297,66 +293,6 @@ def flow_config(path: RectifiedFlow) -> JsonObject:
     }
 
 
-def _model_index(folder: Path, config: NetworkConfig, info: PipelineInfo) -> JsonObject | None:
-    """Return what `DiffusionPipeline.from_pretrained` reads, for the models that diffusers has a pipeline for.
-
-    These are unconditional models of pixels, text-conditional models of latents, and transformers of latents with the
-    classes of ImageNet; others load by component.
-    """
-    unet, scheduler = ["diffusers", "UNet2DModel"], ["diffusers", "DDPMScheduler"]
-    latent, conditioning = (folder / "vae").is_dir(), info.conditioning
-    if read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"] == published.FLOW_SCHEDULER:
-        return None  # diffusers has no pipeline of these networks with this scheduler
-    if isinstance(config, TransformerConfig):
-        return _transformer_index(folder, config, info) if latent and config.in_diffusers else None
-    if conditioning == "none" and not latent:
-        return {"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler}
-    if conditioning != "text" or not latent:
-        return None
-    components = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": scheduler,
-        "vae": ["diffusers", read_json(folder / "vae" / "config.json")["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-    }
-    if not (folder / "text_encoder_2").is_dir():
-        unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
-        return {"_class_name": "StableDiffusionPipeline", **components, **unchecked}
-    second = {
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "force_zeros_for_empty_prompt": True,
-    }
-    return {"_class_name": "StableDiffusionXLPipeline", **components, **second}
-
-
-def _transformer_index(folder: Path, config: DiTConfig | TextDiTConfig, info: PipelineInfo) -> JsonObject | None:
-    """Return the index of a transformer of latents.
-
-    `DiTPipeline` knows one null class, 1000. `PixArtAlphaPipeline` encodes prompts with T5 and masks padding, so that
-    it gets no text encoder here and takes `prompt_embeds` instead.
-    """
-    shared = {
-        "transformer": ["diffusers", config.to_diffusers()["_class_name"]],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "vae": ["diffusers", read_json(folder / "vae" / "config.json")["_class_name"]],
-    }
-    if info.conditioning == "text":
-        return {
-            "_class_name": "PixArtAlphaPipeline",
-            **shared,
-            "text_encoder": [None, None],
-            "tokenizer": [None, None],
-        }
-    if len(info.classes) != DIT_PIPELINE_CLASSES:
-        return None
-    names = {str(label): name for label, name in enumerate(info.classes)}
-    return {"_class_name": "DiTPipeline", **shared, "id2label": names}
-
-
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     """Load what `save_pipeline` wrote, or a published unconditional `DDPMPipeline` or `DDIMPipeline` of pixels.
 
@@ -368,11 +304,11 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     config = config_of(read_json(network_folder / "config.json"))
     of_pixels = not (folder / "vae").is_dir()
     scheduler = published.read_scheduler(read_json(scheduler_folder / "scheduler_config.json"), clip_sample=of_pixels)
+    network = _network(config, network_folder, device)
     if (folder / INFO).exists():
         info = PipelineInfo.read(folder / INFO)
     else:
         info = _published_info(network_folder, config, scheduler, of_pixels)
-    network = _network(config, network_folder, device)
     companions = {name: _network(config, folder / name, device) for name in COMPANIONS if (folder / name).is_dir()}
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None

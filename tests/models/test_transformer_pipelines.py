@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models import schedules
 from models.networks.dit import DiT, DiTConfig
 from models.networks.network import build
+from models.noise import schedules
+from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
-from models.samplers import Sampling, SeededNoise
 from tests.support.networks import randomised
 
 T, STEPS = 30, 5
