@@ -23,7 +23,8 @@ from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import published
 from models.networks.config import DIFFUSERS_VERSION
-from models.networks.network import build, config_of, predictor
+from models.networks.model_index import model_index
+from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
 from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
@@ -216,7 +217,7 @@ class Pipeline:
 
 def save_pipeline(
     folder: Path,
-    unet: Network,
+    network: Network,
     weights: dict[str, torch.Tensor],
     noise: schedules.Array | RectifiedFlow,
     info: PipelineInfo,
@@ -228,7 +229,7 @@ def save_pipeline(
 
     Args:
         folder: where to write.
-        unet: the network, of which only the configuration is used.
+        network: the network, of which only the configuration is used.
         weights: its state dict under diffusers' names.
         noise: betas float64 [T], or a rectified flow.
         info: the content of `afterimage.json`.
@@ -236,17 +237,14 @@ def save_pipeline(
         adapter: the LoRA adapter alone, see `text_unet.adapter`; `weights` already contain it.
         companions: state dicts of further weights, by the names in `COMPANIONS`.
     """
-    for part in CODEC_FOLDERS:
-        if codec is not None and (codec / part).is_dir():
-            shutil.copytree(codec / part, folder / part)
-    for part in ("unet", "scheduler"):
-        (folder / part).mkdir(exist_ok=True)
-    write_json(folder / "unet" / "config.json", unet.config.to_diffusers())
-    save_file(weights, folder / "unet" / published.WEIGHTS, metadata={"format": "pt"})
-    for name, others in (companions or {}).items():
-        (folder / name).mkdir()
-        write_json(folder / name / "config.json", unet.config.to_diffusers())
-        save_file(dict(others), folder / name / published.WEIGHTS, metadata={"format": "pt"})
+    for name in CODEC_FOLDERS:
+        if codec is not None and (codec / name).is_dir():
+            shutil.copytree(codec / name, folder / name)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    for name, state in {folder_name(network.config): weights, **(companions or {})}.items():
+        (folder / name).mkdir(exist_ok=True)
+        write_json(folder / name / "config.json", network.config.to_diffusers())
+        save_file(dict(state), folder / name / published.WEIGHTS, metadata={"format": "pt"})
     if adapter:
         (folder / ADAPTER).parent.mkdir()
         save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
@@ -257,7 +255,7 @@ def save_pipeline(
         else scheduler_config(noise, info.prediction, clip_sample=of_pixels)
     )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if index := _model_index(folder, info.conditioning):
+    if index := model_index(folder, network.config, info.conditioning, info.classes):
         write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
     replace(info, files=files_sha256(folder)).write(folder / INFO)
 
@@ -295,39 +293,6 @@ def flow_config(path: RectifiedFlow) -> JsonObject:
     }
 
 
-def _model_index(folder: Path, conditioning: str) -> JsonObject | None:
-    """Return what `DiffusionPipeline.from_pretrained` reads, for the models that diffusers has a pipeline for.
-
-    These are unconditional models of pixels and text-conditional models of latents; others load by component.
-    """
-    unet, scheduler = ["diffusers", "UNet2DModel"], ["diffusers", "DDPMScheduler"]
-    latent = (folder / "vae").is_dir()
-    if read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"] == published.FLOW_SCHEDULER:
-        return None  # diffusers has no pipeline of a U-Net with this scheduler
-    if conditioning == "none" and not latent:
-        return {"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler}
-    if conditioning != "text" or not latent:
-        return None
-    components = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": scheduler,
-        "vae": ["diffusers", read_json(folder / "vae" / "config.json")["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-    }
-    if not (folder / "text_encoder_2").is_dir():
-        unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
-        return {"_class_name": "StableDiffusionPipeline", **components, **unchecked}
-    second = {
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "force_zeros_for_empty_prompt": True,
-    }
-    return {"_class_name": "StableDiffusionXLPipeline", **components, **second}
-
-
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     """Load what `save_pipeline` wrote, or a published unconditional `DDPMPipeline` or `DDIMPipeline` of pixels.
 
@@ -335,19 +300,19 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
         FileNotFoundError: if the folder is neither.
         ValueError: for another format, or a model that our network and samplers do not reproduce; in one sentence.
     """
-    unet_folder, scheduler_folder = published.parts(folder)
-    config = config_of(read_json(unet_folder / "config.json"))
+    network_folder, scheduler_folder = published.parts(folder)
+    config = config_of(read_json(network_folder / "config.json"))
     of_pixels = not (folder / "vae").is_dir()
     scheduler = published.read_scheduler(read_json(scheduler_folder / "scheduler_config.json"), clip_sample=of_pixels)
+    network = _network(config, network_folder, device)
     if (folder / INFO).exists():
         info = PipelineInfo.read(folder / INFO)
     else:
-        info = _published_info(unet_folder, config, scheduler, of_pixels)
-    unet = _network(config, unet_folder, device)
+        info = _published_info(network_folder, config, scheduler, of_pixels)
     companions = {name: _network(config, folder / name, device) for name in COMPANIONS if (folder / name).is_dir()}
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
-    return Pipeline(unet, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
+    return Pipeline(network, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
 
 
 def _network(config: NetworkConfig, folder: Path, device: str) -> Network:
@@ -358,20 +323,18 @@ def _network(config: NetworkConfig, folder: Path, device: str) -> Network:
     """
     network = build(config)
     try:
-        network.load_state_dict(published.read_weights(folder))
+        load_weights(network, published.read_weights(folder))
     except RuntimeError:  # its message lists every tensor that does not fit
         raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
     return network.eval().requires_grad_(False).to(device)
 
 
 def _published_info(
-    unet_folder: Path, config: NetworkConfig, scheduler: published.Scheduler, of_pixels: bool
+    folder: Path, config: NetworkConfig, scheduler: published.Scheduler, of_pixels: bool
 ) -> PipelineInfo:
     """Describe a published unconditional network; the SHA-256 of its weights takes the place of the training key."""
     if not isinstance(config, UNetConfig) or not of_pixels:
-        raise ValueError(
-            f"{unet_folder} is not an unconditional pipeline of pixels; to train from it, set train.init_from"
-        )
+        raise ValueError(f"{folder} is not an unconditional U-Net of pixels; to train from it, set train.init_from")
     if config.conditions:
         raise ValueError("the network is class-conditional, and diffusers' format does not say what its classes are")
     return PipelineInfo(
@@ -381,6 +344,6 @@ def _published_info(
         schedule=scheduler.schedule,
         timesteps=scheduler.config.path.timesteps,
         prediction=scheduler.config.prediction_type,
-        train_key=file_sha256(unet_folder / published.WEIGHTS),
+        train_key=file_sha256(folder / published.WEIGHTS),
         classes=[],
     )

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tasks.formats import model_folder
-from tasks.formats.model_card import DataFacts, ModelFacts, model_card
+from tasks.formats.model_card import DataFacts, ModelFacts, NetworkFacts, model_card
 from tasks.formats.model_folder import ExportReport
 from tasks.formats.verdict import require_accepted
 from tasks.pictures.index import read_index
@@ -24,6 +24,7 @@ def package(
     require_accepted(accepted)
     card = model_card(
         info=ModelFacts.model_validate(integrity.read_described(pipeline, "afterimage.json", "train")),
+        network=_network(pipeline),
         data=DataFacts.model_validate(read_index(data).to_json()),
         training=integrity.read_json(training / "run.json", "train")["params"],
         measured=measures.read(evaluation / measures.FILE),
@@ -36,6 +37,16 @@ def package(
         shutil.copyfile(export, folder / model_folder.EXPORT)
         atomic.write_text(folder / model_folder.CARD, card)
     print(f"package: {model}, content {model_folder.content_key(model)[:12]}")
+
+
+def _network(pipeline: Path) -> NetworkFacts:
+    folder = next(name for name in ("unet", "transformer") if (pipeline / name).is_dir())
+    index = pipeline / "model_index.json"
+    return NetworkFacts(
+        kind=integrity.read_json(pipeline / folder / "config.json", "train")["_class_name"],
+        folder=folder,
+        pipeline=integrity.read_json(index, "train")["_class_name"] if index.exists() else None,
+    )
 
 
 if __name__ == "__main__":

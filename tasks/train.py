@@ -58,7 +58,7 @@ def train(
 
     index = latents.read_index(data)
     training_run.check_fits(params)
-    initial = warm_start.initial_weights(params)
+    initial = warm_start.initial_weights(params, model.architecture)
     network = training_run.network_config(index.input_spec, model, initial)
     if initial:
         warm_start.check(initial, network, diffusion)

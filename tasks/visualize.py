@@ -131,9 +131,12 @@ def _title(model: Pipeline) -> str:
 
 
 def _facts(model: Pipeline, sampler: str) -> list[tuple[str, str]]:
+    from models.networks.network import folder_name
+
     weights = sum(parameter.numel() for parameter in model.network.parameters())
+    network = "U-Net" if folder_name(model.network.config) == "unet" else "Transformer"
     return [
-        ("Network", f"U-Net, {weights / 1e6:.2f} M parameters"),
+        ("Network", f"{network}, {weights / 1e6:.2f} M parameters"),
         ("Images", f"{model.info.size} × {model.info.size}, {'grey' if model.info.channels == 1 else 'RGB'}"),
         *([("Latents", " × ".join(map(str, model.info.input_shape)))] if model.autoencoder else []),
         ("Conditioning", model.info.conditioning),

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, shared by both networks."""
+"""Scaled dot-product attention, shared by all networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice between the two networks: our U-Net, or diffusers' text-conditional one; both have the same interface."""
+"""The choice between the networks, U-Net or transformer, by class or text; all have the same interface."""
 
 from __future__ import annotations
 
@@ -8,20 +8,41 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from models.networks.dit import DiT, DiTConfig
+from models.networks.text_dit import TextDiT, TextDiTConfig
 from models.networks.text_unet import TextUNet, TextUNetConfig
+from models.networks.transformer import Transformer, TransformerConfig
 from models.networks.unet import UNet, UNetConfig
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject
 
-NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig
-Network: TypeAlias = UNet | TextUNet
+NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig | DiTConfig | TextDiTConfig
+Network: TypeAlias = UNet | TextUNet | DiT | TextDiT
 Predict: TypeAlias = Callable[[Tensor, float, Tensor | None], Tensor]
+
+READERS: dict[str, Callable[[JsonObject], NetworkConfig]] = {
+    "UNet2DConditionModel": TextUNetConfig.from_diffusers,
+    "DiTTransformer2DModel": DiTConfig.from_diffusers,
+    "DiT": DiTConfig.from_diffusers,
+    "PixArtTransformer2DModel": TextDiTConfig.from_diffusers,
+    "TextDiT": TextDiTConfig.from_diffusers,
+}
+"""`_class_name` of a `config.json` -> configuration; every other name is read as a `UNet2DModel`."""
+OLD_TRANSFORMER = "Transformer2DModel"
+"""`_class_name` of both transformers in the weights that their authors published."""
 
 
 def build(config: NetworkConfig) -> Network:
     """Build an untrained network."""
-    return TextUNet(config) if isinstance(config, TextUNetConfig) else UNet(config)
+    match config:
+        case TextUNetConfig():
+            return TextUNet(config)
+        case DiTConfig():
+            return DiT(config)
+        case TextDiTConfig():
+            return TextDiT(config)
+    return UNet(config)
 
 
 def config_of(config: JsonObject) -> NetworkConfig:
@@ -30,9 +51,15 @@ def config_of(config: JsonObject) -> NetworkConfig:
     Raises:
         ValueError: for an unsupported architecture, in one sentence.
     """
-    if config.get("_class_name") == "UNet2DConditionModel":
-        return TextUNetConfig.from_diffusers(config)
-    return UNetConfig.from_diffusers(config)
+    name = config.get("_class_name")
+    if name == OLD_TRANSFORMER:
+        name = "PixArtTransformer2DModel" if config.get("norm_type") == "ada_norm_single" else "DiTTransformer2DModel"
+    return READERS.get(str(name), UNetConfig.from_diffusers)(config)
+
+
+def folder_name(config: NetworkConfig) -> str:
+    """Return the folder of the network in a pipeline of diffusers' layout."""
+    return "transformer" if isinstance(config, TransformerConfig) else "unet"
 
 
 def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
@@ -40,11 +67,23 @@ def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
 
     Raises:
         RuntimeError: if a name or a shape differs.
+        ValueError: if a transformer's blocks do not share their embedding.
     """
-    if isinstance(network, TextUNet):
+    if isinstance(network, TextUNet | Transformer):
         network.load_published(weights)
     else:
         network.load_state_dict(weights)
+
+
+def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by parameter name under every name that a state dict has.
+
+    A layer that several modules share occurs once among the parameters; its other names get copies.
+    """
+    first: dict[nn.Parameter, str] = {parameter: name for name, parameter in network.named_parameters()}
+    every = network.named_parameters(remove_duplicate=False)
+    owners = {name: first[parameter] for name, parameter in every}
+    return {name: weights[owner] if name == owner else weights[owner].clone() for name, owner in owners.items()}
 
 
 def predictor(network: nn.Module) -> Predict:

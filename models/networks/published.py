@@ -22,6 +22,7 @@ from models.noise.samplers import SchedulerConfig
 if TYPE_CHECKING:
     from models.json_files import JsonObject
 
+NETWORK_FOLDERS = ("unet", "transformer")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULES = {
     "linear": "linear",
@@ -58,8 +59,9 @@ def parts(folder: Path) -> tuple[Path, Path]:
     Raises:
         FileNotFoundError: if the folder is not a pipeline.
     """
-    if (folder / "unet" / "config.json").exists():
-        return folder / "unet", folder / "scheduler"
+    for network in NETWORK_FOLDERS:
+        if (folder / network / "config.json").exists():
+            return folder / network, folder / "scheduler"
     if (folder / "config.json").exists() and (folder / "scheduler_config.json").exists():
         return folder, folder
     raise FileNotFoundError(2, "no pipeline in diffusers format", str(folder))

@@ -7,7 +7,6 @@ Legend: B batch, C channels, H x W pixels, E = 4 * first width (time embedding).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.json_files import JsonObject
 from models.networks.attention import attend
 from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
+from models.networks.time_embedding import TimeEmbedding, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -119,30 +119,6 @@ def _require_supported_architecture(config: JsonObject, attention: tuple[bool, .
         raise ValueError(
             f"the network's sample_size is {config['sample_size']!r}; supported: square images, one integer"
         )
-
-
-def timestep_embedding(t: Tensor, config: UNetConfig) -> Tensor:
-    """Sinusoidal features of the timesteps (Vaswani et al. 2017, section 3.5; base 10,000).
-
-    t: [B]. Returns float32 [B, first width].
-    """
-    half = config.block_out_channels[0] // 2
-    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(exponents / (half - config.freq_shift))[None]
-    pair = (angles.cos(), angles.sin()) if config.flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(pair, dim=1)
-
-
-class TimeEmbedding(nn.Module):
-    """A two-layer perceptron: sinusoidal features [B, width] -> [B, E]."""
-
-    def __init__(self, width: int, embed: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, embed)
-        self.linear_2 = nn.Linear(embed, embed)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(features)))
 
 
 class ResnetBlock(nn.Module):
@@ -283,7 +259,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network: x_t float [B, C, H, W], t int64 [B], condition -> output float [B, C, H, W].
+    """The network: x_t float [B, C, H, W], t int64 or float [B], condition -> output float [B, C, H, W].
 
     The condition is a class index, int64 [B], of which the last is the null class; None for an unconditional network.
     """
@@ -335,7 +311,8 @@ class UNet(nn.Module):
                 module.recompute = True
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self.time_embedding(timestep_embedding(t, self.config).to(x.dtype))
+        first, flip, shift = self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
+        embedding = self.time_embedding(timestep_embedding(t, first, flip, shift).to(x.dtype))
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         x = self.conv_in(x)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tasks.formats.model_folder import ExportReport
     from tasks.runtime.measures import Measurements
 
+OWN_NETWORKS = ("DiT", "TextDiT")
+"""Transformers with options that those of diffusers lack, as their `config.json` names them."""
 NOT_TRAINING = ("_every",)
 """Endings of parameters that the card leaves out: logging intervals do not change the weights."""
 
@@ -36,6 +38,19 @@ class ModelFacts(BaseModel):
     latent: tuple[int, int] | None = None
 
 
+class NetworkFacts(BaseModel):
+    """How diffusers loads the model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    """Class of the network."""
+    folder: str
+    """The network's folder in the pipeline."""
+    pipeline: str | None
+    """Class of the whole pipeline; None if diffusers has none for this model."""
+
+
 class DataFacts(BaseModel):
     """The fields of the data set's index that the card shows."""
 
@@ -50,6 +65,7 @@ class DataFacts(BaseModel):
 
 def model_card(
     info: ModelFacts,
+    network: NetworkFacts,
     data: DataFacts,
     training: Mapping[str, object],
     measured: Measurements,
@@ -62,7 +78,7 @@ def model_card(
     sections = [
         _front_matter(data, info),
         _summary(info, data),
-        _use(info, training),
+        _use(info, network, training),
         _evaluation(measured),
         _export(exported),
     ]
@@ -91,7 +107,7 @@ def _summary(info: ModelFacts, data: DataFacts) -> str:
     return text
 
 
-def _use(info: ModelFacts, training: Mapping[str, object]) -> str:
+def _use(info: ModelFacts, network: NetworkFacts, training: Mapping[str, object]) -> str:
     options, fields = _example(info)
     tokenizers = ", and `tokenizers`" if info.conditioning == "text" else ""
     lines = [
@@ -106,16 +122,22 @@ def _use(info: ModelFacts, training: Mapping[str, object]) -> str:
         "    model = mlflow.pyfunc.load_model('models:/NAME@champion')",
         f"    png = model.predict([{{{fields}'seed': 0}}])[0]",
         "",
+        _with_diffusers(network),
     ]
-    if (info.conditioning == "none") == (info.latent is None) and info.conditioning != "label":
-        lines += ["With diffusers: `DiffusionPipeline.from_pretrained('pipeline')`."]
-    else:
-        network = "UNet2DConditionModel" if info.conditioning == "text" else "UNet2DModel"
-        lines += [f"With diffusers, by component: `{network}.from_pretrained('pipeline', subfolder='unet')`."]
     if training.get("model.lora_rank"):
         base = training.get("train.weights") or "the weights that training started from"
         lines += ["", f"The LoRA adapter alone, on top of {escaped(base)}: `base.load_lora_weights('pipeline/lora')`."]
     return "\n".join(lines)
+
+
+def _with_diffusers(network: NetworkFacts) -> str:
+    if network.kind in OWN_NETWORKS:
+        return "diffusers has no network of this architecture."
+    if network.pipeline is None:
+        call = f"{network.kind}.from_pretrained('pipeline', subfolder='{network.folder}')"
+        return f"With diffusers, by component: `{call}`."
+    embeds = " It takes the text as `prompt_embeds`." if network.pipeline == "PixArtAlphaPipeline" else ""
+    return f"With diffusers: `DiffusionPipeline.from_pretrained('pipeline')`, a `{network.pipeline}`.{embeds}"
 
 
 def _example(info: ModelFacts) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from tasks.params.model import (
     AutoencoderParams,
     CodecParams,
     DiffusionParams,
+    DitParams,
     EncodeParams,
     ModelParams,
     TextParams,
@@ -48,9 +49,9 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams", "ExtractorParams",
-    "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params",
-    "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams",
+    "DiffusionParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
+    "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
+    "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams",
     "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 

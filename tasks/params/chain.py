@@ -83,7 +83,10 @@ class Params(Section):
         return self
 
     def _check_resolution(self) -> None:
-        """The autoencoder and the U-Net halve the resolution at each of their levels but the last."""
+        """The autoencoder and the U-Net halve the resolution at each of their levels but the last.
+
+        A transformer cuts it into patches.
+        """
         self._check_buckets()
         side, what = self.image.resolution, "image.resolution"
         if self.codec.kind == "autoencoder":
@@ -95,6 +98,12 @@ class Params(Section):
                 )
             what = f"the side of the latents (image.resolution {side} halved {halvings} times),"
             side //= 2**halvings
+        if self.model.architecture == "dit":
+            if side % self.model.dit.patch_size:
+                raise ValueError(
+                    f"model.dit.patch_size {self.model.dit.patch_size} does not divide {what} {side}; use a divisor"
+                )
+            return
         halvings = len(self.model.block_out_channels) - 1
         if side % 2**halvings:
             raise ValueError(
@@ -107,7 +116,7 @@ class Params(Section):
         if not self.encode.buckets:
             return
         widths = self.codec.autoencoder.widths if self.codec.kind == "autoencoder" else (0,)
-        least = 2 ** (len(widths) - 1 + len(self.model.block_out_channels) - 1)
+        least = 2 ** (len(widths) - 1) * self.model.downsampling
         multiple, resolution = self.encode.bucket_multiple, self.image.resolution
         if multiple % least or resolution % multiple:
             raise ValueError(
@@ -132,6 +141,12 @@ class Params(Section):
         if self.codec.conditioning != "text" and self.model.text_only:
             name = next(iter(self.model.text_only))
             raise ValueError(f"model.{name} belongs to codec.conditioning 'text'; set it to null (or false)")
+        pooled = self.codec.conditioning == "text" and self.codec.text.second_width is not None
+        if self.model.architecture == "dit" and pooled:
+            raise ValueError(
+                "codec.text.second_width adds a second text encoder, and model.architecture 'dit' takes the text of "
+                "one; set codec.text.second_width to null"
+            )
         has_base = self.train.init_from != NO_PATH or self.train.weights is not None or self.train.full_steps > 0
         if self.model.lora_rank and not has_base:
             raise ValueError(

@@ -15,6 +15,7 @@ _NUMBER = re.compile(r"\d+(\.\d+)?")
 PACKED_WIDTH = 80
 """Least width of a pooled embedding that is trained here; SDXL's size and crop numbers are packed beside it."""
 Conditioning = Literal["none", "label", "text"]
+Architecture = Literal["unet", "dit"]
 
 
 class AutoencoderParams(Section):
@@ -112,10 +113,48 @@ class EncodeParams(Section):
     """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
 
 
-class ModelParams(Section):
-    """The U-Net; names are those of diffusers' `UNet2DModel`, or of `UNet2DConditionModel` for text."""
+class DitParams(Section):
+    """The transformer of model.architecture 'dit' (Peebles & Xie 2023)."""
 
-    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False, min_length=1)
+    patch_size: PositiveInt = 2
+    """Side of the patches of the image or latent; each becomes one token."""
+    width: PositiveInt = 384
+    """Width of a token."""
+    depth: PositiveInt = 12
+    """Number of blocks."""
+    heads: PositiveInt = 6
+    mlp_ratio: Annotated[float, Field(ge=1)] = 4.0
+    """Hidden width of the feed-forward layers relative to `width`; diffusers' transformers have 4."""
+    qk_norm: bool = False
+    """Normalise queries and keys, which keeps large networks stable; diffusers' transformers lack it."""
+    rope: bool = False
+    """Rotary positions in the attention instead of sinusoidal ones on the tokens; diffusers' transformers lack it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DitParams:
+        if self.width % self.heads:
+            raise ValueError(f"model.dit.heads {self.heads} does not divide model.dit.width {self.width}; change one")
+        if self.width % 4:
+            raise ValueError(
+                f"model.dit.width {self.width} must be a multiple of 4, for sines and cosines of two coordinates"
+            )
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"model.dit.rope rotates pairs in two directions, and the width {self.width // self.heads} of a head "
+                "is no multiple of 4; change model.dit.width or model.dit.heads, or set model.dit.rope to false"
+            )
+        return self
+
+
+class ModelParams(Section):
+    """The network: a U-Net, or the transformer that `dit` describes.
+
+    Names are those of diffusers' `UNet2DModel`, or of `UNet2DConditionModel` for text; a transformer has `dropout` and
+    the section `dit` alone.
+    """
+
+    architecture: Architecture = "unet"
+    block_out_channels: tuple[PositiveInt, ...] = Field(strict=False)
     attention: tuple[bool, ...] = Field(strict=False)
     """Per resolution, highest first: whether it has self-attention and, for text, cross-attention."""
     layers_per_block: PositiveInt
@@ -132,6 +171,19 @@ class ModelParams(Section):
     lora_rank: PositiveInt | None = None
     """Text only: train a LoRA adapter of this rank on the base weights of `train.weights` or `train.init_from`; null
     trains all weights."""
+    dit: DitParams = DitParams()
+
+    @property
+    def downsampling(self) -> int:
+        """Factor of which both sides of the network's input must be a multiple."""
+        return self.dit.patch_size if self.architecture == "dit" else 2 ** (len(self.block_out_channels) - 1)
+
+    def used(self) -> dict[str, object]:
+        """Return the parameters of the chosen network; those of the section `dit` by dotted names."""
+        if self.architecture == "unet":
+            return self.model_dump(exclude={"dit"})
+        dit = {f"dit.{name}": value for name, value in self.dit.model_dump().items()}
+        return {"architecture": self.architecture, "dropout": self.dropout, **dit}
 
     @property
     def text_only(self) -> dict[str, object]:
@@ -141,6 +193,16 @@ class ModelParams(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelParams:
+        if self.architecture == "unet":
+            self._check_unet()
+        elif self.text_only:
+            name = next(iter(self.text_only))
+            raise ValueError(f"model.{name} belongs to model.architecture 'unet'; set it to null (or false)")
+        return self
+
+    def _check_unet(self) -> None:
+        if not self.block_out_channels:
+            raise ValueError("model.block_out_channels is empty; give the widths of model.architecture 'unet'")
         if self.heads is not None and self.attention_head_dim is not None:
             raise ValueError("model.heads and model.attention_head_dim exclude each other; set one of them to null")
         if self.transformer_layers is not None and len(self.transformer_layers) != len(self.block_out_channels):
@@ -162,7 +224,6 @@ class ModelParams(Section):
                 raise ValueError(f"model.attention_head_dim {self.attention_head_dim} does not divide {width}")
             if self.heads and width % self.heads:
                 raise ValueError(f"model.heads {self.heads} does not divide the width {width}")
-        return self
 
 
 class DiffusionParams(Section):

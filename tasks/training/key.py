@@ -74,8 +74,8 @@ def run_facts(
     params: TrainParams,
 ) -> RunFacts:
     """Derive keys and parameters of the run from its inputs, its parameters and the code."""
-    sections = {"model": model, "diffusion": diffusion, "train": params}
-    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()}
+    sections = {"model": model.used(), "diffusion": diffusion.model_dump(), "train": params.model_dump()}
+    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     flat["train.init_from"] = Path(params.init_from).name
     if params.weights and Path(params.weights).is_absolute():
         flat["train.weights"] = Path(params.weights).name  # a local folder may lie elsewhere on another machine
@@ -138,8 +138,8 @@ def changed_since(folder: Path, facts: RunFacts) -> str | None:
 
 def weights_file(folder: Path) -> Path:
     """Return the file of weights in a pipeline folder, or in the folder of a diffusers network alone."""
-    name = "diffusion_pytorch_model.safetensors"
-    return folder / "unet" / name if (folder / "unet").is_dir() else folder / name
+    parts = (folder / part for part in ("unet", "transformer"))
+    return next((part for part in parts if part.is_dir()), folder) / "diffusion_pytorch_model.safetensors"
 
 
 def _changes(before: JsonObject, now: JsonObject) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.networks.network import under_all_names
 from models.networks.text_unet import adapter, merged
 from models.noise.paths import RectifiedFlow
 from models.noise.schedules import betas
@@ -67,9 +68,9 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         prompts=index.prompts,
         latent=[index.channels, index.size] if index.autoencoder else None,
     )
-    frozen = _on_cpu({name: parameter.detach() for name, parameter in run.network.named_parameters()})
-    final = frozen | _on_cpu(run.averages[run.params.pipeline_ema].state_dict())
-    others = {name: merged(frozen | _on_cpu(earlier)) for name, earlier in run.companions.items()}
+    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
+    final = _complete(run, frozen | run.averages[run.params.pipeline_ema].state_dict())
+    others = {name: merged(_complete(run, frozen | earlier)) for name, earlier in run.companions.items()}
     diffusion, path = run.diffusion, run.timesteps.path
     noise = (
         path
@@ -80,5 +81,6 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         save_pipeline(folder, run.network, merged(final), noise, info, codec, adapter(final), others)
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def _complete(run: Run, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by parameter name on the CPU, under all names of diffusers."""
+    return under_all_names(run.network, {name: tensor.cpu().contiguous() for name, tensor in weights.items()})

@@ -20,7 +20,9 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from models.diffusion import add_noise, squared_error, target
 from models.ema import EMA
 from models.json_files import JsonObject
+from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
+from models.networks.text_dit import TextDiTConfig
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise.schedules import path_of
@@ -111,7 +113,9 @@ def _check_devices(params: TrainParams, processes: int) -> None:
 
 def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
     """Configure the network for a data set and the section model, with `INHERITED` from the initial weights."""
-    section = model.model_dump()
+    if model.architecture == "dit":
+        return _transformer_config(spec, model)
+    section = model.model_dump(exclude={"architecture", "dit"})
     if spec.conditioning == "text":
         assert spec.text_width is not None, "text has a width"
         return TextUNetConfig(
@@ -126,6 +130,19 @@ def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights 
         shared |= {name: getattr(initial.network, name) for name in INHERITED}
     conditions = spec.classes + 1 if spec.conditioning == "label" else 0
     return UNetConfig(size=spec.size, channels=spec.channels, conditions=conditions, **shared)
+
+
+def _transformer_config(spec: InputSpec, model: ModelParams) -> DiTConfig | TextDiTConfig:
+    shared = {"size": spec.size, "channels": spec.channels, "dropout": model.dropout, **model.dit.model_dump()}
+    if spec.conditioning != "text":
+        return DiTConfig(**shared, conditions=spec.classes + 1 if spec.conditioning == "label" else 0)
+    if spec.pooled is not None:
+        raise StageError(
+            "the codec has two text encoders, and model.architecture 'dit' takes the text of one; name a single one in "
+            "codec.text.weights, or set model.architecture to 'unet'"
+        )
+    assert spec.text_width is not None, "text has a width"
+    return TextDiTConfig(**shared, text_width=spec.text_width)
 
 
 def architecture(config: NetworkConfig) -> JsonObject:

@@ -27,7 +27,10 @@ from tasks.training import key as training_key
 
 if TYPE_CHECKING:
     from models.networks.network import Network, NetworkConfig
+    from tasks.params.model import Architecture
 
+FOLDERS = {"unet": "unet", "dit": "transformer"}
+"""`model.architecture` -> folder of the network in a published pipeline."""
 SAME_NOISE = 1e-3
 """Schedules whose sqrt(alpha_bar) differ by at most this at every timestep are equal except for rounding."""
 
@@ -42,24 +45,24 @@ class InitialWeights:
     network: NetworkConfig
 
 
-def initial_folder(params: TrainParams) -> Path | None:
+def initial_folder(params: TrainParams, architecture: Architecture) -> Path | None:
     """Return the folder of the pipeline to start from, downloaded if it is published; None starts from random weights.
 
     Raises:
         StageError: if published weights cannot be downloaded.
     """
     if params.weights is not None and params.pin is not None:
-        return weights.local_folder(params.weights, params.pin, ("unet", "scheduler"))
+        return weights.local_folder(params.weights, params.pin, (FOLDERS[architecture], "scheduler"))
     return None if params.init_from == NO_PATH else Path(params.init_from)
 
 
-def initial_weights(params: TrainParams) -> InitialWeights | None:
+def initial_weights(params: TrainParams, architecture: Architecture) -> InitialWeights | None:
     """Find the weights to start from; None starts from random weights.
 
     Raises:
         StageError: if they cannot be downloaded, or their architecture is not supported.
     """
-    folder = initial_folder(params)
+    folder = initial_folder(params, architecture)
     if folder is None:
         return None
     name = f"train.weights {params.weights}" if params.weights else f"train.init_from {params.init_from}"
@@ -83,9 +86,14 @@ def check(initial: InitialWeights, config: NetworkConfig, diffusion: DiffusionPa
     Raises:
         StageError: for another architecture or prediction type, or an unsupported kind of diffusion.
     """
+    if type(config) is not type(initial.network):
+        raise StageError(
+            f"{initial.name} is another kind of network ({type(initial.network).__name__.removesuffix('Config')}, not "
+            f"{type(config).__name__.removesuffix('Config')}); set model.architecture and codec.conditioning to fit it"
+        )
     ours, theirs = config.to_diffusers(), initial.network.to_diffusers()
-    shaping = [key for key in ours if not key.startswith("_") and key not in ("sample_size", "dropout")]
-    unlike = [key for key in shaping if theirs.get(key) != ours[key]]
+    shaping = [key for key in ours | theirs if not key.startswith("_") and key not in ("sample_size", "dropout")]
+    unlike = [key for key in shaping if theirs.get(key) != ours.get(key)]
     if unlike:
         listed = checkpoint.differences(*({key: side.get(key) for key in unlike} for side in (theirs, ours)))
         raise StageError(f"{initial.name} is another network ({listed}); set the section model to fit it")

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from models.autoencoder_training import AutoencoderConfig, build
+from models.flops import forward_flops
+from models.networks.dit import DiT
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.text_training import TextConfig, text_tower
 
@@ -148,3 +150,41 @@ def test_the_presets_make_the_published_networks(name, side, pooled, kind):
     config = network_config(spec, params.model.model_copy(update={"lora_rank": None}))
     with torch.device("meta"):
         assert count(TextUNet(config)) == PARAMETERS[kind]
+
+
+def test_the_preset_of_imagenet_makes_dit_b2_in_the_memory_that_is_documented():
+    """Peebles & Xie 2023, tables 1 and 4; the other numbers are those of docs/training.md."""
+    from tasks.formats.latents import InputSpec
+    from tasks.params import parse
+    from tasks.params.composition import compose
+    from tasks.training.run import network_config
+
+    params = parse(compose("imagenet_dit_b2", []))
+    assert params.image.resolution == 8 * 32 == 2 ** (len(params.codec.autoencoder.widths) - 1) * 32
+    config = network_config(InputSpec(params.codec.autoencoder.latent_channels, 32, "label", 1000), params.model)
+    with torch.device("meta"):
+        network = DiT(config)
+        inputs = torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+        assert forward_flops(network, *inputs) / 2 == pytest.approx(23.0e9, rel=0.01)
+        kept = kept_bytes(network, inputs)
+        network.checkpoint_gradients()
+        kept_with_checkpoints = kept_bytes(network, inputs)
+    assert count(network) == pytest.approx(130.3e6, rel=0.001)
+    copies = 1 + 1 + 2 + len(params.train.ema)  # weights, gradients, moments of AdamW, averages
+    assert 4 * copies * count(network) == pytest.approx(3.65e9, rel=0.01)
+    assert (kept / 2, kept_with_checkpoints / 2) == pytest.approx((229e6, 12e6), rel=0.03)
+
+
+def kept_bytes(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, besides the parameters."""
+    kept: dict[int, torch.Tensor] = {}  # keeps the tensors, so that no two have the same storage
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -9,19 +9,12 @@ import torch
 
 from models.networks.attention import attend
 from models.networks.unet import UNet, UNetConfig
+from tests.support.networks import randomised
 
 DIGITS = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, conditions=11)
 RGB = UNetConfig(16, 3, (16, 32), (True, False), 2, 4, None)
 PUBLISHED = replace(RGB, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
 CIFAR_PAPER = UNetConfig(32, 3, (128, 256, 256, 256), (False, True, False, False), 2, 32, None)
-
-
-def randomised(network: torch.nn.Module) -> torch.nn.Module:
-    """Random weights everywhere: what starts at zero could hide a difference."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return network.eval()
 
 
 def condition_for(config: UNetConfig) -> torch.Tensor | None:

@@ -65,15 +65,20 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
             EncodeParams(shard_size=20, horizontal_flip=True),
         )
         run_train(root, "pipeline")
-        export(
-            root / "pipeline",
-            root / "accepted.json",
-            root / "onnx",
-            root / "export.json",
-            root / "latency.json",
-            ExportParams(latency_batches=(1,)),
-        )
+        run_export(root)
     return root
+
+
+def run_export(root: Path, name: str = "pipeline", bundle: str = "onnx") -> None:
+    """Export the pipeline `name` to the folder `bundle`."""
+    export(
+        root / name,
+        root / "accepted.json",
+        root / bundle,
+        root / "export.json",
+        root / "latency.json",
+        ExportParams(latency_batches=(1,)),
+    )
 
 
 def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def write_inputs(
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
 
 
-def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0, **train) -> None:
+def write_params(
+    folder: Path, conditioning: str = "label", dropout: float = 0.0, architecture: str = "unet", **train
+) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
     from tasks import params
 
@@ -123,6 +125,7 @@ def write_params(folder: Path, conditioning: str = "label", dropout: float = 0.0
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
+    document["model"] |= {"architecture": architecture, "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}}
     document["diffusion"]["timesteps"] = 50
     document["evaluate"]["steps"] = document["visualize"]["steps"] = 10
     document["diffusion"]["loss_weighting"] = "plain"

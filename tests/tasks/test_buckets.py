@@ -201,16 +201,18 @@ def test_a_bucket_smaller_than_a_batch_is_drawn_when_it_fills_one():
 
 
 @pytest.mark.usefixtures("small_sample_grids")
+@pytest.mark.parametrize("architecture", ["unet", "dit"])
 @pytest.mark.parametrize("conditioning", ["label", "text"])
 def test_a_training_on_buckets_that_is_interrupted_ends_in_the_same_bytes(
-    conditioning, tmp_path, monkeypatch, migrated_database
+    conditioning, architecture, tmp_path, monkeypatch, migrated_database
 ):
-    """Our network and the text-conditional one, with two buckets that are not square."""
+    """Each network, with two buckets that are not square."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
     write_inputs(whole, conditioning, count=20, buckets=((8, 8), (4, 12), (12, 4)))
-    write_params(whole, conditioning, steps=12, warmup_steps=2, batch_size=8, checkpoint_every=4, sample_every=6)
+    brief = {"steps": 12, "warmup_steps": 2, "batch_size": 8, "checkpoint_every": 4, "sample_every": 6}
+    write_params(whole, conditioning, architecture=architecture, **brief)
     train_here(whole, monkeypatch, migrated_database)
     copy_of(whole, stopped)
 

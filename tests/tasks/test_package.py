@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tasks.formats import model_folder
-from tasks.formats.model_card import DataFacts, ModelFacts, model_card
+from tasks.formats.model_card import DataFacts, ModelFacts, NetworkFacts, model_card
 from tasks.formats.model_folder import ExportReport, TensorRTReport
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
@@ -74,14 +74,29 @@ INFO = ModelFacts(
     train_key="k",
     classes=[],
 )
+PIPELINE = NetworkFacts(kind="UNet2DModel", folder="unet", pipeline="DDPMPipeline")
 DATA = DataFacts(source="s", licence="l", rows=2, splits={"train": 2}, sha256="h")
 EXPORTED = ExportReport(20, 1e-6, {}, 99.0, {}, ["p"], TensorRTReport(built=True))
 
 
 def test_card_of_an_unconditional_model_mentions_no_prompt():
-    card = model_card(INFO, DATA, {}, model_outputs.measurements(), EXPORTED)
+    card = model_card(INFO, PIPELINE, DATA, {}, model_outputs.measurements(), EXPORTED)
     assert "prompt" not in card
     assert "DiffusionPipeline.from_pretrained" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "pipeline", "expected"),
+    [
+        ("UNet2DModel", "unet", None, "`UNet2DModel.from_pretrained('pipeline', subfolder='unet')`"),
+        ("DiTTransformer2DModel", "transformer", "DiTPipeline", "from_pretrained('pipeline')`, a `DiTPipeline`."),
+        ("PixArtTransformer2DModel", "transformer", "PixArtAlphaPipeline", "takes the text as `prompt_embeds`"),
+        ("DiT", "transformer", None, "diffusers has no network of this architecture"),
+    ],
+)
+def test_card_names_the_class_that_loads_the_model(kind, folder, pipeline, expected):
+    network = NetworkFacts(kind=kind, folder=folder, pipeline=pipeline)
+    assert expected in model_card(INFO, network, DATA, {}, model_outputs.measurements(), EXPORTED)
 
 
 HOSTILE = [
@@ -108,7 +123,7 @@ def test_names_and_captions_in_the_card_are_escaped(conditioning, first):
     exported = replace(EXPORTED, tensorrt=TensorRTReport(built=False, reason=names[0]))
     training = {"train.weights": names[0], "model.lora_rank": 4, "ingest.caption_templates": names}
     measured = MEASURED.model_copy(update={"not_applicable": {"kid": names[0]}})
-    card = model_card(info, data, training, measured, exported)
+    card = model_card(info, PIPELINE, data, training, measured, exported)
     rendered = markdown.MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---", 2)[2])
     assert not re.search(r"<(script|img)|href=.javascript|<h1>three", rendered)
     headings = re.findall(r"<h\d>(.*?)</h\d>", rendered)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
-from models.noise.samplers import Sampling
+from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
-from tasks.params import AutoencoderParams, CodecParams, TextParams
+from tasks.params import AutoencoderParams, CodecParams, DitParams, TextParams
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
 from tests.support.train_inputs import uniform
@@ -117,6 +117,43 @@ def registered_adapter_is_that_of(tree):
     with torch.inference_mode():
         theirs = pipeline.unet(x, t, text).sample
         assert torch.allclose(theirs, wanted(x, t, text), atol=1e-5)
+
+
+def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_onnx(tree, monkeypatch):
+    """Diffusers' `PixArtAlphaPipeline` has another text encoder, so it gets the embeddings."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from models.bundle import Bundle
+
+    text_inputs.at_home(tree, monkeypatch)
+    small = DitParams(patch_size=2, width=16, depth=2, heads=2)
+    run_train(tree, "dit", MODEL.model_copy(update={"architecture": "dit", "dit": small}), learning_rate=0.1)
+    model = load_pipeline(tree / "dit")
+    prompts, sampling = ["dark picture of thing 2", "bright picture of thing 1"], Sampling("ddim", 4, guidance_scale=2)
+    ours = model.sample([7, 8], prompts=prompts, sampling=sampling)
+    assert not np.array_equal(ours, model.sample([7, 8], prompts=prompts[::-1], sampling=sampling))
+
+    theirs = DiffusionPipeline.from_pretrained(tree / "dit", local_files_only=True)
+    assert type(theirs).__name__ == "PixArtAlphaPipeline"
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
+    mask = torch.ones(2, model.text.length)
+    drawn = theirs(
+        prompt_embeds=model.text.encode(prompts),
+        prompt_attention_mask=mask,
+        negative_prompt=None,
+        negative_prompt_embeds=model.text.encode(["", ""]),
+        negative_prompt_attention_mask=mask,
+        latents=torch.from_numpy(SeededNoise([7, 8], (2, 8, 8))()),
+        guidance_scale=2.0,
+        num_inference_steps=4,
+        use_resolution_binning=False,
+        output_type="np",
+    ).images
+    assert np.abs(drawn.transpose(0, 3, 1, 2) - np.clip((ours + 1) / 2, 0, 1)).max() < 1e-4
+
+    text_inputs.run_export(tree, "dit", "onnx-dit")
+    assert np.abs(Bundle(tree / "onnx-dit").sample([7, 8], prompts=prompts, sampling=sampling) - ours).max() < 1e-3
 
 
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])

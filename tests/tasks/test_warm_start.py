@@ -42,7 +42,7 @@ def published(tmp_path):
         if scheduler is not None:
             (tmp_path / "scheduler").mkdir(exist_ok=True)
             (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-        found = warm_start.initial_weights(train_params(init_from=str(tmp_path)))
+        found = warm_start.initial_weights(train_params(init_from=str(tmp_path)), "unet")
         assert found is not None
         return found
 

@@ -154,7 +154,7 @@ def test_training_starts_from_published_weights(hub, tmp_path, monkeypatch):
     from tests.support.text_inputs import train_params
 
     params = train_params(weights=REPO, pin=COMMIT)
-    folder = initial_folder(params)
+    folder = initial_folder(params, "unet")
     assert folder is not None
     assert names(folder) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert json.loads((folder / "unet" / "config.json").read_text()) == {}
