@@ -51,8 +51,8 @@ __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
     "DiffusionParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
     "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
-    "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams",
-    "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
+    "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
+    "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution", "evaluate.n_ddpm": "evaluate.n_slowest"}
