@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 import shutil
@@ -15,6 +16,13 @@ from tasks.formats.model_folder import ExportReport, TensorRTReport
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.report_inputs import MEASURED
+
+
+def test_the_card_reads_fields_that_a_pipeline_describes():
+    """A field that `PipelineInfo` renamed would be missing in the card, or take its default."""
+    from models.pipeline import PipelineInfo
+
+    assert set(ModelFacts.model_fields) <= {field.name for field in dataclasses.fields(PipelineInfo)}
 
 
 def test_content_key_depends_on_names_and_bytes_but_not_on_caches(tmp_path):
