@@ -367,7 +367,7 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
 
 def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
     noisy = {"sampler": "ddim", "steps": 30, "eta": 0.5, "n_sweep": 1, "guidance_sweep": ()}
-    few = {"n_distance": 64, "n_accuracy": 4}
+    few = {"n_distance": 81, "n_accuracy": 4}
     out = run(tree, tmp_path, PARAMS.model_copy(update=noisy | few))
     rows = table(out / "evaluation" / "samplers.csv")
     compared = [row for row in rows if row["n"] == "80"]
