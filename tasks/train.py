@@ -131,9 +131,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         for part in range(params.gradient_accumulation):
             batch = run.batches.draw(run.step, part)
             with accelerator.accumulate(run.module):
-                with accelerator.autocast():
-                    losses = run.objective(run.module, batch)
-                accelerator.backward(losses.mean())
+                losses = run.backward(run.objective, batch)
             run.tally.add_losses(batch.t, losses)
 
         # step

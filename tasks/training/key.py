@@ -17,6 +17,7 @@ from tasks.formats.codec_info import FILE as CODEC_FILE
 from tasks.params import NO_PATH, DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, closure
 from tasks.training import checkpoint
+from tasks.training.backward import workers_for
 
 if TYPE_CHECKING:
     from tasks.formats.latents import LatentsIndex
@@ -48,7 +49,7 @@ NO_WEIGHT = {
 Editing them does not discard a training; every other file that `train` imports is part of the key.
 """
 TRAJECTORY_FILE = "facts.json"
-THREADS = "threads"
+THREADS, WORKERS = "threads", "workers"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ def run_facts(
     data = {"digest": index.digest, "codec": file_sha256(codec / CODEC_FILE)}
     if params.init_from != NO_PATH:
         data["init_from"] = file_sha256(weights_file(Path(params.init_from)))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     trajectory = {
         **{key: value for key, value in determining.items() if not _extends(key, params)},
         **{f"data {name}": value for name, value in data.items()},
         **{f"code {path}": sha256 for path, sha256 in closure.hashes(code()).items()},
         "torch": torch.__version__,
-        **_arithmetic(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        **_arithmetic(model, params, processes),
+        "processes": processes,
     }
     return RunFacts(
         train_key=_digest([trajectory, determining]),
@@ -105,11 +107,11 @@ def code() -> list[str]:
     return [path for path in closure.closure("tasks/train.py") if path not in NO_WEIGHT]
 
 
-def _arithmetic() -> JsonObject:
-    """Return what the order of summation depends on: the device, and on a CPU the number of threads."""
+def _arithmetic(model: ModelParams, params: TrainParams, processes: int) -> JsonObject:
+    """Return what the order of summation depends on: the device, and on a CPU the threads and parts of a batch."""
     if torch.cuda.is_available():
         return {"device": "cuda"}
-    return {"device": "cpu", THREADS: torch.get_num_threads()}
+    return {"device": "cpu", THREADS: torch.get_num_threads(), WORKERS: workers_for(model, params, processes)}
 
 
 def folder_of(scratch: Path, facts: RunFacts) -> Path:
@@ -131,7 +133,7 @@ def changed_since(folder: Path, facts: RunFacts) -> str | None:
     newest = max(held)[1]
     before, now = read_json(newest / TRAJECTORY_FILE), facts.trajectory
     line = f"{_changes(before, now)}; the checkpoints made before that stay in {newest}"
-    if before.get(THREADS) and before | {THREADS: now.get(THREADS)} == now:
+    if before.get(THREADS) and before | {key: now.get(key) for key in (THREADS, WORKERS)} == now:
         line += f", and OMP_NUM_THREADS={before[THREADS]} continues them"
     return line
 

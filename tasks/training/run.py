@@ -33,6 +33,7 @@ from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
 from tasks.training import checkpoint, companions, memory, optimizer, warm_start
 from tasks.training import key as training_key
+from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
@@ -64,6 +65,7 @@ class Run:
     module: nn.Module
     """`network` as accelerate and torch.compile wrap it for training."""
     objective: LossFunction
+    backward: Backward
     optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
     batches: Batches | Bucketed
@@ -178,12 +180,14 @@ def prepare(
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params)
+    # torch.compile is declared for functions; for a module it returns a module.
+    wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     run = Run(
         accelerator=accelerator,
         network=network,
-        # torch.compile is declared for functions; for a module it returns a module.
-        module=torch.compile(module) if params.compile else module,  # type: ignore[arg-type]
+        module=wrapped,
         objective=Objective(diffusion, timesteps),
+        backward=_backward(accelerator, wrapped, facts),
         optimizer=prepared,
         averages={profile: EMA(network, profile) for profile in params.ema},
         batches=batches,
@@ -198,6 +202,11 @@ def prepare(
         _print_summary(run, index)
     _resume(run, facts)
     return run
+
+
+def _backward(accelerator: Accelerator, module: nn.Module, facts: RunFacts) -> Backward:
+    workers = facts.trajectory.get(training_key.WORKERS, 1)
+    return SplitBatch(accelerator, module, workers) if workers > 1 else WholeBatch(accelerator, module)
 
 
 def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
