@@ -117,7 +117,7 @@ def save_random_pipeline(folder: Path) -> None:
     import torch
 
     from models.networks.unet import UNet, UNetConfig
-    from models.noise import schedules
+    from models.noise.paths import RectifiedFlow
     from models.pipeline import PipelineInfo, save_pipeline
 
     torch.manual_seed(0)
@@ -129,15 +129,15 @@ def save_random_pipeline(folder: Path) -> None:
         conditioning="label",
         channels=1,
         size=16,
-        schedule="cosine",
+        schedule="rectified_flow",
         timesteps=1000,
-        prediction="v_prediction",
+        prediction="flow_prediction",
         train_key="",
         classes=classes,
         null_label=10,
     )
     folder.mkdir(parents=True)
-    save_pipeline(folder, unet, dict(unet.state_dict()), schedules.betas("cosine", 1000), info)
+    save_pipeline(folder, unet, dict(unet.state_dict()), RectifiedFlow(1000), info)
 
 
 def test_sampler_runs_without_this_project(tmp_path):

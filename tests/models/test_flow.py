@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from models.diffusion import add_noise, loss_weights, target
+from models.networks.unet import UNet, UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import FLOW_PREDICTION, DiffusionPath, RectifiedFlow
 from models.noise.samplers import Sampling, SchedulerConfig
+from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
 from models.timesteps import Density, Timesteps
 
 SHAPE = (2, 1, 8, 8)
@@ -44,6 +46,29 @@ def test_every_step_of_euler_equals_diffusers(steps, shift):
     for t, after in zip(scheduler.timesteps, ours, strict=True):
         x = scheduler.step(velocity(x, float(t)), t, x).prev_sample
         assert torch.allclose(x, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_saved_flow_draws_the_same_images_in_diffusers(tmp_path, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+    network = UNet(UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=4))
+    weights = {name: 0.1 * torch.randn(value.shape) for name, value in network.state_dict().items()}
+    names = {"schedule": paths.RECTIFIED_FLOW, "timesteps": 1000, "prediction": FLOW_PREDICTION, "train_key": "k"}
+    info = PipelineInfo("label", channels=1, size=8, classes=["a", "b", "c"], null_label=3, **names)
+    save_pipeline(tmp_path, network, weights, RectifiedFlow(1000, shift), info)
+    ours = load_pipeline(tmp_path)
+    assert ours.path == RectifiedFlow(1000, shift)
+
+    unet = UNet2DModel.from_pretrained(tmp_path / "unet")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(sigmas=[1 - i / 6 for i in range(6)])
+    x, labels = torch.from_numpy(samplers.SeededNoise([1, 2, 3], (1, 8, 8))()), torch.tensor([0, 2, 1])
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, labels).sample, t, x).prev_sample
+    drawn_by_us = ours.sample([1, 2, 3], [0, 2, 1], Sampling("euler", 6))
+    assert np.abs(drawn_by_us - x.numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
