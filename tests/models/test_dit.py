@@ -195,6 +195,14 @@ def test_blocks_are_the_identity_at_first():
     assert torch.equal(block(tokens, torch.randn(2, 48), None), tokens)
 
 
+def test_the_text_has_no_influence_at_first():
+    network = TextDiT(TEXT)
+    torch.nn.init.normal_(network.proj_out.weight)  # 0 at first, so that no input has an influence
+    x, one, other = torch.randn(3, 4, 8, 8), condition_of(TEXT), condition_of(TEXT)
+    assert torch.equal(network(x, INTEGERS, one), network(x, INTEGERS, other))
+    assert not torch.equal(network(x, INTEGERS, one), network(x, INTEGERS.flip(0), one))
+
+
 def test_without_a_condition_it_is_the_null_class():
     network = randomised(DiT(LABELLED))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([10])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from models.networks.dit import DiT, DiTConfig
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from tasks.params import DiffusionParams
 from tasks.runtime.errors import StageError
@@ -150,3 +152,31 @@ def test_weights_are_loaded_whatever_their_precision_and_those_of_another_networ
     (initial.folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(StageError, match=r"damaged .* fetch it again"):
         warm_start.load(TextUNet(CONFIG), initial)
+
+
+def test_published_transformers_are_continued_without_their_variance(tmp_path):
+    """A folder as diffusers writes that of facebook/DiT-XL-2-256, scaled down."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    config = DiTConfig(size=8, channels=2, patch_size=2, width=16, depth=2, heads=2, conditions=4)
+    theirs = DiTTransformer2DModel.from_config(config.to_diffusers() | {"out_channels": 4})
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    theirs.save_pretrained(tmp_path / "transformer")
+    DDIMScheduler(beta_schedule="linear", clip_sample=False).save_pretrained(tmp_path / "scheduler")
+    initial = warm_start.initial_weights(train_params(init_from=str(tmp_path)), "dit")
+    linear = STABLE.model_copy(update={"schedule": "linear"})
+    warm_start.check(initial, config, linear)
+    network = DiT(config)
+    warm_start.load(network, initial)
+    x, t, labels = torch.randn(2, 2, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 3])
+    with torch.no_grad():
+        assert torch.allclose(network(x, t, labels), theirs.eval()(x, t, class_labels=labels).sample[:, :2], atol=1e-5)
+
+    deeper, turned = replace(config, depth=3), replace(config, rope=True)
+    with pytest.raises(StageError, match=r"is another network \(num_layers 2 -> 3\); set the section model to fit it"):
+        warm_start.check(initial, deeper, linear)
+    with pytest.raises(StageError, match=r"is another network \(.*rope"):
+        warm_start.check(initial, turned, linear)
+    with pytest.raises(StageError, match=r"another kind of network \(DiT, not TextUNet\); set model\.architecture and"):
+        warm_start.check(initial, CONFIG, linear)
