@@ -430,7 +430,7 @@ def test_a_model_with_a_guide_is_swept_with_both_kinds_of_guidance(tree, tmp_pat
     measured, plain = measured_in(out), measured_in(evaluated)
     assert measured.measures["label_accuracy"].condition == "guidance 2, auto"
     assert measured.measures["frechet_distance"].condition == "unguided"
-    assert (measured.guided_kind, measured.headline()["guided_kind"]) == ("auto", "auto")
+    assert (measured.guided_kind, measured.headline_numbers()["guided_kind"]) == ("auto", "auto")
     assert (plain.guided_kind, plain.measures["label_accuracy"].condition) == ("classifier_free", "guidance 2")
     declared = Protocol.read(out / "evaluation" / "protocol.json")
     assert (declared.unguided.guidance, declared.guided.guidance) == ("classifier_free", "auto")

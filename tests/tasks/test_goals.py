@@ -107,7 +107,7 @@ def test_a_row_names_autoguidance(evaluated, monkeypatch):
     table = "sampler,steps,guidance_scale,guidance,n,seed_blocks,frechet_distance,clip_score,note\n"
     monkeypatch.setitem(globals(), "SAMPLERS", table + "ddim,50,1.5,auto,256,1,{distance},80.0,\n")
     client = evaluated("a", 1.25)
-    assert (by_goal(client)["DDIM"]["fid"], by_goal(client)["DDIM"]["guidance"]) == ("1.25", "1.5, auto")
+    assert (by_goal(client)["DDIM"]["distance"], by_goal(client)["DDIM"]["guidance"]) == ("1.25", "1.5, auto")
 
 
 def test_runs_of_an_earlier_version_keep_their_floor(evaluated):
