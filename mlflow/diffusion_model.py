@@ -33,6 +33,7 @@ class Request(pydantic.BaseModel):
     eta: Optional[float] = 0.0
     guidance: Optional[float] = 1.0
     guidance_interval: Optional[list[float]] = None
+    guidance_kind: Optional[str] = "classifier_free"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -72,7 +73,12 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
 
     def _draw(self, request: Request) -> bytes:
         sampling = self.code.Sampling(
-            request.sampler, request.steps, request.eta, request.guidance, request.guidance_interval
+            request.sampler,
+            request.steps,
+            request.eta,
+            request.guidance,
+            request.guidance_interval,
+            request.guidance_kind,
         )
         condition = self.bundle.condition_arguments(request.label, request.prompt)
         images = self.bundle.sample([request.seed], sampling=sampling, **condition)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import io
 import re
 from collections.abc import Sequence
@@ -21,7 +22,17 @@ import numpy as np
 
 from .json_files import Description, JsonObject
 from .noise.paths import DiffusionPath, RectifiedFlow
-from .noise.samplers import DEFAULT_SAMPLING, SAMPLERS, Sampling, SchedulerConfig, SeededNoise, denoiser, sample
+from .noise.samplers import (
+    DEFAULT_SAMPLING,
+    GUIDANCES,
+    SAMPLERS,
+    Predict,
+    Sampling,
+    SchedulerConfig,
+    SeededNoise,
+    denoiser,
+    sample,
+)
 from .pixels import to_uint8
 
 if TYPE_CHECKING:
@@ -155,6 +166,9 @@ class Bundle:
 
         self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
         self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
+        guide = optional("guide")
+        self.guide: Predict | None = functools.partial(self._evaluate, guide) if guide else None
+        """`predict` with the weights of the guide; None if the model has none."""
         self.tokenizers = _load_tokenizers(folder, self.info.text) if self.info.text else []
 
     @property
@@ -168,10 +182,15 @@ class Bundle:
         x: float32 [N, C, H, W]. condition: labels int64 [N] or embedded text float32 [N, L, D]. Returns float32
         [N, C, H, W].
         """
+        return self._evaluate(self.session, x, t, condition)
+
+    def _evaluate(
+        self, session: onnxruntime.InferenceSession, x: np.ndarray, t: float, condition: Condition
+    ) -> np.ndarray:
         feed = {"sample": x, "timestep": np.full(len(x), t, np.float32 if self.info.flow else np.int64)}
         if condition is not None:
             feed[self.info.conditioning] = condition
-        return np.asarray(self.session.run(["output"], feed)[0])
+        return np.asarray(session.run(["output"], feed)[0])
 
     def sample(
         self,
@@ -186,14 +205,12 @@ class Bundle:
         Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i].
 
         Raises:
-            ValueError: for labels or prompts that do not match the model, guidance without a condition, or a number
-                of steps that the model does not support.
+            ValueError: for labels or prompts that do not match the model, guidance that the model does not have, or a
+                number of steps that it does not support.
         """
         info = self.info
         condition, null = self._condition(labels, prompts, len(seeds))
-        if sampling.guidance_scale != 1.0 and condition is None:
-            raise ValueError("guidance needs a conditional model; use guidance 1")
-        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null)
+        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null, self.guide)
         channels, size = info.latent or (info.channels, info.size)
         drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling)
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
@@ -346,6 +363,9 @@ def main() -> None:
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance"
     )
+    parser.add_argument(
+        "--guidance-kind", choices=GUIDANCES, default=defaults.guidance, help="'auto' needs a model with a guide"
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     chosen = parser.parse_args()
     out: Path = chosen.out
@@ -354,7 +374,8 @@ def main() -> None:
         parser.error(f"--out {out} {wrong}; name a PNG file in a folder that exists")
     bundle = Bundle(Path(__file__).resolve().parent.parent)
     try:
-        sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, chosen.guidance_interval)
+        interval, kind = chosen.guidance_interval, chosen.guidance_kind
+        sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, interval, kind)
         images = bundle.sample(
             [chosen.seed], sampling=sampling, **bundle.condition_arguments(chosen.label, chosen.prompt)
         )

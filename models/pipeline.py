@@ -3,7 +3,8 @@
 `unet/`, `scheduler/`, and for latents and captions `vae/`, `text_encoder/` and `tokenizer/` (with the suffix `_2` for a
 second encoder) are in diffusers' format, so diffusers loads the weights without this project. `afterimage.json`
 (`PipelineInfo`) holds what that format has no place for, and the SHA-256 of every other file. `lora/` holds a LoRA
-adapter alone, as a small file for users who have the base weights; `unet/` contains the merged weights.
+adapter alone, as a small file for users who have the base weights; `unet/` contains the merged weights. `guide/` holds
+earlier weights of the same network, in the format of `unet/`, for autoguidance.
 """
 
 from __future__ import annotations
@@ -167,10 +168,11 @@ class Pipeline:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
         Raises:
-            ValueError: if labels or prompts do not match the model.
+            ValueError: for guidance that the model does not have, or if labels or prompts do not match the model.
         """
         condition, null = self.condition(labels, prompts)
-        return samplers.denoiser(predictor(self.network), self.scheduler, sampling, condition, null)
+        guide = predictor(self.companions["guide"]) if "guide" in self.companions else None
+        return samplers.denoiser(predictor(self.network), self.scheduler, sampling, condition, null, guide)
 
     def sample(
         self,
@@ -188,11 +190,9 @@ class Pipeline:
         each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`.
 
         Raises:
-            ValueError: for guidance on an unconditional model, labels or prompts that do not match the model, or a
+            ValueError: for guidance that the model does not have, labels or prompts that do not match the model, or a
                 number of steps that it does not support.
         """
-        if sampling.guidance_scale != 1.0 and self.info.conditioning == "none":
-            raise ValueError("guidance needs a conditional model; use guidance_scale 1")
         batches = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
@@ -309,7 +309,11 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
         info = PipelineInfo.read(folder / INFO)
     else:
         info = _published_info(network_folder, config, scheduler, of_pixels)
-    companions = {name: _network(config, folder / name, device) for name in COMPANIONS if (folder / name).is_dir()}
+    companions = {
+        name: _companion(config, network_folder, folder / name, device)
+        for name in COMPANIONS
+        if (folder / name).is_dir()
+    }
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
     return Pipeline(network, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
@@ -327,6 +331,20 @@ def _network(config: NetworkConfig, folder: Path, device: str) -> Network:
     except RuntimeError:  # its message lists every tensor that does not fit
         raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
     return network.eval().requires_grad_(False).to(device)
+
+
+def _companion(config: NetworkConfig, network: Path, folder: Path, device: str) -> Network:
+    """Load further weights of the network in the folder `network`, whose configuration is `config`.
+
+    Raises:
+        ValueError: if they are of another architecture.
+    """
+    if read_json(folder / "config.json") != read_json(network / "config.json"):
+        raise ValueError(
+            f"{folder} holds another architecture than {network}, and not weights of the same training; train the "
+            "model again"
+        )
+    return _network(config, folder, device)
 
 
 def _published_info(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
     from tasks.evaluation.draws import Draw
     from tasks.evaluation.protocol import Protocol
@@ -32,10 +33,10 @@ COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
 SLOWEST_FLOW = "heun", 100
 """Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
-COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "n", "seed_blocks"]
+COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "guidance", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "cmmd", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
-SWEEP_COLUMNS = ["guidance_scale", "n", "frechet_distance", "kid", "cmmd", "precision", "recall"]
+SWEEP_COLUMNS = ["guidance", "guidance_scale", "n", "frechet_distance", "kid", "cmmd", "precision", "recall"]
 SWEEP_COLUMNS += ["inception_score", "clip_score", "label_accuracy", "note"]
 CLASS_COLUMNS = ["class", "n", "label_accuracy", "clip_score", "n_unguided", "kid", "kid_floor"]
 TIMESTEP_COLUMNS = ["timestep", "signal", "n", "squared_error", "psnr"]
@@ -100,7 +101,7 @@ def evaluate(
         if swept:
             sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
             atomic.write_text(folder / "guidance.csv", _csv(SWEEP_COLUMNS, sweep_rows))
-        if guided and scorer.has_labels:
+        if guided and declared.measurement.labels is not None and scorer.has_labels:
             class_rows = _class_rows(unguided, guided, scorer, model.info.classes)
             atomic.write_text(folder / "classes.csv", _csv(CLASS_COLUMNS, class_rows))
         for name, drawn in grids.items():
@@ -126,11 +127,10 @@ def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) ->
 
 
 def _sweep(model: Pipeline, protocol: Protocol, drawn: list[Draw], params: EvaluateParams) -> Iterator[Draw]:
-    """Draw the first `n_sweep` images of the first seed block at each guidance scale, or take them from `drawn`."""
+    """Draw the first `n_sweep` images of the first seed block with each guidance, or take them from `drawn`."""
     from tasks.evaluation.draws import draw
 
-    for guidance_scale in params.guidance_sweep:
-        sampling = replace(protocol.unguided, guidance_scale=guidance_scale)
+    for sampling in _swept(model, protocol, params):
         known = (each for each in drawn if each.sampling == sampling and len(each.pixels) >= params.n_sweep)
         if found := next(known, None):
             yield found.first(params.n_sweep)
@@ -138,9 +138,27 @@ def _sweep(model: Pipeline, protocol: Protocol, drawn: list[Draw], params: Evalu
             yield draw(model, protocol, params.n_sweep, sampling)
 
 
+def _swept(model: Pipeline, protocol: Protocol, params: EvaluateParams) -> Iterator[Sampling]:
+    """Yield every scale of the sweep with each kind of guidance that the model has; scale 1, which is none, once."""
+    kinds = ["classifier_free"] if model.info.conditioning != "none" else []
+    kinds += ["auto"] if "guide" in model.companions else []
+    for number, kind in enumerate(kinds):
+        for scale in params.guidance_sweep:
+            if scale != 1:
+                yield replace(protocol.unguided, guidance_scale=scale, guidance=kind)
+            elif number == 0:
+                yield protocol.unguided
+
+
+def _guidance_kind(sampling: Sampling) -> str:
+    """Return the kind of guidance for a table; empty at scale 1, which is no guidance."""
+    return sampling.guidance if sampling.guidance_scale != 1 else ""
+
+
 def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> Row:
     note = _too_few(len(drawn.pixels), scorer)
     return {
+        "guidance": _guidance_kind(drawn.sampling),
         "guidance_scale": drawn.sampling.guidance_scale,
         "n": len(drawn.pixels),
         "note": note,
@@ -209,6 +227,7 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
         "steps": sampling.steps,
         "eta": sampling.eta or "",
         "guidance_scale": sampling.guidance_scale,
+        "guidance": _guidance_kind(sampling),
         "n": count,
         "seed_blocks": len(blocks),
         "note": note,

@@ -85,6 +85,8 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
 
     try:
         onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
+        if guide := _guide_of(trained):
+            onnx_graph.write(onnx_graph.to_onnx(guide, params.opset), folder / "guide.onnx")
     except ValueError as error:
         raise StageError(str(error)) from None
     text = None
@@ -107,6 +109,12 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
         shutil.copyfile(closure.ROOT / name, copied)
 
 
+def _guide_of(trained: Pipeline) -> Pipeline | None:
+    """Return the pipeline with the weights of its guide as the network; None without a guide."""
+    guide = trained.companions.get("guide")
+    return replace(trained, network=guide) if guide else None
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Run PyTorch on one thread: the order of summation, and so the report, is then the same every time."""
@@ -121,22 +129,29 @@ def _one_thread() -> Iterator[None]:
 
 
 def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportReport:
-    """Compare raw network outputs and drawn images.
+    """Compare raw outputs of the network, and of its guide if it has one, and drawn images.
 
     Raises:
-        StageError: if either differs too much.
+        StageError: if any of them differs too much.
     """
     differences = {}
     points = [(batch, t) for batch in PARITY_BATCHES for t in trained.path.spread(3)]
+    guide = _guide_of(trained)
     for batch, t in progress(points, desc="parity", unit="batch"):
         differences[f"batch {batch}, t {t}"] = _difference(trained, bundle.predict, batch, t, params.seed)
+        if guide and bundle.guide:
+            differences[f"guide, batch {batch}, t {t}"] = _difference(guide, bundle.guide, batch, t, params.seed)
     where, worst = max(differences.items(), key=lambda item: item[1])
     if not worst <= params.max_abs_difference:
         raise StageError(
             f"the ONNX network differs from PyTorch's by {worst:.1e} ({where}), which exceeds "
             f"export.max_abs_difference {params.max_abs_difference:.1e}; try another export.opset, or raise the limit"
         )
-    decibel = _drawn_psnr(trained, bundle.sample, params.seed)
+    settings = _drawn_settings(trained)
+    if guide:
+        plain = next(iter(settings.values()))
+        settings["autoguidance"] = replace(plain, guidance_scale=GUIDANCE, guidance="auto")
+    decibel = _drawn_psnr(trained, bundle.sample, settings, params.seed)
     lowest = min(decibel, key=lambda name: decibel[name])
     if not decibel[lowest] > params.min_psnr:
         raise StageError(
@@ -189,15 +204,20 @@ def _difference(trained: Pipeline, predict: Predict, batch: int, t: float, seed:
     return float(np.abs(predict(x, t, condition) - _torch_predict(trained)(x, t, condition)).max())
 
 
-def _drawn_psnr(trained: Pipeline, sample: Sample, seed: int) -> dict[str, float]:
-    """Return for each sampler the PSNR in dB of its worst image against PyTorch's for the same noise."""
+def _drawn_settings(trained: Pipeline) -> dict[str, Sampling]:
+    """Return settings by sampler, with classifier-free guidance where the model has it."""
     from models.noise.samplers import Sampling, samplers_of
 
+    steps = min(DRAWN_STEPS, trained.info.timesteps)
+    scale = GUIDANCE if trained.info.conditioning != "none" else 1.0
+    return {name: Sampling(name, steps, guidance_scale=scale) for name in samplers_of(trained.path)}
+
+
+def _drawn_psnr(trained: Pipeline, sample: Sample, settings: dict[str, Sampling], seed: int) -> dict[str, float]:
+    """Return for each of `settings` the PSNR in dB of its worst image against PyTorch's for the same noise."""
     seeds = range(seed, seed + DRAWN_IMAGES)
     conditional = trained.info.conditioning != "none"
     labels = [i % len(trained.info.classes) for i in range(DRAWN_IMAGES)] if conditional else None
-    steps, scale = min(DRAWN_STEPS, trained.info.timesteps), GUIDANCE if conditional else 1.0
-    settings = {name: Sampling(name, steps, guidance_scale=scale) for name in samplers_of(trained.path)}
     return {
         name: _psnr(sample(seeds, labels, settings[name]), trained.sample(seeds, labels, settings[name]))
         for name in progress(settings, desc="draw", unit="sampler")
@@ -240,7 +260,7 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
         images: np.ndarray = sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
         return images
 
-    decibel = _drawn_psnr(trained, draw, params.seed)
+    decibel = _drawn_psnr(trained, draw, _drawn_settings(trained), params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])
     if not decibel[lowest] >= TENSORRT_MIN_PSNR:
         raise StageError(

@@ -43,7 +43,7 @@ USUAL = "frechet_distance"
 """The headline of runs of earlier versions, which have no parameter `headline`."""
 FLOORS = ("eval/{}_floor", "{}_floor")
 """Names of the metric with the floor; runs of earlier versions have the second one."""
-TABLE_COLUMNS = ("sampler", "steps", "guidance_scale", "clip_score", "seed_blocks", "n", "note")
+TABLE_COLUMNS = ("sampler", "steps", "clip_score", "seed_blocks", "n", "note")
 """Columns of `samplers.csv` that are read, besides the headline."""
 COLUMNS = {
     "goal": "Goal",
@@ -69,7 +69,8 @@ class Row:
 
     sampler: str
     steps: str
-    guidance_scale: str
+    guidance: str
+    """Scale, and kind unless it is classifier-free guidance."""
     clip_score: str
     seed_blocks: str
     n: str
@@ -136,12 +137,14 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[Row]:
     floors = (name.format(headline) for name in FLOORS)
     floor = next((run.data.metrics[name] for name in floors if name in run.data.metrics), None)
     for row in table:
-        eta = float(row.get("eta") or 0)  # tables of earlier versions have no such column
-        name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta)
+        # tables of earlier versions do not have these two columns
+        eta, kind = float(row.get("eta") or 0), row.get("guidance")
+        name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta, kind)
         yield Row(
             **{column: row[column] for column in TABLE_COLUMNS},
             headline=headline,
             distance=row[headline],
+            guidance=f"{row['guidance_scale']}, auto" if kind == "auto" else row["guidance_scale"],
             data=run.inputs.dataset_inputs[0].dataset.name if run.inputs and run.inputs.dataset_inputs else "",
             resolution=params.get("measurement.image.size", ""),
             kind=_kind(params),
@@ -190,7 +193,7 @@ def _cells(goal: Goal, row: Row) -> dict[str, str]:
         "clip_score": _number(row.clip_score),
         "steps": row.steps,
         "seconds": _number(row.seconds, digits=2),
-        "guidance": row.guidance_scale,
+        "guidance": row.guidance,
         "n": f"{row.seed_blocks} x {row.n}" if row.seed_blocks != "1" else row.n,
         "features": row.features,
         "fingerprint": row.fingerprint[:8],

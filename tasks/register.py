@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -349,7 +349,10 @@ def _numbers_of(client: MlflowClient, holder: ModelVersion, challenger: Judged, 
 
 
 def _measure_again(holder: ModelVersion, sources: Sources, declared: Protocol) -> Judged:
-    """Download the champion's weights and measure them by the challenger's protocol."""
+    """Download the champion's weights and measure them by the challenger's protocol.
+
+    Only unguided samples, which the gates compare: a champion need not have the challenger's kind of guidance.
+    """
     import mlflow
 
     from models.judges.judge import load_judge
@@ -362,7 +365,7 @@ def _measure_again(holder: ModelVersion, sources: Sources, declared: Protocol) -
         pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
         with integrity.loading(sources.judge, "judge.json", "judge"):
             judge = load_judge(sources.judge)
-        return gates.judged(measure(pipeline, sources.data, judge, declared))
+        return gates.judged(measure(pipeline, sources.data, judge, replace(declared, guided=None)))
 
 
 def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | None, reason: str | None) -> str:

@@ -73,6 +73,7 @@ def visualize(
         title=_title(model),
         facts=_facts(model, sampler),
         conditional=model.info.conditioning != "none",
+        guidance=params.guidance if model.info.conditioning != "none" or set(params.guidance_scales) != {1.0} else None,
         prediction=model.info.prediction,
         min_snr_gamma=_min_snr_gamma(training),
         schedule=model.info.schedule,

@@ -31,14 +31,17 @@ Callback: TypeAlias = Callable[[int, float, Batch, Batch], None]
 Interval: TypeAlias = "Sequence[float] | None"
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
+GUIDANCES = ("classifier_free", "auto")
+"""Kinds of guidance, see `denoiser`."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn: sampler, number of steps, and classifier-free guidance.
+    """How images are drawn: sampler, number of steps, and guidance.
 
     Raises:
-        ValueError: for an unknown sampler, an `eta` that the sampler does not support, or an empty interval.
+        ValueError: for an unknown sampler or kind of guidance, an `eta` that the sampler does not support, or an empty
+            interval.
     """
 
     sampler: str = "dpm_solver_pp_2m"
@@ -49,9 +52,11 @@ class Sampling:
     eta: float = 0.0
     """Stochasticity of DDIM, 0 (deterministic) to 1 (the variance of DDPM); 0 for the other samplers."""
     guidance_scale: float = 1.0
-    """w of classifier-free guidance; 1 disables it."""
+    """w of the guidance; 1 disables it."""
     guidance_interval: Interval = None
     """(low, high): apply guidance only at noise levels low < sigma <= high; None applies it at all levels."""
+    guidance: str = "classifier_free"
+    """One of `GUIDANCES`."""
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -61,6 +66,8 @@ class Sampling:
                 f"eta {self.eta:g} is not valid for sampler {self.sampler!r}; it is 0 to 1 for 'ddim' and 0 for the "
                 "others"
             )
+        if self.guidance not in GUIDANCES:
+            raise ValueError(f"unknown guidance {self.guidance!r}; known: {', '.join(GUIDANCES)}")
         interval = self.guidance_interval
         if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
             raise ValueError(f"guidance interval {list(interval)} is not two noise levels, the lower one first")
@@ -162,22 +169,38 @@ def denoiser(
     sampling: Sampling | None = None,
     condition: Batch = None,
     null_condition: Batch = None,
+    guide: Predict | None = None,
 ) -> Denoise:
     """Wrap a network as `denoise(x, level) -> x0`, with guidance and clipping.
 
-    With a guidance scale w other than 1 the output is u + w (c - u): c with `condition`, u with `null_condition`
-    (Ho & Salimans 2022, in the parametrisation in which w = 1 disables guidance). With a guidance interval (low,
-    high) this applies only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024); other steps need one network
-    evaluation. x0 is clipped before the samplers derive the noise from it, so that both stay consistent. Without
-    `sampling` there is no guidance.
+    With a guidance scale w other than 1 the output is r + w (c - r), where c is the network's output with `condition`.
+    The reference r depends on the kind of guidance, and w = 1 disables both kinds:
+
+    - "classifier_free": the network's output with `null_condition` (Ho & Salimans 2022).
+    - "auto": the output of `guide`, a weaker version of the network, with the same `condition`, which may be None
+      (Karras et al. 2024b, eq. 3).
+
+    With a guidance interval (low, high) this applies only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024);
+    other steps need one network evaluation. x0 is clipped before the samplers derive the noise from it, so that both
+    stay consistent. Without `sampling` there is no guidance.
+
+    Raises:
+        ValueError: for classifier-free guidance without a condition, or autoguidance without a guide.
     """
     scale, interval = (sampling.guidance_scale, sampling.guidance_interval) if sampling else (1.0, None)
+    reference, reference_condition = predict, null_condition
+    if sampling and sampling.guidance == "auto" and scale != 1.0:
+        if guide is None:
+            raise ValueError("this model has no guide for guidance 'auto'; train it with train.guide_step")
+        reference, reference_condition = guide, condition
+    elif scale != 1.0 and condition is None:
+        raise ValueError("classifier-free guidance needs a conditional model; use guidance scale 1")
 
     def denoise(x: Batch, level: Level) -> Batch:
         output = predict(x, level.t, condition)
         if scale != 1.0 and (interval is None or interval[0] < level.relative_noise <= interval[1]):
-            unguided = predict(x, level.t, null_condition)
-            output = unguided + scale * (output - unguided)
+            weaker = reference(x, level.t, reference_condition)
+            output = weaker + scale * (output - weaker)
         x0 = to_x0(scheduler.prediction_type, output, x, level)
         return x0.clip(-1, 1) if scheduler.clip_sample else x0
 

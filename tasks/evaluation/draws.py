@@ -48,11 +48,11 @@ class Draw:
 
 
 def _name(sampling: Sampling) -> str:
-    return draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta)
+    return draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta, sampling.guidance)
 
 
 def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], list[Draw]]:
-    """Draw every seed block: unguided images, and for a conditional model guided ones from the same seeds.
+    """Draw every seed block: unguided images, and guided ones from the same seeds if the protocol has any.
 
     Raises:
         NotComparableError: if the pipeline draws images of other classes or another shape.

@@ -2,7 +2,8 @@
 
 `evaluate` declares a protocol and stores it as `protocol.json`; `register` measures a champion by the same one. A
 `Measurement` holds what two numbers must have in common to be comparable, and its SHA-256 is the fingerprint. Sampler,
-steps, eta and guidance are not part of it: numbers drawn with different settings may be compared.
+steps, eta, and kind and scale of the guidance are not part of it: numbers drawn with different settings may be
+compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from models.noise.samplers import Sampling
+from models.noise.samplers import DEFAULT_SAMPLING, Sampling
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity
 from tasks.runtime.errors import StageError
@@ -111,7 +112,7 @@ class Protocol:
     unguided: Sampling
     """For the distances."""
     guided: Sampling | None
-    """For label accuracy and CLIP score; None for an unconditional model."""
+    """For label accuracy and CLIP score; None for a model without guidance."""
     batch_size: int
 
     @property
@@ -137,6 +138,7 @@ class Protocol:
                 "guided": self.guided.guidance_scale if self.guided else None,
             },
             "guidance_interval": interval and list(interval),
+            "guidance": self.guided.guidance if self.guided else None,
             "batch_size": self.batch_size,
         }
 
@@ -154,7 +156,9 @@ class Protocol:
             conditioning=values["conditioning"],
             clip_is_condition=values["clip_is_condition"],
             unguided=unguided,
-            guided=None if scales["guided"] is None else replace(unguided, guidance_scale=scales["guided"]),
+            guided=None
+            if scales["guided"] is None
+            else replace(unguided, guidance_scale=scales["guided"], guidance=values["guidance"]),
             batch_size=values["batch_size"],
         )
 
@@ -201,8 +205,8 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         space="pixels" if info.latent is None else "latents",
         conditioning=info.conditioning,
         clip_is_condition=_share_text_weights(pipeline, judge),
-        unguided=replace(params.sampling, guidance_scale=UNGUIDED),
-        guided=params.sampling if conditional else None,
+        unguided=replace(params.sampling, guidance_scale=UNGUIDED, guidance=DEFAULT_SAMPLING.guidance),
+        guided=params.sampling if conditional or params.guidance_scale != UNGUIDED else None,
         batch_size=params.batch_size,
     )
 

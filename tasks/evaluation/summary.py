@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tasks.evaluation.draws import Draw, draw_blocks
-from tasks.evaluation.protocol import UNGUIDED, Protocol
 from tasks.evaluation.scorer import Scorer
 from tasks.runtime.measures import Drawn, Measure, Measurements
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
+    from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
+    from tasks.evaluation.protocol import Protocol
 
 CLIP_IS_CONDITION = "taken with the weights that condition the model, so it flatters"
 
@@ -41,9 +42,9 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
     stand_ins = [scorer.stand_ins(block) for block in range(measurement.seed_blocks)]
     floors = _means_and_spreads([scorer.distances(images) for images in stand_ins])
     real = scorer.real()
-    guided_scale = protocol.guided.guidance_scale if protocol.guided else None
+    asked = protocol.guided
 
-    def measured(scores: list[dict[str, float]], drawn: Drawn, scale: float, n: int) -> dict[str, Measure]:
+    def measured(scores: list[dict[str, float]], drawn: Drawn, by: Sampling, n: int) -> dict[str, Measure]:
         result = {}
         for name, (value, spread) in _means_and_spreads(scores).items():
             floor, floor_spread = floors.get(name, (None, None))
@@ -51,7 +52,8 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
                 value=value,
                 spread=spread,
                 drawn=drawn,
-                guidance_scale=scale,
+                guidance_scale=by.guidance_scale,
+                guidance_kind=by.guidance if drawn == "guided" else None,
                 n=n,
                 floor=floor,
                 floor_spread=floor_spread,
@@ -67,7 +69,8 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
         steps=sampling.steps,
         eta=sampling.eta,
         guidance_interval=(interval[0], interval[1]) if interval else None,
-        guided_scale=guided_scale,
+        guided_scale=asked.guidance_scale if asked else None,
+        guided_kind=asked.guidance if asked else None,
         seed_blocks=measurement.seed_blocks,
         extractor=measurement.extractor,
         n_samples=measurement.n_distance,
@@ -76,8 +79,8 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
         n_searched=len(scorer.searched.rows),
         small_n=scorer.small_n(),
         clip_score_note=CLIP_IS_CONDITION if protocol.clip_is_condition else None,
-        measures=measured(blocks, "unguided", UNGUIDED, measurement.n_distance)
-        | measured(fits, "guided", guided_scale or UNGUIDED, measurement.n_accuracy),
+        measures=measured(blocks, "unguided", sampling, measurement.n_distance)
+        | (measured(fits, "guided", asked, measurement.n_accuracy) if asked else {}),
         not_applicable=_not_applicable(scorer),
     )
 

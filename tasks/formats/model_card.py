@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from tasks.runtime.markdown import code, escaped, one_line
+from tasks.runtime.measures import guidance_name
 
 if TYPE_CHECKING:
     from tasks.formats.model_folder import ExportReport
@@ -155,15 +156,21 @@ def _evaluation(measured: Measurements) -> str:
     lines = ["## Evaluation", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for name, measure in sorted(measured.measures.items()):
         numbers = (measure.value, measure.spread, measure.floor, measure.real)
-        cells = [name, f"{measure.guidance_scale:g}", measured.samples(measure)]
+        cells = [name, guidance_name(measure.guidance_scale, measure.guidance_kind), measured.samples(measure)]
         cells += ["" if number is None else f"{number:.6g}" for number in numbers]
         lines.append(f"| {' | '.join(cells)} |")
     eta = f", eta {measured.eta:g}" if measured.eta else ""
     interval = measured.guidance_interval
     guided = f" Guidance acts at noise levels from {interval[0]:g} to {interval[1]:g}." if interval else ""
+    auto = (
+        " With 'auto' it is autoguidance by `pipeline/guide`, earlier weights of the same training; without, it is "
+        "classifier-free guidance."
+        if measured.guided_kind == "auto"
+        else ""
+    )
     lines += [
         "",
-        "Guidance 1 disables guidance. The floor is the same distance for as many training images.",
+        f"Guidance 1 disables guidance.{auto} The floor is the same distance for as many training images.",
         "",
         f"Sampler {measured.sampler}, {measured.steps} steps{eta}.{guided}",
         (

@@ -51,11 +51,11 @@ class ExportReport:
     max_abs_difference: float
     """Largest difference of raw network outputs."""
     abs_difference: dict[str, float]
-    """The same by batch size and timestep."""
+    """The same by batch size and timestep, for the network and for its guide."""
     min_psnr_db: float
     """PSNR of the worst image drawn from the same noise."""
     psnr_db: dict[str, float]
-    """The same by sampler."""
+    """The same by sampler, and with autoguidance."""
     providers: list[str]
     """Execution providers of ONNX Runtime."""
     tensorrt: TensorRTReport

@@ -196,32 +196,40 @@ class Params(Section):
                 )
 
     def _check_guidance(self) -> None:
-        """Classifier-free guidance needs a network that is trained with and without its condition."""
-        scales = {
-            "evaluate.guidance_scale": (self.evaluate.guidance_scale,),
-            "evaluate.guidance_sweep": self.evaluate.guidance_sweep,
-            "visualize.guidance_scales": self.visualize.guidance_scales,
-        }
-        if self.codec.conditioning == "none" and (
-            self.evaluate.guidance_scale != 1
-            or set(self.visualize.guidance_scales) != {1.0}
-            or self.evaluate.guidance_sweep
-        ):
-            raise ValueError(
-                "guidance needs a condition, but codec.conditioning is 'none'; set evaluate.guidance_scale to 1.0, "
-                "evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0]"
-            )
+        """Classifier-free guidance needs a network with and without its condition, and autoguidance a guide."""
         if self.codec.conditioning != "none" and self.train.condition_dropout == 1:
             raise ValueError(
                 "train.condition_dropout 1 never shows the network its condition; lower it, or set codec.conditioning "
                 "to 'none'"
             )
-        for key, values in scales.items():
-            if self.train.condition_dropout == 0 and any(scale != 1 for scale in values):
+        evaluate, visualize = self.evaluate, self.visualize
+        for name, kind in (("evaluate", evaluate.guidance), ("visualize", visualize.guidance)):
+            if kind == "auto" and not self.train.guide_step:
                 raise ValueError(
-                    f"{key} other than 1 needs a model that is trained without its condition at times; "
-                    "set train.condition_dropout above 0"
+                    f"{name}.guidance 'auto' compares with the weights of train.guide_step, which is 0 and saves none; "
+                    f"set it to an early step, or {name}.guidance to 'classifier_free'"
                 )
+        if evaluate.guidance == "classifier_free":
+            self._check_classifier_free("evaluate.guidance_scale", (evaluate.guidance_scale,))
+        if visualize.guidance == "classifier_free":
+            self._check_classifier_free("visualize.guidance_scales", visualize.guidance_scales)
+        if self.codec.conditioning != "none" or not self.train.guide_step:  # else the sweep is one of autoguidance
+            self._check_classifier_free("evaluate.guidance_sweep", evaluate.guidance_sweep)
+
+    def _check_classifier_free(self, key: str, scales: tuple[float, ...]) -> None:
+        if all(scale == 1 for scale in scales):
+            return
+        if self.codec.conditioning == "none":
+            raise ValueError(
+                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set "
+                "evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0], "
+                "or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
+            )
+        if self.train.condition_dropout == 0:
+            raise ValueError(
+                f"{key} other than 1 needs a model that is trained without its condition at times; "
+                "set train.condition_dropout above 0"
+            )
 
     def _check_source(self) -> None:
         """Sources that are known to lack labels or captions."""

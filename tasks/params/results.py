@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.judges.feature_widths import INCEPTION, stage_widths
-from tasks.params.section import Fraction, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
+from tasks.params.section import Fraction, Guidance, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
 
 if TYPE_CHECKING:
     from models.noise.samplers import Sampling
@@ -75,9 +75,14 @@ class JudgeParams(Section):
 
 
 def _check_sampling(name: str, section: EvaluateParams | VisualizeParams, scales: tuple[float, ...]) -> None:
-    """Check `eta` and `guidance_interval` of the section `name`."""
+    """Check `eta`, `guidance` and `guidance_interval` of the section `name`."""
     if section.eta and section.sampler != "ddim":
         raise ValueError(f"{name}.eta is only read by {name}.sampler 'ddim'; set it back to 0.0")
+    if section.guidance == "auto" and set(scales) == {1.0}:
+        raise ValueError(
+            f"{name}.guidance 'auto' needs a scale, and scale 1 is no guidance; set it to 'classifier_free', or raise "
+            "the scale"
+        )
     if section.guidance_interval is None:
         return
     low, high = section.guidance_interval
@@ -104,11 +109,15 @@ class EvaluateParams(Section):
     """Samples of each other sampler in the table of samplers."""
     n_slowest: PositiveInt
     """Samples of the slowest sampler, for the grid: DDPM with every timestep, or on a rectified flow Heun."""
+    guidance: Guidance = "classifier_free"
+    """Kind of guidance: against the network without its condition, or with 'auto' against its guide, the weights of
+    `train.guide_step` (Karras et al. 2024b)."""
     guidance_scale: Annotated[float, Field(ge=1)]
     guidance_interval: NoiseLevels | None = None
     """Noise levels at which guidance is applied (Kynkäänniemi et al. 2024); null is all."""
     guidance_sweep: tuple[Annotated[float, Field(ge=1)], ...] = Field(default=(), strict=False)
-    """Guidance scales of the curve of distance against CLIP score; empty for an unconditional model."""
+    """Guidance scales of the curve of distance against CLIP score, with every kind of guidance that the model has;
+    empty for a model without guidance."""
     n_sweep: Annotated[int, Field(ge=2)] = 128
     """Samples at each scale of `guidance_sweep`."""
     seed_blocks: Annotated[int, Field(ge=3)] = 3
@@ -127,10 +136,11 @@ class EvaluateParams(Section):
 
     @property
     def sampling(self) -> Sampling:
-        """The settings of guided samples; unguided ones differ in the guidance scale."""
+        """The settings of guided samples; unguided ones differ in the guidance."""
         from models.noise.samplers import Sampling  # imports NumPy, which loading parameters does not need
 
-        return Sampling(self.sampler, self.steps, self.eta, self.guidance_scale, self.guidance_interval)
+        scale, interval = self.guidance_scale, self.guidance_interval
+        return Sampling(self.sampler, self.steps, self.eta, scale, interval, self.guidance)
 
 
 class VisualizeParams(Section):
@@ -139,6 +149,8 @@ class VisualizeParams(Section):
     sampler: Sampler
     steps: PositiveInt
     eta: Fraction = 0.0
+    guidance: Guidance = "classifier_free"
+    """Kind of guidance, see `EvaluateParams.guidance`."""
     guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
     guidance_interval: NoiseLevels | None = None
     columns: PositiveInt = 10
@@ -153,7 +165,7 @@ class VisualizeParams(Section):
         """Return the settings of one row of samples."""
         from models.noise.samplers import Sampling  # imports NumPy, which loading parameters does not need
 
-        return Sampling(self.sampler, self.steps, self.eta, guidance_scale, self.guidance_interval)
+        return Sampling(self.sampler, self.steps, self.eta, guidance_scale, self.guidance_interval, self.guidance)
 
 
 class ExportParams(Section):

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tasks.params import Headline, RegisterParams
     from tasks.runtime.measures import Measurements
 
-ACCURACY, GUIDED_SCALE, FINGERPRINT = "label_accuracy_guided", "guided_scale", "fingerprint"
+FINGERPRINT, ACCURACY = "fingerprint", "label_accuracy_guided"
+GUIDED_SCALE, GUIDED_KIND = "guided_scale", "guided_kind"
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Judged:
     label_accuracy: float | None = None
     """Of guided samples; None where it does not apply."""
     guided_scale: float | None = None
+    guided_kind: str | None = None
 
     def tags(self) -> dict[str, str]:
         """Return the tags of a model version: the numbers as text, without loss of digits."""
         names = _distance_names(self.headline)
         values = (self.distance, self.spread, self.floor, self.label_accuracy, self.guided_scale)
         numbers = zip((*names, ACCURACY, GUIDED_SCALE), values, strict=True)
-        return {FINGERPRINT: self.fingerprint} | {name: repr(value) for name, value in numbers if value is not None}
+        kind = {GUIDED_KIND: self.guided_kind} if self.guided_kind is not None else {}
+        known = {name: repr(value) for name, value in numbers if value is not None}
+        return {FINGERPRINT: self.fingerprint} | known | kind
 
 
 def _distance_names(headline: Headline) -> tuple[str, str, str]:
@@ -58,6 +62,7 @@ def judged(measured: Measurements) -> Judged:
         floor,
         flat.get(ACCURACY),
         measured.guided_scale if ACCURACY in flat else None,
+        measured.guided_kind if ACCURACY in flat else None,
     )
 
 
@@ -68,7 +73,7 @@ def from_tags(tags: Mapping[str, str], headline: Headline) -> Judged | None:
         return None
     distance, spread, floor = (float(tags[name]) for name in names)
     accuracy, scale = (float(tags[name]) if name in tags else None for name in (ACCURACY, GUIDED_SCALE))
-    return Judged(tags[FINGERPRINT], headline, distance, spread, floor, accuracy, scale)
+    return Judged(tags[FINGERPRINT], headline, distance, spread, floor, accuracy, scale, tags.get(GUIDED_KIND))
 
 
 def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
@@ -87,7 +92,8 @@ def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
         )
     if accuracy is not None and not accuracy >= params.min_label_accuracy:
         return (
-            f"{measures.ACCURACY} {accuracy:.3f} (guidance {judged.guided_scale:g}) is under "
+            f"{measures.ACCURACY} {accuracy:.3f} (guidance "
+            f"{measures.guidance_name(judged.guided_scale or 1.0, judged.guided_kind)}) is under "
             f"register.min_label_accuracy {params.min_label_accuracy:g}"
         )
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -134,19 +134,23 @@ def training(history: pd.DataFrame) -> Chart:
     return _render([draw_losses, draw_rate], widths=(6.5, 3.9), salt="training")
 
 
-def guidance(points: Sequence[tuple[float, float, float]], distance: str, agreement: str) -> Chart:
-    """Draw the curve of a guidance sweep from (CLIP score or accuracy, distance, guidance scale) points.
+def guidance(curves: Mapping[str, Sequence[tuple[float, float, float]]], distance: str, x_label: str) -> Chart:
+    """Draw the curves of a guidance sweep, one for each kind of guidance.
 
-    `distance` and `agreement` are the titles of the two measures.
+    curves: name of the kind -> (x, distance, guidance scale) points; x is the CLIP score or the accuracy, or for an
+    unconditional model the scale. `distance` and `x_label` are the titles of the two measures.
     """
 
     def draw(axes: Axes) -> None:
-        _title(axes, distance, agreement)
-        x, y = [point[0] for point in points], [point[1] for point in points]
-        _line(axes, x, y, 0, None, bold=True, marker="o")
-        for agreed, height, scale in points:
-            axes.annotate(f"w = {scale:g}", (agreed, height), (5, 5), textcoords="offset points", fontsize=8.5)
+        _title(axes, distance, x_label)
+        for series, (name, points) in enumerate(curves.items()):
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            _line(axes, x, y, series, name, bold=True, marker="o")
+            for agreed, height, scale in points:
+                axes.annotate(f"w = {scale:g}", (agreed, height), (5, 5), textcoords="offset points", fontsize=8.5)
         axes.margins(x=0.12, y=0.18)
+        if len(curves) > 1:
+            axes.legend(loc="best")
 
     return _render([draw], widths=(7.2,), salt="guidance")
 

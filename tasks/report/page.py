@@ -115,6 +115,8 @@ class Report:
     title: str
     facts: Sequence[tuple[str, str]]
     conditional: bool
+    guidance: str | None
+    """Kind of guidance of `samples`, one of `samplers.GUIDANCES`; None if none of them is guided."""
     prediction: str
     min_snr_gamma: float | None
     """gamma of the min-SNR loss weighting (Hang et al. 2023); None without weighting."""

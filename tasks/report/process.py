@@ -21,6 +21,7 @@ from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 from tasks.report.page import Neighbours, Tiles
+from tasks.runtime.measures import guidance_name
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -80,25 +81,26 @@ class Drawn:
 def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
     """Draw a row of samples for each guidance scale, and keep the steps of the middle row.
 
-    In a conditional model's rows the seeds are the same, so a column differs by its guidance alone. An unconditional
-    model gets `UNCONDITIONAL_ROWS` rows of different seeds.
+    The seeds of all rows are the same, so a column differs by its guidance alone. A model without condition and
+    guidance gets `UNCONDITIONAL_ROWS` rows of different seeds.
     """
     columns = range(params.columns)
     conditional = model.info.conditioning != "none"
     labels = [column * len(model.info.classes) // params.columns for column in columns] if conditional else None
     names = [model.info.classes[label] for label in labels] if labels else [""] * params.columns
-    scales = params.guidance_scales if conditional else (1.0,) * UNCONDITIONAL_ROWS
-    followed = len(scales) // 2 if conditional else 0
+    guided = conditional or set(params.guidance_scales) != {1.0}
+    scales = params.guidance_scales if guided else (1.0,) * UNCONDITIONAL_ROWS
+    followed = len(scales) // 2 if guided else 0
     rows, paths = [], []
     with progress(desc="visualize", total=len(scales) * params.steps, unit="step", delay=2) as bar:
         for row, scale in enumerate(scales):
-            seeds = [params.seed + column + (0 if conditional else row * params.columns) for column in columns]
+            seeds = [params.seed + column + (0 if guided else row * params.columns) for column in columns]
             start = torch.from_numpy(SeededNoise(seeds, model.info.input_shape)()).to(model.device)
             path = Trajectory(start, spread(params.steps, ANIMATION_FRAMES) if row == followed else (), model.decode)
             callback = _both(path, bar.update)
             rows.append(model.sample(seeds, labels, params.sampling(scale), batch_size=len(seeds), callback=callback))
             paths.append(path)
-    titles = [f"w = {scale:g}" for scale in scales] if conditional else [""] * len(scales)
+    titles = [f"w = {guidance_name(scale, params.guidance)}" if guided else "" for scale in scales]
     return Drawn(Tiles(to_uint8(np.stack(rows)), titles, names), paths[followed], names)
 
 

@@ -11,7 +11,7 @@ from tasks.report import charts
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
-from tasks.runtime.measures import CLIP_SCORE, Measurements, Row
+from tasks.runtime.measures import CLIP_SCORE, Measurements, Row, guidance_name
 from tasks.validation import report as validation_report
 
 MEASURES = {
@@ -40,6 +40,7 @@ SAMPLER_COLUMNS = {
     "steps": "Steps",
     "eta": "η",
     "guidance_scale": "Guidance",
+    "guidance": "Kind",
     "n": "n",
     "seed_blocks": "Blocks",
     "frechet_distance": "Fréchet",
@@ -52,7 +53,7 @@ SAMPLER_COLUMNS = {
     "label_accuracy": "Accuracy",
     "clip_score": "CLIP",
 }
-SWEEP_COLUMNS = {"guidance_scale": "Guidance", "n": "n"} | {
+SWEEP_COLUMNS = {"guidance_scale": "Guidance", "guidance": "Kind", "n": "n"} | {
     name: SAMPLER_COLUMNS[name]
     for name in ("frechet_distance", "kid", "cmmd", "precision", "recall", "label_accuracy", "clip_score")
 }
@@ -72,6 +73,7 @@ TIMESTEP_COLUMNS = {
     "squared_error": "Squared error",
     "psnr": "PSNR, dB",
 }
+GUIDANCES = {"classifier_free": "classifier-free", "auto": "autoguidance"}
 PROGRESS_GRIDS = 6
 SHARES = ("label_accuracy", "precision", "recall", "near_copies")
 WHOLE = ("steps", "n", "n_unguided", "seed_blocks", "timestep")
@@ -114,7 +116,8 @@ def _protocol(measured: Measurements) -> str:
     guided = next((measure for measure in measured.measures.values() if measure.drawn == "guided"), None)
     if guided is None:
         return f"{drawn}: {unguided}."
-    text = f"{guided.n} with guidance {guided.guidance_scale:g} for accuracy and CLIP score"
+    kind = "autoguidance" if guided.guidance_kind == "auto" else "guidance"
+    text = f"{guided.n} with {kind} {guided.guidance_scale:g} for accuracy and CLIP score"
     if measured.guidance_interval:
         text += " at noise levels σ from {:g} to {:g}".format(*measured.guidance_interval)
     return f"{drawn}: {unguided}, {text}."
@@ -192,25 +195,51 @@ def _sampler_table(path: Path) -> Table:
 
 
 def _guidance_table(path: Path, headline: str) -> Table:
-    """Return the table by guidance scale, with a chart of `headline` against agreement if both were measured."""
+    """Return the table of the sweep, with a chart of `headline` against agreement or, without conditions, scale."""
     rows = _read(path)
     agreement = next((name for name in ("clip_score", "label_accuracy") if any(row[name] for row in rows)), None)
-    points = [
-        (float(row[agreement]), float(row[headline]), float(row["guidance_scale"]))
+    kinds = _kinds(rows)
+    notes = [
+        (f"w = {guidance_name(float(row['guidance_scale']), row.get('guidance'))}", row["note"])
         for row in rows
-        if agreement and row[agreement] and row[headline]
+        if row.get("note")
     ]
-    text = (
-        "A larger guidance scale w improves the agreement with the requested class or caption, and beyond some value "
-        "increases the distance to real images. Points further down and to the right are better. One seed block."
-    )
-    notes = [(f"w = {float(row['guidance_scale']):g}", row["note"]) for row in rows if row.get("note")]
-    title, (columns, cells) = "Guidance", _cells(rows, SWEEP_COLUMNS)
-    if len(points) < 2 or agreement is None:
+    title, text, (columns, cells) = "Guidance", _about_guidance(kinds, agreement), _cells(rows, SWEEP_COLUMNS)
+    x = agreement or "guidance_scale"
+    curves = {
+        GUIDANCES[kind]: [
+            (float(row[x]), float(row[headline]), float(row["guidance_scale"]))
+            for row in rows
+            if row.get("guidance") in (None, "", kind) and row[x] and row[headline]
+        ]
+        for kind in kinds
+    }
+    if not curves or min(map(len, curves.values())) < 2:
         return Table(title, text, columns, cells, notes)
-    distance, agreed = MEASURES[headline][0], MEASURES[agreement][0]
-    label = f"{distance} against {agreed}, one point for each guidance scale"
-    return Table(title, text, columns, cells, notes, charts.guidance(points, distance, agreed).svg, label)
+    against = MEASURES[agreement][0] if agreement else "Guidance scale w"
+    distance = MEASURES[headline][0]
+    label = f"{distance} against {against}, one point for each guidance scale"
+    return Table(title, text, columns, cells, notes, charts.guidance(curves, distance, against).svg, label)
+
+
+def _kinds(rows: list[dict[str, str]]) -> list[str]:
+    """Return the kinds of guidance among the rows; tables without that column are of classifier-free guidance."""
+    named = [kind for row in rows if (kind := row.get("guidance"))]
+    return list(dict.fromkeys(named)) or ["classifier_free"]
+
+
+def _about_guidance(kinds: list[str], agreement: str | None) -> str:
+    text = ""
+    if agreement:
+        text = (
+            "A larger guidance scale w improves the agreement with the requested class or caption, and beyond some "
+            "value increases the distance to real images. Points further down and to the right are better. "
+        )
+    if "auto" in kinds:
+        text += "Autoguidance moves the prediction away from that of earlier weights of the same network. "
+    if "auto" in kinds and "classifier_free" in kinds:
+        text += "Classifier-free guidance moves it away from the prediction without the class or caption. "
+    return text + "w = 1 is no guidance. One seed block."
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -219,12 +248,19 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Return the titles of the columns that are not empty, in the order of `known`, and the formatted rows."""
+    """Return the titles of the columns that are not empty, in the order of `known`, and the formatted rows.
+
+    The kind of guidance is a column only if it is not classifier-free guidance throughout.
+    """
     keys = [key for key in known if any(row.get(key) for row in rows)]
+    if "guidance" in keys and "auto" not in _kinds(rows):
+        keys.remove("guidance")
 
     def cell(key: str, text: str) -> str:
         if key in ("sampler", "class"):
             return SAMPLERS.get(text, text)
+        if key == "guidance":
+            return GUIDANCES.get(text, "–")
         if not text or key in WHOLE:
             return text or "–"
         return _number(key, float(text))
@@ -288,9 +324,12 @@ def reconstructions(folder: Path) -> Picture | None:
 def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
     """Return the grids that `evaluate` drew, those of the protocol's sampler first."""
     own = sampler_name(measured.sampler, measured.steps)
+    guided = {}
+    if measured.guided_scale is not None:
+        guided["grid_guided"] = f"{own}, guidance {guidance_name(measured.guided_scale, measured.guided_kind)}"
     captions = {
         "grid_unguided": f"{own}, without guidance",
-        **({"grid_guided": f"{own}, guidance {measured.guided_scale:g}"} if measured.guided_scale is not None else {}),
+        **guided,
         "grid_slowest": f"{_slowest(evaluation)}, without guidance",
         "grid_nearest": "The samples that are nearest to a training image by features, above that image",
     }

@@ -1,5 +1,7 @@
 """Comparison of a stage's inputs with `params.yaml`: both must name the same resolution, conditioning and codec.
 
+A pipeline that is to be drawn from with autoguidance must contain a guide.
+
 DVC decides by hashes whether an output is up to date. If it is wrong (a cache shared with another version, files copied
 by hand), a stage would compute with, for example, images of another resolution, without any error.
 """
@@ -105,3 +107,14 @@ def require(stage: str, paths: Mapping[str, Path], params: Params) -> None:
         other = [f"{key} {value} and not {asked[key]}" for key, value in found.items() if value != asked[key]]
         if other:
             raise StageError(f"{folder} was made for {', '.join(other)}; {integrity.remedy(artefact.made_by)}")
+        if artefact is PIPELINE:
+            _require_guide(stage, folder, description, params)
+
+
+def _require_guide(stage: str, folder: Path, description: Path, params: Params) -> None:
+    """Raise `StageError` if `stage` draws with autoguidance and the pipeline in `folder` has no guide."""
+    kinds = {"evaluate": params.evaluate.guidance, "visualize": params.visualize.guidance}
+    if kinds.get(stage) != "auto":
+        return
+    if not any(name.startswith("guide/") for name in integrity.read_json(description, PIPELINE.made_by)["files"]):
+        raise StageError(f"{folder} has no guide for {stage}.guidance 'auto'; {integrity.remedy(PIPELINE.made_by)}")

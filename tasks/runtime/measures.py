@@ -1,7 +1,7 @@
 """The results of `evaluate` (`measurements.json`), and how reports present them.
 
-Each number is stored with the guidance scale at which it was measured. Distances are measured on unguided samples,
-label accuracy and CLIP score on guided ones, so the name of a mean says which: `frechet_distance_unguided`,
+Each number is stored with kind and scale of the guidance at which it was measured. Distances are measured on unguided
+samples, label accuracy and CLIP score on guided ones, so the name of a mean says which: `frechet_distance_unguided`,
 `label_accuracy_guided`. `measurements.json` holds all numbers, `reports/metrics.json` the few that DVC compares
 between experiments. `Measurements.rows` is the one table of measures beside their references; terminal, Prefect,
 MLflow and report format it.
@@ -38,6 +38,8 @@ class Measure(BaseModel):
     drawn: Drawn
     guidance_scale: float
     """1 disables guidance."""
+    guidance_kind: str | None = None
+    """A kind of guidance of `samplers.GUIDANCES`; None for unguided samples."""
     n: int
     """Samples in each seed block."""
     floor: float | None = None
@@ -48,13 +50,13 @@ class Measure(BaseModel):
 
     @property
     def guidance(self) -> str:
-        """The guidance scale, such as "1.5"; "none" for unguided samples."""
-        return "none" if self.drawn == "unguided" else f"{self.guidance_scale:g}"
+        """The guidance, such as "1.5" or "1.5, auto"; "none" for unguided samples."""
+        return "none" if self.drawn == "unguided" else guidance_name(self.guidance_scale, self.guidance_kind)
 
     @property
     def condition(self) -> str:
         """How the samples were drawn: "unguided" or, for example, "guidance 1.5"."""
-        return "unguided" if self.drawn == "unguided" else f"guidance {self.guidance_scale:g}"
+        return "unguided" if self.drawn == "unguided" else f"guidance {self.guidance}"
 
     @property
     def reference(self) -> Reference | None:
@@ -111,7 +113,9 @@ class Measurements(BaseModel):
     eta: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     guided_scale: float | None = None
-    """Guidance scale of the guided samples; None for an unconditional model."""
+    """Guidance scale of the guided samples; None if none were drawn."""
+    guided_kind: str | None = None
+    """Their kind of guidance, of `samplers.GUIDANCES`."""
     seed_blocks: int
     extractor: str
     n_samples: int
@@ -149,6 +153,7 @@ class Measurements(BaseModel):
         chosen = {mean_name(name, self.measures[name]) for name in names if name in self.measures}
         chosen |= {f"{self.headline}_floor", "guided_scale"}
         numbers: dict[str, float | str] = {name: value for name, value in self.flat().items() if name in chosen}
+        numbers |= {"guided_kind": self.guided_kind} if self.guided_kind is not None else {}
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}
 
     def rows(self, names: Iterable[str] | None = None) -> list[Row]:
@@ -173,9 +178,15 @@ def mean_name(name: str, measure: Measure) -> str:
     return f"{name}_{measure.drawn}"
 
 
-def draw_name(sampler: str, steps: int, guidance_scale: float, eta: float = 0.0) -> str:
+def draw_name(sampler: str, steps: int, guidance_scale: float, eta: float = 0.0, guidance: str | None = None) -> str:
     """Return a readable name of sampling settings, such as "ddim (eta 0.5), 50 steps, guidance 1.5"."""
-    return f"{sampler}{f' (eta {eta:g})' if eta else ''}, {steps} steps, guidance {guidance_scale:g}"
+    guided = guidance_name(guidance_scale, guidance)
+    return f"{sampler}{f' (eta {eta:g})' if eta else ''}, {steps} steps, guidance {guided}"
+
+
+def guidance_name(scale: float, kind: str | None) -> str:
+    """Return a readable name of a guidance: "1.5" for classifier-free guidance, "1.5, auto" for autoguidance."""
+    return f"{scale:g}, auto" if kind == "auto" and scale != 1 else f"{scale:g}"
 
 
 def read(path: Path) -> Measurements:

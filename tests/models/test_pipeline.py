@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,6 +241,49 @@ def test_an_image_depends_on_its_seed_whatever_the_batch(conditional, sampler):
 def test_the_noise_has_the_same_bits_whatever_the_batch(conditional):
     alone = noises([5], conditional, 3)
     assert np.array_equal(alone[:, 0], noises([4, 5, 6], conditional, 3)[:, 1])
+
+
+def test_a_guide_that_is_the_network_itself_changes_nothing(conditional):
+    own = replace(conditional, companions={"guide": conditional.network})
+    auto = Sampling("ddim", 10, guidance_scale=3.0, guidance="auto")
+    assert np.array_equal(own.sample([1, 2], [0, 1], auto), own.sample([1, 2], [0, 1], Sampling("ddim", 10)))
+
+
+@pytest.mark.parametrize("conditions", [4, 0])
+def test_a_saved_guide_is_what_autoguidance_compares_with(tmp_path, conditions):
+    unet = UNet(replace(CONFIG, conditions=conditions))
+    weights = random_weights(unet)
+    early = {name: 0.9 * value for name, value in weights.items()}
+    classes = ["a", "b", "c"] if conditions else []
+    info = PipelineInfo("label" if classes else "none", 1, 8, "cosine", T, "sample", "", classes, conditions - 1)
+    save_pipeline(tmp_path, unet, weights, schedules.betas("cosine", T), info, companions={"guide": early})
+    loaded = load_pipeline(tmp_path)
+    assert {name for name in loaded.info.files if name.startswith("guide/")} == {
+        "guide/config.json",
+        "guide/diffusion_pytorch_model.safetensors",
+    }
+    labels = [0, 2] if classes else None
+    x, level = torch.randn(2, 1, 8, 8), loaded.path.level(T // 2)
+    with torch.no_grad():
+        strong = loaded.denoiser(labels)(x, level)
+        unet.load_state_dict(early)
+        weak = replace(loaded, network=unet.eval()).denoiser(labels)(x, level)
+        auto = Sampling(guidance_scale=1.2, guidance="auto")
+        guided = replace(loaded, scheduler=replace(loaded.scheduler, clip_sample=False)).denoiser(labels, None, auto)
+        assert (strong - weak).abs().max() > 1e-3
+        assert (strong.abs() < 1).all() and (weak.abs() < 1).all(), "a clipped output would hide the formula"
+        assert torch.allclose(guided(x, level), weak + 1.2 * (strong - weak), atol=1e-6)
+
+
+def test_a_guide_of_another_architecture_is_refused(tmp_path):
+    unet = UNet(CONFIG)
+    info = PipelineInfo("none", 1, 8, "cosine", T, "sample", train_key="", classes=[])
+    weights = random_weights(unet)
+    save_pipeline(tmp_path, unet, weights, schedules.betas("cosine", T), info, companions={"guide": weights})
+    config = json.loads((tmp_path / "guide" / "config.json").read_text())
+    (tmp_path / "guide" / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
+    with pytest.raises(ValueError, match=r"guide holds another architecture than .*unet, and not weights of the same"):
+        load_pipeline(tmp_path)
 
 
 def test_guidance_acts_at_its_noise_levels_alone(conditional):

@@ -270,21 +270,53 @@ def test_guidance_moves_away_from_the_null_condition():
     assert denoise(x, at(a)) == pytest.approx(-math.sqrt(1 - a) * (0.1 + 3 * 0.1) / math.sqrt(a))
 
 
-def test_guidance_is_kept_to_its_noise_levels():
-    """Inside (low, high] the guided x0 and two evaluations of the network, outside the plain x0 and one."""
+@pytest.mark.parametrize("condition", [0.2, None])
+def test_autoguidance_moves_away_from_the_guide_at_the_same_condition(condition):
+    """Karras et al. 2024b, eq. 3, of constant outputs: g + w (c - g)."""
     asked = []
+
+    def guide(x, t, condition):
+        asked.append(condition)
+        return 0 * x + 0.1
+
+    scheduler = SchedulerConfig(DiffusionPath(ALPHA_BAR), "sample")
+    sampling = Sampling(guidance_scale=3.0, guidance="auto")
+    denoise = samplers.denoiser(lambda x, t, c: 0 * x + 0.3, scheduler, sampling, condition, 0.9, guide)
+    assert denoise(np.zeros((1, 1, 2, 2)), at(ALPHA_BAR[100])) == pytest.approx(0.1 + 3 * (0.3 - 0.1))
+    assert asked == [condition]
+
+
+def test_guidance_that_a_model_does_not_have_is_refused():
+    scheduler = SchedulerConfig(DiffusionPath(ALPHA_BAR), "sample")
+    auto = Sampling(guidance_scale=3.0, guidance="auto")
+    with pytest.raises(ValueError, match=r"has no guide for guidance 'auto'; train it with train\.guide_step"):
+        samplers.denoiser(lambda x, t, c: x, scheduler, auto, 0.2, 0.1)
+    with pytest.raises(ValueError, match="classifier-free guidance needs a conditional model"):
+        samplers.denoiser(lambda x, t, c: x, scheduler, Sampling(guidance_scale=3.0), None, None, lambda x, t, c: x)
+    with pytest.raises(ValueError, match="unknown guidance 'self'; known: classifier_free, auto"):
+        Sampling(guidance="self")
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("classifier_free", 0.1), ("auto", "guide")])
+def test_guidance_is_kept_to_its_noise_levels(kind, reference):
+    """Inside (low, high] the guided x0 and two evaluations, outside the plain x0 and one."""
+    asked = []
+
+    def guide(x, t, condition):
+        asked.append("guide")
+        return 0 * x + condition / 2
 
     def predict(x, t, condition):
         asked.append(condition)
         return 0 * x + condition
 
-    sampling = Sampling(guidance_scale=3.0, guidance_interval=(0.5, 3.0))
+    sampling = Sampling(guidance_scale=3.0, guidance_interval=(0.5, 3.0), guidance=kind)
     scheduler = SchedulerConfig(DiffusionPath([0.9, 0.5, 0.1, 0.0]), "sample")
-    denoise = samplers.denoiser(predict, scheduler, sampling, 0.2, 0.1)
+    denoise = samplers.denoiser(predict, scheduler, sampling, 0.2, 0.1, guide)
     sigmas = [1 / 3, 1.0, 3.0, math.inf]
     drawn = [float(denoise(np.zeros((1, 1, 1, 1)), scheduler.path.level(t))[0, 0, 0, 0]) for t in range(4)]
     assert drawn == pytest.approx([0.4 if 0.5 < sigma <= 3.0 else 0.2 for sigma in sigmas])
-    assert asked == [0.2, 0.2, 0.1, 0.2, 0.1, 0.2]
+    assert asked == [0.2, 0.2, reference, 0.2, reference, 0.2]
 
 
 @pytest.mark.parametrize("interval", [(1.0, 1.0), (2.0, 1.0), (1.0,)])

@@ -72,8 +72,8 @@ def run_judge(root: Path, params: JudgeParams = PARAMS) -> Path:
     return root / "judge"
 
 
-def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
-    """Write a tiny pipeline with random weights as `root/outputs/pipeline`."""
+def write_pipeline(root: Path, classes: list[str] | None = None, guide: bool = False) -> Path:
+    """Write a tiny pipeline with random weights as `root/outputs/pipeline`, with a guide if asked for."""
     import torch
 
     torch.manual_seed(0)
@@ -94,5 +94,7 @@ def write_pipeline(root: Path, classes: list[str] | None = None) -> Path:
     )
     folder = root / "outputs" / "pipeline"
     folder.mkdir(parents=True)
-    save_pipeline(folder, unet, unet.state_dict(), schedules.betas("cosine", TIMESTEPS), info)
+    weights = unet.state_dict()
+    companions = {"guide": {name: 0.8 * value for name, value in weights.items()}} if guide else {}
+    save_pipeline(folder, unet, weights, schedules.betas("cosine", TIMESTEPS), info, companions=companions)
     return folder

@@ -56,7 +56,7 @@ PROTOCOL = Protocol(
 
 
 def write_pipeline(folder: Path, conditioning: str = "label") -> None:
-    """Write a pipeline with small random weights, so that every layer affects the output."""
+    """Write a pipeline with small random weights, so that every layer affects the output; a conditional has a guide."""
     import torch
 
     torch.manual_seed(0)
@@ -86,7 +86,9 @@ def write_pipeline(folder: Path, conditioning: str = "label") -> None:
         train_key="a" * 64,
     )
     folder.mkdir(parents=True)
-    save_pipeline(folder, unet, weights, schedules.betas("cosine", TIMESTEPS), info)
+    guide = {name: 0.9 * value for name, value in weights.items()}
+    companions = {"guide": guide} if conditions else {}
+    save_pipeline(folder, unet, weights, schedules.betas("cosine", TIMESTEPS), info, companions=companions)
 
 
 def write_accepted(path: Path) -> None:

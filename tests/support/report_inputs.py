@@ -99,7 +99,7 @@ class Inputs:
         return figures, page
 
 
-def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool = True) -> Inputs:
+def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool = True, guide: bool = False) -> Inputs:
     """Inputs for a model of `classes`; none of them makes it unconditional and its images unlabelled."""
     for folder in (
         "data/images",
@@ -111,7 +111,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
         (root / folder).mkdir(parents=True)
     Verdict().write(root / "data" / "accepted.json")
     pixels = _write_images(root / "data" / "images", classes, channels)
-    _write_pipeline(root / "outputs" / "pipeline", classes, channels)
+    _write_pipeline(root / "outputs" / "pipeline", classes, channels, guide)
     _write_training(root / "reports" / "train", pixels, held_out_loss, "min_snr" if classes else "plain")
     validation_report.write(root / "reports" / "validation", Findings(FINDINGS, {"not an image": 2}))
     MEASURED.write(root / "reports" / "evaluation" / measures.FILE)
@@ -153,7 +153,7 @@ def _write_images(folder: Path, classes: list[str], channels: int) -> np.ndarray
     return pixels
 
 
-def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
+def _write_pipeline(folder: Path, classes: list[str], channels: int, guide: bool) -> None:
     import torch
 
     torch.manual_seed(0)
@@ -172,7 +172,9 @@ def _write_pipeline(folder: Path, classes: list[str], channels: int) -> None:
         null_label=len(classes) if classes else None,
         train_key="ab" * 32,
     )
-    save_pipeline(folder, unet, unet.state_dict(), schedules.betas(info.schedule, TIMESTEPS), info)
+    weights = unet.state_dict()
+    companions = {"guide": {name: 0.8 * value for name, value in weights.items()}} if guide else {}
+    save_pipeline(folder, unet, weights, schedules.betas(info.schedule, TIMESTEPS), info, companions=companions)
 
 
 def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weighting: str) -> None:

@@ -71,6 +71,22 @@ def test_inputs_of_other_parameters_are_refused(name, argument, changes, tmp_pat
     assert f"run 'dvc repro -f -s {artefact.made_by}'" in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "visualize"])
+def test_autoguidance_needs_a_pipeline_with_a_guide(name, tmp_path):
+    document = params.read(ROOT / "params.yaml")
+    document["train"]["guide_step"], document[name]["guidance"] = 100, "auto"
+    asked = params.parse(document)
+    paths = written(tmp_path, name)
+    description = paths["pipeline"] / "afterimage.json"
+    atomic.write_json(description, {**DESCRIBED["train"], "files": {"unet/config.json": ""}})
+    with pytest.raises(StageError) as raised:
+        consistency.require(name, paths, asked)
+    assert f"pipeline has no guide for {name}.guidance 'auto'; run 'dvc repro -f -s train'" in str(raised.value)
+    consistency.require(name, paths, PARAMS)
+    atomic.write_json(description, {**DESCRIBED["train"], "files": {"guide/config.json": ""}})
+    consistency.require(name, paths, asked)
+
+
 def test_every_stage_that_reads_such_an_input_compares_it():
     """By the folders that `dvc.yaml` names, so that a new reader cannot be forgotten."""
     makers = {"outputs/codec": "codec", "data/latents": "encode", "outputs/pipeline": "train"}

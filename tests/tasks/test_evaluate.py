@@ -317,6 +317,7 @@ def test_the_headline_is_short_and_names_the_guidance(evaluated):
         "label_accuracy_guided": measured.measures["label_accuracy"].value,
         "clip_score_guided": measured.measures["clip_score"].value,
         "guided_scale": 2.0,
+        "guided_kind": "classifier_free",
         "fingerprint": measured.fingerprint[:12],
     }
 
@@ -404,6 +405,52 @@ def test_the_sweep_shows_distance_and_agreement_at_each_guidance_scale(evaluated
     assert [(row["guidance_scale"], row["n"]) for row in rows] == [("1.0", "70"), ("2.0", "70"), ("4.0", "70")]
     assert all(row["frechet_distance"] and row["clip_score"] and row["label_accuracy"] for row in rows)
     assert len({row["frechet_distance"] for row in rows}) == 3
+
+
+def with_guide(tree, root, classes=None):
+    """The same data and judge with a pipeline that has a guide."""
+    for name in ("data", "judge"):
+        (root / name).symlink_to(tree / name)
+    judge_inputs.write_pipeline(root, classes, guide=True)
+    return root
+
+
+def test_a_model_with_a_guide_is_swept_with_both_kinds_of_guidance(tree, tmp_path, evaluated):
+    params = PARAMS.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 2.0)})
+    out = run(with_guide(tree, tmp_path), tmp_path, params)
+    rows = table(out / "evaluation" / "guidance.csv")
+    assert [(row["guidance"], row["guidance_scale"]) for row in rows] == [
+        ("", "1.0"),
+        ("classifier_free", "2.0"),
+        ("auto", "2.0"),
+    ]
+    assert len({row["frechet_distance"] for row in rows}) == 3
+    samplers = table(out / "evaluation" / "samplers.csv")
+    assert [row["guidance"] for row in samplers[:3]] == ["", "auto", ""]
+    measured, plain = measured_in(out), measured_in(evaluated)
+    assert measured.measures["label_accuracy"].condition == "guidance 2, auto"
+    assert measured.measures["frechet_distance"].condition == "unguided"
+    assert (measured.guided_kind, measured.headline_numbers()["guided_kind"]) == ("auto", "auto")
+    assert (plain.guided_kind, plain.measures["label_accuracy"].condition) == ("classifier_free", "guidance 2")
+    declared = Protocol.read(out / "evaluation" / "protocol.json")
+    assert (declared.unguided.guidance, declared.guided.guidance) == ("classifier_free", "auto")
+    assert measured.fingerprint == plain.fingerprint, "guidance is a setting and no part of the measurement"
+    seconds = read(out / "timing" / "evaluate.json")["seconds_per_image"]
+    assert {f"dpm_solver_pp_2m, 3 steps, guidance {end}" for end in ("1", "2", "2, auto")} < set(seconds)
+
+
+def test_an_unconditional_model_with_a_guide_is_measured_with_autoguidance(tree, tmp_path):
+    params = PARAMS.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 4.0)})
+    root = with_guide(tree, tmp_path, classes=[])
+    arguments = [root / "outputs" / "pipeline", root / "data" / "images", root / "data" / "accepted.json"]
+    arguments += [root / "judge", root / "metrics.json", root / "evaluation", root / "timing.json"]
+    evaluate(*arguments, params)
+    rows = table(root / "evaluation" / "guidance.csv")
+    assert [(row["guidance"], row["guidance_scale"]) for row in rows] == [("", "1.0"), ("auto", "4.0")]
+    guided = table(root / "evaluation" / "samplers.csv")[1]
+    assert (guided["guidance"], guided["guidance_scale"], guided["seed_blocks"]) == ("auto", "2.0", "3")
+    assert {name for name, found in measured_in(root).measures.items() if found.drawn == "guided"} == set()
+    assert (root / "evaluation" / "grid_guided.png").exists() and not (root / "evaluation" / "classes.csv").exists()
 
 
 def test_what_the_sweep_needs_and_was_drawn_already_is_not_drawn_again(tree, tmp_path, monkeypatch):

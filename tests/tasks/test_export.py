@@ -122,8 +122,10 @@ def test_unconditional_network_takes_no_label(exported_unconditional):
     assert psnr(bundle.sample([4, 5], sampling=sampling), trained.sample([4, 5], sampling=sampling)) > 50
     with pytest.raises(ValueError, match="unconditional"):
         bundle.sample([4], [0])
-    with pytest.raises(ValueError, match="guidance"):
+    with pytest.raises(ValueError, match="classifier-free guidance needs a conditional model"):
         bundle.sample([4], sampling=Sampling(guidance_scale=2.0))
+    with pytest.raises(ValueError, match="has no guide for guidance 'auto'"):
+        bundle.sample([4], sampling=Sampling(guidance_scale=2.0, guidance="auto"))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"])
@@ -134,6 +136,13 @@ def test_bundle_draws_pytorchs_images(tree, bundle, sampler):
     theirs = load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, sampling)
     assert psnr(ours, theirs) > 50
     assert psnr(ours[:1], ours[3:4]) < 30, "another seed gives another image"
+
+
+def test_bundle_draws_pytorchs_images_with_autoguidance(tree, bundle):
+    seeds, auto = range(11, 16), Sampling("ddim", 7, guidance_scale=2.0, guidance="auto")
+    ours = bundle.sample(seeds, LABELS, auto)
+    assert psnr(ours, load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, auto)) > 50
+    assert psnr(ours, bundle.sample(seeds, LABELS, Sampling("ddim", 7, guidance_scale=2.0))) < 30
 
 
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
@@ -147,9 +156,10 @@ def test_report_contains_the_measurements(tree):
     report = model_outputs.read(tree / "reports" / "export.json")
     assert 0 < report["max_abs_difference"] <= PARAMS.max_abs_difference
     assert report["max_abs_difference"] == max(report["abs_difference"].values())
-    assert {key.split(",")[0] for key in report["abs_difference"]} == {"batch 1", "batch 2", "batch 5", "batch 8"}
+    batches = {"batch 1", "batch 2", "batch 5", "batch 8"}
+    assert {key.rsplit(",", 1)[0] for key in report["abs_difference"]} == batches | {f"guide, {n}" for n in batches}
     assert {key.split(" t ")[1] for key in report["abs_difference"]} == {"0", "10", "19"}
-    assert set(report["psnr_db"]) == {"ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m"}
+    assert set(report["psnr_db"]) == {"ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "autoguidance"}
     assert PARAMS.min_psnr < report["min_psnr_db"] == min(report["psnr_db"].values())
     assert report["providers"][-1] == CPU
     assert report["tensorrt"]["built"] or report["tensorrt"]["reason"] == tensorrt_engine.unavailable_because()
@@ -164,9 +174,14 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
     for weights in graph.graph.initializer:
         if weights.data_type == onnx.TensorProto.FLOAT:
             weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * 1.001, weights.name))
-    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: graph)
     model_outputs.write_pipeline(tmp_path / "outputs" / "pipeline")
     model_outputs.write_accepted(tmp_path / "data" / "accepted.json")
+    own = onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
+    right = iter([own, own])  # the second is the guide's graph
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: next(right))
+    with pytest.raises(StageError, match=r"differs from PyTorch's by .* \(guide, batch .* export\.max_abs_difference"):
+        model_outputs.run_export(tmp_path)
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: graph)
     with pytest.raises(StageError, match=r"differs from PyTorch's by .* export\.max_abs_difference"):
         model_outputs.run_export(tmp_path)
     with pytest.raises(StageError, match=r"agree with PyTorch's to .* export\.min_psnr"):
@@ -203,7 +218,7 @@ def test_a_prompt_that_names_no_class_or_several_is_refused(bundle, prompt):
         ([0, 1], {}, "needs a label for each"),
         ([4], {}, "between 0 and 2"),
         ([-1], {}, "between 0 and 2"),
-        ([0], {"sampler": "euler"}, "unknown sampler"),
+        ([0], {"sampler": "plms"}, "unknown sampler"),
         ([0], {"steps": 0}, "steps 0"),
         ([0], {"steps": TIMESTEPS + 1}, "steps 21"),
     ],
@@ -237,15 +252,18 @@ def test_the_bundles_command_refuses_a_place_that_cannot_hold_a_file(tree, tmp_p
     assert says.format(tmp_path) in run.stderr.splitlines()[-1]
 
 
-def test_the_bundles_command_draws_pytorchs_image_without_pytorch(tree, tmp_path):
+@pytest.mark.parametrize("kind", [None, "auto"])
+def test_the_bundles_command_draws_pytorchs_image_without_pytorch(tree, tmp_path, kind):
     out = tmp_path / "image.png"
     run = bare_run(
         tree / "outputs" / "onnx",
         *("--prompt", "a cat", "--seed", "5", "--steps", "6", "--sampler", "ddim", "--guidance", "1.5"),
+        *(("--guidance-kind", kind) if kind else ()),
         *("--out", str(out)),
     )
     assert (run.returncode, run.stderr) == (0, "")
-    drawn = load_pipeline(tree / "outputs" / "pipeline").sample([5], [2], Sampling("ddim", 6, guidance_scale=1.5))
+    sampling = Sampling("ddim", 6, guidance_scale=1.5, guidance=kind or "classifier_free")
+    drawn = load_pipeline(tree / "outputs" / "pipeline").sample([5], [2], sampling)
     pixels = np.asarray(Image.open(io.BytesIO(out.read_bytes())))
     assert pixels.shape == (SIZE, SIZE)
     assert np.abs(pixels.astype(int) - to_uint8(drawn)[0, 0]).max() <= 1

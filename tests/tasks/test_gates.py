@@ -26,6 +26,7 @@ JUDGED = gates.Judged("f", "frechet_distance", 20.0, 1.0, 10.0, 0.96, 1.5)
         ({"headline": "cmmd", "distance": 0.4, "floor": 0.1}, "cmmd 0.4 (unguided) is 4.00 times its floor 0.1"),
         ({"label_accuracy": 0.95}, None),
         ({"label_accuracy": 0.949}, "label_accuracy 0.949 (guidance 1.5) is under"),
+        ({"label_accuracy": 0.949, "guided_kind": "auto"}, "label_accuracy 0.949 (guidance 1.5, auto) is under"),
     ],
 )
 def test_absolute_gates(changes, reason):
@@ -74,6 +75,8 @@ def test_the_gates_compare_the_headline_of_the_protocol():
 
 def test_judged_numbers_survive_the_tags_and_earlier_tags_are_ignored():
     assert gates.from_tags(JUDGED.tags(), "frechet_distance") == JUDGED
+    auto = replace(JUDGED, guided_kind="auto")
+    assert gates.from_tags(auto.tags(), "frechet_distance") == auto
     assert gates.from_tags(JUDGED.tags(), "cmmd") is None, "another headline"
     unconditional = replace(JUDGED, label_accuracy=None, guided_scale=None)
     assert gates.from_tags(unconditional.tags(), "frechet_distance") == unconditional

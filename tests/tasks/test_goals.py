@@ -103,6 +103,13 @@ def test_pixels_fill_the_first_two_rows(evaluated):
     assert rows["Latent diffusion"]["note"] == rows["Stable Diffusion class"]["note"] == "no run yet"
 
 
+def test_a_row_names_autoguidance(evaluated, monkeypatch):
+    table = "sampler,steps,guidance_scale,guidance,n,seed_blocks,frechet_distance,clip_score,note\n"
+    monkeypatch.setitem(globals(), "SAMPLERS", table + "ddim,50,1.5,auto,256,1,{distance},80.0,\n")
+    client = evaluated("a", 1.25)
+    assert (by_goal(client)["DDIM"]["distance"], by_goal(client)["DDIM"]["guidance"]) == ("1.25", "1.5, auto")
+
+
 def test_runs_of_an_earlier_version_keep_their_floor(evaluated):
     assert by_goal(evaluated("a", 2.0, floor="frechet_distance_floor"))["DDIM"]["floor"] == "0.38"
 

@@ -107,6 +107,17 @@ def test_card_names_the_class_that_loads_the_model(kind, folder, pipeline, expec
     assert expected in model_card(INFO, network, DATA, {}, model_outputs.measurements(), EXPORTED)
 
 
+def test_card_names_the_kind_of_guidance():
+    measured = model_outputs.measurements()
+    plain = model_card(INFO, PIPELINE, DATA, {}, measured, EXPORTED)
+    assert "| label_accuracy | 1.5 | " in plain and "auto" not in plain
+    guided = measured.measures["label_accuracy"].model_copy(update={"guidance_kind": "auto"})
+    changes = {"guided_kind": "auto", "measures": {**measured.measures, "label_accuracy": guided}}
+    card = model_card(INFO, PIPELINE, DATA, {}, measured.model_copy(update=changes), EXPORTED)
+    assert "| label_accuracy | 1.5, auto | " in card and "| frechet_distance | 1 | " in card
+    assert "With 'auto' it is autoguidance by `pipeline/guide`" in card
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "a|b",

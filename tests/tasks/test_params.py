@@ -6,12 +6,14 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from models.noise import samplers
 from tasks import params
+from tasks.params import section
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS: dict[str, Any] = params.read(ROOT / "params.yaml")
@@ -58,6 +60,16 @@ def test_defaults_are_valid_and_frozen():
         ({"evaluate__steps": 2000}, "evaluate.steps 2000 exceeds diffusion.timesteps 1000"),
         ({"codec__conditioning": "none"}, "guidance needs a condition"),
         (
+            {"evaluate__guidance": "auto"},
+            "evaluate.guidance 'auto' compares with the weights of train.guide_step, which",
+        ),
+        ({"visualize__guidance": "auto"}, "set it to an early step, or visualize.guidance to 'classifier_free'"),
+        (
+            {"train__guide_step": 5, "visualize__guidance": "auto", "visualize__guidance_scales": [1.0]},
+            "visualize.guidance 'auto' needs a scale, and scale 1 is no guidance",
+        ),
+        ({"train__guide_step": 500}, "train.guide_step 500 is not before the end"),
+        (
             {"codec__kind": "autoencoder", "train__weights": "a/b", "train__pin": "0" * 40},
             "name that in codec.autoencoder.weights and set codec.autoencoder.scaling to 'published'",
         ),
@@ -84,6 +96,22 @@ def test_a_mistake_is_named_with_its_remedy(values, sentence):
         params.parse(changed(**values))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_autoguidance_is_for_models_with_a_guide_conditional_or_not():
+    assert get_args(section.Guidance) == samplers.GUIDANCES
+    auto = {"train__guide_step": 100, "evaluate__guidance": "auto", "visualize__guidance": "auto"}
+    assert params.parse(changed(**auto)).evaluate.sampling.guidance == "auto"
+    unconditional = params.parse(changed(codec__conditioning="none", **auto))
+    assert unconditional.visualize.sampling(2.0).guidance == "auto"
+    with pytest.raises(params.ParamsError, match="guidance needs a condition"):
+        params.parse(changed(codec__conditioning="none", **(auto | {"visualize__guidance": "classifier_free"})))
+    never_dropped = {**auto, "train__condition_dropout": 0.0}
+    with pytest.raises(
+        params.ParamsError, match=r"evaluate\.guidance_sweep other than 1 needs a model that is trained"
+    ):
+        params.parse(changed(**never_dropped))
+    params.parse(changed(**never_dropped, evaluate__guidance_sweep=[]))
 
 
 def test_missing_parameter_missing_section_and_no_sections():

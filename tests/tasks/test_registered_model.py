@@ -21,16 +21,17 @@ def test_registered_model_draws_what_pytorch_draws(work):
     work.register()
     model = loaded()
     (request_,) = model.metadata.signature.inputs.to_dict()
-    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval"}
+    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval", "guidance_kind"}
     assert set(request_["properties"]) == fields
     requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
     assert all(line.split("==")[1][0].isdigit() for line in requirements)
     settings = {"eta": 0.5, "guidance_interval": [0.1, 2.0]}
-    first, second = model.predict(
+    first, second, third = model.predict(
         [
             {"prompt": "a cat", "seed": 5, "steps": 6, "sampler": "ddim", "guidance": 1.5},
             {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5} | settings,
+            {"label": 2, "seed": 6, "steps": 6, "sampler": "ddim", "guidance": 1.5, "guidance_kind": "auto"},
         ]
     )
     pipeline = load_pipeline(work.root / "outputs" / "pipeline")
@@ -39,13 +40,14 @@ def test_registered_model_draws_what_pytorch_draws(work):
             [
                 pipeline.sample([5], [2], Sampling("ddim", 6, guidance_scale=1.5)),
                 pipeline.sample([6], [2], Sampling("ddim", 6, 0.5, 1.5, (0.1, 2.0))),
+                pipeline.sample([6], [2], Sampling("ddim", 6, guidance_scale=1.5, guidance="auto")),
             ]
         )
     )
-    for png, image in zip((first, second), expected, strict=True):
+    for png, image in zip((first, second, third), expected, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
         assert np.abs(pixels.astype(int) - image[0]).max() <= 1
-    assert first != second
+    assert len({first, second, third}) == 3
     assert model.predict(model.input_example)[0][:4] == b"\x89PNG"
 
 
@@ -59,7 +61,7 @@ def test_registered_model_draws_what_pytorch_draws(work):
         ({"prompt": "cat", "label": 1}, "not both"),
         ({"label": 7}, "between 0 and 2"),
         ({}, "needs a label"),
-        ({"label": 0, "sampler": "euler"}, "unknown sampler"),
+        ({"label": 0, "sampler": "plms"}, "unknown sampler"),
         ({"label": 0, "steps": 21}, "sampling steps 21"),
     ],
 )
@@ -74,7 +76,7 @@ def test_registered_model_refuses_what_it_cannot_do(registered, request_, compla
         ({"label": 7}, "labels must lie between 0 and 2"),
         ({"prompt": "a bird"}, "names no class; name exactly one of"),
         ({"label": 0, "steps": 21}, "sampling steps 21"),
-        ({"label": 0, "sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"label": 0, "sampler": "plms"}, "unknown sampler 'plms'"),
         ({"label": 0, "step": 5}, "step"),
         ({"label": 0, "seed": "one"}, "seed"),
     ],

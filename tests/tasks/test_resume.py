@@ -40,12 +40,16 @@ TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, migrated_database):
-    """Return the folder of an undisturbed training of 60 steps with dropout, in this process."""
+    """Return the folder of an undisturbed training of 60 steps with dropout, in this process.
+
+    It keeps a guide between two checkpoints.
+    """
     folder = tmp_path_factory.mktemp("undisturbed")
     write_inputs(folder)
-    write_params(folder, dropout=0.2)
+    write_params(folder, dropout=0.2, guide_step=25)
     with pytest.MonkeyPatch.context() as patch:
         train_here(folder, patch, migrated_database)
+    assert "pipeline/guide/diffusion_pytorch_model.safetensors" in results(folder)
     return folder
 
 

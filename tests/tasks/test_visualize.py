@@ -299,6 +299,60 @@ def test_columns_spread_over_few_and_many_classes(count: int, expected: list[str
     assert outline.headings["Samples by class and guidance"][:5] == expected
 
 
+SWEEP = """\
+guidance,guidance_scale,n,frechet_distance,kid,precision,recall,inception_score,clip_score,label_accuracy,note
+,1.0,70,4.0,0.1,0.9,0.8,,,0.9,
+classifier_free,2.0,70,6.0,0.2,0.9,0.7,,,0.95,
+auto,2.0,70,3.0,0.05,0.9,0.8,,,0.92,
+"""
+
+
+def test_a_model_with_a_guide_shows_which_guidance_a_number_is_of(tmp_path: Path) -> None:
+    inputs = report_inputs.make(tmp_path, TEN, guide=True)
+    (tmp_path / "reports" / "evaluation" / "guidance.csv").write_text(SWEEP)
+    page = inputs.draw("out", report_inputs.PARAMS.model_copy(update={"guidance": "auto"}))[1]
+    source = page.read_text(encoding="utf-8")
+    text = " ".join(re.sub("<[^>]*>", " ", source).split())
+    assert "Guidance Kind n Fréchet" in text
+    assert "1 – 70 4 0.1" in text and "2 classifier-free 70 6" in text and "2 autoguidance 70 3" in text
+    assert "Autoguidance moves the prediction away from that of earlier weights" in text
+    assert "Classifier-free guidance moves it away from the prediction without the class" in text
+    assert 'alttext="guided = g(x_t, c) + w (f(x_t, c) - g(x_t, c))"' in source and "f(x_t, none)" not in source
+    outline, model = Outline(source), load_pipeline(tmp_path / "outputs" / "pipeline")
+    assert outline.headings["Samples by class and guidance"][-2:] == ["w = 1", "w = 2, auto"]
+    auto = Sampling("ddim", 10, guidance_scale=2.0, guidance="auto")
+    expected = to_uint8(model.sample([report_inputs.PARAMS.seed + i for i in range(5)], [0, 2, 4, 6, 8], auto))
+    assert np.array_equal(outline.tiles("Samples by class and guidance")[1], expected.transpose(0, 2, 3, 1))
+    classifier_free = "".join(line for line in SWEEP.splitlines(keepends=True) if not line.startswith("auto"))
+    (tmp_path / "reports" / "evaluation" / "guidance.csv").write_text(classifier_free)
+    source = inputs.draw("plain")[1].read_text(encoding="utf-8")
+    assert 'alttext="guided = f(x_t, none) + w (f(x_t, c) - f(x_t, none))"' in source
+    assert "utoguidance" not in source and ">Kind<" not in source
+
+
+def test_the_chart_of_guidance_has_a_curve_for_each_kind() -> None:
+    curve = [(0.9, 4.0, 1.0), (0.95, 6.0, 2.0)]
+    one = charts.guidance({"classifier-free": curve}, "Fréchet distance", "x").svg
+    both = charts.guidance(
+        {"classifier-free": curve, "autoguidance": [(0.9, 4.0, 1.0), (0.92, 3.0, 2.0)]}, "y", "x"
+    ).svg
+    assert "series-2" not in one and "series-2" in both
+
+
+def test_rows_of_an_unconditional_model_differ_by_autoguidance(tmp_path: Path) -> None:
+    inputs = report_inputs.make(tmp_path, classes=[], guide=True)
+    shared = {"sampler": "ddim", "steps": 20, "columns": 4, "seed": 0}
+    params = VisualizeParams(guidance="auto", guidance_scales=(1.0, 2.0), **shared)
+    source = inputs.draw("out", params)[1].read_text(encoding="utf-8")
+    outline, model = Outline(source), load_pipeline(tmp_path / "outputs" / "pipeline")
+    assert 'alttext="guided = g(x_t) + w (f(x_t) - g(x_t))"' in source
+    tiles = outline.tiles("Samples by guidance")
+    for row, scale in zip(tiles, (1.0, 2.0), strict=True):
+        expected = to_uint8(model.sample(range(4), sampling=params.sampling(scale))).transpose(0, 2, 3, 1)
+        assert np.array_equal(row, expected)
+    assert not np.array_equal(tiles[0], tiles[1])
+
+
 def test_data_that_was_not_accepted_is_not_drawn(tmp_path: Path) -> None:
     inputs = report_inputs.make(tmp_path, TEN)
     (tmp_path / "data" / "accepted.json").write_text('{"verdict": "refused"}')
