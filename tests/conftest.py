@@ -24,7 +24,18 @@ for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(_name, None)
 
 # Started first, so that no process runs a long file alone at the end.
-LONGEST = ("test_end_to_end", "test_resume", "test_prefect_server", "test_train", "test_sdxl", "test_text_to_image")
+LONGEST = (
+    "test_end_to_end",
+    "test_resume",
+    "test_prefect_server",
+    "test_bench",
+    "test_train",
+    "test_sdxl",
+    "test_text_to_image",
+    "test_evaluate",
+    "test_flows",
+    "test_export",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
