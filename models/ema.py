@@ -26,15 +26,21 @@ def decay_at(step: int, profile: str) -> float:
     Raises:
         ValueError: for another name.
     """
+    gamma = gamma_of(profile)
+    if gamma is not None:
+        return power_law(step, gamma)
     kind, _, number = profile.partition("-")
-    value = float(number)
     if kind == "decay":
-        return min(value, (1 + step) / (10 + step))
-    if kind == "gamma":
-        return power_law(step, value)
-    if kind == "std":
-        return power_law(step, gamma_of_std(value))
+        return min(float(number), (1 + step) / (10 + step))
     raise ValueError(f"unknown average {profile!r}; known: decay-0.999, std-0.10, gamma-6.94")
+
+
+def gamma_of(profile: str) -> float | None:
+    """Return the exponent of a named power law; None for a profile of another kind."""
+    kind, _, number = profile.partition("-")
+    if kind == "std":
+        return gamma_of_std(float(number))
+    return float(number) if kind == "gamma" else None
 
 
 def power_law(step: int, gamma: float) -> float:

@@ -260,6 +260,22 @@ def save_pipeline(
     replace(info, files=files_sha256(folder)).write(folder / INFO)
 
 
+def save_with_weights(
+    folder: Path, template: Path, weights: dict[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a copy of the pipeline folder `template` with other weights of its network into an existing empty `folder`.
+
+    `weights` and `adapter` are those of `save_pipeline`; `adapter` is empty for a model without one.
+    """
+    shutil.copytree(template, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)  # not the mode: DVC's is 0444
+    info = PipelineInfo.read(folder / INFO)
+    (folder / INFO).unlink()
+    save_file(weights, published.parts(folder)[0] / published.WEIGHTS, metadata={"format": "pt"})
+    if adapter:
+        save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
+    replace(info, files=files_sha256(folder)).write(folder / INFO)
+
+
 def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: bool = True) -> JsonObject:
     """Return the configuration of a diffusers `DDPMScheduler` that denoises as our samplers do.
 

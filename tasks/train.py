@@ -34,6 +34,7 @@ def train(
     codec: Path,
     accepted: Path,
     pipeline: Path,
+    averages: Path,
     report: Path,
     model: ModelParams,
     diffusion: DiffusionParams,
@@ -41,8 +42,8 @@ def train(
 ) -> None:
     """Train the diffusion model on the encoded data set; continue from the newest checkpoint of the same run.
 
-    Writes averaged weights in diffusers layout to `pipeline`, and the loss history, sample grids and the identity of
-    the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
+    Writes averaged weights in diffusers layout to `pipeline`, snapshots of the averages to `averages`, and the loss
+    history, sample grids and the identity of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
     verdict = require_accepted(accepted)
     CodecInfo.load(codec)
@@ -50,6 +51,7 @@ def train(
     from models.networks.autoencoder import load_autoencoder
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
+    from tasks.training import averages as snapshots
     from tasks.training import checkpoint, outputs, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
@@ -88,6 +90,7 @@ def train(
             return
         outputs.write_report(report, run, history, facts, dataset, codec)
         outputs.write_pipeline(pipeline, codec, run, index, facts.train_key)
+        snapshots.write(averages, run, facts.train_key)
         live.artifact(report / "history.csv", "train")
     print(f"train: {params.steps} steps, loss {history[-1].loss:.4f}, key {facts.train_key[:12]}")
 
@@ -109,7 +112,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import checkpoint, companions, log, previews
+    from tasks.training import averages, checkpoint, companions, log, previews
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -150,6 +153,8 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         for average in run.averages.values():
             average.update(run.step)
         companions.keep(run)
+        if live:
+            averages.keep(run)
 
         # log
         sample_due = run.step % params.sample_every == 0

@@ -317,6 +317,8 @@ class TrainParams(Section):
     """Averages of the weights: exponential (decay-0.999) or power-law (std-0.10 or gamma-6.94)."""
     pipeline_ema: str
     """Average that is saved as the pipeline; choosing another one later needs no more training."""
+    ema_snapshots: Annotated[int, Field(ge=0)] = 0
+    """Most snapshots of each power-law average that are kept over the run, for `tasks.reconstruct`; 0 keeps none."""
     condition_dropout: Fraction
     """Probability that a sample is trained without its condition (for classifier-free guidance)."""
     horizontal_flip: bool = False
@@ -371,6 +373,11 @@ class TrainParams(Section):
                 raise ValueError(
                     f"train.ema has {profile!r}; write decay-0.999 (below 1), std-0.10 (below 0.288) or gamma-6.94"
                 )
+        if self.ema_snapshots and all(profile.startswith("decay-") for profile in self.ema):
+            raise ValueError(
+                f"train.ema_snapshots {self.ema_snapshots} keeps power-law averages, and train.ema has none; add "
+                "std-0.05 and std-0.10 to it, or set train.ema_snapshots to 0"
+            )
         if len(set(self.ema)) < len(self.ema):
             raise ValueError("train.ema names an average twice; remove one")
         if self.pipeline_ema not in self.ema:

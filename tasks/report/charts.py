@@ -155,6 +155,26 @@ def guidance(curves: Mapping[str, Sequence[tuple[float, float, float]]], distanc
     return _render([draw], widths=(7.2,), salt="guidance")
 
 
+def widths(rows: Sequence[tuple[float, float, float]], distance: str, floor: float) -> Chart:
+    """Draw distance and held-out loss over the width of an average, from (width, distance, held-out loss) rows.
+
+    `distance` is the title of the measure; its `floor` is a horizontal line.
+    """
+    x = [row[0] for row in rows]
+
+    def draw_distance(axes: Axes) -> None:
+        _title(axes, distance, "relative width of the average")
+        _line(axes, x, [row[1] for row in rows], 0, None, bold=True, marker="o")
+        axes.axhline(floor, color=COLOURS["muted"], linewidth=1, linestyle=DASHES[1])
+        axes.annotate("floor", (x[-1], floor), (0, 4), textcoords="offset points", fontsize=8.5, ha="right")
+
+    def draw_loss(axes: Axes) -> None:
+        _title(axes, "held-out loss", "relative width of the average")
+        _line(axes, x, [row[2] for row in rows], 1, None, bold=True, marker="o")
+
+    return _render([draw_distance, draw_loss], widths=(5.2, 5.2), salt="widths")
+
+
 def _title(axes: Axes, title: str, x_label: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel(x_label)

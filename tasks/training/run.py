@@ -161,9 +161,26 @@ def prepare(
     params: TrainParams,
     initial: InitialWeights | None = None,
 ) -> Run:
-    """Build network, optimizer, averages and batches, and restore the newest checkpoint of this trajectory.
+    """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
+    run = assemble(data, index, facts, config, diffusion, params, initial)
+    if run.accelerator.is_main_process:
+        _print_summary(run, index)
+    _resume(run, facts)
+    return run
 
-    Without a checkpoint the network starts from the `initial` weights, or from random weights.
+
+def assemble(
+    data: Path,
+    index: LatentsIndex,
+    facts: RunFacts,
+    config: NetworkConfig,
+    diffusion: DiffusionParams,
+    params: TrainParams,
+    initial: InitialWeights | None = None,
+) -> Run:
+    """Build network, optimizer, averages and batches of a run before its first step.
+
+    The network starts from the `initial` weights, or from random weights.
     """
     accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
@@ -182,7 +199,7 @@ def prepare(
     batches, held_out = _batches(data, index, accelerator, timesteps, params)
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
-    run = Run(
+    return Run(
         accelerator=accelerator,
         network=network,
         module=wrapped,
@@ -198,10 +215,6 @@ def prepare(
         folder=training_key.folder_of(workspace.scratch(), facts),
         tally=Tally(diffusion.timesteps, accelerator.device),
     )
-    if accelerator.is_main_process:
-        _print_summary(run, index)
-    _resume(run, facts)
-    return run
 
 
 def _backward(accelerator: Accelerator, module: nn.Module, facts: RunFacts) -> Backward:

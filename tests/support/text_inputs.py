@@ -40,7 +40,13 @@ DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_predi
 
 def train_params(**others) -> TrainParams:
     defaults = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
-    defaults |= {"condition_dropout": 0.2, "horizontal_flip": True, "sample_every": 4, "log_every": 2}
+    defaults |= {
+        "ema_snapshots": 0,
+        "condition_dropout": 0.2,
+        "horizontal_flip": True,
+        "sample_every": 4,
+        "log_every": 2,
+    }
     return TrainParams.model_validate({**compose("digits", [])["train"], **defaults, **others})
 
 
@@ -95,6 +101,7 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> No
             root / "codec",
             root / "accepted.json",
             root / name,
+            root / f"averages-{name}",
             root / f"report-{name}",
             model,
             DIFFUSION,

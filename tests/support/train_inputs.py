@@ -135,15 +135,18 @@ def write_params(
         "learning_rate": 0.002,
         "ema": ["decay-0.99", "std-0.10"],
         "pipeline_ema": "decay-0.99",
+        "ema_snapshots": 4,
         "warmup_steps": 5,
         "log_every": 7,
         "checkpoint_every": 10,
         "sample_every": 25,
     } | train
+    if all(profile.startswith("decay-") for profile in document["train"]["ema"]):
+        document["train"]["ema_snapshots"] = 0
     (folder / "params.yaml").write_text(yaml.safe_dump(document))
 
 
-PATHS = ("latents", "codec", "accepted.json", "pipeline", "report")
+PATHS = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
 
 
 def command(folder: Path) -> list[str]:
@@ -169,10 +172,11 @@ def run(folder: Path, database: Path) -> subprocess.CompletedProcess:
     )
 
 
-def results(folder: Path, pipeline: str = "pipeline", report: str = "report", scratch: str = "scratch") -> dict:
-    """Return name -> hash of every file that a run writes: pipeline, report, and the last checkpoint."""
+def results(folder: Path, outputs: str = ".", report: str = "report", scratch: str = "scratch") -> dict:
+    """Return name -> hash of every file that a run writes: pipeline, averages, report, and the last checkpoint."""
     last = checkpoints(folder / scratch)[-1]
-    parts = {"pipeline": folder / pipeline, "report": folder / report, last.name: last}
+    parts = {name: folder / outputs / name for name in ("pipeline", "averages")}
+    parts |= {"report": folder / report, last.name: last}
     return {
         f"{name}/{file.relative_to(root)}": hashlib.sha256(file.read_bytes()).hexdigest()
         for name, root in parts.items()

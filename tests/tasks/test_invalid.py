@@ -32,7 +32,7 @@ def test_refused_at_load_in_one_sentence(file, tmp_path):
         document[section] |= changes
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump(document), encoding="utf-8")
-    names = ("latents", "codec", "accepted.json", "pipeline", "report")  # none of which exists
+    names = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")  # none of which exists
     command = [sys.executable, "-m", "tasks.train", *(str(tmp_path / name) for name in names), "--params", str(params)]
     before = children_seconds()
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_a_configuration_of_accelerate_that_does_not_serve(text, says, tmp_path)
     if text:
         configuration.write_text(text, encoding="utf-8")
     environment = os.environ | {"AFTERIMAGE_ACCELERATE": str(configuration)}
-    command = [sys.executable, "-m", "tasks.train", *"abcde"]
+    command = [sys.executable, "-m", "tasks.train", *"abcdef"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("train: error: ") and len(done.stderr.strip().splitlines()) == 1

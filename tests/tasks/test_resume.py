@@ -126,7 +126,7 @@ def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, mi
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "continues at step" in output
-    assert results(tmp_path, "outputs/pipeline", "reports/train") == results(undisturbed)
+    assert results(tmp_path, "outputs", "reports/train") == results(undisturbed)
 
 
 def dvc_tree(undisturbed: Path, folder: Path) -> None:
