@@ -153,9 +153,7 @@ def described(folder: Path, **changes) -> None:
 
 
 def test_what_cannot_be_reconstructed_is_refused_in_a_sentence(tree, tmp_path):
-    with pytest.raises(
-        StageError, match=r"^the width 0\.285 is out of reach .* error of its profile is 15%, over 10%"
-    ):
+    with pytest.raises(StageError, match=r"^the width 0\.285 is out of reach .* error of its profile is 15%, over 10%"):
         reconstruct.measure([0.05, 0.285], blocks=1)
     with pytest.raises(StageError, match=r"^the width 0\.4 must lie between 0 and 0\.289$"):
         reconstruct.write(0.4, tree / "new")
