@@ -44,7 +44,7 @@ def test_defaults_are_valid_and_frozen():
         ({"train__horizontal_flip": 1}, "parameter 'train.horizontal_flip' is 1"),
         ({"train__precision": False}, "parameter 'train.precision' is False"),
         ({"train__steps": 0}, "parameter 'train.steps' is 0"),
-        ({"train__warmup_steps": 500}, "train.warmup_steps 500 leaves nothing of train.steps 500"),
+        ({"train__warmup_steps": 300}, "train.warmup_steps 300 leaves nothing of train.steps 300"),
         ({"train__gradient_accumulation": 3}, "train.gradient_accumulation must divide train.batch_size"),
         ({"train__condition_dropout": 0.0}, "set train.condition_dropout above 0"),
         ({"train__condition_dropout": 1.0}, "train.condition_dropout 1 never shows the network its condition"),
@@ -57,7 +57,30 @@ def test_defaults_are_valid_and_frozen():
         ({"image__resolution": 18}, "image.resolution 18 cannot be halved 2 times"),
         ({"image__channels": 2}, "parameter 'image.channels' is 2"),
         ({"diffusion__schedule": "cosin"}, "parameter 'diffusion.schedule' is 'cosin'"),
-        ({"evaluate__steps": 2000}, "evaluate.steps 2000 exceeds diffusion.timesteps 1000"),
+        (
+            {"diffusion__prediction": "epsilon"},
+            "'epsilon' does not fit diffusion.schedule 'rectified_flow'; set it to 'fl",
+        ),
+        (
+            {"diffusion__schedule": "cosine"},
+            "'flow_prediction' does not fit diffusion.schedule 'cosine'; set it to 'eps",
+        ),
+        ({"diffusion__zero_terminal_snr": True}, "'rectified_flow' begins at pure noise anyway: set it to false"),
+        (
+            {"diffusion__loss_weighting": "min_snr"},
+            "'min_snr' gives pure noise, where a rectified flow begins, a weight",
+        ),
+        (
+            {"diffusion__timestep_density": "uniform", "diffusion__density_std": 2.0},
+            "not read by diffusion.timestep_dens",
+        ),
+        ({"diffusion__shift": 0.0}, "parameter 'diffusion.shift' is 0.0"),
+        (
+            {"evaluate__sampler": "ddim"},
+            "evaluate.sampler 'ddim' does not sample diffusion.schedule 'rectified_flow'; us",
+        ),
+        ({"visualize__sampler": "ddpm"}, "use one of: euler, heun, dpm_solver_pp_2m"),
+        ({"train__guide_step": 300}, "train.guide_step 300 is not before the end, train.steps 300; lower it"),
         ({"codec__conditioning": "none"}, "guidance needs a condition"),
         (
             {"evaluate__guidance": "auto"},
