@@ -175,10 +175,10 @@ def test_snapshots_of_another_training_are_refused(tree, monkeypatch):
 
 def test_parameters_that_changed_since_the_training_are_refused(tree):
     document = yaml.safe_load((tree / "params.yaml").read_text())
-    document["diffusion"]["prediction"] = "epsilon"
+    document["train"]["learning_rate"] = 0.003
     (tree / "params.yaml").unlink()
     (tree / "params.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(StageError, match=r"changed since the training \(diffusion\.prediction v_prediction -> epsilon"):
+    with pytest.raises(StageError, match=r"changed since the training \(train\.learning_rate 0\.002 -> 0\.003\)"):
         reconstruct.measure([0.05], blocks=1)
 
 
