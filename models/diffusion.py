@@ -27,6 +27,17 @@ def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tenso
     return of_x0 * x0 + of_eps * eps
 
 
+def denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the clean images that the network `output` at `x` predicts, float [B, C, H, W]; see `paths.to_x0`.
+
+    Raises:
+        ValueError: for an unknown prediction type.
+    """
+    alpha, sigma = _wide(alpha), _wide(sigma)
+    of_x0, of_eps = coefficients(prediction, alpha, sigma)
+    return (of_eps * x - sigma * output) / (of_eps * alpha - of_x0 * sigma)
+
+
 def _wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 

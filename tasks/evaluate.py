@@ -31,9 +31,13 @@ Row: TypeAlias = Mapping[str, "float | int | str"]
 COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
 COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
+TEACHER = "teacher"
+"""Companion with the weights before consistency tuning."""
 SLOWEST_FLOW = "heun", 100
 """Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
-COLUMNS = ["sampler", "steps", "eta", "guidance_scale", "guidance", "n", "seed_blocks"]
+FEW_STEPS, TEACHER_STEPS = (1, 2, 4), (10, 20)
+"""Steps of a consistency model and of its teacher that are compared instead."""
+COLUMNS = ["sampler", "weights", "steps", "eta", "guidance_scale", "guidance", "n", "seed_blocks"]
 COLUMNS += ["frechet_distance", "kid", "cmmd", "precision", "recall"]
 COLUMNS += ["inception_score", "inception_style_score", "clip_score", "label_accuracy", "note"]
 SWEEP_COLUMNS = ["guidance", "guidance_scale", "n", "frechet_distance", "kid", "cmmd", "precision", "recall"]
@@ -113,11 +117,22 @@ def evaluate(
 
 
 def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) -> Iterator[Draw]:
-    """Draw one seed block with each other sampler of the table; the slowest comes last."""
+    """Draw one seed block with each other sampler of the table; the slowest comes last.
+
+    A consistency model is compared with its teacher, because the other samplers do not fit it.
+    """
     from models.noise.paths import RectifiedFlow
     from tasks.evaluation.draws import draw
 
     timesteps, flow = model.info.timesteps, isinstance(model.path, RectifiedFlow)
+    if TEACHER in model.companions:
+        student = [("", "consistency", steps) for steps in FEW_STEPS]
+        teacher = [(TEACHER, "euler" if flow else "ddim", min(steps, timesteps)) for steps in TEACHER_STEPS]
+        for weights, sampler, steps in (*student, *teacher):
+            sampling = replace(protocol.unguided, sampler=sampler, steps=steps, eta=0.0)
+            if weights or sampling != protocol.unguided:
+                yield draw(model, protocol, params.n_compare, sampling, weights=weights)
+        return
     for sampler, steps in (COMPARED_FLOW if flow else COMPARED).items():
         if (sampler, 0.0) != (params.sampler, params.eta):
             sampling = replace(protocol.unguided, sampler=sampler, steps=min(steps, timesteps), eta=0.0)
@@ -224,6 +239,7 @@ def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
     means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     return {
         "sampler": sampling.sampler,
+        "weights": blocks[0].weights,
         "steps": sampling.steps,
         "eta": sampling.eta or "",
         "guidance_scale": sampling.guidance_scale,

@@ -137,6 +137,8 @@ def _rows(client: MlflowClient, run: Run) -> Iterator[Row]:
     floors = (name.format(headline) for name in FLOORS)
     floor = next((run.data.metrics[name] for name in floors if name in run.data.metrics), None)
     for row in table:
+        if row.get("weights"):  # not of the model itself
+            continue
         # tables of earlier versions do not have these two columns
         eta, kind = float(row.get("eta") or 0), row.get("guidance")
         name = draw_name(row["sampler"], int(row["steps"]), float(row["guidance_scale"]), eta, kind)

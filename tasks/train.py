@@ -112,7 +112,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import averages, checkpoint, companions, log, previews
+    from tasks.training import averages, checkpoint, companions, log, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -128,13 +128,16 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         # what is trained: with `full_steps`, first the base and then the LoRA adapter
         if params.full_steps and isinstance(run.network, TextUNet):
             run.network.train_adapter(train=run.step >= params.full_steps)
+        # and by which objective: with `distil`, first as usual and then for consistency
+        tuning.begin(run)
+        objective, phase = tuning.objective_at(run, run.step), params.phase(run.step)
 
         # batch, loss, backward; in the parts over which the gradient is accumulated
         torch.manual_seed(seed_for(params.seed, "dropout", run.step, accelerator.process_index))
         for part in range(params.gradient_accumulation):
             batch = run.batches.draw(run.step, part)
             with accelerator.accumulate(run.module):
-                losses = run.backward(run.objective, batch)
+                losses = run.backward(objective, batch)
             run.tally.add_losses(batch.t, losses)
 
         # step
@@ -151,7 +154,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
 
         # average
         for average in run.averages.values():
-            average.update(run.step)
+            average.update(run.step - phase.start)
         companions.keep(run)
         if live:
             averages.keep(run)
@@ -161,7 +164,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         if run.step % params.log_every == 0 or sample_due:
             row = _next_row(run)
             run.tally.clear()
-            log.refuse_divergence([*run.history, row], run.folder)
+            log.refuse_divergence(tuning.rows_of_phase([*run.history, row], params), run.folder)
             if live and meter:
                 speed = meter.read()
                 if sample_due:
@@ -218,12 +221,17 @@ def _complete_history(run: Run, live: TrainingRun | None) -> list[HistoryRow]:
 
 
 def learning_rate_at(step: int, params: TrainParams, peak: float) -> float:
-    """Return the learning rate of 0-based `step`: linear warm-up to `peak`, then constant or half a cosine to 0."""
-    if step < params.warmup_steps:
-        return peak * (step + 1) / params.warmup_steps
+    """Return the learning rate of 0-based `step`: linear warm-up to `peak`, then constant or half a cosine to 0.
+
+    Consistency tuning has a schedule of its own after that of the training before it.
+    """
+    phase, peak = params.phase(step), peak * params.learning_rate_factor(step)
+    done = step - phase.start
+    if done < params.warmup_steps:
+        return peak * (done + 1) / params.warmup_steps
     if params.lr_schedule == "constant":
         return peak
-    fraction = (step - params.warmup_steps) / (params.steps - params.warmup_steps)
+    fraction = (done - params.warmup_steps) / (len(phase) - params.warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * fraction))
 
 

@@ -24,6 +24,10 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", FLOW_PREDICTION)
 """What a network can predict, under diffusers' names."""
 
 
+MIDDLE = 0.821
+"""Relative noise of the second of two steps of a consistency model (Geng et al. 2024, for CIFAR-10)."""
+
+
 class Level(NamedTuple):
     """One noise level of a path."""
 
@@ -116,6 +120,27 @@ class RectifiedFlow:
 
 
 Path: TypeAlias = DiffusionPath | RectifiedFlow
+
+
+def consistency_levels(path: Path, steps: int) -> list[Level]:
+    """Return the noise levels of a consistency model: pure noise, then relative noise m (n - i) / i for i = 1..n - 1.
+
+    n is `steps`. These are evenly spaced in s / (s + m), and the second of two has m = `MIDDLE`; on a rectified flow
+    m is `shift` times that. A diffusion path has them at the nearest of its timesteps.
+
+    Raises:
+        ValueError: if `steps` is not positive, or exceeds the timesteps of a diffusion path.
+    """
+    inner = [MIDDLE * (steps - i) / i for i in range(1, steps)]
+    if isinstance(path, RectifiedFlow):
+        return path.sampled(min(steps, 1)) + [path.of_sigma(path.shift * s / (1 + path.shift * s)) for s in inner]
+    if not 1 <= steps <= path.timesteps:
+        raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {path.timesteps} timesteps")
+    a = np.asarray(path.alpha_bar, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        log_noise = 0.5 * (np.log1p(-a) - np.log(a))
+    nearest = [int(np.abs(log_noise - math.log(s)).argmin()) for s in inner]
+    return [path.level(t) for t in (path.timesteps - 1, *nearest)]
 
 
 def coefficients(prediction: str, alpha: Number, sigma: Number) -> tuple[Number, Number]:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .paths import CLEAN, DiffusionPath, Level, Path, RectifiedFlow, to_x0
+from .paths import CLEAN, DiffusionPath, Level, Path, RectifiedFlow, consistency_levels, to_x0
 
 Batch: TypeAlias = Any  # a torch tensor or a NumPy array; the two have no common type
 Predict: TypeAlias = Callable[[Batch, float, Batch], Batch]
@@ -95,6 +95,8 @@ class SchedulerConfig:
         Raises:
             ValueError: for an impossible number of steps.
         """
+        if sampler == "consistency":
+            return consistency_levels(self.path, steps)
         if isinstance(self.path, RectifiedFlow):
             return self.path.sampled(steps)
         total, spacing = self.path.timesteps, self.timestep_spacing
@@ -337,6 +339,17 @@ def heun(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], call
     return x
 
 
+def consistency(
+    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
+) -> Batch:
+    """Predict a clean image and add noise of the next level, step by step (Song et al. 2023, algorithm 1)."""
+    for i, level, following in _steps(levels):
+        x0 = denoise(x, level)
+        x = following.alpha * x0 + following.sigma * noise() if following.sigma > 0 else x0
+        _report(callback, i, level, x, x0)
+    return x
+
+
 def _velocity(x: Batch, x0: Batch, level: Level) -> Batch:
     """Return eps - x0 on the straight path, where x = (1 - sigma) x0 + sigma eps."""
     return (x - x0) / level.sigma
@@ -349,9 +362,10 @@ SAMPLERS: dict[str, Callable[..., Batch]] = {
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
     "euler": euler,
     "heun": heun,
+    "consistency": consistency,
 }
-OF_DIFFUSION = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m")
-OF_FLOW = ("euler", "heun", "dpm_solver_pp_2m")
+OF_DIFFUSION = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "consistency")
+OF_FLOW = ("euler", "heun", "dpm_solver_pp_2m", "consistency")
 """Samplers of each kind of path. A step of `euler` is a step of `ddim` with eta 0, in other units."""
 DEFAULT_SAMPLING = Sampling()
 
@@ -379,10 +393,6 @@ def sample(
     if sampling.sampler not in known:
         kind = "diffusion model" if isinstance(scheduler.path, DiffusionPath) else "rectified flow"
         raise ValueError(f"a {kind} has no sampler {sampling.sampler!r}; use one of: {', '.join(known)}")
-    options: dict[str, float | str] = {}
-    if sampling.sampler == "ddim":
-        options["eta"] = sampling.eta
-    if sampling.sampler == "ddpm":
-        options["variance_type"] = scheduler.variance_type
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": sampling.eta}, "ddpm": {"variance_type": scheduler.variance_type}}
     levels = scheduler.levels(sampling.sampler, sampling.steps)
-    return SAMPLERS[sampling.sampler](denoise, noise(), noise, levels, callback, **options)
+    return SAMPLERS[sampling.sampler](denoise, noise(), noise, levels, callback, **own.get(sampling.sampler, {}))

@@ -34,11 +34,13 @@ class Draw:
     """uint8 [N, C, S, S]."""
     seconds: float
     """Wall time for all images."""
+    weights: str = ""
+    """Name of the companion that was drawn from; empty for the pipeline's own weights."""
 
     @property
     def name(self) -> str:
         """The settings in words, see `draw_name`."""
-        return _name(self.sampling)
+        return _name(self.sampling, self.weights)
 
     def first(self, count: int) -> Draw:
         """Return the images of the first `count` seeds, with their share of the time."""
@@ -47,8 +49,9 @@ class Draw:
         return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
 
 
-def _name(sampling: Sampling) -> str:
-    return draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta, sampling.guidance)
+def _name(sampling: Sampling, weights: str) -> str:
+    name = draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta, sampling.guidance)
+    return f"{weights}: {name}" if weights else name
 
 
 def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], list[Draw]]:
@@ -67,14 +70,21 @@ def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], lis
     return unguided, guided
 
 
-def draw(pipeline: Pipeline, protocol: Protocol, count: int, sampling: Sampling, block: int = 0) -> Draw:
-    """Draw the first `count` images of a seed block; their labels are a balanced cycle over the classes."""
+def draw(
+    pipeline: Pipeline, protocol: Protocol, count: int, sampling: Sampling, block: int = 0, weights: str = ""
+) -> Draw:
+    """Draw the first `count` images of a seed block; their labels are a balanced cycle over the classes.
+
+    `weights` is the name of a companion whose weights take the place of the pipeline's.
+    """
     measurement = protocol.measurement
+    if weights:
+        pipeline = replace(pipeline, network=pipeline.companions[weights])
     first = measurement.seed + block * BLOCK_STRIDE
     labels = balanced_labels(count, len(measurement.labels)) if measurement.labels is not None else None
     started = time.perf_counter()
-    bar = progress(desc=f"draw: {_name(sampling)}", total=count * sampling.steps, unit="step", unit_scale=True)
-    with bar:
+    name = _name(sampling, weights)
+    with progress(desc=f"draw: {name}", total=count * sampling.steps, unit="step", unit_scale=True) as bar:
         images = pipeline.sample(
             range(first, first + count),
             labels,
@@ -82,7 +92,7 @@ def draw(pipeline: Pipeline, protocol: Protocol, count: int, sampling: Sampling,
             batch_size=protocol.batch_size,
             callback=lambda i, t, x, x0: bar.update(len(x)),
         )
-    return Draw(sampling, labels, to_uint8(images), time.perf_counter() - started)
+    return Draw(sampling, labels, to_uint8(images), time.perf_counter() - started, weights)
 
 
 def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:

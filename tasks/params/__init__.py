@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +24,7 @@ from tasks.params.data import (
     S3Params,
     ValidateParams,
 )
+from tasks.params.distil import DistilParams
 from tasks.params.model import (
     AutoencoderParams,
     CodecParams,
@@ -49,7 +51,7 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
+    "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
     "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
     "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
     "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
@@ -176,8 +178,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         yield key
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{key}.")
+        for kind in get_args(field.annotation) or (field.annotation,):  # a section, or a section and None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{key}.")
 
 
 def _keys_in(section: str) -> list[str]:

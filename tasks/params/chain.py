@@ -23,8 +23,10 @@ from tasks.params.section import NO_PATH, PositiveInt, Section
 
 S = TypeVar("S", bound=Section)
 
-DIFFUSION_SAMPLERS = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m")
-FLOW_SAMPLERS = ("euler", "heun", "dpm_solver_pp_2m")
+CONSISTENT = ("v_prediction", "flow_prediction")
+"""Predictions whose x0 at zero noise is the input; that of `epsilon` is so as well, but badly conditioned in noise."""
+DIFFUSION_SAMPLERS = ("ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "consistency")
+FLOW_SAMPLERS = ("euler", "heun", "dpm_solver_pp_2m", "consistency")
 """`samplers.OF_DIFFUSION` and `samplers.OF_FLOW`, without importing NumPy."""
 
 
@@ -73,6 +75,7 @@ class Params(Section):
         self._check_resolution()
         self._check_flips()
         self._check_adapter()
+        self._check_distil()
         self._check_published()
         self._check_steps()
         self._check_guidance()
@@ -160,6 +163,26 @@ class Params(Section):
             )
         if self.train.full_steps and not self.model.lora_rank:
             raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
+
+    def _check_distil(self) -> None:
+        """Consistency tuning needs x0 = x at zero noise, all weights, and its own weighting of the loss."""
+        if self.train.distil is None:
+            return
+        self.train.distil.check(self.train)
+        if self.model.lora_rank:
+            raise ValueError(
+                "train.distil tunes all weights, and model.lora_rank trains an adapter; set one of them to null"
+            )
+        if self.diffusion.prediction not in CONSISTENT:
+            raise ValueError(
+                f"train.distil needs a diffusion.prediction of {' or '.join(CONSISTENT)}, whose clean image is the "
+                f"input itself without noise, not '{self.diffusion.prediction}'; change it, or set train.distil to null"
+            )
+        if self.train.distil.after == 0 and self.diffusion.loss_weighting == "min_snr":
+            raise ValueError(
+                "diffusion.loss_weighting 'min_snr' weights the training before train.distil, which has none with "
+                "train.distil.after 0; set diffusion.loss_weighting to 'plain'"
+            )
 
     def _check_published(self) -> None:
         """A published network needs the autoencoder and the text encoder that it was trained with."""

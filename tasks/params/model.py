@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.params.distil import DistilParams
 from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Seed, require_pin
 
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
@@ -343,10 +344,21 @@ class TrainParams(Section):
     guide_step: Annotated[int, Field(ge=0)] = 0
     """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
     0 saves none."""
+    distil: DistilParams | None = None
+    """Consistency tuning, after which few sampling steps suffice; null trains without it."""
     seed: Seed = 0
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
     sample_every: PositiveInt = 250
+
+    def phase(self, step: int) -> range:
+        """Return the steps of the phase of 0-based `step`: the training, or the consistency tuning after it."""
+        after = self.distil.after if self.distil else self.steps
+        return range(after) if step < after else range(after, self.steps)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Return the factor of the peak learning rate at 0-based `step`."""
+        return self.distil.learning_rate_factor if self.distil and step >= self.distil.after else 1.0
 
     @model_validator(mode="after")
     def _check(self) -> TrainParams:

@@ -175,6 +175,23 @@ def widths(rows: Sequence[tuple[float, float, float]], distance: str, floor: flo
     return _render([draw_distance, draw_loss], widths=(5.2, 5.2), salt="widths")
 
 
+def few_steps(lines: Mapping[str, Sequence[tuple[int, float]]], distance: str) -> Chart:
+    """Draw a line through the (sampling steps, distance) points of each model, by its name."""
+
+    def draw(axes: Axes) -> None:
+        _title(axes, distance, "sampling steps")
+        for series, (name, points) in enumerate(lines.items()):
+            _line(axes, [steps for steps, _ in points], [value for _, value in points], series, name, True, marker="o")
+        axes.set_xscale("log")
+        shown = sorted({steps for points in lines.values() for steps, _ in points})
+        axes.set_xticks(shown, [str(steps) for steps in shown])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right")
+
+    return _render([draw], widths=(7.2,), salt="few-steps")
+
+
 def _title(axes: Axes, title: str, x_label: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel(x_label)

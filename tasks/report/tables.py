@@ -37,6 +37,7 @@ HEADLINES = ("label_accuracy", "kid", "clip_score", "frechet_distance")
 MAX_HEADLINES = 4
 SAMPLER_COLUMNS = {
     "sampler": "Sampler",
+    "weights": "Weights",
     "steps": "Steps",
     "eta": "η",
     "guidance_scale": "Guidance",
@@ -84,6 +85,7 @@ SAMPLERS = {
     "dpm_solver_pp_2m": "DPM-Solver++ 2M",
     "euler": "Euler",
     "heun": "Heun",
+    "consistency": "Consistency",
 }
 
 
@@ -164,7 +166,7 @@ def _number(key: str, value: float, digits: int = 3) -> str:
 
 def tables(evaluation: Path, headline: str) -> list[Table]:
     """Return the tables that `evaluate` wrote; `headline` is the distance of the chart by guidance scale."""
-    found = [_sampler_table(evaluation / "samplers.csv")]
+    found = [_sampler_table(evaluation / "samplers.csv", headline)]
     if (evaluation / "guidance.csv").exists():
         found.append(_guidance_table(evaluation / "guidance.csv", headline))
     if (evaluation / "classes.csv").exists():
@@ -184,14 +186,35 @@ def tables(evaluation: Path, headline: str) -> list[Table]:
     return found
 
 
-def _sampler_table(path: Path) -> Table:
+def _sampler_table(path: Path, headline: str) -> Table:
+    """Return the table of samplers, with a chart of `headline` by steps for a consistency model."""
     rows = _read(path)
     text = (
         "Samples of the same weights with different samplers, steps and guidance. Do not compare distances of rows "
         "with different n: with fewer images a distance is larger."
     )
     notes = [(sampler_name(row["sampler"], int(row["steps"])), row["note"]) for row in rows if row.get("note")]
-    return Table("Samplers compared", text, *_cells(rows, SAMPLER_COLUMNS), notes)
+    title, (columns, cells) = "Samplers compared", _cells(rows, SAMPLER_COLUMNS)
+    lines = _distance_by_steps(rows, headline)
+    if not all(lines.values()):
+        return Table(title, text, columns, cells, notes)
+    text += " The rows of the teacher are drawn with the weights from which consistency tuning began."
+    distance = MEASURES[headline][0]
+    label = f"{distance} against sampling steps, of the consistency model and of its teacher"
+    chart = charts.few_steps(lines, distance)
+    return Table(title, text, columns, cells, notes, chart.svg, label, worded=["Weights"])
+
+
+def _distance_by_steps(rows: list[dict[str, str]], distance: str) -> dict[str, list[tuple[int, float]]]:
+    """Return (steps, distance) of a consistency model and its teacher, over as many images for each point."""
+    drawn = [row for row in rows if row[distance] and float(row["guidance_scale"]) == 1]
+    teacher = [row for row in drawn if row.get("weights") == "teacher"]
+    alike = {(row["n"], row["seed_blocks"]) for row in teacher}
+    student = [row for row in drawn if not row.get("weights") and (row["n"], row["seed_blocks"]) in alike]
+    return {
+        name: sorted((int(row["steps"]), float(row[distance])) for row in group)
+        for name, group in (("consistency model", student), ("teacher", teacher))
+    }
 
 
 def _guidance_table(path: Path, headline: str) -> Table:
@@ -257,7 +280,7 @@ def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str]
         keys.remove("guidance")
 
     def cell(key: str, text: str) -> str:
-        if key in ("sampler", "class"):
+        if key in ("sampler", "class", "weights"):
             return SAMPLERS.get(text, text)
         if key == "guidance":
             return GUIDANCES.get(text, "–")

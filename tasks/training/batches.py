@@ -205,6 +205,13 @@ class DrawConfig:
     """Gradient accumulation: parts per step."""
     process: int = 0
     processes: int = 1
+    tuned_from: int | None = None
+    """First step of consistency tuning, whose batches have the timesteps `tuning` instead."""
+    tuning: Timesteps | None = None
+
+    def timesteps_at(self, step: int) -> Timesteps:
+        """Return the timesteps that the batch of 0-based `step` is drawn from."""
+        return self.timesteps if self.tuning is None or step < (self.tuned_from or 0) else self.tuning
 
 
 class Batches:
@@ -228,7 +235,7 @@ class Batches:
         following = (step, part + 1) if part + 1 < config.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
         x0 = self._images(columns, generator)
-        t = config.timesteps.draw(len(x0), generator)
+        t = config.timesteps_at(step).draw(len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
         return Batch(x0, eps, t, self._condition(columns, generator))
 

@@ -16,8 +16,13 @@ PREFIX = "companion-"
 def keep(run: Run) -> None:
     """Copy the average for the pipeline if a companion is due at this step: the guide of autoguidance."""
     if run.step == run.params.guide_step:
-        average = run.averages[run.params.pipeline_ema]
-        run.companions["guide"] = {name: value.detach().cpu().clone() for name, value in average.state_dict().items()}
+        keep_average(run, "guide")
+
+
+def keep_average(run: Run, name: str) -> None:
+    """Copy the average for the pipeline as the companion `name`."""
+    average = run.averages[run.params.pipeline_ema]
+    run.companions[name] = {key: value.detach().cpu().clone() for key, value in average.state_dict().items()}
 
 
 def groups(run: Run) -> dict[str, dict[str, Tensor]]:

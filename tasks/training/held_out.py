@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tasks.training import tuning
+
 if TYPE_CHECKING:
     from models.ema import EMA
     from tasks.training.run import Run
@@ -15,10 +17,10 @@ if TYPE_CHECKING:
 
 def held_out_losses(run: Run) -> dict[str, float]:
     """Return weight average -> loss on held-out samples, with the same noise and timesteps at every call."""
-    losses = {}
+    losses, objective = {}, tuning.objective_at(run, run.step - 1)
     for name, average in run.averages.items():
         with torch.inference_mode(), averaged(run.network, average):
-            parts = [run.objective(run.network, batch) for batch in run.held_out]
+            parts = [objective(run.network, batch) for batch in run.held_out]
         losses[name] = torch.cat(parts).mean().item()
     return losses
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -78,7 +79,7 @@ def run_facts(
 ) -> RunFacts:
     """Derive keys and parameters of the run from its inputs, its parameters and the code."""
     sections = {"model": model.used(), "diffusion": diffusion.model_dump(), "train": params.model_dump()}
-    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    flat = dict(_flattened(sections))
     flat["train.init_from"] = Path(params.init_from).name
     if params.weights and Path(params.weights).is_absolute():
         flat["train.weights"] = Path(params.weights).name  # a local folder may lie elsewhere on another machine
@@ -102,6 +103,15 @@ def run_facts(
         params={key: json.dumps(value) if isinstance(value, list | tuple) else value for key, value in flat.items()},
         data={**data, "images": verdict.sha256},
     )
+
+
+def _flattened(sections: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names of the parameters in nested sections, with their values."""
+    for key, value in sections.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def code() -> list[str]:
@@ -165,7 +175,7 @@ def _extends(key: str, params: TrainParams) -> bool:
     pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
     if key == "train.pipeline_ema":
-        return not params.guide_step
+        return not params.guide_step and not (params.distil and params.distil.after)
     return key == "train.steps" and params.lr_schedule == "constant"
 
 

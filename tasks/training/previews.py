@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tasks.training.run import Run
 
 STEPS, COLUMNS, ROWS = 20, 10, 4
+CONSISTENCY = "consistency", 2
+"""Sampler and steps of a network that is tuned for few steps."""
 LARGE_SAMPLE = 3 * 64 * 64
 """Samples with more values than this get a one-row grid."""
 MAX_SIDE, MAX_SCALE = 128, 4
@@ -48,7 +50,8 @@ def _draw(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray:
     noise, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
     clip = run.autoencoder is None and isinstance(run.timesteps.path, DiffusionPath)
     scheduler = samplers.SchedulerConfig(run.timesteps.path, run.diffusion.prediction, clip_sample=clip)
-    sampling = samplers.Sampling("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
+    distil, usual = run.params.distil, ("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
+    sampling = samplers.Sampling(*(CONSISTENCY if distil and run.step > distil.after else usual))
     denoise = samplers.denoiser(predictor(run.network), scheduler, sampling, condition)
     drawn = samplers.sample(denoise, lambda: torch.from_numpy(noise()).to(device), scheduler, sampling)
     if run.autoencoder is not None:

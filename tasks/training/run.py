@@ -31,7 +31,7 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, memory, optimizer, warm_start
+from tasks.training import checkpoint, companions, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
@@ -65,6 +65,7 @@ class Run:
     module: nn.Module
     """`network` as accelerate and torch.compile wrap it for training."""
     objective: LossFunction
+    """That of training; `tuning.objective_at` has also that of consistency tuning."""
     backward: Backward
     optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
@@ -282,6 +283,8 @@ def _batches(
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
+            tuned_from=params.distil.after if params.distil else None,
+            tuning=tuning.timesteps_of(timesteps, params.distil) if params.distil else None,
         )
         return Batches(open_store(data, "train", where, device, bucket), conditioning, config, device)
 

@@ -12,7 +12,7 @@ import pytest
 
 from models.judges.judge import load_judge
 from models.noise.samplers import Sampling
-from models.pipeline import Pipeline, load_pipeline
+from models.pipeline import Pipeline, load_pipeline, save_pipeline
 from models.pixels import from_uint8, to_uint8
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
@@ -381,6 +381,46 @@ def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
     assert {"ddim (eta 0.5), 30 steps, guidance 1", "ddim, 30 steps, guidance 1"} < set(
         read(out / "timing" / "evaluate.json")["seconds_per_image"]
     )
+
+
+@pytest.fixture(scope="module")
+def tuned(tree, tmp_path_factory, pipeline):
+    """The tree with a pipeline that was tuned for consistency, whose teacher has other weights; read it only."""
+    root = tmp_path_factory.mktemp("tuned")
+    for name in ("data", "judge"):
+        (root / name).symlink_to(tree / name)
+    (root / "outputs" / "pipeline").mkdir(parents=True)
+    own = pipeline.network.state_dict()
+    teacher = {name: weight * 0.5 for name, weight in own.items()}
+    network, info = pipeline.network, pipeline.info
+    save_pipeline(root / "outputs" / "pipeline", network, own, pipeline.betas, info, companions={"teacher": teacher})
+    return root
+
+
+def test_a_consistency_model_stands_beside_its_teacher(tuned, tmp_path):
+    few = {"sampler": "consistency", "steps": 2, "n_sweep": 1, "guidance_sweep": ()}
+    out = run(tuned, tmp_path, PARAMS.model_copy(update=few))
+    rows = table(out / "evaluation" / "samplers.csv")
+    assert [(row["sampler"], row["weights"], row["steps"], row["n"]) for row in rows] == [
+        ("consistency", "", "2", "150"),
+        ("consistency", "", "2", "60"),
+        ("consistency", "", "2", "80"),
+        ("consistency", "", "1", "80"),
+        ("consistency", "", "4", "80"),
+        ("ddim", "teacher", "10", "80"),
+        ("ddim", "teacher", "20", "80"),
+    ]
+    assert "teacher: ddim, 20 steps, guidance 1" in read(out / "timing" / "evaluate.json")["seconds_per_image"]
+
+
+def test_the_teacher_draws_with_its_own_weights(tuned, judge):
+    model = load_pipeline(tuned / "outputs" / "pipeline")
+    declared = declare(model, tuned / "data" / "images", judge, PARAMS)
+    swapped = replace(model, network=model.companions["teacher"])
+    sampling = replace(declared.unguided, sampler="ddim")
+    drawn = draws.draw(model, declared, 4, sampling, weights="teacher")
+    assert (drawn.pixels == draws.draw(swapped, declared, 4, sampling).pixels).all()
+    assert (drawn.pixels != draws.draw(model, declared, 4, sampling).pixels).any()
 
 
 def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp_path, monkeypatch):

@@ -126,6 +126,15 @@ def test_latents_and_large_text_to_image_fill_the_others_with_the_best_run(evalu
     assert rows["DDIM"]["note"] == "no run yet"
 
 
+def test_the_teacher_of_a_consistency_model_fills_no_row(evaluated, monkeypatch):
+    header, first, *others = SAMPLERS.splitlines()
+    teacher = ",teacher,".join(others[0].split(",", 1))
+    text = "\n".join([header.replace("sampler,", "sampler,weights,"), first.replace(",", ",,", 1), teacher])
+    monkeypatch.setitem(globals(), "SAMPLERS", text + "\n")
+    client = evaluated("one", 0.7)
+    assert by_goal(client)["DDIM"]["note"] == "no run yet"
+
+
 def test_numbers_measured_differently_have_separate_rows(evaluated):
     evaluated("a", 7.0, space="latents")
     client = evaluated("b", 5.0, space="latents", fingerprint="0" * 64)

@@ -21,8 +21,8 @@ from tests.support import commands
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
 OF_THE_README = {
-    "digits", "digits_ddpm", "digits_dit", "cifar10_ddpm", "cifar10_flow", "cifar10_tiny", "imagenet_dit_b2",
-    "folder", "hub",
+    "digits", "digits_ddpm", "digits_dit", "digits_ect", "cifar10_ddpm", "cifar10_ect", "cifar10_flow", "cifar10_tiny",
+    "imagenet_dit_b2", "folder", "hub",
 }  # fmt: skip
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 FLOWS = {"celebahq_ldm_flow"}

@@ -269,6 +269,28 @@ def test_the_headline_of_the_protocol_leads(tmp_path: Path) -> None:
     assert tables.tables(tmp_path, "cmmd")[1].chart_label.startswith("CMMD against CLIP score")
 
 
+def test_a_consistency_model_and_its_teacher_have_a_chart_by_steps(tmp_path: Path) -> None:
+    names = ["sampler", "weights", "steps", "guidance_scale", "n", "seed_blocks", "frechet_distance", "kid", "note"]
+    rows = [
+        names,
+        ["consistency", "", "2", "1.0", "512", "3", "0.7", "0.02", ""],
+        ["consistency", "", "2", "1.5", "256", "3", "0.6", "0.02", ""],  # guided, so not in the chart
+        *(["consistency", "", steps, "1.0", "512", "1", "0.8", "0.02", ""] for steps in ("2", "1", "4")),
+        *(["euler", "teacher", steps, "1.0", "512", "1", "0.5", "0.01", ""] for steps in ("10", "20")),
+    ]
+    (tmp_path / "samplers.csv").write_text("\n".join(map(",".join, rows)))
+    (table,) = tables.tables(tmp_path, "frechet_distance")
+    assert table.columns[:3] == ["Sampler", "Weights", "Steps"]
+    assert [row[:3] for row in table.rows[2:]] == [
+        *(["Consistency", "", steps] for steps in ("2", "1", "4")),
+        *(["Euler", "teacher", steps] for steps in ("10", "20")),
+    ]
+    assert table.chart_label.startswith("Fréchet distance against sampling steps")
+    assert table.chart_svg.count("<svg") == 1 and table.chart_svg != tables.tables(tmp_path, "kid")[0].chart_svg
+    (tmp_path / "samplers.csv").write_text(report_inputs.SAMPLERS)
+    assert not tables.tables(tmp_path, "frechet_distance")[0].chart_svg
+
+
 def test_class_names_are_escaped(drawn: tuple[Path, Path]) -> None:
     source = drawn[1].read_text(encoding="utf-8")
     assert "&lt;eight&gt; &amp; co" in source
