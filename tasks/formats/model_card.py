@@ -109,7 +109,7 @@ def _summary(info: ModelFacts, data: DataFacts) -> str:
 
 
 def _use(info: ModelFacts, network: NetworkFacts, training: Mapping[str, object]) -> str:
-    options, fields = _example(info)
+    options, fields = _example(info, training)
     tokenizers = ", and `tokenizers`" if info.conditioning == "text" else ""
     lines = [
         "## How to use it",
@@ -141,14 +141,18 @@ def _with_diffusers(network: NetworkFacts) -> str:
     return f"With diffusers: `DiffusionPipeline.from_pretrained('pipeline')`, a `{network.pipeline}`.{embeds}"
 
 
-def _example(info: ModelFacts) -> tuple[str, str]:
+def _example(info: ModelFacts, training: Mapping[str, object]) -> tuple[str, str]:
     """Return command-line options and fields of a request for one image."""
+    few = "train.distil.after" in training
+    sampler = (" --sampler consistency --steps 2", "'sampler': 'consistency', 'steps': 2, ") if few else ("", "")
     if info.conditioning == "none":
-        return "", ""
+        return sampler
     name = one_line(next(iter(info.prompts or info.classes)))
     if info.conditioning == "label" and not re.fullmatch(r"[\w ,.'-]+", name):
-        return " --label 0 --guidance 1.5", "'label': 0, "  # a name that is unsafe in a shell or in Markdown
-    return f" --prompt {shlex.quote(name)} --guidance 1.5", f"'prompt': {name!r}, "
+        condition = " --label 0 --guidance 1.5", "'label': 0, "  # a name that is unsafe in a shell or in Markdown
+    else:
+        condition = f" --prompt {shlex.quote(name)} --guidance 1.5", f"'prompt': {name!r}, "
+    return condition[0] + sampler[0], condition[1] + sampler[1]
 
 
 def _evaluation(measured: Measurements) -> str:

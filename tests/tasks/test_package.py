@@ -107,6 +107,18 @@ def test_card_names_the_class_that_loads_the_model(kind, folder, pipeline, expec
     assert expected in model_card(INFO, network, DATA, {}, model_outputs.measurements(), EXPORTED)
 
 
+def test_card_of_a_consistency_model_draws_with_its_sampler():
+    info = INFO.model_copy(update={"conditioning": "label", "classes": ["zero", "one"]})
+    trained = {"train.steps": 9}
+    plain, tuned = (
+        model_card(info, PIPELINE, DATA, training, model_outputs.measurements(), EXPORTED)
+        for training in (trained, {**trained, "train.distil.after": 0})
+    )
+    assert "--prompt zero --guidance 1.5 --sampler consistency --steps 2 --out" in tuned
+    assert "model.predict([{'prompt': 'zero', 'sampler': 'consistency', 'steps': 2, 'seed': 0}])" in tuned
+    assert "consistency" not in plain
+
+
 def test_card_names_the_kind_of_guidance():
     measured = model_outputs.measurements()
     plain = model_card(INFO, PIPELINE, DATA, {}, measured, EXPORTED)
