@@ -126,10 +126,12 @@ def write_params(
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
     document["model"] |= {"architecture": architecture, "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}}
-    document["diffusion"]["timesteps"] = 50
-    document["evaluate"]["steps"] = document["visualize"]["steps"] = 10
-    document["diffusion"]["loss_weighting"] = "plain"
+    document["diffusion"] |= {"schedule": "cosine", "prediction": "v_prediction", "timestep_density": "uniform"}
+    document["diffusion"] |= {"timesteps": 50, "loss_weighting": "plain"}
+    document["evaluate"] |= {"sampler": "dpm_solver_pp_2m", "steps": 10}
+    document["visualize"] |= {"sampler": "dpm_solver_pp_2m", "steps": 10}
     document["train"] |= {
+        "optimizer": "adamw",
         "steps": 60,
         "batch_size": 16,
         "learning_rate": 0.002,
