@@ -184,8 +184,9 @@ def test_resume_is_exact_in_other_modes(trained, tmp_path, options):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(trained, tmp_path):
-    """The learning rate is so high that the averages soon get worse."""
-    folder = trained(steps=60, sample_every=6, learning_rate=0.3, clip_norm=100.0, lr_schedule="constant")
+    """Learning rate and weight decay are so high that the averages soon get worse."""
+    high = {"learning_rate": 0.9, "weight_decay": 1.0, "clip_norm": 100.0}
+    folder = trained(steps=60, sample_every=6, lr_schedule="constant", **high)
     rows = {int(row["step"]): float(row["held_out_loss"]) for row in history(folder) if row["held_out_loss"]}
     best = min(rows, key=lambda step: rows[step])
     assert best < 54, "the learning rate was not high enough to show anything"
