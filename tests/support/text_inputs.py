@@ -39,8 +39,13 @@ DIFFUSION = DiffusionParams(schedule="cosine", timesteps=20, prediction="v_predi
 
 
 def train_params(**others) -> TrainParams:
-    defaults = {"steps": 4, "batch_size": 8, "learning_rate": 0.01, "lr_schedule": "constant", "warmup_steps": 1}
-    defaults |= {
+    defaults = {
+        "optimizer": "adamw",
+        "steps": 4,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "lr_schedule": "constant",
+        "warmup_steps": 1,
         "ema_snapshots": 0,
         "condition_dropout": 0.2,
         "horizontal_flip": True,
