@@ -18,7 +18,7 @@ from PIL import Image
 
 from models import onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
-from models.noise.samplers import Sampling
+from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from tasks.runtime.errors import StageError
@@ -159,7 +159,8 @@ def test_report_contains_the_measurements(tree):
     batches = {"batch 1", "batch 2", "batch 5", "batch 8"}
     assert {key.rsplit(",", 1)[0] for key in report["abs_difference"]} == batches | {f"guide, {n}" for n in batches}
     assert {key.split(" t ")[1] for key in report["abs_difference"]} == {"0", "10", "19"}
-    assert set(report["psnr_db"]) == {"ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "autoguidance"}
+    assert set(report["psnr_db"]) == {*OF_DIFFUSION, "autoguidance"}
+    assert {"ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "consistency"} == set(OF_DIFFUSION)
     assert PARAMS.min_psnr < report["min_psnr_db"] == min(report["psnr_db"].values())
     assert report["providers"][-1] == CPU
     assert report["tensorrt"]["built"] or report["tensorrt"]["reason"] == tensorrt_engine.unavailable_because()
