@@ -320,11 +320,12 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     config = config_of(read_json(network_folder / "config.json"))
     of_pixels = not (folder / "vae").is_dir()
     scheduler = published.read_scheduler(read_json(scheduler_folder / "scheduler_config.json"), clip_sample=of_pixels)
-    network = _network(config, network_folder, device)
+    weights = published.read_weights(network_folder)
     if (folder / INFO).exists():
         info = PipelineInfo.read(folder / INFO)
     else:
         info = _published_info(network_folder, config, scheduler, of_pixels)
+    network = _network(config, weights, network_folder, device)
     companions = {
         name: _companion(config, network_folder, folder / name, device)
         for name in COMPANIONS
@@ -335,15 +336,15 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     return Pipeline(network, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
 
 
-def _network(config: NetworkConfig, folder: Path, device: str) -> Network:
-    """Load the weights in `folder` for evaluation.
+def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:
+    """Build the network with the `weights` of `folder`, for evaluation.
 
     Raises:
-        ValueError: if they are damaged or of another network.
+        ValueError: if they are of another network.
     """
     network = build(config)
     try:
-        load_weights(network, published.read_weights(folder))
+        load_weights(network, weights)
     except RuntimeError:  # its message lists every tensor that does not fit
         raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
     return network.eval().requires_grad_(False).to(device)
@@ -360,7 +361,7 @@ def _companion(config: NetworkConfig, network: Path, folder: Path, device: str) 
             f"{folder} holds another architecture than {network}, and not weights of the same training; train the "
             "model again"
         )
-    return _network(config, folder, device)
+    return _network(config, published.read_weights(folder), folder, device)
 
 
 def _published_info(
