@@ -353,7 +353,9 @@ class TrainParams(Section):
 
     def phase(self, step: int) -> range:
         """Return the steps of the phase of 0-based `step`: the training, or the consistency tuning after it."""
-        after = self.distil.after if self.distil else self.steps
+        if self.distil is None:
+            return range(self.steps)
+        after = self.distil.after
         return range(after) if step < after else range(after, self.steps)
 
     def learning_rate_factor(self, step: int) -> float:
