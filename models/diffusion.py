@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.noise.paths import coefficients, error_scale
+from models.noise.paths import coefficients, eliminated, error_scale
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -28,14 +28,12 @@ def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tenso
 
 
 def denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the clean images that the network `output` at `x` predicts, float [B, C, H, W]; see `paths.to_x0`.
+    """Return the clean images that the network `output` at `x` predicts, float [B, C, H, W]; see `paths.eliminated`.
 
     Raises:
         ValueError: for an unknown prediction type.
     """
-    alpha, sigma = _wide(alpha), _wide(sigma)
-    of_x0, of_eps = coefficients(prediction, alpha, sigma)
-    return (of_eps * x - sigma * output) / (of_eps * alpha - of_x0 * sigma)
+    return eliminated(prediction, output, x, _wide(alpha), _wide(sigma))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ import torch
 from infra.bench import clock, peer
 from infra.bench.ours import Ours
 from models.networks.unet import UNet, UNetConfig
-from models.noise.paths import RectifiedFlow
-from models.noise.schedules import betas, path_of
+from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.params import Params, parse
 from tasks.runtime.atomic import writing_folder
@@ -139,8 +138,7 @@ def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
         classes=[str(number) for number in range(config.conditions - 1)],
         null_label=config.conditions - 1 if conditional else None,
     )
-    path = path_of(*schedule, own.shift)
-    noise = path if isinstance(path, RectifiedFlow) else betas(*schedule)
+    noise = saved_noise(*schedule, own.shift)
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
         save_pipeline(temporary, UNet(config), weights, noise, info)

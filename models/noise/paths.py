@@ -164,13 +164,21 @@ def to_x0(prediction: str, output: Number, x: Number, level: Level) -> Number:
     Raises:
         ValueError: for another prediction type, and for `epsilon` in pure noise, where x_t is the noise itself.
     """
-    of_x0, of_eps = coefficients(prediction, level.alpha, level.sigma)
     if prediction == "sample":
         return output
-    scale = of_eps * level.alpha - of_x0 * level.sigma
-    if scale == 0:
+    if prediction == "epsilon" and level.alpha == 0:
         raise ValueError(f"{prediction} prediction is undefined at alpha_bar 0, pure noise; train with another one")
-    return (of_eps * x - level.sigma * output) / scale
+    return eliminated(prediction, output, x, level.alpha, level.sigma)
+
+
+def eliminated(prediction: str, output: Number, x: Number, alpha: Number, sigma: Number) -> Number:
+    """Solve output = c x_0 + d eps and x = alpha x_0 + sigma eps for x_0, with (c, d) of `coefficients`.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+    of_x0, of_eps = coefficients(prediction, alpha, sigma)
+    return (of_eps * x - sigma * output) / (of_eps * alpha - of_x0 * sigma)
 
 
 def error_scale(prediction: str, snr: Number, alpha: Number, sigma: Number) -> Number:

@@ -49,9 +49,19 @@ def path_of(schedule: str, timesteps: int, zero_terminal_snr: bool = False, shif
     Raises:
         ValueError: for another name.
     """
+    noise = saved_noise(schedule, timesteps, zero_terminal_snr, shift)
+    return noise if isinstance(noise, RectifiedFlow) else DiffusionPath(alpha_bar(noise))
+
+
+def saved_noise(schedule: str, timesteps: int, zero_terminal_snr: bool, shift: float) -> Array | RectifiedFlow:
+    """Return what `pipeline.save_pipeline` saves of a path: its betas, float64 [T], or the rectified flow itself.
+
+    Raises:
+        ValueError: for another name.
+    """
     if schedule == RECTIFIED_FLOW:
         return RectifiedFlow(timesteps, shift)
-    return DiffusionPath(alpha_bar(betas(schedule, timesteps, zero_terminal_snr)))
+    return betas(schedule, timesteps, zero_terminal_snr)
 
 
 def _named(schedule: str, timesteps: int, start: float, end: float) -> Array:

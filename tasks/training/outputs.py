@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.networks.network import under_all_names
 from models.networks.text_unet import adapter, merged
-from models.noise.paths import RectifiedFlow
-from models.noise.schedules import betas
+from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
@@ -71,12 +70,8 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
     frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
     final = _complete(run, frozen | run.averages[run.params.pipeline_ema].state_dict())
     others = {name: merged(_complete(run, frozen | earlier)) for name, earlier in run.companions.items()}
-    diffusion, path = run.diffusion, run.timesteps.path
-    noise = (
-        path
-        if isinstance(path, RectifiedFlow)
-        else betas(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr)
-    )
+    diffusion = run.diffusion
+    noise = saved_noise(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr, diffusion.shift)
     with atomic.writing_folder(pipeline) as folder:
         save_pipeline(folder, run.network, merged(final), noise, info, codec, adapter(final), others)
 
