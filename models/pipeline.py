@@ -93,8 +93,6 @@ class Pipeline:
     """A network in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
 
     network: Network
-    betas: schedules.Array | None
-    """float64 [T]; None for a rectified flow."""
     scheduler: SchedulerConfig
     info: PipelineInfo
     device: str = "cpu"
@@ -333,7 +331,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     }
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
-    return Pipeline(network, scheduler.betas, scheduler.config, info, device, autoencoder, text, companions)
+    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions)
 
 
 def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:

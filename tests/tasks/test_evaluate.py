@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 
 from models.judges.judge import load_judge
+from models.noise import schedules
 from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
 from models.pixels import from_uint8, to_uint8
@@ -118,7 +119,6 @@ def test_a_model_that_draws_training_images_is_as_good_as_the_floor_and_the_real
     images = tree / "data" / "images"
     perfect = Copyist(
         pipeline.network,
-        pipeline.betas,
         pipeline.scheduler,
         pipeline.info,
         images=load_pixels(images, "train", judge_inputs.IMAGE),
@@ -393,7 +393,8 @@ def tuned(tree, tmp_path_factory, pipeline):
     own = pipeline.network.state_dict()
     teacher = {name: weight * 0.5 for name, weight in own.items()}
     network, info = pipeline.network, pipeline.info
-    save_pipeline(root / "outputs" / "pipeline", network, own, pipeline.betas, info, companions={"teacher": teacher})
+    noise = schedules.betas("cosine", judge_inputs.TIMESTEPS)
+    save_pipeline(root / "outputs" / "pipeline", network, own, noise, info, companions={"teacher": teacher})
     return root
 
 

@@ -175,3 +175,12 @@ def test_the_file_as_dvc_rewrites_it(tmp_path):
     (tmp_path / "params.yaml").write_text(rewritten, encoding="utf-8")
     train = params.load(tmp_path / "params.yaml").train
     assert (train.precision, train.learning_rate) == ("no", 1e-5)
+
+
+def test_the_samplers_of_each_path_are_those_that_exist():
+    """The parameters name them again, because they load without NumPy."""
+    from models.noise import samplers
+    from tasks.params import chain
+
+    assert chain.DIFFUSION_SAMPLERS == samplers.OF_DIFFUSION
+    assert chain.FLOW_SAMPLERS == samplers.OF_FLOW
