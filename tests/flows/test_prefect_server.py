@@ -230,8 +230,13 @@ def test_a_failed_run_says_why(served: Served) -> None:
     stages = {row["stage"]: row["result"] for row in json.loads(artifacts["stages"])}
     assert stages["ingest"] == "Cached" and stages["validate"] == "Failed" and stages["train"] == "not reached"
     assert ".prefect/workspaces/on-demand/reports/validation/index.html" in artifacts["failure"]
-    logged = served.post("/logs/filter", logs={"flow_run_id": {"any_": [identity]}, "level": {"ge_": 40}})
-    assert any(line["message"].startswith("validate: error: ") for line in logged)
+
+    def logged() -> bool:
+        lines = served.post("/logs/filter", logs={"flow_run_id": {"any_": [identity]}, "level": {"ge_": 40}})
+        return any(line["message"].startswith("validate: error: ") for line in lines)
+
+    # Prefect sends the lines of a run in batches, some of them after its final state.
+    served.wait(logged, 30, "the line of the failed stage in the run's log")
 
 
 def test_the_commands_that_serve_prints_start_a_run(served: Served, tmp_path: Path) -> None:
