@@ -27,6 +27,7 @@ class Request(pydantic.BaseModel):
 
     label: Optional[int] = None
     prompt: Optional[str] = None
+    negative_prompt: Optional[str] = None
     seed: Optional[int] = 0
     steps: Optional[int] = 20
     sampler: Optional[str] = "dpm_solver_pp_2m"
@@ -80,8 +81,8 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
             request.guidance_interval,
             request.guidance_kind,
         )
-        condition = self.bundle.condition_arguments(request.label, request.prompt)
-        images = self.bundle.sample([request.seed], sampling=sampling, **condition)
+        request = self.code.request_of(request.seed, request.label, request.prompt, request.negative_prompt, sampling)
+        images = self.code.draw(self.bundle, request)
         return self.code.png_bytes(images[0])
 
 

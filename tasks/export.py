@@ -81,7 +81,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
     from models import onnx_graph
-    from models.bundle import BundleInfo, BundleText
+    from models.bundle_info import BundleInfo, BundleText
 
     try:
         onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")

@@ -17,11 +17,25 @@ def test_registered_model_draws_what_pytorch_draws(work):
     from models.noise.samplers import Sampling
     from models.pipeline import load_pipeline
     from models.pixels import to_uint8
+    from tasks.drawing.options import Options
+    from tasks.drawing.run import run
+    from tasks.drawing.settings import read_settings
 
     work.register()
     model = loaded()
     (request_,) = model.metadata.signature.inputs.to_dict()
-    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval", "guidance_kind"}
+    fields = {
+        "label",
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "steps",
+        "sampler",
+        "eta",
+        "guidance",
+        "guidance_interval",
+        "guidance_kind",
+    }
     assert set(request_["properties"]) == fields
     requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
@@ -48,6 +62,10 @@ def test_registered_model_draws_what_pytorch_draws(work):
         pixels = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
         assert np.abs(pixels.astype(int) - image[0]).max() <= 1
     assert len({first, second, third}) == 3
+    options = {"model": "models:/afterimage-test@champion", "sampler": "ddim", "steps": 6, "guidance": 1.5}
+    run(Options(**options, prompt=["a cat"], seed=[5], out=work.root / "drawn.png"))
+    assert np.array_equal(np.asarray(Image.open(work.root / "drawn.png")), expected[0][0])
+    assert read_settings(work.root / "drawn.png").model == "models:/afterimage-test/1"
     assert model.predict(model.input_example)[0][:4] == b"\x89PNG"
 
 
