@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from models.noise import editing, samplers, schedules
 from models.noise.editing import Start
