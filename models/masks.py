@@ -16,8 +16,8 @@ FEATHER = 2
 """Width in pixels of the seam inside the mask, by default."""
 STRENGTH = 0.8
 """Strength of image-to-image where none is given, as in diffusers."""
-STROKES = 4
-STROKE_POINTS = 4
+STROKES = 3
+STROKE_POINTS = 3
 
 
 def rectangle(height: int, width: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
