@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from models import parallel
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
@@ -201,16 +202,16 @@ class Pipeline:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
         Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
-        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. `start` and `context` are of
-        all images; `models/editing.py` makes them from an image and a mask.
+        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. On a CPU several threads may
+        call it, each with the steps of its own part of a batch, from 32 images on. `start` and `context` are of all
+        images; `models/editing.py` makes them from an image and a mask.
 
         Raises:
             ValueError: for guidance that the model does not have, labels or prompts that do not match the model, or a
                 number of steps that it does not support.
         """
-        batches = []
-        for first in range(0, len(seeds), batch_size):
-            part = slice(first, first + batch_size)
+
+        def draw(part: slice) -> np.ndarray:
             denoise = self.denoiser(
                 None if labels is None else labels[part],
                 None if prompts is None else prompts[part],
@@ -218,8 +219,9 @@ class Pipeline:
                 None if context is None else context[part],
             )
             given = None if start is None else start.rows(part)
-            batches.append(self._sample_batch(seeds[part], denoise, sampling, callback, given))
-        return np.concatenate(batches)
+            return self._sample_batch(seeds[part], denoise, sampling, callback, given)
+
+        return np.concatenate(parallel.over_batches(draw, len(seeds), batch_size, self.device))
 
     def _sample_batch(
         self,
