@@ -28,7 +28,7 @@ def test_masks_cover_what_they_say():
     assert masks.rectangle(8, 12, 2, 1, 5, 3).sum() == 6 and masks.rectangle(8, 12, 2, 1, 5, 3)[1, 2]
     assert masks.centre(8, 12).sum() == 4 * 6 and not masks.centre(8, 12)[1].any()
     assert masks.half(8, 12)[:, 6:].all() and not masks.half(8, 12)[:, :6].any()
-    with pytest.raises(ValueError, match="rectangle 5,1,5,3 .* is empty or leaves an image of 12 x 8 pixels"):
+    with pytest.raises(ValueError, match=r"rectangle 5,1,5,3 .* is empty or leaves an image of 12 x 8 pixels"):
         masks.rectangle(8, 12, 5, 1, 5, 3)
 
 
