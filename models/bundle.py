@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from .bundle_info import BundleInfo, BundleText
+from .masks import FEATHER, at_resolution, composite, for_images, require_images
+from .noise.editing import Start
 from .noise.samplers import (
     DEFAULT_SAMPLING,
     GUIDANCES,
@@ -30,7 +34,7 @@ from .noise.samplers import (
     denoiser,
     sample,
 )
-from .pixels import to_uint8
+from .pixels import from_uint8, to_uint8
 from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class Bundle:
 
         self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
         self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
+        self.encoder = optional("encoder")
         guide = optional("guide")
         self.guide: Predict | None = functools.partial(self._evaluate, guide) if guide else None
         """`predict` with the weights of the guide; None if the model has none."""
@@ -111,24 +116,73 @@ class Bundle:
             ValueError: for labels or prompts that do not match the model, guidance that the model does not have, or a
                 number of steps that it does not support.
         """
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        return self._draw(seeds, condition, sampling, None, callback)
+
+    def edit(
+        self,
+        seeds: Sequence[int],
+        images: np.ndarray,
+        strength: float,
+        mask: np.ndarray | None = None,
+        labels: Sequence[int] | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
+        prompts: Sequence[str] | None = None,
+        resampling: int = 1,
+        jump: int = 1,
+        feather: int = FEATHER,
+        negative_prompt: str = "",
+        callback: Callback | None = None,
+    ) -> np.ndarray:
+        """Draw images from given ones, float32 [N, C, S, S]: image-to-image, or with a mask inpainting.
+
+        The arguments are those of `models/editing.py`: `images` uint8 [N, C, S, S], `strength` in (0, 1], `mask` bool
+        [N, S, S] or [S, S], true where the image is painted anew.
+
+        Raises:
+            ValueError: as `sample`, and for images or a mask that do not fit the model or each other, or a strength
+                outside (0, 1] or without any step.
+        """
+        require_images(images, (len(seeds), self.info.channels, self.info.size, self.info.size))
+        chosen = None if mask is None else for_images(mask, images)
+        if chosen is not None and not chosen.any():
+            return from_uint8(images)
+        given = from_uint8(images)
+        x0 = np.asarray(self.encoder.run(["output"], {"image": given})[0]) if self.encoder else given
+        at_input = None if chosen is None else at_resolution(chosen, *x0.shape[2:])
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        start = Start(x0, strength, at_input, resampling, jump)
+        drawn = self._draw(seeds, condition, sampling, start, callback)
+        return drawn if chosen is None else composite(images, drawn, chosen, feather)
+
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        condition: tuple[Condition, Condition],
+        sampling: Sampling,
+        start: Start | None,
+        callback: Callback | None,
+    ) -> np.ndarray:
         info = self.info
-        condition, null = self._condition(labels, prompts, len(seeds), negative_prompt)
-        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null, self.guide)
+        denoise = denoiser(self.predict, info.scheduler, sampling, *condition, self.guide)
         channels, size = info.latent or (info.channels, info.size)
         noise = SeededNoise(seeds, (channels, size, size))
-        drawn = sample(denoise, noise, info.scheduler, sampling, callback)
+        drawn = sample(denoise, noise, info.scheduler, sampling, callback, start)
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
 
     def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
         """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`."""
-        return self.sample(
-            drawing.seeds,
-            drawing.labels,
-            drawing.sampling,
-            prompts=drawing.prompts,
-            negative_prompt=drawing.negative_prompt,
-            callback=callback,
-        )
+        rest: dict[str, Any] = {  # keyword arguments of several types
+            "labels": drawing.labels,
+            "sampling": drawing.sampling,
+            "prompts": drawing.prompts,
+            "negative_prompt": drawing.negative_prompt,
+            "callback": callback,
+        }
+        if drawing.given is None:
+            return self.sample(drawing.seeds, **rest)
+        return self.edit(drawing.seeds, drawing.given.images, drawing.given.strength, drawing.given.mask, **rest)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
         """Encode prompts to float32 [N, L, D].
@@ -224,13 +278,54 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def given(image: bytes, mask: bytes | None, info: BundleInfo) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decode the image file that a drawing begins with, and its mask, for the model. Needs Pillow.
+
+    Returns:
+        The image, uint8 [C, S, S], and the mask, bool [S, S], or None.
+
+    Raises:
+        ValueError: for what is not an image, or a mask of another size than the image.
+    """
+    found = files().read(image, mask, info.channels, info.size)
+    return found.image, found.mask
+
+
+def files() -> ModuleType:
+    """Return the module that reads images: `tasks/drawing/given.py`, which `export` copies beside this file."""
+    return importlib.import_module(".given", __package__)
+
+
 def request_of(
-    seed: int, label: int | None, prompt: str | None, negative_prompt: str | None, sampling: Sampling
+    info: BundleInfo,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    image: bytes | None = None,
+    strength: float | None = None,
+    mask: bytes | None = None,
 ) -> Request:
-    """Return the request for one image; absent parts are None."""
-    labels = () if label is None else (label,)
-    prompts = () if prompt is None else (prompt,)
-    return Request((seed,), labels, prompts, negative_prompt or "", sampling)
+    """Return the request for one image; absent parts are None, `image` and `mask` the content of files.
+
+    Raises:
+        ValueError: for a mask without an image, or files that are not images.
+    """
+    if image is None and mask is not None:
+        raise ValueError("a mask changes an image; give one")
+    pixels, painted = (None, None) if image is None else given(image, mask, info)
+    return Request(
+        seeds=(seed,),
+        labels=() if label is None else (label,),
+        prompts=() if prompt is None else (prompt,),
+        negative_prompt=negative_prompt or "",
+        sampling=sampling,
+        image=pixels,
+        strength=strength,
+        mask=painted,
+    )
 
 
 def main() -> None:
@@ -239,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m afterimage_bundle.bundle", description=main.__doc__)
     parser.add_argument("--label", type=int, help="class index")
     parser.add_argument("--prompt", help="text; for a class-conditional model, text that names one class")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from; for text models")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from; for text-conditional models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler)
     parser.add_argument("--steps", type=int, default=defaults.steps)
@@ -251,6 +346,9 @@ def main() -> None:
     parser.add_argument(
         "--guidance-kind", choices=GUIDANCES, default=defaults.guidance, help="'auto' needs a model with a guide"
     )
+    parser.add_argument("--image", type=Path, help="image to begin with; brought to the size of the model's images")
+    parser.add_argument("--strength", type=float, help="how much of --image is changed, above 0 to 1; default 0.8")
+    parser.add_argument("--mask", type=Path, help="white is painted anew, at strength 1 by default; needs --image")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     chosen = parser.parse_args()
     out: Path = chosen.out
@@ -261,8 +359,19 @@ def main() -> None:
     try:
         interval, kind = chosen.guidance_interval, chosen.guidance_kind
         sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, interval, kind)
-        images = draw(bundle, request_of(chosen.seed, chosen.label, chosen.prompt, chosen.negative_prompt, sampling))
-    except ValueError as error:
+        request = request_of(
+            bundle.info,
+            sampling,
+            seed=chosen.seed,
+            label=chosen.label,
+            prompt=chosen.prompt,
+            negative_prompt=chosen.negative_prompt,
+            image=chosen.image and chosen.image.read_bytes(),
+            strength=chosen.strength,
+            mask=chosen.mask and chosen.mask.read_bytes(),
+        )
+        images = draw(bundle, request)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         out.write_bytes(png_bytes(images[0]))

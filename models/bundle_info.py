@@ -1,4 +1,4 @@
-"""The description of an exported model, `bundle.json`. The bundle contains a copy of this file."""
+"""`bundle.json`: what the sampler of an ONNX bundle needs besides the graphs. The bundle has a copy of this file."""
 
 from __future__ import annotations
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
+import numpy as np
+
+from .masks import default_strength
 from .noise.samplers import DEFAULT_SAMPLING, Sampling
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .noise.samplers import Callback
 
 Item = TypeVar("Item")
@@ -59,6 +60,23 @@ class Request:
     negative_prompt: str = ""
     """Reference of classifier-free guidance in place of the empty prompt; for text-conditional models."""
     sampling: Sampling = DEFAULT_SAMPLING
+    image: np.ndarray | None = None
+    """What to begin with, uint8 [C, S, S] in the model's size; None begins with noise."""
+    strength: float | None = None
+    """Share of the steps that change the image, in (0, 1]; None takes the default, see `masks.default_strength`."""
+    mask: np.ndarray | None = None
+    """bool [S, S], true where the image is painted anew; None paints all of it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What N images begin with."""
+
+    images: np.ndarray
+    """uint8 [N, C, S, S]."""
+    strength: float
+    mask: np.ndarray | None
+    """bool [S, S]."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,7 @@ class Drawing:
     """Texts for a text-conditional model; None without."""
     negative_prompt: str
     sampling: Sampling
+    given: Given | None
 
 
 def draw(model: Model, request: Request, callback: Callback | None = None) -> np.ndarray:
@@ -104,7 +123,23 @@ def resolve(request: Request, info: Described) -> Drawing:
         prompts=None if prompts is None else _for_each(prompts, count, "prompts"),
         negative_prompt=request.negative_prompt,
         sampling=request.sampling,
+        given=_given(request, count),
     )
+
+
+def _given(request: Request, count: int) -> Given | None:
+    """Return the image to begin with for each of `count` images; None without one."""
+    image, strength, mask = request.image, request.strength, request.mask
+    if image is None:
+        if strength is not None or mask is not None:
+            raise ValueError(
+                f"a {'mask' if mask is not None else 'strength'} changes an image; give one, or leave it out"
+            )
+        return None
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength {strength:g} must lie above 0 and not above 1")
+    images = np.broadcast_to(image, (count, *image.shape))
+    return Given(images, default_strength(mask) if strength is None else strength, mask)
 
 
 def _for_each(values: Sequence[Item], count: int, name: str) -> list[Item]:

@@ -28,6 +28,10 @@ class Options:
     guidance_interval: Sequence[float] | None = None
     guidance_kind: str | None = None
     lora: Sequence[str] | None = None
+    image: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
+    mask_rectangle: str | None = None
     like: Path | None = None
     out: Path | None = None
     scale: int | None = None
@@ -42,6 +46,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.error("give --label or --prompt, not both")
     if given.count is not None and given.seed is not None and len(given.seed) > 1:
         parser.error("--count N draws N seeds from the first on; give one --seed with it")
+    if given.mask and given.mask_rectangle:
+        parser.error("give --mask or --mask-rectangle, not both")
     for name in ("count", "scale", "steps"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -61,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a folder in diffusers' layout, models:/NAME@ALIAS or models:/NAME/VERSION; default {MODEL}",
     )
     _add_what(parser.add_argument_group("what to draw"))
+    _add_image(parser.add_argument_group("what to begin with"))
     _add_how(parser.add_argument_group("how to draw it"))
     _add_where(parser.add_argument_group("where to write it"))
     return parser
@@ -73,6 +80,17 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, nargs="+", metavar="SEED", help="a row of images for each; default 0")
     group.add_argument("--count", type=int, metavar="N", help="draw N seeds, from --seed on")
     group.add_argument("--like", type=Path, metavar="PNG", help="repeat a drawing of this command; options change it")
+
+
+def _add_image(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--image", type=Path, metavar="FILE", help="change this image; it is brought to the model's size"
+    )
+    group.add_argument("--strength", type=float, help="how much changes, above 0 to 1; default 0.8, with a mask 1")
+    group.add_argument("--mask", type=Path, metavar="FILE", help="image of the same size; white is painted anew")
+    group.add_argument(
+        "--mask-rectangle", metavar="LEFT,TOP,WIDTH,HEIGHT", help="the same, in pixels of the drawn image"
+    )
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:

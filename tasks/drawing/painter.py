@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from models.editing import edit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +42,13 @@ class Painter:
             ValueError: for a sampler, number of steps or guidance that the model does not have.
         """
         pipeline = replace(self.pipeline, negative_prompt=drawing.negative_prompt)
-        return pipeline.sample(
-            drawing.seeds,
-            drawing.labels,
-            drawing.sampling,
-            prompts=drawing.prompts,
-            batch_size=self.batch_size,
-            callback=callback,
-        )
+        rest: dict[str, Any] = {  # keyword arguments of several types
+            "labels": drawing.labels,
+            "sampling": drawing.sampling,
+            "prompts": drawing.prompts,
+            "batch_size": self.batch_size,
+            "callback": callback,
+        }
+        if drawing.given is None:
+            return pipeline.sample(drawing.seeds, **rest)
+        return edit(pipeline, drawing.seeds, drawing.given.images, drawing.given.strength, drawing.given.mask, **rest)

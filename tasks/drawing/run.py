@@ -12,7 +12,7 @@ import numpy as np
 
 from models.device import best_device
 from models.request import Request, draw, resolve
-from tasks.drawing import adapters, defaults, output, place
+from tasks.drawing import adapters, defaults, inputs, output, place
 from tasks.drawing.options import MAX_IMAGES, MODEL, Options
 from tasks.drawing.output import Layout
 from tasks.drawing.painter import Painter
@@ -46,7 +46,8 @@ def run(options: Options) -> None:
         print(f"draw: {found.name} has other weights than those of {options.like}", flush=True)
     try:
         settings = _settings(options, like, found, pipeline.info).model_copy(update={"lora": loras})
-        request = _request(settings)
+        image, mask = inputs.load(settings, pipeline.info)
+        request = replace(_request(settings), image=image, mask=mask)
         resolve(request, pipeline.info)  # before adapters are merged, which takes time
         adapters.merge(pipeline, loras)
         layout = Layout.of(settings.seeds, _titles(settings, pipeline.info), pipeline.info.size, options.scale)
@@ -99,10 +100,25 @@ def _settings(options: Options, like: Settings | None, found: Place, info: Pipel
         "guidance_interval": interval,
         "guidance_kind": options.guidance_kind or base.guidance_kind,
     }
-    settings = Settings.model_validate(chosen)
+    settings = Settings.model_validate(chosen | _beginning(options, base))
     if (count := len(settings.seeds) * max(1, len(labels), len(prompts))) > MAX_IMAGES:
         raise StageError(f"{count} images are more than {MAX_IMAGES}; draw them in several calls")
     return settings
+
+
+def _beginning(options: Options, base: Settings) -> dict[str, object]:
+    """Return image, strength and mask of the options, else those of --like, whose files must not have changed."""
+    like = options.like or Path()
+    image, strength = base.image, base.strength if options.strength is None else options.strength
+    image = inputs.described(options.image, "--image") if options.image else inputs.unchanged(image, "--image", like)
+    mask, rectangle = base.mask, base.mask_rectangle
+    if options.mask:
+        mask, rectangle = inputs.described(options.mask, "--mask"), None
+    elif options.mask_rectangle:
+        mask, rectangle = None, inputs.parse_rectangle(options.mask_rectangle)
+    else:
+        mask = inputs.unchanged(mask, "--mask", like)
+    return {"image": image, "strength": strength, "mask": mask, "mask_rectangle": rectangle}
 
 
 def _defaults(found: Place, info: PipelineInfo) -> Settings:
@@ -136,12 +152,13 @@ def _request(settings: Settings) -> Request:
         prompts=settings.prompts * len(settings.seeds),
         negative_prompt=settings.negative_prompt,
         sampling=settings.sampling,
+        strength=settings.strength,
     )
 
 
 def _titles(settings: Settings, info: PipelineInfo) -> list[str]:
     """Return a title for each column: names of classes, or prompts."""
-    named = resolve(replace(_request(settings), seeds=(0,), labels=settings.labels, prompts=settings.prompts), info)
+    named = resolve(Request(labels=settings.labels, prompts=settings.prompts), info)
     if named.prompts is not None:
         return list(settings.prompts)
     return [[*info.classes, "no class"][label] for label in named.labels or ()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import PIL.PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,10 @@ KEY = "afterimage"
 """Keyword of the PNG text chunk (iTXt) with the settings as JSON."""
 MAX_BYTES, MAX_PIXELS = 256 << 20, 1 << 28
 """Largest PNG file that settings are read from."""
+
+
+Rectangle: TypeAlias = tuple[int, int, int, int]
+"""Left, top, width and height of a rectangle, in pixels of the drawn image."""
 
 
 class File(BaseModel):
@@ -54,6 +58,10 @@ class Settings(BaseModel):
     guidance_interval: tuple[float, float] | None = None
     guidance_kind: str = "classifier_free"
     lora: tuple[Adapter, ...] = ()
+    image: File | None = None
+    strength: float | None = None
+    mask: File | None = None
+    mask_rectangle: Rectangle | None = None
 
     @property
     def sampling(self) -> Sampling:

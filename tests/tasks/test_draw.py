@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from models.bundle import Bundle
+from models.editing import edit
 from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
@@ -85,6 +86,33 @@ def test_an_animation_has_a_frame_for_each_step_and_ends_with_the_images(tree, n
     assert np.abs(shown - last[..., 0])[last[..., 3] > 0].max() <= 2
 
 
+def given() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (8, 8), np.uint8)
+
+
+def test_an_image_is_changed_by_strength_and_by_a_mask(tree, capsys):
+    Image.fromarray(given()).save("given.png")
+    Image.fromarray(given()).convert("RGB").resize((48, 32)).save("wide.jpg")
+    Image.fromarray((np.arange(64) < 32).reshape(8, 8)).save("mask.png")
+    one = {**SETTINGS, "label": ["dog"], "seed": [2], "image": Path("given.png")}
+    run(Options(**one, strength=0.5, out=Path("half.png")))
+    run(Options(**one, mask=Path("mask.png"), out=Path("top.png")))
+    run(Options(**one, mask_rectangle="0,0,8,4", out=Path("same.png")))
+    pipeline, settings = load_pipeline(Path("outputs/pipeline")), Sampling("ddim", 4, guidance_scale=1.5)
+    wanted = to_uint8(edit(pipeline, [2], given()[None, None], 0.5, labels=[1], sampling=settings))[0, 0]
+    assert np.array_equal(pixels("half.png"), wanted)
+    assert np.array_equal(pixels("top.png"), pixels("same.png"))
+    assert np.array_equal(pixels("top.png")[4:], given()[4:]) and not np.array_equal(pixels("top.png"), given())
+    assert "was brought" not in capsys.readouterr().out
+    run(Options(**one | {"image": Path("wide.jpg"), "seed": [2, 3]}, out=Path("wide")))
+    assert capsys.readouterr().out.count("wide.jpg was brought from 48 x 32 to 8 x 8 pixels") == 1
+    run(Options(like=Path("top.png"), out=Path("again.png")))
+    assert Path("again.png").read_bytes() == Path("top.png").read_bytes()
+    Image.fromarray(255 - given()).save("given.png")
+    with pytest.raises(StageError, match=r"given\.png is not the file that top\.png was drawn from; give --image$"):
+        run(Options(like=Path("top.png"), out=Path("other.png")))
+
+
 def test_a_file_that_exists_is_kept_unless_told_otherwise(tree):
     Path("picture.png").write_bytes(b"mine")
     with pytest.raises(StageError, match=r"picture.png exists; choose another name, or add --force to overwrite$"):
@@ -108,6 +136,15 @@ def test_a_file_that_exists_is_kept_unless_told_otherwise(tree):
         ({"eta": 2.0}, "eta 2 is not valid"),
         ({"seed": [-1]}, "must be one or more integers from 0 on"),
         ({"count": 2000}, "6000 images are more than 4096"),
+        ({"mask_rectangle": "0,0,2,2"}, "a mask changes an image; give --image"),
+        ({"strength": 0.5}, "a strength changes an image; give one"),
+        ({"image": Path("given.png"), "strength": 0.0}, "strength 0 must lie above 0 and not above 1"),
+        ({"image": Path("given.png"), "strength": 0.01}, "strength 0.01 takes none of 20 steps"),
+        ({"image": Path("given.png"), "mask": Path("other.png")}, "the mask is 6 x 4 pixels and the image 8 x 8"),
+        ({"image": Path("given.png"), "mask_rectangle": "6,0,4,4"}, "is empty or leaves the image of 8 x 8 pixels"),
+        ({"image": Path("given.png"), "mask_rectangle": "1,2"}, "must be four integers, LEFT,TOP,WIDTH,HEIGHT"),
+        ({"image": Path("no.png")}, "--image no.png cannot be read (No such file or directory)"),
+        ({"image": Path("text.png")}, "the image cannot be read (not an image"),
         ({"lora": ["outputs:0.5"]}, "--lora outputs holds no pytorch_lora_weights.safetensors"),
         ({"lora": ["outputs:half"]}, "write FOLDER:WEIGHT"),
         ({"model": "nowhere"}, "--model nowhere is no folder"),
@@ -119,6 +156,9 @@ def test_a_file_that_exists_is_kept_unless_told_otherwise(tree):
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(tree, options, complaint):
+    Image.fromarray(given()).save("given.png")
+    Image.new("L", (6, 4)).save("other.png")
+    Path("text.png").write_text("no image")
     with pytest.raises(StageError, match=re.escape(complaint)) as refused:
         run(Options(**options))
     assert "\n" not in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def test_registered_model_draws_what_pytorch_draws(work):
         "label",
         "prompt",
         "negative_prompt",
+        "image",
+        "strength",
+        "mask",
         "seed",
         "steps",
         "sampler",
@@ -69,6 +73,37 @@ def test_registered_model_draws_what_pytorch_draws(work):
     assert model.predict(model.input_example)[0][:4] == b"\x89PNG"
 
 
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+
+
+def base64_of(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_registered_model_changes_an_image_as_pytorch_does(registered, exported, tmp_path, monkeypatch):
+    from models.editing import edit
+    from models.noise.samplers import Sampling
+    from models.pipeline import load_pipeline
+    from models.pixels import to_uint8
+
+    image, mask = picture(2)[None, None], np.zeros((8, 8), bool)
+    mask[:4] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    monkeypatch.setenv("AFTERIMAGE_IMAGES", str(tmp_path))
+    request_ = {"label": 1, "seed": 3, "sampler": "ddim", "steps": 6, "image": base64_of(image[0, 0])}
+    changed = registered.predict([request_ | {"strength": 0.5}, request_ | {"mask": "file:mask.png"}])
+    pipeline = load_pipeline(exported / "outputs" / "pipeline")
+    for png, arguments in zip(changed, [(0.5,), (1.0, mask)], strict=True):
+        found = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"])).astype(int)
+        wanted = to_uint8(edit(pipeline, [3], image, *arguments, labels=[1], sampling=Sampling("ddim", 6)))
+        assert np.abs(found - wanted[0, 0]).max() <= 1
+        assert np.abs(found - image[0, 0]).max() > 5
+    assert np.array_equal(found[4:], image[0, 0, 4:])
+
+
 @pytest.mark.parametrize(
     ("request_", "complaint"),
     [
@@ -97,6 +132,13 @@ def test_registered_model_refuses_what_it_cannot_do(registered, request_, compla
         ({"label": 0, "sampler": "plms"}, "unknown sampler 'plms'"),
         ({"label": 0, "step": 5}, "step"),
         ({"label": 0, "seed": "one"}, "seed"),
+        ({"label": 0, "image": "!"}, "the image is not base64"),
+        ({"label": 0, "image": "aGVsbG8="}, "the image cannot be read (not an image"),
+        ({"label": 0, "image": "file:/etc/hostname"}, "files are read only from the folder in AFTERIMAGE_IMAGES"),
+        ({"label": 0, "image": base64_of(picture(1)), "strength": 2}, "strength 2 must lie above 0"),
+        ({"label": 0, "mask": base64_of(picture(1))}, "a mask changes an image; give one"),
+        ({"label": 0, "image": base64_of(picture(1)), "mask": base64_of(picture(1)[:4])}, "the mask is 8 x 4 pixels"),
+        ({"label": 0, "negative_prompt": "x"}, "a negative prompt needs a text-conditional model"),
     ],
 )
 def test_served_model_answers_a_wrong_request_without_a_stack_trace(registered, request_, complaint):
