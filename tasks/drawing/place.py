@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.pipeline import INFO, Pipeline, load_pipeline
+from tasks.drawing.published import is_published_text_to_image, open_published
 from tasks.formats import model_folder
 from tasks.params.redaction import redacted
 from tasks.runtime import atomic, integrity, locks, tracking, workspace
@@ -69,6 +70,8 @@ def open_pipeline(place: Place, device: str) -> Pipeline:
         description = integrity.read_json(place.folder / INFO, "train")
         integrity.require(place.folder, description.get("files", {}), "train", place.remedy)
     try:
+        if is_published_text_to_image(place.folder):
+            return open_published(place.folder, device)
         return load_pipeline(place.folder, device)
     except FileNotFoundError as error:
         raise StageError(f"--model {place.name} holds no {Path(str(error.filename)).name}; {place.remedy}") from None

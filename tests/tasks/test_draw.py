@@ -113,7 +113,7 @@ def test_an_image_is_changed_by_strength_and_by_a_mask(tree, capsys):
         run(Options(like=Path("top.png"), out=Path("other.png")))
 
 
-def test_a_file_that_exists_is_kept_unless_told_otherwise(tree):
+def test_a_file_that_exists_is_kept_without_force(tree):
     Path("picture.png").write_bytes(b"mine")
     with pytest.raises(StageError, match=r"picture.png exists; choose another name, or add --force to overwrite$"):
         run(Options(**SETTINGS, out=Path("picture.png")))
