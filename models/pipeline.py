@@ -4,7 +4,8 @@
 second encoder) are in diffusers' format, so diffusers loads the weights without this project. `afterimage.json`
 (`PipelineInfo`) holds what that format has no place for, and the SHA-256 of every other file. `lora/` holds a LoRA
 adapter alone, as a small file for users who have the base weights; `unet/` contains the merged weights. `guide/` holds
-earlier weights of the same network, in the format of `unet/`, for autoguidance.
+earlier weights of the same network, in the format of `unet/`, for autoguidance; `controlnet/` a ControlNet, ours or a
+published one.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from models.control import ControlSpec, as_input, given
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
-from models.networks import published
+from models.networks import controlnet, published
 from models.networks.config import DIFFUSERS_VERSION
+from models.networks.controlnet import controlled
 from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
+from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import RectifiedFlow
@@ -34,7 +38,9 @@ from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 from models.pixels import from_uint8
 
 if TYPE_CHECKING:
-    from models.networks.network import Network, NetworkConfig
+    from diffusers import ControlNetModel
+
+    from models.networks.network import Network, NetworkConfig, Predict
     from models.networks.text_encoder import AnyEncoder
 
 INFO = "afterimage.json"
@@ -73,8 +79,16 @@ class PipelineInfo(Description):
     """The caption of each of `classes`, for a text-conditional model."""
     latent: Sequence[int] | None = None
     """(channels, side) of the latents; None for a model of pixels."""
+    control: Mapping[str, Any] | None = None
+    """Kind of the control maps and how they are made, the fields of `ControlSpec`; None without a ControlNet trained
+    here."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative path -> SHA-256 of every other file of the folder; set by `save_pipeline`."""
+
+    @property
+    def control_spec(self) -> ControlSpec | None:
+        """How the control maps of a ControlNet trained here are made."""
+        return ControlSpec(**self.control) if self.control else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -100,6 +114,8 @@ class Pipeline:
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
     """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
+    control: ControlNetModel | None = None
+    """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
 
     @property
     def path(self) -> paths.Path:
@@ -162,15 +178,35 @@ class Pipeline:
         labels: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
+        control: np.ndarray | None = None,
+        control_scale: float = 1.0,
     ) -> samplers.Denoise:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
+        `control` are control maps, uint8 [N, 1 or 3, h, w], one for each image.
+
         Raises:
-            ValueError: for guidance that the model does not have, or if labels or prompts do not match the model.
+            ValueError: for guidance or a control that the model does not have, or if labels or prompts do not match
+                the model.
         """
         condition, null = self.condition(labels, prompts)
         guide = predictor(self.companions["guide"]) if "guide" in self.companions else None
-        return samplers.denoiser(predictor(self.network), self.scheduler, sampling, condition, null, guide)
+        predict = predictor(self.network) if control is None else self._controlled(control, condition, control_scale)
+        return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide)
+
+    def _controlled(self, control: np.ndarray, condition: torch.Tensor | None, scale: float) -> Predict:
+        """Return the `predict` of `network` with the ControlNet, which reads one map per image; see `sample`."""
+        network, unet = self.control, self.network
+        if network is None or not isinstance(unet, TextUNet) or condition is None:
+            raise ValueError("this model has no ControlNet and takes no control; leave it out, or draw from one that has")
+        maps = as_input(torch.tensor(control, device=self.device), self.info.size, self.info.size)
+
+        def predict(x: torch.Tensor, t: float, condition: torch.Tensor | None) -> torch.Tensor:
+            assert condition is not None, "a ControlNet belongs to a text-conditional model"
+            evaluate = predictor(lambda *inputs: controlled(unet, network, *inputs, scale=scale), maps)
+            return evaluate(x, t, condition)
+
+        return predict
 
     def sample(
         self,
@@ -181,21 +217,34 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         batch_size: int = 256,
         callback: samplers.Callback | None = None,
+        control: np.ndarray | None = None,
+        control_scale: float = 1.0,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
-        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
-        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`.
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i], and with a ControlNet
+        on control[i]. After each step of each batch `callback(i, t, x, x0)` receives torch tensors of
+        `info.input_shape`.
+
+        `control` are control maps for the ControlNet, uint8 [N or 1, 1 or 3, h, w]: one for each image, or one for all.
+        Maps of another resolution are resized with a warning. `control_scale` is the weight of the ControlNet; without
+        `control` it takes no part.
 
         Raises:
-            ValueError: for guidance that the model does not have, labels or prompts that do not match the model, or a
-                number of steps that it does not support.
+            ValueError: for guidance or a control that the model does not have, labels or prompts that do not match the
+                model, or a number of steps that it does not support.
         """
+        if control is not None:
+            control = given(control, len(seeds), self.info.size, self.info.control_spec)
         batches = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             denoise = self.denoiser(
-                None if labels is None else labels[part], None if prompts is None else prompts[part], sampling
+                None if labels is None else labels[part],
+                None if prompts is None else prompts[part],
+                sampling,
+                None if control is None else control[part],
+                control_scale,
             )
             batches.append(self._sample_batch(seeds[part], denoise, sampling, callback))
         return np.concatenate(batches)
@@ -228,7 +277,7 @@ def save_pipeline(
     Args:
         folder: where to write.
         network: the network, of which only the configuration is used.
-        weights: its state dict under diffusers' names.
+        weights: its state dict under diffusers' names, with the weights of a ControlNet, see `controlnet.split`.
         noise: betas float64 [T], or a rectified flow.
         info: the content of `afterimage.json`.
         codec: folder with autoencoder, text encoders and tokenizers, if the model has any.
@@ -239,6 +288,10 @@ def save_pipeline(
         if codec is not None and (codec / name).is_dir():
             shutil.copytree(codec / name, folder / name)
     (folder / "scheduler").mkdir(exist_ok=True)
+    weights, control = controlnet.split(weights)
+    if control and isinstance(network.config, TextUNetConfig):
+        (folder / controlnet.FOLDER).mkdir()
+        controlnet.save(folder / controlnet.FOLDER, network.config, control)
     for name, state in {folder_name(network.config): weights, **(companions or {})}.items():
         (folder / name).mkdir(exist_ok=True)
         write_json(folder / name / "config.json", network.config.to_diffusers())
@@ -331,7 +384,10 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     }
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
-    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions)
+    control = None
+    if (folder / controlnet.FOLDER).is_dir() and isinstance(config, TextUNetConfig):
+        control = controlnet.load(folder / controlnet.FOLDER, config).to(device)
+    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions, control)
 
 
 def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tasks.encoding.control import control_key
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
 from tasks.pictures.images import read_encoded
@@ -38,6 +39,8 @@ class SplitWriter:
     captions: CaptionEmbeddings | None
     """None without text conditioning."""
     shard_size: int
+    controls: Blocks | None = None
+    """Control maps; None without them."""
 
     def write(self, folder: Path, split: str, rows: Sequence[Row]) -> Split:
         """Write the shards of a split to `folder`; returns its entry for the index."""
@@ -65,6 +68,8 @@ class SplitWriter:
                 columns["labels"] = np.array([row.label for row in selected], np.int64)
             if self.captions:
                 columns["captions"] = self.captions.positions(selected)
+            if self.controls:
+                columns |= self.controls.take([control_key(row, resolution) for row in selected])
             if self.codec.text and self.codec.text.pooled:
                 sizes = [size_conditioning(row.height, row.width, resolution) for row in selected]
                 columns["sizes"] = np.array(sizes, np.int32)

@@ -14,6 +14,7 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 
 from tasks.params.chain import Demands, Params, names_of
+from tasks.params.control import ControlParams
 from tasks.params.data import (
     ColumnsParams,
     DownloadParams,
@@ -50,8 +51,8 @@ from tasks.params.results import (
 from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
-    "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
+    "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "ControlParams",
+    "Demands", "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
     "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
     "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
     "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
