@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from models.control import ControlSpec, as_input, given
+from models.networks.control_maps import ControlSpec, as_input, given
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders

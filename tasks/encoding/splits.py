@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.encoding.control import control_key
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
 from tasks.pictures.images import read_encoded
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.encoding.blocks import Blocks
+    from tasks.encoding.control import Controls
     from tasks.encoding.rows import Row
     from tasks.encoding.texts import CaptionEmbeddings
     from tasks.formats.buckets import Resolution
@@ -39,7 +39,7 @@ class SplitWriter:
     captions: CaptionEmbeddings | None
     """None without text conditioning."""
     shard_size: int
-    controls: Blocks | None = None
+    controls: Controls | None = None
     """Control maps; None without them."""
 
     def write(self, folder: Path, split: str, rows: Sequence[Row]) -> Split:
@@ -69,7 +69,7 @@ class SplitWriter:
             if self.captions:
                 columns["captions"] = self.captions.positions(selected)
             if self.controls:
-                columns |= self.controls.take([control_key(row, resolution) for row in selected])
+                columns |= self.controls.take(selected, resolution)
             if self.codec.text and self.codec.text.pooled:
                 sizes = [size_conditioning(row.height, row.width, resolution) for row in selected]
                 columns["sizes"] = np.array(sizes, np.int32)

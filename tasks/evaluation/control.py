@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models.control import agreement, as_input, maps_of
+from models.networks.control_maps import agreement, as_input
 from models.pixels import to_uint8
 from tasks.evaluation.draws import BLOCK_STRIDE
 from tasks.runtime.measures import ControlMeasured
@@ -45,7 +45,7 @@ def measure_control(pipeline: Pipeline, scorer: Scorer, protocol: Protocol) -> C
     pixels, conditions = scorer.held_out_for(pipeline.info.conditioning, IMAGES)
     if spec is None or pipeline.control is None or len(pixels) < 2:
         return None
-    maps = maps_of(spec, pixels)
+    maps = scorer.control_maps(spec, scorer.held_out_rows(pipeline.info.conditioning, IMAGES))
     blocks = [_draw(pipeline, protocol, block, maps, conditions) for block in range(protocol.measurement.seed_blocks)]
     scores = {
         name: np.array([agreement(spec, maps, block[name]).mean() for block in blocks]) for name in ("own", "none", "next")

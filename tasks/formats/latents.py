@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from models.control import ControlSpec
+from models.networks.control_maps import ControlSpec
 from models.hashing import file_sha256
 from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
 from tasks.runtime import integrity

@@ -106,7 +106,7 @@ class ControlMeasured(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    """Kind of the control maps, see `models/control.py`."""
+    """Kind of the control maps, see `models/networks/control_maps.py`."""
     n: int
     """Samples in each seed block."""
     value: float

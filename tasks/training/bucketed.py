@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from models.control import resized
+from models.networks.control_maps import resized
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import control
-from models.control import ControlSpec
+from models.networks import control_maps as control
+from models.networks.control_maps import ControlSpec
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
 from tasks.encode import encode
