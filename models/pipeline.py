@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from models.networks.control_maps import ControlSpec, as_input, given
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import controlnet, published
 from models.networks.config import DIFFUSERS_VERSION
-from models.networks.controlnet import controlled
+from models.networks.control_maps import ControlSpec, as_input, given
+from models.networks.controlnet import Controlled
 from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
@@ -198,15 +198,12 @@ class Pipeline:
         """Return the `predict` of `network` with the ControlNet, which reads one map per image; see `sample`."""
         network, unet = self.control, self.network
         if network is None or not isinstance(unet, TextUNet) or condition is None:
-            raise ValueError("this model has no ControlNet and takes no control; leave it out, or draw from one that has")
+            raise ValueError(
+                "this model has no ControlNet and takes no control; leave it out, or draw from one that has"
+            )
         maps = as_input(torch.tensor(control, device=self.device), self.info.size, self.info.size)
 
-        def predict(x: torch.Tensor, t: float, condition: torch.Tensor | None) -> torch.Tensor:
-            assert condition is not None, "a ControlNet belongs to a text-conditional model"
-            evaluate = predictor(lambda *inputs: controlled(unet, network, *inputs, scale=scale), maps)
-            return evaluate(x, t, condition)
-
-        return predict
+        return predictor(Controlled(unet, network, scale), maps)
 
     def sample(
         self,

@@ -14,9 +14,9 @@ from tasks.runtime import atomic, locks, stage, workspace
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
     """Write the model's inputs: pixels or latents, with labels or caption embeddings, and control maps.
 
-    Latents, embeddings and control maps are cached in the scratch folder by the content that they are computed from: a later run
-    encodes only what is new, and a killed run continues where it stopped. Prints a line if a change of the codec or
-    of the transform invalidates all of them.
+    Latents, embeddings and control maps are cached in the scratch folder by the content that they are computed from:
+    a later run encodes only what is new, and a killed run continues where it stopped. Prints a line if a change of the
+    codec or of the transform invalidates all of them.
     """
     require_accepted(accepted)
     info = CodecInfo.load(codec)

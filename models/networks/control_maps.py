@@ -24,9 +24,9 @@ from models.json_files import JsonObject
 CHANNELS = 3
 """Of what the network reads; diffusers' pipelines convert control images to RGB."""
 TOLERANCE = 0.0075
-"""Share of the diagonal by which an edge may be displaced and still count as found, as in the benchmark of Martin et al.
-(2004): 0 pixels at 16 x 16, 1 at 64 x 64, 5 at 512 x 512. One pixel at 16 x 16 would make the F1 of two unlike digits
-0.82."""
+"""Share of the diagonal by which an edge may be displaced and still count as found, as in the benchmark of Martin et
+al. (2004): 0 pixels at 16 x 16, 1 at 64 x 64, 5 at 512 x 512. With one pixel at 16 x 16 the F1 of two unlike digits
+would be 0.82."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def maps_of(spec: ControlSpec, pixels: np.ndarray) -> np.ndarray:
 
 def edges(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """Return the Canny edges of images, uint8 [N, 1, H, W], 255 on an edge and 0 elsewhere."""
-    grey = (image[0] if len(image) == 1 else cv2.cvtColor(_channels_last(image), cv2.COLOR_RGB2GRAY) for image in pixels)
+    grey = (
+        image[0] if len(image) == 1 else cv2.cvtColor(_channels_last(image), cv2.COLOR_RGB2GRAY) for image in pixels
+    )
     return np.stack([cv2.Canny(np.ascontiguousarray(image), low, high)[None] for image in grey])
 
 
@@ -109,14 +111,14 @@ def given(maps: np.ndarray, count: int, side: int, spec: ControlSpec | None) -> 
     """
     if maps.dtype != np.uint8 or maps.ndim != 4 or maps.shape[1] not in (1, CHANNELS) or len(maps) not in (1, count):
         raise ValueError(
-            f"the control is {maps.dtype} {list(maps.shape)}; give uint8 [{count}, 1 or 3, {side}, {side}], one map for "
-            "each image or one for all"
+            f"the control is {maps.dtype} {list(maps.shape)}; give uint8 [{count}, 1 or 3, {side}, {side}], one map "
+            "for each image or one for all"
         )
     coarse = (spec.colour_cells,) * 2 if spec and spec.kind == "colour" else None
     if maps.shape[2:] not in ((side, side), coarse):
         warnings.warn(
-            f"the control is {maps.shape[3]} x {maps.shape[2]} pixels and is resized to {side} x {side}, the resolution "
-            "of the images",
+            f"the control is {maps.shape[3]} x {maps.shape[2]} pixels and is resized to {side} x {side}, the "
+            "resolution of the images",
             stacklevel=3,
         )
     if maps.shape[2:] != (side, side):
@@ -156,6 +158,7 @@ def edge_f1(wanted: np.ndarray, drawn: np.ndarray, tolerance: float = TOLERANCE)
     reach = round(tolerance * math.hypot(*wanted.shape))
     kernel = np.ones((2 * reach + 1,) * 2, np.uint8)
     precision, recall = (
-        float(cv2.dilate(other.astype(np.uint8), kernel)[own].mean()) for own, other in ((drawn, wanted), (wanted, drawn))
+        float(cv2.dilate(other.astype(np.uint8), kernel)[own].mean())
+        for own, other in ((drawn, wanted), (wanted, drawn))
     )
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0

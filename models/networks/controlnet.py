@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from models.json_files import read_json, write_json
 from models.networks import published
@@ -133,6 +134,17 @@ def controlled(
     return output.to(x.dtype)
 
 
+class Controlled(nn.Module):
+    """A U-Net with a ControlNet as one network, for sampling: x, t, condition and control -> output as `controlled`."""
+
+    def __init__(self, unet: TextUNet, network: ControlNetModel, scale: float = 1.0) -> None:
+        super().__init__()
+        self.unet, self.network, self.scale = unet, network, scale
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, control: Tensor) -> Tensor:
+        return controlled(self.unet, self.network, x, t, condition, control, self.scale)
+
+
 def split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the state dicts of the U-Net and of the ControlNet, which is empty for a network without one."""
     plain = {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
@@ -172,7 +184,7 @@ def load(folder: Path, unet: TextUNetConfig) -> ControlNetModel:
     network = ControlNetModel.from_config(config)
     expected = to_diffusers(replace(unet, control_widths=(1,)))
     found = network.config
-    unlike = [name for name in SHARED_WITH_SDXL if not _equal(found.get(name), expected.get(name))]
+    unlike = [name for name in SHARED_WITH_SDXL if _plain(found.get(name)) != _plain(expected.get(name))]
     if unlike:
         listed = ", ".join(f"{name} {found.get(name)} and not {expected.get(name)}" for name in unlike)
         raise ValueError(f"the ControlNet in {folder} is made for another U-Net ({listed}); choose one for this model")
@@ -183,6 +195,6 @@ def load(folder: Path, unet: TextUNetConfig) -> ControlNetModel:
     return network.eval().requires_grad_(False)
 
 
-def _equal(found: object, expected: object) -> bool:
-    """Compare an option of a configuration with another, whether it is a list or a tuple."""
-    return list(found) == list(expected) if isinstance(found, list | tuple) and expected else found == expected
+def _plain(value: object) -> object:
+    """Return an option of a configuration with lists in place of tuples."""
+    return list(value) if isinstance(value, tuple) else value

@@ -140,7 +140,9 @@ def _read_own(images: Path, rows: Sequence[Row]) -> Iterator[_Picture]:
         yield _Picture(by_key[key], data, decoding.MAX_MAP_PIXELS)
 
 
-def _chunks(pictures: Iterator[_Picture], resolutions: Sequence[Resolution]) -> Iterator[tuple[Resolution, list[_Picture]]]:
+def _chunks(
+    pictures: Iterator[_Picture], resolutions: Sequence[Resolution]
+) -> Iterator[tuple[Resolution, list[_Picture]]]:
     """Group pictures by the resolution of their bucket."""
     begun: dict[Resolution, list[_Picture]] = {}
     for picture in pictures:

@@ -7,7 +7,7 @@ the codec. All are drawn from the same seeds. A model that ignores its map score
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tasks.runtime.measures import ControlMeasured
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from models.denoising import Conditions
     from models.pipeline import Pipeline
     from tasks.evaluation.protocol import Protocol
     from tasks.evaluation.scorer import Scorer
@@ -48,7 +49,8 @@ def measure_control(pipeline: Pipeline, scorer: Scorer, protocol: Protocol) -> C
     maps = scorer.control_maps(spec, scorer.held_out_rows(pipeline.info.conditioning, IMAGES))
     blocks = [_draw(pipeline, protocol, block, maps, conditions) for block in range(protocol.measurement.seed_blocks)]
     scores = {
-        name: np.array([agreement(spec, maps, block[name]).mean() for block in blocks]) for name in ("own", "none", "next")
+        name: np.array([agreement(spec, maps, block[name]).mean() for block in blocks])
+        for name in ("own", "none", "next")
     }
     real = to_uint8(pipeline.decode(pipeline.encode(pixels)).float().cpu().numpy())
     measured = ControlMeasured(
@@ -66,7 +68,7 @@ def measure_control(pipeline: Pipeline, scorer: Scorer, protocol: Protocol) -> C
 
 
 def _draw(
-    pipeline: Pipeline, protocol: Protocol, block: int, maps: np.ndarray, conditions: Mapping[str, Sequence[str | int]]
+    pipeline: Pipeline, protocol: Protocol, block: int, maps: np.ndarray, conditions: Conditions
 ) -> dict[str, np.ndarray]:
     """Draw a seed block with the own maps, without and with those of the next image, uint8 [N, C, S, S] each."""
     first = protocol.measurement.seed + block * BLOCK_STRIDE
@@ -76,11 +78,12 @@ def _draw(
         with progress(desc=f"control: {name}", total=len(maps) * sampling.steps, unit="step", unit_scale=True) as bar:
             images = pipeline.sample(
                 range(first, first + len(maps)),
-                sampling=sampling,
+                conditions.get("labels"),
+                sampling,
+                prompts=conditions.get("prompts"),
                 batch_size=protocol.batch_size,
                 callback=lambda i, t, x, x0: bar.update(len(x)),
                 control=control,
-                **conditions,
             )
         drawn[name] = to_uint8(images)
     return drawn

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from models.networks.control_maps import ControlSpec
 from models.hashing import file_sha256
+from models.networks.control_maps import ControlSpec
 from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
 from tasks.runtime import integrity
 from tasks.runtime.errors import StageError

@@ -52,10 +52,11 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "ControlParams",
-    "Demands", "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
-    "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
-    "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
-    "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
+    "Demands", "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams",
+    "ExportParams", "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams",
+    "LaionParams", "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams",
+    "Section", "TextParams", "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse",
+    "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution", "evaluate.n_ddpm": "evaluate.n_slowest"}

@@ -20,8 +20,8 @@ class ControlParams(Section):
     `conditioning` with the names of the images, or in a column `conditioning_image` of a table."""
     canny_low: Annotated[float, Field(gt=0)] = 100.0
     canny_high: Annotated[float, Field(gt=0)] = 200.0
-    """Thresholds of the gradient of a grey image (0 to 255): edges begin above the higher one, and go on above the lower
-    one. They also make the edges of samples that are compared with a map."""
+    """Thresholds of the gradient of a grey image (0 to 255): edges begin above the higher one, and go on above the
+    lower one. They also make the edges of samples that are compared with a map."""
     colour_cells: PositiveInt = 8
     """Cells of a colour map along a side."""
 
@@ -48,8 +48,8 @@ def check(params: Params) -> None:
     if missing:
         present = next(name for name in keys if name not in missing)
         raise ValueError(
-            f"{present} is set and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not, but a ControlNet "
-            "needs the three of them; set all, or set all to null"
+            f"{present} is set and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not, but a "
+            "ControlNet needs the three of them; set all, or set all to null"
         )
     if params.codec.conditioning != "text":
         raise ValueError(
@@ -94,6 +94,6 @@ def _check_widths(params: Params) -> None:
     halvings = len(params.codec.autoencoder.widths) - 1 if params.codec.kind == "autoencoder" else 0
     if len(widths) - 1 != halvings:
         raise ValueError(
-            f"model.control_widths has {len(widths)} widths, which halve a control map {len(widths) - 1} times, and the "
-            f"codec halves an image {halvings} times; give {halvings + 1}"
+            f"model.control_widths has {len(widths)} widths, which halve a control map {len(widths) - 1} times, and "
+            f"the codec halves an image {halvings} times; give {halvings + 1}"
         )

@@ -39,7 +39,10 @@ ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
 MAPS, MAP_ROWS = "conditioning.parquet", 64
 MAP_SCHEMA = pa.schema(
-    [pa.field(name, kind, nullable=False) for name, kind in (("key", pa.string()), ("image", pa.binary()), ("sha256", pa.string()))]
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (("key", pa.string()), ("image", pa.binary()), ("sha256", pa.string()))
+    ]
 )
 """Columns of `MAPS`."""
 IN_MEMORY_BYTES = 1 << 30

@@ -110,8 +110,8 @@ def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
         )
     if judged.control_margin is not None and not judged.control_margin >= params.min_control_margin:
         return (
-            f"agreement with control maps {judged.control:.3f} is only {judged.control_margin:.3f} above what it is with "
-            f"another map or without one, under register.min_control_margin {params.min_control_margin:g}"
+            f"agreement with control maps {judged.control:.3f} is only {judged.control_margin:.3f} above what it is "
+            f"with another map or without one, under register.min_control_margin {params.min_control_margin:g}"
         )
     return None
 
@@ -143,6 +143,6 @@ def _not_more_faithful(challenger: Judged, champion: float, champion_spread: flo
     if challenger.control is not None and challenger.control > champion + spread:
         return None
     return (
-        f"agreement with control maps {challenger.control:.3f} does not beat the champion's {champion:.3f} by more than "
-        f"the spread between seed blocks {spread:.3g}"
+        f"agreement with control maps {challenger.control:.3f} does not beat the champion's {champion:.3f} by more "
+        f"than the spread between seed blocks {spread:.3g}"
     )

@@ -24,9 +24,9 @@ def tables(measured: Measurements) -> list[Table]:
     if control is None:
         return []
     text = (
-        f"{AGREEMENT[control.kind]}; 1 is best. Every row is compared with the maps of {control.n} held-out images, for "
-        f"whose captions the samples are drawn, over {measured.seed_blocks} seed blocks. A model that ignored the maps "
-        "would have the same value in the first three rows. The other numbers of this report are those of samples "
+        f"{AGREEMENT[control.kind]}; 1 is best. Every row is compared with the maps of {control.n} held-out images, "
+        f"for whose captions the samples are drawn, over {measured.seed_blocks} seed blocks. A model that ignored the "
+        "maps would have the same value in the first three rows. The other numbers of this report are those of samples "
         "without a map, which are those of the U-Net alone."
     )
     rows = [

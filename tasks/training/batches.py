@@ -19,8 +19,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from models.networks.control_maps import as_input
 from models.diffusion import drop_condition
+from models.networks.control_maps import as_input
 from models.networks.text_encoder import with_sizes
 from models.pixels import from_uint8
 from tasks.formats import latents

@@ -54,7 +54,9 @@ def test_an_untrained_one_changes_nothing_and_the_u_net_is_frozen(network):
     assert trained == {name for name in network.state_dict() if name.startswith("control.")}
     copied = network.control.state_dict()
     assert all(torch.equal(copied[name], value) for name, value in plain.state_dict().items() if name in copied)
-    assert torch.equal(copied["mid_block.resnets.0.conv1.weight"], plain.state_dict()["mid_block.resnets.0.conv1.weight"])
+    assert torch.equal(
+        copied["mid_block.resnets.0.conv1.weight"], plain.state_dict()["mid_block.resnets.0.conv1.weight"]
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, SDXL], ids=["sd", "sdxl"])

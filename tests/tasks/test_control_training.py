@@ -1,4 +1,4 @@
-"""A training of a ControlNet learns to follow its maps: images are random blocks, which only the map can tell."""
+"""A training of a ControlNet learns to follow its maps: images are random blocks, which only the map shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from models.networks.control_maps import ControlSpec, agreement, as_input
-from models.networks.controlnet import controlled
+from models.networks.controlnet import Controlled
 from models.networks.network import predictor
 from models.noise.samplers import Sampling, SeededNoise, denoiser, sample
 from models.pipeline import load_pipeline
@@ -21,8 +21,14 @@ COUNT = 32
 def test_images_follow_their_own_map_and_not_another(tmp_path, monkeypatch, migrated_database):
     write_inputs(tmp_path, "text", 512, control=True)
     rate = {"learning_rate": 0.01, "warmup_steps": 10, "lr_schedule": "cosine", "condition_dropout": 0.1}
-    often = {"log_every": 60, "sample_every": 240, "checkpoint_every": 240, "ema": ["decay-0.9"], "pipeline_ema": "decay-0.9"}
-    phases = {"steps": 240, "full_steps": 60, "control_dropout": 0.1, "batch_size": 32}
+    often = {
+        "log_every": 40,
+        "sample_every": 160,
+        "checkpoint_every": 160,
+        "ema": ["decay-0.9"],
+        "pipeline_ema": "decay-0.9",
+    }
+    phases = {"steps": 160, "full_steps": 40, "control_dropout": 0.1, "batch_size": 32}
     write_params(tmp_path, "text", control=True, **rate, **often, **phases)
     with small_grids():
         train_here(tmp_path, monkeypatch, migrated_database)
@@ -32,7 +38,7 @@ def test_images_follow_their_own_map_and_not_another(tmp_path, monkeypatch, migr
 
     def drawn(control: np.ndarray) -> np.ndarray:
         given = as_input(torch.tensor(control), 8, 8)
-        predict = predictor(lambda *inputs: controlled(model.network, model.control, *inputs), given)
+        predict = predictor(Controlled(model.network, model.control), given)
         noise, sampling = SeededNoise(range(COUNT), (1, 8, 8)), Sampling("ddim", 8)
         denoise = denoiser(predict, model.scheduler, sampling, condition)
         with torch.inference_mode():

@@ -129,7 +129,9 @@ def test_from_given_weights_only_the_control_net_is_trained_and_it_can_be_traine
     after = weights(tree / "further")
     unet = [name for name in before if not name.startswith("control.")]
     assert all(torch.equal(before[name], after[name]) for name in unet)
-    assert (before["control.controlnet_mid_block.weight"] - after["control.controlnet_mid_block.weight"]).abs().max() < 0.01
+    assert (
+        before["control.controlnet_mid_block.weight"] - after["control.controlnet_mid_block.weight"]
+    ).abs().max() < 0.01
     newest = max((tree / "scratch" / "train").glob("*/step-*"), key=lambda path: path.stat().st_mtime)
     assert "conv_out.weight" not in _names(newest / "model.safetensors")
 
@@ -157,7 +159,9 @@ def test_diffusers_loads_it_whole_and_draws_the_same(tree, maps, scale):
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
     options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0, "num_inference_steps": 5}
     image = control.as_input(torch.from_numpy(np.array(maps[:1])), 16, 16)
-    drawn = theirs(PROMPT, image=image, latents=noise, guidance_scale=scale, controlnet_conditioning_scale=0.8, **options)
+    drawn = theirs(
+        PROMPT, image=image, latents=noise, guidance_scale=scale, controlnet_conditioning_scale=0.8, **options
+    )
     sampling = Sampling("ddim", 5, guidance_scale=scale)
     draw = {"sampling": sampling, "prompts": [PROMPT], "control_scale": 0.8}
     own = ours.sample([7], control=maps[:1], **draw)
