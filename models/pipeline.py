@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from models import parallel
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
@@ -40,8 +41,9 @@ from models.pixels import from_uint8
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
-    from models.networks.network import Network, NetworkConfig, Predict
+    from models.networks.network import Network, NetworkConfig
     from models.networks.text_encoder import AnyEncoder
+    from models.noise.editing import Start
 
 INFO = "afterimage.json"
 CODEC_FOLDERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -173,37 +175,46 @@ class Pipeline:
         """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
         return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
 
+    @property
+    def context_channels(self) -> int:
+        """Channels of the network's input besides x: mask and masked image of an inpainting U-Net; 0 for the others."""
+        config = self.network.config
+        return config.context_channels if isinstance(config, TextUNetConfig) else 0
+
     def denoiser(
         self,
         labels: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
+        context: torch.Tensor | None = None,
         control: np.ndarray | None = None,
         control_scale: float = 1.0,
     ) -> samplers.Denoise:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
-        `control` are control maps, uint8 [N, 1 or 3, h, w], one for each image.
+        `context` is what the input of an inpainting U-Net contains besides x, float32 [N, context_channels, H, W], and
+        `control` are control maps, uint8 [N, 1 or 3, h, w].
 
         Raises:
-            ValueError: for guidance or a control that the model does not have, or if labels or prompts do not match
-                the model.
+            ValueError: for guidance or a control that the model does not have, or if labels, prompts or context do not
+                match the model.
         """
+        if (context is None) != (self.context_channels == 0):
+            raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
-        guide = predictor(self.companions["guide"]) if "guide" in self.companions else None
-        predict = predictor(self.network) if control is None else self._controlled(control, condition, control_scale)
+        guide = predictor(self.companions["guide"], context) if "guide" in self.companions else None
+        network = self.network if control is None else self._controlled(control_scale)
+        maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
+        predict = predictor(network, context, maps)
         return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide)
 
-    def _controlled(self, control: np.ndarray, condition: torch.Tensor | None, scale: float) -> Predict:
-        """Return the `predict` of `network` with the ControlNet, which reads one map per image; see `sample`."""
-        network, unet = self.control, self.network
-        if network is None or not isinstance(unet, TextUNet) or condition is None:
+    def _controlled(self, scale: float) -> torch.nn.Module:
+        """Return the network with its ControlNet, of which `scale` is the weight."""
+        if self.control is None or not isinstance(self.network, TextUNet):
             raise ValueError(
                 "this model has no ControlNet and takes no control; leave it out, or draw from one that has"
             )
-        maps = as_input(torch.tensor(control, device=self.device), self.info.size, self.info.size)
-
-        return predictor(Controlled(unet, network, scale), maps)
+        return Controlled(self.network, self.control, scale)
 
     def sample(
         self,
@@ -214,40 +225,49 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         batch_size: int = 256,
         callback: samplers.Callback | None = None,
+        start: Start | None = None,
+        context: torch.Tensor | None = None,
         control: np.ndarray | None = None,
         control_scale: float = 1.0,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
-        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i], and with a ControlNet
-        on control[i]. After each step of each batch `callback(i, t, x, x0)` receives torch tensors of
-        `info.input_shape`.
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
+        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. On a CPU several threads may
+        call it, each with the steps of its own part of a batch, from 32 images on. `start` and `context` are of all
+        images; `models/editing.py` makes them from an image and a mask.
 
-        `control` are control maps for the ControlNet, uint8 [N or 1, 1 or 3, h, w]: one for each image, or one for all.
-        Maps of another resolution are resized with a warning. `control_scale` is the weight of the ControlNet; without
-        `control` it takes no part.
+        `control` are maps for the ControlNet, uint8 [N or 1, 1 or 3, h, w]: one for each image, or one for all. Maps of
+        another resolution are resized with a warning. `control_scale` is the weight of the ControlNet, which takes no
+        part without `control`.
 
         Raises:
             ValueError: for guidance or a control that the model does not have, labels or prompts that do not match the
                 model, or a number of steps that it does not support.
         """
-        if control is not None:
-            control = given(control, len(seeds), self.info.size, self.info.control_spec)
-        batches = []
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
+        maps = None if control is None else given(control, len(seeds), self.info.size, self.info.control_spec)
+
+        def draw(part: slice) -> np.ndarray:
             denoise = self.denoiser(
                 None if labels is None else labels[part],
                 None if prompts is None else prompts[part],
                 sampling,
-                None if control is None else control[part],
+                None if context is None else context[part],
+                None if maps is None else maps[part],
                 control_scale,
             )
-            batches.append(self._sample_batch(seeds[part], denoise, sampling, callback))
-        return np.concatenate(batches)
+            begun = None if start is None else start.rows(part)
+            return self._sample_batch(seeds[part], denoise, sampling, callback, begun)
+
+        return np.concatenate(parallel.over_batches(draw, len(seeds), batch_size, self.device))
 
     def _sample_batch(
-        self, seeds: Sequence[int], denoise: samplers.Denoise, sampling: Sampling, callback: samplers.Callback | None
+        self,
+        seeds: Sequence[int],
+        denoise: samplers.Denoise,
+        sampling: Sampling,
+        callback: samplers.Callback | None,
+        start: Start | None,
     ) -> np.ndarray:
         draw = samplers.SeededNoise(seeds, self.info.input_shape)
 
@@ -255,7 +275,7 @@ class Pipeline:
             return torch.from_numpy(draw()).to(self.device)
 
         with torch.inference_mode():
-            images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback))
+            images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback, start))
         return images.float().cpu().numpy()
 
 

@@ -56,7 +56,7 @@ def _draw(run: Run, seeds: range, condition: torch.Tensor | None, control: torch
     scheduler = samplers.SchedulerConfig(run.timesteps.path, run.diffusion.prediction, clip_sample=clip)
     distil, usual = run.params.distil, ("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
     sampling = samplers.Sampling(*(CONSISTENCY if distil and run.step > distil.after else usual))
-    denoise = samplers.denoiser(predictor(run.network, control), scheduler, sampling, condition)
+    denoise = samplers.denoiser(predictor(run.network, control=control), scheduler, sampling, condition)
     drawn = samplers.sample(denoise, lambda: torch.from_numpy(noise()).to(device), scheduler, sampling)
     if run.autoencoder is not None:
         drawn = autoencoder.decode(run.autoencoder, drawn)

@@ -38,7 +38,7 @@ def test_images_follow_their_own_map_and_not_another(tmp_path, monkeypatch, migr
 
     def drawn(control: np.ndarray) -> np.ndarray:
         given = as_input(torch.tensor(control), 8, 8)
-        predict = predictor(Controlled(model.network, model.control), given)
+        predict = predictor(Controlled(model.network, model.control), control=given)
         noise, sampling = SeededNoise(range(COUNT), (1, 8, 8)), Sampling("ddim", 8)
         denoise = denoiser(predict, model.scheduler, sampling, condition)
         with torch.inference_mode():
