@@ -22,16 +22,16 @@ from safetensors.torch import save_file
 
 from models import parallel
 from models.hashing import file_sha256, files_sha256
-from models.json_files import Description, JsonObject, read_json, write_json
+from models.json_files import Description, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import controlnet, published
 from models.networks.config import DIFFUSERS_VERSION
 from models.networks.control_maps import ControlSpec, as_input, given
-from models.networks.controlnet import Controlled
+from models.networks.controlnet import with_control
 from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
-from models.networks.text_unet import TextUNet, TextUNetConfig
+from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import RectifiedFlow
@@ -203,18 +203,10 @@ class Pipeline:
             raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
         guide = predictor(self.companions["guide"], context) if "guide" in self.companions else None
-        network = self.network if control is None else self._controlled(control_scale)
+        network = self.network if control is None else with_control(self.network, self.control, control_scale)
         maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
         predict = predictor(network, context, maps)
         return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide)
-
-    def _controlled(self, scale: float) -> torch.nn.Module:
-        """Return the network with its ControlNet, of which `scale` is the weight."""
-        if self.control is None or not isinstance(self.network, TextUNet):
-            raise ValueError(
-                "this model has no ControlNet and takes no control; leave it out, or draw from one that has"
-            )
-        return Controlled(self.network, self.control, scale)
 
     def sample(
         self,
@@ -318,63 +310,14 @@ def save_pipeline(
         save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
     of_pixels = not (folder / "vae").is_dir()
     scheduler = (
-        flow_config(noise)
+        published.flow_config(noise)
         if isinstance(noise, RectifiedFlow)
-        else scheduler_config(noise, info.prediction, clip_sample=of_pixels)
+        else published.scheduler_config(noise, info.prediction, clip_sample=of_pixels)
     )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     if index := model_index(folder, network.config, info.conditioning, info.classes):
         write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
     replace(info, files=files_sha256(folder)).write(folder / INFO)
-
-
-def save_with_weights(
-    folder: Path, template: Path, weights: dict[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a copy of the pipeline folder `template` with other weights of its network into an existing empty `folder`.
-
-    `weights` and `adapter` are those of `save_pipeline`; `adapter` is empty for a model without one.
-    """
-    shutil.copytree(template, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)  # not the mode: DVC's is 0444
-    info = PipelineInfo.read(folder / INFO)
-    (folder / INFO).unlink()
-    save_file(weights, published.parts(folder)[0] / published.WEIGHTS, metadata={"format": "pt"})
-    if adapter:
-        save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
-    replace(info, files=files_sha256(folder)).write(folder / INFO)
-
-
-def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: bool = True) -> JsonObject:
-    """Return the configuration of a diffusers `DDPMScheduler` that denoises as our samplers do.
-
-    It contains the betas themselves. Latents are not clipped, and get the `steps_offset` that Stable Diffusion's
-    pipelines warn about otherwise; trailing spacing does not use it.
-    """
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": len(betas),
-        "trained_betas": [float(beta) for beta in betas],
-        "prediction_type": prediction_type,
-        "variance_type": "fixed_small",
-        "clip_sample": clip_sample,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "trailing",
-        **({} if clip_sample else {"steps_offset": 1}),
-    }
-
-
-def flow_config(path: RectifiedFlow) -> JsonObject:
-    """Return the configuration of a diffusers `FlowMatchEulerDiscreteScheduler`, which takes the steps of `euler`.
-
-    Its default noise levels end at 1 / T; `set_timesteps(sigmas=[1 - i / n for i in range(n)])` gives ours.
-    """
-    return {
-        "_class_name": published.FLOW_SCHEDULER,
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": path.timesteps,
-        "shift": path.shift,
-    }
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:

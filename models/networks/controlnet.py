@@ -145,6 +145,17 @@ class Controlled(nn.Module):
         return controlled(self.unet, self.network, x, t, condition, control, self.scale)
 
 
+def with_control(unet: nn.Module, network: ControlNetModel | None, scale: float) -> Controlled:
+    """Return a U-Net with its ControlNet, of which `scale` is the weight.
+
+    Raises:
+        ValueError: for a model without a ControlNet.
+    """
+    if network is None or not isinstance(unet, TextUNet):
+        raise ValueError("this model has no ControlNet and takes no control; leave it out, or draw from one that has")
+    return Controlled(unet, network, scale)
+
+
 def split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the state dicts of the U-Net and of the ControlNet, which is empty for a network without one."""
     plain = {name: value for name, value in weights.items() if not name.startswith(PREFIX)}

@@ -18,6 +18,7 @@ from tasks.params.control import ControlParams
 from tasks.params.data import (
     ColumnsParams,
     DownloadParams,
+    EncodeParams,
     HubParams,
     ImageParams,
     IngestParams,
@@ -31,7 +32,6 @@ from tasks.params.model import (
     CodecParams,
     DiffusionParams,
     DitParams,
-    EncodeParams,
     ModelParams,
     TextParams,
     TrainParams,

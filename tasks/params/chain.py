@@ -8,8 +8,8 @@ from typing import TypeVar
 from pydantic import Field, model_validator
 
 from tasks.params import control
-from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
-from tasks.params.model import CodecParams, Conditioning, DiffusionParams, EncodeParams, ModelParams, TrainParams
+from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
+from tasks.params.model import CodecParams, Conditioning, DiffusionParams, ModelParams, TrainParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,
     EvaluateParams,
@@ -75,8 +75,8 @@ class Params(Section):
     def _check(self) -> Params:
         self._check_resolution()
         self._check_flips()
-        self._check_adapter()
         control.check(self)
+        self._check_adapter()
         self._check_distil()
         self._check_published()
         self._check_steps()

@@ -212,8 +212,8 @@ class DrawConfig:
     """Probability that a condition is replaced by the null condition (classifier-free guidance)."""
     horizontal_flip: bool = False
     """Whether half of the images are mirrored."""
-    control_dropout: float = 0.0
-    """Probability that a control map is replaced by zeros."""
+    control_dropout: float | None = None
+    """Probability that a control map is replaced by zeros; None draws no maps."""
     parts: int = 1
     """Gradient accumulation: parts per step."""
     process: int = 0
@@ -297,7 +297,7 @@ class Batches:
 
     def controls(self, count: int) -> Tensor | None:
         """Return the control maps of the first images, float32 [count, 3, height, width], as `conditions` does."""
-        if "control" not in self.store.shapes:
+        if self.config.control_dropout is None:
             return None
         columns = self.store.gather(torch.arange(count) % self.store.count, None)
         return as_input(columns["control"], *self._control_resolution())
@@ -309,7 +309,7 @@ class Batches:
 
     def _control(self, columns: dict[str, Tensor], flipped: Tensor, generator: torch.Generator) -> Tensor | None:
         """Return the control maps, mirrored with their images and dropped at random; None without a ControlNet."""
-        if "control" not in columns:
+        if self.config.control_dropout is None:
             return None
         maps = as_input(columns["control"], *self._control_resolution())
         if self.config.horizontal_flip:

@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.networks.network import Network
+    from tasks.formats.latents import LatentsIndex
     from tasks.params import TrainParams
     from tasks.training.run import Run
+
+
+def require_maps(index: LatentsIndex, params: TrainParams) -> None:
+    """Raise `StageError` if a ControlNet is to be trained and the data set has no control maps."""
+    if params.control_dropout is not None and index.control is None:
+        raise StageError("data/latents holds no control maps; set encode.control, and run 'dvc repro encode'")
 
 
 def begin(run: Run) -> None:

@@ -285,7 +285,7 @@ def _batches(
             seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
-            control_dropout=params.control_dropout or 0.0,
+            control_dropout=params.control_dropout,
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -306,7 +306,8 @@ def _batches(
     for bucket in latents.buckets_of(data, "test"):
         store = open_store(data, "test", where, device, bucket)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
-        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket)
+        given = None if params.control_dropout is None else 0.0
+        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)
         held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 

@@ -90,7 +90,9 @@ def test_a_batch_has_maps_mirrored_with_their_images_and_dropped_at_random(tree)
         config = DrawConfig(batch_size=32, timesteps=uniform(20), seed=0, **options)
         return Batches(store, conditioning, config, device).draw(0).control
 
-    plain, mirrored, dropped = drawn(), drawn(horizontal_flip=True), drawn(control_dropout=0.5)
+    plain, mirrored = drawn(control_dropout=0.0), drawn(control_dropout=0.0, horizontal_flip=True)
+    dropped = drawn(control_dropout=0.5)
+    assert drawn() is None
     assert plain.shape == (32, 3, 16, 16) and set(plain.unique().tolist()) == {0.0, 1.0}
     flipped = [torch.equal(one, other.flip(2)) for one, other in zip(mirrored, plain, strict=True)]
     kept = [torch.equal(one, other) for one, other in zip(mirrored, plain, strict=True)]
