@@ -1,7 +1,7 @@
 """The dataset format: Parquet shards of encoded images with metadata, written by `ingest`, read by every later stage.
 
 data/images/shard-<hex>.parquet    rows whose key has a SHA-256 that begins with <hex>
-data/images/conditioning.parquet   control maps that the user gave for the images, by key, if there are any
+data/images/conditioning/          maps.parquet: control maps that the user gave for the images, by key
 data/images/index.json             see `tasks.pictures.index`
 """
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from models.hashing import file_sha256
 from tasks.pictures import decoding
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
@@ -37,7 +38,7 @@ PICTURE = "image.bytes"
 """Column of the encoded images: a struct of bytes and path, like the feature `Image` of Hugging Face `datasets`."""
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
-MAPS, MAP_ROWS = "conditioning.parquet", 64
+MAPS, MAP_ROWS = "conditioning/maps.parquet", 64
 MAP_SCHEMA = pa.schema(
     [
         pa.field(name, kind, nullable=False)
@@ -222,6 +223,7 @@ class MapWriter:
 
     def _flush(self) -> None:
         if self._file is None:
+            (self.folder / MAPS).parent.mkdir()
             self._file = pq.ParquetWriter(self.folder / MAPS, MAP_SCHEMA, compression="NONE")
         self._file.write_table(pa.Table.from_pylist(self._pending, MAP_SCHEMA))
         self._pending = []
@@ -237,7 +239,7 @@ class MapWriter:
         content = json.dumps([index.sha256, sorted(self._content.items())])
         return replace(
             index,
-            files=index.files | integrity.checksums(self.folder, MAPS),
+            files=index.files | {MAPS: file_sha256(self.folder / MAPS)},
             sha256=hashlib.sha256(content.encode("utf-8")).hexdigest(),
         )
 
