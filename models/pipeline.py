@@ -116,10 +116,10 @@ class Pipeline:
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
     """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
-    negative_prompt: str = ""
-    """The prompt whose embedding is the null condition of a text-conditional model."""
     control: ControlNetModel | None = None
     """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
+    negative_prompt: str = ""
+    """The prompt whose embedding is the null condition of a text-conditional model."""
 
     @property
     def path(self) -> paths.Path:
