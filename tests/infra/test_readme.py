@@ -31,7 +31,7 @@ IN_ORDER = [
     "dvc repro",
     'git commit -m "Results of this machine" dvc.lock',
     "dvc exp run -S train.learning_rate=0.001",
-    "dvc exp run --temp -S diffusion.schedule=linear",
+    "dvc exp run --temp -S train.optimizer=adamw",
     "dvc exp show --only-changed --drop '.*/'",
     "dvc params diff",
     "python -m tasks.preset --list",
@@ -59,7 +59,6 @@ NOT_HERE = {
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
     "python -m tasks.preset hub download.hub.repo=OWNER/NAME": DATA,
-    "python -m tasks.preset cifar10_tiny download.path=cifar10-jpeg.zip && make repro": DATA,
 }
 """Commands of which only the form is checked, with the reason."""
 
