@@ -236,6 +236,17 @@ def test_encoding_breaks_even_where_it_has_cost_what_it_saved():
     assert encoding.compared([online], [stored], [encoders], once)["break_even_epoch"] is None
 
 
+def test_the_measured_command_has_the_arguments_of_the_stage(tmp_path):
+    from infra.bench import startup
+    from infra.bench.inputs import Inputs
+    from tasks.runtime import stage
+    from tasks.train import train
+
+    *paths, option, _ = startup.arguments(tmp_path, Inputs(tmp_path, tmp_path, tmp_path))
+    assert option == "--params" and [Path(path).name for path in paths[3:]] == ["pipeline", "averages", "report"]
+    assert len(paths) == len(stage.paths_of(train))
+
+
 def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no CIFAR-10 without --cifar"):
         run(work, tmp_path, monkeypatch, "quality", "--data", "cifar")
@@ -250,7 +261,7 @@ def test_the_other_parts(work, prepared, tmp_path, monkeypatch):
     run(work, tmp_path, monkeypatch, "startup", "--repeats", "1", *short)
     only = ["--steps", "7", "--seeds", "2", "--only", "train.learning_rate=0.001"]
     found = run(work, tmp_path, monkeypatch, "levers", *only, *FEW, "--set", *TINY)
-    assert {row["sampler"] for row in found["sampling"]["rows"]} == {"ddpm", "ddim", "dpm_solver_pp_2m"}
+    assert {row["sampler"] for row in found["sampling"]["rows"]} == {"euler", "heun", "dpm_solver_pp_2m"}
     assert 0 < found["startup"]["help_seconds"] < found["startup"]["first_step_seconds"]
     assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001"]
     assert (tmp_path / "bench" / "sampling.png").exists() and (tmp_path / "bench" / "sampling.csv").exists()
