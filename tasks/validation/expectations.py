@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.validation.findings import Finding, Gate
+from tasks.validation.report.findings import Finding, Gate
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,7 +30,7 @@ from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
 from tasks.validate import validate
 from tasks.validation.expectations import Table, judge
-from tasks.validation.findings import Gate
+from tasks.validation.report.findings import Gate
 from tests.support.data_inputs import (
     ROOT,
     contents,
