@@ -151,6 +151,12 @@ def test_sampler_runs_without_this_project(tmp_path):
     assert done.stdout.strip() == "drawn", done.stderr
 
 
+def test_the_results_name_the_class_of_cpu_and_the_spread_between_machines():
+    results = README.partition("## Results")[2].partition("\n## ")[0]
+    assert re.search(r"Measured on two cores of an? .*AVX", results)
+    assert re.search(r"differ by a\s+tenth between machines", results)
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z]+)", README))))
 def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
