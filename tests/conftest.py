@@ -32,13 +32,17 @@ LONGEST = (
     "test_end_to_end",
     "test_resume",
     "test_prefect_server",
-    "test_bench",
     "test_train",
-    "test_sdxl",
     "test_text_to_image",
+    "test_bench",
+    "test_sdxl",
+    "test_register",
     "test_evaluate",
-    "test_flows",
+    "test_validate",
     "test_export",
+    "test_tracking",
+    "test_visualize",
+    "test_flows",
 )
 
 

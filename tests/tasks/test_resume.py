@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.support import tiny
 from tests.support.train_inputs import (
     ROOT,
     checkpoints,
@@ -143,7 +144,7 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
     for name in ("tasks", "models"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=tiny.UNFINISHED)
     shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
     shutil.copytree(undisturbed / "codec", folder / "outputs" / "codec")
     shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")

@@ -32,6 +32,7 @@ from tasks.validate import validate
 from tasks.validation import expectations
 from tasks.validation.expectations import Table, judge
 from tasks.validation.findings import Gate
+from tests.support import tiny
 from tests.support.data_inputs import (
     ROOT,
     call_stage,
@@ -412,7 +413,7 @@ def test_dvc_trains_nothing_on_refused_data(tmp_path):
     """A later stage asked for by name in a clone: DVC stops at the failed gate."""
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for name in ("tasks", "models", "flows"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=tiny.UNFINISHED)
     write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
     dvc = [sys.executable, "-m", "dvc"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
