@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Python searches for garbage after every 700 new objects, and finds none while packages are loaded: a tenth of the time.
+# By default Python searches for garbage after 700 new objects: a tenth of the time in which packages are loaded.
 gc.set_threshold(50_000)
 
 # `make test` passes its own flags on, which would change what a `make` inside a test prints.

@@ -13,10 +13,10 @@ from tasks.download import download
 from tasks.runtime.errors import StageError
 from tests.support.data_inputs import (
     ROOT,
+    call_stage,
     contents,
     folder_params,
     picture,
-    call_stage,
     serving,
     write_params,
     write_tree,

@@ -25,12 +25,12 @@ from tasks.sources import digits
 from tasks.sources.entry import Entry, Source
 from tests.support import bad_inputs
 from tests.support.data_inputs import (
+    call_stage,
     contents,
     folder_params,
     ingest_params,
     picture,
     run_and_measure,
-    call_stage,
     run_stage,
     write_params,
     write_tree,
