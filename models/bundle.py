@@ -14,133 +14,36 @@ import functools
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .json_files import Description, JsonObject
-from .noise.paths import DiffusionPath, RectifiedFlow
+from .bundle_info import BundleInfo, BundleText
+from .masks import FEATHER, at_resolution, composite, default_strength, for_images, require_images
+from .noise.editing import Start
 from .noise.samplers import (
     DEFAULT_SAMPLING,
     GUIDANCES,
     SAMPLERS,
     Predict,
     Sampling,
-    SchedulerConfig,
     SeededNoise,
     denoiser,
     sample,
 )
-from .pixels import to_uint8
+from .pixels import from_uint8, to_uint8
 
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-    from models.pipeline import PipelineInfo
-
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]  # ONNX Runtime's options have values of several types
+WHITE = 127
+"""Largest grey value that a mask keeps."""
 Condition: TypeAlias = "np.ndarray | None"
-
-
-@dataclass(frozen=True)
-class BundleText:
-    """How prompts are tokenised and packed."""
-
-    length: int
-    """L: tokens per prompt, padded or truncated."""
-    pads: dict[str, int]
-    """Suffix of each tokenizer's file name ("" or "_2") -> id of its padding token."""
-    pooled: int | None = None
-    """P: width of the pooled embedding (SDXL conditioning); None without it."""
-    sizes: Sequence[int] = ()
-    """Original size, crop and target size, which follow the pooled embedding."""
-
-
-@dataclass(frozen=True)
-class BundleInfo(Description):
-    """`bundle.json`: what sampling needs besides the graphs."""
-
-    FORMAT = 4  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
-    REMEDY = "export the model again"
-
-    conditioning: str
-    """"none", "label" or "text"."""
-    classes: list[str]
-    prompts: list[str] | None
-    """The caption of each class, for a text-conditional model."""
-    channels: int
-    size: int
-    """Height and width of an image, pixels."""
-    latent: Sequence[int] | None
-    """(channels, side) of the latents; None for a model of pixels."""
-    prediction: str
-    null_label: int | None
-    """Class index of the null condition; None unless the model is class-conditional."""
-    train_key: str
-    alpha_bar: list[float] | None
-    """The diffusion path, [T]; None for a rectified flow."""
-    flow: dict[str, float] | None
-    """`timesteps` and `shift` of a rectified flow; None for a diffusion path."""
-    sampling: dict[str, str | int]
-    """`variance`, `spacing` and `steps_offset` of the trained scheduler."""
-    text: BundleText | None = None
-
-    @classmethod
-    def from_json(cls, values: JsonObject) -> BundleInfo:
-        """Build the description, with the text section if there is one."""
-        text = values.get("text")
-        return cls(**{**values, "text": BundleText(**text) if text else None})
-
-    def to_json(self) -> JsonObject:
-        """Return the content of the file; without a text encoder it has no text section."""
-        values = super().to_json()
-        return values if self.text else {key: value for key, value in values.items() if key != "text"}
-
-    @classmethod
-    def of(cls, info: PipelineInfo, scheduler: SchedulerConfig, text: BundleText | None) -> BundleInfo:
-        """Describe the bundle of a trained pipeline."""
-        path = scheduler.path
-        return cls(
-            conditioning=info.conditioning,
-            classes=info.classes,
-            prompts=info.prompts,
-            channels=info.channels,
-            size=info.size,
-            latent=info.latent,
-            prediction=info.prediction,
-            null_label=info.null_label,
-            train_key=info.train_key,
-            alpha_bar=[float(level) for level in path.alpha_bar] if isinstance(path, DiffusionPath) else None,
-            flow={"timesteps": path.timesteps, "shift": path.shift} if isinstance(path, RectifiedFlow) else None,
-            sampling={
-                "variance": scheduler.variance_type,
-                "spacing": scheduler.timestep_spacing,
-                "steps_offset": scheduler.steps_offset,
-            },
-            text=text,
-        )
-
-    @property
-    def scheduler(self) -> SchedulerConfig:
-        """What the trained model prescribes for sampling."""
-        path = (
-            RectifiedFlow(int(self.flow["timesteps"]), self.flow["shift"])
-            if self.flow
-            else DiffusionPath(self.alpha_bar or ())
-        )
-        return SchedulerConfig(
-            path,
-            self.prediction,
-            clip_sample=self.latent is None and self.flow is None,
-            variance_type=str(self.sampling["variance"]),
-            timestep_spacing=str(self.sampling["spacing"]),
-            steps_offset=int(self.sampling["steps_offset"]),
-        )
 
 
 class Bundle:
@@ -166,6 +69,7 @@ class Bundle:
 
         self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
         self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
+        self.encoder = optional("encoder")
         guide = optional("guide")
         self.guide: Predict | None = functools.partial(self._evaluate, guide) if guide else None
         """`predict` with the weights of the guide; None if the model has none."""
@@ -208,11 +112,54 @@ class Bundle:
             ValueError: for labels or prompts that do not match the model, guidance that the model does not have, or a
                 number of steps that it does not support.
         """
+        return self._draw(seeds, labels, sampling, prompts, None)
+
+    def edit(
+        self,
+        seeds: Sequence[int],
+        images: np.ndarray,
+        strength: float,
+        mask: np.ndarray | None = None,
+        labels: Sequence[int] | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
+        prompts: Sequence[str] | None = None,
+        resampling: int = 1,
+        jump: int = 1,
+        feather: int = FEATHER,
+    ) -> np.ndarray:
+        """Draw images from given ones, float32 [N, C, S, S]: image-to-image, or with a mask inpainting.
+
+        The arguments are those of `models/editing.py`: `images` uint8 [N, C, S, S], `strength` in (0, 1], `mask` bool
+        [N, S, S] or [S, S], true where the image is painted anew.
+
+        Raises:
+            ValueError: as `sample`, and for images or a mask that do not fit the model or each other, or a strength
+                outside (0, 1] or without any step.
+        """
+        require_images(images, (len(seeds), self.info.channels, self.info.size, self.info.size))
+        chosen = None if mask is None else for_images(mask, images)
+        if chosen is not None and not chosen.any():
+            return from_uint8(images)
+        given = from_uint8(images)
+        x0 = np.asarray(self.encoder.run(["output"], {"image": given})[0]) if self.encoder else given
+        at_input = None if chosen is None else at_resolution(chosen, *x0.shape[2:])
+        drawn = self._draw(seeds, labels, sampling, prompts, Start(x0, strength, at_input, resampling, jump))
+        return drawn if chosen is None else composite(images, drawn, chosen, feather)
+
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        sampling: Sampling,
+        prompts: Sequence[str] | None,
+        start: Start | None,
+    ) -> np.ndarray:
         info = self.info
         condition, null = self._condition(labels, prompts, len(seeds))
         denoise = denoiser(self.predict, info.scheduler, sampling, condition, null, self.guide)
         channels, size = info.latent or (info.channels, info.size)
-        drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling)
+        drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling, start=start)
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
@@ -349,6 +296,31 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def read_image(file: Path | IO[bytes], channels: int) -> np.ndarray:
+    """Read an image file as uint8 [channels, H, W], grey or RGB. Needs Pillow.
+
+    Raises:
+        ValueError: if it is not an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("the file is not an image that Pillow reads; give a PNG or JPEG file") from None
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def read_mask(file: Path | IO[bytes]) -> np.ndarray:
+    """Read a mask, bool [H, W]: the light half of the grey values is painted anew. Needs Pillow.
+
+    Raises:
+        ValueError: if it is not an image.
+    """
+    return np.asarray(read_image(file, 1)[0] > WHITE)
+
+
 def main() -> None:
     """Draw one image from the bundle that contains this package."""
     defaults = DEFAULT_SAMPLING
@@ -366,6 +338,9 @@ def main() -> None:
     parser.add_argument(
         "--guidance-kind", choices=GUIDANCES, default=defaults.guidance, help="'auto' needs a model with a guide"
     )
+    parser.add_argument("--image", type=Path, help="image to begin with, of the size of the model's images")
+    parser.add_argument("--strength", type=float, help="how much of --image is changed, above 0 to 1; default 0.8")
+    parser.add_argument("--mask", type=Path, help="white is painted anew, at strength 1 by default; needs --image")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     chosen = parser.parse_args()
     out: Path = chosen.out
@@ -376,10 +351,17 @@ def main() -> None:
     try:
         interval, kind = chosen.guidance_interval, chosen.guidance_kind
         sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, interval, kind)
-        images = bundle.sample(
-            [chosen.seed], sampling=sampling, **bundle.condition_arguments(chosen.label, chosen.prompt)
-        )
-    except ValueError as error:
+        condition = bundle.condition_arguments(chosen.label, chosen.prompt)
+        if chosen.image is None:
+            if chosen.mask or chosen.strength is not None:
+                parser.error("--strength and --mask change an image; give --image")
+            images = bundle.sample([chosen.seed], sampling=sampling, **condition)
+        else:
+            given = read_image(chosen.image, bundle.info.channels)[None]
+            mask = read_mask(chosen.mask) if chosen.mask else None
+            strength = chosen.strength if chosen.strength is not None else default_strength(mask)
+            images = bundle.edit([chosen.seed], given, strength, mask, sampling=sampling, **condition)
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     try:
         out.write_bytes(png_bytes(images[0]))

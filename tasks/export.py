@@ -81,7 +81,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
     from models import onnx_graph
-    from models.bundle import BundleInfo, BundleText
+    from models.bundle_info import BundleInfo, BundleText
 
     try:
         onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
@@ -92,6 +92,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     text = None
     if trained.autoencoder is not None:
         onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
+        onnx_graph.write(onnx_graph.encoder_to_onnx(trained, params.opset), folder / "encoder.onnx")
     if trained.text is not None:
         from models.networks.text_encoder import SUFFIXES
 

@@ -25,6 +25,7 @@ from tasks.params.data import (
     ValidateParams,
 )
 from tasks.params.distil import DistilParams
+from tasks.params.editing import EditParams
 from tasks.params.model import (
     AutoencoderParams,
     CodecParams,
@@ -51,10 +52,10 @@ from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
     "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
-    "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
-    "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams",
-    "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
+    "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EditParams", "EncodeParams", "EvaluateParams",
+    "ExportParams", "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams",
+    "LaionParams", "ModelParams", "Params", "ParamsError", "RegisterParams", "S3Params", "ScoringClipParams", "Section",
+    "TextParams", "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution", "evaluate.n_ddpm": "evaluate.n_slowest"}

@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import Field, model_validator
 
 from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
+from tasks.params.editing import EditParams
 from tasks.params.model import CodecParams, Conditioning, DiffusionParams, EncodeParams, ModelParams, TrainParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,
@@ -60,6 +61,7 @@ class Params(Section):
     train: TrainParams
     judge: JudgeParams
     evaluate: EvaluateParams
+    edit: EditParams
     visualize: VisualizeParams
     export: ExportParams
     register_: RegisterParams = Field(alias="register")
@@ -207,6 +209,7 @@ class Params(Section):
         for section, sampler, steps in (
             ("evaluate", self.evaluate.sampler, self.evaluate.steps),
             ("visualize", self.visualize.sampler, self.visualize.steps),
+            ("edit", self.edit.sampler, self.edit.steps),
         ):
             if sampler not in known:
                 raise ValueError(
@@ -236,6 +239,7 @@ class Params(Section):
             self._check_classifier_free("evaluate.guidance_scale", (evaluate.guidance_scale,))
         if visualize.guidance == "classifier_free":
             self._check_classifier_free("visualize.guidance_scales", visualize.guidance_scales)
+        self._check_classifier_free("edit.guidance_scale", (self.edit.guidance_scale,))
         if self.codec.conditioning != "none" or not self.train.guide_step:  # else the sweep is one of autoguidance
             self._check_classifier_free("evaluate.guidance_sweep", evaluate.guidance_sweep)
 
@@ -244,9 +248,9 @@ class Params(Section):
             return
         if self.codec.conditioning == "none":
             raise ValueError(
-                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set "
-                "evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0], "
-                "or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
+                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set edit.guidance_scale "
+                "and evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to "
+                "[1.0], or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
             )
         if self.train.condition_dropout == 0:
             raise ValueError(

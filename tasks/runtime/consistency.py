@@ -76,6 +76,7 @@ INPUTS: dict[str, dict[str, Artefact]] = {
     "encode": {"codec": CODEC},
     "train": {"codec": CODEC, "data": LATENTS},
     "evaluate": {"pipeline": PIPELINE, "judge": JUDGE},
+    "edit": {"pipeline": PIPELINE, "judge": JUDGE},
     "visualize": {"pipeline": PIPELINE},
     "export": {"pipeline": PIPELINE},
     "package": {"pipeline": PIPELINE, "onnx": BUNDLE},

@@ -101,17 +101,19 @@ READERS = {
     "train.learning_rate": {"train"},
     "judge.seed": {"judge"},
     "evaluate.seed": {"evaluate"},
+    "edit.seed": {"edit"},
     "visualize.columns": {"visualize"},
     "export.seed": {"export"},
     "register.min_label_accuracy": {"register"},
 }
 AFTER = {
-    "train": {"train", "evaluate", "visualize", "export", "package", "register"},
-    "judge": {"judge", "evaluate", "visualize", "package", "register"},
+    "train": {"train", "evaluate", "edit", "visualize", "export", "package", "register"},
+    "judge": {"judge", "evaluate", "edit", "visualize", "package", "register"},
     "evaluate": {"evaluate", "visualize", "package", "register"},
+    "edit": {"edit", "visualize", "register"},
     "visualize": {"visualize", "register"},
     "export": {"export", "package", "register"},
-    "encode": {"encode", "train", "evaluate", "visualize", "export", "package", "register"},
+    "encode": {"encode", "train", "evaluate", "edit", "visualize", "export", "package", "register"},
     "register": {"register"},
 }
 

@@ -80,6 +80,11 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
     return root
 
 
+def given_images(count: int, side: int) -> np.ndarray:
+    """Return random images to begin with, uint8 [count, 3, side, side]."""
+    return np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+
+
 def run_export(root: Path, name: str = "pipeline", bundle: str = "onnx") -> None:
     """Export the pipeline `name` to the folder `bundle`."""
     export(

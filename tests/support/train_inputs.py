@@ -130,6 +130,7 @@ def write_params(
     if conditioning == "none":
         document["evaluate"]["guidance_scale"] = 1.0
         document["evaluate"]["guidance_sweep"] = []
+        document["edit"]["guidance_scale"] = 1.0
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout

@@ -98,7 +98,8 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 def test_the_bundle_carries_what_its_code_imports():
     """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
-    names = ("bundle", "json_files", "noise/paths", "noise/samplers", "pixels")
+    names = ("bundle", "bundle_info", "json_files", "masks", "noise/editing", "noise/paths", "noise/samplers")
+    names += ("noise/spacing", "pixels")
     assert files == [f"models/{name}.py" for name in names]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
 
@@ -118,8 +119,8 @@ RERUN = {
     "tasks/encoding/transform.py": "encode",
     "tasks/training/batches.py": "train",
     "models/ema.py": "train",
-    "models/networks/unet.py": "train evaluate visualize export register",
-    "models/judges/metrics.py": "judge evaluate register",
+    "models/networks/unet.py": "train evaluate edit visualize export register",
+    "models/judges/metrics.py": "judge evaluate edit register",
     "models/bundle.py": "export",
     "tasks/report/charts.py": "visualize",
     "tasks/formats/model_card.py": "package",

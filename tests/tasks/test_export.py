@@ -16,8 +16,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from models import onnx_graph, tensorrt_engine
+from models import masks, onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
+from models.editing import edit
 from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
@@ -143,6 +144,35 @@ def test_bundle_draws_pytorchs_images_with_autoguidance(tree, bundle):
     ours = bundle.sample(seeds, LABELS, auto)
     assert psnr(ours, load_pipeline(tree / "outputs" / "pipeline").sample(seeds, LABELS, auto)) > 50
     assert psnr(ours, bundle.sample(seeds, LABELS, Sampling("ddim", 7, guidance_scale=2.0))) < 30
+
+
+@pytest.mark.parametrize("mask", [None, masks.half(SIZE, SIZE)])
+def test_bundle_edits_as_pytorch_does(tree, bundle, mask):
+    given = np.random.default_rng(0).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+    draw = {"labels": LABELS, "sampling": Sampling("ddpm", 8, guidance_scale=2.0)}
+    draw |= {} if mask is None else {"resampling": 2, "jump": 2}
+    ours = bundle.edit(range(5), given, 0.7, mask, **draw)
+    theirs = edit(load_pipeline(tree / "outputs" / "pipeline"), range(5), given, 0.7, mask, **draw)
+    assert psnr(ours, theirs) > 50
+    assert psnr(ours, bundle.sample(range(5), LABELS, draw["sampling"])) < 30
+    if mask is not None:
+        assert np.array_equal(to_uint8(ours)[..., ~mask], given[..., ~mask])
+        with pytest.raises(ValueError, match="give a mask of the same size"):
+            bundle.edit(range(5), given, 0.7, mask[1:], **draw)
+
+
+def test_the_bundles_command_repaints_what_is_white_in_a_mask(tree, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray((masks.half(SIZE, SIZE) * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    shared = ("--label", "1", "--out", str(tmp_path / "out.png"), "--mask", str(tmp_path / "mask.png"))
+    run = bare_run(tree / "outputs" / "onnx", *shared, "--image", str(tmp_path / "given.png"))
+    assert (run.returncode, run.stderr) == (0, "")
+    out = np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.array_equal(out[:, : SIZE // 2], given[:, : SIZE // 2])
+    assert not np.array_equal(out[:, SIZE // 2 :], given[:, SIZE // 2 :])
+    run = bare_run(tree / "outputs" / "onnx", *shared)
+    assert run.returncode == 2 and "give --image" in run.stderr
 
 
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):

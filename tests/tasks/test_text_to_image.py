@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from models import masks
+from models.editing import edit
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
@@ -58,6 +60,11 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
     draw = {"sampling": Sampling("dpm_solver_pp_2m", 4, guidance_scale=2.0), "prompts": prompts}
     ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
     assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
+    given, mask = text_inputs.given_images(2, 16), masks.half(16, 16)
+    for chosen in (None, mask):  # with the encoder of the bundle
+        edited = edit(load_pipeline(tree / "pipeline"), [1, 2], given, 0.5, chosen, **draw)
+        assert np.abs(bundle.edit([1, 2], given, 0.5, chosen, **draw) - edited).max() < 1e-3
+    assert np.array_equal(to_uint8(edited)[..., ~mask], given[..., ~mask])
     assert bundle.condition_arguments(None, "anything at all") == {"prompts": ["anything at all"]}
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
 
