@@ -34,6 +34,7 @@ IN_ORDER = [
     "dvc exp run --temp -S train.optimizer=adamw",
     "dvc exp show --only-changed --drop '.*/'",
     "dvc params diff",
+    'make draw ARGS="--label 3 --count 4 --out threes.png"',
     "python -m tasks.preset --list",
     "python -m tasks.preset digits conditioning=text",
 ]
