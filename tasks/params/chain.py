@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from pydantic import Field, model_validator
 
-from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
+from tasks.params import control
+from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
 from tasks.params.editing import EditParams
-from tasks.params.model import CodecParams, Conditioning, DiffusionParams, EncodeParams, ModelParams, TrainParams
+from tasks.params.model import CodecParams, Conditioning, DiffusionParams, ModelParams, TrainParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,
     EvaluateParams,
@@ -76,6 +77,7 @@ class Params(Section):
     def _check(self) -> Params:
         self._check_resolution()
         self._check_flips()
+        control.check(self)
         self._check_adapter()
         self._check_distil()
         self._check_published()
@@ -163,8 +165,8 @@ class Params(Section):
                 "train.optimizer 'muon' is for hidden matrices, and with model.lora_rank only the adapter is trained; "
                 "set train.optimizer to 'adamw'"
             )
-        if self.train.full_steps and not self.model.lora_rank:
-            raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
+        if self.train.full_steps and not (self.model.lora_rank or self.model.control_widths):
+            raise ValueError("train.full_steps is only read with model.lora_rank or model.control_widths; set it to 0")
 
     def _check_distil(self) -> None:
         """Consistency tuning needs x0 = x at zero noise, all weights, and its own weighting of the loss."""

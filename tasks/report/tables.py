@@ -7,7 +7,7 @@ import json
 from dataclasses import astuple
 from pathlib import Path
 
-from tasks.report import charts
+from tasks.report import charts, control
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
@@ -355,6 +355,7 @@ def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
         **guided,
         "grid_slowest": f"{_slowest(evaluation)}, without guidance",
         "grid_nearest": "The samples that are nearest to a training image by features, above that image",
+        "grid_control": control.CAPTION,
     }
     return [
         Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")

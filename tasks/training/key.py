@@ -177,7 +177,8 @@ def _extends(key: str, params: TrainParams) -> bool:
     pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
     if key == "train.pipeline_ema":
-        return not params.guide_step and not (params.distil and params.distil.after)
+        used_before = params.distil.after if params.distil else params.control_dropout is not None and params.full_steps
+        return not params.guide_step and not used_before
     return key == "train.steps" and params.lr_schedule == "constant"
 
 

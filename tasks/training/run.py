@@ -31,7 +31,7 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, control, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
@@ -87,6 +87,8 @@ class Run:
     history: list[HistoryRow] = field(default_factory=list)
     companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
+    initial: InitialWeights | None = None
+    """The weights that the training started from."""
 
 
 def check_fits(params: TrainParams) -> None:
@@ -202,6 +204,8 @@ def assemble(
         warm_start.load(network, initial)
     if params.full_steps:
         network.requires_grad_(True)  # the base trains first, then the adapter; `fit` switches between them
+    else:
+        control.narrow_base(network, params, accelerator.device)
     memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
     # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -227,6 +231,7 @@ def assemble(
         params=params,
         folder=training_key.folder_of(workspace.scratch(), facts),
         tally=Tally(diffusion.timesteps, accelerator.device),
+        initial=initial,
     )
 
 
@@ -260,7 +265,7 @@ class Objective:
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         params = self.params
         alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
-        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, batch.condition)
+        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, *batch.conditions)
         error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
         return self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma) * error
 
@@ -289,6 +294,7 @@ def _batches(
             seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
+            control_dropout=params.control_dropout,
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -309,7 +315,8 @@ def _batches(
     for bucket in latents.buckets_of(data, "test"):
         store = open_store(data, "test", where, device, bucket)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
-        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket)
+        given = None if params.control_dropout is None else 0.0
+        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)
         held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 

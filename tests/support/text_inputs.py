@@ -20,6 +20,7 @@ from tasks.ingest import ingest
 from tasks.params import (
     NO_PATH,
     CodecParams,
+    ControlParams,
     DiffusionParams,
     EncodeParams,
     ExportParams,
@@ -56,8 +57,17 @@ def train_params(**others) -> TrainParams:
     return TrainParams.model_validate({**compose("digits", [])["train"], **defaults, **others})
 
 
-def through(root: Path, database: Path, params: CodecParams, size: tuple[int, int] = (16, 16)) -> Path:
-    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`."""
+def through(
+    root: Path,
+    database: Path,
+    params: CodecParams,
+    size: tuple[int, int] = (16, 16),
+    control: ControlParams | None = None,
+) -> Path:
+    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`.
+
+    With `control` maps are encoded, and the stages end before the training.
+    """
     files = {f"{seed:02d}.png": picture(seed, size) for seed in range(48)}
     with pytest.MonkeyPatch.context() as patch:
         shutil.copy(database, root / "mlflow.db")
@@ -74,10 +84,11 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
             root / "accepted.json",
             root / "codec",
             root / "latents",
-            EncodeParams(shard_size=20, horizontal_flip=True),
+            EncodeParams(shard_size=20, horizontal_flip=True, control=control),
         )
-        run_train(root, "pipeline")
-        run_export(root)
+        if control is None:
+            run_train(root, "pipeline")
+            run_export(root)
     return root
 
 

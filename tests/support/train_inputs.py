@@ -38,7 +38,12 @@ def uniform(timesteps: int):
 
 
 def write_inputs(
-    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, buckets: tuple = ((8, 8),)
+    folder: Path,
+    conditioning: str = "label",
+    count: int = 96,
+    shard_size: int = 1000,
+    buckets: tuple = ((8, 8),),
+    control: bool = False,
 ) -> None:
     """Write latents, codec and verdict of a tiny data set as `validate`, `codec` and `encode` do.
 
@@ -48,9 +53,11 @@ def write_inputs(
         count: training images per bucket.
         shard_size: images per shard.
         buckets: height and width of each bucket.
+        control: whether the images are random blocks of 2 x 2 pixels, and have a colour map of them.
     """
     import torch
 
+    from models.networks.control_maps import ControlSpec
     from tasks.formats import latents
     from tasks.formats.codec_info import CodecInfo, TextInfo
     from tasks.formats.latents import BucketShard, Split
@@ -83,6 +90,9 @@ def write_inputs(
             np.uint8
         )
         columns = {"pixels": pixels}
+        if control:
+            cells = rng.integers(0, 2, (n, 1, 4, 4), np.uint8) * 255
+            columns |= {"pixels": cells.repeat(2, axis=2).repeat(2, axis=3), "control": cells.repeat(3, axis=1)}
         if conditioning == "label":
             columns["labels"] = labels
         if text:
@@ -108,7 +118,8 @@ def write_inputs(
         prompts = latents.write_prompts(
             folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
         )
-    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts)
+    spec = ControlSpec("colour", colour_cells=4) if control else None
+    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts, spec)
     codec.write(folder / "codec" / "codec.json")
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
 
@@ -121,7 +132,12 @@ def _committed_params() -> dict:
 
 
 def write_params(
-    folder: Path, conditioning: str = "label", dropout: float = 0.0, architecture: str = "unet", **train
+    folder: Path,
+    conditioning: str = "label",
+    dropout: float = 0.0,
+    architecture: str = "unet",
+    control: bool = False,
+    **train,
 ) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
     document = copy.deepcopy(_committed_params())
@@ -134,6 +150,9 @@ def write_params(
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
+    if control:
+        document["encode"]["control"] = {"kind": "colour", "colour_cells": 4}
+        document["model"]["control_widths"] = [8]
     document["model"] |= {"architecture": architecture, "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}}
     document["diffusion"] |= {"schedule": "cosine", "prediction": "v_prediction", "timestep_density": "uniform"}
     document["diffusion"] |= {"timesteps": 50, "loss_weighting": "plain"}

@@ -25,10 +25,11 @@ OF_THE_README = {
     "imagenet_dit_b2", "folder", "hub",
 }  # fmt: skip
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
+CONTROLLED = {"digits_control_tiny", "flickr_control_tiny", "sd15_control"}
 FLOWS = {"celebahq_ldm_flow"}
 TINY = {f"{name}_tiny" for name in PICTURES}
 REQUIRED_OVERRIDES = {"hub": ["download.hub.repo=owner/name"]} | {
-    name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY}
+    name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", "flickr_control_tiny", "sd15_control", *TINY}
 }
 
 
@@ -43,7 +44,7 @@ def composed(name: str) -> dict[str, Any]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert set(composition.names()) == OF_THE_README | PICTURES | TINY | FLOWS
+    assert set(composition.names()) == OF_THE_README | PICTURES | TINY | FLOWS | CONTROLLED
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
