@@ -112,6 +112,8 @@ class EncodeParams(Section):
     """The sides of buckets are multiples of this number of pixels."""
     workers: PositiveInt = 2
     """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    leave_out: tuple[str, ...] = Field(default=(), strict=False)
+    """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
 
 
 class DitParams(Section):
@@ -344,6 +346,9 @@ class TrainParams(Section):
     guide_step: Annotated[int, Field(ge=0)] = 0
     """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
     0 saves none."""
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Lambda, the weight of the class images in the loss of DreamBooth (Ruiz et al. 2023, eq. 2); 0 trains without
+    them. Read with prior.instance_prompt."""
     distil: DistilParams | None = None
     """Consistency tuning, after which few sampling steps suffice; null trains without it."""
     seed: Seed = 0

@@ -50,15 +50,15 @@ class Batch:
     """int64 [B], or float32 [B] on a rectified flow: timesteps"""
     condition: Tensor | None
     """int64 [B] labels, or float32 [B, L, D] token embeddings"""
+    weight: Tensor | None = None
+    """float32 [B]: factor of each sample's loss; None is 1"""
 
     def split(self, size: int) -> list[Batch]:
         """Split into batches of at most `size` samples."""
-        count = len(self.t)
-        conditions = self.condition.split(size) if self.condition is not None else [None] * -(-count // size)
-        return [
-            Batch(*parts)
-            for parts in zip(self.x0.split(size), self.eps.split(size), self.t.split(size), conditions, strict=True)
-        ]
+        absent = [None] * -(-len(self.t) // size)
+        columns = (self.x0, self.eps, self.t, self.condition, self.weight)
+        parts = [absent if column is None else column.split(size) for column in columns]
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
 
 class Store(Protocol):

@@ -37,6 +37,7 @@ from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
+from tasks.training.prior_mix import PriorMix, open_mix
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -69,7 +70,7 @@ class Run:
     backward: Backward
     optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
-    batches: Batches | Bucketed
+    batches: Batches | Bucketed | PriorMix
     held_out: list[Batch]
     timesteps: Timesteps
     """Those of the training batches, with their path."""
@@ -161,9 +162,10 @@ def prepare(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
+    prior: Path | None = None,
 ) -> Run:
     """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
-    run = assemble(data, index, facts, config, diffusion, params, initial)
+    run = assemble(data, index, facts, config, diffusion, params, initial, prior)
     if run.accelerator.is_main_process:
         _print_summary(run, index)
     _resume(run, facts)
@@ -178,10 +180,12 @@ def assemble(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
+    prior: Path | None = None,
 ) -> Run:
     """Build network, optimizer, averages and batches of a run before its first step.
 
-    The network starts from the `initial` weights, or from random weights.
+    The network starts from the `initial` weights, or from random weights. With the folder `prior` it is trained on the
+    subject and class images there.
     """
     accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
@@ -197,7 +201,7 @@ def assemble(
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
-    batches, held_out = _batches(data, index, accelerator, timesteps, params)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params, prior)
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     return Run(
@@ -253,7 +257,8 @@ class Objective:
         alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
         output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, batch.condition)
         error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
-        return self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma) * error
+        weights = self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma)
+        return weights * error if batch.weight is None else batch.weight * weights * error
 
 
 def timesteps_of(params: DiffusionParams, device: torch.device) -> Timesteps:
@@ -264,8 +269,13 @@ def timesteps_of(params: DiffusionParams, device: torch.device) -> Timesteps:
 
 
 def _batches(
-    data: Path, index: LatentsIndex, accelerator: Accelerator, timesteps: Timesteps, params: TrainParams
-) -> tuple[Batches | Bucketed, list[Batch]]:
+    data: Path,
+    index: LatentsIndex,
+    accelerator: Accelerator,
+    timesteps: Timesteps,
+    params: TrainParams,
+    prior: Path | None,
+) -> tuple[Batches | Bucketed | PriorMix, list[Batch]]:
     """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
 
     Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
@@ -273,8 +283,8 @@ def _batches(
     device, where = accelerator.device, params.data_on_device
     conditioning = open_conditioning(data, where, device)
 
-    def training(bucket: int, seed: int) -> Batches:
-        config = DrawConfig(
+    def configured(seed: int) -> DrawConfig:
+        return DrawConfig(
             batch_size=params.batch_size // accelerator.num_processes,
             timesteps=timesteps,
             seed=seed,
@@ -286,11 +296,15 @@ def _batches(
             tuned_from=params.distil.after if params.distil else None,
             tuning=tuning.timesteps_of(timesteps, params.distil) if params.distil else None,
         )
-        return Batches(open_store(data, "train", where, device, bucket), conditioning, config, device)
 
-    train: Batches | Bucketed
+    def training(bucket: int, seed: int) -> Batches:
+        return Batches(open_store(data, "train", where, device, bucket), conditioning, configured(seed), device)
+
+    train: Batches | Bucketed | PriorMix
     filled = latents.buckets_of(data, "train")
-    if filled == [SQUARE]:
+    if prior is not None:
+        train = open_mix(prior, configured(params.seed), params.prior_weight, where, device)
+    elif filled == [SQUARE]:
         train = training(SQUARE, params.seed)
     else:
         several = [training(bucket, seed_for(params.seed, "bucket", bucket)) for bucket in filled]

@@ -14,6 +14,8 @@ from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode
 from tasks.export import export
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
 from tasks.ingest import ingest
 from tasks.params import (
@@ -75,6 +77,7 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
             root / "latents",
             EncodeParams(shard_size=20, horizontal_flip=True),
         )
+        Prior().write(root / "prior" / PRIOR)
         run_train(root, "pipeline")
         run_export(root)
     return root
@@ -99,12 +102,13 @@ def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(root)
 
 
-def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
+def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "prior", **others) -> None:
     with small_grids():
         train(
             root / "latents",
             root / "codec",
             root / "accepted.json",
+            root / prior,
             root / name,
             root / f"averages-{name}",
             root / f"report-{name}",
