@@ -47,7 +47,7 @@ def unsuited(count: int) -> str:
     """Return what to expect of `count` pictures of a subject; empty if the number is usual."""
     if count < FEW:
         shown = "1 picture" if count == 1 else f"{count} pictures"
-        return f"{shown} of the subject show too little of it apart from the background; add some, up to 4 to 8"
+        return f"{shown} of the subject show too little of it beside the background; add some, 4 to 8 in all"
     if count > MANY:
         return (
             f"{count:,} pictures are a data set rather than a subject, and are trained as one subject all the same; "

@@ -197,3 +197,35 @@ def test_similarity_leakage_and_diversity_are_what_they_say():
     assert scorer.diversity(np.concatenate([red[:1], green[:1]])) == pytest.approx(1)
     assert scorer.fidelity(red, ["x"] * 3) is None
     assert without_token("a sks dog in snow", "sks") == "a dog in snow"
+
+
+def test_adapters_are_drawn_at_each_pair_of_weights(root, tmp_path):
+    from models.noise.samplers import Sampling
+    from models.pipeline import load_pipeline
+    from models.pixels import to_uint8
+    from tasks.lora_sweep import load, sweep
+
+    lora = text_inputs.MODEL.model_copy(update={"lora_rank": 2})
+    for seed in (0, 1):
+        text_inputs.run_train(root, f"adapted-{seed}", lora, init_from="base", prior="prior", seed=seed)
+    places = [root / f"adapted-{seed}" for seed in (0, 1)]
+    asked, sampling = "a photo of sks thing", Sampling(steps=3, guidance_scale=2.0)
+    images = sweep(*load(root / "base", places), [0.0, 1.0], asked, [3, 4], sampling)
+
+    def drawn(folder):
+        return to_uint8(load_pipeline(folder).sample([3], None, sampling, prompts=[asked]))[0].astype(int)
+
+    assert images.shape == (2, 2, 3, 16, 16)
+    for (row, column), folder in {(0, 0): root / "base", (1, 0): places[0], (0, 1): places[1]}.items():
+        assert np.abs(drawn(folder) - images[row, column]).max() <= 1, folder
+    assert np.abs(images[1, 1].astype(int) - images[1, 0]).max() > 1
+    assert sweep(*load(root / "base", places[:1]), [0.5], asked, [3, 4], sampling).shape == (1, 2, 3, 16, 16)
+
+    wide = text_inputs.MODEL.model_copy(update={"block_out_channels": (8, 24)})
+    text_inputs.run_train(root, "wide", wide, prior="nothing")
+    with pytest.raises(StageError, match="made for another base"):
+        load(root / "wide", places)
+    with pytest.raises(StageError, match="and not 3; name fewer"):
+        load(root / "base", [*places, places[0]])
+    with pytest.raises(StageError, match=r"base holds no pytorch_lora_weights\.safetensors"):
+        load(root / "base", [root / "base"])
