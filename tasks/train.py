@@ -59,6 +59,7 @@ def train(
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
+    from tasks.training.prior_mix import Subject
     from tasks.training.stopping import deferred_signals
 
     index, subject = latents.read_index(data), Prior.load(prior)
@@ -77,7 +78,7 @@ def train(
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # one training at a time
             tracking.prepare()
         stack.enter_context(explain_out_of_memory(params))
-        mixed = prior if subject else None
+        mixed = Subject(prior, codec if params.text_encoder else None) if subject else None
         run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed)
         if main and index.autoencoder:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))

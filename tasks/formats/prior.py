@@ -3,6 +3,7 @@
     prior.json             prompts and counts (`Prior`)
     pictures.safetensors   uint8 [n, C, S, S] each: `subject`, `class`, and `before`, which the base drew by the
                            subject's prompt
+    tokens.safetensors     `ids` int64 [3, L] of the subject's prompt, the class prompt and "", for one text encoder
     class.png              the first class images
     latents/               the inputs of the training in the format of data/latents, with the splits `subject` and
                            `class`
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FILE, PICTURES, LATENTS, GRID = "prior.json", "pictures.safetensors", "latents", "class.png"
+TOKENS = "tokens.safetensors"
 SUBJECT, CLASS, BEFORE = "subject", "class", "before"
 
 

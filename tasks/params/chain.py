@@ -212,6 +212,8 @@ class Params(Section):
         """DreamBooth trains a text-conditional network from base weights, half of each batch on class images."""
         prior, train = self.prior, self.train
         if prior.instance_prompt is None:
+            if train.text_encoder:
+                raise ValueError("train.text_encoder is only read with prior.instance_prompt; set it to false")
             return
         if self.codec.conditioning != "text":
             raise ValueError("prior.instance_prompt is a prompt; set codec.conditioning to 'text', or it to null")
@@ -223,6 +225,13 @@ class Params(Section):
         for key, value in {"encode.buckets": self.encode.buckets, "train.distil": train.distil}.items():
             if value:
                 raise ValueError(f"{key} does not work with prior.instance_prompt; reset one of them")
+        if train.text_encoder and self.codec.text.second_width is not None:
+            raise ValueError(
+                "train.text_encoder trains a single text encoder, and codec.text.second_width adds another; set "
+                "train.text_encoder to false"
+            )
+        if train.text_encoder and train.optimizer == "muon":
+            raise ValueError("train.text_encoder is trained by AdamW; set train.optimizer to 'adamw'")
         if prior.images and train.prior_weight and train.batch_size // train.gradient_accumulation % 2:
             raise ValueError(
                 "half of each batch are class images (prior.images), so train.batch_size / train.gradient_accumulation "

@@ -349,6 +349,8 @@ class TrainParams(Section):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     """Lambda, the weight of the class images in the loss of DreamBooth (Ruiz et al. 2023, eq. 2); 0 trains without
     them. Read with prior.instance_prompt."""
+    text_encoder: bool = False
+    """Train the text encoder as well, with prior.instance_prompt (DreamBooth)."""
     distil: DistilParams | None = None
     """Consistency tuning, after which few sampling steps suffice; null trains without it."""
     seed: Seed = 0

@@ -11,12 +11,12 @@ from safetensors.numpy import save_file
 
 from models.device import best_device
 from models.networks.autoencoder import load_autoencoder
-from models.networks.text_encoder import load_text_encoder
+from models.networks.text_encoder import TextEncoder, load_text_encoder
 from models.pictures import grid, save_png, shrunk
 from tasks.encoding.transform import encode_pixels
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, BucketShard, Split
-from tasks.formats.prior import BEFORE, CLASS, FILE, GRID, LATENTS, PICTURES, SUBJECT, Prior
+from tasks.formats.prior import BEFORE, CLASS, FILE, GRID, LATENTS, PICTURES, SUBJECT, TOKENS, Prior
 from tasks.runtime import integrity
 
 if TYPE_CHECKING:
@@ -42,9 +42,16 @@ def write(
     save_file({name: np.ascontiguousarray(pixels) for name, pixels in pictures.items()}, folder / PICTURES)
     shown = shrunk((classes if len(classes) else before)[:SHOWN], SIDE)
     save_png(grid(shown, COLUMNS, max(1, SIDE // 2 // shown.shape[-1])), folder / GRID)
+    texts, encoder = (
+        [params.instance_prompt or "", params.class_prompt or "", ""],
+        load_text_encoder(codec, best_device()),
+    )
+    if isinstance(encoder, TextEncoder):
+        save_file({"ids": encoder.token_ids(texts).numpy()}, folder / TOKENS)
     files = integrity.checksums(folder)
     (folder / LATENTS).mkdir()
-    digest = _write_inputs(folder / LATENTS, subject, classes, codec, info, params)
+    embedded = encoder.encode(texts).to(torch.bfloat16)
+    digest = _write_inputs(folder / LATENTS, subject, classes, codec, info, texts[:2], embedded)
     Prior(
         instance_prompt=params.instance_prompt,
         class_prompt=params.class_prompt,
@@ -62,11 +69,15 @@ def write(
 
 
 def _write_inputs(
-    folder: Path, subject: np.ndarray, classes: np.ndarray, codec: Path, info: CodecInfo, params: PriorParams
+    folder: Path,
+    subject: np.ndarray,
+    classes: np.ndarray,
+    codec: Path,
+    info: CodecInfo,
+    prompts: list[str],
+    embedded: torch.Tensor,
 ) -> str:
-    """Write both splits and the embeddings of their prompts; returns the digest of the index."""
-    texts = [params.instance_prompt or "", params.class_prompt or ""]
-    embedded = load_text_encoder(codec, best_device()).encode([*texts, ""]).to(torch.bfloat16)
+    """Write both splits and the embeddings of their prompts and of ""; returns the digest of the index."""
     splits = {}
     for text, (name, pixels) in enumerate(((SUBJECT, subject), (CLASS, classes))):
         columns = _columns(pixels, text, codec, info)
@@ -80,7 +91,7 @@ def _write_inputs(
         splits[name] = Split(count=len(pixels), keys_sha256=latents.keys_hash(keys), shards=entries)
     side = info.autoencoder.size if info.autoencoder else info.size
     shards = latents.write_shards(folder, "texts", 2, lambda part: {"embeddings": embedded[:2][part]}, SHARD)
-    described = info.model_copy(update={"classes": [], "prompts": texts})
+    described = info.model_copy(update={"classes": [], "prompts": prompts})
     latents.write_index(folder, described, splits, [(side, side)], shards, latents.write_prompts(folder, embedded))
     return latents.read_index(folder).digest
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from models.networks.network import under_all_names
 from models.networks.text_unet import merged
+from models.networks.tuned_text import split
 from tasks.formats.averages import FILE, REFERENCE, Averages
 from tasks.runtime import integrity
 
@@ -31,16 +32,19 @@ def earlier(pipeline: Pipeline, folder: Path) -> Iterator[tuple[int, Pipeline]]:
     if not kept.snapshots:
         return
     profile = kept.snapshots[0].profile
-    reference = load_file(folder / REFERENCE)
+    reference, _ = split(whole := load_file(folder / REFERENCE))
     network = copy.deepcopy(pipeline.network)
     final = {name: value.clone() for name, value in pipeline.network.state_dict().items()}
     for snapshot in kept.snapshots:
         if snapshot.profile != profile or snapshot.step == kept.steps:
             continue
         differences = load_file(folder / snapshot.file)
-        weights = {name: value + differences[name].float() for name, value in reference.items()}
+        weights, text = split({name: value + differences[name].float() for name, value in whole.items()})
         network.load_state_dict(_complete(weights, reference, final, network))
-        yield snapshot.step, replace(pipeline, network=network)
+        encoder = copy.deepcopy(pipeline.text)
+        if text and encoder is not None:
+            encoder.towers[0].model.load_state_dict(text)
+        yield snapshot.step, replace(pipeline, network=network, text=encoder)
 
 
 def _complete(

@@ -291,8 +291,9 @@ class Batches:
         return self._with_sizes(drop_condition(condition, self.null, dropped), columns)
 
     def _embeddings(self, texts: Store, rows: Tensor) -> Tensor:
-        """Return the embeddings float32 [B, L, D] of captions int [B]."""
-        return texts.gather(rows.long(), None)["embeddings"].float()
+        """Return the embeddings float32 [B, L, D] of captions int [B], or their token ids int64 [B, L]."""
+        columns = texts.gather(rows.long(), None)
+        return columns["ids"] if "ids" in columns else columns["embeddings"].float()
 
     def _with_sizes(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Add the images' sizes to a condition, the null condition as well, under SDXL conditioning."""

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.numpy import load_file
 
 from tasks.formats import latents
-from tasks.formats.prior import CLASS, LATENTS, SUBJECT
-from tasks.training.batches import Batch, Batches, open_conditioning, open_store, seed_for
+from tasks.formats.prior import CLASS, LATENTS, SUBJECT, TOKENS
+from tasks.training.batches import Batch, Batches, Conditioning, Resident, open_conditioning, open_store, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.training.batches import DrawConfig
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What DreamBooth trains on."""
+
+    folder: Path
+    """The output of `prior`."""
+    codec: Path | None = None
+    """Folder with the text encoder, if that is trained as well."""
 
 
 class PriorMix:
@@ -51,13 +62,16 @@ class PriorMix:
         return torch.cat([part for part in parts if part is not None])
 
 
-def open_mix(folder: Path, config: DrawConfig, weight: float, where: str, device: torch.device) -> Batches | PriorMix:
-    """Open the batches of a folder that `prior` wrote; without class images, or with `weight` 0, the subject alone.
+def open_mix(
+    source: Subject, config: DrawConfig, weight: float, where: str, device: torch.device
+) -> Batches | PriorMix:
+    """Open the batches of DreamBooth; without class images, or with `weight` 0, those of the subject alone.
 
-    `config` is that of the whole batch; `where` and `device` are those of `open_store`.
+    `config` is that of the whole batch; `where` and `device` are those of `open_store`. Conditions are embeddings, or
+    token ids if the text encoder is trained.
     """
-    inputs = folder / LATENTS
-    conditioning, dropout = open_conditioning(inputs, where, device), config.condition_dropout
+    inputs, dropout = source.folder / LATENTS, config.condition_dropout
+    conditioning = open_conditioning(inputs, where, device) if source.codec is None else _tokens(source.folder, device)
     subject, config = open_store(inputs, SUBJECT, where, device), replace(config, condition_dropout=0.0)
     if not weight or not latents.read_index(inputs).splits[CLASS].count:
         return Batches(subject, conditioning, config, device)
@@ -68,3 +82,8 @@ def open_mix(folder: Path, config: DrawConfig, weight: float, where: str, device
     return PriorMix(
         Batches(subject, conditioning, ours, device), Batches(classes, conditioning, theirs, device), weight
     )
+
+
+def _tokens(folder: Path, device: torch.device) -> Conditioning:
+    ids = load_file(folder / TOKENS)["ids"]
+    return Conditioning(texts=Resident([{"ids": ids[:2]}], device), null_text=torch.from_numpy(ids[2]))

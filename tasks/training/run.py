@@ -20,9 +20,11 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from models.diffusion import add_noise, squared_error, target
 from models.ema import EMA
 from models.json_files import JsonObject
+from models.networks import tuned_text
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
 from models.networks.text_dit import TextDiTConfig
+from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise.schedules import path_of
@@ -37,7 +39,7 @@ from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
-from tasks.training.prior_mix import PriorMix, open_mix
+from tasks.training.prior_mix import PriorMix, Subject, open_mix
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -162,10 +164,10 @@ def prepare(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
-    prior: Path | None = None,
+    subject: Subject | None = None,
 ) -> Run:
     """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
-    run = assemble(data, index, facts, config, diffusion, params, initial, prior)
+    run = assemble(data, index, facts, config, diffusion, params, initial, subject)
     if run.accelerator.is_main_process:
         _print_summary(run, index)
     _resume(run, facts)
@@ -180,12 +182,12 @@ def assemble(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
-    prior: Path | None = None,
+    subject: Subject | None = None,
 ) -> Run:
     """Build network, optimizer, averages and batches of a run before its first step.
 
-    The network starts from the `initial` weights, or from random weights. With the folder `prior` it is trained on the
-    subject and class images there.
+    The network starts from the `initial` weights, or from random weights. With a `subject` it is trained on that and on
+    class images, and its text encoder if that is named.
     """
     accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
@@ -194,6 +196,8 @@ def assemble(
         warm_start.load(network, initial)
     if params.full_steps:
         network.requires_grad_(True)  # the base trains first, then the adapter; `fit` switches between them
+    if subject and subject.codec is not None:
+        tuned_text.attach(network, load_text_encoder(subject.codec).towers[0].model)
     memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
     # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -201,7 +205,7 @@ def assemble(
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
-    batches, held_out = _batches(data, index, accelerator, timesteps, params, prior)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     return Run(
@@ -274,7 +278,7 @@ def _batches(
     accelerator: Accelerator,
     timesteps: Timesteps,
     params: TrainParams,
-    prior: Path | None,
+    subject: Subject | None,
 ) -> tuple[Batches | Bucketed | PriorMix, list[Batch]]:
     """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
 
@@ -302,8 +306,8 @@ def _batches(
 
     train: Batches | Bucketed | PriorMix
     filled = latents.buckets_of(data, "train")
-    if prior is not None:
-        train = open_mix(prior, configured(params.seed), params.prior_weight, where, device)
+    if subject is not None:
+        train = open_mix(subject, configured(params.seed), params.prior_weight, where, device)
     elif filled == [SQUARE]:
         train = training(SQUARE, params.seed)
     else:

@@ -35,13 +35,15 @@ def root(made, monkeypatch):
     return made
 
 
-def batches(root, weight=1.0, size=8):
+def batches(root, weight=1.0, size=8, text=False):
     from tasks.training.batches import DrawConfig
-    from tasks.training.prior_mix import open_mix
+    from tasks.training.prior_mix import Subject, open_mix
     from tests.support.train_inputs import uniform
 
     config = DrawConfig(batch_size=size, timesteps=uniform(20), seed=0, condition_dropout=1.0)
-    return open_mix(root / "prior", config, weight, "device", torch.device("cpu"))
+    return open_mix(
+        Subject(root / "prior", root / "codec" if text else None), config, weight, "device", torch.device("cpu")
+    )
 
 
 def test_the_subject_is_left_out_of_the_data_of_the_base(root):
@@ -87,6 +89,34 @@ def test_a_batch_is_half_subject_and_half_class_by_weight(root):
     assert [half.weight.tolist() for half in batch.split(4)] == [[2.0] * 4, [0.5] * 4]
     again = batches(root, weight=0.25).draw(3)
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in ("x0", "eps", "t", "condition"))
+
+
+def test_with_its_text_encoder_the_conditions_are_tokens(root):
+    batch, mix = batches(root, text=True).draw(3), batches(root, text=True)
+    assert batch.condition.dtype == torch.int64 and batch.condition.shape == (8, 12)
+    assert not torch.equal(batch.condition[0], batch.condition[4]) and (batch.condition[4:] == mix.classes.null).all()
+
+
+def test_the_trained_text_encoder_is_in_the_pipeline(root):
+    from diffusers import DiffusionPipeline
+
+    from models.pipeline import load_pipeline
+    from tasks.subjects import checkpoints
+
+    keep = {"ema": ("std-0.10",), "pipeline_ema": "std-0.10", "ema_snapshots": 2}
+    text_inputs.run_train(root, "worded", prior="prior", init_from="base", text_encoder=True, **keep)
+    base, tuned = (load_pipeline(root / name) for name in ("base", "worded"))
+    prompts = ["a photo of sks thing", ""]
+    before, after = (pipeline.text.encode(prompts) for pipeline in (base, tuned))
+    assert not torch.allclose(before, after, atol=1e-3)
+    (_, early), *_ = checkpoints.earlier(tuned, root / "averages-worded")
+    between = early.text.encode(prompts)
+    assert 0 < (between - before).norm() < (after - before).norm()
+    assert early.sample([1], prompts=prompts[:1]).shape == (1, 3, 16, 16)
+    theirs = DiffusionPipeline.from_pretrained(root / "worded", local_files_only=True)
+    ids = tuned.text.token_ids(prompts)
+    with torch.inference_mode():
+        assert torch.allclose(theirs.text_encoder(ids).last_hidden_state, after, atol=1e-5)
 
 
 def test_weight_zero_trains_on_the_subject_alone(root):
