@@ -55,7 +55,7 @@ def train(
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
     from tasks.training import averages as snapshots
-    from tasks.training import checkpoint, outputs, tracked, warm_start
+    from tasks.training import checkpoint, machine, outputs, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
@@ -63,7 +63,7 @@ def train(
     from tasks.training.stopping import deferred_signals
 
     index, subject = latents.read_index(data), Prior.load(prior)
-    training_run.check_fits(params)
+    machine.check_fits(params)
     initial = warm_start.initial_weights(params, model.architecture)
     network = training_run.network_config(index.input_spec, model, initial)
     if initial:

@@ -347,8 +347,7 @@ class TrainParams(Section):
     """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
     0 saves none."""
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Lambda, the weight of the class images in the loss of DreamBooth (Ruiz et al. 2023, eq. 2); 0 trains without
-    them. Read with prior.instance_prompt."""
+    """Weight of the class images in the loss of DreamBooth; 0 trains without them. Read with prior.instance_prompt."""
     text_encoder: bool = False
     """Train the text encoder as well, with prior.instance_prompt (DreamBooth)."""
     distil: DistilParams | None = None

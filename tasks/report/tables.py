@@ -54,17 +54,9 @@ SAMPLER_COLUMNS = {
     "label_accuracy": "Accuracy",
     "clip_score": "CLIP",
 }
-SUBJECT_COLUMNS = {
-    "weights": "Weights",
-    "step": "Step",
-    "n": "n",
-    "subject_similarity": "Subject",
-    "class_similarity": "Class",
-    "margin": "Margin",
-    "class_diversity": "Diversity",
-    "prompt_fidelity": "Prompt",
-    "note": "Note",
-}
+SUBJECT_COLUMNS = {"weights": "Weights", "step": "Step", "n": "n", "subject_similarity": "Subject"}
+SUBJECT_COLUMNS |= {"class_similarity": "Class", "margin": "Margin", "class_diversity": "Diversity"}
+SUBJECT_COLUMNS |= {"prompt_fidelity": "Prompt", "note": "Note"}
 SWEEP_COLUMNS = {"guidance_scale": "Guidance", "guidance": "Kind", "n": "n"} | {
     name: SAMPLER_COLUMNS[name]
     for name in ("frechet_distance", "kid", "cmmd", "precision", "recall", "label_accuracy", "clip_score")

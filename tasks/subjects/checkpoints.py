@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from models.networks.network import under_all_names
 from models.networks.text_unet import merged
-from models.networks.tuned_text import split
+from models.tuned_text import split
 from tasks.formats.averages import FILE, REFERENCE, Averages
 from tasks.runtime import integrity
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from models.networks.network import under_all_names
 from models.networks.text_encoder import load_text_encoder, save_text_encoder
 from models.networks.text_unet import adapter, merged
-from models.networks.tuned_text import split
 from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
+from models.tuned_text import split
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
 from tasks.runtime import atomic, codec_quality

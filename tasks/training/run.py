@@ -6,8 +6,6 @@ Batches, noise, dropout and learning rate follow from the step, so a checkpoint 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 
+from models import tuned_text
 from models.diffusion import add_noise, squared_error, target
 from models.ema import EMA
 from models.json_files import JsonObject
-from models.networks import tuned_text
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
 from models.networks.text_dit import TextDiTConfig
@@ -88,33 +86,6 @@ class Run:
     history: list[HistoryRow] = field(default_factory=list)
     companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
-
-
-def check_fits(params: TrainParams) -> None:
-    """Raise `StageError`, before data or weights are read, if the parameters do not fit the machine."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    parts = processes * params.gradient_accumulation
-    if params.batch_size % parts:
-        raise StageError(
-            f"train.batch_size {params.batch_size} cannot be shared among {processes} processes in "
-            f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
-        )
-    _check_devices(params, processes)
-    if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
-        raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
-    if params.full_steps and processes > 1:
-        raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
-
-
-def _check_devices(params: TrainParams, processes: int) -> None:
-    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if params.precision == "fp16" and not gpus:
-        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if processes > 1 and on_this_machine > gpus and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        raise StageError(
-            f"{on_this_machine} processes were started on a machine with {gpus} GPUs; lower num_processes in the "
-            "configuration of accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
-        )
 
 
 def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
