@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import yaml
 
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
 from tests.support.warm import WarmProcess
 
@@ -122,6 +124,7 @@ def write_inputs(
     latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts, spec)
     codec.write(folder / "codec" / "codec.json")
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
+    Prior().write(folder / "prior" / PRIOR)
 
 
 @functools.cache
@@ -176,7 +179,7 @@ def write_params(
     (folder / "params.yaml").write_text(yaml.safe_dump(document))
 
 
-PATHS = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
+PATHS = ("latents", "codec", "accepted.json", "prior", "pipeline", "averages", "report")
 
 
 def command(folder: Path) -> list[str]:
@@ -276,7 +279,7 @@ def _as_a_process(folder: Path, monkeypatch, database: Path):
 
 def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
     """Copy the inputs of another run, and its folders `more`."""
-    for name in ("latents", "codec", *more):
+    for name in ("latents", "codec", "prior", *more):
         shutil.copytree(undisturbed / name, folder / name)
     for name in ("accepted.json", "params.yaml"):
         shutil.copy(undisturbed / name, folder / name)
