@@ -116,10 +116,10 @@ class Pipeline:
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
     """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
-    control: ControlNetModel | None = None
-    """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
     negative_prompt: str = ""
     """The prompt whose embedding is the null condition of a text-conditional model."""
+    control: ControlNetModel | None = None
+    """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
 
     @property
     def path(self) -> paths.Path:
@@ -349,7 +349,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     control = None
     if (folder / controlnet.FOLDER).is_dir() and isinstance(config, TextUNetConfig):
         control = controlnet.load(folder / controlnet.FOLDER, config).to(device)
-    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions, control)
+    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions, control=control)
 
 
 def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:

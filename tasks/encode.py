@@ -24,7 +24,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     from tasks.encoding.rows import input_resolution, read_rows, require_disk_space
 
     resolutions = bucket_resolutions(info.size, params.buckets, params.bucket_multiple)
-    rows = read_rows(images, resolutions)
+    rows = read_rows(images, resolutions, params.leave_out)
     require_disk_space(latents.parent, info, params, resolutions, rows)
 
     from tasks.encoding.control import make_controls, spec_of

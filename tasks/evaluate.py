@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.runtime import atomic, integrity, measures, stage
@@ -56,6 +57,8 @@ def evaluate(
     images: Path,
     accepted: Path,
     judge: Path,
+    averages: Path,
+    prior: Path,
     metrics: Path,
     report: Path,
     timing: Path,
@@ -65,7 +68,8 @@ def evaluate(
 
     Distances to the held-out images are measured on unguided samples, label accuracy and CLIP score on guided ones,
     over several seed blocks, beside the floor. Then samplers, guidance scales, classes and timesteps are compared, and
-    grids drawn. Everything goes to the folder `report`, the headline numbers to `metrics`.
+    grids drawn. A model of DreamBooth, with a subject in `prior`, is also measured by that, with the weights at earlier
+    steps in `averages`. Everything goes to the folder `report`, the headline numbers to `metrics`.
 
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
@@ -78,6 +82,7 @@ def evaluate(
     from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import summarise
+    from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     device = best_device()
@@ -85,6 +90,7 @@ def evaluate(
         model = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
+    described = Prior.load(prior)
     declared = protocol.declare(model, images, scoring, params)
     scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()
@@ -98,6 +104,7 @@ def evaluate(
     measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
+    learned = subjects.measure(model, averages, prior, described, scoring, params.batch_size) if described else None
     grids = {"grid_unguided": unguided[0], "grid_slowest": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         declared.write(folder / protocol.FILE)
@@ -116,8 +123,11 @@ def evaluate(
         save_png(grid_of_nearest(unguided[0], scorer), folder / "grid_nearest.png")
         if controlled:
             save_png(_grid_of_control(controlled), folder / "grid_control.png")
+        if learned:
+            atomic.write_text(folder / "subject.csv", _csv(subjects.COLUMNS, (row.cells() for row in learned.rows)))
+            save_png(learned.picture, folder / "grid_subject.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
-    atomic.write_json(metrics, measured.headline_numbers())
+    atomic.write_json(metrics, measured.headline_numbers() | (learned.headlines() if learned else {}))
     _print(measured)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.formats.codec_info import CodecInfo
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import require_accepted
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import codec_quality, locks, stage, tracking, workspace
@@ -33,6 +34,7 @@ def train(
     data: Path,
     codec: Path,
     accepted: Path,
+    prior: Path,
     pipeline: Path,
     averages: Path,
     report: Path,
@@ -42,8 +44,9 @@ def train(
 ) -> None:
     """Train the diffusion model on the encoded data set; continue from the newest checkpoint of the same run.
 
-    Writes averaged weights in diffusers layout to `pipeline`, snapshots of the averages to `averages`, and the loss
-    history, sample grids and the identity of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
+    With a subject in `prior` it is trained on that and on class images instead (DreamBooth). Writes averaged weights in
+    diffusers layout to `pipeline`, snapshots of the averages to `averages`, and the loss history, sample grids and the
+    identity of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
     verdict = require_accepted(accepted)
     CodecInfo.load(codec)
@@ -52,20 +55,21 @@ def train(
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
     from tasks.training import averages as snapshots
-    from tasks.training import checkpoint, control, outputs, tracked, warm_start
+    from tasks.training import checkpoint, control, machine, outputs, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
+    from tasks.training.prior_mix import Subject
     from tasks.training.stopping import deferred_signals
 
-    index = latents.read_index(data)
-    training_run.check_fits(params)
+    index, subject = latents.read_index(data), Prior.load(prior)
+    machine.check_fits(params)
     control.require_maps(index, params)
     initial = warm_start.initial_weights(params, model.architecture)
     network = training_run.network_config(index.input_spec, model, initial)
     if initial:
         warm_start.check(initial, network, diffusion)
-    facts = training_key.run_facts(index, codec, verdict, model, diffusion, params)
+    facts = training_key.run_facts(index, codec, verdict, model, diffusion, params, subject)
     scratch = training_key.folder_of(workspace.scratch(), facts)
     checkpoint.refuse_other_network(scratch, training_run.architecture(network))
     dataset = Dataset(name=verdict.source, digest=index.digest)
@@ -75,7 +79,8 @@ def train(
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # one training at a time
             tracking.prepare()
         stack.enter_context(explain_out_of_memory(params))
-        run = training_run.prepare(data, index, facts, network, diffusion, params, initial)
+        mixed = Subject(prior, codec if params.text_encoder else None) if subject else None
+        run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed)
         if main and index.autoencoder:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None

@@ -333,6 +333,10 @@ class TrainParams(Section):
     guide_step: Annotated[int, Field(ge=0)] = 0
     """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
     0 saves none."""
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the class images in the loss of DreamBooth; 0 trains without them. Read with prior.instance_prompt."""
+    text_encoder: bool = False
+    """Train the text encoder as well, with prior.instance_prompt (DreamBooth)."""
     distil: DistilParams | None = None
     """Consistency tuning, after which few sampling steps suffice; null trains without it."""
     seed: Seed = 0

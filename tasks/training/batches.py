@@ -53,15 +53,15 @@ class Batch:
     """int64 [B] labels, or float32 [B, L, D] token embeddings"""
     control: Tensor | None = None
     """float32 [B, 3, height, width] in [0, 1]: control maps at the resolution of the images, zeros where dropped"""
+    weight: Tensor | None = None
+    """float32 [B]: factor of each sample's loss; None is 1"""
 
     def split(self, size: int) -> list[Batch]:
         """Split into batches of at most `size` samples."""
-        nothing = [None] * -(-len(self.t) // size)
-        optional = [nothing if each is None else each.split(size) for each in (self.condition, self.control)]
-        return [
-            Batch(*parts)
-            for parts in zip(self.x0.split(size), self.eps.split(size), self.t.split(size), *optional, strict=True)
-        ]
+        absent = [None] * -(-len(self.t) // size)
+        columns = (self.x0, self.eps, self.t, self.condition, self.control, self.weight)
+        parts = [absent if column is None else column.split(size) for column in columns]
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
     @property
     def conditions(self) -> tuple[Tensor | None, ...]:
@@ -331,8 +331,9 @@ class Batches:
         return self._with_sizes(drop_condition(condition, self.null, dropped), columns)
 
     def _embeddings(self, texts: Store, rows: Tensor) -> Tensor:
-        """Return the embeddings float32 [B, L, D] of captions int [B]."""
-        return texts.gather(rows.long(), None)["embeddings"].float()
+        """Return the embeddings float32 [B, L, D] of captions int [B], or their token ids int64 [B, L]."""
+        columns = texts.gather(rows.long(), None)
+        return columns["ids"] if "ids" in columns else columns["embeddings"].float()
 
     def _with_sizes(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Add the images' sizes to a condition, the null condition as well, under SDXL conditioning."""

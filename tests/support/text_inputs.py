@@ -15,6 +15,8 @@ from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode
 from tasks.export import export
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
 from tasks.ingest import ingest
 from tasks.params import (
@@ -87,6 +89,7 @@ def through(
             EncodeParams(shard_size=20, horizontal_flip=True, control=control),
         )
         if control is None:
+            Prior().write(root / "prior" / PRIOR)
             run_train(root, "pipeline")
             run_export(root)
     return root
@@ -116,12 +119,13 @@ def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(root)
 
 
-def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
+def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "prior", **others) -> None:
     with small_grids():
         train(
             root / "latents",
             root / "codec",
             root / "accepted.json",
+            root / prior,
             root / name,
             root / f"averages-{name}",
             root / f"report-{name}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import hashlib
 import os
 import shutil
@@ -17,7 +19,10 @@ import numpy as np
 import pytest
 import yaml
 
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
+from tests.support.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
@@ -119,6 +124,14 @@ def write_inputs(
     latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts, spec)
     codec.write(folder / "codec" / "codec.json")
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
+    Prior().write(folder / "prior" / PRIOR)
+
+
+@functools.cache
+def _committed_params() -> dict:
+    from tasks import params
+
+    return params.read(ROOT / "params.yaml")
 
 
 def write_params(
@@ -130,9 +143,7 @@ def write_params(
     **train,
 ) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
-    from tasks import params
-
-    document = params.read(ROOT / "params.yaml")
+    document = copy.deepcopy(_committed_params())
     document["image"] = {"resolution": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":
@@ -168,12 +179,17 @@ def write_params(
     (folder / "params.yaml").write_text(yaml.safe_dump(document))
 
 
-PATHS = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
+PATHS = ("latents", "codec", "accepted.json", "prior", "pipeline", "averages", "report")
 
 
 def command(folder: Path) -> list[str]:
     arguments = [str(folder / path) for path in PATHS]
     return [sys.executable, "-m", "tasks.train", *arguments, "--params", str(folder / "params.yaml")]
+
+
+def start_warm(folder: Path, database: Path) -> WarmProcess:
+    """Start the training as a process that has loaded the packages."""
+    return WarmProcess(command(folder)[3:], environment(folder, database))
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
@@ -263,7 +279,7 @@ def _as_a_process(folder: Path, monkeypatch, database: Path):
 
 def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
     """Copy the inputs of another run, and its folders `more`."""
-    for name in ("latents", "codec", *more):
+    for name in ("latents", "codec", "prior", *more):
         shutil.copytree(undisturbed / name, folder / name)
     for name in ("accepted.json", "params.yaml"):
         shutil.copy(undisturbed / name, folder / name)
@@ -273,7 +289,9 @@ def checkpoints(scratch: Path) -> list[Path]:
     return sorted((scratch / "train").glob("*/step-*"))
 
 
-def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Callable[[], None] | None = None) -> None:
+def kill_when(
+    process: subprocess.Popen | WarmProcess, happens: Callable[[], bool], kill: Callable[[], None] | None = None
+) -> None:
     """Send SIGKILL as soon as `happens()`, unless the process ends before."""
     while process.poll() is None and not happens():
         time.sleep(0.002)

@@ -180,8 +180,10 @@ def registered_adapter_is_that_of(tree):
 
 def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_onnx(tree, monkeypatch):
     """Diffusers' `PixArtAlphaPipeline` has another text encoder, so it gets the embeddings."""
+    import onnx
     from diffusers import DDIMScheduler, DiffusionPipeline
 
+    from models import onnx_graph
     from models.bundle import Bundle
 
     text_inputs.at_home(tree, monkeypatch)
@@ -211,6 +213,8 @@ def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_on
     ).images
     assert np.abs(drawn.transpose(0, 3, 1, 2) - np.clip((ours + 1) / 2, 0, 1)).max() < 1e-4
 
+    for name, file in {"decoder_to_onnx": "decoder.onnx", "text_to_onnx": "text_encoder.onnx"}.items():
+        monkeypatch.setattr(onnx_graph, name, lambda *_, file=file: onnx.load(tree / "onnx" / file))  # the same codec
     text_inputs.run_export(tree, "dit", "onnx-dit")
     assert np.abs(Bundle(tree / "onnx-dit").sample([7, 8], prompts=prompts, sampling=sampling) - ours).max() < 1e-3
 
@@ -280,7 +284,8 @@ def test_without_classes_it_is_evaluated_by_the_captions_of_held_out_images(tree
     scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
     counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_slowest": 2, "batch_size": 3, "allow_small_n": True}
     params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
-    evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
+    more = tree / "averages-pipeline", tree / "prior", out / "m.json", out / "report", out / "timing.json"
+    evaluate(tree / "pipeline", *data, tree / "judge", *more, params)
     measured = measures.read(out / "report" / measures.FILE)
     assert {"frechet_distance", "clip_score"} <= measured.measures.keys() and measured.measures["clip_score"].real
     rows = list(csv.DictReader((out / "report" / "timesteps.csv").read_text().splitlines()))
