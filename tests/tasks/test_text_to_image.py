@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from models import masks
 from models.editing import edit
+from models.lora import FILE
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
@@ -95,14 +96,11 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def save_adapter(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write an adapter with random weights of every projection of the attention to the text."""
+    """Write an adapter of the last convolution, whose effect even an untrained network shows."""
     folder.mkdir()
-    state = {}
-    for name in [name for name in weights if name.endswith("attn2.to_v.weight")]:
-        layer = name.removesuffix(".weight")
-        state[f"unet.{layer}.lora_A.weight"] = torch.ones(1, weights[name].shape[1])
-        state[f"unet.{layer}.lora_B.weight"] = torch.ones(weights[name].shape[0], 1)
-    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    (out, inside, *kernel) = weights["conv_out.weight"].shape
+    state = {"lora_A": torch.ones(1, inside, *kernel), "lora_B": torch.ones(out, 1, 1, 1)}
+    save_file({f"unet.conv_out.{name}.weight": value for name, value in state.items()}, folder / FILE)
 
 
 def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
