@@ -15,9 +15,9 @@ import numpy as np
 
 from models import masks
 from models.editing import GREY, edit
+from models.images.pixels import to_uint8
 from models.judges import metrics
 from models.noise.editing import steps_of, stretches
-from models.pixels import to_uint8
 from tasks.editing.subjects import agreement
 from tasks.runtime.progress import progress
 

@@ -34,7 +34,7 @@ def uniform(timesteps: int):
     import torch
 
     from models.noise.schedules import path_of
-    from models.timesteps import Timesteps
+    from models.optimization.timesteps import Timesteps
 
     return Timesteps(path_of("cosine", timesteps), torch.device("cpu"))
 

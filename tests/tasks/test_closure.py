@@ -71,7 +71,7 @@ def test_a_missing_file_is_an_error(copied):
         closure.closure("tasks/gone.py")
     with pytest.raises(FileNotFoundError, match=r"tasks/gone\.py does not exist"):
         closure.closure("tasks/train.py", without=["tasks/gone.py"])
-    (copied / "models" / "ema.py").unlink()
+    (copied / "models" / "optimization" / "ema.py").unlink()
     with pytest.raises(FileNotFoundError, match=r"imports models\.ema"):
         training_key.code()
 
@@ -119,7 +119,7 @@ RERUN = {
     "tasks/validation/expectations.py": "validate",
     "tasks/encoding/transform.py": "encode prior",
     "tasks/training/batches.py": "train",
-    "models/ema.py": "train",
+    "models/optimization/ema.py": "train",
     "models/networks/unet.py": "prior train evaluate edit visualize export register",
     "models/judges/metrics.py": "judge evaluate edit register",
     "models/bundle.py": "export",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models import masks
-from models.pixels import from_uint8
+from models.images.pixels import from_uint8
 from tasks.edit import edit
 from tasks.editing import measuring
 from tasks.editing.drafts import Drafts
