@@ -11,21 +11,23 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from .bundle_info import BundleInfo, BundleText
-from .masks import FEATHER, at_resolution, composite, default_strength, for_images, require_images
+from .masks import FEATHER, at_resolution, composite, for_images, require_images
 from .noise.editing import Start
 from .noise.samplers import (
     DEFAULT_SAMPLING,
     GUIDANCES,
     SAMPLERS,
+    Callback,
     Predict,
     Sampling,
     SeededNoise,
@@ -33,6 +35,7 @@ from .noise.samplers import (
     sample,
 )
 from .pixels import from_uint8, to_uint8
+from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -41,8 +44,6 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]  # ONNX Runtime's options have values of several types
-WHITE = 127
-"""Largest grey value that a mask keeps."""
 Condition: TypeAlias = "np.ndarray | None"
 
 
@@ -103,16 +104,20 @@ class Bundle:
         sampling: Sampling = DEFAULT_SAMPLING,
         *,
         prompts: Sequence[str] | None = None,
+        negative_prompt: str = "",
+        callback: Callback | None = None,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1].
 
-        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i].
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. Classifier-free
+        guidance refers to `negative_prompt`.
 
         Raises:
             ValueError: for labels or prompts that do not match the model, guidance that the model does not have, or a
                 number of steps that it does not support.
         """
-        return self._draw(seeds, labels, sampling, prompts, None)
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        return self._draw(seeds, condition, sampling, None, callback)
 
     def edit(
         self,
@@ -127,6 +132,8 @@ class Bundle:
         resampling: int = 1,
         jump: int = 1,
         feather: int = FEATHER,
+        negative_prompt: str = "",
+        callback: Callback | None = None,
     ) -> np.ndarray:
         """Draw images from given ones, float32 [N, C, S, S]: image-to-image, or with a mask inpainting.
 
@@ -144,23 +151,38 @@ class Bundle:
         given = from_uint8(images)
         x0 = np.asarray(self.encoder.run(["output"], {"image": given})[0]) if self.encoder else given
         at_input = None if chosen is None else at_resolution(chosen, *x0.shape[2:])
-        drawn = self._draw(seeds, labels, sampling, prompts, Start(x0, strength, at_input, resampling, jump))
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        start = Start(x0, strength, at_input, resampling, jump)
+        drawn = self._draw(seeds, condition, sampling, start, callback)
         return drawn if chosen is None else composite(images, drawn, chosen, feather)
 
     def _draw(
         self,
         seeds: Sequence[int],
-        labels: Sequence[int] | None,
+        condition: tuple[Condition, Condition],
         sampling: Sampling,
-        prompts: Sequence[str] | None,
         start: Start | None,
+        callback: Callback | None,
     ) -> np.ndarray:
         info = self.info
-        condition, null = self._condition(labels, prompts, len(seeds))
-        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null, self.guide)
+        denoise = denoiser(self.predict, info.scheduler, sampling, *condition, self.guide)
         channels, size = info.latent or (info.channels, info.size)
-        drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling, start=start)
+        noise = SeededNoise(seeds, (channels, size, size))
+        drawn = sample(denoise, noise, info.scheduler, sampling, callback, start)
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
+
+    def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
+        """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`."""
+        rest: dict[str, Any] = {  # keyword arguments of several types
+            "labels": drawing.labels,
+            "sampling": drawing.sampling,
+            "prompts": drawing.prompts,
+            "negative_prompt": drawing.negative_prompt,
+            "callback": callback,
+        }
+        if drawing.given is None:
+            return self.sample(drawing.seeds, **rest)
+        return self.edit(drawing.seeds, drawing.given.images, drawing.given.strength, drawing.given.mask, **rest)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
         """Encode prompts to float32 [N, L, D].
@@ -184,7 +206,7 @@ class Bundle:
         return embedded
 
     def _condition(
-        self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int
+        self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int, negative_prompt: str = ""
     ) -> tuple[Condition, Condition]:
         """Return (condition, null condition) for `count` images, or two Nones."""
         info = self.info
@@ -193,7 +215,7 @@ class Bundle:
                 raise ValueError("this model is unconditional; ask for images without a label")
             return None, None
         if prompts is not None:
-            embedded = self.embed([*prompts, ""])
+            embedded = self.embed([*prompts, negative_prompt])
             return embedded[:-1], np.repeat(embedded[-1:], len(embedded) - 1, axis=0)
         last, names = len(info.classes) - 1, ", ".join(info.classes)
         if labels is None or len(labels) != count:
@@ -202,50 +224,10 @@ class Bundle:
         if min(labels) < 0 or max(labels) > len(info.classes):
             raise ValueError(f"labels must lie between 0 and {last} ({names})")
         if info.conditioning == "text":
-            return self._condition(None, [[*(info.prompts or ()), ""][label] for label in labels], count)
+            captions = [[*(info.prompts or ()), ""][label] for label in labels]
+            return self._condition(None, captions, count, negative_prompt)
         chosen = np.asarray(labels, np.int64)
         return chosen, np.full_like(chosen, info.null_label)
-
-    def condition_arguments(
-        self, label: int | None, prompt: str | None
-    ) -> dict[str, Any]:  # keyword arguments of two types
-        """Turn one label or one prompt into the keyword arguments `labels` or `prompts` of `sample`.
-
-        A text-conditional model takes the prompt; a class-conditional one takes the class that the prompt names.
-
-        Raises:
-            ValueError: if both are given, or if the prompt does not name exactly one class.
-        """
-        if label is not None and prompt is not None:
-            raise ValueError("give label or prompt, not both")
-        if prompt is not None and self.info.conditioning == "text":
-            return {"prompts": [prompt]}
-        chosen = self.label_of(prompt) if prompt is not None else label
-        return {} if chosen is None else {"labels": [chosen]}
-
-    def label_of(self, prompt: str) -> int:
-        """Return the class whose name `prompt` contains as whole words, in any case.
-
-        If one name contains another ("hot dog", "dog"), the longer one counts.
-
-        Raises:
-            ValueError: if no class or more than one is named.
-        """
-        classes = self.info.classes
-        spans = [
-            (match.start(), match.end(), label)
-            for label, name in enumerate(classes)
-            for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE)
-        ]
-        named = {
-            label
-            for start, end, label in spans
-            if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
-        }
-        if len(named) != 1:
-            found = f"names {', '.join(classes[label] for label in sorted(named))}" if named else "names no class"
-            raise ValueError(f"prompt {prompt!r} {found}; name exactly one of: {', '.join(classes) or '(none known)'}")
-        return named.pop()
 
 
 def _load_tokenizers(folder: Path, text: BundleText) -> list[Tokenizer]:
@@ -296,29 +278,54 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(file: Path | IO[bytes], channels: int) -> np.ndarray:
-    """Read an image file as uint8 [channels, H, W], grey or RGB. Needs Pillow.
+def given(image: bytes, mask: bytes | None, info: BundleInfo) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decode the image file that a drawing begins with, and its mask, for the model. Needs Pillow.
+
+    Returns:
+        The image, uint8 [C, S, S], and the mask, bool [S, S], or None.
 
     Raises:
-        ValueError: if it is not an image.
+        ValueError: for what is not an image, or a mask of another size than the image.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except UnidentifiedImageError:
-        raise ValueError("the file is not an image that Pillow reads; give a PNG or JPEG file") from None
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    found = files().read(image, mask, info.channels, info.size)
+    return found.image, found.mask
 
 
-def read_mask(file: Path | IO[bytes]) -> np.ndarray:
-    """Read a mask, bool [H, W]: the light half of the grey values is painted anew. Needs Pillow.
+def files() -> ModuleType:
+    """Return the module that reads images: `tasks/drawing/given.py`, which `export` copies beside this file."""
+    return importlib.import_module(".given", __package__)
+
+
+def request_of(
+    info: BundleInfo,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    image: bytes | None = None,
+    strength: float | None = None,
+    mask: bytes | None = None,
+) -> Request:
+    """Return the request for one image; absent parts are None, `image` and `mask` the content of files.
 
     Raises:
-        ValueError: if it is not an image.
+        ValueError: for a mask without an image, or files that are not images.
     """
-    return np.asarray(read_image(file, 1)[0] > WHITE)
+    if image is None and mask is not None:
+        raise ValueError("a mask changes an image; give one")
+    pixels, painted = (None, None) if image is None else given(image, mask, info)
+    return Request(
+        seeds=(seed,),
+        labels=() if label is None else (label,),
+        prompts=() if prompt is None else (prompt,),
+        negative_prompt=negative_prompt or "",
+        sampling=sampling,
+        image=pixels,
+        strength=strength,
+        mask=painted,
+    )
 
 
 def main() -> None:
@@ -327,6 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m afterimage_bundle.bundle", description=main.__doc__)
     parser.add_argument("--label", type=int, help="class index")
     parser.add_argument("--prompt", help="text; for a class-conditional model, text that names one class")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from; for text-conditional models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler)
     parser.add_argument("--steps", type=int, default=defaults.steps)
@@ -338,7 +346,7 @@ def main() -> None:
     parser.add_argument(
         "--guidance-kind", choices=GUIDANCES, default=defaults.guidance, help="'auto' needs a model with a guide"
     )
-    parser.add_argument("--image", type=Path, help="image to begin with, of the size of the model's images")
+    parser.add_argument("--image", type=Path, help="image to begin with; brought to the size of the model's images")
     parser.add_argument("--strength", type=float, help="how much of --image is changed, above 0 to 1; default 0.8")
     parser.add_argument("--mask", type=Path, help="white is painted anew, at strength 1 by default; needs --image")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
@@ -351,17 +359,19 @@ def main() -> None:
     try:
         interval, kind = chosen.guidance_interval, chosen.guidance_kind
         sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, interval, kind)
-        condition = bundle.condition_arguments(chosen.label, chosen.prompt)
-        if chosen.image is None:
-            if chosen.mask or chosen.strength is not None:
-                parser.error("--strength and --mask change an image; give --image")
-            images = bundle.sample([chosen.seed], sampling=sampling, **condition)
-        else:
-            given = read_image(chosen.image, bundle.info.channels)[None]
-            mask = read_mask(chosen.mask) if chosen.mask else None
-            strength = chosen.strength if chosen.strength is not None else default_strength(mask)
-            images = bundle.edit([chosen.seed], given, strength, mask, sampling=sampling, **condition)
-    except (ValueError, FileNotFoundError) as error:
+        request = request_of(
+            bundle.info,
+            sampling,
+            seed=chosen.seed,
+            label=chosen.label,
+            prompt=chosen.prompt,
+            negative_prompt=chosen.negative_prompt,
+            image=chosen.image and chosen.image.read_bytes(),
+            strength=chosen.strength,
+            mask=chosen.mask and chosen.mask.read_bytes(),
+        )
+        images = draw(bundle, request)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         out.write_bytes(png_bytes(images[0]))

@@ -103,6 +103,8 @@ class Pipeline:
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
     """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
+    negative_prompt: str = ""
+    """The prompt whose embedding is the null condition of a text-conditional model."""
 
     @property
     def path(self) -> paths.Path:
@@ -145,7 +147,7 @@ class Pipeline:
         return indices
 
     def _embedded(self, text: AnyEncoder, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        embedded = text.encode([*prompts, ""]).to(self.device)
+        embedded = text.encode([*prompts, self.negative_prompt]).to(self.device)
         if text.pooled is not None:
             embedded = with_sizes(embedded, text.pooled, torch.tensor(self.info.sizes))
         return embedded[:-1], embedded[-1:].expand_as(embedded[:-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 import shutil
 import statistics
 import time
@@ -39,6 +40,9 @@ Sample: TypeAlias = "Callable[[Sequence[int], Sequence[int] | None, Sampling], n
 """`sample(seeds, labels, sampling)` draws images, float32 [N, C, H, W]."""
 
 PACKAGE = "afterimage_bundle"
+GIVEN = "given.py"
+"""In `tasks/drawing`: what reads the images of users; the bundle contains it as well."""
+_FROM_TASKS = re.compile(r"^from tasks\.\w+ import", re.MULTILINE)
 PARITY_BATCHES = (1, 2, 5, 8)
 DRAWN_IMAGES = 4
 DRAWN_STEPS = 10
@@ -108,6 +112,9 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
         copied.parent.mkdir(parents=True, exist_ok=True)
         (copied.parent / "__init__.py").touch()
         shutil.copyfile(closure.ROOT / name, copied)
+    for name in closure.closure(f"tasks/drawing/{GIVEN}", plumbing=()):  # in the bundle they are neighbours
+        code = (closure.ROOT / name).read_text(encoding="utf-8")
+        (folder / PACKAGE / Path(name).name).write_text(_FROM_TASKS.sub("from . import", code), encoding="utf-8")
 
 
 def _guide_of(trained: Pipeline) -> Pipeline | None:

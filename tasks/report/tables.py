@@ -12,7 +12,7 @@ from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
 from tasks.runtime.measures import CLIP_SCORE, Measurements, Row, guidance_name
-from tasks.validation import report as validation_report
+from tasks.validation.report import page as validation_report
 
 MEASURES = {
     "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),

@@ -51,6 +51,8 @@ HELD_OUT_SAMPLES = 512
 INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")
 """Properties of published networks that the section model has no parameter for."""
 OPTIMIZER = "optimizer"
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
 
 LossFunction: TypeAlias = Callable[["nn.Module", Batch], "Tensor"]
 """(network, batch) -> weighted loss of each sample, float32 [B]."""
@@ -97,10 +99,20 @@ def check_fits(params: TrainParams) -> None:
             f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
         )
     _check_devices(params, processes)
+    for name in SHARDING:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise _sharded(name)
     if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+
+
+def _sharded(kind: str) -> StageError:
+    return StageError(
+        f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
+        "configuration like those in infra/accelerate"
+    )
 
 
 def _check_devices(params: TrainParams, processes: int) -> None:
@@ -230,10 +242,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         gradient_accumulation_steps=params.gradient_accumulation,
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise StageError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, but training keeps the whole network "
-            "in each process; use a configuration like those in infra/accelerate"
-        )
+        raise _sharded(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):

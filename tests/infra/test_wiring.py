@@ -52,7 +52,8 @@ def test_source_files_are_dependencies(name):
 
 
 def test_the_list_of_dependencies_stays_short():
-    assert sum(len(code_of(name)) for name in STAGES) <= 11 * len(STAGES)
+    """125 for twelve stages, and as many for each later one."""
+    assert sum(len(code_of(name)) for name in STAGES) <= 125 * len(STAGES) // 12
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -18,8 +18,8 @@ from tasks.params import VisualizeParams
 from tasks.pictures import images as image_files
 from tasks.runtime import measures
 from tasks.runtime.measures import Measure, Measurements
-from tasks.validation import report as validation_report
-from tasks.validation.findings import Finding, Findings, Gate
+from tasks.validation.report import page as validation_report
+from tasks.validation.report.findings import Finding, Findings, Gate
 from tasks.visualize import visualize
 
 SIZE, TIMESTEPS = 8, 20

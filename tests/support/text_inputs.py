@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,9 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> No
         )
 
 
-def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
+def drawn_by_both(
+    pipeline: Path, kind: str, guidance_scale: float, negative_prompt: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one prompt by DDIM from the same noise with diffusers' pipeline, whose class must be `kind`, and with ours.
 
     Returns:
@@ -138,9 +141,10 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
     prompt, sampling = "dark picture of thing 2", Sampling("ddim", 5, guidance_scale=guidance_scale)
-    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
+    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0, "negative_prompt": negative_prompt}
     drawn = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **options).images[0]
-    ours = load_pipeline(pipeline).sample([7], sampling=sampling, prompts=[prompt])
+    model = replace(load_pipeline(pipeline), negative_prompt=negative_prompt)
+    ours = model.sample([7], sampling=sampling, prompts=[prompt])
     return drawn.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import hashlib
 import os
 import shutil
@@ -18,6 +20,7 @@ import pytest
 import yaml
 
 from tasks.formats.verdict import Verdict
+from tests.support.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
@@ -110,13 +113,18 @@ def write_inputs(
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
 
 
+@functools.cache
+def _committed_params() -> dict:
+    from tasks import params
+
+    return params.read(ROOT / "params.yaml")
+
+
 def write_params(
     folder: Path, conditioning: str = "label", dropout: float = 0.0, architecture: str = "unet", **train
 ) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
-    from tasks import params
-
-    document = params.read(ROOT / "params.yaml")
+    document = copy.deepcopy(_committed_params())
     document["image"] = {"resolution": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":
@@ -155,6 +163,11 @@ PATHS = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
 def command(folder: Path) -> list[str]:
     arguments = [str(folder / path) for path in PATHS]
     return [sys.executable, "-m", "tasks.train", *arguments, "--params", str(folder / "params.yaml")]
+
+
+def start_warm(folder: Path, database: Path) -> WarmProcess:
+    """Start the training as a process that has loaded the packages."""
+    return WarmProcess(command(folder)[3:], environment(folder, database))
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
@@ -254,7 +267,9 @@ def checkpoints(scratch: Path) -> list[Path]:
     return sorted((scratch / "train").glob("*/step-*"))
 
 
-def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Callable[[], None] | None = None) -> None:
+def kill_when(
+    process: subprocess.Popen | WarmProcess, happens: Callable[[], bool], kill: Callable[[], None] | None = None
+) -> None:
     """Send SIGKILL as soon as `happens()`, unless the process ends before."""
     while process.poll() is None and not happens():
         time.sleep(0.002)

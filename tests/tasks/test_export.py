@@ -22,6 +22,7 @@ from models.editing import edit
 from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
+from models.request import label_of
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
@@ -172,7 +173,7 @@ def test_the_bundles_command_repaints_what_is_white_in_a_mask(tree, tmp_path):
     assert np.array_equal(out[:, : SIZE // 2], given[:, : SIZE // 2])
     assert not np.array_equal(out[:, SIZE // 2 :], given[:, SIZE // 2 :])
     run = bare_run(tree / "outputs" / "onnx", *shared)
-    assert run.returncode == 2 and "give --image" in run.stderr
+    assert run.returncode == 2 and "a mask changes an image; give one" in run.stderr
 
 
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
@@ -232,14 +233,14 @@ def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
     ("prompt", "label"),
     [("a dog", 1), ("A photo of a HOT DOG!", 0), ("cat", 2), ("one cat, a grey cat", 2), ("hot-dog dog", 1)],
 )
-def test_a_prompt_means_the_class_that_it_names(bundle, prompt, label):
-    assert bundle.label_of(prompt) == label
+def test_a_prompt_means_the_class_that_it_names(prompt, label):
+    assert label_of(prompt, model_outputs.CLASSES) == label
 
 
 @pytest.mark.parametrize("prompt", ["", "a catalogue of dogs", "hotdog", "a cat and a dog", "a hot dog for a dog"])
-def test_a_prompt_that_names_no_class_or_several_is_refused(bundle, prompt):
+def test_a_prompt_that_names_no_class_or_several_is_refused(prompt):
     with pytest.raises(ValueError, match="name exactly one of: hot dog, dog, cat"):
-        bundle.label_of(prompt)
+        label_of(prompt, model_outputs.CLASSES)
 
 
 @pytest.mark.parametrize(
