@@ -47,7 +47,7 @@ def visualize(
     from models.device import best_device
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
-    from tasks.report import edits, process, tables
+    from tasks.report import control, edits, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
@@ -95,7 +95,7 @@ def visualize(
         reconstructions=tables.reconstructions(training / "codec"),
         neighbours=neighbours,
         measures=tables.measures(measured),
-        tables=tables.tables(evaluation, measured.headline),
+        tables=[*control.tables(measured), *tables.tables(evaluation, measured.headline)],
         evaluation_grids=tables.grids(evaluation, measured),
         experiments=[section for section in (edits.section(editing),) if section],
         provenance=_provenance(model, measured),

@@ -85,7 +85,7 @@ def test_each_path_has_one_owner_and_each_input_a_maker():
 
 def test_nothing_that_reads_images_goes_round_the_verdict():
     """Every stage after `validate` depends on the verdict, so that asking for it by name cannot skip the gate."""
-    behind = {"codec", "encode", "train", "judge", "evaluate", "edit", "visualize", "export", "package"}
+    behind = {"codec", "encode", "prior", "train", "judge", "evaluate", "edit", "visualize", "export", "package"}
     for name in behind:
         assert "data/accepted.json" in paths(STAGES[name]["deps"]), name
         assert "accepted" in inspect.signature(function_of(name)).parameters, name
