@@ -31,8 +31,8 @@ repro: install ## run the whole chain and print a summary; what is up to date is
 dag: install ## list the stages, each with those it depends on
 	@python -m flows.dag
 
-# The tests that `make test` and `make coverage` run: on two processes, a file at a time.
-TESTS = python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+# The tests that `make test` and `make coverage` run: a file at a time, on three processes, as many tests wait for servers.
+TESTS = python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder
 
 test: install lint ## lint and all tests but the drills (ARGS=... goes to pytest, such as --durations=15)
 	@$(TESTS) $(ARGS)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from models.noise.samplers import SeededNoise
+from models.parallel import over_batches
 from models.pixels import from_uint8
 
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ def error_by_timestep(
     pixels: uint8 [N, C, S, S]. Each image is noised by x_t = alpha x_0 + sigma eps; eps is the same at every timestep,
     and that of image i has the seed `seed` + i.
     """
-    totals = np.zeros(len(timesteps))
-    for start in range(0, len(pixels), batch_size):
-        part = slice(start, start + batch_size)
+
+    def errors(part: slice) -> np.ndarray:
         batch = {name: values[part] for name, values in conditions.items()}
-        totals += _errors(pipeline, pixels[part], batch, timesteps, seed + start)
+        return _errors(pipeline, pixels[part], batch, timesteps, seed + part.start)
+
+    totals = np.sum(over_batches(errors, len(pixels), batch_size, pipeline.device), axis=0)
     return [float(error) for error in totals / len(pixels)]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from models import parallel
 from models.hashing import file_sha256, files_sha256
 from models.json_files import Description, JsonObject, read_json, write_json
 from models.networks import autoencoder as autoencoders
@@ -27,6 +28,7 @@ from models.networks.config import DIFFUSERS_VERSION
 from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
+from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import RectifiedFlow
@@ -36,6 +38,7 @@ from models.pixels import from_uint8
 if TYPE_CHECKING:
     from models.networks.network import Network, NetworkConfig
     from models.networks.text_encoder import AnyEncoder
+    from models.noise.editing import Start
 
 INFO = "afterimage.json"
 CODEC_FOLDERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -157,20 +160,32 @@ class Pipeline:
         """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
         return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
 
+    @property
+    def context_channels(self) -> int:
+        """Channels of the network's input besides x: mask and masked image of an inpainting U-Net; 0 for the others."""
+        config = self.network.config
+        return config.context_channels if isinstance(config, TextUNetConfig) else 0
+
     def denoiser(
         self,
         labels: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
+        context: torch.Tensor | None = None,
     ) -> samplers.Denoise:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
+        `context` is what the input of an inpainting U-Net contains besides x, float32 [N, context_channels, H, W].
+
         Raises:
-            ValueError: for guidance that the model does not have, or if labels or prompts do not match the model.
+            ValueError: for guidance that the model does not have, or if labels, prompts or context do not match the
+                model.
         """
+        if (context is None) != (self.context_channels == 0):
+            raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
-        guide = predictor(self.companions["guide"]) if "guide" in self.companions else None
-        return samplers.denoiser(predictor(self.network), self.scheduler, sampling, condition, null, guide)
+        guide = predictor(self.companions["guide"], context) if "guide" in self.companions else None
+        return samplers.denoiser(predictor(self.network, context), self.scheduler, sampling, condition, null, guide)
 
     def sample(
         self,
@@ -181,27 +196,40 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         batch_size: int = 256,
         callback: samplers.Callback | None = None,
+        start: Start | None = None,
+        context: torch.Tensor | None = None,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
         Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
-        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`.
+        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. On a CPU several threads may
+        call it, each with the steps of its own part of a batch, from 32 images on. `start` and `context` are of all
+        images; `models/editing.py` makes them from an image and a mask.
 
         Raises:
             ValueError: for guidance that the model does not have, labels or prompts that do not match the model, or a
                 number of steps that it does not support.
         """
-        batches = []
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
+
+        def draw(part: slice) -> np.ndarray:
             denoise = self.denoiser(
-                None if labels is None else labels[part], None if prompts is None else prompts[part], sampling
+                None if labels is None else labels[part],
+                None if prompts is None else prompts[part],
+                sampling,
+                None if context is None else context[part],
             )
-            batches.append(self._sample_batch(seeds[part], denoise, sampling, callback))
-        return np.concatenate(batches)
+            given = None if start is None else start.rows(part)
+            return self._sample_batch(seeds[part], denoise, sampling, callback, given)
+
+        return np.concatenate(parallel.over_batches(draw, len(seeds), batch_size, self.device))
 
     def _sample_batch(
-        self, seeds: Sequence[int], denoise: samplers.Denoise, sampling: Sampling, callback: samplers.Callback | None
+        self,
+        seeds: Sequence[int],
+        denoise: samplers.Denoise,
+        sampling: Sampling,
+        callback: samplers.Callback | None,
+        start: Start | None,
     ) -> np.ndarray:
         draw = samplers.SeededNoise(seeds, self.info.input_shape)
 
@@ -209,7 +237,7 @@ class Pipeline:
             return torch.from_numpy(draw()).to(self.device)
 
         with torch.inference_mode():
-            images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback))
+            images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback, start))
         return images.float().cpu().numpy()
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.judges.fit import Recipe, fit, seeded
+from models.parallel import over_batches
 from models.pixels import from_uint8
 
 LABEL_SMOOTHING = 0.1  # spreads the features more evenly, so that distances depend less on single images
@@ -112,19 +113,17 @@ def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recip
     return network
 
 
-@torch.inference_mode()
 def apply(function: Callable[[Tensor], Tensor], pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
     """Apply a network in evaluation mode to uint8 images [N, C, H, W], N >= 1, in batches; returns float32 [N, D].
 
     `function` receives float32 images in [-1, 1].
     """
-    size = apply_batch(pixels)
-    return np.concatenate(
-        [
-            function(to_input(pixels[start : start + size], device)).float().cpu().numpy()
-            for start in range(0, len(pixels), size)
-        ]
-    )
+
+    @torch.inference_mode()
+    def applied(part: slice) -> np.ndarray:
+        return function(to_input(pixels[part], device)).float().cpu().numpy()
+
+    return np.concatenate(over_batches(applied, len(pixels), apply_batch(pixels), device))
 
 
 def apply_batch(pixels: np.ndarray) -> int:

@@ -86,13 +86,15 @@ def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
     return {name: weights[owner] if name == owner else weights[owner].clone() for name, owner in owners.items()}
 
 
-def predictor(network: nn.Module) -> Predict:
+def predictor(network: nn.Module, context: Tensor | None = None) -> Predict:
     """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch.
 
-    An int becomes int64 [B], as on a diffusion path, and a float float32 [B], as on a rectified flow.
+    An int becomes int64 [B], as on a diffusion path, and a float float32 [B], as on a rectified flow. `context` [B, M,
+    H, W] is appended to the channels of every x, as the input of an inpainting U-Net requires.
     """
 
     def predict(x: Tensor, t: float, condition: Tensor | None) -> Tensor:
+        x = x if context is None else torch.cat([x, context], dim=1)
         dtype = torch.int64 if isinstance(t, int) else torch.float32
         return network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), condition)
 

@@ -39,7 +39,7 @@ class TextUNetConfig:
     size: int
     """Height and width of the input."""
     channels: int
-    """Channels of input and output."""
+    """Channels of the output, and of x in the input."""
     cross_attention_dim: int
     """D: width of the token embeddings."""
     block_out_channels: tuple[int, ...]
@@ -57,6 +57,8 @@ class TextUNetConfig:
     dropout: float = 0.0
     pooled: int | None = None
     """P: width of the pooled prompt embedding (SDXL conditioning); None without it."""
+    context_channels: int = 0
+    """Further channels of the input: mask and latents of the masked image for an inpainting U-Net."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter of the attention layers (Hu et al. 2021), which alone is trained; None without one."""
 
@@ -67,7 +69,7 @@ class TextUNetConfig:
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": DIFFUSERS_VERSION,
             "sample_size": self.size,
-            "in_channels": self.channels,
+            "in_channels": self.channels + self.context_channels,
             "out_channels": self.channels,
             "cross_attention_dim": self.cross_attention_dim,
             "block_out_channels": list(self.block_out_channels),
@@ -102,7 +104,8 @@ class TextUNetConfig:
         per_head = {width // count for width, count in zip(widths, heads, strict=True)}
         return TextUNetConfig(
             size=config["sample_size"],
-            channels=config["in_channels"],
+            channels=config.get("out_channels", 4),
+            context_channels=config["in_channels"] - config.get("out_channels", 4),
             cross_attention_dim=config.get("cross_attention_dim", 1280),
             block_out_channels=widths,
             attention=tuple(name.startswith("CrossAttn") for name in config["down_block_types"]),
@@ -127,7 +130,8 @@ def _require_supported_architecture(config: JsonObject) -> None:
         "down_block_types": (["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "up_block_types": (["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],),
-        "out_channels": (config["in_channels"],),
+        # An inpainting U-Net receives c channels, the mask, and the c channels of the masked image.
+        "out_channels": (config["in_channels"], (config["in_channels"] - 1) / 2),
         "act_fn": ("silu",),
         "addition_embed_type": (None, "text_time"),
         "addition_time_embed_dim": (None, SIZE_WIDTH),

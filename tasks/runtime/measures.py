@@ -157,10 +157,14 @@ class Measurements(BaseModel):
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}
 
     def rows(self, names: Iterable[str] | None = None) -> list[Row]:
-        """Return the measures beside their references; only those of `names`, in that order, if given."""
+        """Return the measures beside their references; only those of `names`, in that order, if given.
+
+        Without `names`, those that the gates check come first.
+        """
+        first = [name for name in (self.headline, ACCURACY, CLIP_SCORE) if name in self.measures]
         return [
             Row(name, measure.guidance, measure.value, measure.spread, measure.reference, self.samples(measure))
-            for name in (self.measures if names is None else names)
+            for name in (dict.fromkeys([*first, *self.measures]) if names is None else names)
             if (measure := self.measures.get(name)) is not None
         ]
 

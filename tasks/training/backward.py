@@ -1,16 +1,13 @@
-"""Forward and backward pass of a batch: as a whole, or on a CPU in parts that several threads work on at once.
-
-The operators of a small network are too short to gain from a second thread. Two halves of a batch, each computed by a
-thread of its own without parallel operators, take about 0.6 times as long as the whole batch with two threads.
-"""
+"""Forward and backward pass of a batch: as a whole, or on a CPU in parts that several threads work on at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+from models import parallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,9 +16,6 @@ if TYPE_CHECKING:
     from tasks.params import ModelParams, TrainParams
     from tasks.training.batches import Batch
     from tasks.training.run import LossFunction
-
-LEAST_IMAGES = 16
-"""Images per worker; with fewer, Python's share of the time grows, which only one thread can spend at once."""
 
 Backward: TypeAlias = "Callable[[LossFunction, Batch], Tensor]"
 """(objective, batch) -> loss of each sample, float32 [B]; adds the gradient of their mean to the parameters."""
@@ -36,8 +30,7 @@ def workers_for(model: ModelParams, params: TrainParams, processes: int) -> int:
     whole = model.dropout > 0 or params.compile or params.gradient_checkpointing or params.precision == "fp16"
     if torch.cuda.is_available() or processes > 1 or whole:
         return 1
-    images = params.batch_size // params.gradient_accumulation
-    return max(1, min(torch.get_num_threads(), images // LEAST_IMAGES))
+    return parallel.workers_for(params.batch_size // params.gradient_accumulation)
 
 
 class WholeBatch:
@@ -60,8 +53,7 @@ class SplitBatch:
     """
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, workers: int) -> None:
-        self.accelerator, self.module, self.workers = accelerator, module, workers
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="backward")
+        self.accelerator, self.module, self.workers = accelerator, module, parallel.Workers(workers)
 
     def __call__(self, objective: LossFunction, batch: Batch) -> Tensor:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -73,12 +65,7 @@ class SplitBatch:
                 losses = objective(self.module, part)
             return losses.detach(), torch.autograd.grad(losses.sum() * scale, parameters, allow_unused=True)
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // self.workers))  # a new thread starts with the number that is set then
-        try:
-            results = list(self.pool.map(passes, batch.split(-(-count // self.workers))))
-        finally:
-            torch.set_num_threads(threads)
+        results = self.workers.map(passes, batch.split(-(-count // self.workers.count)))
         for parameter, *gradients in zip(parameters, *(gradients for _, gradients in results), strict=True):
             for gradient in gradients:
                 if gradient is not None:

@@ -92,6 +92,14 @@ def test_a_description_holds_the_numbers_with_their_guidance_and_links_the_repor
     assert "[The report](#/report)" in text
 
 
+def test_a_description_begins_with_what_the_gates_check():
+    measured = model_outputs.measurements()
+    measured = measured.model_copy(update={"measures": dict(sorted(measured.measures.items(), reverse=True))})
+    rows = run_labels.description(measured, None).splitlines()[2:]
+    assert [row.split()[1] for row in rows[:2]] == ["frechet_distance", "label_accuracy"]
+    assert len(rows) >= len(measured.measures)
+
+
 @pytest.mark.parametrize(
     ("params", "base"),
     [

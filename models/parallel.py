@@ -1,0 +1,66 @@
+"""Parts of a batch on a CPU, each computed by a thread of its own without parallel operators.
+
+The operators of a small network are too short to gain from a second thread. Two halves of a batch, each computed by a
+single thread, take about 0.6 times as long as the whole batch with two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+LEAST_IMAGES = 16
+"""Images per worker; with fewer, Python's share of the time grows, which only one thread can spend at once."""
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+def workers_for(images: int, device: str = "cpu") -> int:
+    """Return the number of threads among which a batch of `images` is split; 1 is no split, as on a GPU."""
+    return 1 if device != "cpu" else max(1, min(torch.get_num_threads(), images // LEAST_IMAGES))
+
+
+def over_batches(function: Callable[[slice], Result], count: int, batch_size: int, device: str = "cpu") -> list[Result]:
+    """Return `function` of consecutive slices of `count` images, in their order.
+
+    A slice has at most `batch_size` images. On a CPU that number is shared by the workers, so that all of them together
+    need the memory of one batch.
+    """
+    batch_size = min(batch_size, count)
+    workers = workers_for(batch_size, device)
+    share = -(-batch_size // workers)
+    slices = [slice(first, first + share) for first in range(0, count, max(1, share))]
+    if workers == 1:
+        return [function(part) for part in slices]
+    with Workers(workers) as threads:
+        return threads.map(function, slices)
+
+
+class Workers:
+    """`count` threads that share the threads of PyTorch's operators."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
+        """Return `function` of each part in the order of `parts`; the first error is raised.
+
+        Autocast and inference mode belong to a thread, so `function` enters them itself.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // self.count))  # a new thread starts with the number that is set then
+        try:
+            return list(self.pool.map(function, parts))
+        finally:
+            torch.set_num_threads(threads)
