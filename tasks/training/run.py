@@ -51,8 +51,7 @@ HELD_OUT_SAMPLES = 512
 INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")
 """Properties of published networks that the section model has no parameter for."""
 OPTIMIZER = "optimizer"
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-"""Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # in accelerate's ACCELERATE_USE_*; on a CPU it ignores the first
 
 LossFunction: TypeAlias = Callable[["nn.Module", Batch], "Tensor"]
 """(network, batch) -> weighted loss of each sample, float32 [B]."""
@@ -99,9 +98,8 @@ def check_fits(params: TrainParams) -> None:
             f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
         )
     _check_devices(params, processes)
-    for name in SHARDING:
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise _sharded(name)
+    if kind := next((kind for kind in SHARDING if parse_flag_from_env(f"ACCELERATE_USE_{kind}")), None):
+        raise _sharded(kind)
     if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
