@@ -112,7 +112,7 @@ def run_facts(
     )
 
 
-def _flattened(sections: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(sections: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:  # JSON values
     """Yield the dotted names of the parameters in nested sections, with their values."""
     for key, value in sections.items():
         if isinstance(value, dict):
