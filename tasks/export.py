@@ -47,6 +47,10 @@ PARITY_BATCHES = (1, 2, 5, 8)
 DRAWN_IMAGES = 4
 DRAWN_STEPS = 10
 GUIDANCE = 1.5
+NO_CONTROL = (
+    "the bundle holds the U-Net and not the ControlNet, so that it draws without control maps; with them, draw from "
+    "the pipeline, whose folder controlnet/ diffusers loads"
+)
 TENSORRT_MIN_PSNR = 35
 """Decibel; TensorRT may use TF32 and other kernels than PyTorch."""
 TIMING_SECONDS = 0.5
@@ -74,13 +78,15 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
             parity = _parity(trained, Bundle(folder, threads=1), params)
         engine, tensorrt = _tensorrt(trained, folder / "unet.onnx", params)
         table = _latencies(trained, Bundle(folder), engine, params)
-    replace(parity, tensorrt=tensorrt).write(report)
+    replace(parity, tensorrt=tensorrt, control=NO_CONTROL if trained.control else None).write(report)
     atomic.write_json(latency, table)
     print(
         f"export: max abs difference {parity.max_abs_difference:.1e}, images agree to {parity.min_psnr_db:.0f} dB, "
         f"{parity.providers[0]}"
     )
     print(f"export: tensorrt: {tensorrt.reason or 'engine built and measured'}")
+    if trained.control:
+        print(f"export: control: {NO_CONTROL}")
 
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:

@@ -43,7 +43,7 @@ CONTENT_KEY = f"{TAG}content_key"
 LOGGED_MODEL = f"{TAG}logged_model"
 MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
-GRIDS = ("grid_guided", "grid_unguided", "grid_slowest", "grid_nearest")
+GRIDS = ("grid_guided", "grid_unguided", "grid_slowest", "grid_nearest", "grid_control")
 REPORT, REPORT_SHA256 = "report", f"{TAG}report_sha256"
 
 

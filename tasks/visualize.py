@@ -47,7 +47,7 @@ def visualize(
     from models.device import best_device
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
-    from tasks.report import edits, process, tables
+    from tasks.report import control, edits, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
@@ -95,7 +95,7 @@ def visualize(
         reconstructions=tables.reconstructions(training / "codec"),
         neighbours=neighbours,
         measures=tables.measures(measured),
-        tables=tables.tables(evaluation, measured.headline),
+        tables=[*control.tables(measured), *tables.tables(evaluation, measured.headline)],
         evaluation_grids=tables.grids(evaluation, measured),
         experiments=[section for section in (edits.section(editing),) if section],
         provenance=_provenance(model, measured),
@@ -116,7 +116,7 @@ def _charts(model: Pipeline, training: Path) -> tuple[Chart, Chart]:
 
 
 def _write_figures(folder: Path, tiles: dict[str, Tiles], charts: dict[str, Chart], drawn: Drawn) -> None:
-    from models.pictures import save_animation, save_png
+    from models.images.pictures import save_animation, save_png
     from tasks.report.process import animation, save_tiles
 
     for name, table in tiles.items():

@@ -28,6 +28,7 @@ PLUMBING = {
     "models/device.py",
     "models/hashing.py",
     "models/json_files.py",
+    "models/parallel.py",
     "tasks/__init__.py",
     "tasks/params",
     "tasks/runtime/atomic.py",

@@ -74,6 +74,7 @@ MODEL = Artefact("package", "pipeline/afterimage.json", _model)
 
 INPUTS: dict[str, dict[str, Artefact]] = {
     "encode": {"codec": CODEC},
+    "prior": {"codec": CODEC},
     "train": {"codec": CODEC, "data": LATENTS},
     "evaluate": {"pipeline": PIPELINE, "judge": JUDGE},
     "edit": {"pipeline": PIPELINE, "judge": JUDGE},

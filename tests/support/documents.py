@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
 _BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )?(?:{PROGRAMS}) [^`]+)`")
-_NOT_CHECKED = ("cd", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
+_NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -89,7 +89,8 @@ def _require_tests(arguments: list[str]) -> None:
 
 def _compose(arguments: list[str], folder: Path) -> None:
     """Write the parameters of a preset in `folder`, with links to the project and the documented sources."""
-    (folder / "pictures").mkdir()
+    for name in ("pictures", "base"):
+        (folder / name).mkdir()
     (folder / "cifar10-jpeg.zip").touch()
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):

@@ -15,11 +15,14 @@ from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode
 from tasks.export import export
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
 from tasks.ingest import ingest
 from tasks.params import (
     NO_PATH,
     CodecParams,
+    ControlParams,
     DiffusionParams,
     EncodeParams,
     ExportParams,
@@ -56,8 +59,17 @@ def train_params(**others) -> TrainParams:
     return TrainParams.model_validate({**compose("digits", [])["train"], **defaults, **others})
 
 
-def through(root: Path, database: Path, params: CodecParams, size: tuple[int, int] = (16, 16)) -> Path:
-    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`."""
+def through(
+    root: Path,
+    database: Path,
+    params: CodecParams,
+    size: tuple[int, int] = (16, 16),
+    control: ControlParams | None = None,
+) -> Path:
+    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`.
+
+    With `control` maps are encoded, and the stages end before the training.
+    """
     files = {f"{seed:02d}.png": picture(seed, size) for seed in range(48)}
     with pytest.MonkeyPatch.context() as patch:
         shutil.copy(database, root / "mlflow.db")
@@ -74,10 +86,12 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
             root / "accepted.json",
             root / "codec",
             root / "latents",
-            EncodeParams(shard_size=20, horizontal_flip=True),
+            EncodeParams(shard_size=20, horizontal_flip=True, control=control),
         )
-        run_train(root, "pipeline")
-        run_export(root)
+        if control is None:
+            Prior().write(root / "prior" / PRIOR)
+            run_train(root, "pipeline")
+            run_export(root)
     return root
 
 
@@ -105,12 +119,13 @@ def at_home(root: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(root)
 
 
-def run_train(root: Path, name: str, model: ModelParams = MODEL, **others) -> None:
+def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "prior", **others) -> None:
     with small_grids():
         train(
             root / "latents",
             root / "codec",
             root / "accepted.json",
+            root / prior,
             root / name,
             root / f"averages-{name}",
             root / f"report-{name}",

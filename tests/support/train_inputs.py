@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import yaml
 
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
 from tests.support.warm import WarmProcess
 
@@ -32,13 +34,18 @@ def uniform(timesteps: int):
     import torch
 
     from models.noise.schedules import path_of
-    from models.timesteps import Timesteps
+    from models.optimization.timesteps import Timesteps
 
     return Timesteps(path_of("cosine", timesteps), torch.device("cpu"))
 
 
 def write_inputs(
-    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, buckets: tuple = ((8, 8),)
+    folder: Path,
+    conditioning: str = "label",
+    count: int = 96,
+    shard_size: int = 1000,
+    buckets: tuple = ((8, 8),),
+    control: bool = False,
 ) -> None:
     """Write latents, codec and verdict of a tiny data set as `validate`, `codec` and `encode` do.
 
@@ -48,9 +55,11 @@ def write_inputs(
         count: training images per bucket.
         shard_size: images per shard.
         buckets: height and width of each bucket.
+        control: whether the images are random blocks of 2 x 2 pixels, and have a colour map of them.
     """
     import torch
 
+    from models.networks.control_maps import ControlSpec
     from tasks.formats import latents
     from tasks.formats.codec_info import CodecInfo, TextInfo
     from tasks.formats.latents import BucketShard, Split
@@ -83,6 +92,9 @@ def write_inputs(
             np.uint8
         )
         columns = {"pixels": pixels}
+        if control:
+            cells = rng.integers(0, 2, (n, 1, 4, 4), np.uint8) * 255
+            columns |= {"pixels": cells.repeat(2, axis=2).repeat(2, axis=3), "control": cells.repeat(3, axis=1)}
         if conditioning == "label":
             columns["labels"] = labels
         if text:
@@ -108,9 +120,11 @@ def write_inputs(
         prompts = latents.write_prompts(
             folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
         )
-    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts)
+    spec = ControlSpec("colour", colour_cells=4) if control else None
+    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts, spec)
     codec.write(folder / "codec" / "codec.json")
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
+    Prior().write(folder / "prior" / PRIOR)
 
 
 @functools.cache
@@ -121,7 +135,12 @@ def _committed_params() -> dict:
 
 
 def write_params(
-    folder: Path, conditioning: str = "label", dropout: float = 0.0, architecture: str = "unet", **train
+    folder: Path,
+    conditioning: str = "label",
+    dropout: float = 0.0,
+    architecture: str = "unet",
+    control: bool = False,
+    **train,
 ) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
     document = copy.deepcopy(_committed_params())
@@ -134,6 +153,9 @@ def write_params(
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
+    if control:
+        document["encode"]["control"] = {"kind": "colour", "colour_cells": 4}
+        document["model"]["control_widths"] = [8]
     document["model"] |= {"architecture": architecture, "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}}
     document["diffusion"] |= {"schedule": "cosine", "prediction": "v_prediction", "timestep_density": "uniform"}
     document["diffusion"] |= {"timesteps": 50, "loss_weighting": "plain"}
@@ -157,7 +179,7 @@ def write_params(
     (folder / "params.yaml").write_text(yaml.safe_dump(document))
 
 
-PATHS = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
+PATHS = ("latents", "codec", "accepted.json", "prior", "pipeline", "averages", "report")
 
 
 def command(folder: Path) -> list[str]:
@@ -167,7 +189,7 @@ def command(folder: Path) -> list[str]:
 
 def start_warm(folder: Path, database: Path) -> WarmProcess:
     """Start the training as a process that has loaded the packages."""
-    return WarmProcess(command(folder)[3:], environment(folder, database))
+    return WarmProcess(command(folder)[3:], environment(folder, database), folder / "log")
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
@@ -257,7 +279,7 @@ def _as_a_process(folder: Path, monkeypatch, database: Path):
 
 def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
     """Copy the inputs of another run, and its folders `more`."""
-    for name in ("latents", "codec", *more):
+    for name in ("latents", "codec", "prior", *more):
         shutil.copytree(undisturbed / name, folder / name)
     for name in ("accepted.json", "params.yaml"):
         shutil.copy(undisturbed / name, folder / name)

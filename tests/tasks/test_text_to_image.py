@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from models import masks
 from models.editing import edit
+from models.images.pixels import to_uint8
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.drawing.options import Options
 from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings
@@ -284,7 +284,8 @@ def test_without_classes_it_is_evaluated_by_the_captions_of_held_out_images(tree
     scales = {"guidance_scale": 2.0, "guidance_sweep": [1.0, 2.0], "n_sweep": 2}
     counts = {"n_distance": 4, "n_accuracy": 4, "n_compare": 2, "n_slowest": 2, "batch_size": 3, "allow_small_n": True}
     params = EvaluateParams.model_validate({"sampler": "ddim", "steps": 2, **scales, **counts})
-    evaluate(tree / "pipeline", *data, tree / "judge", out / "m.json", out / "report", out / "timing.json", params)
+    more = tree / "averages-pipeline", tree / "prior", out / "m.json", out / "report", out / "timing.json"
+    evaluate(tree / "pipeline", *data, tree / "judge", *more, params)
     measured = measures.read(out / "report" / measures.FILE)
     assert {"frechet_distance", "clip_score"} <= measured.measures.keys() and measured.measures["clip_score"].real
     rows = list(csv.DictReader((out / "report" / "timesteps.csv").read_text().splitlines()))
