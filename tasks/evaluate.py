@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import require_accepted
 from tasks.params import IMAGES_PER_DIMENSION, EvaluateParams
 from tasks.runtime import atomic, integrity, measures, stage
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
+    from tasks.evaluation.control import Controlled
     from tasks.evaluation.draws import Draw
     from tasks.evaluation.protocol import Protocol
     from tasks.evaluation.scorer import Scorer
@@ -55,6 +57,8 @@ def evaluate(
     images: Path,
     accepted: Path,
     judge: Path,
+    averages: Path,
+    prior: Path,
     metrics: Path,
     report: Path,
     timing: Path,
@@ -64,18 +68,21 @@ def evaluate(
 
     Distances to the held-out images are measured on unguided samples, label accuracy and CLIP score on guided ones,
     over several seed blocks, beside the floor. Then samplers, guidance scales, classes and timesteps are compared, and
-    grids drawn. Everything goes to the folder `report`, the headline numbers to `metrics`.
+    grids drawn. A model of DreamBooth, with a subject in `prior`, is also measured by that, with the weights at earlier
+    steps in `averages`. Everything goes to the folder `report`, the headline numbers to `metrics`.
 
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
     from models.device import best_device
+    from models.images.pictures import save_png
     from models.judges.judge import load_judge
-    from models.pictures import save_png
     from models.pipeline import load_pipeline
     from tasks.evaluation import draws, protocol
+    from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import summarise
+    from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     device = best_device()
@@ -83,6 +90,7 @@ def evaluate(
         model = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
+    described = Prior.load(prior)
     declared = protocol.declare(model, images, scoring, params)
     scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()
@@ -92,9 +100,11 @@ def evaluate(
             "true to measure them nevertheless"
         )
     unguided, guided = draws.draw_blocks(model, declared)
-    measured = summarise(unguided, guided, scorer, declared)
+    controlled = measure_control(model, scorer, declared)
+    measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
+    learned = subjects.measure(model, averages, prior, described, scoring, params.batch_size) if described else None
     grids = {"grid_unguided": unguided[0], "grid_slowest": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         declared.write(folder / protocol.FILE)
@@ -111,8 +121,13 @@ def evaluate(
         for name, drawn in grids.items():
             save_png(grid_of(drawn, model.info.classes), folder / f"{name}.png")
         save_png(grid_of_nearest(unguided[0], scorer), folder / "grid_nearest.png")
+        if controlled:
+            save_png(_grid_of_control(controlled), folder / "grid_control.png")
+        if learned:
+            atomic.write_text(folder / "subject.csv", _csv(subjects.COLUMNS, (row.cells() for row in learned.rows)))
+            save_png(learned.picture, folder / "grid_subject.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
-    atomic.write_json(metrics, measured.headline_numbers())
+    atomic.write_json(metrics, measured.headline_numbers() | (learned.headlines() if learned else {}))
     _print(measured)
 
 
@@ -267,7 +282,7 @@ def _csv(columns: list[str], rows: Iterable[Row]) -> str:
 
 def grid_of(drawn: Draw, classes: list[str]) -> Image.Image:
     """Return a grid with one titled column per class; plain rows without labels or with too many classes."""
-    from models.pictures import grid
+    from models.images.pictures import grid
 
     rows = len(drawn.pixels) // max(1, len(classes))
     if drawn.labels is None or not rows or len(classes) > MAX_GRID_CLASSES:
@@ -278,17 +293,25 @@ def grid_of(drawn: Draw, classes: list[str]) -> Image.Image:
 
 def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
     """Return arguments of `grid`: images shrunk to twice `GRID_SIDE` at most, columns, and the scale of a tile."""
-    from models.pictures import shrunk
+    from models.images.pictures import shrunk
 
     small = shrunk(pixels, 2 * GRID_SIDE)
     return small, columns, max(1, GRID_SIDE // small.shape[-1])
+
+
+def _grid_of_control(controlled: Controlled) -> Image.Image:
+    """Return control maps above their images, and above what is drawn with, without, and with another map."""
+    from models.images.pictures import grid
+
+    rows = controlled.rows
+    return grid(*_shown(rows.reshape(-1, *rows.shape[2:]), rows.shape[1]), controlled.titles)
 
 
 def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
     """Return the images nearest to a training image by features, each above that training image."""
     import numpy as np
 
-    from models.pictures import grid
+    from models.images.pictures import grid
 
     rows, distances = scorer.nearest_training(drawn.pixels)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
@@ -311,6 +334,11 @@ def _print(measured: Measurements) -> None:
         note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
         mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
         print(f"evaluate: {name} ({measure.condition}) {mean} ({measure.reference or 'no reference'}){few}{note}")
+    if control := measured.control:
+        print(
+            f"evaluate: agreement with control maps ({control.kind}) {control.value:.3f} +- {control.spread:.2g} (with "
+            f"another map {control.shuffled:.3f}, without {control.base:.3f}, real images {control.real:.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.formats.codec_info import CodecInfo
+from tasks.formats.prior import Prior
 from tasks.formats.verdict import require_accepted
 from tasks.params import DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import codec_quality, locks, stage, tracking, workspace
@@ -33,6 +34,7 @@ def train(
     data: Path,
     codec: Path,
     accepted: Path,
+    prior: Path,
     pipeline: Path,
     averages: Path,
     report: Path,
@@ -42,8 +44,9 @@ def train(
 ) -> None:
     """Train the diffusion model on the encoded data set; continue from the newest checkpoint of the same run.
 
-    Writes averaged weights in diffusers layout to `pipeline`, snapshots of the averages to `averages`, and the loss
-    history, sample grids and the identity of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
+    With a subject in `prior` it is trained on that and on class images instead (DreamBooth). Writes averaged weights in
+    diffusers layout to `pipeline`, snapshots of the averages to `averages`, and the loss history, sample grids and the
+    identity of the run to `report`. Ctrl-C and SIGTERM save a checkpoint first.
     """
     verdict = require_accepted(accepted)
     CodecInfo.load(codec)
@@ -52,19 +55,21 @@ def train(
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
     from tasks.training import averages as snapshots
-    from tasks.training import checkpoint, outputs, tracked, warm_start
+    from tasks.training import checkpoint, control, machine, outputs, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
+    from tasks.training.prior_mix import Subject
     from tasks.training.stopping import deferred_signals
 
-    index = latents.read_index(data)
-    training_run.check_fits(params)
+    index, subject = latents.read_index(data), Prior.load(prior)
+    machine.check_fits(params)
+    control.require_maps(index, params)
     initial = warm_start.initial_weights(params, model.architecture)
     network = training_run.network_config(index.input_spec, model, initial)
     if initial:
         warm_start.check(initial, network, diffusion)
-    facts = training_key.run_facts(index, codec, verdict, model, diffusion, params)
+    facts = training_key.run_facts(index, codec, verdict, model, diffusion, params, subject)
     scratch = training_key.folder_of(workspace.scratch(), facts)
     checkpoint.refuse_other_network(scratch, training_run.architecture(network))
     dataset = Dataset(name=verdict.source, digest=index.digest)
@@ -74,7 +79,8 @@ def train(
             stack.enter_context(locks.exclusive(workspace.scratch() / "train.lock"))  # one training at a time
             tracking.prepare()
         stack.enter_context(explain_out_of_memory(params))
-        run = training_run.prepare(data, index, facts, network, diffusion, params, initial)
+        mixed = Subject(prior, codec if params.text_encoder else None) if subject else None
+        run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed)
         if main and index.autoencoder:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None
@@ -112,7 +118,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import averages, checkpoint, companions, log, previews, tuning
+    from tasks.training import averages, checkpoint, companions, control, log, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -125,9 +131,10 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     bar = progress(desc="train", total=params.steps, initial=run.step, unit="step", disable=live is None)
     run.module.train()
     while run.step < until:
-        # what is trained: with `full_steps`, first the base and then the LoRA adapter
+        # what is trained: with `full_steps`, first the base and then the LoRA adapter or the ControlNet
         if params.full_steps and isinstance(run.network, TextUNet):
             run.network.train_adapter(train=run.step >= params.full_steps)
+        control.begin(run)
         # and by which objective: with `distil`, first as usual and then for consistency
         tuning.begin(run)
         objective, phase = tuning.objective_at(run, run.step), params.phase(run.step)

@@ -39,7 +39,7 @@ class TextUNetConfig:
     size: int
     """Height and width of the input."""
     channels: int
-    """Channels of input and output."""
+    """Channels of the output, and of x in the input."""
     cross_attention_dim: int
     """D: width of the token embeddings."""
     block_out_channels: tuple[int, ...]
@@ -57,8 +57,13 @@ class TextUNetConfig:
     dropout: float = 0.0
     pooled: int | None = None
     """P: width of the pooled prompt embedding (SDXL conditioning); None without it."""
+    context_channels: int = 0
+    """Further channels of the input: mask and latents of the masked image for an inpainting U-Net."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter of the attention layers (Hu et al. 2021), which alone is trained; None without one."""
+    control_widths: tuple[int, ...] | None = None
+    """Channels of the layers that read a control map, see `models/networks/controlnet.py`; None without a ControlNet.
+    """
 
     def to_diffusers(self) -> JsonObject:
         """Return the `config.json` of the network."""
@@ -67,7 +72,7 @@ class TextUNetConfig:
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": DIFFUSERS_VERSION,
             "sample_size": self.size,
-            "in_channels": self.channels,
+            "in_channels": self.channels + self.context_channels,
             "out_channels": self.channels,
             "cross_attention_dim": self.cross_attention_dim,
             "block_out_channels": list(self.block_out_channels),
@@ -86,7 +91,7 @@ class TextUNetConfig:
     def from_diffusers(config: JsonObject) -> TextUNetConfig:
         """Convert a `config.json`, ours or a published one; absent keys take diffusers' defaults.
 
-        `lora_rank`, which only training needs, is not part of the file.
+        `lora_rank` and `control_widths`, which only training needs, are not part of the file.
 
         Raises:
             ValueError: for an architecture that this network does not support, in one sentence.
@@ -102,7 +107,8 @@ class TextUNetConfig:
         per_head = {width // count for width, count in zip(widths, heads, strict=True)}
         return TextUNetConfig(
             size=config["sample_size"],
-            channels=config["in_channels"],
+            channels=config.get("out_channels", 4),
+            context_channels=config["in_channels"] - config.get("out_channels", 4),
             cross_attention_dim=config.get("cross_attention_dim", 1280),
             block_out_channels=widths,
             attention=tuple(name.startswith("CrossAttn") for name in config["down_block_types"]),
@@ -123,11 +129,13 @@ def _require_supported_architecture(config: JsonObject) -> None:
     Most of them change no weight's shape: the weights would load, and give other images.
     """
     attention = [name.startswith("CrossAttn") for name in config["down_block_types"]]
+    channels = config["in_channels"]
     supported: Supported = {
         "down_block_types": (["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "up_block_types": (["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],),
-        "out_channels": (config["in_channels"],),
+        # An inpainting U-Net receives the c channels of x, the mask, and the c channels of the masked image.
+        "out_channels": (channels, *([channels // 2] if channels % 2 else [])),
         "act_fn": ("silu",),
         "addition_embed_type": (None, "text_time"),
         "addition_time_embed_dim": (None, SIZE_WIDTH),
@@ -200,11 +208,17 @@ class TextUNet(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        tokens, added, pooled = condition.to(x.dtype), None, self.config.pooled
-        if pooled is not None:
-            tokens, last = tokens[:, :-1], condition[:, -1]
-            added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        tokens, added = self.text_inputs(x, condition)
         return self.network(x, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
+
+    def text_inputs(self, x: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return the token embeddings [B, L, D] in the dtype of `x`, and SDXL's further conditions, else None."""
+        tokens, pooled = condition.to(x.dtype), self.config.pooled
+        if pooled is None:
+            return tokens, None
+        last = condition[:, -1]
+        added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        return tokens[:, :-1], added
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: less memory for activations, a second forward pass of each block."""

@@ -5,13 +5,14 @@ prescribes. Only arithmetic operators touch the images, so the same code runs on
 The ONNX bundle contains a copy of this file, so it imports only NumPy.
 
 Legend: `x` is x_t, float [N, C, H, W]; `x0` the predicted clean image of the same shape, about [-1, 1]. `levels` are
-the noise levels from pure noise down (see `paths.py`); every sampler goes on from the last of them to a clean image.
-`a` is alpha^2, which is alpha_bar on a diffusion path. `denoise(x, level)` maps x_t to x0; `noise()` returns standard
-normal noise in the shape of x. `callback(i, t, x, x0)` is called after each step.
+the noise levels from that of x down to that of the result, usually `CLEAN` (see `paths.py`). `a` is alpha^2, which is
+alpha_bar on a diffusion path. `denoise(x, level)` maps x_t to x0; `noise()` returns standard normal noise in the shape
+of x. `after(i, t, x, x0)` is called after each step and may return what to go on from in place of x.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from . import editing
 from .paths import CLEAN, DiffusionPath, Level, Path, RectifiedFlow, consistency_levels, to_x0
+from .spacing import timesteps_for
 
 Batch: TypeAlias = Any  # a torch tensor or a NumPy array; the two have no common type
 Predict: TypeAlias = Callable[[Batch, float, Batch], Batch]
 """`predict(x, t, condition)` returns the raw network output for one timestep."""
 Denoise: TypeAlias = Callable[[Batch, Level], Batch]
 Noise: TypeAlias = Callable[[], Batch]
-Callback: TypeAlias = Callable[[int, float, Batch, Batch], None]
+Callback: TypeAlias = Callable[[int, float, Batch, Batch], object]
+"""`callback(i, t, x, x0)` receives step, timestep, x after the step, and x0; what it returns is ignored."""
+After: TypeAlias = Callable[[int, float, Batch, Batch], Batch]
+"""The same, except that what it returns replaces x; None keeps x."""
 Interval: TypeAlias = "Sequence[float] | None"
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
@@ -117,54 +123,6 @@ class SeededNoise:
         return np.stack([rng.standard_normal(self.shape, dtype=np.float32) for rng in self.generators])
 
 
-def trailing_timesteps(total: int, steps: int) -> list[int]:
-    """Return `steps` decreasing, evenly spaced timesteps of 0..total-1; the first is always total - 1.
-
-    "Trailing" in Lin et al. 2024, table 2: sampling starts at the timestep at which training ended.
-
-    Raises:
-        ValueError: if `steps` is not in 1..total.
-    """
-    if not 1 <= steps <= total:
-        raise ValueError(f"sampling steps {steps} must lie between 1 and the model's {total} timesteps")
-    # The arithmetic of diffusers, so that halves are rounded to the same side.
-    return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))[:steps]]
-
-
-def leading_timesteps(total: int, steps: int, offset: int = 0, intervals: int | None = None) -> list[int]:
-    """Return `steps` decreasing multiples of total // steps, each plus `offset`; the last one is `offset`.
-
-    "Leading" in Lin et al. 2024, table 2: the spacing of many published models, which starts below total - 1. If
-    `intervals` exceeds `steps`, the multiples are those of total // intervals without the lowest ones.
-
-    Raises:
-        ValueError: if the first one would not be a timestep, or for an impossible number of steps.
-    """
-    intervals = intervals or steps
-    if not 1 <= steps <= intervals <= total:
-        raise ValueError(f"sampling steps {steps} must lie between 1 and {total - intervals + steps} for this model")
-    chosen = [offset + i * (total // intervals) for i in range(intervals)]
-    if chosen[-1] >= total:
-        raise ValueError(f"{steps} sampling steps of this model begin at timestep {chosen[-1]} of {total}; take fewer")
-    return chosen[intervals - steps :][::-1]
-
-
-def timesteps_for(sampler: str, total: int, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
-    """Return the timesteps at which `sampler` evaluates the network, with "trailing" or "leading" spacing.
-
-    With leading spacing `dpm_solver_pp_2m` has one interval more than steps and stops before the last one, as in
-    diffusers.
-
-    Raises:
-        ValueError: for another spacing or an impossible number of steps.
-    """
-    if spacing == "trailing":
-        return trailing_timesteps(total, steps)
-    if spacing != "leading":
-        raise ValueError(f"unknown spacing {spacing!r}; known: trailing, leading")
-    return leading_timesteps(total, steps, offset, steps + (sampler == "dpm_solver_pp_2m"))
-
-
 def denoiser(
     predict: Predict,
     scheduler: SchedulerConfig,
@@ -210,14 +168,15 @@ def denoiser(
 
 
 def _steps(levels: Sequence[Level]) -> Iterator[tuple[int, Level, Level]]:
-    """Yield (i, level, next level) of each step; the last one leads to a clean image."""
-    for i, (level, following) in enumerate(itertools.pairwise([*levels, CLEAN])):
+    """Yield (i, level, next level) of each step."""
+    for i, (level, following) in enumerate(itertools.pairwise(levels)):
         yield i, level, following
 
 
-def _report(callback: Callback | None, i: int, level: Level, x: Batch, x0: Batch) -> None:
-    if callback:
-        callback(i, level.t, x, x0)
+def _stepped(after: After | None, i: int, level: Level, x: Batch, x0: Batch) -> Batch:
+    """Return x, or what `after` replaces it with."""
+    replaced = after(i, level.t, x, x0) if after else None
+    return x if replaced is None else replaced
 
 
 def ddpm(
@@ -225,7 +184,7 @@ def ddpm(
     x: Batch,
     noise: Noise,
     levels: Sequence[Level],
-    callback: Callback | None = None,
+    after: After | None = None,
     variance_type: str = "fixed_small",
 ) -> Batch:
     """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 6-7), also over a subset of the timesteps.
@@ -242,7 +201,7 @@ def ddpm(
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a_next) / (1 - a) * x
         if a_next < 1:
             x = x + math.sqrt(beta if variance_type == "fixed_large" else (1 - a_next) / (1 - a) * beta) * noise()
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
@@ -251,7 +210,7 @@ def ddim(
     x: Batch,
     noise: Noise,
     levels: Sequence[Level],
-    callback: Callback | None = None,
+    after: After | None = None,
     eta: float = 0.0,
 ) -> Batch:
     """DDIM (Song et al. 2021, eq. 12 and 16); `eta` 0 is deterministic, 1 has the variance of `ddpm`."""
@@ -263,12 +222,12 @@ def ddim(
         x = following.alpha * x0 + math.sqrt(max(1 - a_next - sigma**2, 0.0)) * eps
         if sigma > 0:
             x = x + sigma * noise()
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
 def euler_ancestral(
-    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
+    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], after: After | None = None
 ) -> Batch:
     """Euler steps in sigma = sqrt((1 - a) / a), each followed by fresh noise (k-diffusion's sampler of this name).
 
@@ -285,12 +244,12 @@ def euler_ancestral(
         if a_next < 1:
             scaled = scaled + sigma_next * math.sqrt(1 - r) * noise()
         x = following.alpha * scaled
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
+    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], after: After | None = None
 ) -> Batch:
     """DPM-Solver++(2M), a second-order multistep solver (Lu et al. 2022b, algorithm 2); it draws no noise.
 
@@ -308,21 +267,21 @@ def dpm_solver_pp_2m(
             previous, h_previous = x0, h
         else:
             x = x0
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
-def euler(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None) -> Batch:
+def euler(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], after: After | None = None) -> Batch:
     """Euler steps of a rectified flow, dx = (eps - x_0) dsigma (Liu et al. 2023, algorithm 1); it draws no noise."""
     del noise
     for i, level, following in _steps(levels):
         x0 = denoise(x, level)
         x = x + (following.sigma - level.sigma) * _velocity(x, x0, level)
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
-def heun(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None) -> Batch:
+def heun(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], after: After | None = None) -> Batch:
     """Heun's second-order steps of a rectified flow (Karras et al. 2022, algorithm 1, for dx = (eps - x_0) dsigma).
 
     Each step but the last evaluates the network twice. It draws no noise.
@@ -335,18 +294,16 @@ def heun(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], call
             ahead = x + step * slope
             slope = (slope + _velocity(ahead, denoise(ahead, following), following)) / 2
         x = x + step * slope
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
-def consistency(
-    denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], callback: Callback | None = None
-) -> Batch:
+def consistency(denoise: Denoise, x: Batch, noise: Noise, levels: Sequence[Level], after: After | None = None) -> Batch:
     """Predict a clean image and add noise of the next level, step by step (Song et al. 2023, algorithm 1)."""
     for i, level, following in _steps(levels):
         x0 = denoise(x, level)
         x = following.alpha * x0 + following.sigma * noise() if following.sigma > 0 else x0
-        _report(callback, i, level, x, x0)
+        x = _stepped(after, i, level, x, x0)
     return x
 
 
@@ -381,10 +338,11 @@ def sample(
     scheduler: SchedulerConfig,
     sampling: Sampling = DEFAULT_SAMPLING,
     callback: Callback | None = None,
+    start: editing.Start | None = None,
 ) -> Batch:
     """Draw images, float [N, C, H, W], from pure noise: the first call of `noise` is x_T, later calls feed the sampler.
 
-    Guidance is part of `denoise`, see `denoiser`.
+    With `start` they are drawn from a given image, see `editing.py`. Guidance is part of `denoise`, see `denoiser`.
 
     Raises:
         ValueError: for a sampler that the model's path does not have, or a number of steps that it does not support.
@@ -395,5 +353,8 @@ def sample(
         raise ValueError(f"a {kind} has no sampler {sampling.sampler!r}; use one of: {', '.join(known)}")
     own: dict[str, dict[str, float | str]] = {"ddim": {"eta": sampling.eta}}
     own["ddpm"] = {"variance_type": scheduler.variance_type}
-    levels = scheduler.levels(sampling.sampler, sampling.steps)
-    return SAMPLERS[sampling.sampler](denoise, noise(), noise, levels, callback, **own.get(sampling.sampler, {}))
+    levels = [*scheduler.levels(sampling.sampler, sampling.steps), CLEAN]
+    run = functools.partial(SAMPLERS[sampling.sampler], denoise, **own.get(sampling.sampler, {}))
+    if start is not None:
+        return editing.sample_from(start, run, noise, levels, callback)
+    return run(noise(), noise, levels, editing.watching(callback))

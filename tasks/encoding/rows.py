@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tasks.formats import buckets
 from tasks.pictures.images import read_columns
+from tasks.pictures.index import class_index
 from tasks.runtime.disk import require_space
 
 if TYPE_CHECKING:
@@ -33,11 +34,18 @@ class Row:
     height: int
 
 
-def read_rows(images: Path, resolutions: Sequence[Resolution]) -> dict[str, list[Row]]:
-    """Return the images of each split, sorted by bucket and key."""
+def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Return the images of each split, sorted by bucket and key, without those of the classes `leave_out`.
+
+    Raises:
+        StageError: if a class does not exist.
+    """
+    hidden = {class_index(images, name, "encode.leave_out") for name in leave_out}
     columns = ["key", "split", "sha256", "label", "captions", "height", "width"]
     splits: dict[str, list[Row]] = {}
     for image in read_columns(images, columns).to_pylist():
+        if image["label"] is not None and image["label"] in hidden:
+            continue
         row = Row(
             key=image["key"],
             sha256=image["sha256"],

@@ -7,8 +7,11 @@ from typing import TypeVar
 
 from pydantic import Field, model_validator
 
-from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
-from tasks.params.model import CodecParams, Conditioning, DiffusionParams, EncodeParams, ModelParams, TrainParams
+from tasks.params import control
+from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
+from tasks.params.editing import EditParams
+from tasks.params.model import Architecture, CodecParams, Conditioning, DiffusionParams, ModelParams, TrainParams
+from tasks.params.prior import PriorParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,
     EvaluateParams,
@@ -45,6 +48,19 @@ class Demands(Section):
         return 2 if self.allow_small_n else images_for_distances(self.extractor, self.resolution)
 
 
+class BaseWeights(Section):
+    """The weights that a training starts from, which draw the class images of DreamBooth."""
+
+    init_from: str = Field(alias="train.init_from")
+    weights: str | None = Field(alias="train.weights")
+    pin: str | None = Field(alias="train.pin")
+    architecture: Architecture = Field(alias="model.architecture")
+
+
+COLLECTED = (Demands, BaseWeights)
+"""Types that consist of single parameters of several sections."""
+
+
 class Params(Section):
     """Every section of `params.yaml`."""
 
@@ -55,27 +71,31 @@ class Params(Section):
     image: ImageParams
     codec: CodecParams
     encode: EncodeParams
+    prior: PriorParams = PriorParams()
     model: ModelParams
     diffusion: DiffusionParams
     train: TrainParams
     judge: JudgeParams
     evaluate: EvaluateParams
+    edit: EditParams
     visualize: VisualizeParams
     export: ExportParams
     register_: RegisterParams = Field(alias="register")
 
     def section(self, kind: type[S]) -> S:
-        """Return the section of type `kind`; `Demands` is collected from several sections."""
-        if issubclass(kind, Demands):
-            return kind.model_validate({name: attrgetter(name)(self) for name in names_of(Demands)})
+        """Return the section of type `kind`; those of `COLLECTED` are made of several sections."""
+        if issubclass(kind, COLLECTED):
+            return kind.model_validate({name: attrgetter(name)(self) for name in names_of(kind)})
         return next(section for name in type(self).model_fields if isinstance(section := getattr(self, name), kind))
 
     @model_validator(mode="after")
     def _check(self) -> Params:
         self._check_resolution()
         self._check_flips()
+        control.check(self)
         self._check_adapter()
         self._check_distil()
+        self._check_prior()
         self._check_published()
         self._check_steps()
         self._check_guidance()
@@ -161,8 +181,8 @@ class Params(Section):
                 "train.optimizer 'muon' is for hidden matrices, and with model.lora_rank only the adapter is trained; "
                 "set train.optimizer to 'adamw'"
             )
-        if self.train.full_steps and not self.model.lora_rank:
-            raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
+        if self.train.full_steps and not (self.model.lora_rank or self.model.control_widths):
+            raise ValueError("train.full_steps is only read with model.lora_rank or model.control_widths; set it to 0")
 
     def _check_distil(self) -> None:
         """Consistency tuning needs x0 = x at zero noise, all weights, and its own weighting of the loss."""
@@ -182,6 +202,41 @@ class Params(Section):
             raise ValueError(
                 "diffusion.loss_weighting 'min_snr' weights the training before train.distil, which has none with "
                 "train.distil.after 0; set diffusion.loss_weighting to 'plain'"
+            )
+
+    def _check_prior(self) -> None:
+        """DreamBooth trains a text-conditional network from base weights, half of each batch on class images."""
+        prior, train = self.prior, self.train
+        if prior.instance_prompt is None:
+            if train.text_encoder:
+                raise ValueError("train.text_encoder is only read with prior.instance_prompt; set it to false")
+            return
+        if self.codec.conditioning != "text":
+            raise ValueError("prior.instance_prompt is a prompt; set codec.conditioning to 'text', or it to null")
+        if train.init_from == NO_PATH and train.weights is None:
+            raise ValueError(
+                "prior.instance_prompt trains DreamBooth, whose class images are drawn by base weights; name them in "
+                "train.weights or train.init_from"
+            )
+        others = {
+            "encode.buckets": self.encode.buckets,
+            "encode.control": self.encode.control,
+            "train.distil": train.distil,
+        }
+        for key, value in others.items():
+            if value:
+                raise ValueError(f"{key} does not work with prior.instance_prompt; reset one of them")
+        if train.text_encoder and self.codec.text.second_width is not None:
+            raise ValueError(
+                "train.text_encoder trains a single text encoder, and codec.text.second_width adds another; set "
+                "train.text_encoder to false"
+            )
+        if train.text_encoder and train.optimizer == "muon":
+            raise ValueError("train.text_encoder is trained by AdamW; set train.optimizer to 'adamw'")
+        if prior.images and train.prior_weight and train.batch_size // train.gradient_accumulation % 2:
+            raise ValueError(
+                "half of each batch are class images (prior.images), so train.batch_size / train.gradient_accumulation "
+                "must be even; change one, or set train.prior_weight to 0"
             )
 
     def _check_published(self) -> None:
@@ -207,6 +262,7 @@ class Params(Section):
         for section, sampler, steps in (
             ("evaluate", self.evaluate.sampler, self.evaluate.steps),
             ("visualize", self.visualize.sampler, self.visualize.steps),
+            ("edit", self.edit.sampler, self.edit.steps),
         ):
             if sampler not in known:
                 raise ValueError(
@@ -236,6 +292,7 @@ class Params(Section):
             self._check_classifier_free("evaluate.guidance_scale", (evaluate.guidance_scale,))
         if visualize.guidance == "classifier_free":
             self._check_classifier_free("visualize.guidance_scales", visualize.guidance_scales)
+        self._check_classifier_free("edit.guidance_scale", (self.edit.guidance_scale,))
         if self.codec.conditioning != "none" or not self.train.guide_step:  # else the sweep is one of autoguidance
             self._check_classifier_free("evaluate.guidance_sweep", evaluate.guidance_sweep)
 
@@ -244,9 +301,9 @@ class Params(Section):
             return
         if self.codec.conditioning == "none":
             raise ValueError(
-                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set "
-                "evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0], "
-                "or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
+                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set edit.guidance_scale "
+                "and evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to "
+                "[1.0], or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
             )
         if self.train.condition_dropout == 0:
             raise ValueError(
@@ -276,7 +333,7 @@ class Params(Section):
 
 
 def names_of(kind: type[Section]) -> list[str]:
-    """Keys of `params.yaml` that a section of type `kind` is read from: one, or for `Demands` one per value."""
-    if issubclass(kind, Demands):
-        return [str(field.alias) for field in Demands.model_fields.values()]
+    """Keys of `params.yaml` that a section of type `kind` is read from: one, or for `COLLECTED` one per value."""
+    if issubclass(kind, COLLECTED):
+        return [str(field.alias) for field in kind.model_fields.values()]
     return [field.alias or name for name, field in Params.model_fields.items() if field.annotation is kind]

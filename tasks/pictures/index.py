@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.json_files import Description, JsonObject
 from tasks.runtime import integrity
+from tasks.runtime.errors import StageError
 
 FILE = "index.json"
 
@@ -66,3 +67,15 @@ class ImageIndex(Description):
 def read_index(images: Path) -> ImageIndex:
     """Read `index.json` of an images folder. Raises `StageError` if it is missing, damaged or of another format."""
     return integrity.read_description(ImageIndex, images / FILE, "ingest")
+
+
+def class_index(images: Path, name: str, key: str) -> int:
+    """Return the label of the class `name`, which the parameter `key` asks for.
+
+    Raises:
+        StageError: if it does not exist.
+    """
+    classes = read_index(images).classes
+    if name not in classes:
+        raise StageError(f"{key} names the class '{name}', and the data has {', '.join(classes) or 'none'}; correct it")
+    return classes.index(name)

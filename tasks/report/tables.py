@@ -7,7 +7,7 @@ import json
 from dataclasses import astuple
 from pathlib import Path
 
-from tasks.report import charts
+from tasks.report import charts, control
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
@@ -54,6 +54,9 @@ SAMPLER_COLUMNS = {
     "label_accuracy": "Accuracy",
     "clip_score": "CLIP",
 }
+SUBJECT_COLUMNS = {"weights": "Weights", "step": "Step", "n": "n", "subject_similarity": "Subject"}
+SUBJECT_COLUMNS |= {"class_similarity": "Class", "margin": "Margin", "class_diversity": "Diversity"}
+SUBJECT_COLUMNS |= {"prompt_fidelity": "Prompt", "note": "Note"}
 SWEEP_COLUMNS = {"guidance_scale": "Guidance", "guidance": "Kind", "n": "n"} | {
     name: SAMPLER_COLUMNS[name]
     for name in ("frechet_distance", "kid", "cmmd", "precision", "recall", "label_accuracy", "clip_score")
@@ -183,7 +186,21 @@ def tables(evaluation: Path, headline: str) -> list[Table]:
         )
         columns, rows = _cells(_read(evaluation / "timesteps.csv"), TIMESTEP_COLUMNS)
         found.append(Table("By timestep", text, columns, rows))
+    if (evaluation / "subject.csv").exists():
+        found.append(subject_table(evaluation / "subject.csv"))
     return found
+
+
+def subject_table(path: Path) -> Table:
+    """Return the table of the measures of DreamBooth."""
+    text = (
+        "DreamBooth: mean cosine of the features of samples with those of the subject's pictures, with the token of "
+        "the subject in the prompt and without (class). A class that comes nearer to the subject than before leaks; "
+        "the margin is the difference that the token makes. Diversity is 1 minus the mean cosine of two samples of the "
+        "class. Prompt fidelity is the CLIP score in held-out contexts."
+    )
+    columns, rows = _cells(_read(path), SUBJECT_COLUMNS)
+    return Table("The subject over the training", text, columns, rows, worded=["Weights", "Note"])
 
 
 def _sampler_table(path: Path, headline: str) -> Table:
@@ -280,7 +297,7 @@ def _cells(rows: list[dict[str, str]], known: dict[str, str]) -> tuple[list[str]
         keys.remove("guidance")
 
     def cell(key: str, text: str) -> str:
-        if key in ("sampler", "class", "weights"):
+        if key in ("sampler", "class", "weights", "note"):
             return SAMPLERS.get(text, text)
         if key == "guidance":
             return GUIDANCES.get(text, "–")
@@ -354,7 +371,9 @@ def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
         "grid_unguided": f"{own}, without guidance",
         **guided,
         "grid_slowest": f"{_slowest(evaluation)}, without guidance",
+        "grid_subject": "The subject's pictures, then samples from the same seeds before, during and after DreamBooth",
         "grid_nearest": "The samples that are nearest to a training image by features, above that image",
+        "grid_control": control.CAPTION,
     }
     return [
         Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")

@@ -74,8 +74,10 @@ MODEL = Artefact("package", "pipeline/afterimage.json", _model)
 
 INPUTS: dict[str, dict[str, Artefact]] = {
     "encode": {"codec": CODEC},
+    "prior": {"codec": CODEC},
     "train": {"codec": CODEC, "data": LATENTS},
     "evaluate": {"pipeline": PIPELINE, "judge": JUDGE},
+    "edit": {"pipeline": PIPELINE, "judge": JUDGE},
     "visualize": {"pipeline": PIPELINE},
     "export": {"pipeline": PIPELINE},
     "package": {"pipeline": PIPELINE, "onnx": BUNDLE},

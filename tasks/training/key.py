@@ -22,6 +22,7 @@ from tasks.training.backward import workers_for
 
 if TYPE_CHECKING:
     from tasks.formats.latents import LatentsIndex
+    from tasks.formats.prior import Prior
     from tasks.formats.training_record import Scalar
     from tasks.formats.verdict import Verdict
 
@@ -30,11 +31,14 @@ FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init
 NO_WEIGHT = {
     "models/networks/autoencoder.py": "decodes previews; `encode` made the latents, whose digest is in the key",
     "models/flops.py": "counts operations for the log",
-    "models/pictures.py": "draws the grids of previews",
+    "models/images/pictures.py": "draws the grids of previews",
     "models/pipeline.py": "writes finished weights",
+    "models/noise/editing.py": "draws from a given image, which previews do not",
     "models/noise/samplers.py": "draws previews",
+    "models/noise/spacing.py": "chooses the timesteps of previews",
     "tasks/formats/averages.py": "describes copies of the averages",
     "tasks/formats/codec_info.py": "reads the description of the codec, whose hash is in the key",
+    "tasks/formats/prior.py": "describes the images of DreamBooth, whose digest is in the key",
     "tasks/formats/training_record.py": "writes the identity of the run for the report",
     "tasks/pretrained/weights.py": "finds first weights, whose sha256 is in the key",
     "tasks/training/averages.py": "copies the averages",
@@ -76,6 +80,7 @@ def run_facts(
     model: ModelParams,
     diffusion: DiffusionParams,
     params: TrainParams,
+    prior: Prior | None = None,
 ) -> RunFacts:
     """Derive keys and parameters of the run from its inputs, its parameters and the code."""
     sections = {"model": model.used(), "diffusion": diffusion.model_dump(), "train": params.model_dump()}
@@ -87,6 +92,8 @@ def run_facts(
     data = {"digest": index.digest, "codec": file_sha256(codec / CODEC_FILE)}
     if params.init_from != NO_PATH:
         data["init_from"] = file_sha256(weights_file(Path(params.init_from)))
+    if prior is not None:
+        data["prior"] = prior.digest
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trajectory = {
         **{key: value for key, value in determining.items() if not _extends(key, params)},
@@ -175,7 +182,8 @@ def _extends(key: str, params: TrainParams) -> bool:
     pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
     if key == "train.pipeline_ema":
-        return not params.guide_step and not (params.distil and params.distil.after)
+        used_before = params.distil.after if params.distil else params.control_dropout is not None and params.full_steps
+        return not params.guide_step and not used_before
     return key == "train.steps" and params.lr_schedule == "constant"
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from models.networks.controlnet import ControlledUNet
 from models.networks.network import under_all_names
+from models.networks.text_encoder import load_text_encoder, save_text_encoder
 from models.networks.text_unet import adapter, merged
 from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
+from models.tuned_text import split
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
 from tasks.runtime import atomic, codec_quality
-from tasks.training import log, previews
+from tasks.training import control, log, previews
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,14 +71,25 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         null_label=len(index.classes) if index.conditioning == "label" else None,
         prompts=index.prompts,
         latent=[index.channels, index.size] if index.autoencoder else None,
+        control=index.control.to_json() if index.control and isinstance(run.network, ControlledUNet) else None,
     )
-    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
-    final = _complete(run, frozen | run.averages[run.params.pipeline_ema].state_dict())
-    others = {name: merged(_complete(run, frozen | earlier)) for name, earlier in run.companions.items()}
+    frozen = control.base_weights(run)
+    final, text = split(_complete(run, frozen | run.averages[run.params.pipeline_ema].state_dict()))
+    others = {name: merged(split(_complete(run, frozen | earlier))[0]) for name, earlier in run.companions.items()}
     diffusion = run.diffusion
     noise = saved_noise(diffusion.schedule, diffusion.timesteps, diffusion.zero_terminal_snr, diffusion.shift)
-    with atomic.writing_folder(pipeline) as folder:
+    with atomic.writing_folder(pipeline) as folder, TemporaryDirectory() as temporary:
+        codec = _with_text(codec, text, Path(temporary) / "codec") if text else codec
         save_pipeline(folder, run.network, merged(final), noise, info, codec, adapter(final), others)
+
+
+def _with_text(codec: Path, weights: Mapping[str, Tensor], copy: Path) -> Path:
+    """Copy the codec with other weights of its text encoder; returns `copy`."""
+    shutil.copytree(codec, copy, copy_function=shutil.copyfile)
+    encoder = load_text_encoder(codec)
+    encoder.towers[0].model.load_state_dict(weights)
+    save_text_encoder(copy, encoder)
+    return copy
 
 
 def _complete(run: Run, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,6 @@ Batches, noise, dropout and learning rate follow from the step, so a checkpoint 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,28 +13,31 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 
-from models.diffusion import add_noise, squared_error, target
-from models.ema import EMA
+from models import tuned_text
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
 from models.networks.text_dit import TextDiTConfig
+from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise.schedules import path_of
-from models.timesteps import Density, Timesteps
+from models.optimization.diffusion import add_noise, squared_error, target
+from models.optimization.ema import EMA
+from models.optimization.timesteps import Density, Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, control, machine, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
+from tasks.training.prior_mix import PriorMix, Subject, open_mix
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -51,7 +52,6 @@ HELD_OUT_SAMPLES = 512
 INHERITED = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding")
 """Properties of published networks that the section model has no parameter for."""
 OPTIMIZER = "optimizer"
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # in accelerate's ACCELERATE_USE_*; on a CPU it ignores the first
 
 LossFunction: TypeAlias = Callable[["nn.Module", Batch], "Tensor"]
 """(network, batch) -> weighted loss of each sample, float32 [B]."""
@@ -70,7 +70,7 @@ class Run:
     backward: Backward
     optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
-    batches: Batches | Bucketed
+    batches: Batches | Bucketed | PriorMix
     held_out: list[Batch]
     timesteps: Timesteps
     """Those of the training batches, with their path."""
@@ -86,42 +86,8 @@ class Run:
     history: list[HistoryRow] = field(default_factory=list)
     companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
-
-
-def check_fits(params: TrainParams) -> None:
-    """Raise `StageError`, before data or weights are read, if the parameters do not fit the machine."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    parts = processes * params.gradient_accumulation
-    if params.batch_size % parts:
-        raise StageError(
-            f"train.batch_size {params.batch_size} cannot be shared among {processes} processes in "
-            f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
-        )
-    _check_devices(params, processes)
-    if kind := next((kind for kind in SHARDING if parse_flag_from_env(f"ACCELERATE_USE_{kind}")), None):
-        raise _sharded(kind)
-    if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
-        raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
-    if params.full_steps and processes > 1:
-        raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
-
-
-def _sharded(kind: str) -> StageError:
-    return StageError(
-        f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
-        "configuration like those in infra/accelerate"
-    )
-
-
-def _check_devices(params: TrainParams, processes: int) -> None:
-    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if params.precision == "fp16" and not gpus:
-        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if processes > 1 and on_this_machine > gpus and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        raise StageError(
-            f"{on_this_machine} processes were started on a machine with {gpus} GPUs; lower num_processes in the "
-            "configuration of accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
-        )
+    initial: InitialWeights | None = None
+    """The weights that the training started from."""
 
 
 def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
@@ -171,9 +137,10 @@ def prepare(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
+    subject: Subject | None = None,
 ) -> Run:
     """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
-    run = assemble(data, index, facts, config, diffusion, params, initial)
+    run = assemble(data, index, facts, config, diffusion, params, initial, subject)
     if run.accelerator.is_main_process:
         _print_summary(run, index)
     _resume(run, facts)
@@ -188,10 +155,12 @@ def assemble(
     diffusion: DiffusionParams,
     params: TrainParams,
     initial: InitialWeights | None = None,
+    subject: Subject | None = None,
 ) -> Run:
     """Build network, optimizer, averages and batches of a run before its first step.
 
-    The network starts from the `initial` weights, or from random weights.
+    The network starts from the `initial` weights, or from random weights. With a `subject` it is trained on that and on
+    class images, and its text encoder if that is named.
     """
     accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
@@ -200,6 +169,10 @@ def assemble(
         warm_start.load(network, initial)
     if params.full_steps:
         network.requires_grad_(True)  # the base trains first, then the adapter; `fit` switches between them
+    else:
+        control.narrow_base(network, params, accelerator.device)
+    if subject and subject.codec is not None:
+        tuned_text.attach(network, load_text_encoder(subject.codec).towers[0].model)
     memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
     # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -207,7 +180,7 @@ def assemble(
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
-    batches, held_out = _batches(data, index, accelerator, timesteps, params)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     return Run(
@@ -225,6 +198,7 @@ def assemble(
         params=params,
         folder=training_key.folder_of(workspace.scratch(), facts),
         tally=Tally(diffusion.timesteps, accelerator.device),
+        initial=initial,
     )
 
 
@@ -240,7 +214,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         gradient_accumulation_steps=params.gradient_accumulation,
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise _sharded(accelerator.distributed_type.value)
+        raise machine.sharded(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
@@ -258,9 +232,10 @@ class Objective:
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         params = self.params
         alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
-        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, batch.condition)
+        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, *batch.conditions)
         error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
-        return self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma) * error
+        weights = self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma)
+        return weights * error if batch.weight is None else batch.weight * weights * error
 
 
 def timesteps_of(params: DiffusionParams, device: torch.device) -> Timesteps:
@@ -271,8 +246,13 @@ def timesteps_of(params: DiffusionParams, device: torch.device) -> Timesteps:
 
 
 def _batches(
-    data: Path, index: LatentsIndex, accelerator: Accelerator, timesteps: Timesteps, params: TrainParams
-) -> tuple[Batches | Bucketed, list[Batch]]:
+    data: Path,
+    index: LatentsIndex,
+    accelerator: Accelerator,
+    timesteps: Timesteps,
+    params: TrainParams,
+    subject: Subject | None,
+) -> tuple[Batches | Bucketed | PriorMix, list[Batch]]:
     """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
 
     Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
@@ -280,24 +260,29 @@ def _batches(
     device, where = accelerator.device, params.data_on_device
     conditioning = open_conditioning(data, where, device)
 
-    def training(bucket: int, seed: int) -> Batches:
-        config = DrawConfig(
+    def configured(seed: int) -> DrawConfig:
+        return DrawConfig(
             batch_size=params.batch_size // accelerator.num_processes,
             timesteps=timesteps,
             seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
+            control_dropout=params.control_dropout,
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
             tuned_from=params.distil.after if params.distil else None,
             tuning=tuning.timesteps_of(timesteps, params.distil) if params.distil else None,
         )
-        return Batches(open_store(data, "train", where, device, bucket), conditioning, config, device)
 
-    train: Batches | Bucketed
+    def training(bucket: int, seed: int) -> Batches:
+        return Batches(open_store(data, "train", where, device, bucket), conditioning, configured(seed), device)
+
+    train: Batches | Bucketed | PriorMix
     filled = latents.buckets_of(data, "train")
-    if filled == [SQUARE]:
+    if subject is not None:
+        train = open_mix(subject, configured(params.seed), params.prior_weight, where, device)
+    elif filled == [SQUARE]:
         train = training(SQUARE, params.seed)
     else:
         several = [training(bucket, seed_for(params.seed, "bucket", bucket)) for bucket in filled]
@@ -307,7 +292,8 @@ def _batches(
     for bucket in latents.buckets_of(data, "test"):
         store = open_store(data, "test", where, device, bucket)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
-        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket)
+        given = None if params.control_dropout is None else 0.0
+        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)
         held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffusion import add_noise, loss_weights, target
 from models.networks.unet import UNet, UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import FLOW_PREDICTION, DiffusionPath, RectifiedFlow
 from models.noise.samplers import Sampling, SchedulerConfig
+from models.optimization.diffusion import add_noise, loss_weights, target
+from models.optimization.timesteps import Density, Timesteps
 from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
-from models.timesteps import Density, Timesteps
 
 SHAPE = (2, 1, 8, 8)
 CPU = torch.device("cpu")
@@ -125,7 +125,9 @@ def test_order_of_convergence(sampler, order):
     def error(steps):
         levels = [path.of_sigma(sigma) for sigma in np.linspace(0.95, 0.05, steps + 1)]
         seen = []
-        samplers.SAMPLERS[sampler](denoise, np.ones(1), np.zeros, levels, lambda i, t, x, x0: seen.append(x))
+        samplers.SAMPLERS[sampler](
+            denoise, np.ones(1), np.zeros, [*levels, paths.CLEAN], lambda i, t, x, x0: seen.append(x)
+        )
         # the step from the last of these levels goes to a clean image; compare where it starts
         return abs(seen[-2] - deviation(levels[-1]) / deviation(levels[0]))[0]
 
@@ -166,8 +168,8 @@ def test_euler_is_ddim_in_other_units():
         return math.hypot(1 - level.t / 1000, level.t / 1000)
 
     start = np.random.default_rng(0).standard_normal(SHAPE)
-    flow = samplers.euler(lambda x, level: denoise(x, level, lambda _: 1), start, np.zeros, levels)
-    ddim = samplers.ddim(lambda x, level: denoise(x, level, of_flow), start, np.zeros, scaled)
+    flow = samplers.euler(lambda x, level: denoise(x, level, lambda _: 1), start, np.zeros, [*levels, paths.CLEAN])
+    ddim = samplers.ddim(lambda x, level: denoise(x, level, of_flow), start, np.zeros, [*scaled, paths.CLEAN])
     assert np.abs(flow - ddim).max() < 1e-12
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
 from models.noise import paths, samplers, schedules
-from models.noise.paths import DiffusionPath, Level
+from models.noise.paths import CLEAN, DiffusionPath, Level
 from models.noise.samplers import Sampling, SchedulerConfig
+from models.noise.spacing import leading_timesteps, timesteps_for, trailing_timesteps
+from models.optimization.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
 
 T = 1000
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", T))
@@ -93,13 +94,13 @@ def largest_difference(sampler, prediction, levels, levels_of, monkeypatch, step
     )
     ours, noise = [], iter(draws[1:])
     path = DiffusionPath(levels)
-    chosen = samplers.timesteps_for(sampler.split()[0], T, steps, spacing, offset)
+    chosen = timesteps_for(sampler.split()[0], T, steps, spacing, offset)
     assert [int(t) for t in scheduler.timesteps] == chosen
     samplers.SAMPLERS[sampler.split()[0]](
         samplers.denoiser(lambda x, t, _: output_of(prediction, x, t, levels), SchedulerConfig(path, prediction)),
         draws[0],
         lambda: next(noise),
-        [path.level(t) for t in chosen],
+        [*map(path.level, chosen), CLEAN],
         lambda i, t, x, x0: ours.append(x),
         **OPTIONS.get(sampler, {}),
     )
@@ -170,7 +171,7 @@ def test_timesteps_are_those_of_diffusers(total):
     scheduler = DDPMScheduler(total, timestep_spacing="trailing")
     for steps in (1, 2, 10, 15, 20, 50, total):
         scheduler.set_timesteps(steps)
-        assert scheduler.timesteps.tolist() == samplers.trailing_timesteps(total, steps)
+        assert scheduler.timesteps.tolist() == trailing_timesteps(total, steps)
 
 
 def exact_gaussian(x, a_from, a_to, variance):
@@ -182,7 +183,7 @@ def exact_gaussian(x, a_from, a_to, variance):
 def test_order_of_convergence(sampler, order):
     """Halving the step divides the error by 2^order, on the ODE of Gaussian data with a known solution."""
     variance = 0.3
-    timesteps = np.array(samplers.trailing_timesteps(T, T))
+    timesteps = np.array(trailing_timesteps(T, T))
     levels = schedules.alpha_bar(schedules.betas("cosine", T))
 
     def denoise(x, level):  # E[x_0 | x_t] for Gaussian data
@@ -196,7 +197,7 @@ def test_order_of_convergence(sampler, order):
             denoise,
             np.ones(1),
             lambda: np.zeros(1),
-            [at(levels[t]) for t in chosen],
+            [*(at(levels[t]) for t in chosen), CLEAN],
             lambda i, t, x, x0: seen.append(x),
         )
         # the step that leaves the last chosen timestep goes to a clean image; compare where it starts
@@ -227,7 +228,7 @@ def test_order_of_convergence_with_fresh_noise(sampler):
             denoise,
             x,
             lambda: next(fresh),
-            [at(levels[t]) for t in chosen],
+            [*(at(levels[t]) for t in chosen), CLEAN],
             lambda i, t, x, x0: seen.append(x),
             **options,
         )
@@ -334,17 +335,17 @@ def test_an_eta_that_the_sampler_does_not_have_is_refused(sampler, eta):
 @pytest.mark.parametrize("steps", [0, T + 1])
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"{steps} must lie between 1 and the model's 1000"):
-        samplers.trailing_timesteps(T, steps)
+        trailing_timesteps(T, steps)
     with pytest.raises(ValueError, match="sampling steps"):
-        samplers.leading_timesteps(T, steps)
+        leading_timesteps(T, steps)
 
 
 def test_leading_steps_that_begin_beyond_the_last_timestep_are_refused():
-    assert samplers.leading_timesteps(T, T)[0] == T - 1
+    assert leading_timesteps(T, T)[0] == T - 1
     with pytest.raises(ValueError, match="take fewer"):
-        samplers.leading_timesteps(T, T, offset=1)
+        leading_timesteps(T, T, offset=1)
     with pytest.raises(ValueError, match="known: trailing, leading"):
-        samplers.timesteps_for("ddim", T, 10, "linspace")
+        timesteps_for("ddim", T, 10, "linspace")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])

@@ -10,16 +10,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from models.images.pixels import from_uint8, to_uint8
 from models.judges.judge import load_judge
 from models.noise import schedules
 from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
-from models.pixels import from_uint8, to_uint8
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
 from tasks.evaluation.protocol import NotComparableError, Protocol, declare
 from tasks.evaluation.scorer import Scorer
 from tasks.evaluation.summary import measure
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.params import EvaluateParams
 from tasks.pictures.images import load_pixels
 from tasks.runtime import measures
@@ -82,11 +84,14 @@ def evaluated(tree, tmp_path_factory):
 
 
 def run(tree, out, params=PARAMS):
+    Prior().write(out / "prior" / PRIOR)
     evaluate(
         tree / "outputs" / "pipeline",
         tree / "data" / "images",
         tree / "data" / "accepted.json",
         tree / "judge",
+        tree / "averages",
+        out / "prior",
         out / "metrics.json",
         out / "evaluation",
         out / "timing" / "evaluate.json",

@@ -166,7 +166,8 @@ def test_a_damaged_pipeline_is_not_measured(tmp_path):
     folder = judge_inputs.write_pipeline(tmp_path)
     (tmp_path / "accepted.json").write_text('{"verdict": "accepted"}')
     damage(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    names = ("outputs/pipeline", "images", "accepted.json", "judge", "metrics.json", "evaluation", "timing.json")
+    names = ("outputs/pipeline", "images", "accepted.json", "judge", "averages", "prior")
+    names += ("metrics.json", "evaluation", "timing.json")
     with pytest.raises(StageError, match=r"model\.safetensors is damaged.*run 'dvc repro -f -s train'"):
         evaluate(*(tmp_path / name for name in names), params.load(ROOT / "params.yaml").evaluate)
 

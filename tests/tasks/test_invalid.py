@@ -34,7 +34,7 @@ def command_line(file: Path, folder: Path) -> list[str]:
         document[section] |= changes
     params = folder / "params.yaml"
     params.write_text(yaml.safe_dump(document), encoding="utf-8")
-    names = ("latents", "codec", "accepted.json", "pipeline", "averages", "report")
+    names = ("latents", "codec", "accepted.json", "prior", "pipeline", "averages", "report")
     return [*(str(folder / name) for name in names), "--params", str(params)]
 
 

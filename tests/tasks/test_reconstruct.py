@@ -40,6 +40,8 @@ def finished(tmp_path_factory, migrated_database):
     from tasks.codec import codec
     from tasks.encode import encode
     from tasks.evaluate import evaluate
+    from tasks.formats.prior import FILE as PRIOR
+    from tasks.formats.prior import Prior
     from tasks.train import train
 
     root = tmp_path_factory.mktemp("finished")
@@ -56,11 +58,14 @@ def finished(tmp_path_factory, migrated_database):
         patch.chdir(ROOT)
         codec(images, accepted, outputs / "codec", CodecParams(kind="identity", conditioning="label"), params.image)
         encode(images, accepted, outputs / "codec", root / "data" / "latents", EncodeParams())
-        places = [root / "data" / "latents", outputs / "codec", accepted, outputs / "pipeline", outputs / "averages"]
-        train(*places, reports / "train", params.model, params.diffusion, params.train)
+        Prior().write(outputs / "prior" / PRIOR)
+        inputs = root / "data" / "latents", outputs / "codec", accepted, outputs / "prior"
+        written = outputs / "pipeline", outputs / "averages", reports / "train"
+        train(*inputs, *written, params.model, params.diffusion, params.train)
         judge_inputs.run_judge(root).rename(outputs / "judge")
         written = [reports / "metrics.json", reports / "evaluation", reports / "timing.json"]
-        evaluate(outputs / "pipeline", images, accepted, outputs / "judge", *written, params.evaluate)
+        measured = outputs / "pipeline", images, accepted, *(outputs / name for name in ("judge", "averages", "prior"))
+        evaluate(*measured, *written, params.evaluate)
     return root
 
 

@@ -1,0 +1,56 @@
+"""Images that the base draws by a prompt, kept in the scratch folder by what they depend on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from models.images.pixels import to_uint8
+from tasks.encoding.blocks import Blocks
+from tasks.runtime import closure, workspace
+from tasks.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from models.json_files import JsonObject
+    from models.pipeline import Pipeline
+    from tasks.params import PriorParams
+
+
+class Drawing:
+    """Draws images by seed, in blocks of `prior.batch_size`, and keeps each block as soon as it is drawn."""
+
+    def __init__(self, pipeline: Pipeline, base: JsonObject, params: PriorParams) -> None:
+        self.pipeline, self.params, self.sampling = pipeline, params, params.sampling
+        recipe = {
+            "base": base,
+            "sampler": [params.sampler, params.steps, params.guidance_scale],
+            "images per block": params.batch_size,
+            "device": pipeline.device,
+            "code": closure.digest("models/pipeline.py", "models/images/pixels.py"),
+        }
+        self.blocks = Blocks(workspace.scratch() / "prior", recipe)
+        self.blocks.open()
+
+    def images(self, prompt: str, count: int) -> np.ndarray:
+        """Return the images of the first `count` seeds, uint8 [count, C, S, S]; draws those that are not known."""
+        whole = -(-count // self.params.batch_size) * self.params.batch_size
+        keys = [f"{prompt}/{self.params.seed + number}" for number in range(whole)]
+        starts = range(0, whole, self.params.batch_size)
+        todo = [start for start in starts if self.blocks.missing(keys[start : start + self.params.batch_size])]
+        if todo:
+            known = count - min(count, len(todo) * self.params.batch_size)
+            print(f"prior: {count - known} images of {prompt!r} to draw, {known} known", flush=True)
+        for start in progress(todo, desc="prior: draw", unit="block", delay=2):
+            self._draw(prompt, start, keys[start : start + self.params.batch_size])
+        if not count:
+            return np.empty((0, self.pipeline.info.channels, *[self.pipeline.info.size] * 2), np.uint8)
+        return self.blocks.take(keys[:count])["pixels"].numpy()
+
+    def _draw(self, prompt: str, start: int, keys: list[str]) -> None:
+        first = self.params.seed + start
+        drawn = self.pipeline.sample(
+            range(first, first + len(keys)), None, self.sampling, prompts=[prompt] * len(keys), batch_size=len(keys)
+        )
+        self.blocks.add(keys, {"pixels": torch.from_numpy(to_uint8(drawn))})

@@ -1,0 +1,56 @@
+"""Whether the parameters of a training fit the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from tasks.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    from tasks.params import TrainParams
+
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
+
+
+def check_fits(params: TrainParams) -> None:
+    """Raise `StageError`, before data or weights are read, if the parameters do not fit the machine."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = processes * params.gradient_accumulation
+    if params.batch_size % parts:
+        raise StageError(
+            f"train.batch_size {params.batch_size} cannot be shared among {processes} processes in "
+            f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
+        )
+    _check_devices(params, processes)
+    for name in SHARDING:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise sharded(name)
+    if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
+        raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
+    if params.full_steps and processes > 1:
+        raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+
+
+def sharded(kind: str) -> StageError:
+    """Return the error for a configuration of accelerate that shards the network."""
+    return StageError(
+        f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
+        "configuration like those in infra/accelerate"
+    )
+
+
+def _check_devices(params: TrainParams, processes: int) -> None:
+    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if params.precision == "fp16" and not gpus:
+        raise StageError("train.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+    if processes > 1 and on_this_machine > gpus and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise StageError(
+            f"{on_this_machine} processes were started on a machine with {gpus} GPUs; lower num_processes in the "
+            "configuration of accelerate, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
