@@ -82,8 +82,7 @@ class PipelineInfo(Description):
     latent: Sequence[int] | None = None
     """(channels, side) of the latents; None for a model of pixels."""
     control: Mapping[str, Any] | None = None
-    """Kind of the control maps and how they are made, the fields of `ControlSpec`; None without a ControlNet trained
-    here."""
+    """The fields of `ControlSpec`; None without a ControlNet that was trained here."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative path -> SHA-256 of every other file of the folder; set by `save_pipeline`."""
 

@@ -63,6 +63,8 @@ def run(options: Options) -> None:
             _write(out, _drawn(pipeline, request), layout, options.scale, settings)
     except ValueError as error:
         raise StageError(str(error)) from None
+    except OSError as error:
+        raise StageError(f"--out {out} cannot be written ({error.strerror or error}); choose another place") from None
     print(f"draw: wrote {out} ({_sentence(settings)})")
 
 
