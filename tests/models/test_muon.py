@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.muon import MuonWithAdamW, hidden_matrices, orthogonalize
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
+from models.optimization.muon import MuonWithAdamW, hidden_matrices, orthogonalize
 
 SHAPES = [(6, 6), (6, 20), (20, 6), (6, 6), (12, 5), (5, 12), (1, 4)]
 OPTIONS = {"lr": 0.02, "adamw_lr": 0.004, "momentum": 0.9, "weight_decay": 0.1}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from models.images.pixels import to_uint8
 from models.networks.control_maps import ControlSpec, agreement, as_input
 from models.networks.controlnet import Controlled
 from models.networks.network import predictor
 from models.noise.samplers import Sampling, SeededNoise, denoiser, sample
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.formats import latents
 from tests.support.train_inputs import small_grids, train_here, write_inputs, write_params
 

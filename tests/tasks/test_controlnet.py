@@ -9,14 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.networks import control_maps as control
 from models.networks.control_maps import ControlSpec
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
+from tasks.drawing.options import Options
+from tasks.drawing.run import run
 from tasks.encode import encode
 from tasks.formats import latents
 from tasks.params import AutoencoderParams, CodecParams, ControlParams, EncodeParams, TextParams
+from tasks.runtime.errors import StageError
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
 
@@ -168,6 +172,25 @@ def test_diffusers_loads_it_whole_and_draws_the_same(tree, maps, scale):
     own = ours.sample([7], control=maps[:1], **draw)
     assert np.abs(drawn.images[0].transpose(2, 0, 1) - np.clip((own[0] + 1) / 2, 0, 1)).max() < 1e-4
     assert np.abs(own - ours.sample([7], **draw)).max() > 1e-2
+
+
+def test_the_command_draws_with_a_map_and_with_one_that_it_makes(tree, maps, tmp_path, monkeypatch):
+    from models.pixels import to_uint8
+
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)
+    Image.fromarray(image[0].transpose(1, 2, 0)).save(tmp_path / "image.png")
+    Image.fromarray(maps[0, 0]).save(tmp_path / "map.png")
+    once = {"model": str(tree / "pipeline"), "prompt": [PROMPT], "seed": [7], "sampler": "ddim", "steps": 5}
+    draw = {"sampling": SAMPLING, "prompts": [PROMPT], "control_scale": 3.0}
+    model, made = load_pipeline(tree / "pipeline"), control.edges(image, 50, 100)
+    for option, file, used in (("control", "map.png", maps[:1]), ("control_from", "image.png", made)):
+        out = tmp_path / f"{option}.png"
+        run(Options(**once, **{option: tmp_path / file}, control_scale=3.0, out=out))
+        wanted = to_uint8(model.sample([7], control=used, **draw))[0].transpose(1, 2, 0)
+        assert np.array_equal(np.asarray(Image.open(out)), wanted)
+    with pytest.raises(StageError, match="a control map and an image to begin with cannot be combined"):
+        run(Options(**once, control=tmp_path / "map.png", image=tmp_path / "image.png", out=tmp_path / "no.png"))
 
 
 def test_controls_that_do_not_fit(tree, maps, monkeypatch):

@@ -36,7 +36,7 @@ MUON, ADAMW = "muon", "adamw"
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """The defaults of `torch.optim.AdamW`."""
 
-Group: TypeAlias = dict[str, Any]
+Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
 T = TypeVar("T")
 
 
