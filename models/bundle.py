@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from .bundle_info import BundleInfo, BundleText
+from .images.pixels import from_uint8, to_uint8
 from .masks import FEATHER, at_resolution, composite, for_images, require_images
 from .noise.editing import Start
 from .noise.samplers import (
@@ -34,7 +35,6 @@ from .noise.samplers import (
     denoiser,
     sample,
 )
-from .pixels import from_uint8, to_uint8
 from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from models.hashing import file_sha256
 from models.json_files import read_json
 from models.networks import autoencoder as autoencoders
-from models.networks import published
+from models.networks import controlnet, published
 from models.networks.network import build, config_of, load_weights
 from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
@@ -46,6 +46,8 @@ def open_published(folder: Path, device: str) -> Pipeline:
     except RuntimeError:  # its message lists every tensor that does not fit
         raise ValueError(f"the weights in {network_folder} are not those of the network in its config.json") from None
     autoencoder = autoencoders.load_autoencoder(folder / "vae", device)
+    own = folder / controlnet.FOLDER
+    control = controlnet.load(own, config).to(device) if own.is_dir() else None
     info = PipelineInfo(
         conditioning="text",
         channels=RGB,
@@ -64,4 +66,5 @@ def open_published(folder: Path, device: str) -> Pipeline:
         device,
         autoencoder,
         load_text_encoder(folder, device),
+        control=control,
     )

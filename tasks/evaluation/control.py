@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from models.images.pixels import to_uint8
 from models.networks.control_maps import agreement, as_input
-from models.pixels import to_uint8
 from tasks.evaluation.draws import BLOCK_STRIDE
 from tasks.runtime.measures import ControlMeasured
 from tasks.runtime.progress import progress
@@ -74,7 +74,7 @@ def _draw(
     first = protocol.measurement.seed + block * BLOCK_STRIDE
     sampling = protocol.guided or protocol.unguided
     drawn = {}
-    for name, control in {"own": maps, "none": None, "next": np.roll(maps, 1, axis=0)}.items():
+    for name, control in {"own": maps, "none": None, "next": np.roll(maps, -1, axis=0)}.items():
         with progress(desc=f"control: {name}", total=len(maps) * sampling.steps, unit="step", unit_scale=True) as bar:
             images = pipeline.sample(
                 range(first, first + len(maps)),

@@ -123,7 +123,7 @@ class ControlMeasured(BaseModel):
     @property
     def margin(self) -> float:
         """How much more the images follow their own map than they would if the model ignored it."""
-        return self.value - max(self.shuffled, self.base)
+        return float(f"{self.value - max(self.shuffled, self.base):.6g}")
 
 
 class Measurements(BaseModel):

@@ -88,8 +88,8 @@ def through(
             root / "latents",
             EncodeParams(shard_size=20, horizontal_flip=True, control=control),
         )
+        Prior().write(root / "prior" / PRIOR)
         if control is None:
-            Prior().write(root / "prior" / PRIOR)
             run_train(root, "pipeline")
             run_export(root)
     return root

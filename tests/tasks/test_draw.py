@@ -13,9 +13,9 @@ from PIL import Image
 
 from models.bundle import Bundle
 from models.editing import edit
+from models.images.pixels import to_uint8
 from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.drawing.options import Options
 from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings
