@@ -5,6 +5,7 @@ logged by path (`mlflow.pyfunc.log_model(python_model=...)`) and never imported:
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Optional
@@ -13,6 +14,9 @@ import mlflow
 import pydantic
 from mlflow.exceptions import MlflowException
 
+FOLDER = "AFTERIMAGE_IMAGES"
+"""Environment variable with the folder whose files requests may name. Without it a server reads no file."""
+
 
 # MLflow derives the model's signature from these annotations and requires `Optional` in this form.
 # ruff: noqa: UP045
@@ -20,13 +24,19 @@ class Request(pydantic.BaseModel):
     """One image.
 
     A class-conditional model takes `label`, or a `prompt` that names one class; a text-conditional one takes a
-    `prompt`; an unconditional one takes neither.
+    `prompt`; an unconditional one takes neither. `image` is what drawing begins with, and `mask` its part that is
+    painted anew: base64 of a PNG or JPEG file (also as a data URI), or `file:NAME` of a file in the folder that the
+    environment variable AFTERIMAGE_IMAGES names.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     label: Optional[int] = None
     prompt: Optional[str] = None
+    image: Optional[str] = None
+    strength: Optional[float] = None
+    mask: Optional[str] = None
+    negative_prompt: Optional[str] = None
     seed: Optional[int] = 0
     steps: Optional[int] = 20
     sampler: Optional[str] = "dpm_solver_pp_2m"
@@ -80,9 +90,32 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
             request.guidance_interval,
             request.guidance_kind,
         )
-        condition = self.bundle.condition_arguments(request.label, request.prompt)
-        images = self.bundle.sample([request.seed], sampling=sampling, **condition)
+        drawing = self.code.request_of(
+            self.bundle.info,
+            sampling,
+            seed=request.seed,
+            label=request.label,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            image=self._bytes(request.image, "image"),
+            strength=request.strength,
+            mask=self._bytes(request.mask, "mask"),
+        )
+        images = self.code.draw(self.bundle, drawing)
         return self.code.png_bytes(images[0])
+
+    def _bytes(self, text: Optional[str], name: str) -> Optional[bytes]:
+        """Return the content of an image: decoded from base64, or read from a file in the folder of `FOLDER`."""
+        if text is None or not text.startswith("file:"):
+            return None if text is None else self.code.files().from_base64(text, name)
+        folder = os.environ.get(FOLDER)
+        if not folder:
+            raise ValueError(f"files are read only from the folder in {FOLDER}; set it, or send the {name} as base64")
+        file = (Path(folder) / text.removeprefix("file:")).resolve()
+        if not file.is_relative_to(Path(folder).resolve()) or not file.is_file():
+            raise ValueError(f"the folder in {FOLDER} holds no such {name}; name a file in it, or send base64")
+        with file.open("rb") as opened:
+            return opened.read(self.code.files().MAX_BYTES + 1)
 
 
 mlflow.models.set_model(DiffusionModel())

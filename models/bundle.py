@@ -11,136 +11,40 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
 import io
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .json_files import Description, JsonObject
-from .noise.paths import DiffusionPath, RectifiedFlow
+from .bundle_info import BundleInfo, BundleText
+from .masks import FEATHER, at_resolution, composite, for_images, require_images
+from .noise.editing import Start
 from .noise.samplers import (
     DEFAULT_SAMPLING,
     GUIDANCES,
     SAMPLERS,
+    Callback,
     Predict,
     Sampling,
-    SchedulerConfig,
     SeededNoise,
     denoiser,
     sample,
 )
-from .pixels import to_uint8
+from .pixels import from_uint8, to_uint8
+from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-    from models.pipeline import PipelineInfo
-
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]  # ONNX Runtime's options have values of several types
 Condition: TypeAlias = "np.ndarray | None"
-
-
-@dataclass(frozen=True)
-class BundleText:
-    """How prompts are tokenised and packed."""
-
-    length: int
-    """L: tokens per prompt, padded or truncated."""
-    pads: dict[str, int]
-    """Suffix of each tokenizer's file name ("" or "_2") -> id of its padding token."""
-    pooled: int | None = None
-    """P: width of the pooled embedding (SDXL conditioning); None without it."""
-    sizes: Sequence[int] = ()
-    """Original size, crop and target size, which follow the pooled embedding."""
-
-
-@dataclass(frozen=True)
-class BundleInfo(Description):
-    """`bundle.json`: what sampling needs besides the graphs."""
-
-    FORMAT = 4  # not annotated: run as `__main__` by runpy, a dataclass does not recognise the string "ClassVar[int]"
-    REMEDY = "export the model again"
-
-    conditioning: str
-    """"none", "label" or "text"."""
-    classes: list[str]
-    prompts: list[str] | None
-    """The caption of each class, for a text-conditional model."""
-    channels: int
-    size: int
-    """Height and width of an image, pixels."""
-    latent: Sequence[int] | None
-    """(channels, side) of the latents; None for a model of pixels."""
-    prediction: str
-    null_label: int | None
-    """Class index of the null condition; None unless the model is class-conditional."""
-    train_key: str
-    alpha_bar: list[float] | None
-    """The diffusion path, [T]; None for a rectified flow."""
-    flow: dict[str, float] | None
-    """`timesteps` and `shift` of a rectified flow; None for a diffusion path."""
-    sampling: dict[str, str | int]
-    """`variance`, `spacing` and `steps_offset` of the trained scheduler."""
-    text: BundleText | None = None
-
-    @classmethod
-    def from_json(cls, values: JsonObject) -> BundleInfo:
-        """Build the description, with the text section if there is one."""
-        text = values.get("text")
-        return cls(**{**values, "text": BundleText(**text) if text else None})
-
-    def to_json(self) -> JsonObject:
-        """Return the content of the file; without a text encoder it has no text section."""
-        values = super().to_json()
-        return values if self.text else {key: value for key, value in values.items() if key != "text"}
-
-    @classmethod
-    def of(cls, info: PipelineInfo, scheduler: SchedulerConfig, text: BundleText | None) -> BundleInfo:
-        """Describe the bundle of a trained pipeline."""
-        path = scheduler.path
-        return cls(
-            conditioning=info.conditioning,
-            classes=info.classes,
-            prompts=info.prompts,
-            channels=info.channels,
-            size=info.size,
-            latent=info.latent,
-            prediction=info.prediction,
-            null_label=info.null_label,
-            train_key=info.train_key,
-            alpha_bar=[float(level) for level in path.alpha_bar] if isinstance(path, DiffusionPath) else None,
-            flow={"timesteps": path.timesteps, "shift": path.shift} if isinstance(path, RectifiedFlow) else None,
-            sampling={
-                "variance": scheduler.variance_type,
-                "spacing": scheduler.timestep_spacing,
-                "steps_offset": scheduler.steps_offset,
-            },
-            text=text,
-        )
-
-    @property
-    def scheduler(self) -> SchedulerConfig:
-        """What the trained model prescribes for sampling."""
-        path = (
-            RectifiedFlow(int(self.flow["timesteps"]), self.flow["shift"])
-            if self.flow
-            else DiffusionPath(self.alpha_bar or ())
-        )
-        return SchedulerConfig(
-            path,
-            self.prediction,
-            clip_sample=self.latent is None and self.flow is None,
-            variance_type=str(self.sampling["variance"]),
-            timestep_spacing=str(self.sampling["spacing"]),
-            steps_offset=int(self.sampling["steps_offset"]),
-        )
 
 
 class Bundle:
@@ -166,6 +70,7 @@ class Bundle:
 
         self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
         self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
+        self.encoder = optional("encoder")
         guide = optional("guide")
         self.guide: Predict | None = functools.partial(self._evaluate, guide) if guide else None
         """`predict` with the weights of the guide; None if the model has none."""
@@ -199,21 +104,85 @@ class Bundle:
         sampling: Sampling = DEFAULT_SAMPLING,
         *,
         prompts: Sequence[str] | None = None,
+        negative_prompt: str = "",
+        callback: Callback | None = None,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W] in [-1, 1].
 
-        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i].
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. Classifier-free
+        guidance refers to `negative_prompt`.
 
         Raises:
             ValueError: for labels or prompts that do not match the model, guidance that the model does not have, or a
                 number of steps that it does not support.
         """
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        return self._draw(seeds, condition, sampling, None, callback)
+
+    def edit(
+        self,
+        seeds: Sequence[int],
+        images: np.ndarray,
+        strength: float,
+        mask: np.ndarray | None = None,
+        labels: Sequence[int] | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
+        prompts: Sequence[str] | None = None,
+        resampling: int = 1,
+        jump: int = 1,
+        feather: int = FEATHER,
+        negative_prompt: str = "",
+        callback: Callback | None = None,
+    ) -> np.ndarray:
+        """Draw images from given ones, float32 [N, C, S, S]: image-to-image, or with a mask inpainting.
+
+        The arguments are those of `models/editing.py`: `images` uint8 [N, C, S, S], `strength` in (0, 1], `mask` bool
+        [N, S, S] or [S, S], true where the image is painted anew.
+
+        Raises:
+            ValueError: as `sample`, and for images or a mask that do not fit the model or each other, or a strength
+                outside (0, 1] or without any step.
+        """
+        require_images(images, (len(seeds), self.info.channels, self.info.size, self.info.size))
+        chosen = None if mask is None else for_images(mask, images)
+        if chosen is not None and not chosen.any():
+            return from_uint8(images)
+        given = from_uint8(images)
+        x0 = np.asarray(self.encoder.run(["output"], {"image": given})[0]) if self.encoder else given
+        at_input = None if chosen is None else at_resolution(chosen, *x0.shape[2:])
+        condition = self._condition(labels, prompts, len(seeds), negative_prompt)
+        start = Start(x0, strength, at_input, resampling, jump)
+        drawn = self._draw(seeds, condition, sampling, start, callback)
+        return drawn if chosen is None else composite(images, drawn, chosen, feather)
+
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        condition: tuple[Condition, Condition],
+        sampling: Sampling,
+        start: Start | None,
+        callback: Callback | None,
+    ) -> np.ndarray:
         info = self.info
-        condition, null = self._condition(labels, prompts, len(seeds))
-        denoise = denoiser(self.predict, info.scheduler, sampling, condition, null, self.guide)
+        denoise = denoiser(self.predict, info.scheduler, sampling, *condition, self.guide)
         channels, size = info.latent or (info.channels, info.size)
-        drawn = sample(denoise, SeededNoise(seeds, (channels, size, size)), info.scheduler, sampling)
+        noise = SeededNoise(seeds, (channels, size, size))
+        drawn = sample(denoise, noise, info.scheduler, sampling, callback, start)
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
+
+    def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
+        """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`."""
+        rest: dict[str, Any] = {  # keyword arguments of several types
+            "labels": drawing.labels,
+            "sampling": drawing.sampling,
+            "prompts": drawing.prompts,
+            "negative_prompt": drawing.negative_prompt,
+            "callback": callback,
+        }
+        if drawing.given is None:
+            return self.sample(drawing.seeds, **rest)
+        return self.edit(drawing.seeds, drawing.given.images, drawing.given.strength, drawing.given.mask, **rest)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
         """Encode prompts to float32 [N, L, D].
@@ -237,7 +206,7 @@ class Bundle:
         return embedded
 
     def _condition(
-        self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int
+        self, labels: Sequence[int] | None, prompts: Sequence[str] | None, count: int, negative_prompt: str = ""
     ) -> tuple[Condition, Condition]:
         """Return (condition, null condition) for `count` images, or two Nones."""
         info = self.info
@@ -246,7 +215,7 @@ class Bundle:
                 raise ValueError("this model is unconditional; ask for images without a label")
             return None, None
         if prompts is not None:
-            embedded = self.embed([*prompts, ""])
+            embedded = self.embed([*prompts, negative_prompt])
             return embedded[:-1], np.repeat(embedded[-1:], len(embedded) - 1, axis=0)
         last, names = len(info.classes) - 1, ", ".join(info.classes)
         if labels is None or len(labels) != count:
@@ -255,50 +224,10 @@ class Bundle:
         if min(labels) < 0 or max(labels) > len(info.classes):
             raise ValueError(f"labels must lie between 0 and {last} ({names})")
         if info.conditioning == "text":
-            return self._condition(None, [[*(info.prompts or ()), ""][label] for label in labels], count)
+            captions = [[*(info.prompts or ()), ""][label] for label in labels]
+            return self._condition(None, captions, count, negative_prompt)
         chosen = np.asarray(labels, np.int64)
         return chosen, np.full_like(chosen, info.null_label)
-
-    def condition_arguments(
-        self, label: int | None, prompt: str | None
-    ) -> dict[str, Any]:  # keyword arguments of two types
-        """Turn one label or one prompt into the keyword arguments `labels` or `prompts` of `sample`.
-
-        A text-conditional model takes the prompt; a class-conditional one takes the class that the prompt names.
-
-        Raises:
-            ValueError: if both are given, or if the prompt does not name exactly one class.
-        """
-        if label is not None and prompt is not None:
-            raise ValueError("give label or prompt, not both")
-        if prompt is not None and self.info.conditioning == "text":
-            return {"prompts": [prompt]}
-        chosen = self.label_of(prompt) if prompt is not None else label
-        return {} if chosen is None else {"labels": [chosen]}
-
-    def label_of(self, prompt: str) -> int:
-        """Return the class whose name `prompt` contains as whole words, in any case.
-
-        If one name contains another ("hot dog", "dog"), the longer one counts.
-
-        Raises:
-            ValueError: if no class or more than one is named.
-        """
-        classes = self.info.classes
-        spans = [
-            (match.start(), match.end(), label)
-            for label, name in enumerate(classes)
-            for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE)
-        ]
-        named = {
-            label
-            for start, end, label in spans
-            if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
-        }
-        if len(named) != 1:
-            found = f"names {', '.join(classes[label] for label in sorted(named))}" if named else "names no class"
-            raise ValueError(f"prompt {prompt!r} {found}; name exactly one of: {', '.join(classes) or '(none known)'}")
-        return named.pop()
 
 
 def _load_tokenizers(folder: Path, text: BundleText) -> list[Tokenizer]:
@@ -349,12 +278,63 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def given(image: bytes, mask: bytes | None, info: BundleInfo) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decode the image file that a drawing begins with, and its mask, for the model. Needs Pillow.
+
+    Returns:
+        The image, uint8 [C, S, S], and the mask, bool [S, S], or None.
+
+    Raises:
+        ValueError: for what is not an image, or a mask of another size than the image.
+    """
+    found = files().read(image, mask, info.channels, info.size)
+    return found.image, found.mask
+
+
+def files() -> ModuleType:
+    """Return the module that reads images: `tasks/drawing/given.py`, which `export` copies beside this file."""
+    return importlib.import_module(".given", __package__)
+
+
+def request_of(
+    info: BundleInfo,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    image: bytes | None = None,
+    strength: float | None = None,
+    mask: bytes | None = None,
+) -> Request:
+    """Return the request for one image; absent parts are None, `image` and `mask` the content of files.
+
+    Raises:
+        ValueError: for a mask without an image, or files that are not images.
+    """
+    if image is None and mask is not None:
+        raise ValueError("a mask changes an image; give one")
+    pixels, painted = (None, None) if image is None else given(image, mask, info)
+    return Request(
+        seeds=(seed,),
+        labels=() if label is None else (label,),
+        prompts=() if prompt is None else (prompt,),
+        negative_prompt=negative_prompt or "",
+        sampling=sampling,
+        image=pixels,
+        strength=strength,
+        mask=painted,
+    )
+
+
 def main() -> None:
     """Draw one image from the bundle that contains this package."""
     defaults = DEFAULT_SAMPLING
     parser = argparse.ArgumentParser(prog="python -m afterimage_bundle.bundle", description=main.__doc__)
     parser.add_argument("--label", type=int, help="class index")
     parser.add_argument("--prompt", help="text; for a class-conditional model, text that names one class")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from; for text-conditional models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler)
     parser.add_argument("--steps", type=int, default=defaults.steps)
@@ -366,6 +346,9 @@ def main() -> None:
     parser.add_argument(
         "--guidance-kind", choices=GUIDANCES, default=defaults.guidance, help="'auto' needs a model with a guide"
     )
+    parser.add_argument("--image", type=Path, help="image to begin with; brought to the size of the model's images")
+    parser.add_argument("--strength", type=float, help="how much of --image is changed, above 0 to 1; default 0.8")
+    parser.add_argument("--mask", type=Path, help="white is painted anew, at strength 1 by default; needs --image")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     chosen = parser.parse_args()
     out: Path = chosen.out
@@ -376,10 +359,19 @@ def main() -> None:
     try:
         interval, kind = chosen.guidance_interval, chosen.guidance_kind
         sampling = Sampling(chosen.sampler, chosen.steps, chosen.eta, chosen.guidance, interval, kind)
-        images = bundle.sample(
-            [chosen.seed], sampling=sampling, **bundle.condition_arguments(chosen.label, chosen.prompt)
+        request = request_of(
+            bundle.info,
+            sampling,
+            seed=chosen.seed,
+            label=chosen.label,
+            prompt=chosen.prompt,
+            negative_prompt=chosen.negative_prompt,
+            image=chosen.image and chosen.image.read_bytes(),
+            strength=chosen.strength,
+            mask=chosen.mask and chosen.mask.read_bytes(),
         )
-    except ValueError as error:
+        images = draw(bundle, request)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         out.write_bytes(png_bytes(images[0]))

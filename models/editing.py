@@ -66,7 +66,8 @@ def edit(
         ValueError: for images or a mask that do not fit the model or each other, a strength outside (0, 1] or without
             any step, and whatever `Pipeline.sample` refuses.
     """
-    require_images(pipeline, images, len(seeds))
+    info = pipeline.info
+    masks.require_images(images, (len(seeds), info.channels, info.size, info.size))
     start = Start(np.zeros((len(images), 1, 1, 1)), strength)  # refuses a strength before anything is encoded
     steps_of(start.strength, sampling.steps)
     chosen = None if mask is None else masks.for_images(mask, images)
@@ -121,17 +122,3 @@ def begin(
     at_input = torch.from_numpy(masks.at_resolution(whole, height, width)).to(x0.device)
     pure = strength == 1 and mask is not None
     return None if pure else Start(x0, strength), torch.cat([at_input, masked], dim=1)
-
-
-def require_images(pipeline: Pipeline, images: np.ndarray, count: int) -> None:
-    """Check that images fit the model.
-
-    Raises:
-        ValueError: if they are not uint8 [count, channels, size, size].
-    """
-    wanted = (count, pipeline.info.channels, pipeline.info.size, pipeline.info.size)
-    if images.dtype != np.uint8 or images.shape != wanted:
-        raise ValueError(
-            f"the images are {images.dtype} {list(images.shape)}; this model and {count} seeds need uint8 "
-            f"{list(wanted)}"
-        )

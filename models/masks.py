@@ -14,8 +14,10 @@ from .pixels import from_uint8
 
 FEATHER = 2
 """Width in pixels of the seam inside the mask, by default."""
-STROKES = 4
-STROKE_POINTS = 4
+STRENGTH = 0.8
+"""Strength of image-to-image where none is given, as in diffusers."""
+STROKES = 3
+STROKE_POINTS = 3
 
 
 def rectangle(height: int, width: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
@@ -59,6 +61,24 @@ def strokes(height: int, width: int, seed: int) -> np.ndarray:
             along = ((pixels - a) @ (b - a) / max((b - a) @ (b - a), 1e-9)).clip(0, 1)
             mask |= np.linalg.norm(pixels - a - along[..., None] * (b - a), axis=-1) <= radius
     return mask
+
+
+def default_strength(mask: np.ndarray | None) -> float:
+    """Return the strength where none is given: 1 with a mask, `STRENGTH` without."""
+    return STRENGTH if mask is None else 1.0
+
+
+def require_images(images: np.ndarray, wanted: tuple[int, int, int, int]) -> None:
+    """Check that images are uint8 of the shape `wanted`, [N, C, H, W].
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if images.dtype != np.uint8 or images.shape != wanted:
+        raise ValueError(
+            f"the given images are {images.dtype} {list(images.shape)}, and this model and {wanted[0]} seeds need "
+            f"uint8 {list(wanted)}; resize them"
+        )
 
 
 def for_images(mask: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -26,9 +26,11 @@ SMALLEST_NORM = 1e-7
 """Matrices with a smaller Frobenius norm are scaled by its inverse only, so that a gradient of zero stays zero."""
 INPUTS_AND_OUTPUTS = re.compile(
     r"conv_in|conv_out|pos_embed\.proj|proj_out(_\d)?|caption_projection\.linear_1|(.*\.)?\w*embed(ding|der)\.linear_1"
+    r"|control\.(conv_in|controlnet_.*)"
 )
 """Layers that read what the network is given or write what it predicts, by the names of diffusers: of a U-Net, of a
-transformer (patches, modulation of the output), and the first layer of the embedding of timestep, size or text."""
+transformer (patches, modulation of the output), and the first layer of the embedding of timestep, size or text. Of a
+ControlNet, the layers that read the control map, and the convolutions that start at zero and write its outputs."""
 MUON, ADAMW = "muon", "adamw"
 """Values of a parameter group's `algorithm`."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8

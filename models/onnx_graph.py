@@ -1,4 +1,4 @@
-"""Export to ONNX: the network, the autoencoder's decoder and the text encoders, in float32 with a dynamic batch size.
+"""Export to ONNX: the network, the autoencoder and the text encoders, in float32 with a dynamic batch size.
 
 An export of the same model gives the same bytes. onnx is imported where it is used (0.5 s).
 """
@@ -45,6 +45,8 @@ def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     conditioning = pipeline.info.conditioning
     if conditioning not in ("none", "label", "text"):
         raise ValueError(f"a model conditioned on {conditioning!r} cannot be exported to ONNX; use none, label or text")
+    if pipeline.context_channels:
+        raise ValueError("an inpainting U-Net cannot be exported to ONNX; export the model that it was made from")
     names = [*INPUTS[:2], *([conditioning] if conditioning != "none" else [])]
     return _graph(pipeline.network, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
 
@@ -54,6 +56,13 @@ def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     assert pipeline.autoencoder is not None, "called for a model of latents"
     latent = torch.zeros(EXAMPLE_BATCH, *pipeline.info.input_shape)
     return _graph(_Decoder(pipeline.autoencoder), (latent,), ["latent"], opset)
+
+
+def encoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
+    """Export the encoder: `image` float32 [batch, C, H, W] -> `output` float32 [batch, k, s, s], scaled means."""
+    assert pipeline.autoencoder is not None, "called for a model of latents"
+    image = torch.zeros(EXAMPLE_BATCH, pipeline.info.channels, pipeline.info.size, pipeline.info.size)
+    return _graph(_Encoder(pipeline.autoencoder), (image,), ["image"], opset)
 
 
 def text_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
@@ -143,6 +152,18 @@ class _Decoder(torch.nn.Module):
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         return self.autoencoder.decode(latent / self.factor, return_dict=False)[0]
+
+
+class _Encoder(torch.nn.Module):
+    """Images -> the means of their scaled latents."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder, self.factor = autoencoder, autoencoder.config.scaling_factor
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        encoded = self.autoencoder.encode(image)
+        return self.factor * (encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
 
 
 class _Hidden(torch.nn.Module):

@@ -4,7 +4,8 @@
 second encoder) are in diffusers' format, so diffusers loads the weights without this project. `afterimage.json`
 (`PipelineInfo`) holds what that format has no place for, and the SHA-256 of every other file. `lora/` holds a LoRA
 adapter alone, as a small file for users who have the base weights; `unet/` contains the merged weights. `guide/` holds
-earlier weights of the same network, in the format of `unet/`, for autoguidance.
+earlier weights of the same network, in the format of `unet/`, for autoguidance; `controlnet/` a ControlNet, ours or a
+published one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from safetensors.torch import save_file
 
 from models import parallel
 from models.hashing import file_sha256, files_sha256
-from models.json_files import Description, JsonObject, read_json, write_json
+from models.json_files import Description, read_json, write_json
 from models.networks import autoencoder as autoencoders
-from models.networks import published
+from models.networks import controlnet, published
 from models.networks.config import DIFFUSERS_VERSION
+from models.networks.control_maps import ControlSpec, as_input, given
+from models.networks.controlnet import with_control
 from models.networks.model_index import model_index
 from models.networks.network import build, config_of, folder_name, load_weights, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
@@ -36,6 +39,8 @@ from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 from models.pixels import from_uint8
 
 if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
     from models.networks.network import Network, NetworkConfig
     from models.networks.text_encoder import AnyEncoder
     from models.noise.editing import Start
@@ -76,8 +81,16 @@ class PipelineInfo(Description):
     """The caption of each of `classes`, for a text-conditional model."""
     latent: Sequence[int] | None = None
     """(channels, side) of the latents; None for a model of pixels."""
+    control: Mapping[str, Any] | None = None
+    """Kind of the control maps and how they are made, the fields of `ControlSpec`; None without a ControlNet trained
+    here."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative path -> SHA-256 of every other file of the folder; set by `save_pipeline`."""
+
+    @property
+    def control_spec(self) -> ControlSpec | None:
+        """How the control maps of a ControlNet trained here are made."""
+        return ControlSpec(**self.control) if self.control else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -103,6 +116,10 @@ class Pipeline:
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
     """Other weights of the same network by the names in `COMPANIONS`, in evaluation mode."""
+    negative_prompt: str = ""
+    """The prompt whose embedding is the null condition of a text-conditional model."""
+    control: ControlNetModel | None = None
+    """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
 
     @property
     def path(self) -> paths.Path:
@@ -145,7 +162,7 @@ class Pipeline:
         return indices
 
     def _embedded(self, text: AnyEncoder, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        embedded = text.encode([*prompts, ""]).to(self.device)
+        embedded = text.encode([*prompts, self.negative_prompt]).to(self.device)
         if text.pooled is not None:
             embedded = with_sizes(embedded, text.pooled, torch.tensor(self.info.sizes))
         return embedded[:-1], embedded[-1:].expand_as(embedded[:-1])
@@ -172,20 +189,26 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         context: torch.Tensor | None = None,
+        control: np.ndarray | None = None,
+        control_scale: float = 1.0,
     ) -> samplers.Denoise:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
-        `context` is what the input of an inpainting U-Net contains besides x, float32 [N, context_channels, H, W].
+        `context` is what the input of an inpainting U-Net contains besides x, float32 [N, context_channels, H, W], and
+        `control` are control maps, uint8 [N, 1 or 3, h, w].
 
         Raises:
-            ValueError: for guidance that the model does not have, or if labels, prompts or context do not match the
-                model.
+            ValueError: for guidance or a control that the model does not have, or if labels, prompts or context do not
+                match the model.
         """
         if (context is None) != (self.context_channels == 0):
             raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
         guide = predictor(self.companions["guide"], context) if "guide" in self.companions else None
-        return samplers.denoiser(predictor(self.network, context), self.scheduler, sampling, condition, null, guide)
+        network = self.network if control is None else with_control(self.network, self.control, control_scale)
+        maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
+        predict = predictor(network, context, maps)
+        return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide)
 
     def sample(
         self,
@@ -198,6 +221,8 @@ class Pipeline:
         callback: samplers.Callback | None = None,
         start: Start | None = None,
         context: torch.Tensor | None = None,
+        control: np.ndarray | None = None,
+        control_scale: float = 1.0,
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
@@ -206,10 +231,15 @@ class Pipeline:
         call it, each with the steps of its own part of a batch, from 32 images on. `start` and `context` are of all
         images; `models/editing.py` makes them from an image and a mask.
 
+        `control` are maps for the ControlNet, uint8 [N or 1, 1 or 3, h, w]: one for each image, or one for all. Maps of
+        another resolution are resized with a warning. `control_scale` is the weight of the ControlNet, which takes no
+        part without `control`.
+
         Raises:
-            ValueError: for guidance that the model does not have, labels or prompts that do not match the model, or a
-                number of steps that it does not support.
+            ValueError: for guidance or a control that the model does not have, labels or prompts that do not match the
+                model, or a number of steps that it does not support.
         """
+        maps = None if control is None else given(control, len(seeds), self.info.size, self.info.control_spec)
 
         def draw(part: slice) -> np.ndarray:
             denoise = self.denoiser(
@@ -217,9 +247,11 @@ class Pipeline:
                 None if prompts is None else prompts[part],
                 sampling,
                 None if context is None else context[part],
+                None if maps is None else maps[part],
+                control_scale,
             )
-            given = None if start is None else start.rows(part)
-            return self._sample_batch(seeds[part], denoise, sampling, callback, given)
+            begun = None if start is None else start.rows(part)
+            return self._sample_batch(seeds[part], denoise, sampling, callback, begun)
 
         return np.concatenate(parallel.over_batches(draw, len(seeds), batch_size, self.device))
 
@@ -256,7 +288,7 @@ def save_pipeline(
     Args:
         folder: where to write.
         network: the network, of which only the configuration is used.
-        weights: its state dict under diffusers' names.
+        weights: its state dict under diffusers' names, with the weights of a ControlNet, see `controlnet.split`.
         noise: betas float64 [T], or a rectified flow.
         info: the content of `afterimage.json`.
         codec: folder with autoencoder, text encoders and tokenizers, if the model has any.
@@ -267,6 +299,10 @@ def save_pipeline(
         if codec is not None and (codec / name).is_dir():
             shutil.copytree(codec / name, folder / name)
     (folder / "scheduler").mkdir(exist_ok=True)
+    weights, control = controlnet.split(weights)
+    if control and isinstance(network.config, TextUNetConfig):
+        (folder / controlnet.FOLDER).mkdir()
+        controlnet.save(folder / controlnet.FOLDER, network.config, control)
     for name, state in {folder_name(network.config): weights, **(companions or {})}.items():
         (folder / name).mkdir(exist_ok=True)
         write_json(folder / name / "config.json", network.config.to_diffusers())
@@ -276,63 +312,14 @@ def save_pipeline(
         save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
     of_pixels = not (folder / "vae").is_dir()
     scheduler = (
-        flow_config(noise)
+        published.flow_config(noise)
         if isinstance(noise, RectifiedFlow)
-        else scheduler_config(noise, info.prediction, clip_sample=of_pixels)
+        else published.scheduler_config(noise, info.prediction, clip_sample=of_pixels)
     )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     if index := model_index(folder, network.config, info.conditioning, info.classes):
         write_json(folder / "model_index.json", {"_diffusers_version": DIFFUSERS_VERSION, **index})
     replace(info, files=files_sha256(folder)).write(folder / INFO)
-
-
-def save_with_weights(
-    folder: Path, template: Path, weights: dict[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a copy of the pipeline folder `template` with other weights of its network into an existing empty `folder`.
-
-    `weights` and `adapter` are those of `save_pipeline`; `adapter` is empty for a model without one.
-    """
-    shutil.copytree(template, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)  # not the mode: DVC's is 0444
-    info = PipelineInfo.read(folder / INFO)
-    (folder / INFO).unlink()
-    save_file(weights, published.parts(folder)[0] / published.WEIGHTS, metadata={"format": "pt"})
-    if adapter:
-        save_file(dict(adapter), folder / ADAPTER, metadata={"format": "pt"})
-    replace(info, files=files_sha256(folder)).write(folder / INFO)
-
-
-def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: bool = True) -> JsonObject:
-    """Return the configuration of a diffusers `DDPMScheduler` that denoises as our samplers do.
-
-    It contains the betas themselves. Latents are not clipped, and get the `steps_offset` that Stable Diffusion's
-    pipelines warn about otherwise; trailing spacing does not use it.
-    """
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": len(betas),
-        "trained_betas": [float(beta) for beta in betas],
-        "prediction_type": prediction_type,
-        "variance_type": "fixed_small",
-        "clip_sample": clip_sample,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "trailing",
-        **({} if clip_sample else {"steps_offset": 1}),
-    }
-
-
-def flow_config(path: RectifiedFlow) -> JsonObject:
-    """Return the configuration of a diffusers `FlowMatchEulerDiscreteScheduler`, which takes the steps of `euler`.
-
-    Its default noise levels end at 1 / T; `set_timesteps(sigmas=[1 - i / n for i in range(n)])` gives ours.
-    """
-    return {
-        "_class_name": published.FLOW_SCHEDULER,
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": path.timesteps,
-        "shift": path.shift,
-    }
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
@@ -359,7 +346,10 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     }
     autoencoder = None if of_pixels else autoencoders.load_autoencoder(folder / "vae", device)
     text = load_text_encoder(folder, device) if (folder / "text_encoder").is_dir() else None
-    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions)
+    control = None
+    if (folder / controlnet.FOLDER).is_dir() and isinstance(config, TextUNetConfig):
+        control = controlnet.load(folder / controlnet.FOLDER, config).to(device)
+    return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions, control=control)
 
 
 def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:

@@ -12,11 +12,11 @@ from tasks.runtime import atomic, locks, stage, workspace
 
 
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
-    """Write the model's inputs: pixels or posterior means and standard deviations, with labels or caption embeddings.
+    """Write the model's inputs: pixels or latents, with labels or caption embeddings, and control maps.
 
-    Latents and embeddings are cached in the scratch folder by the content that they are computed from: a later run
-    encodes only what is new, and a killed run continues where it stopped. Prints a line if a change of the codec or
-    of the transform invalidates all of them.
+    Latents, embeddings and control maps are cached in the scratch folder by the content that they are computed from:
+    a later run encodes only what is new, and a killed run continues where it stopped. Prints a line if a change of the
+    codec or of the transform invalidates all of them.
     """
     require_accepted(accepted)
     info = CodecInfo.load(codec)
@@ -27,6 +27,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     rows = read_rows(images, resolutions, params.leave_out)
     require_disk_space(latents.parent, info, params, resolutions, rows)
 
+    from tasks.encoding.control import make_controls, spec_of
     from tasks.encoding.encoder import encode_images
     from tasks.encoding.splits import SplitWriter
     from tasks.encoding.texts import CaptionEmbeddings
@@ -35,12 +36,13 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
         encoded = encode_images(images, codec, info, resolutions, rows, params)
         captions = CaptionEmbeddings(codec, info, rows) if info.conditioning == "text" else None
-        writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size)
+        controls = make_controls(images, resolutions, rows, params)
+        writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size, controls)
         splits = {split: writer.write(folder, split, in_split) for split, in_split in rows.items()}
         texts = captions.write(folder, params.shard_size) if captions else None
         prompts_sha256 = captions.write_prompts(folder) if captions else None
         inputs = [input_resolution(resolution, info) for resolution in resolutions]
-        write_index(folder, info, splits, inputs, texts, prompts_sha256)
+        write_index(folder, info, splits, inputs, texts, prompts_sha256, spec_of(params))
     print("encode:", ", ".join(f"{entry.count} {split}" for split, entry in splits.items()))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from models.noise.samplers import Sampling
     from models.pipeline import Pipeline
+    from tasks.evaluation.control import Controlled
     from tasks.evaluation.draws import Draw
     from tasks.evaluation.protocol import Protocol
     from tasks.evaluation.scorer import Scorer
@@ -78,6 +79,7 @@ def evaluate(
     from models.pictures import save_png
     from models.pipeline import load_pipeline
     from tasks.evaluation import draws, protocol
+    from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import summarise
     from tasks.subjects import measures as subjects
@@ -98,7 +100,8 @@ def evaluate(
             "true to measure them nevertheless"
         )
     unguided, guided = draws.draw_blocks(model, declared)
-    measured = summarise(unguided, guided, scorer, declared)
+    controlled = measure_control(model, scorer, declared)
+    measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
     learned = subjects.measure(model, averages, prior, described, scoring, params.batch_size) if described else None
@@ -121,6 +124,8 @@ def evaluate(
         if learned:
             atomic.write_text(folder / "subject.csv", _csv(subjects.COLUMNS, (row.cells() for row in learned.rows)))
             save_png(learned.picture, folder / "grid_subject.png")
+        if controlled:
+            save_png(_grid_of_control(controlled), folder / "grid_control.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
     atomic.write_json(metrics, measured.headline_numbers() | (learned.headlines() if learned else {}))
     _print(measured)
@@ -294,6 +299,14 @@ def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
     return small, columns, max(1, GRID_SIDE // small.shape[-1])
 
 
+def _grid_of_control(controlled: Controlled) -> Image.Image:
+    """Return control maps above their images, and above what is drawn with, without, and with another map."""
+    from models.pictures import grid
+
+    rows = controlled.rows
+    return grid(*_shown(rows.reshape(-1, *rows.shape[2:]), rows.shape[1]), controlled.titles)
+
+
 def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
     """Return the images nearest to a training image by features, each above that training image."""
     import numpy as np
@@ -321,6 +334,11 @@ def _print(measured: Measurements) -> None:
         note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
         mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
         print(f"evaluate: {name} ({measure.condition}) {mean} ({measure.reference or 'no reference'}){few}{note}")
+    if control := measured.control:
+        print(
+            f"evaluate: agreement with control maps ({control.kind}) {control.value:.3f} +- {control.spread:.2g} (with "
+            f"another map {control.shuffled:.3f}, without {control.base:.3f}, real images {control.real:.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 import shutil
 import statistics
 import time
@@ -39,10 +40,17 @@ Sample: TypeAlias = "Callable[[Sequence[int], Sequence[int] | None, Sampling], n
 """`sample(seeds, labels, sampling)` draws images, float32 [N, C, H, W]."""
 
 PACKAGE = "afterimage_bundle"
+GIVEN = "given.py"
+"""In `tasks/drawing`: what reads the images of users; the bundle contains it as well."""
+_FROM_TASKS = re.compile(r"^from tasks\.\w+ import", re.MULTILINE)
 PARITY_BATCHES = (1, 2, 5, 8)
 DRAWN_IMAGES = 4
 DRAWN_STEPS = 10
 GUIDANCE = 1.5
+NO_CONTROL = (
+    "the bundle holds the U-Net and not the ControlNet, so that it draws without control maps; with them, draw from "
+    "the pipeline, whose folder controlnet/ diffusers loads"
+)
 TENSORRT_MIN_PSNR = 35
 """Decibel; TensorRT may use TF32 and other kernels than PyTorch."""
 TIMING_SECONDS = 0.5
@@ -70,18 +78,20 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
             parity = _parity(trained, Bundle(folder, threads=1), params)
         engine, tensorrt = _tensorrt(trained, folder / "unet.onnx", params)
         table = _latencies(trained, Bundle(folder), engine, params)
-    replace(parity, tensorrt=tensorrt).write(report)
+    replace(parity, tensorrt=tensorrt, control=NO_CONTROL if trained.control else None).write(report)
     atomic.write_json(latency, table)
     print(
         f"export: max abs difference {parity.max_abs_difference:.1e}, images agree to {parity.min_psnr_db:.0f} dB, "
         f"{parity.providers[0]}"
     )
     print(f"export: tensorrt: {tensorrt.reason or 'engine built and measured'}")
+    if trained.control:
+        print(f"export: control: {NO_CONTROL}")
 
 
 def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None:
     from models import onnx_graph
-    from models.bundle import BundleInfo, BundleText
+    from models.bundle_info import BundleInfo, BundleText
 
     try:
         onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
@@ -92,6 +102,7 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     text = None
     if trained.autoencoder is not None:
         onnx_graph.write(onnx_graph.decoder_to_onnx(trained, params.opset), folder / "decoder.onnx")
+        onnx_graph.write(onnx_graph.encoder_to_onnx(trained, params.opset), folder / "encoder.onnx")
     if trained.text is not None:
         from models.networks.text_encoder import SUFFIXES
 
@@ -107,6 +118,9 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
         copied.parent.mkdir(parents=True, exist_ok=True)
         (copied.parent / "__init__.py").touch()
         shutil.copyfile(closure.ROOT / name, copied)
+    for name in closure.closure(f"tasks/drawing/{GIVEN}", plumbing=()):  # in the bundle they are neighbours
+        code = (closure.ROOT / name).read_text(encoding="utf-8")
+        (folder / PACKAGE / Path(name).name).write_text(_FROM_TASKS.sub("from . import", code), encoding="utf-8")
 
 
 def _guide_of(trained: Pipeline) -> Pipeline | None:

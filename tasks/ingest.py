@@ -24,7 +24,7 @@ from tasks.runtime.progress import progress
 from tasks.sources.entry import Entry, Manifest, Problem, Source, read_manifest
 
 if TYPE_CHECKING:
-    from tasks.pictures.images import ImageRow
+    from tasks.pictures.images import ImageRow, MapWriter
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
@@ -60,7 +60,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     """
     from tasks.formats import quarantine as quarantines
     from tasks.pictures import colours
-    from tasks.pictures.images import Writer
+    from tasks.pictures.images import MapWriter, Writer
     from tasks.pictures.index import FILE
 
     started = time.perf_counter()
@@ -74,13 +74,13 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         _decoders(params) as pool,
         _without_garbage_collection(),
     ):
-        writer = Writer(image_folder, params.shards, source.classes)
+        writer, maps = Writer(image_folder, params.shards, source.classes), MapWriter(image_folder)
         quarantined = quarantines.Writer(quarantine_folder)
         bar = progress(desc="ingest", total=source.count, unit="img")
         sample: list[list[bytes]] = []
         first_profiled: dict[str, str] = {}
         profiles: Counter[str] = Counter()
-        for entry, finding in _examined(source.entries, len(source.classes), pool, params, sample):
+        for entry, finding in _examined(_images(source.entries, maps), len(source.classes), pool, params, sample):
             if isinstance(finding, Problem):
                 quarantined.add(entry, finding)
             else:
@@ -93,7 +93,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         if not writer.rows:
             raise StageError(_nothing_readable(manifest, reasons))
         index = replace(
-            writer.close(),
+            maps.close(writer.close()),
             inputs=writer.rows + sum(reasons.values()),
             quarantined=reasons,
             licence=manifest.licence,
@@ -106,11 +106,22 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
         quarantines.QuarantineIndex(index.inputs, index.rows, reasons).write(quarantine_folder / quarantines.INDEX)
         speed = _speed(index.inputs, time.perf_counter() - started, pool, sample, params)
     print(f"ingest: {index.rows} images {index.splits}, {sum(reasons.values())} in quarantine")
+    if maps.count:
+        print(f"ingest: {maps.count} control maps, for encode.control.kind 'own'")
     notes = map(quarantines.printable, source.notes)
     for sentence in [*quarantined.summary(), *colours.sentences(index.profiles, first_profiled), *notes]:
         print(f"ingest: {sentence}")
     if speed:
         print(speed)
+
+
+def _images(entries: Iterator[Entry], maps: MapWriter) -> Iterator[Entry]:
+    """Yield the entries of images; those of control maps go to `maps`."""
+    for entry in entries:
+        if entry.map_of is None:
+            yield entry
+        elif entry.data is not None:
+            maps.add(entry.map_of, entry.data)
 
 
 def _open(manifest: Manifest, files: dict[str, Path], params: IngestParams) -> Source:

@@ -90,7 +90,6 @@ def table(rows: Sequence[Row], headline: str, floor: float, pipeline_ema: str) -
 
 def write(width: float, folder: Path) -> None:
     """Write a pipeline with the average of relative width `width` into `folder`, which must not exist."""
-    from models.pipeline import save_with_weights
     from tasks.reconstruction import weights
     from tasks.runtime import integrity
 
@@ -101,7 +100,7 @@ def write(width: float, folder: Path) -> None:
     integrity.read_described(PIPELINE, "afterimage.json", "train")
     plain, adapter = weights.combined(AVERAGES, kept, combination)
     with atomic.writing_folder(folder) as temporary:
-        save_with_weights(temporary, PIPELINE, plain, adapter)
+        weights.save_with_weights(temporary, PIPELINE, plain, adapter)
     print(f"reconstruct: wrote {folder}, the average of width {width:g} (profile error {combination.error:.2%})")
 
 

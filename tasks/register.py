@@ -43,7 +43,7 @@ CONTENT_KEY = f"{TAG}content_key"
 LOGGED_MODEL = f"{TAG}logged_model"
 MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
-GRIDS = ("grid_guided", "grid_unguided", "grid_slowest", "grid_nearest")
+GRIDS = ("grid_guided", "grid_unguided", "grid_slowest", "grid_nearest", "grid_control")
 REPORT, REPORT_SHA256 = "report", f"{TAG}report_sha256"
 
 
@@ -66,16 +66,19 @@ def register(
     evaluation: Path,
     timing: Path,
     export: Path,
+    edits: Path,
+    editing: Path,
     page: Path,
     params: RegisterParams,
 ) -> None:
     """Find or create runs and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
 
-    `training`, `evaluation` (with its `timing`), `export` and `page` are the reports of those stages and of
-    `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have another fingerprint is
-    measured again, with `judge` and `data` (images).
+    `training`, `evaluation` (with its `timing`), `export`, `edits` with `editing`, and `page` are the reports of those
+    stages and of `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have another
+    fingerprint is measured again, with `judge` and `data` (images).
     """
     from tasks.registration import adapter
+    from tasks.registration import edits as edit_results
 
     client = tracking.connect()
     measured = measures.read(evaluation / measures.FILE)
@@ -83,6 +86,7 @@ def register(
         trained = _training_run(client, training, measured)
         version = _model_version(client, params.model_name, model, measured, trained, read_index(data).sha256)
         evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
+        edit_results.log(client, evaluated, edits, editing)
         _describe(client, (trained, evaluated), measured, page)
         # The SQL stores give version numbers as int here and str there.
         aliases = {name: int(v) for name, v in client.get_registered_model(params.model_name).aliases.items()}

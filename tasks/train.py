@@ -55,7 +55,7 @@ def train(
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
     from tasks.training import averages as snapshots
-    from tasks.training import checkpoint, machine, outputs, tracked, warm_start
+    from tasks.training import checkpoint, control, machine, outputs, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
@@ -64,6 +64,7 @@ def train(
 
     index, subject = latents.read_index(data), Prior.load(prior)
     machine.check_fits(params)
+    control.require_maps(index, params)
     initial = warm_start.initial_weights(params, model.architecture)
     network = training_run.network_config(index.input_spec, model, initial)
     if initial:
@@ -117,7 +118,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import averages, checkpoint, companions, log, previews, tuning
+    from tasks.training import averages, checkpoint, companions, control, log, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -130,9 +131,10 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     bar = progress(desc="train", total=params.steps, initial=run.step, unit="step", disable=live is None)
     run.module.train()
     while run.step < until:
-        # what is trained: with `full_steps`, first the base and then the LoRA adapter
+        # what is trained: with `full_steps`, first the base and then the LoRA adapter or the ControlNet
         if params.full_steps and isinstance(run.network, TextUNet):
             run.network.train_adapter(train=run.step >= params.full_steps)
+        control.begin(run)
         # and by which objective: with `distil`, first as usual and then for consistency
         tuning.begin(run)
         objective, phase = tuning.objective_at(run, run.step), params.phase(run.step)

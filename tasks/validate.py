@@ -11,7 +11,7 @@ from tasks.runtime import atomic, stage
 from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
-    from tasks.validation.findings import Finding
+    from tasks.validation.report.findings import Finding
 
 NAMED_OFFENDERS = 5
 """Number of rows that the message of a failed gate names."""
@@ -28,8 +28,9 @@ def validate(
     """
     from tasks.formats.quarantine import read_index as read_quarantine_index
     from tasks.pictures.index import read_index
-    from tasks.validation import expectations, report, tables
-    from tasks.validation.findings import Findings
+    from tasks.validation import expectations, tables
+    from tasks.validation.report import page
+    from tasks.validation.report.findings import Findings
 
     index = read_index(images)
     params = params.model_copy(update={"min_side": params.min_side or asked.resolution})
@@ -37,8 +38,8 @@ def validate(
     counts = tables.label_counts(images, index.classes)
     with atomic.writing_folder(reports) as folder:
         built = list(tables.build(images, quarantine, index, counts, params, asked))
-        findings = expectations.judge(built, folder / report.DATA_DOCS, params.warn_only)
-        report.write(folder, Findings(findings, read_quarantine_index(quarantine).quarantined))
+        findings = expectations.judge(built, folder / page.DATA_DOCS, params.warn_only)
+        page.write(folder, Findings(findings, read_quarantine_index(quarantine).quarantined))
     for note in dict.fromkeys(finding.gate.note for finding in findings if finding.gate.note):
         print(f"validate: {note}")
     failed = [finding for finding in findings if not finding.success]

@@ -32,6 +32,7 @@ def visualize(
     validation: Path,
     training: Path,
     evaluation: Path,
+    editing: Path,
     figures: Path,
     page: Path,
     params: VisualizeParams,
@@ -40,12 +41,13 @@ def visualize(
 
     Writes PNG files to the folder `figures` and the page to `page`. The pictures show samples by class and guidance,
     forward and reverse process, noise schedules, an animation of the sampling, training curves, and the nearest
-    training images. The page adds the results of `validation`, and the tables and grids of `evaluation`.
+    training images. The page adds the results of `validation`, the tables and grids of `evaluation`, and the tables and
+    pictures of `editing`, which are copied to `figures`.
     """
     from models.device import best_device
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
-    from tasks.report import process, tables
+    from tasks.report import control, edits, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
@@ -67,6 +69,7 @@ def visualize(
     measured = measures.read(evaluation / measures.FILE)
     with atomic.writing_folder(figures) as folder:
         _write_figures(folder, tiles, {"schedules": schedules_chart, "training": training_chart}, drawn)
+        _copy_edits(editing, folder)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
     sampler = tables.sampler_name(params.sampler, params.steps)
     report = Report(
@@ -92,8 +95,9 @@ def visualize(
         reconstructions=tables.reconstructions(training / "codec"),
         neighbours=neighbours,
         measures=tables.measures(measured),
-        tables=tables.tables(evaluation, measured.headline),
+        tables=[*control.tables(measured), *tables.tables(evaluation, measured.headline)],
         evaluation_grids=tables.grids(evaluation, measured),
+        experiments=[section for section in (edits.section(editing),) if section],
         provenance=_provenance(model, measured),
     )
     atomic.write_text(page, render(report))
@@ -122,6 +126,16 @@ def _write_figures(folder: Path, tiles: dict[str, Tiles], charts: dict[str, Char
     frames = animation(drawn.trajectory, drawn.names)
     save_animation(frames, folder / "denoising.png")
     save_png(frames[-1], folder / "denoised.png")
+
+
+def _copy_edits(editing: Path, folder: Path) -> None:
+    """Copy the pictures of `editing` and draw its chart, each with a name that begins with "edits"."""
+    from tasks.report import edits
+
+    for picture in sorted(editing.glob("*.png")):
+        atomic.write_bytes(folder / f"edits_{picture.name}", picture.read_bytes())
+    if chart := edits.chart_png(editing):
+        atomic.write_bytes(folder / "edits.png", chart)
 
 
 def _title(model: Pipeline) -> str:

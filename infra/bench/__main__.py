@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from infra.bench.results import Results
 
 DIGITS, CIFAR = "digits", "cifar10_tiny"
+NO_CIFAR = "there is no CIFAR-10 without --cifar; give a zip of JPEGs in class folders"
 SAMPLERS = ("ddim", "dpm_solver_pp_2m", "euler")
 _FEW = "--samples 64 --sampler-steps 2 --set train.warmup_steps=1 train.steps=20"
 REHEARSAL = {
@@ -30,7 +31,7 @@ REHEARSAL = {
     "encoding": "--rounds 1 --block-seconds 0.01",
     "quality": f"--steps 6 --minutes 0.1 --seeds 1 --points 1 --own-points 2 {_FEW}",
     "sampling": "--samples 4 --set train.warmup_steps=1 train.steps=20",
-    "levers": f"--steps 20 --seeds 1 --only diffusion.loss_weighting=plain {_FEW}",
+    "levers": f"--steps 20 --minutes 0.05 --seeds 1 --only diffusion.loss_weighting=plain {_FEW}",
 }
 """Arguments that run every part within minutes; the numbers are meaningless."""
 
@@ -88,7 +89,7 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
         overrides=(*(["conditioning=none"] if given.unconditional else []), *given.set),
     )
     if not digits and given.cifar is None:
-        raise StageError("there is no CIFAR-10 without --cifar; give a zip of JPEGs in class folders")
+        raise StageError(NO_CIFAR)
     name = f"quality_{given.data}{'_unconditional' if given.unconditional else ''}"
     _measure(results, name, {**plan.__dict__, "measure": plan.measure.__dict__}, lambda: quality.measure(plan))
 
@@ -96,9 +97,23 @@ def _quality(given: argparse.Namespace, results: Results) -> None:
 def _levers(given: argparse.Namespace, results: Results) -> None:
     from infra.bench import levers, quality
 
+    digits = given.data == DIGITS
+    if not digits and given.cifar is None:
+        raise StageError(NO_CIFAR)
     how = quality.Measure(given.samples, given.sampler_steps, tuple(given.samplers or SAMPLERS))
-    plan = levers.Plan(given.work, given.steps, given.seeds, how, tuple(given.only), tuple(given.set))
-    _measure(results, "levers", {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
+    plan = levers.Plan(
+        work=given.work,
+        pictures=results.folder / "bench",
+        preset=DIGITS if digits else CIFAR,
+        archive=None if digits else given.cifar,
+        steps=given.steps,
+        minutes=None if digits else given.minutes,
+        seeds=given.seeds or (2 if digits else 1),
+        measure=how,
+        only=tuple(given.only),
+        overrides=tuple(given.set),
+    )
+    _measure(results, plan.name, {**plan.__dict__, "measure": how.__dict__}, lambda: levers.measure(plan))
 
 
 def _sampling(given: argparse.Namespace, results: Results) -> None:
@@ -142,14 +157,14 @@ def _all(given: argparse.Namespace, results: Results) -> None:
         ["sampling"],
         ["levers"],
     ]
-    parts += [["quality", "--data", "cifar", *archive]] if archive else []
+    parts += [[part, "--data", "cifar", *archive] for part in ("quality", "levers")] if archive else []
     for number, part in enumerate(parts, 1):
         part = [*part, *(REHEARSAL[part[0]].split() if given.rehearse else [])]
         print(f"bench: part {number} of {len(parts)}: {' '.join(part)}", flush=True)
         chosen = _parser().parse_args([*shared, *part])
         chosen.run(chosen, results)
     if not archive:
-        print("bench: no --cifar, so quality on CIFAR-10 was left out")
+        print("bench: no --cifar, so quality and levers on CIFAR-10 were left out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,9 +227,12 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--own-points", type=int, help="measurements of ours, if it trains to the end")
     measured(chosen)
 
-    chosen = part("levers", _levers, "ablations of the digits recipe, one choice at a time")
-    chosen.add_argument("--steps", type=int, default=250, help="training steps of each")
-    chosen.add_argument("--seeds", type=int, default=2, help="runs of each")
+    chosen = part("levers", _levers, "ablations of a recipe, one choice at a time")
+    archive(chosen)
+    chosen.add_argument("--data", choices=[DIGITS, "cifar"], default=DIGITS, help="which data set")
+    chosen.add_argument("--steps", type=int, default=250, help="training steps of each on digits")
+    chosen.add_argument("--minutes", type=float, default=10, help="minutes of training of each on cifar")
+    chosen.add_argument("--seeds", type=int, help="runs of each; default: 2 for digits, 1 for cifar")
     chosen.add_argument("--only", nargs="*", default=[], metavar="CHANGE", help="these changes instead of the list")
     measured(chosen)
 

@@ -24,6 +24,7 @@ from models.device import best_device
 from models.judges.judge import load_judge
 from models.judges.metrics import frechet_distance
 from models.noise.samplers import Sampling, samplers_of
+from models.pictures import grid, png_bytes
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
@@ -31,7 +32,10 @@ from tasks.runtime import atomic
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from infra.bench.schema import Curve, Point, Quality, QualityRun
+    from PIL import Image
+
+    from infra.bench.schema import Curve, Point, Quality, QualityRun, Trained
+    from models.pipeline import Pipeline
     from tasks.params import Params
 
 FIRST_SEED = 5_000_000
@@ -39,6 +43,9 @@ CALIBRATION_STEPS = 20
 SHOWN_STEPS = 25
 """Steps between two updates of the progress bar."""
 PEER_BATCH = 32
+ENDLESS = "train.steps=1000000"
+"""More steps than any measurement makes."""
+PICTURE_COLUMNS, PICTURE_ROWS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -85,19 +92,28 @@ class Scale:
 
     def distance(self, pipeline: Path) -> float:
         """The smallest distance over the samplers that the path of the model has, so that each side uses its best."""
-        known = samplers_of(load_pipeline(pipeline).path)
-        chosen = [sampler for sampler in self.how.samplers if sampler in known]
+        chosen = self._samplers_of(load_pipeline(pipeline))
         return min(self.distance_by(pipeline, sampler, self.how.sampler_steps)[0] for sampler in chosen)
+
+    def picture(self, pipeline: Path) -> Image.Image:
+        """A grid of unguided samples, which have the same seeds and labels whatever the model."""
+        model, count = load_pipeline(pipeline, self.device), PICTURE_COLUMNS * PICTURE_ROWS
+        sampling = Sampling(self._samplers_of(model)[0], self.how.sampler_steps)
+        images = model.sample(range(FIRST_SEED, FIRST_SEED + count), _labels(model, count), sampling)
+        return grid(to_uint8(images), PICTURE_COLUMNS)
+
+    def _samplers_of(self, model: Pipeline) -> list[str]:
+        known = samplers_of(model.path)
+        return [sampler for sampler in self.how.samplers if sampler in known]
 
     def distance_by(self, pipeline: Path, sampler: str, steps: int) -> tuple[float, float]:
         """Distance of the images of one sampler, and the seconds per image."""
         model, count = load_pipeline(pipeline, self.device), self.how.samples
-        labels = [i % len(model.info.classes) for i in range(count)] if model.info.conditioning == "label" else None
         with progress(desc=f"draw: {sampler}", total=count * steps, unit="step", leave=False) as bar:
             began = time.perf_counter()
             images = model.sample(
                 range(FIRST_SEED, FIRST_SEED + count),
-                labels,
+                _labels(model, count),
                 Sampling(sampler, steps),
                 callback=lambda i, t, x, x0: bar.update(len(x)),
             )
@@ -106,6 +122,11 @@ class Scale:
 
     def _to_reference(self, pixels: np.ndarray) -> float:
         return float(f"{frechet_distance(self.judge.features(pixels), self.reference):.5g}")
+
+
+def _labels(model: Pipeline, count: int) -> list[int] | None:
+    """The classes in turn; None for a model without labels."""
+    return [i % len(model.info.classes) for i in range(count)] if model.info.conditioning == "label" else None
 
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
@@ -146,12 +167,12 @@ def _one_seed(plan: Plan, seed: int, inputs: Inputs, scale: Scale) -> QualityRun
     theirs = ["conditioning=none", "train.precision='no'", f"train.batch_size={PEER_BATCH}", f"train.seed={seed}"]
     steps = plan.steps
     if plan.minutes is not None:
-        steps = _steps_in(60 * plan.minutes, "peer", plan, theirs, inputs)
+        steps = _steps_in_minutes(plan.minutes, "peer", plan, theirs, inputs)
     peer = _run("peer", plan, [*theirs, *_of(steps)], inputs, scale)
     target = peer["curve"][-1]
     mine = [f"train.seed={seed}"]
     if plan.minutes is not None:
-        mine += _of(_steps_in(60 * plan.minutes * plan.share, "ours", plan, mine, inputs))
+        mine += _of(_steps_in_minutes(plan.minutes * plan.share, "ours", plan, mine, inputs))
     ours = _run("ours", plan, mine, inputs, scale, stop_at=target["distance"])
     last = ours["curve"][-1]
     done = last["distance"] <= target["distance"]
@@ -170,15 +191,20 @@ def _of(steps: int) -> list[str]:
     return [f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.sample_every={steps}"]
 
 
-def _steps_in(seconds: float, side: Side, plan: Plan, overrides: list[str], inputs: Inputs) -> int:
+def _steps_in_minutes(minutes: float, side: Side, plan: Plan, overrides: list[str], inputs: Inputs) -> int:
+    params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides, ENDLESS)
+    return steps_in(60 * minutes, side, params, inputs, plan.work)
+
+
+def steps_in(seconds: float, side: Side, params: Params, inputs: Inputs, work: Path) -> int:
     """Steps that a side makes in that time on an otherwise idle machine, estimated from a short trial.
 
-    The number is stored, so that an interrupted run continues with the same one.
+    `params` have more steps than the time could allow. The number is stored, so that an interrupted run continues with
+    the same one.
     """
-    file = plan.work / "runs" / f"steps-{key([side, plan.preset, seconds, overrides, plan.overrides])}.json"
+    file = work / "runs" / f"steps-{key([side, seconds, params.model_dump(mode='json'), str(inputs.data)])}.json"
     if not file.exists():
-        params = parameters(plan.preset, plan.archive, *plan.overrides, *overrides, "train.steps=1000000")
-        with Contestant(side, params, inputs, plan.work / "scratch") as trial:
+        with Contestant(side, params, inputs, work / "scratch") as trial:
             trial.advance(CALIBRATION_STEPS // 4)
             step = trial.advance(CALIBRATION_STEPS).machine_seconds / CALIBRATION_STEPS
         atomic.write_json(file, max(CALIBRATION_STEPS, round(seconds / step)))
@@ -196,14 +222,15 @@ def curve(
 ) -> Curve:
     """Train to the end, or until the distance is at most `stop_at`, and measure it `points` times.
 
-    A finished run is stored in `work` and read from there the next time.
+    A finished run is stored in `work` and read from there the next time; beside it lies a grid of its samples.
     """
     name = key([side, params.model_dump(mode="json"), str(inputs.data), points, stop_at, scale.how.__dict__])
     file, pipeline = work / "runs" / f"{name}.json", work / "runs" / f"{name}-pipeline"
     if not file.exists():
-        atomic.write_json(
-            file, _trained(side, params, inputs, scale.distance, work / "scratch", pipeline, points, stop_at)
-        )
+        found = _trained(side, params, inputs, scale.distance, work / "scratch", pipeline, points, stop_at)
+        picture = file.with_suffix(".png")
+        atomic.write_bytes(picture, png_bytes(scale.picture(pipeline)))
+        atomic.write_json(file, {**found, "picture": picture.name})
         shutil.rmtree(pipeline)
     return cast("Curve", json.loads(file.read_text(encoding="utf-8")))
 
@@ -217,7 +244,7 @@ def _trained(
     pipeline: Path,
     points: int,
     stop_at: float,
-) -> Curve:
+) -> Trained:
     rows: list[Point] = []
     step, seconds, cpu = 0, 0.0, 0.0
     total = params.train.steps

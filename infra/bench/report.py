@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from infra.bench import schema
 
-QUALITY = "quality_"
 PRECISION = {"no": "float32", "bf16": "bfloat16"}
 NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "heun": "Heun"}
 REFERENCE = (
@@ -48,7 +47,7 @@ def write(folder: Path, parts: Mapping[str, schema.Part]) -> None:
     details = folder / "bench"
     texts = []
     for name, part in sorted(parts.items()):
-        kind = "quality" if name.startswith(QUALITY) else name
+        kind = name.partition("_")[0]
         table, rows, draw = makers[kind](part)
         machine = part["machine"]
         texts.append(
@@ -94,8 +93,8 @@ def _about(kind: str, part: schema.Part) -> str:
             f"{best}; sampling is not timed. A ratio is ours divided by the reference's, below 1 is faster."
         ),
         "levers": (
-            f"The recipe of the digits with one choice changed at a time, {given.get('seeds')} seeds each. {drawn} "
-            f"{best}: mean and standard deviation over the seeds."
+            f"The recipe of the preset {given.get('preset')} with one choice changed at a time, seeds of each: "
+            f"{given.get('seeds')}. {drawn} {best}: mean and standard deviation over the seeds."
         ),
         "sampling": (
             f"One trained model of the digits with each sampler. {DISTANCE}, of {given.get('samples')} images; "
@@ -185,12 +184,21 @@ def _quality(part: schema.QualityPart) -> Made:
 
 
 def _levers(part: schema.LeversPart) -> Made:
-    titles = ["lever", "change", "distance", "spread", "training s", "CPU s"]
+    titles = ["lever", "change", "steps", "distance", "spread", "training s", "CPU s", "samples"]
     lines = [
-        [row["lever"], f"`{row['change']}`", row["distance"], row["spread"], row["seconds"], row["cpu_seconds"]]
+        [
+            row["lever"],
+            f"`{row['change']}`",
+            row["steps"],
+            row["distance"],
+            row["spread"],
+            row["seconds"],
+            row["cpu_seconds"],
+            f"[picture](bench/{row['picture']})" if row["picture"] else None,
+        ]
         for row in part["rows"]
     ]
-    return f"Each for {part['steps']} steps.\n\n{_table(titles, lines)}", part["rows"], None
+    return _table(titles, lines), part["rows"], None
 
 
 def _sampling(part: schema.SamplingPart) -> Made:

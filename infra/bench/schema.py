@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Machine(TypedDict):
@@ -58,12 +58,19 @@ class Point(TypedDict):
     distance: float
 
 
-class Curve(TypedDict):
+class Trained(TypedDict):
     """A training run of `steps` steps, measured on the way."""
 
     steps: int
     batch_size: int
     curve: list[Point]
+
+
+class Curve(Trained):
+    """A training run that is stored."""
+
+    picture: NotRequired[str]
+    """File name of the grid of samples beside it; runs of earlier versions have none."""
 
 
 class QualityRun(TypedDict):
@@ -87,20 +94,22 @@ class Quality(TypedDict):
 
 
 class LeverRow(TypedDict):
-    """The digits recipe with one change: means over the seeds."""
+    """The recipe with one change: means over the seeds."""
 
     lever: str
     change: str
+    steps: int
     distance: float
     spread: float | None
     seconds: float
     cpu_seconds: float
+    picture: str | None
+    """Samples of the first seed: a file in the folder `bench` of the reports."""
 
 
 class Levers(TypedDict):
     """Result of `levers`."""
 
-    steps: int
     rows: list[LeverRow]
 
 

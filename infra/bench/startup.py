@@ -72,8 +72,7 @@ def _help() -> tuple[float, float]:
 
 def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
     """Seconds from the command to its first checkpoint, which is asked for after one step."""
-    paths = [inputs.latents, inputs.codec, inputs.accepted, here / "pipeline", here / "report"]
-    command = [sys.executable, "-m", "tasks.train", *map(str, paths), "--params", str(here / "params.yaml")]
+    command = [sys.executable, "-m", "tasks.train", *arguments(here, inputs)]
     environment = os.environ | {
         "AFTERIMAGE_SCRATCH": str(here / scratch),
         "MLFLOW_TRACKING_URI": f"sqlite:///{here / 'mlflow.db'}",
@@ -87,6 +86,13 @@ def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
         finally:
             process.terminate()
             process.wait()
+
+
+def arguments(here: Path, inputs: Inputs) -> list[str]:
+    """Arguments of a training that reads `inputs` and `here`/params.yaml, and writes into `here`."""
+    made = [here / name for name in ("pipeline", "averages", "report")]
+    paths = [inputs.latents, inputs.codec, inputs.accepted, *made]
+    return [*map(str, paths), "--params", str(here / "params.yaml")]
 
 
 def _waited_for(made: Callable[[], bool], process: psutil.Popen, began: float) -> float:

@@ -1,1 +1,0 @@
-"""The networks that a model consists of, and their configuration in diffusers' format."""

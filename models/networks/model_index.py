@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from models.json_files import JsonObject, read_json
+from models.networks.controlnet import FOLDER
 from models.networks.published import FLOW_SCHEDULER
 from models.networks.transformer import TransformerConfig
 
@@ -37,6 +38,7 @@ def model_index(folder: Path, config: NetworkConfig, conditioning: str, classes:
     if conditioning != "text" or not latent:
         return None
     components = {
+        **({"controlnet": ["diffusers", "ControlNetModel"]} if (controlled := (folder / FOLDER).is_dir()) else {}),
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": scheduler,
         "vae": ["diffusers", read_json(folder / "vae" / "config.json")["_class_name"]],
@@ -47,13 +49,15 @@ def model_index(folder: Path, config: NetworkConfig, conditioning: str, classes:
     }
     if not (folder / "text_encoder_2").is_dir():
         unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
-        return {"_class_name": "StableDiffusionPipeline", **components, **unchecked}
+        name = "StableDiffusionControlNetPipeline" if controlled else "StableDiffusionPipeline"
+        return {"_class_name": name, **components, **unchecked}
     second = {
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "force_zeros_for_empty_prompt": True,
     }
-    return {"_class_name": "StableDiffusionXLPipeline", **components, **second}
+    name = "StableDiffusionXLControlNetPipeline" if controlled else "StableDiffusionXLPipeline"
+    return {"_class_name": name, **components, **second}
 
 
 def _transformer_index(

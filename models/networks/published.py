@@ -1,4 +1,4 @@
-"""Published models in diffusers format: reading their schedulers and weights as ours.
+"""Published models in diffusers format: reading their schedulers and weights as ours, and writing our schedulers.
 
 Whatever our network and samplers would not reproduce is rejected in one sentence.
 """
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models.networks.config import Supported, require_supported
+from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
 from models.noise import schedules
 from models.noise.paths import FLOW_PREDICTION, PREDICTION_TYPES, RECTIFIED_FLOW, DiffusionPath, RectifiedFlow
 from models.noise.samplers import SchedulerConfig
@@ -162,6 +162,39 @@ def _betas(config: JsonObject) -> tuple[schedules.Array, str]:
         raise ValueError(f"the scheduler has {betas.size} trained_betas for {timesteps} num_train_timesteps")
     known = (n for n in SCHEDULES.values() if np.allclose(schedules.betas(n, timesteps), betas, rtol=0, atol=1e-6))
     return schedules.rescaled_to_zero_snr(betas) if to_zero else betas, next(known, "trained")
+
+
+def scheduler_config(betas: schedules.Array, prediction_type: str, clip_sample: bool = True) -> JsonObject:
+    """Return the configuration of a diffusers `DDPMScheduler` that denoises as our samplers do.
+
+    It contains the betas themselves. Latents are not clipped, and get the `steps_offset` that Stable Diffusion's
+    pipelines warn about otherwise; trailing spacing does not use it.
+    """
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": len(betas),
+        "trained_betas": [float(beta) for beta in betas],
+        "prediction_type": prediction_type,
+        "variance_type": "fixed_small",
+        "clip_sample": clip_sample,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "trailing",
+        **({} if clip_sample else {"steps_offset": 1}),
+    }
+
+
+def flow_config(path: RectifiedFlow) -> JsonObject:
+    """Return the configuration of a diffusers `FlowMatchEulerDiscreteScheduler`, which takes the steps of `euler`.
+
+    Its default noise levels end at 1 / T; `set_timesteps(sigmas=[1 - i / n for i in range(n)])` gives ours.
+    """
+    return {
+        "_class_name": FLOW_SCHEDULER,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": path.timesteps,
+        "shift": path.shift,
+    }
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -61,6 +61,9 @@ class TextUNetConfig:
     """Further channels of the input: mask and latents of the masked image for an inpainting U-Net."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter of the attention layers (Hu et al. 2021), which alone is trained; None without one."""
+    control_widths: tuple[int, ...] | None = None
+    """Channels of the layers that read a control map, see `models/networks/controlnet.py`; None without a ControlNet.
+    """
 
     def to_diffusers(self) -> JsonObject:
         """Return the `config.json` of the network."""
@@ -88,7 +91,7 @@ class TextUNetConfig:
     def from_diffusers(config: JsonObject) -> TextUNetConfig:
         """Convert a `config.json`, ours or a published one; absent keys take diffusers' defaults.
 
-        `lora_rank`, which only training needs, is not part of the file.
+        `lora_rank` and `control_widths`, which only training needs, are not part of the file.
 
         Raises:
             ValueError: for an architecture that this network does not support, in one sentence.
@@ -204,11 +207,17 @@ class TextUNet(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        tokens, added, pooled = condition.to(x.dtype), None, self.config.pooled
-        if pooled is not None:
-            tokens, last = tokens[:, :-1], condition[:, -1]
-            added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        tokens, added = self.text_inputs(x, condition)
         return self.network(x, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
+
+    def text_inputs(self, x: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return the token embeddings [B, L, D] in the dtype of `x`, and SDXL's further conditions, else None."""
+        tokens, pooled = condition.to(x.dtype), self.config.pooled
+        if pooled is None:
+            return tokens, None
+        last = condition[:, -1]
+        added = {"text_embeds": last[:, :pooled].to(x.dtype), "time_ids": last[:, pooled : pooled + SIZES]}
+        return tokens[:, :-1], added
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: less memory for activations, a second forward pass of each block."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.encoding.blocks import Blocks
+    from tasks.encoding.control import Controls
     from tasks.encoding.rows import Row
     from tasks.encoding.texts import CaptionEmbeddings
     from tasks.formats.buckets import Resolution
@@ -38,6 +39,8 @@ class SplitWriter:
     captions: CaptionEmbeddings | None
     """None without text conditioning."""
     shard_size: int
+    controls: Controls | None = None
+    """Control maps; None without them."""
 
     def write(self, folder: Path, split: str, rows: Sequence[Row]) -> Split:
         """Write the shards of a split to `folder`; returns its entry for the index."""
@@ -65,6 +68,8 @@ class SplitWriter:
                 columns["labels"] = np.array([row.label for row in selected], np.int64)
             if self.captions:
                 columns["captions"] = self.captions.positions(selected)
+            if self.controls:
+                columns |= self.controls.take(selected, resolution)
             if self.codec.text and self.codec.text.pooled:
                 sizes = [size_conditioning(row.height, row.width, resolution) for row in selected]
                 columns["sizes"] = np.array(sizes, np.int32)

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from models.judges import metrics
+from models.networks.control_maps import maps_of
 from tasks.evaluation.draws import balanced_labels
 from tasks.evaluation.protocol import Protocol, require_judge
 from tasks.params import IMAGES_PER_DIMENSION, ImageParams
-from tasks.pictures.images import load_pixels
+from tasks.pictures import decoding
+from tasks.pictures.images import load_pixels, map_hashes, read_maps
+from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
+    from models.networks.control_maps import ControlSpec
 
 FEATURE_BATCH = 500
 """Training images that are in memory at a time, at most, while their features are computed."""
@@ -54,7 +58,7 @@ class Scorer:
         shape = ImageParams.model_validate(
             {"resolution": measurement.image["size"], "channels": measurement.image["channels"]}
         )
-        self.judge = judge
+        self.judge, self.images = judge, images
         self.measurement = measurement
         self.held_out = load_pixels(images, "test", shape)
         self.train = load_pixels(images, "train", shape)
@@ -144,19 +148,42 @@ class Scorer:
         The conditions are arguments of `Pipeline.condition`: `labels`, or `prompts` (first captions), or none. Images
         without label or caption are left out for a model that needs one.
         """
-        has = {
-            "none": np.ones(len(self.held_out.keys), bool),
-            "label": self.held_out.labels >= 0,
-            "text": np.array([bool(captions) for captions in self.held_out.captions]),
-        }[conditioning]
-        known = np.flatnonzero(has)
-        rows = known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
+        rows = self.held_out_rows(conditioning, count)
         pixels = self.held_out.pixels[rows]
         if conditioning == "label":
             return pixels, {"labels": self.held_out.labels[rows].tolist()}
         if conditioning == "text":
             return pixels, {"prompts": [self.held_out.captions[row][0] for row in rows]}
         return pixels, {}
+
+    def held_out_rows(self, conditioning: str, count: int) -> np.ndarray:
+        """Return the indices of the held-out images that `held_out_for` returns, int64 [at most `count`]."""
+        has = {
+            "none": np.ones(len(self.held_out.keys), bool),
+            "label": self.held_out.labels >= 0,
+            "text": np.array([bool(captions) for captions in self.held_out.captions]),
+        }[conditioning]
+        known = np.flatnonzero(has)
+        return known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
+
+    def control_maps(self, spec: ControlSpec, rows: np.ndarray) -> np.ndarray:
+        """Return the control maps of held-out images, in the stored shape: made from them, or those of the user.
+
+        Raises:
+            StageError: if an image lacks the user's own map.
+        """
+        if spec.kind != "own":
+            return maps_of(spec, self.held_out.pixels[rows])
+        keys = [self.held_out.keys[row] for row in rows]
+        resolution = self.held_out.pixels.shape[2], self.held_out.pixels.shape[3]
+        hashes = map_hashes(self.images)
+        if missing := [key for key in keys if key not in hashes]:
+            raise StageError(f"{missing[0]} has no control map, which the model needs; run 'dvc repro ingest'")
+        maps = {
+            key: decoding.decode_resized(data, decoding.MAX_MAP_PIXELS, resolution, 3)
+            for key, _, data in read_maps(self.images, keys)
+        }
+        return np.stack([maps[key] for key in keys])
 
     def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
         """Return the KID of images to the held-out images of a class, and its floor; empty with fewer than two images.

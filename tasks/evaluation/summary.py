@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tasks.evaluation.control import measure_control
 from tasks.evaluation.draws import Draw, draw_blocks
 from tasks.evaluation.scorer import Scorer
-from tasks.runtime.measures import Drawn, Measure, Measurements
+from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
@@ -28,11 +29,22 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) 
         NotComparableError: if pipeline, images or judge do not fit the protocol.
     """
     scorer = Scorer(images, judge, protocol)
-    return summarise(*draw_blocks(pipeline, protocol), scorer, protocol)
+    controlled = measure_control(pipeline, scorer, protocol)
+    control = controlled.measured if controlled else None
+    return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control)
 
 
-def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, protocol: Protocol) -> Measurements:
-    """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images."""
+def summarise(
+    unguided: Sequence[Draw],
+    guided: Sequence[Draw],
+    scorer: Scorer,
+    protocol: Protocol,
+    control: ControlMeasured | None = None,
+) -> Measurements:
+    """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images.
+
+    `control` is the agreement with control maps, which `measure_control` measured.
+    """
     measurement, sampling = protocol.measurement, protocol.unguided
     blocks = [
         scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
@@ -81,6 +93,7 @@ def summarise(unguided: Sequence[Draw], guided: Sequence[Draw], scorer: Scorer, 
         clip_score_note=CLIP_IS_CONDITION if protocol.clip_is_condition else None,
         measures=measured(blocks, "unguided", sampling, measurement.n_distance)
         | (measured(fits, "guided", asked, measurement.n_accuracy) if asked else {}),
+        control=control,
         not_applicable=_not_applicable(scorer),
     )
 

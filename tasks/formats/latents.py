@@ -1,7 +1,8 @@
 """`data/latents/`: the model's inputs as safetensors shards per split, with an index.
 
     train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, c, h, w];
-                              labels int64 [n], or captions int32 [n, K]: rows of the texts, padded with -1
+                              labels int64 [n], or captions int32 [n, K]: rows of the texts, padded with -1;
+                              control uint8 [n, 1 or 3, h, w]: control maps, if `encode.control` makes them
     texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
     prompts.safetensors       embeddings bfloat16 [P + 1, L, D] of the sample prompts, then of the empty text
     index.json                counts, shards, buckets, codec, conditioning, scaling, digest
@@ -27,12 +28,14 @@ import torch
 from safetensors.torch import save
 
 from models.hashing import file_sha256
+from models.networks.control_maps import ControlSpec
 from tasks.formats.codec_info import AutoencoderInfo, CodecInfo, TextInfo
 from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
 from tasks.runtime.stage_file import Part, StageFile
 
 if TYPE_CHECKING:
+    from models.json_files import JsonObject
     from tasks.formats.buckets import Resolution
 
 STAGE = "encode"
@@ -119,6 +122,13 @@ class LatentsIndex(StageFile):
     prompts_sha256: str | None
     digest: str
     """Hash of everything else in the index, so of codec and content."""
+    control: ControlSpec | None = None
+    """How the control maps were made; None without them."""
+
+    def to_json(self) -> JsonObject:
+        """Return the content of the file, without `control` if it has no value."""
+        values = super().to_json()
+        return {name: value for name, value in values.items() if name != "control" or value is not None}
 
     @property
     def input_spec(self) -> InputSpec:
@@ -195,6 +205,7 @@ def write_index(
     buckets: Sequence[Resolution],
     texts: list[Shard] | None = None,
     prompts_sha256: str | None = None,
+    control: ControlSpec | None = None,
 ) -> None:
     """Write `index.json`, after all other files; `buckets` are the resolutions of the inputs of each bucket."""
     latent = codec.autoencoder
@@ -213,6 +224,7 @@ def write_index(
         texts=texts,
         prompts_sha256=prompts_sha256,
         digest="",
+        control=control,
     )
     index.model_copy(update={"digest": _digest(index)}).write(folder / INDEX)
 

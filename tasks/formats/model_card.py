@@ -14,7 +14,7 @@ from tasks.runtime.measures import guidance_name
 
 if TYPE_CHECKING:
     from tasks.formats.model_folder import ExportReport
-    from tasks.runtime.measures import Measurements
+    from tasks.runtime.measures import ControlMeasured, Measurements
 
 OWN_NETWORKS = ("DiT", "TextDiT")
 """Transformers with options that those of diffusers lack, as their `config.json` names them."""
@@ -183,6 +183,8 @@ def _evaluation(measured: Measurements) -> str:
         ),
         f"Fingerprint of the measurement: `{measured.fingerprint}`; compare only numbers that share it.",
     ]
+    if measured.control:
+        lines += ["", _control(measured.control)]
     if measured.small_n:
         lines += ["", f"Few images: {measured.small_n}. The distances are not reliable."]
     if measured.clip_score_note:
@@ -193,6 +195,14 @@ def _evaluation(measured: Measurements) -> str:
     return "\n".join(lines)
 
 
+def _control(control: ControlMeasured) -> str:
+    return (
+        f"The images of the ControlNet agree with their control maps ({control.kind}) to {control.value:.3f} (spread "
+        f"{control.spread:.2g}, 1 is best), with another map to {control.shuffled:.3f}, without one to "
+        f"{control.base:.3f}; real images to {control.real:.3f}. The other numbers are those of images without a map."
+    )
+
+
 def _export(exported: ExportReport) -> str:
     tensorrt = exported.tensorrt
     engine = "measured" if tensorrt.built else f"not built ({escaped(tensorrt.reason or 'unknown')})"
@@ -201,6 +211,7 @@ def _export(exported: ExportReport) -> str:
         f"ONNX opset {exported.opset}. The largest difference from PyTorch is {exported.max_abs_difference:.1e}; "
         f"images drawn from the same noise agree to {exported.min_psnr_db:.0f} dB. Measured on "
         f"{', '.join(exported.providers)}. TensorRT engine: {engine}."
+        f"{f' ControlNet: {exported.control}.' if exported.control else ''}"
     )
 
 

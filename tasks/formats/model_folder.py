@@ -59,11 +59,15 @@ class ExportReport:
     providers: list[str]
     """Execution providers of ONNX Runtime."""
     tensorrt: TensorRTReport
+    control: str | None = None
+    """Why the bundle draws without control maps although the model has a ControlNet."""
 
     def write(self, file: Path) -> None:
         """Write the report with its format number; equal reports give equal bytes."""
         values = asdict(self)
         values["tensorrt"] = {name: value for name, value in values["tensorrt"].items() if value is not None}
+        if self.control is None:
+            del values["control"]
         atomic.write_json(file, {"format": self.FORMAT, **values})
 
     @classmethod

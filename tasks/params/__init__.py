@@ -14,9 +14,11 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 
 from tasks.params.chain import BaseWeights, Demands, Params, names_of
+from tasks.params.control import ControlParams
 from tasks.params.data import (
     ColumnsParams,
     DownloadParams,
+    EncodeParams,
     HubParams,
     ImageParams,
     IngestParams,
@@ -25,12 +27,12 @@ from tasks.params.data import (
     ValidateParams,
 )
 from tasks.params.distil import DistilParams
+from tasks.params.editing import EditParams
 from tasks.params.model import (
     AutoencoderParams,
     CodecParams,
     DiffusionParams,
     DitParams,
-    EncodeParams,
     ModelParams,
     TextParams,
     TrainParams,
@@ -51,11 +53,12 @@ from tasks.params.results import (
 from tasks.params.section import NO_PATH, ParamsError, Section
 
 __all__ = [
-    "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "BaseWeights", "CodecParams", "ColumnsParams", "Demands",
-    "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EncodeParams", "EvaluateParams", "ExportParams",
-    "ExtractorParams", "Headline", "HubParams", "ImageParams", "IngestParams", "JudgeParams", "LaionParams",
-    "ModelParams", "Params", "ParamsError", "PriorParams", "RegisterParams", "S3Params", "ScoringClipParams", "Section",
-    "TextParams", "TrainParams", "ValidateParams", "VisualizeParams", "load", "names_of", "parse", "read",
+    "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "BaseWeights", "CodecParams", "ColumnsParams",
+    "ControlParams", "Demands", "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EditParams",
+    "EncodeParams", "EvaluateParams", "ExportParams", "ExtractorParams", "Headline", "HubParams", "ImageParams",
+    "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params", "ParamsError", "PriorParams",
+    "RegisterParams", "S3Params", "ScoringClipParams", "Section", "TextParams", "TrainParams", "ValidateParams",
+    "VisualizeParams", "load", "names_of", "parse", "read",
 ]  # fmt: skip
 
 RENAMED = {"image.size": "image.resolution", "evaluate.n_ddpm": "evaluate.n_slowest"}

@@ -7,13 +7,14 @@ from typing import TypeVar
 
 from pydantic import Field, model_validator
 
-from tasks.params.data import DownloadParams, ImageParams, IngestParams, ValidateParams
+from tasks.params import control
+from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
+from tasks.params.editing import EditParams
 from tasks.params.model import (
     Architecture,
     CodecParams,
     Conditioning,
     DiffusionParams,
-    EncodeParams,
     ModelParams,
     TrainParams,
 )
@@ -83,6 +84,7 @@ class Params(Section):
     train: TrainParams
     judge: JudgeParams
     evaluate: EvaluateParams
+    edit: EditParams
     visualize: VisualizeParams
     export: ExportParams
     register_: RegisterParams = Field(alias="register")
@@ -97,6 +99,7 @@ class Params(Section):
     def _check(self) -> Params:
         self._check_resolution()
         self._check_flips()
+        control.check(self)
         self._check_adapter()
         self._check_distil()
         self._check_prior()
@@ -185,8 +188,8 @@ class Params(Section):
                 "train.optimizer 'muon' is for hidden matrices, and with model.lora_rank only the adapter is trained; "
                 "set train.optimizer to 'adamw'"
             )
-        if self.train.full_steps and not self.model.lora_rank:
-            raise ValueError("train.full_steps is only read with model.lora_rank; set it to 0")
+        if self.train.full_steps and not (self.model.lora_rank or self.model.control_widths):
+            raise ValueError("train.full_steps is only read with model.lora_rank or model.control_widths; set it to 0")
 
     def _check_distil(self) -> None:
         """Consistency tuning needs x0 = x at zero noise, all weights, and its own weighting of the loss."""
@@ -222,7 +225,8 @@ class Params(Section):
                 "prior.instance_prompt trains DreamBooth, whose class images are drawn by base weights; name them in "
                 "train.weights or train.init_from"
             )
-        for key, value in {"encode.buckets": self.encode.buckets, "train.distil": train.distil}.items():
+        others = {"encode.buckets": self.encode.buckets, "encode.control": self.encode.control}
+        for key, value in {**others, "train.distil": train.distil}.items():
             if value:
                 raise ValueError(f"{key} does not work with prior.instance_prompt; reset one of them")
         if train.text_encoder and self.codec.text.second_width is not None:
@@ -261,6 +265,7 @@ class Params(Section):
         for section, sampler, steps in (
             ("evaluate", self.evaluate.sampler, self.evaluate.steps),
             ("visualize", self.visualize.sampler, self.visualize.steps),
+            ("edit", self.edit.sampler, self.edit.steps),
         ):
             if sampler not in known:
                 raise ValueError(
@@ -290,6 +295,7 @@ class Params(Section):
             self._check_classifier_free("evaluate.guidance_scale", (evaluate.guidance_scale,))
         if visualize.guidance == "classifier_free":
             self._check_classifier_free("visualize.guidance_scales", visualize.guidance_scales)
+        self._check_classifier_free("edit.guidance_scale", (self.edit.guidance_scale,))
         if self.codec.conditioning != "none" or not self.train.guide_step:  # else the sweep is one of autoguidance
             self._check_classifier_free("evaluate.guidance_sweep", evaluate.guidance_sweep)
 
@@ -298,9 +304,9 @@ class Params(Section):
             return
         if self.codec.conditioning == "none":
             raise ValueError(
-                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set "
-                "evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to [1.0], "
-                "or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
+                "classifier-free guidance needs a condition, but codec.conditioning is 'none'; set edit.guidance_scale "
+                "and evaluate.guidance_scale to 1.0, evaluate.guidance_sweep to [] and visualize.guidance_scales to "
+                "[1.0], or save a guide (train.guide_step) and set evaluate.guidance and visualize.guidance to 'auto'"
             )
         if self.train.condition_dropout == 0:
             raise ValueError(

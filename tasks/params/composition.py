@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
 from models.json_files import JsonObject
 from tasks.params import Params, parse
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ROOT / "tasks" / "presets"
@@ -105,18 +109,14 @@ def _path(key: str, typed: str) -> str:
 
 def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> JsonObject:
     # Hydra takes 0.3 s to import, and not every command that imports this module composes a preset.
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import ConfigCompositionException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(PRESETS), version_base="1.3"):
-            config = hydra_compose(name, [f"{group}={option}" for group, option in chosen.items()])
+        config = _configuration(name, tuple(f"{group}={option}" for group, option in chosen.items()))
     except ConfigCompositionException:
         raise PresetError(f"preset '{name}' does not support overriding {' or '.join(chosen)}; remove it") from None
-    OmegaConf.set_struct(config, False)  # so that tasks.params reports an unknown key, with similar ones
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -126,6 +126,18 @@ def _merged(name: str, chosen: dict[str, str], overrides: list[str]) -> JsonObje
     if missing:
         raise PresetError(f"preset '{name}' needs {missing[0]}; add {missing[0]}=... to the command")
     return cast("JsonObject", document)
+
+
+@functools.cache  # Hydra takes 0.2 s, and a process may name several runs after their preset
+def _configuration(name: str, chosen: tuple[str, ...]) -> DictConfig:
+    """The configuration of a preset with options of config groups, such as `source=folder`; not to be changed."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(PRESETS), version_base="1.3"):
+        config = compose(name, list(chosen))
+    OmegaConf.set_struct(config, False)  # so that tasks.params reports an unknown key, with similar ones
+    return config
 
 
 def _alternative(word: str, known: list[str]) -> str:

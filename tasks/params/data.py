@@ -1,4 +1,4 @@
-"""Parameters of the data: the sections `download`, `ingest`, `validate` and `image`."""
+"""Parameters of the data: the sections `download`, `ingest`, `validate`, `image` and `encode`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.params.control import ControlParams
 from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section
 
 FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -217,3 +218,24 @@ class ImageParams(Section):
 
     resolution: PositiveInt
     channels: Literal[1, 3]
+
+
+class EncodeParams(Section):
+    """How images become model inputs."""
+
+    shard_size: PositiveInt = 16384
+    """Images per safetensors shard."""
+    horizontal_flip: bool = False
+    """Also encode each image mirrored; `train.horizontal_flip` draws one of the two. For latents only, because pixels
+    are mirrored when a batch is drawn."""
+    buckets: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(), strict=False)
+    """Aspect ratios (width / height) besides the square. Each image is cropped to the nearest one, at the area of
+    `image.resolution` squared; an empty list crops every image to the square."""
+    bucket_multiple: PositiveInt = 64
+    """The sides of buckets are multiples of this number of pixels."""
+    workers: PositiveInt = 2
+    """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    control: ControlParams | None = None
+    """Control maps for a ControlNet; null makes none."""
+    leave_out: tuple[str, ...] = Field(default=(), strict=False)
+    """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""

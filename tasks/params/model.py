@@ -1,4 +1,4 @@
-"""Parameters of the model: the sections `codec`, `encode`, `model`, `diffusion` and `train`."""
+"""Parameters of the model: the sections `codec`, `model`, `diffusion` and `train`."""
 
 from __future__ import annotations
 
@@ -97,25 +97,6 @@ class CodecParams(Section):
     seed: Seed = 0
 
 
-class EncodeParams(Section):
-    """How images become model inputs."""
-
-    shard_size: PositiveInt = 16384
-    """Images per safetensors shard."""
-    horizontal_flip: bool = False
-    """Also encode each image mirrored; `train.horizontal_flip` draws one of the two. For latents only, because pixels
-    are mirrored when a batch is drawn."""
-    buckets: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(), strict=False)
-    """Aspect ratios (width / height) besides the square. Each image is cropped to the nearest one, at the area of
-    `image.resolution` squared; an empty list crops every image to the square."""
-    bucket_multiple: PositiveInt = 64
-    """The sides of buckets are multiples of this number of pixels."""
-    workers: PositiveInt = 2
-    """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
-    leave_out: tuple[str, ...] = Field(default=(), strict=False)
-    """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
-
-
 class DitParams(Section):
     """The transformer of model.architecture 'dit' (Peebles & Xie 2023)."""
 
@@ -174,6 +155,10 @@ class ModelParams(Section):
     lora_rank: PositiveInt | None = None
     """Text only: train a LoRA adapter of this rank on the base weights of `train.weights` or `train.init_from`; null
     trains all weights."""
+    control_widths: tuple[PositiveInt, ...] | None = Field(default=None, strict=False, min_length=1)
+    """Text only: train a ControlNet (Zhang et al. 2023) for the frozen base weights of `train.weights`,
+    `train.init_from` or `train.full_steps`. The widths are those of the layers that read the control map; each after
+    the first halves its side, down to that of the network's input. Null trains the network itself."""
     dit: DitParams = DitParams()
 
     @property
@@ -191,7 +176,7 @@ class ModelParams(Section):
     @property
     def text_only(self) -> dict[str, object]:
         """Options of the text-conditional network that are set."""
-        names = ("heads", "transformer_layers", "linear_projection", "lora_rank")
+        names = ("heads", "transformer_layers", "linear_projection", "lora_rank", "control_widths")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @model_validator(mode="after")
@@ -341,8 +326,10 @@ class TrainParams(Section):
     """The same from a hub repository, s3://bucket/prefix or a folder, pinned by `pin`."""
     pin: str | None = None
     full_steps: Annotated[int, Field(ge=0)] = 0
-    """With model.lora_rank: the number of steps that train all weights before the adapter, if no base weights are
-    given."""
+    """With model.lora_rank or model.control_widths: the number of steps that train all weights before the adapter or
+    the ControlNet, if no base weights are given."""
+    control_dropout: Fraction | None = None
+    """Probability that the ControlNet is trained with an empty control map; null trains without a ControlNet."""
     guide_step: Annotated[int, Field(ge=0)] = 0
     """Step whose averaged weights are saved beside the final ones, as the guide of autoguidance (Karras et al. 2024b);
     0 saves none."""
@@ -358,10 +345,13 @@ class TrainParams(Section):
     sample_every: PositiveInt = 250
 
     def phase(self, step: int) -> range:
-        """Return the steps of the phase of 0-based `step`: the training, or the consistency tuning after it."""
-        if self.distil is None:
+        """Return the steps of the phase of 0-based `step`: the training, or what follows it.
+
+        That is the consistency tuning, or the training of a ControlNet after that of its U-Net.
+        """
+        if self.distil is None and self.control_dropout is None:
             return range(self.steps)
-        after = self.distil.after
+        after = self.distil.after if self.distil else self.full_steps
         return range(after) if step < after else range(after, self.steps)
 
     def learning_rate_factor(self, step: int) -> float:
@@ -380,7 +370,7 @@ class TrainParams(Section):
         if self.full_steps >= self.steps:
             raise ValueError(
                 f"train.full_steps {self.full_steps} leaves nothing of train.steps {self.steps} to the LoRA "
-                "adapter; lower it"
+                "adapter or the ControlNet; lower it"
             )
         if self.guide_step >= self.steps:
             raise ValueError(

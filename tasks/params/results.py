@@ -188,6 +188,9 @@ class RegisterParams(Section):
     """Gate of the first version: largest `evaluate.headline`, as a multiple of its floor."""
     min_label_accuracy: Fraction
     """Gate of every version; ignored if label accuracy does not apply."""
+    min_control_margin: Fraction = 0.1
+    """Gate of models with a ControlNet: least agreement with control maps above that with another map or without one.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> RegisterParams:

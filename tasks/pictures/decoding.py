@@ -51,6 +51,8 @@ _KINDS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in KINDS.items(
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 CONVERT = "convert them to PNG or JPEG"
+MAX_MAP_PIXELS = 100_000_000
+"""Pixels of a control map that the user gives, at most."""
 HASH_SIDE = 32
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 TURNS = {

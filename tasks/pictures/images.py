@@ -1,6 +1,7 @@
 """The dataset format: Parquet shards of encoded images with metadata, written by `ingest`, read by every later stage.
 
 data/images/shard-<hex>.parquet    rows whose key has a SHA-256 that begins with <hex>
+data/images/conditioning/          maps.parquet: control maps that the user gave for the images, by key
 data/images/index.json             see `tasks.pictures.index`
 """
 
@@ -14,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from models.hashing import file_sha256
 from tasks.pictures import decoding
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
@@ -36,6 +38,14 @@ PICTURE = "image.bytes"
 """Column of the encoded images: a struct of bytes and path, like the feature `Image` of Hugging Face `datasets`."""
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
+MAPS, MAP_ROWS = "conditioning/maps.parquet", 64
+MAP_SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (("key", pa.string()), ("image", pa.binary()), ("sha256", pa.string()))
+    ]
+)
+"""Columns of `MAPS`."""
 IN_MEMORY_BYTES = 1 << 30
 """Larger pixel arrays are memory-mapped, see `Samples`."""
 
@@ -190,6 +200,67 @@ class Writer:
             sha256=content.hexdigest(),
             classes=self.classes,
         )
+
+
+@dataclass
+class MapWriter:
+    """Writes the control maps that a source has for its images into `folder`; without any, no file is written."""
+
+    folder: Path
+    count: int = 0
+    _pending: list[dict[str, Any]] = field(default_factory=list)
+    _file: pq.ParquetWriter | None = None
+    _content: dict[str, str] = field(default_factory=dict)
+
+    def add(self, key: str, data: bytes) -> None:
+        """Add the map of the image `key`, an encoded image."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._pending.append({"key": key, "image": data, "sha256": sha256})
+        self._content[key] = sha256
+        self.count += 1
+        if len(self._pending) >= MAP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            (self.folder / MAPS).parent.mkdir()
+            self._file = pq.ParquetWriter(self.folder / MAPS, MAP_SCHEMA, compression="NONE")
+        self._file.write_table(pa.Table.from_pylist(self._pending, MAP_SCHEMA))
+        self._pending = []
+
+    def close(self, index: ImageIndex) -> ImageIndex:
+        """Write the remaining maps; returns the index with their file and with a content hash that covers them."""
+        if not self.count:
+            return index
+        if self._pending:
+            self._flush()
+        if self._file is not None:
+            self._file.close()
+        content = json.dumps([index.sha256, sorted(self._content.items())])
+        return replace(
+            index,
+            files=index.files | {MAPS: file_sha256(self.folder / MAPS)},
+            sha256=hashlib.sha256(content.encode("utf-8")).hexdigest(),
+        )
+
+
+def map_hashes(images: Path) -> dict[str, str]:
+    """Return key -> SHA-256 of the control map of each image that the user gave one for."""
+    if MAPS not in read_index(images).files:
+        return {}
+    integrity.require(images, {MAPS: read_index(images).files[MAPS]}, "ingest")
+    table = pq.read_table(images / MAPS, columns=["key", "sha256"])
+    return dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+
+
+def read_maps(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (key, sha256, encoded map) of the images whose key is in `wanted`."""
+    left = set(wanted)
+    for batch in pq.ParquetFile(images / MAPS).iter_batches(MAP_ROWS):
+        for row in batch.to_pylist():
+            if row["key"] in left:
+                left.remove(row["key"])
+                yield row["key"], row["sha256"], row["image"]
 
 
 def shards(images: Path) -> list[Path]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from models.ema import gamma_of
+from models.hashing import files_sha256
+from models.networks import published
 from models.networks.text_unet import adapter, merged
+from models.pipeline import ADAPTER, INFO, PipelineInfo
 from models.posthoc_ema import Combination, Stored, combine
 from tasks.formats.averages import FILE, REFERENCE, Averages
 from tasks.runtime import integrity
@@ -92,3 +99,17 @@ def combined(folder: Path, kept: Averages, combination: Combination) -> tuple[di
                 total.add_(file.get_tensor(name).double(), alpha=coefficient)
             weights[name] = total.float()
     return merged(weights), adapter(weights)
+
+
+def save_with_weights(folder: Path, template: Path, state: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> None:
+    """Write a copy of the pipeline folder `template` with other weights of its network into an existing empty `folder`.
+
+    `state` and `lora` are the `weights` and `adapter` of `save_pipeline`; `lora` is empty for a model without one.
+    """
+    shutil.copytree(template, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)  # not the mode: DVC's is 0444
+    info = PipelineInfo.read(folder / INFO)
+    (folder / INFO).unlink()
+    save_file(dict(state), published.parts(folder)[0] / published.WEIGHTS, metadata={"format": "pt"})
+    if lora:
+        save_file(dict(lora), folder / ADAPTER, metadata={"format": "pt"})
+    replace(info, files=files_sha256(folder)).write(folder / INFO)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FINGERPRINT, ACCURACY = "fingerprint", "label_accuracy_guided"
 GUIDED_SCALE, GUIDED_KIND = "guided_scale", "guided_kind"
+CONTROLS = (measures.CONTROL, f"{measures.CONTROL}_margin", f"{measures.CONTROL}_spread")
+"""Flat names of the agreement with control maps, of its margin, and of its spread."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Judged:
     """Of guided samples; None where it does not apply."""
     guided_scale: float | None = None
     guided_kind: str | None = None
+    control: float | None = None
+    """Agreement with control maps; None for a model without a ControlNet."""
+    control_margin: float | None = None
+    """The same above what it is with another map, or without one."""
+    control_spread: float | None = None
 
     def tags(self) -> dict[str, str]:
         """Return the tags of a model version: the numbers as text, without loss of digits."""
@@ -42,6 +49,8 @@ class Judged:
         numbers = zip((*names, ACCURACY, GUIDED_SCALE), values, strict=True)
         kind = {GUIDED_KIND: self.guided_kind} if self.guided_kind is not None else {}
         known = {name: repr(value) for name, value in numbers if value is not None}
+        controls = zip(CONTROLS, (self.control, self.control_margin, self.control_spread), strict=True)
+        known |= {name: repr(value) for name, value in controls if value is not None}
         return {FINGERPRINT: self.fingerprint} | known | kind
 
 
@@ -63,6 +72,7 @@ def judged(measured: Measurements) -> Judged:
         flat.get(ACCURACY),
         measured.guided_scale if ACCURACY in flat else None,
         measured.guided_kind if ACCURACY in flat else None,
+        *(flat.get(name) for name in CONTROLS),
     )
 
 
@@ -73,7 +83,9 @@ def from_tags(tags: Mapping[str, str], headline: Headline) -> Judged | None:
         return None
     distance, spread, floor = (float(tags[name]) for name in names)
     accuracy, scale = (float(tags[name]) if name in tags else None for name in (ACCURACY, GUIDED_SCALE))
-    return Judged(tags[FINGERPRINT], headline, distance, spread, floor, accuracy, scale, tags.get(GUIDED_KIND))
+    controls = (float(tags[name]) if name in tags else None for name in CONTROLS)
+    kind = tags.get(GUIDED_KIND)
+    return Judged(tags[FINGERPRINT], headline, distance, spread, floor, accuracy, scale, kind, *controls)
 
 
 def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
@@ -96,21 +108,41 @@ def not_good_enough(judged: Judged, params: RegisterParams) -> str | None:
             f"{measures.guidance_name(judged.guided_scale or 1.0, judged.guided_kind)}) is under "
             f"register.min_label_accuracy {params.min_label_accuracy:g}"
         )
+    if judged.control_margin is not None and not judged.control_margin >= params.min_control_margin:
+        return (
+            f"agreement with control maps {judged.control:.3f} is only {judged.control_margin:.3f} above what it is "
+            f"with another map or without one, under register.min_control_margin {params.min_control_margin:g}"
+        )
     return None
 
 
 def not_better(challenger: Judged, champion: Judged) -> str | None:
     """Apply the relative gate: a distance below the champion's by more than the larger spread between seed blocks.
 
+    A ControlNet leaves the distance of its U-Net as it is, so that two of them are compared by their agreement with the
+    control maps, in the same way.
+
     Raises:
         ValueError: if the two have different fingerprints or distances.
     """
     if (challenger.fingerprint, challenger.headline) != (champion.fingerprint, champion.headline):
         raise ValueError("numbers with different fingerprints or of different distances are not comparable")
+    if challenger.control is not None and champion.control is not None:
+        return _not_more_faithful(challenger, champion.control, champion.control_spread or 0.0)
     spread = max(challenger.spread, champion.spread)
     if challenger.distance < champion.distance - spread:
         return None
     return (
         f"{challenger.headline} {challenger.distance:.4g} (unguided) does not beat the champion's "
         f"{champion.distance:.4g} by more than the spread between seed blocks {spread:.3g}"
+    )
+
+
+def _not_more_faithful(challenger: Judged, champion: float, champion_spread: float) -> str | None:
+    spread = max(challenger.control_spread or 0.0, champion_spread)
+    if challenger.control is not None and challenger.control > champion + spread:
+        return None
+    return (
+        f"agreement with control maps {challenger.control:.3f} does not beat the champion's {champion:.3f} by more "
+        f"than the spread between seed blocks {spread:.3g}"
     )

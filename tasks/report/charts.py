@@ -192,6 +192,24 @@ def few_steps(lines: Mapping[str, Sequence[tuple[int, float]]], distance: str) -
     return _render([draw], widths=(7.2,), salt="few-steps")
 
 
+def strengths(x: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Chart:
+    """Draw the panels, title -> name of a line -> values, over the strength of image-to-image."""
+
+    def panel(title: str, lines: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            _title(axes, title, "strength")
+            for series, (name, values) in enumerate(lines.items()):
+                _line(axes, x, values, series, name or None, bold=True, marker="o")
+            axes.set_ylim(bottom=0)
+            if len(lines) > 1:
+                axes.legend(loc="best")
+
+        return draw
+
+    drawn = [panel(title, lines) for title, lines in panels.items()]
+    return _render(drawn, widths=[3.5] * len(drawn), salt="strengths")
+
+
 def _title(axes: Axes, title: str, x_label: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel(x_label)

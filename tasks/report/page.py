@@ -109,6 +109,18 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """A section with tables and pictures of one experiment."""
+
+    anchor: str
+    """Its address in the page."""
+    title: str
+    text: str
+    tables: Sequence[Table]
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Report:
     """The content of the page. `*_svg` are `<svg>` elements and inserted as they are; all other text is escaped."""
 
@@ -129,6 +141,7 @@ class Report:
     measures: Measures
     tables: Sequence[Table]
     evaluation_grids: Sequence[Picture]
+    experiments: Sequence[Experiment]
     forward: Tiles
     schedules_svg: str
     forward_by_schedule: Tiles

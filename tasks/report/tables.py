@@ -7,12 +7,12 @@ import json
 from dataclasses import astuple
 from pathlib import Path
 
-from tasks.report import charts
+from tasks.report import charts, control
 from tasks.report.page import Headline, Measures, Metric, Picture, Table
 from tasks.report.process import spread
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
 from tasks.runtime.measures import CLIP_SCORE, Measurements, Row, guidance_name
-from tasks.validation import report as validation_report
+from tasks.validation.report import page as validation_report
 
 MEASURES = {
     "frechet_distance": ("Fréchet distance", "distance between the distributions of features; lower is better"),
@@ -373,6 +373,7 @@ def grids(evaluation: Path, measured: Measurements) -> list[Picture]:
         "grid_slowest": f"{_slowest(evaluation)}, without guidance",
         "grid_subject": "The subject's pictures, then samples from the same seeds before, during and after DreamBooth",
         "grid_nearest": "The samples that are nearest to a training image by features, above that image",
+        "grid_control": control.CAPTION,
     }
     return [
         Picture((evaluation / f"{name}.png").read_bytes(), caption, f"Grid of generated images: {caption}")

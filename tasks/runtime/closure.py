@@ -28,6 +28,7 @@ PLUMBING = {
     "models/device.py",
     "models/hashing.py",
     "models/json_files.py",
+    "models/parallel.py",
     "tasks/__init__.py",
     "tasks/params",
     "tasks/runtime/atomic.py",
@@ -103,13 +104,19 @@ def digest(*starts: str) -> str:
 
 def _read_by(file: str) -> list[str]:
     """Files of the project that `file` imports outside of TYPE_CHECKING, or whose name it contains as a string."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    imported = [path for module in _imports(tree, Path(file).parent.parts) for path in _file_of(module, file)]
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    texts.discard("__init__.py")
+    modules, texts = _syntax((ROOT / file).read_text(encoding="utf-8"), Path(file).parent.parts)
+    imported = [path for module in modules for path in _file_of(module, file)]
     named = [path for path in _files() if path.rpartition("/")[2] in texts]
     page = file.removesuffix(".py") + ".html"
     return [*imported, *named, *([page] if (ROOT / page).is_file() else [])]
+
+
+@functools.cache  # the text is the key: a process that trains twice parses each version of a file once
+def _syntax(text: str, package: tuple[str, ...]) -> tuple[list[tuple[str, str | None]], set[str]]:
+    """The imports and the strings of a file in `package` with this text."""
+    tree = ast.parse(text)
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return list(_imports(tree, package)), texts - {"__init__.py"}
 
 
 @functools.cache

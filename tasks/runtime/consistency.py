@@ -77,6 +77,7 @@ INPUTS: dict[str, dict[str, Artefact]] = {
     "prior": {"codec": CODEC},
     "train": {"codec": CODEC, "data": LATENTS},
     "evaluate": {"pipeline": PIPELINE, "judge": JUDGE},
+    "edit": {"pipeline": PIPELINE, "judge": JUDGE},
     "visualize": {"pipeline": PIPELINE},
     "export": {"pipeline": PIPELINE},
     "package": {"pipeline": PIPELINE, "onnx": BUNDLE},

@@ -39,20 +39,21 @@ def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
-def require(folder: Path, sha256: Mapping[str, str], stage: str) -> None:
+def require(folder: Path, sha256: Mapping[str, str], stage: str, fix: str | None = None) -> None:
     """Compare the files of `folder` with their SHA-256, by relative path.
 
     Only the first process of a machine compares.
 
     Raises:
-        StageError: for the first file that differs; names the command by which `stage` writes it again.
+        StageError: for the first file that differs; names the command by which `stage` writes it again, or `fix`.
     """
+    fix = fix or remedy(stage)
     if int(os.environ.get("LOCAL_RANK", "0")):
         return
     wanted = {folder / name: expected for name, expected in sha256.items()}
     for file in wanted:
         if not file.is_file():
-            raise StageError(f"{file} is missing; {remedy(stage)}")
+            raise StageError(f"{file} is missing; {fix}")
     states: dict[str, State] = {_name(file): [*_state(file), expected] for file, expected in wanted.items()}
     large = sum(file.stat().st_size for file in wanted) > REMEMBERED_BYTES
     known = _compared | (_remembered() if large else {})
@@ -64,7 +65,7 @@ def require(folder: Path, sha256: Mapping[str, str], stage: str) -> None:
         bar = progress(hashes, desc=f"verify {folder}", total=len(unknown), unit="file", delay=2)
         for file, found in zip(unknown, bar, strict=True):
             if found != wanted[file]:
-                raise StageError(f"{file} is damaged: its sha256 is not the one that was recorded; {remedy(stage)}")
+                raise StageError(f"{file} is damaged: its sha256 is not the one that was recorded; {fix}")
     _compared.update(states)
     if large:
         _remember(states)

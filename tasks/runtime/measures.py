@@ -23,6 +23,8 @@ from tasks.runtime.errors import StageError
 FILE = "measurements.json"
 """File name in `reports/evaluation` and in the folder of a registered model."""
 ACCURACY, CLIP_SCORE = "label_accuracy", "clip_score"
+CONTROL = "control_agreement"
+"""First part of the flat names of the agreement with control maps."""
 SHORT_FINGERPRINT = 12
 Drawn: TypeAlias = Literal["unguided", "guided"]
 
@@ -98,6 +100,32 @@ class Row:
         return str(self.reference or "")
 
 
+class ControlMeasured(BaseModel):
+    """How well samples follow their control maps: F1 of the edges, or agreement of the colours, 0 to 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    """Kind of the control maps, see `models/networks/control_maps.py`."""
+    n: int
+    """Samples in each seed block."""
+    value: float
+    """Of images drawn with the control map: the mean over the seed blocks, as all of these."""
+    spread: float
+    """Sample standard deviation of `value` over the seed blocks."""
+    shuffled: float
+    """The same of images drawn with the map of another image."""
+    base: float
+    """The same of images drawn without a map."""
+    real: float
+    """The same of the images that the maps belong to, after the codec: the most that can be reached."""
+
+    @property
+    def margin(self) -> float:
+        """How much more the images follow their own map than they would if the model ignored it."""
+        return self.value - max(self.shuffled, self.base)
+
+
 class Measurements(BaseModel):
     """The content of `measurements.json`."""
 
@@ -131,6 +159,8 @@ class Measurements(BaseModel):
     clip_score_note: str | None = None
     """Why the CLIP score is biased, if it is."""
     measures: dict[str, Measure]
+    control: ControlMeasured | None = None
+    """Agreement with control maps; None for a model without a ControlNet."""
     not_applicable: dict[str, str]
     """Reason for each measure that was not taken."""
 
@@ -142,6 +172,10 @@ class Measurements(BaseModel):
             beside = {"spread": measure.spread, "floor": measure.floor, "real": measure.real}
             beside["floor_spread"] = measure.floor_spread
             found |= {f"{name}_{part}": value for part, value in beside.items() if value is not None}
+        if control := self.control:
+            names = {"value": CONTROL, **{name: f"{CONTROL}_{name}" for name in ("spread", "shuffled", "base", "real")}}
+            found |= {flat: getattr(control, name) for name, flat in names.items()}
+            found[f"{CONTROL}_margin"] = control.margin
         return found | ({"guided_scale": self.guided_scale} if self.guided_scale is not None else {})
 
     def headline_numbers(self) -> dict[str, float | str]:
@@ -151,7 +185,7 @@ class Measurements(BaseModel):
         """
         names = (self.headline, ACCURACY, CLIP_SCORE)
         chosen = {mean_name(name, self.measures[name]) for name in names if name in self.measures}
-        chosen |= {f"{self.headline}_floor", "guided_scale"}
+        chosen |= {f"{self.headline}_floor", "guided_scale", CONTROL, f"{CONTROL}_margin"}
         numbers: dict[str, float | str] = {name: value for name, value in self.flat().items() if name in chosen}
         numbers |= {"guided_kind": self.guided_kind} if self.guided_kind is not None else {}
         return numbers | {"fingerprint": self.fingerprint[:SHORT_FINGERPRINT]}

@@ -25,7 +25,7 @@ PRESET, DVC_EXPERIMENT, GIT_COMMIT = "preset", "dvc_experiment", "git_commit"
 SHORT_KEY, SHORT_COMMIT = 8, 8
 NAMED_CHANGES = 3
 """Most changed parameters in the name of a run; the others are counted."""
-AFTER_TRAINING = ("judge", "visualize", "evaluate", "export", "register")
+AFTER_TRAINING = ("judge", "visualize", "evaluate", "edit", "export", "register")
 """Sections of `params.yaml` that do not affect the weights."""
 OF_EVALUATION = ("judge", "evaluate")
 LOCAL = ("download.path", "train.init_from")

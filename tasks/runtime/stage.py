@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import inspect
 import os
 import signal
@@ -26,6 +27,9 @@ from tasks.runtime.errors import Preempted, StageError
 __all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "main", "paths_of", "sections_of"]
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 143, 130
+MIN_NEW_OBJECTS = 50_000
+"""New objects after which Python searches for garbage. At its default of 700, a seventh of the seconds in which a stage
+loads its packages goes into searches that find nothing."""
 _DISK_FULL = "no space left on the device{where}; free some, then run the same command again"
 _LOST = "MLflow stopped answering; start it again, then run the same command, which adds what it lacks"
 _DISK_FULL_WORDS = ("No space left on device", "os error 28", "database or disk is full", "Disk quota exceeded")
@@ -49,6 +53,7 @@ def main(function: Callable[..., None]) -> NoReturn:
     arguments = _parser(function).parse_args()
     name = function.__name__
     parent.end_with_dvc()
+    gc.set_threshold(MIN_NEW_OBJECTS)
     limit_openmp_spin()
     loopback.exempt(os.environ)
     signal.signal(signal.SIGTERM, _raise_preempted)

@@ -61,6 +61,8 @@ class Entry:
     safety: str | None = None
     """Safety rating by the source, such as "safe" or "unsafe"; None if the source does not rate images. If a source
     rates any image, `validate` accepts only "safe"."""
+    map_of: str | None = None
+    """Key of the image that this one is the control map of; None for the images themselves."""
 
 
 @dataclass(frozen=True)

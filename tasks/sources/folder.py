@@ -6,6 +6,9 @@ Splits and classes:
 - otherwise the innermost folder is the class, if the dataset has at least two classes;
 - members of webdataset shards (.tar) are read; train-000000.tar is a shard of the split train.
 
+Control maps for a ControlNet: images in a folder `conditioning` are the maps of the images of the same names, which lie
+beside that folder or in a folder `images` beside it.
+
 Captions (names are compared in Unicode form NFC):
 - caption files: .csv, .tsv, .jsonl, .json, see `tasks.sources.captions`; several lines for one image are several
   captions;
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
     from tasks.sources.sidecars import Sidecars
 
 
+CONDITIONING = "conditioning"
+"""Name of a folder of control maps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Split and class of an image."""
@@ -71,7 +78,9 @@ def read(file: Path, max_bytes: int) -> Source:
     """
     members = archives.list_members(file)
     found = _pictures_by_content(file, members)
-    images = [member.name for member in members if _suffix(member) in suffixes.SUFFIXES or member.name in found]
+    pictures = [member.name for member in members if _suffix(member) in suffixes.SUFFIXES or member.name in found]
+    owned_maps = control_maps(pictures)
+    images = [name for name in pictures if name not in owned_maps]
     around = sidecars.beside(members, images)
     tables = [
         member
@@ -90,10 +99,26 @@ def read(file: Path, max_bytes: int) -> Source:
     names = {place.class_name for place in places.values() if place.class_name}
     classes = sorted(names, key=_natural) if len(names) > 1 else []
     contents = archives.read_members(file, inputs, max_bytes)
-    entries = _entries(contents, places, {name: label for label, name in enumerate(classes)}, captioned)
+    entries = _entries(contents, places, {name: label for label, name in enumerate(classes)}, captioned, owned_maps)
     notes += [*_file_notes(captioned.files), *_line_notes(beside)]
     count = len(inputs) + len(captioned.damaged)
     return Source(classes, count, entries, captioned.unmatched, captioned.files, tuple(notes))
+
+
+def control_maps(pictures: list[str]) -> dict[str, str]:
+    """Return name of a control map -> name of its image, for the pictures in folders `conditioning`.
+
+    Empty if no name fits: such a folder is then one of images like the others.
+    """
+    images = {_without_folder(name, "images"): name for name in pictures if CONDITIONING not in name.split("/")[:-1]}
+    maps = {name: _without_folder(name, CONDITIONING) for name in pictures if CONDITIONING in name.split("/")[:-1]}
+    return {name: images[stem] for name, stem in maps.items() if stem in images}
+
+
+def _without_folder(name: str, folder: str) -> str:
+    """Return a path without suffix and without its folders of the name `folder`."""
+    *parents, last = posixpath.splitext(name)[0].split("/")
+    return "/".join([*(part for part in parents if part != folder), last])
 
 
 def _pictures_by_content(file: Path, members: list[Member]) -> set[str]:
@@ -132,10 +157,14 @@ def _entries(
     places: dict[str, Place],
     labels: dict[str, int],
     captioned: captions.Captions,
+    owned_maps: dict[str, str],
 ) -> Iterator[Entry]:
     stems: set[str] | None = None
     for member, content in contents:
         data, problem = (None, content) if isinstance(content, Problem) else (content, None)
+        if member.name in owned_maps:
+            yield Entry(member.name, data, member.size, map_of=owned_maps[member.name])
+            continue
         if member.name not in places:
             stems = _stems(places) if stems is None else stems
             problem = problem or _no_image(member, data, captioned, stems)

@@ -28,7 +28,10 @@ class Names:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = list(paths)
-        self._whole = {composed(path): path for path in self.paths}
+        self._whole: dict[str, list[str]] = {}
+        """Paths by their form NFC; more than one if they differ only in their Unicode form."""
+        for path in self.paths:
+            self._whole.setdefault(composed(path), []).append(path)
         self._last: dict[str, list[str]] = {}
         """Paths in form NFC by file name, with and without suffix."""
         for path in self._whole:
@@ -45,7 +48,7 @@ class Names:
         wanted = composed(_plain(name))
         for path in (posixpath.join(posixpath.dirname(table), wanted), wanted):
             if path and (found := self._whole.get(posixpath.normpath(path))):
-                return found
+                return _in_the_form_of(name, found, table)
         last = posixpath.basename(wanted)
         matches = self._last.get(last, [])
         matches = [path for path in matches if posixpath.basename(path) == last] or matches
@@ -55,11 +58,22 @@ class Names:
                 f"'{name}' in {table} matches {matches[0]} and {matches[1]}; write the path of the image relative to "
                 "the table"
             )
-        return self._whole[matches[0]] if matches else None
+        return _in_the_form_of(name, self._whole[matches[0]], table) if matches else None
 
     def has(self, name: str) -> bool:
         """Whether an image has this name, with or without suffix."""
         return posixpath.basename(composed(_plain(name))) in self._last
+
+
+def _in_the_form_of(name: str, paths: list[str], table: str) -> str:
+    """The one of `paths`, which are equal in form NFC, that ends in `name` as it is written."""
+    exact = paths if len(paths) == 1 else [path for path in paths if path.endswith(_plain(name))]
+    if len(exact) != 1:
+        raise StageError(
+            f"'{name}' in {table} matches {len(paths)} images whose names differ only in their Unicode form (NFC, "
+            "NFD); rename one of them"
+        )
+    return exact[0]
 
 
 def _most_similar(wanted: str, paths: list[str]) -> list[str]:

@@ -24,6 +24,8 @@ from tasks.sources.text_files import Json, is_damaged, parsed
 Value: TypeAlias = Any
 """A value of a column as Python object; its type depends on the column."""
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
+MAP_NAMES = ("conditioning_image", "control_image")
+"""Columns of control maps, as in the data sets of diffusers' training of ControlNets."""
 LABEL_NAMES = ("label", "labels", "class")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 CAPTION_WORDS = {*CAPTION_NAMES, "texts", "prompts", "description", "descriptions", "sentence", "sentences"}
@@ -49,6 +51,8 @@ class Columns:
     safety: str | None = None
     position: int | None = None
     """Position of the label in the lists of its column; None if the column holds labels."""
+    control: str | None = None
+    """Column of control maps."""
 
 
 def count_rows(files: list[Path]) -> int:
@@ -102,7 +106,9 @@ def _columns(schema: pa.Schema, wanted: TableColumns) -> Columns:
     _require_columns(schema, wanted)
     if wanted.label:
         _require_labels(schema.field(wanted.label), position)
-    image = wanted.image or _find(schema, features, "Image", IMAGE_NAMES, _is_image)
+    control = next((name for name in schema.names if name in MAP_NAMES and _is_image(schema.field(name))), None)
+    others = {name: feature for name, feature in features.items() if name != control}
+    image = wanted.image or _find(schema, others, "Image", IMAGE_NAMES, _is_image)
     if image is None:
         raise StageError(
             f"no column holds images (found {', '.join(schema.names)}); set download.columns.image to its name"
@@ -117,7 +123,8 @@ def _columns(schema: pa.Schema, wanted: TableColumns) -> Columns:
     declared = features.get(label, {}).get("names") if label else None
     classes = wanted.classes or (declared if isinstance(declared, list) else [])
     names = [str(name) for name in classes]
-    return Columns(image, label, list(wanted.captions) or usual, names, wanted.key, wanted.safety, position)
+    control = None if control == image else control
+    return Columns(image, label, list(wanted.captions) or usual, names, wanted.key, wanted.safety, position, control)
 
 
 def _require_columns(schema: pa.Schema, wanted: TableColumns) -> None:
@@ -230,13 +237,15 @@ def _split_of(name: str) -> str | None:
 
 def _entries(file: Path, name: str, columns: Columns, split: str | None, max_bytes: int) -> Iterator[Entry]:
     labels = {text: number for number, text in enumerate(columns.classes)}
-    single = [name for name in (columns.key, columns.image, columns.label, columns.safety) if name]
+    single = [name for name in (columns.key, columns.image, columns.label, columns.safety, columns.control) if name]
     read = list(dict.fromkeys([*single, *columns.captions]))
     stem, row = PurePosixPath(name).with_suffix(""), 0
     for batch in _open(file).iter_batches(BATCH_ROWS, columns=read):
         for values in _records(batch):
             key = values[columns.key] if columns.key else f"{stem}/{row:07d}"
             yield _entry(key, values, columns, labels, split, max_bytes)
+            if columns.control and (data := _bytes(values[columns.control])):
+                yield Entry(f"{key}#{columns.control}", data, len(data), map_of=key)
             row += 1
 
 
@@ -273,8 +282,7 @@ def _escaped(value: Value) -> Value:
 def _entry(
     key: str, values: dict[str, Value], columns: Columns, labels: dict[str, int], split: str | None, max_bytes: int
 ) -> Entry:
-    image = values[columns.image]
-    data = image.get("bytes") if isinstance(image, dict) else image
+    data = _bytes(values[columns.image])
     size = len(data or b"")
     published = _element(values[columns.label], columns.position) if columns.label else None
     label, problem = _label(published, columns, labels)
@@ -287,6 +295,11 @@ def _entry(
         problem = problem or Problem("caption not UTF-8", "a caption of this image is not UTF-8 text")
     safety = values[columns.safety] if columns.safety else None
     return Entry(key, data, size, label, tuple(captions), split, problem, safety)
+
+
+def _bytes(image: Value) -> Value:
+    """Return the encoded image of a cell, a struct of bytes and path or the bytes alone."""
+    return image.get("bytes") if isinstance(image, dict) else image
 
 
 def _label(value: Value, columns: Columns, labels: dict[str, int]) -> tuple[int | None, Problem | None]:

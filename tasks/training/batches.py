@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.diffusion import drop_condition
+from models.networks.control_maps import as_input
 from models.networks.text_encoder import with_sizes
 from models.pixels import from_uint8
 from tasks.formats import latents
@@ -50,23 +51,30 @@ class Batch:
     """int64 [B], or float32 [B] on a rectified flow: timesteps"""
     condition: Tensor | None
     """int64 [B] labels, or float32 [B, L, D] token embeddings"""
+    control: Tensor | None = None
+    """float32 [B, 3, height, width] in [0, 1]: control maps at the resolution of the images, zeros where dropped"""
     weight: Tensor | None = None
     """float32 [B]: factor of each sample's loss; None is 1"""
 
     def split(self, size: int) -> list[Batch]:
         """Split into batches of at most `size` samples."""
         absent = [None] * -(-len(self.t) // size)
-        columns = (self.x0, self.eps, self.t, self.condition, self.weight)
+        columns = (self.x0, self.eps, self.t, self.condition, self.control, self.weight)
         parts = [absent if column is None else column.split(size) for column in columns]
         return [Batch(*part) for part in zip(*parts, strict=True)]
+
+    @property
+    def conditions(self) -> tuple[Tensor | None, ...]:
+        """Return what a network is called with after x and t."""
+        return (self.condition,) if self.control is None else (self.condition, self.control)
 
 
 class Store(Protocol):
     """One split as it is stored, or all caption embeddings.
 
     The columns of a split are `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W], and `labels`
-    int64 [N], or `captions` int32 [N, K] with `sizes` int32 [N, 6] under SDXL conditioning. The captions have one
-    column, `embeddings` bfloat16 [U, L, D].
+    int64 [N], or `captions` int32 [N, K] with `sizes` int32 [N, 6] under SDXL conditioning, and `control` uint8
+    [N, 1 or 3, h, w] for a ControlNet. The captions have one column, `embeddings` bfloat16 [U, L, D].
     """
 
     count: int
@@ -176,6 +184,8 @@ class Conditioning:
     """float32 [L, D]: embedding of the empty text, the null condition."""
     pooled: int | None = None
     """Width of the pooled prompt embedding (SDXL conditioning), with which each image's `sizes` are used."""
+    control_factor: int | None = None
+    """Side of an image relative to that of a sample, if there are control maps for a ControlNet; None without them."""
 
 
 def open_conditioning(data: Path, where: str, device: torch.device) -> Conditioning:
@@ -186,6 +196,7 @@ def open_conditioning(data: Path, where: str, device: torch.device) -> Condition
         texts=_store(shards, where, device) if shards else None,
         null_text=None if prompts is None else prompts[-1].float(),
         pooled=index.text.pooled if index.text else None,
+        control_factor=index.image.size // index.size if index.control else None,
     )
 
 
@@ -201,6 +212,8 @@ class DrawConfig:
     """Probability that a condition is replaced by the null condition (classifier-free guidance)."""
     horizontal_flip: bool = False
     """Whether half of the images are mirrored."""
+    control_dropout: float | None = None
+    """Probability that a control map is replaced by zeros; None draws no maps."""
     parts: int = 1
     """Gradient accumulation: parts per step."""
     process: int = 0
@@ -234,17 +247,22 @@ class Batches:
         generator = torch.Generator(self.device).manual_seed(seed_for(config.seed, "batch", step, part, config.process))
         following = (step, part + 1) if part + 1 < config.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
-        x0 = self._images(columns, generator)
+        flipped = self._flipped(len(next(iter(columns.values()))), generator)
+        x0 = self._images(columns, flipped, generator)
         t = config.timesteps_at(step).draw(len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
-        return Batch(x0, eps, t, self._condition(columns, generator))
+        condition = self._condition(columns, generator)
+        return Batch(x0, eps, t, condition, self._control(columns, flipped, generator))
 
-    def _images(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Return pixels in [-1, 1] or samples of the latents' posterior, half of them mirrored if so configured."""
-        count = len(next(iter(columns.values())))
-        flipped = torch.zeros(count, dtype=torch.bool, device=self.device)
+    def _flipped(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw which images are mirrored, bool [count]."""
         if self.config.horizontal_flip:
-            flipped = torch.rand(count, generator=generator, device=self.device) < 0.5
+            return torch.rand(count, generator=generator, device=self.device) < 0.5
+        return torch.zeros(count, dtype=torch.bool, device=self.device)
+
+    def _images(self, columns: dict[str, Tensor], flipped: Tensor, generator: torch.Generator) -> Tensor:
+        """Return pixels in [-1, 1] or samples of the latents' posterior, mirrored where `flipped`."""
+        count = len(flipped)
         if "pixels" in columns:
             x0 = from_uint8(columns["pixels"])
             return torch.where(flipped[:, None, None, None], x0.flip(3), x0) if self.config.horizontal_flip else x0
@@ -276,6 +294,28 @@ class Batches:
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.conditioning.classes
         return None
+
+    def controls(self, count: int) -> Tensor | None:
+        """Return the control maps of the first images, float32 [count, 3, height, width], as `conditions` does."""
+        if self.config.control_dropout is None:
+            return None
+        columns = self.store.gather(torch.arange(count) % self.store.count, None)
+        return as_input(columns["control"], *self._control_resolution())
+
+    def _control_resolution(self) -> tuple[int, int]:
+        """Return height and width of the images, by the factor by which they are larger than the samples."""
+        factor = self.conditioning.control_factor or 1
+        return self.shape[-2] * factor, self.shape[-1] * factor
+
+    def _control(self, columns: dict[str, Tensor], flipped: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Return the control maps, mirrored with their images and dropped at random; None without a ControlNet."""
+        if self.config.control_dropout is None:
+            return None
+        maps = as_input(columns["control"], *self._control_resolution())
+        if self.config.horizontal_flip:
+            maps = torch.where(flipped[:, None, None, None], maps.flip(3), maps)
+        dropped = torch.rand(len(maps), generator=generator, device=self.device) < self.config.control_dropout
+        return drop_condition(maps, maps.new_zeros(()), dropped)
 
     def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
         if self.texts is not None:  # one of the image's captions, at random

@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from models.networks.control_maps import resized
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -73,4 +75,13 @@ class Bucketed:
 
     def conditions(self, count: int) -> Tensor | None:
         """Return conditions for `count` sample images, from the bucket with the most images."""
-        return max(self.buckets, key=lambda batches: batches.store.count).conditions(count)
+        return self._largest.conditions(count)
+
+    def controls(self, count: int) -> Tensor | None:
+        """Return the control maps of the same images, resized to the square of sample images."""
+        maps, factor = self._largest.controls(count), self.buckets[0].conditioning.control_factor or 1
+        return None if maps is None else resized(maps, self.shape[-2] * factor, self.shape[-1] * factor)
+
+    @property
+    def _largest(self) -> Batches:
+        return max(self.buckets, key=lambda batches: batches.store.count)

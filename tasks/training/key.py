@@ -33,7 +33,9 @@ NO_WEIGHT = {
     "models/flops.py": "counts operations for the log",
     "models/pictures.py": "draws the grids of previews",
     "models/pipeline.py": "writes finished weights",
+    "models/noise/editing.py": "draws from a given image, which previews do not",
     "models/noise/samplers.py": "draws previews",
+    "models/noise/spacing.py": "chooses the timesteps of previews",
     "tasks/formats/averages.py": "describes copies of the averages",
     "tasks/formats/codec_info.py": "reads the description of the codec, whose hash is in the key",
     "tasks/formats/prior.py": "describes the images of DreamBooth, whose digest is in the key",
@@ -180,7 +182,8 @@ def _extends(key: str, params: TrainParams) -> bool:
     pipeline is chosen at the end, unless it is also copied at an earlier step.
     """
     if key == "train.pipeline_ema":
-        return not params.guide_step and not (params.distil and params.distil.after)
+        used_before = params.distil.after if params.distil else params.control_dropout is not None and params.full_steps
+        return not params.guide_step and not used_before
     return key == "train.steps" and params.lr_schedule == "constant"
 
 

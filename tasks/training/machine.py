@@ -14,6 +14,9 @@ from tasks.runtime.errors import StageError
 if TYPE_CHECKING:
     from tasks.params import TrainParams
 
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
+
 
 def check_fits(params: TrainParams) -> None:
     """Raise `StageError`, before data or weights are read, if the parameters do not fit the machine."""
@@ -25,10 +28,21 @@ def check_fits(params: TrainParams) -> None:
             f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
         )
     _check_devices(params, processes)
+    for name in SHARDING:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise sharded(name)
     if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+
+
+def sharded(kind: str) -> StageError:
+    """Return the error for a configuration of accelerate that spreads the network over processes."""
+    return StageError(
+        f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
+        "configuration like those in infra/accelerate"
+    )
 
 
 def _check_devices(params: TrainParams, processes: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from models.networks.controlnet import ControlledUNet
 from models.networks.network import under_all_names
 from models.networks.text_encoder import load_text_encoder, save_text_encoder
 from models.networks.text_unet import adapter, merged
@@ -20,7 +21,7 @@ from models.tuned_text import split
 from tasks.formats import training_record
 from tasks.formats.training_record import Dataset, TrainingRecord
 from tasks.runtime import atomic, codec_quality
-from tasks.training import log, previews
+from tasks.training import control, log, previews
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,9 @@ def write_pipeline(pipeline: Path, codec: Path, run: Run, index: LatentsIndex, t
         null_label=len(index.classes) if index.conditioning == "label" else None,
         prompts=index.prompts,
         latent=[index.channels, index.size] if index.autoencoder else None,
+        control=index.control.to_json() if index.control and isinstance(run.network, ControlledUNet) else None,
     )
-    frozen = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
+    frozen = control.base_weights(run)
     final, text = split(_complete(run, frozen | run.averages[run.params.pipeline_ema].state_dict()))
     others = {name: merged(split(_complete(run, frozen | earlier))[0]) for name, earlier in run.companions.items()}
     diffusion = run.diffusion

@@ -33,11 +33,11 @@ MAX_SIDE, MAX_SCALE = 128, 4
 def sample_grid(run: Run) -> Path:
     """Draw sample images with the first weight average; returns the PNG, which lies beside the checkpoints."""
     count = COLUMNS * (ROWS if math.prod(run.batches.shape) <= LARGE_SAMPLE else 1)
-    condition = run.batches.conditions(count)
+    condition, control = run.batches.conditions(count), run.batches.controls(count)
     # In batches of the training batch's size, which fit in memory.
     parts = [range(start, min(start + run.batches.size, count)) for start in range(0, count, run.batches.size)]
     with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
-        drawn = [_draw(run, part, None if condition is None else condition[part[0] : part[-1] + 1]) for part in parts]
+        drawn = [_draw(run, part, *(_rows(each, part) for each in (condition, control))) for part in parts]
     shown = pictures.shrunk(np.concatenate(drawn), MAX_SIDE)
     path = grid_path(run.folder, run.step)
     grid = pictures.grid(shown, COLUMNS, max(1, min(MAX_SCALE, MAX_SIDE // shown.shape[-1])))
@@ -45,14 +45,18 @@ def sample_grid(run: Run) -> Path:
     return path
 
 
-def _draw(run: Run, seeds: range, condition: torch.Tensor | None) -> np.ndarray:
+def _rows(values: torch.Tensor | None, part: range) -> torch.Tensor | None:
+    return None if values is None else values[part[0] : part[-1] + 1]
+
+
+def _draw(run: Run, seeds: range, condition: torch.Tensor | None, control: torch.Tensor | None) -> np.ndarray:
     """Draw images uint8 [n, C, H, W] with the network's current weights, each from the noise of its seed."""
     noise, device = samplers.SeededNoise(seeds, run.batches.shape), run.accelerator.device
     clip = run.autoencoder is None and isinstance(run.timesteps.path, DiffusionPath)
     scheduler = samplers.SchedulerConfig(run.timesteps.path, run.diffusion.prediction, clip_sample=clip)
     distil, usual = run.params.distil, ("dpm_solver_pp_2m", min(STEPS, run.diffusion.timesteps))
     sampling = samplers.Sampling(*(CONSISTENCY if distil and run.step > distil.after else usual))
-    denoise = samplers.denoiser(predictor(run.network), scheduler, sampling, condition)
+    denoise = samplers.denoiser(predictor(run.network, control=control), scheduler, sampling, condition)
     drawn = samplers.sample(denoise, lambda: torch.from_numpy(noise()).to(device), scheduler, sampling)
     if run.autoencoder is not None:
         drawn = autoencoder.decode(run.autoencoder, drawn)

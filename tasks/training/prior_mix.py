@@ -52,7 +52,7 @@ class PriorMix:
             torch.cat([ours.eps, theirs.eps]),
             torch.cat([ours.t, theirs.t]),
             torch.cat([ours.condition, theirs.condition]),
-            torch.cat([factors[0], self.weight * factors[1]]),
+            weight=torch.cat([factors[0], self.weight * factors[1]]),
         )
 
     def conditions(self, count: int) -> Tensor | None:
@@ -60,6 +60,9 @@ class PriorMix:
         first = -(-count // 2)
         parts = [self.subject.conditions(first), self.classes.conditions(count - first)]
         return torch.cat([part for part in parts if part is not None])
+
+    def controls(self, count: int) -> None:
+        """Return no control maps: DreamBooth trains no ControlNet."""
 
 
 def open_mix(

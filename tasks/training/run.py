@@ -31,7 +31,7 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, control, machine, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
@@ -86,6 +86,8 @@ class Run:
     history: list[HistoryRow] = field(default_factory=list)
     companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
+    initial: InitialWeights | None = None
+    """The weights that the training started from."""
 
 
 def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
@@ -167,6 +169,8 @@ def assemble(
         warm_start.load(network, initial)
     if params.full_steps:
         network.requires_grad_(True)  # the base trains first, then the adapter; `fit` switches between them
+    else:
+        control.narrow_base(network, params, accelerator.device)
     if subject and subject.codec is not None:
         tuned_text.attach(network, load_text_encoder(subject.codec).towers[0].model)
     memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
@@ -194,6 +198,7 @@ def assemble(
         params=params,
         folder=training_key.folder_of(workspace.scratch(), facts),
         tally=Tally(diffusion.timesteps, accelerator.device),
+        initial=initial,
     )
 
 
@@ -209,10 +214,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         gradient_accumulation_steps=params.gradient_accumulation,
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise StageError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, but training keeps the whole network "
-            "in each process; use a configuration like those in infra/accelerate"
-        )
+        raise machine.sharded(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
@@ -230,7 +232,7 @@ class Objective:
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         params = self.params
         alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
-        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, batch.condition)
+        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, *batch.conditions)
         error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
         weights = self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma)
         return weights * error if batch.weight is None else batch.weight * weights * error
@@ -265,6 +267,7 @@ def _batches(
             seed=seed,
             condition_dropout=params.condition_dropout,
             horizontal_flip=params.horizontal_flip,
+            control_dropout=params.control_dropout,
             parts=params.gradient_accumulation,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -289,7 +292,8 @@ def _batches(
     for bucket in latents.buckets_of(data, "test"):
         store = open_store(data, "test", where, device, bucket)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
-        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket)
+        given = None if params.control_dropout is None else 0.0
+        config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)
         held_out += Batches(store, conditioning, config, device).draw(0).split(max(1, train.size))
     return train, held_out
 

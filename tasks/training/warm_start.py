@@ -22,7 +22,7 @@ from models.noise.paths import RECTIFIED_FLOW
 from tasks.params import NO_PATH, DiffusionParams, TrainParams
 from tasks.pretrained import weights
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint
+from tasks.training import checkpoint, control
 from tasks.training import key as training_key
 
 if TYPE_CHECKING:
@@ -168,3 +168,4 @@ def load(network: Network, initial: InitialWeights) -> None:
     except RuntimeError:  # lists every tensor that does not fit
         raise StageError(f"{initial.name}: {file} is not of the network that its config.json describes") from None
     print(f"train: starts from the weights in {initial.folder}", flush=True)
+    control.load_initial(network, initial.folder)

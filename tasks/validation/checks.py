@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from tasks.pictures import decoding
-from tasks.validation.findings import Gate
+from tasks.validation.report.findings import Gate
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ import pandas as pd
 from tasks.params import IMAGES_PER_DIMENSION, Demands
 from tasks.pictures.images import read_columns
 from tasks.validation.expectations import Table
-from tasks.validation.findings import Gate
+from tasks.validation.report.findings import Gate
 
 if TYPE_CHECKING:
     from tasks.pictures.index import ImageIndex

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.validation.findings import Finding, Gate
+from tasks.validation.report.findings import Finding, Gate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,17 +51,20 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
     logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
-    context.add_data_docs_site("validation", _site(docs))
     source = context.data_sources.add_pandas("data")
     findings = []
     for table in tables:
         batches = source.add_dataframe_asset(table.name).add_batch_definition_whole_dataframe("all")
-        suite = context.suites.add(gx.ExpectationSuite(name=table.name))
-        for gate in table.gates:
-            severity = "warning" if gate.check in warn_only else "critical"
-            suite.add_expectation(
-                getattr(gx.expectations, gate.type)(**gate.arguments, severity=severity, notes=gate.note or None)
+        # All at once: `suite.add_expectation` stores the whole suite again for each expectation.
+        expected = [
+            getattr(gx.expectations, gate.type)(
+                **gate.arguments,
+                severity="warning" if gate.check in warn_only else "critical",
+                notes=gate.note or None,
             )
+            for gate in table.gates
+        ]
+        suite = context.suites.add(gx.ExpectationSuite(name=table.name, expectations=expected))
         definition = gx.ValidationDefinition(name=table.name, data=batches, suite=suite)
         outcome = context.validation_definitions.add(definition).run(
             batch_parameters={"dataframe": table.frame},
@@ -72,10 +75,16 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
             _finding(gate, result, gate.check in warn_only)
             for gate, result in zip(table.gates, outcome.results, strict=True)
         ]
+    write_docs(context, docs)
+    return findings
+
+
+def write_docs(context: Any, docs: Path) -> None:  # Great Expectations is not typed
+    """Write the Data Docs of the validations in `context` into the folder `docs`."""
+    context.add_data_docs_site("validation", _site(docs))
     context.build_data_docs()
     for page in docs.rglob("*.html"):
         page.write_text(_reproducible(page.read_text(encoding="utf-8"), page.relative_to(docs)), encoding="utf-8")
-    return findings
 
 
 def _require_distinct(table: Table) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def test_an_import_for_types_only_is_no_arrow(project: Path):
     (project / "tasks" / "runtime" / "stage.py").write_text(lines)
     assert run(project).returncode == 0
     assert "--> models" not in (project / architecture.DOCUMENT).read_text()
+
+
+def test_every_package_and_data_file_is_installed():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    markers = [marker for layer in architecture.LAYERS for marker in (ROOT / layer).rglob("__init__.py")]
+    assert sorted(named["packages"]) == sorted(".".join(path.parent.relative_to(ROOT).parts) for path in markers)
+    assert [pattern for pattern in named["package-data"]["tasks"] if not any((ROOT / "tasks").glob(pattern))] == []
+    pages = {path.relative_to(ROOT / "tasks").as_posix() for path in (ROOT / "tasks").rglob("*.html")}
+    assert pages <= set(named["package-data"]["tasks"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from infra.bench import __main__ as bench
-from infra.bench import cases, encoding, inputs, quality, report, throughput
+from infra.bench import cases, encoding, inputs, levers, quality, report, throughput
 from infra.bench.clock import Block
 from infra.bench.results import Piecewise
 
@@ -24,6 +24,7 @@ TINY = [
     "train.batch_size=8",
     "judge.classifier_steps=20",
 ]
+ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--samples", "64", "--sampler-steps", "2"]
 
 
@@ -236,9 +237,36 @@ def test_encoding_breaks_even_where_it_has_cost_what_it_saved():
     assert encoding.compared([online], [stored], [encoders], once)["break_even_epoch"] is None
 
 
+@pytest.mark.parametrize(("preset", "changes"), [("digits", levers.LEVERS), ("cifar10_tiny", levers.ON_CIFAR)])
+def test_every_lever_is_valid_and_differs(preset, changes):
+    found = [inputs.parameters(preset, ROOT / "README.md", *change.split()) for _, change in [("", ""), *changes]]
+    assert len({params.model_dump_json() for params in found}) == len(found)
+
+
+def test_the_three_levers_on_cifar_change_optimizer_density_and_path():
+    muon, dense, flow = (inputs.parameters("cifar10_tiny", ROOT, *change.split()) for _, change in levers.ON_CIFAR)
+    assert {params.train.optimizer for params in (muon, dense, flow)} == {"muon"}
+    assert [params.diffusion.loss_weighting for params in (muon, dense, flow)] == ["min_snr", "plain", "plain"]
+    assert [params.diffusion.timestep_density for params in (dense, flow)] == ["logit_normal"] * 2
+    assert [params.diffusion.schedule for params in (dense, flow)] == ["cosine", "rectified_flow"]
+
+
+def test_the_measured_command_has_the_arguments_of_the_stage(tmp_path):
+    from infra.bench import startup
+    from infra.bench.inputs import Inputs
+    from tasks.runtime import stage
+    from tasks.train import train
+
+    *paths, option, _ = startup.arguments(tmp_path, Inputs(tmp_path, tmp_path, tmp_path))
+    assert option == "--params" and [Path(path).name for path in paths[3:]] == ["pipeline", "averages", "report"]
+    assert len(paths) == len(stage.paths_of(train))
+
+
 def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no CIFAR-10 without --cifar"):
         run(work, tmp_path, monkeypatch, "quality", "--data", "cifar")
+    with pytest.raises(SystemExit, match="no CIFAR-10 without --cifar"):
+        run(work, tmp_path, monkeypatch, "levers", "--data", "cifar")
     with pytest.raises(SystemExit, match="does not exist"):
         run(work, tmp_path, monkeypatch, "quality", "--data", "cifar", "--cifar", str(tmp_path / "none.zip"))
 
@@ -250,7 +278,8 @@ def test_the_other_parts(work, prepared, tmp_path, monkeypatch):
     run(work, tmp_path, monkeypatch, "startup", "--repeats", "1", *short)
     only = ["--steps", "7", "--seeds", "2", "--only", "train.learning_rate=0.001"]
     found = run(work, tmp_path, monkeypatch, "levers", *only, *FEW, "--set", *TINY)
-    assert {row["sampler"] for row in found["sampling"]["rows"]} == {"ddpm", "ddim", "dpm_solver_pp_2m"}
+    assert {row["sampler"] for row in found["sampling"]["rows"]} == {"euler", "heun", "dpm_solver_pp_2m"}
     assert 0 < found["startup"]["help_seconds"] < found["startup"]["first_step_seconds"]
     assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001"]
+    assert all((tmp_path / "bench" / row["picture"]).stat().st_size for row in found["levers"]["rows"])
     assert (tmp_path / "bench" / "sampling.png").exists() and (tmp_path / "bench" / "sampling.csv").exists()

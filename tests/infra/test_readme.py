@@ -31,9 +31,10 @@ IN_ORDER = [
     "dvc repro",
     'git commit -m "Results of this machine" dvc.lock',
     "dvc exp run -S train.learning_rate=0.001",
-    "dvc exp run --temp -S diffusion.schedule=linear",
+    "dvc exp run --temp -S train.optimizer=adamw",
     "dvc exp show --only-changed --drop '.*/'",
     "dvc params diff",
+    'make draw ARGS="--label 3 --count 4 --out threes.png"',
     "python -m tasks.preset --list",
     "python -m tasks.preset digits conditioning=text",
 ]
@@ -59,7 +60,6 @@ NOT_HERE = {
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
     "python -m tasks.preset hub download.hub.repo=OWNER/NAME": DATA,
-    "python -m tasks.preset cifar10_tiny download.path=cifar10-jpeg.zip && make repro": DATA,
 }
 """Commands of which only the form is checked, with the reason."""
 
@@ -150,6 +150,12 @@ def test_sampler_runs_without_this_project(tmp_path):
     # -I: neither the current folder nor the environment adds to the path, so nothing of this project is found
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "drawn", done.stderr
+
+
+def test_the_results_name_the_class_of_cpu_and_the_spread_between_machines():
+    results = README.partition("## Results")[2].partition("\n## ")[0]
+    assert re.search(r"Measured on two cores of an? .*AVX", results)
+    assert re.search(r"differ by a\s+tenth between machines", results)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z]+)", README))))

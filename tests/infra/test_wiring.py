@@ -52,7 +52,8 @@ def test_source_files_are_dependencies(name):
 
 
 def test_the_list_of_dependencies_stays_short():
-    assert sum(len(code_of(name)) for name in STAGES) <= 12 * len(STAGES)
+    """Eleven and a half for each stage."""
+    assert sum(len(code_of(name)) for name in STAGES) <= 23 * len(STAGES) // 2
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -84,7 +85,7 @@ def test_each_path_has_one_owner_and_each_input_a_maker():
 
 def test_nothing_that_reads_images_goes_round_the_verdict():
     """Every stage after `validate` depends on the verdict, so that asking for it by name cannot skip the gate."""
-    behind = {"codec", "encode", "prior", "train", "judge", "evaluate", "visualize", "export", "package"}
+    behind = {"codec", "encode", "prior", "train", "judge", "evaluate", "edit", "visualize", "export", "package"}
     for name in behind:
         assert "data/accepted.json" in paths(STAGES[name]["deps"]), name
         assert "accepted" in inspect.signature(function_of(name)).parameters, name

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.bundle import BundleInfo, BundleText
+from models.bundle_info import BundleInfo, BundleText
 from models.judges.judge import JudgeInfo
 from models.noise.paths import DiffusionPath
 from models.noise.samplers import SchedulerConfig

@@ -96,18 +96,16 @@ def test_other_classes_have_no_pipeline_in_diffusers_and_load_by_component(tmp_p
 @pytest.mark.parametrize("extras", [{}, {"qk_norm": True, "rope": True, "mlp_ratio": 2.0}], ids=["plain", "extras"])
 @pytest.mark.parametrize("conditioning", ["none", "label"])
 def test_pixels_are_drawn_by_the_saved_network_and_by_onnx(tmp_path, conditioning, extras):
-    """With positions or rotations as constants of the graph, and any batch size."""
-    import onnxruntime
+    """With positions or rotations as constants of the graph, and any batch size.
 
-    from models import onnx_graph
-
+    An export takes seconds: of the four networks two are exported, which have each condition and each kind of position.
+    """
     classes = names(3) if conditioning == "label" else []
     config = replace(FEW_CLASSES, conditions=4 if classes else 0, **extras)
     save(tmp_path, config, conditioning=conditioning, classes=classes, null_label=3 if classes else None)
     pipeline = load_pipeline(tmp_path)
     assert pipeline.network.config == config and not (tmp_path / "model_index.json").exists()
-    graph = onnx_graph.to_onnx(pipeline, 20)
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnx_session(pipeline) if bool(classes) == bool(extras) else None
     for batch in (1, 3):
         x, t, labels = torch.randn(batch, 2, 8, 8), torch.arange(batch) * 9, torch.arange(batch) + 1
         inputs = {"sample": x.numpy(), "timestep": t.numpy()} | ({"label": labels.numpy()} if classes else {})
@@ -115,7 +113,17 @@ def test_pixels_are_drawn_by_the_saved_network_and_by_onnx(tmp_path, conditionin
             expected = pipeline.network(x, t, labels if classes else None)
             original = randomised(DiT(config))(x, t, labels if classes else None)
         assert torch.equal(expected, original)
-        assert np.abs(session.run(None, inputs)[0] - expected.numpy()).max() < 1e-4
+        if session:
+            assert np.abs(session.run(None, inputs)[0] - expected.numpy()).max() < 1e-4
+
+
+def onnx_session(pipeline):
+    import onnxruntime
+
+    from models import onnx_graph
+
+    graph = onnx_graph.to_onnx(pipeline, 20)
+    return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def test_damaged_weights_are_refused(tmp_path):

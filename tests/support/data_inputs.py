@@ -1,6 +1,7 @@
 """Inputs of the data stages' tests (images, folders, archives), a local web server, and stages as processes."""
 
 import hashlib
+import importlib
 import io
 import json
 import socket
@@ -21,7 +22,8 @@ import psutil
 import yaml
 
 from tasks.params import DownloadParams, IngestParams, composition
-from tasks.runtime import integrity
+from tasks.runtime import integrity, stage
+from tests.support import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,15 +68,21 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def run_stage(stage: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
+def call_stage(name: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
+    """Run a stage with its command line in this process, which has its packages loaded."""
+    function = getattr(importlib.import_module(f"tasks.{name}"), name)
+    return commands.call(lambda: stage.main(function), *map(str, paths), "--params", str(params))
+
+
+def run_stage(name: str, *paths: Path, params: Path) -> subprocess.CompletedProcess[str]:
     """Run a stage as a process, as DVC does."""
-    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    command = [sys.executable, "-m", f"tasks.{name}", *map(str, paths), "--params", str(params)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def run_and_measure(stage: str, *paths: Path, params: Path) -> tuple[subprocess.CompletedProcess[str], int]:
+def run_and_measure(name: str, *paths: Path, params: Path) -> tuple[subprocess.CompletedProcess[str], int]:
     """Run a stage as a process; returns it with the peak memory in bytes, its child processes included."""
-    command = [sys.executable, "-m", f"tasks.{stage}", *map(str, paths), "--params", str(params)]
+    command = [sys.executable, "-m", f"tasks.{name}", *map(str, paths), "--params", str(params)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         watched, peak, finished = psutil.Process(process.pid), [0], threading.Event()
 

@@ -11,6 +11,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import yaml
+
+from tasks import params
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
 _BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
@@ -45,7 +49,8 @@ def require_form(command: str, folder: Path) -> None:
         elif program == "dvc":
             from dvc.cli.parser import get_main_parser
 
-            get_main_parser().parse_args(arguments)
+            parsed = get_main_parser().parse_args(arguments)
+            _require_params(getattr(parsed, "set_param", None) or [])
         elif program == "pytest" or words[1:3] == ["-m", "pytest"]:
             _require_tests(arguments[2:] if program == "python" else arguments)
         elif words[1:3] == ["-m", "tasks.preset"] and words[3] not in ("NAME", "--list"):
@@ -55,6 +60,16 @@ def require_form(command: str, folder: Path) -> None:
             assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
         else:
             assert words[0] in _NOT_CHECKED, command
+
+
+def _require_params(changes: list[str]) -> None:
+    """Require that the default parameters are valid with the `section.key=value` of `dvc exp run -S`."""
+    document = params.read(ROOT / "params.yaml")
+    for change in changes:
+        name, _, value = change.partition("=")
+        section, key = name.split(".")
+        document[section][key] = yaml.safe_load(value)
+    params.parse(document)
 
 
 def _is_module(name: str) -> bool:

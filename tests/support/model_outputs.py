@@ -146,6 +146,10 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     measured = measurements(distance, **changes)
     measured.write(evaluation / measures.FILE)
     PROTOCOL.write(evaluation / protocol.FILE)
+    editing = root / "reports" / "editing"
+    editing.mkdir(parents=True, exist_ok=True)
+    pictures.save_png(grid, editing / "fills.png")
+    atomic.write_json(root / "reports" / "edits.json", {"images": 4, "inpainting": {"half": {"known_error": 0}}})
     atomic.write_text(root / "reports" / "index.html", "<title>the report</title>")
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
     _write_index(root / "data" / "images")

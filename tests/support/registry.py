@@ -52,7 +52,8 @@ class Workspace:
         outputs, reports = self.root / "outputs", self.root / "reports"
         inputs = [outputs / "model", outputs / "judge", self.root / "data" / "images", reports / "train"]
         evaluation = [reports / "evaluation", reports / "timing" / "evaluate.json"]
-        return [*inputs, *evaluation, reports / "export.json", reports / "index.html"]
+        after = [reports / "export.json", reports / "edits.json", reports / "editing", reports / "index.html"]
+        return [*inputs, *evaluation, *after]
 
     @property
     def aliases(self) -> dict[str, int]:

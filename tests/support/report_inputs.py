@@ -18,8 +18,8 @@ from tasks.params import VisualizeParams
 from tasks.pictures import images as image_files
 from tasks.runtime import measures
 from tasks.runtime.measures import Measure, Measurements
-from tasks.validation import report as validation_report
-from tasks.validation.findings import Finding, Findings, Gate
+from tasks.validation.report import page as validation_report
+from tasks.validation.report.findings import Finding, Findings, Gate
 from tasks.visualize import visualize
 
 SIZE, TIMESTEPS = 8, 20
@@ -74,6 +74,18 @@ dpm_solver_pp_2m,20,,1.5,256,3,24.5,-0.000123,0.46,0.912,0.871,4.123,9.456,81.71
 ddim,50,0.5,1.0,128,1,23.9,-0.000456,0.47,0.912,0.871,4.123,9.001,80.12,0.943,
 ddpm,1000,,1.0,32,1,,,,,,,,79.51,0.938,too few images for distances (128 needed)
 """
+STRENGTHS = """\
+strength,n,psnr,feature_distance,frechet_to_input,frechet_to_data,asked_share,asked_share_ignored
+0.2,30,25.25,0.5,0.25,1.75,0.125,0.025
+0.8,30,12.5,2.5,1.5,1.25,0.875,0.05
+"""
+FILLS = """\
+mask,fill,n,masked_share,known_error,psnr,feature_distance,frechet_to_input,frechet_to_data,own_share
+half,model,30,0.5,0,14.5,1.25,0.5,1.5,0.925
+half,mean fill,30,0.5,0,9.5,3.25,2.5,4.5,0.225
+"""
+EDITS = {"strengths": (STRENGTHS, 15), "fills": (FILLS, 10)}
+"""Tables of `edit` and the number of images in the picture of each; an unconditional model has none."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Inputs:
             reports / "validation",
             reports / "train",
             reports / "evaluation",
+            reports / "editing",
             figures,
             page,
             params,
@@ -106,6 +119,7 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
         "outputs/pipeline",
         "reports/train/samples",
         "reports/evaluation",
+        "reports/editing",
         "reports/validation",
     ):
         (root / folder).mkdir(parents=True)
@@ -118,6 +132,10 @@ def make(root: Path, classes: list[str], channels: int = 1, held_out_loss: bool 
     (root / "reports" / "evaluation" / "samplers.csv").write_text(SAMPLERS)
     pictures.save_png(pictures.grid(pixels[:10], 5), root / "reports" / "evaluation" / "grid_slowest.png")
     pictures.save_png(pictures.grid(pixels[10:20], 5), root / "reports" / "evaluation" / "grid_unguided.png")
+    for name, (table, picture) in EDITS.items():
+        (root / "reports" / "editing" / f"{name}.csv").write_text(table if classes else table.splitlines()[0] + "\n")
+        if classes:
+            pictures.save_png(pictures.grid(pixels[:picture], 5), root / "reports" / "editing" / f"{name}.png")
     return Inputs(root)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tasks.ingest import ingest
 from tasks.params import (
     NO_PATH,
     CodecParams,
+    ControlParams,
     DiffusionParams,
     EncodeParams,
     ExportParams,
@@ -57,8 +59,17 @@ def train_params(**others) -> TrainParams:
     return TrainParams.model_validate({**compose("digits", [])["train"], **defaults, **others})
 
 
-def through(root: Path, database: Path, params: CodecParams, size: tuple[int, int] = (16, 16)) -> Path:
-    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`."""
+def through(
+    root: Path,
+    database: Path,
+    params: CodecParams,
+    size: tuple[int, int] = (16, 16),
+    control: ControlParams | None = None,
+) -> Path:
+    """Make 48 captioned images of `size` (width, height) below `root`, run the stages on them, and return `root`.
+
+    With `control` maps are encoded, and the stages end before the training.
+    """
     files = {f"{seed:02d}.png": picture(seed, size) for seed in range(48)}
     with pytest.MonkeyPatch.context() as patch:
         shutil.copy(database, root / "mlflow.db")
@@ -75,12 +86,18 @@ def through(root: Path, database: Path, params: CodecParams, size: tuple[int, in
             root / "accepted.json",
             root / "codec",
             root / "latents",
-            EncodeParams(shard_size=20, horizontal_flip=True),
+            EncodeParams(shard_size=20, horizontal_flip=True, control=control),
         )
         Prior().write(root / "prior" / PRIOR)
-        run_train(root, "pipeline")
-        run_export(root)
+        if control is None:
+            run_train(root, "pipeline")
+            run_export(root)
     return root
+
+
+def given_images(count: int, side: int) -> np.ndarray:
+    """Return random images to begin with, uint8 [count, 3, side, side]."""
+    return np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
 
 
 def run_export(root: Path, name: str = "pipeline", bundle: str = "onnx") -> None:
@@ -118,7 +135,9 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "p
         )
 
 
-def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
+def drawn_by_both(
+    pipeline: Path, kind: str, guidance_scale: float, negative_prompt: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one prompt by DDIM from the same noise with diffusers' pipeline, whose class must be `kind`, and with ours.
 
     Returns:
@@ -137,9 +156,10 @@ def drawn_by_both(pipeline: Path, kind: str, guidance_scale: float) -> tuple[np.
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
     prompt, sampling = "dark picture of thing 2", Sampling("ddim", 5, guidance_scale=guidance_scale)
-    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0}
+    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0, "negative_prompt": negative_prompt}
     drawn = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **options).images[0]
-    ours = load_pipeline(pipeline).sample([7], sampling=sampling, prompts=[prompt])
+    model = replace(load_pipeline(pipeline), negative_prompt=negative_prompt)
+    ours = model.sample([7], sampling=sampling, prompts=[prompt])
     return drawn.transpose(2, 0, 1), np.clip((ours[0] + 1) / 2, 0, 1)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+UNFINISHED = shutil.ignore_patterns("*.pyc.*")
+"""Bytecode that another process is writing."""
 OVERRIDES = [
     "image.resolution=8",
     "model.block_out_channels=[8,16]",
@@ -30,6 +32,10 @@ OVERRIDES = [
     "evaluate.n_slowest=4",
     "evaluate.guidance_sweep=[1.0,3.0]",
     "evaluate.n_sweep=64",
+    "edit.n_images=8",
+    "edit.strengths=[0.5]",
+    "edit.masks=[half]",
+    "edit.steps=4",
     "visualize.steps=4",
     "visualize.columns=4",
     "export.latency_batches=[1]",
@@ -42,13 +48,21 @@ def tree(destination: Path, *overrides: str) -> Path:
     for name in listed:
         if name and name != "dvc.lock" and (ROOT / name).is_file():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, destination / name)
+            shutil.copy2(ROOT / name, destination / name)
+    _copy_bytecode({Path(name).parent for name in listed if name.endswith(".py")}, destination)
     command = [sys.executable, "-m", "tasks.preset", "digits", *OVERRIDES, *overrides]
     subprocess.run(command, cwd=destination, check=True, capture_output=True)
     git(destination, "init", "--quiet")
     git(destination, "add", ".")
     git(destination, "commit", "--quiet", "-m", "a tiny chain")
     return destination
+
+
+def _copy_bytecode(folders: set[Path], destination: Path) -> None:
+    """Copy what Python has compiled here, which is valid for copies of the files with their times."""
+    for folder in folders:
+        if (compiled := ROOT / folder / "__pycache__").is_dir() and (destination / folder).is_dir():
+            shutil.copytree(compiled, destination / folder / "__pycache__", ignore=UNFINISHED)
 
 
 def run(tree: Path, *command: str) -> str:

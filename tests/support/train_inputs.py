@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import hashlib
 import os
 import shutil
@@ -20,6 +22,7 @@ import yaml
 from tasks.formats.prior import FILE as PRIOR
 from tasks.formats.prior import Prior
 from tasks.formats.verdict import Verdict
+from tests.support.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"steps": 12, "warmup_steps": 2, "log_every": 3, "checkpoint_every": 6, "sample_every": 6}
@@ -37,7 +40,12 @@ def uniform(timesteps: int):
 
 
 def write_inputs(
-    folder: Path, conditioning: str = "label", count: int = 96, shard_size: int = 1000, buckets: tuple = ((8, 8),)
+    folder: Path,
+    conditioning: str = "label",
+    count: int = 96,
+    shard_size: int = 1000,
+    buckets: tuple = ((8, 8),),
+    control: bool = False,
 ) -> None:
     """Write latents, codec and verdict of a tiny data set as `validate`, `codec` and `encode` do.
 
@@ -47,9 +55,11 @@ def write_inputs(
         count: training images per bucket.
         shard_size: images per shard.
         buckets: height and width of each bucket.
+        control: whether the images are random blocks of 2 x 2 pixels, and have a colour map of them.
     """
     import torch
 
+    from models.networks.control_maps import ControlSpec
     from tasks.formats import latents
     from tasks.formats.codec_info import CodecInfo, TextInfo
     from tasks.formats.latents import BucketShard, Split
@@ -82,6 +92,9 @@ def write_inputs(
             np.uint8
         )
         columns = {"pixels": pixels}
+        if control:
+            cells = rng.integers(0, 2, (n, 1, 4, 4), np.uint8) * 255
+            columns |= {"pixels": cells.repeat(2, axis=2).repeat(2, axis=3), "control": cells.repeat(3, axis=1)}
         if conditioning == "label":
             columns["labels"] = labels
         if text:
@@ -107,27 +120,42 @@ def write_inputs(
         prompts = latents.write_prompts(
             folder / "latents", torch.cat([embeddings[:2], torch.zeros_like(embeddings[:1])])
         )
-    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts)
+    spec = ControlSpec("colour", colour_cells=4) if control else None
+    latents.write_index(folder / "latents", codec, splits, buckets, texts, prompts, spec)
     codec.write(folder / "codec" / "codec.json")
     Verdict(sha256="0" * 64).write(folder / "accepted.json")
     Prior().write(folder / "prior" / PRIOR)
 
 
-def write_params(
-    folder: Path, conditioning: str = "label", dropout: float = 0.0, architecture: str = "unet", **train
-) -> None:
-    """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
+@functools.cache
+def _committed_params() -> dict:
     from tasks import params
 
-    document = params.read(ROOT / "params.yaml")
+    return params.read(ROOT / "params.yaml")
+
+
+def write_params(
+    folder: Path,
+    conditioning: str = "label",
+    dropout: float = 0.0,
+    architecture: str = "unet",
+    control: bool = False,
+    **train,
+) -> None:
+    """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
+    document = copy.deepcopy(_committed_params())
     document["image"] = {"resolution": 8, "channels": 1}
     document["codec"]["conditioning"] = conditioning
     if conditioning == "none":
         document["evaluate"]["guidance_scale"] = 1.0
         document["evaluate"]["guidance_sweep"] = []
+        document["edit"]["guidance_scale"] = 1.0
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
     document["model"]["dropout"] = dropout
+    if control:
+        document["encode"]["control"] = {"kind": "colour", "colour_cells": 4}
+        document["model"]["control_widths"] = [8]
     document["model"] |= {"architecture": architecture, "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}}
     document["diffusion"] |= {"schedule": "cosine", "prediction": "v_prediction", "timestep_density": "uniform"}
     document["diffusion"] |= {"timesteps": 50, "loss_weighting": "plain"}
@@ -157,6 +185,11 @@ PATHS = ("latents", "codec", "accepted.json", "prior", "pipeline", "averages", "
 def command(folder: Path) -> list[str]:
     arguments = [str(folder / path) for path in PATHS]
     return [sys.executable, "-m", "tasks.train", *arguments, "--params", str(folder / "params.yaml")]
+
+
+def start_warm(folder: Path, database: Path) -> WarmProcess:
+    """Start the training as a process that has loaded the packages."""
+    return WarmProcess(command(folder)[3:], environment(folder, database))
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
@@ -256,7 +289,9 @@ def checkpoints(scratch: Path) -> list[Path]:
     return sorted((scratch / "train").glob("*/step-*"))
 
 
-def kill_when(process: subprocess.Popen, happens: Callable[[], bool], kill: Callable[[], None] | None = None) -> None:
+def kill_when(
+    process: subprocess.Popen | WarmProcess, happens: Callable[[], bool], kill: Callable[[], None] | None = None
+) -> None:
     """Send SIGKILL as soon as `happens()`, unless the process ends before."""
     while process.poll() is None and not happens():
         time.sleep(0.002)

@@ -263,6 +263,15 @@ def test_names_are_compared_after_unicode_normalisation(read):
     assert source.classes == ["Bern", nfc]
 
 
+def test_names_that_differ_only_in_their_unicode_form_are_distinguished_by_it(read):
+    nfd, nfc = (unicodedata.normalize(form, "Zürich.png") for form in ("NFD", "NFC"))
+    files = {nfc: picture(1), nfd: picture(2), "4.png": picture(4)}
+    _, rows, refused = read(files | {"c.csv": f"image,caption\n{nfc},one\n{nfd},two\n".encode()})
+    assert (rows, refused) == ({nfc: ["one"], nfd: ["two"], "4.png": []}, {})
+    with pytest.raises(StageError, match=r"'Zürich' in c\.csv matches 2 images .* Unicode form .*rename"):
+        read(files | {"c.csv": "image,caption\nZürich,one\n4,two\n".encode()})
+
+
 def test_utf_8_names_in_a_zip_are_read_without_the_utf_8_flag(tmp_path):
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         archive.writestr("ZZZrich.png", picture(1))

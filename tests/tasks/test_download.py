@@ -13,10 +13,10 @@ from tasks.download import download
 from tasks.runtime.errors import StageError
 from tests.support.data_inputs import (
     ROOT,
+    call_stage,
     contents,
     folder_params,
     picture,
-    run_stage,
     serving,
     write_params,
     write_tree,
@@ -133,7 +133,7 @@ def test_a_signed_url_from_the_environment_is_not_recorded(tmp_path):
 
 def test_the_digits_come_with_scikit_learn(tmp_path):
     params = write_params(tmp_path / "params.yaml")
-    done = run_stage("download", tmp_path / "raw", params=params)
+    done = call_stage("download", tmp_path / "raw", params=params)
     assert done.returncode == 0, done.stderr
     assert manifest(tmp_path / "raw")["size"] == 57523
 
@@ -185,7 +185,7 @@ def test_bad_sources_end_with_one_sentence(tmp_path, monkeypatch, case):
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     values, expected = case(tmp_path)
     params = write_params(tmp_path / "params.yaml", download=values)
-    done = run_stage("download", tmp_path / "raw", params=params)
+    done = call_stage("download", tmp_path / "raw", params=params)
     assert done.returncode == 1
     assert expected in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if "download: error:" in line]
@@ -200,7 +200,7 @@ def test_a_checksum_mismatch_ends_with_one_sentence(tmp_path, monkeypatch):
         site.files["/x.zip"] = b"not what was promised"
         values = {"source": "folder", "url": f"{site.address}/x.zip", "sha256": "0" * 64}
         params = write_params(tmp_path / "params.yaml", download=values | {"allow_private_addresses": True})
-        done = run_stage("download", tmp_path / "raw", params=params)
+        done = call_stage("download", tmp_path / "raw", params=params)
     assert done.returncode == 1
     assert "checksum mismatch" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,11 +16,13 @@ import onnx
 import pytest
 from PIL import Image
 
-from models import onnx_graph, tensorrt_engine
+from models import masks, onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
+from models.editing import edit
 from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
+from models.request import label_of
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
@@ -145,6 +147,35 @@ def test_bundle_draws_pytorchs_images_with_autoguidance(tree, bundle):
     assert psnr(ours, bundle.sample(seeds, LABELS, Sampling("ddim", 7, guidance_scale=2.0))) < 30
 
 
+@pytest.mark.parametrize("mask", [None, masks.half(SIZE, SIZE)])
+def test_bundle_edits_as_pytorch_does(tree, bundle, mask):
+    given = np.random.default_rng(0).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+    draw = {"labels": LABELS, "sampling": Sampling("ddpm", 8, guidance_scale=2.0)}
+    draw |= {} if mask is None else {"resampling": 2, "jump": 2}
+    ours = bundle.edit(range(5), given, 0.7, mask, **draw)
+    theirs = edit(load_pipeline(tree / "outputs" / "pipeline"), range(5), given, 0.7, mask, **draw)
+    assert psnr(ours, theirs) > 50
+    assert psnr(ours, bundle.sample(range(5), LABELS, draw["sampling"])) < 30
+    if mask is not None:
+        assert np.array_equal(to_uint8(ours)[..., ~mask], given[..., ~mask])
+        with pytest.raises(ValueError, match="give a mask of the same size"):
+            bundle.edit(range(5), given, 0.7, mask[1:], **draw)
+
+
+def test_the_bundles_command_repaints_what_is_white_in_a_mask(tree, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray((masks.half(SIZE, SIZE) * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    shared = ("--label", "1", "--out", str(tmp_path / "out.png"), "--mask", str(tmp_path / "mask.png"))
+    run = bare_run(tree / "outputs" / "onnx", *shared, "--image", str(tmp_path / "given.png"))
+    assert (run.returncode, run.stderr) == (0, "")
+    out = np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.array_equal(out[:, : SIZE // 2], given[:, : SIZE // 2])
+    assert not np.array_equal(out[:, SIZE // 2 :], given[:, SIZE // 2 :])
+    run = bare_run(tree / "outputs" / "onnx", *shared)
+    assert run.returncode == 2 and "a mask changes an image; give one" in run.stderr
+
+
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
     sampling = Sampling("ddpm", TIMESTEPS, guidance_scale=1.5)
     together = bundle.sample([7, 8, 9], [0, 1, 2], sampling)
@@ -202,14 +233,14 @@ def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
     ("prompt", "label"),
     [("a dog", 1), ("A photo of a HOT DOG!", 0), ("cat", 2), ("one cat, a grey cat", 2), ("hot-dog dog", 1)],
 )
-def test_a_prompt_means_the_class_that_it_names(bundle, prompt, label):
-    assert bundle.label_of(prompt) == label
+def test_a_prompt_means_the_class_that_it_names(prompt, label):
+    assert label_of(prompt, model_outputs.CLASSES) == label
 
 
 @pytest.mark.parametrize("prompt", ["", "a catalogue of dogs", "hotdog", "a cat and a dog", "a hot dog for a dog"])
-def test_a_prompt_that_names_no_class_or_several_is_refused(bundle, prompt):
+def test_a_prompt_that_names_no_class_or_several_is_refused(prompt):
     with pytest.raises(ValueError, match="name exactly one of: hot dog, dog, cat"):
-        bundle.label_of(prompt)
+        label_of(prompt, model_outputs.CLASSES)
 
 
 @pytest.mark.parametrize(

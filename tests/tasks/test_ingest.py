@@ -25,6 +25,7 @@ from tasks.sources import digits
 from tasks.sources.entry import Entry, Source
 from tests.support import bad_inputs
 from tests.support.data_inputs import (
+    call_stage,
     contents,
     folder_params,
     ingest_params,
@@ -330,8 +331,8 @@ def test_a_caption_table_that_does_not_match_the_images_is_refused(tmp_path, tak
 def test_a_source_without_readable_images_is_one_sentence(tmp_path):
     folder = write_tree(tmp_path / "in", {"a.jpg": b"no", "b.png": b"", "c.txt": b"text"})
     params = write_params(tmp_path / "params.yaml", download={"source": "folder", "path": str(folder)})
-    assert run_stage("download", tmp_path / "raw", params=params).returncode == 0
-    done = run_stage("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
+    assert call_stage("download", tmp_path / "raw", params=params).returncode == 0
+    done = call_stage("ingest", tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", params=params)
     assert done.returncode == 1
     assert "holds no readable image (1 x no image file, 1 x not an image, 1 x zero bytes)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -406,7 +407,7 @@ def test_a_smaller_copy_has_nearly_the_same_perceptual_hash(tmp_path, taken):
 def test_the_digits_are_ingested_as_published(tmp_path):
     params = write_params(tmp_path / "params.yaml")
     for stage, paths in {"download": ["raw"], "ingest": ["raw", "images", "quarantine"]}.items():
-        done = run_stage(stage, *(tmp_path / path for path in paths), params=params)
+        done = call_stage(stage, *(tmp_path / path for path in paths), params=params)
         assert done.returncode == 0, done.stderr
     from sklearn.datasets import load_digits
 

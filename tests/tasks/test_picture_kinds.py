@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import struct
 import tarfile
 import zipfile
@@ -18,7 +19,7 @@ from tasks.ingest import ingest
 from tasks.pictures import colours, decoding, images
 from tasks.pictures.index import read_index
 from tasks.runtime.errors import StageError
-from tasks.sources import archives
+from tasks.sources import archive_members, archives
 from tests.support.bad_inputs import saved
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree, write_zip
 
@@ -202,6 +203,25 @@ def test_a_decompression_bomb_is_refused(tmp_path, form):
                 archive.fileobj.write(block * ((40 << 20) // len(block)))
     assert path.stat().st_size < 1_000_000
     with pytest.raises(StageError, match=r"set download\.path to the folder"):
+        archives.list_members(path)
+
+
+@pytest.mark.parametrize("form", ["zip", "tar.gz"])
+def test_the_unpacked_bytes_of_an_archive_have_an_absolute_limit(tmp_path, monkeypatch, form):
+    """Also of an archive that is packed as little as real images are."""
+    monkeypatch.setattr(archive_members, "FREE_BYTES", 1 << 16)
+    path, half = tmp_path / "in", bytes(1 << 16) + random.Random(0).randbytes(1 << 16)
+    if form == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", half)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            info = tarfile.TarInfo("a.png")
+            info.size = len(half)
+            archive.addfile(info, io.BytesIO(half))
+    assert [member.name for member in archives.list_members(path)] == ["a.png"]
+    monkeypatch.setattr(archive_members, "MAX_BYTES", (1 << 17) - 1)
+    with pytest.raises(StageError, match=r"like a decompression bomb.*set download\.path to the folder"):
         archives.list_members(path)
 
 

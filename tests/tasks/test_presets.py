@@ -25,11 +25,13 @@ OF_THE_README = {
     "imagenet_dit_b2", "folder", "hub",
 }  # fmt: skip
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
+CONTROLLED = {"digits_control_tiny", "flickr_control_tiny", "sd15_control"}
 FLOWS = {"celebahq_ldm_flow"}
 DREAMBOOTH = {"dreambooth_base_tiny", "dreambooth_tiny", "sd15_dreambooth", "sd15_style_lora", "sdxl_dreambooth_lora"}
 TINY = {f"{name}_tiny" for name in PICTURES}
 REQUIRED_OVERRIDES = {"hub": ["download.hub.repo=owner/name"]} | {
-    name: [PATH] for name in {"cifar10_tiny", "folder", "sdxl_lora", *TINY, *DREAMBOOTH}
+    name: [PATH]
+    for name in {"cifar10_tiny", "folder", "sdxl_lora", "flickr_control_tiny", "sd15_control", *TINY, *DREAMBOOTH}
 }
 REQUIRED_OVERRIDES["dreambooth_tiny"] = [PATH, f"train.init_from={ROOT / 'tests'}"]
 
@@ -45,7 +47,7 @@ def composed(name: str) -> dict[str, Any]:
 
 
 def test_the_presets_of_the_readme_exist():
-    assert set(composition.names()) == OF_THE_README | PICTURES | TINY | FLOWS | DREAMBOOTH
+    assert set(composition.names()) == OF_THE_README | PICTURES | TINY | FLOWS | CONTROLLED | DREAMBOOTH
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
@@ -190,7 +192,7 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["digits", "train.stepps=3"], "unknown parameter 'train.stepps'; did you mean 'steps'?"),
         (
             ["digits", "stepps=3"],
-            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or visualize.",
+            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or edit.",
         ),
         (["digits", "train.n_distance=3"], "unknown parameter 'train.n_distance'; did you mean evaluate.n_distance?"),
         (["digits", "sorce=folder"], "unknown part 'sorce'; did you mean 'source'?"),

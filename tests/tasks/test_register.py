@@ -56,7 +56,9 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
         "evaluation/measurements.json",
         "evaluation/protocol.json",
     }
-    assert tracking.logged_images(work.client, nested.info.run_id) == {("grid_guided", 100)}
+    assert tracking.logged_images(work.client, nested.info.run_id) == {("grid_guided", 100), ("edit_fills", 0)}
+    assert nested.data.metrics["edit/inpainting_half_known_error"] == 0
+    assert [file.path for file in work.client.list_artifacts(nested.info.run_id, "editing")] == ["editing/fills.png"]
     (logged,) = work.client.search_logged_models([tracking.experiment_id(work.client)])
     assert logged.source_run_id == trained.info.run_id
     assert {metric.key: metric.value for metric in logged.metrics}["eval/frechet_distance_unguided"] == 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -17,11 +18,28 @@ def test_registered_model_draws_what_pytorch_draws(work):
     from models.noise.samplers import Sampling
     from models.pipeline import load_pipeline
     from models.pixels import to_uint8
+    from tasks.drawing.options import Options
+    from tasks.drawing.run import run
+    from tasks.drawing.settings import read_settings
 
     work.register()
     model = loaded()
     (request_,) = model.metadata.signature.inputs.to_dict()
-    fields = {"label", "prompt", "seed", "steps", "sampler", "eta", "guidance", "guidance_interval", "guidance_kind"}
+    fields = {
+        "label",
+        "prompt",
+        "negative_prompt",
+        "image",
+        "strength",
+        "mask",
+        "seed",
+        "steps",
+        "sampler",
+        "eta",
+        "guidance",
+        "guidance_interval",
+        "guidance_kind",
+    }
     assert set(request_["properties"]) == fields
     requirements = (Path(work.versions[1].source) / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "onnxruntime", "pillow", "pydantic"}
@@ -48,7 +66,42 @@ def test_registered_model_draws_what_pytorch_draws(work):
         pixels = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
         assert np.abs(pixels.astype(int) - image[0]).max() <= 1
     assert len({first, second, third}) == 3
+    options = {"model": "models:/afterimage-test@champion", "sampler": "ddim", "steps": 6, "guidance": 1.5}
+    run(Options(**options, prompt=["a cat"], seed=[5], out=work.root / "drawn.png"))
+    assert np.array_equal(np.asarray(Image.open(work.root / "drawn.png")), expected[0][0])
+    assert read_settings(work.root / "drawn.png").model == "models:/afterimage-test/1"
     assert model.predict(model.input_example)[0][:4] == b"\x89PNG"
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+
+
+def base64_of(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_registered_model_changes_an_image_as_pytorch_does(registered, exported, tmp_path, monkeypatch):
+    from models.editing import edit
+    from models.noise.samplers import Sampling
+    from models.pipeline import load_pipeline
+    from models.pixels import to_uint8
+
+    image, mask = picture(2)[None, None], np.zeros((8, 8), bool)
+    mask[:4] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    monkeypatch.setenv("AFTERIMAGE_IMAGES", str(tmp_path))
+    request_ = {"label": 1, "seed": 3, "sampler": "ddim", "steps": 6, "image": base64_of(image[0, 0])}
+    changed = registered.predict([request_ | {"strength": 0.5}, request_ | {"mask": "file:mask.png"}])
+    pipeline = load_pipeline(exported / "outputs" / "pipeline")
+    for png, arguments in zip(changed, [(0.5,), (1.0, mask)], strict=True):
+        found = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"])).astype(int)
+        wanted = to_uint8(edit(pipeline, [3], image, *arguments, labels=[1], sampling=Sampling("ddim", 6)))
+        assert np.abs(found - wanted[0, 0]).max() <= 1
+        assert np.abs(found - image[0, 0]).max() > 5
+    assert np.array_equal(found[4:], image[0, 0, 4:])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +132,13 @@ def test_registered_model_refuses_what_it_cannot_do(registered, request_, compla
         ({"label": 0, "sampler": "plms"}, "unknown sampler 'plms'"),
         ({"label": 0, "step": 5}, "step"),
         ({"label": 0, "seed": "one"}, "seed"),
+        ({"label": 0, "image": "!"}, "the image is not base64"),
+        ({"label": 0, "image": "aGVsbG8="}, "the image cannot be read (not an image"),
+        ({"label": 0, "image": "file:/etc/hostname"}, "files are read only from the folder in AFTERIMAGE_IMAGES"),
+        ({"label": 0, "image": base64_of(picture(1)), "strength": 2}, "strength 2 must lie above 0"),
+        ({"label": 0, "mask": base64_of(picture(1))}, "a mask changes an image; give one"),
+        ({"label": 0, "image": base64_of(picture(1)), "mask": base64_of(picture(1)[:4])}, "the mask is 8 x 4 pixels"),
+        ({"label": 0, "negative_prompt": "x"}, "a negative prompt needs a text-conditional model"),
     ],
 )
 def test_served_model_answers_a_wrong_request_without_a_stack_trace(registered, request_, complaint):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.support import tiny
 from tests.support.train_inputs import (
     ROOT,
     checkpoints,
@@ -26,6 +27,7 @@ from tests.support.train_inputs import (
     kill_when,
     results,
     run,
+    start_warm,
     train_here,
     write_inputs,
     write_params,
@@ -87,6 +89,13 @@ def kill_at(folder: Path, database: Path, happens, **start_options) -> int:
     return process.returncode
 
 
+def kill_warm_at(folder: Path, database: Path, happens) -> int:
+    """The same for a training that has no packages to load."""
+    process = start_warm(folder, database)
+    kill_when(process, happens)
+    return process.returncode
+
+
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """Send SIGKILL to a process and its children, which have separate sessions in a training of several processes."""
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -110,18 +119,19 @@ def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrate
     copy_of(undisturbed, tmp_path)
     writes = writes_a_checkpoint(tmp_path)
     moments = (writes, has_step(tmp_path, 10), writes, has_step(tmp_path, 30), has_step(tmp_path, 40))
-    assert [kill_at(tmp_path, migrated_database, moment) for moment in moments] == [KILLED] * 5
+    assert [kill_warm_at(tmp_path, migrated_database, moment) for moment in moments] == [KILLED] * 5
     assert "continues at step" in continued()[0]
 
 
 def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
-    """The stage of dvc.yaml, killed together with DVC, which deletes the outputs before each run."""
+    """The stage of dvc.yaml, killed together with DVC, which deletes the outputs before each run.
+
+    Once: `test_killed_five_times_ends_in_the_same_bytes` has the other moments.
+    """
     dvc_tree(undisturbed, tmp_path)
     repro = [sys.executable, "-m", "dvc", "repro", "train"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    moments = (has_step(tmp_path, 10), writes_a_checkpoint(tmp_path), has_step(tmp_path, 40))
-    for moment in moments:
-        assert kill_at(tmp_path, migrated_database, moment, arguments=repro, PATH=path) == KILLED
+    assert kill_at(tmp_path, migrated_database, has_step(tmp_path, 40), arguments=repro, PATH=path) == KILLED
     process = start(tmp_path, migrated_database, repro, PATH=path)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
@@ -134,7 +144,7 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
     for name in ("tasks", "models"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=tiny.UNFINISHED)
     shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
     shutil.copytree(undisturbed / "codec", folder / "outputs" / "codec")
     shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
@@ -144,6 +154,8 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
 
 def signalled_at(folder: Path, database: Path, step: int, number: int, **more: str) -> tuple[int, str]:
     """Start a training and send a signal to that process alone; returns its exit code and output."""
+    if not more:
+        return warm_signalled_at(folder, database, step, number)
     process = start(folder, database, **more)
     while not has_step(folder, step)():
         assert process.poll() is None, process.stdout.read()
@@ -151,6 +163,15 @@ def signalled_at(folder: Path, database: Path, step: int, number: int, **more: s
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
+
+
+def warm_signalled_at(folder: Path, database: Path, step: int, number: int) -> tuple[int, str]:
+    process = start_warm(folder, database)
+    while not has_step(folder, step)():
+        assert process.poll() is None, process.output()
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=60), process.output()
 
 
 @pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGTERM, 143, {}), (signal.SIGINT, 130, ONE_PROCESS)])

@@ -1,17 +1,27 @@
 """Text to image in latents: from captioned images to a pipeline that diffusers loads, and an ONNX bundle."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from models import masks
+from models.editing import edit
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
 from models.pixels import to_uint8
+from tasks.drawing.options import Options
+from tasks.drawing.run import run
+from tasks.drawing.settings import read_settings
 from tasks.params import AutoencoderParams, CodecParams, DitParams, TextParams
+from tasks.runtime.errors import StageError
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
 from tests.support.train_inputs import uniform
@@ -44,10 +54,52 @@ def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
         model.sample([5], **draw)
 
 
-def test_diffusers_loads_it_whole_and_draws_the_same(tree):
+@pytest.mark.parametrize("negative_prompt", ["", "bright picture"])
+def test_diffusers_loads_it_whole_and_draws_the_same(tree, negative_prompt):
     """`DiffusionPipeline.from_pretrained` alone: our DDIM and theirs give the same picture from the same noise."""
-    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0)
+    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0, negative_prompt)
     assert np.abs(theirs - ours).max() < 1e-4
+
+
+def test_the_command_draws_from_a_published_model_and_merges_adapters(tree, tmp_path, monkeypatch):
+    """The folder as the hub has it, without the description of this project and with another scheduler."""
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    copy = tmp_path / "published"
+    shutil.copytree(tree / "pipeline", copy, ignore=shutil.ignore_patterns("afterimage.json"))
+    scheduler = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
+    changed = scheduler | {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(changed))
+    once = {"prompt": ["dark picture"], "negative_prompt": "bright", "sampler": "ddim", "steps": 4, "seed": [2]}
+    for name, model in (("ours", tree / "pipeline"), ("published", copy)):
+        run(Options(**once, model=str(model), guidance=7.5, out=tmp_path / f"{name}.png"))
+    run(Options(**once, model=str(copy), out=tmp_path / "default.png"))
+    drawn = {name: pixels(tmp_path / f"{name}.png") for name in ("ours", "published", "default")}
+    assert np.array_equal(drawn["ours"], drawn["published"]) and np.array_equal(drawn["ours"], drawn["default"])
+    with pytest.raises(StageError, match="this model draws text; give --prompt"):
+        run(Options(model=str(copy), out=tmp_path / "none.png"))
+    save_adapter(tmp_path / "style", load_pipeline(tree / "pipeline").network.state_dict())
+    for weight in (0, 0.5):
+        lora = [f"{tmp_path / 'style'}:{weight}"]
+        run(Options(**once, model=str(copy), lora=lora, out=tmp_path / f"lora-{weight}.png"))
+    assert np.array_equal(pixels(tmp_path / "lora-0.png"), drawn["default"])
+    assert np.abs(pixels(tmp_path / "lora-0.5.png").astype(int) - drawn["default"]).max() > 2
+    (stored,) = read_settings(tmp_path / "lora-0.5.png").lora
+    assert stored.weight == 0.5 and len(stored.sha256) == 64
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file))
+
+
+def save_adapter(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write an adapter with random weights of every projection of the attention to the text."""
+    folder.mkdir()
+    state = {}
+    for name in [name for name in weights if name.endswith("attn2.to_v.weight")]:
+        layer = name.removesuffix(".weight")
+        state[f"unet.{layer}.lora_A.weight"] = torch.ones(1, weights[name].shape[1])
+        state[f"unet.{layer}.lora_B.weight"] = torch.ones(weights[name].shape[0], 1)
+    save_file(state, folder / "pytorch_lora_weights.safetensors")
 
 
 def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
@@ -58,7 +110,14 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
     draw = {"sampling": Sampling("dpm_solver_pp_2m", 4, guidance_scale=2.0), "prompts": prompts}
     ours = load_pipeline(tree / "pipeline").sample([1, 2], **draw)
     assert np.abs(bundle.sample([1, 2], **draw) - ours).max() < 1e-3
-    assert bundle.condition_arguments(None, "anything at all") == {"prompts": ["anything at all"]}
+    given, mask = text_inputs.given_images(2, 16), masks.half(16, 16)
+    for chosen in (None, mask):  # with the encoder of the bundle
+        edited = edit(load_pipeline(tree / "pipeline"), [1, 2], given, 0.5, chosen, **draw)
+        assert np.abs(bundle.edit([1, 2], given, 0.5, chosen, **draw) - edited).max() < 1e-3
+    assert np.array_equal(to_uint8(edited)[..., ~mask], given[..., ~mask])
+    avoiding = replace(load_pipeline(tree / "pipeline"), negative_prompt="dark picture").sample([1, 2], **draw)
+    assert np.abs(bundle.sample([1, 2], **draw, negative_prompt="dark picture") - avoiding).max() < 1e-3
+    assert np.abs(avoiding - ours).max() > 1e-2
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
 
 
@@ -121,8 +180,10 @@ def registered_adapter_is_that_of(tree):
 
 def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_onnx(tree, monkeypatch):
     """Diffusers' `PixArtAlphaPipeline` has another text encoder, so it gets the embeddings."""
+    import onnx
     from diffusers import DDIMScheduler, DiffusionPipeline
 
+    from models import onnx_graph
     from models.bundle import Bundle
 
     text_inputs.at_home(tree, monkeypatch)
@@ -152,6 +213,8 @@ def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_on
     ).images
     assert np.abs(drawn.transpose(0, 3, 1, 2) - np.clip((ours + 1) / 2, 0, 1)).max() < 1e-4
 
+    for name, file in {"decoder_to_onnx": "decoder.onnx", "text_to_onnx": "text_encoder.onnx"}.items():
+        monkeypatch.setattr(onnx_graph, name, lambda *_, file=file: onnx.load(tree / "onnx" / file))  # the same codec
     text_inputs.run_export(tree, "dit", "onnx-dit")
     assert np.abs(Bundle(tree / "onnx-dit").sample([7, 8], prompts=prompts, sampling=sampling) - ours).max() < 1e-3
 

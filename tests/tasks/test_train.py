@@ -206,6 +206,12 @@ class TestRefused:
         with pytest.raises(StageError, match=r"16 processes were started on a machine with \d+ GPUs; lower num_proc"):
             trained()
 
+    def test_weights_that_accelerate_would_shard(self, trained, monkeypatch):
+        """On a CPU accelerate itself ignores the setting, and each process would keep the whole network."""
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(StageError, match="accelerate is configured for FSDP, but training keeps the whole network"):
+            trained()
+
     def test_memory_that_ran_out(self, trained, monkeypatch):
         import torch
 

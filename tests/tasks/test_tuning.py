@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +11,12 @@ import pytest
 
 from tests.support.train_inputs import (
     WEIGHTS,
-    command,
     copy_of,
-    environment,
     history,
     kill_when,
     prepare_here,
     results,
-    run,
+    start_warm,
     train_here,
     write_inputs,
     write_params,
@@ -35,8 +33,8 @@ def undisturbed(tmp_path_factory, migrated_database):
     folder = tmp_path_factory.mktemp("undisturbed")
     write_inputs(folder)
     write_params(folder, dropout=0.2, ema_snapshots=0, distil=DISTIL)
-    done = run(folder, migrated_database)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(folder, patch, migrated_database)
     return folder
 
 
@@ -45,19 +43,17 @@ def has_step(folder: Path, step: int):
 
 
 @pytest.mark.timeout(600)
-def test_killed_at_and_after_the_switch_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
+def test_killed_at_and_after_the_switch_ends_in_the_same_bytes(
+    undisturbed, tmp_path, monkeypatch, migrated_database, capsys
+):
     copy_of(undisturbed, tmp_path)
     for step in (AFTER, 40):
-        process = subprocess.Popen(
-            command(tmp_path),
-            env=environment(tmp_path, migrated_database),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start_warm(tmp_path, migrated_database)
         kill_when(process, has_step(tmp_path, step))
-    done = run(tmp_path, migrated_database)
-    assert done.returncode == 0, done.stderr
-    assert "continues at step" in done.stdout
+        assert process.returncode == -signal.SIGKILL, process.output()
+    capsys.readouterr()
+    train_here(tmp_path, monkeypatch, migrated_database)
+    assert "continues at step" in capsys.readouterr().out
     assert results(tmp_path) == results(undisturbed)
 
 

@@ -29,17 +29,19 @@ from tasks.pictures.index import ImageIndex
 from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
 from tasks.validate import validate
+from tasks.validation import expectations
 from tasks.validation.expectations import Table, judge
-from tasks.validation.findings import Gate
+from tasks.validation.report.findings import Gate
+from tests.support import tiny
 from tests.support.data_inputs import (
     ROOT,
+    call_stage,
     contents,
     folder_params,
     ingest_params,
     picture,
     record_checksums,
     run_and_measure,
-    run_stage,
     write_params,
     write_tree,
 )
@@ -87,10 +89,15 @@ def rewrite(images, change):
 
 
 @pytest.fixture
-def judged(tmp_path):
-    """Download, ingest and validate files; returns the complaint, or None where they are accepted."""
+def judged(tmp_path, monkeypatch):
+    """Download, ingest and validate files; returns the complaint, or None where they are accepted.
 
-    def call(files, licence="mine", change=None, demands=None, resolution=8, **limits):
+    The Data Docs, which take as long as the checks, are written with `docs=True` alone.
+    """
+    write_docs = expectations.write_docs
+
+    def call(files, licence="mine", change=None, demands=None, resolution=8, docs=False, **limits):
+        monkeypatch.setattr(expectations, "write_docs", write_docs if docs else lambda *_: None)
         folder = write_tree(tmp_path / "in", files)
         download(tmp_path / "raw", folder_params(folder, licence=licence))
         ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
@@ -107,17 +114,13 @@ def judged(tmp_path):
     return call
 
 
-def test_good_data_is_accepted_with_the_hash_of_the_data(tmp_path, judged):
-    assert judged(CLASSED) is None
+def test_good_data_is_accepted_with_the_hash_of_the_data_and_the_docs_show_every_gate(tmp_path, judged):
+    assert judged(CLASSED, docs=True) is None
     verdict = json.loads((tmp_path / "accepted.json").read_text())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert verdict["verdict"] == "accepted"
     assert verdict["sha256"] == index["sha256"]
     assert not re.search(r"20\d\d-\d\d", (tmp_path / "accepted.json").read_text())
-
-
-def test_the_data_docs_show_every_gate(tmp_path, judged):
-    assert judged(CLASSED) is None
     docs = tmp_path / "report" / "data_docs"
     assert (docs / "index.html").is_file()
     pages = [path.read_text() for path in (docs / "validations").rglob("*.html")]
@@ -126,9 +129,9 @@ def test_the_data_docs_show_every_gate(tmp_path, judged):
 
 
 def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged):
-    assert judged(CLASSED) is None
+    assert judged(CLASSED, docs=True) is None
     verdict, pages = (tmp_path / "accepted.json").read_bytes(), contents(tmp_path / "report")
-    assert judged(CLASSED) is None
+    assert judged(CLASSED, docs=True) is None
     assert (tmp_path / "accepted.json").read_bytes() == verdict
     assert contents(tmp_path / "report") == pages
     for page in (tmp_path / "report" / "data_docs").rglob("*.html"):
@@ -290,7 +293,8 @@ def test_a_warning_is_reported_and_stops_nothing(tmp_path, judged, capsys, case)
 def test_images_below_the_resolution_are_refused_or_counted(tmp_path, judged, capsys):
     """The least side is the resolution unless the parameter allows less; then the number of enlarged ones is said."""
     files = CLASSED | {"train/cat/x.png": picture(900, (9, 9))}
-    said = judged(files, min_side=None, resolution=12)
+    said = judged(files, min_side=None, resolution=12, docs=True)
+    assert any("aspect_ratio" in page.read_text() for page in (tmp_path / "report" / "data_docs").rglob("*.html"))
     assert "smaller than validate.min_side 12; remove them, or set it to 9" in said
     assert "train/cat/x.png" in said
     assert judged(files, min_side=9, resolution=12) is None
@@ -320,7 +324,7 @@ def test_unlabelled_images_are_refused_only_for_label_conditioning(tmp_path, jud
 
 def test_unread_caption_files_are_reported_once(tmp_path, judged, capsys):
     folders = CLASSED | {f"words/{seed}.txt": b"a cat" for seed in range(3)}
-    assert judged(folders, max_quarantined_fraction=0.1) is None
+    assert judged(folders, docs=True, max_quarantined_fraction=0.1) is None
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("ingest: 3 files or lines look like captions")]
     assert "are not read (words/0.txt: it has the name of an image" in line
@@ -390,16 +394,16 @@ def test_no_later_stage_runs_on_refused_data(tmp_path):
     where = {
         name: tmp_path / name for name in ("raw", "images", "quarantine", "accepted.json", "report", "codec", "latents")
     }
-    assert run_stage("download", where["raw"], params=params).returncode == 0
-    assert run_stage("ingest", where["raw"], where["images"], where["quarantine"], params=params).returncode == 0
-    done = run_stage(
+    assert call_stage("download", where["raw"], params=params).returncode == 0
+    assert call_stage("ingest", where["raw"], where["images"], where["quarantine"], params=params).returncode == 0
+    done = call_stage(
         "validate", where["images"], where["quarantine"], where["accepted.json"], where["report"], params=params
     )
     assert done.returncode == 1
     (sentence,) = [line for line in done.stderr.splitlines() if "validate: error:" in line]
     assert "1797 images are fewer than validate.min_images 5000" in sentence
     assert "Traceback" not in done.stderr
-    after = run_stage("codec", where["images"], where["accepted.json"], where["codec"], params=params)
+    after = call_stage("codec", where["images"], where["accepted.json"], where["codec"], params=params)
     assert after.returncode == 1
     assert "was not accepted" in after.stderr
     assert not where["codec"].exists()
@@ -409,7 +413,7 @@ def test_dvc_trains_nothing_on_refused_data(tmp_path):
     """A later stage asked for by name in a clone: DVC stops at the failed gate."""
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for name in ("tasks", "models", "flows"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=tiny.UNFINISHED)
     write_params(tmp_path / "params.yaml", validate={"min_images": 5000})
     dvc = [sys.executable, "-m", "dvc"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -36,6 +36,7 @@ FIGURES = {
     "denoising.png",
     "denoised.png",
 }
+EDITS = {"edits.png", "edits_fills.png", "edits_strengths.png"}
 
 
 class Outline(HTMLParser):
@@ -111,7 +112,7 @@ def held_out(inputs: report_inputs.Inputs, channels: int = 1) -> np.ndarray:
 
 
 def test_every_figure_is_a_picture(drawn: tuple[Path, Path]) -> None:
-    assert {path.name for path in drawn[0].iterdir()} == FIGURES
+    assert {path.name for path in drawn[0].iterdir()} == FIGURES | EDITS
     for path in drawn[0].iterdir():
         with Image.open(path) as image:
             image.load()
@@ -252,6 +253,17 @@ def test_codec_quality_and_reconstructions_are_shown(drawn: tuple[Path, Path]) -
     assert "Held-out images above their reconstructions" in text
 
 
+def test_edits_are_a_section_with_tables_chart_and_pictures(drawn: tuple[Path, Path]) -> None:
+    source = drawn[1].read_text(encoding="utf-8")
+    section = source[source.index('<section id="editing">') : source.index('<section id="forward">')]
+    text = " ".join(re.sub("<[^>]*>", " ", section).split())
+    assert "0.8 30 12.5 2.5 1.5 1.25 87.5 % 5.0 %" in text
+    assert "half model 30 0 14.5 1.25 1.5 92.5 % half mean fill 30 0 9.5 3.25 4.5 22.5 %" in text
+    assert section.count("<svg") == 3 and "and the share that becomes what was asked for" in section
+    assert "edits at strength 0.2, 0.8" in text and 'alt="Rows of masked held-out images and of their fills"' in section
+    assert '<a href="#editing">Editing images</a>' in source
+
+
 def test_the_headline_of_the_protocol_leads(tmp_path: Path) -> None:
     kid = report_inputs.MEASURED.measures["kid"].model_copy(update={"floor": 0.004})
     found = {**report_inputs.MEASURED.measures, "kid": kid}
@@ -310,7 +322,8 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
     strip = outline.tiles("Forward process: held-out images at increasing timesteps")
     assert all(any(np.array_equal(row[0], image) for image in held_out(inputs, 3)) for row in strip)
     assert "mean squared error of the predicted noise ε. The held-out" in page.read_text(encoding="utf-8")
-    assert "Autoencoder and text encoder" not in page.read_text(encoding="utf-8")
+    for absent in ("Autoencoder and text encoder", "Editing images"):
+        assert absent not in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])

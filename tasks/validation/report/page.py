@@ -12,8 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from tasks.runtime import atomic, integrity
-from tasks.validation import findings
-from tasks.validation.findings import Argument, Finding, Findings
+from tasks.validation.report import findings
+from tasks.validation.report.findings import Argument, Finding, Findings
 
 PAGE, DATA_DOCS = "index.html", "data_docs"
 COLUMNS = ("Check", "Expectation", "Observed", "Verdict", "If it fails", "Note")
