@@ -52,6 +52,22 @@ class Request(pydantic.BaseModel):
         return {name: value for name, value in values.items() if value is not None and value == value}
 
 
+class Refusal(MlflowException):
+    """A request that the model does not support.
+
+    It keeps its first message: the scoring server would put the whole request before it, also an encoded image.
+    """
+
+    @property
+    def message(self):
+        """The sentence."""
+        return self._message
+
+    @message.setter
+    def message(self, value):
+        self.__dict__.setdefault("_message", value)
+
+
 class DiffusionModel(mlflow.pyfunc.PythonModel):
     """Loads the bundle once, then draws one image for each request."""
 
@@ -79,7 +95,7 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         try:
             return [self._draw(request) for request in model_input]
         except ValueError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from None
+            raise Refusal.invalid_parameter_value(str(error)) from None
 
     def _draw(self, request: Request) -> bytes:
         sampling = self.code.Sampling(

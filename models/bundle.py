@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from .bundle_info import BundleInfo, BundleText
+from .images.pixels import from_uint8, to_uint8
 from .masks import FEATHER, at_resolution, composite, for_images, require_images
 from .noise.editing import Start
 from .noise.samplers import (
@@ -34,7 +35,6 @@ from .noise.samplers import (
     denoiser,
     sample,
 )
-from .pixels import from_uint8, to_uint8
 from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:
@@ -172,7 +172,13 @@ class Bundle:
         return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
 
     def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
-        """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`."""
+        """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`.
+
+        Raises:
+            ValueError: as `sample` and `edit` do, and for a control map.
+        """
+        if drawing.control is not None:
+            raise ValueError("a bundle has no ControlNet; draw from the pipeline")
         rest: dict[str, Any] = {  # keyword arguments of several types
             "labels": drawing.labels,
             "sampling": drawing.sampling,

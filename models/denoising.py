@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from models.images.pixels import from_uint8
 from models.noise.samplers import SeededNoise
 from models.parallel import over_batches
-from models.pixels import from_uint8
 
 if TYPE_CHECKING:
     from models.pipeline import Pipeline

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from models import masks
+from models.images.pixels import from_uint8
 from models.noise.editing import Start, steps_of
 from models.noise.samplers import DEFAULT_SAMPLING, Sampling
-from models.pixels import from_uint8
 
 if TYPE_CHECKING:
     from models.noise.samplers import Callback

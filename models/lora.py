@@ -36,6 +36,7 @@ OLD_ENDINGS = {
     r"\.lora\.up\.weight$": ".lora_B.weight",
 }
 """Names in files of earlier versions of diffusers -> those of peft."""
+TEXT_MODEL = "text_model."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 Weighted: TypeAlias = "Sequence[tuple[Adapter, float]]"
 """Adapters, each with its weight."""
@@ -121,13 +122,20 @@ def merge_adapters(weights: Mapping[str, Tensor], adapters: Weighted, part: str 
             layer = name.removeprefix(f"{part}.").removesuffix(DOWN)
             if not (name.startswith(f"{part}.") and name.endswith(DOWN)):
                 continue
-            up, before = adapter.tensors.get(f"{part}.{layer}{UP}"), result.get(f"{layer}.weight")
+            owner = _name_in(result, layer)
+            up, before = adapter.tensors.get(f"{part}.{layer}{UP}"), result.get(owner)
             if up is None or before is None or not _fits(before, down, up):
                 raise ValueError(f"{adapter.file} does not fit the layer {part}.{layer}: it was made for another base")
             change = (up.float().flatten(1) @ down.float().flatten(1)).reshape(before.shape)
             change *= weight * adapter.scale(part, layer, len(down))
-            result[f"{layer}.weight"] = (before.float() + change.to(before.device)).to(before.dtype)
+            result[owner] = (before.float() + change.to(before.device)).to(before.dtype)
     return result
+
+
+def _name_in(weights: Mapping[str, Tensor], layer: str) -> str:
+    """Return the name of a layer's weight; that of a text encoder has a prefix in some versions of transformers."""
+    names = [f"{prefix}{layer.removeprefix(TEXT_MODEL)}.weight" for prefix in ("", TEXT_MODEL)]
+    return next((name for name in names if name in weights), f"{layer}.weight")
 
 
 def _fits(weight: Tensor, down: Tensor, up: Tensor) -> bool:

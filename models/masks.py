@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from .pixels import from_uint8
+from .images.pixels import from_uint8
 
 FEATHER = 2
 """Width in pixels of the seam inside the mask, by default."""

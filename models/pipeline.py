@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from models import parallel
 from models.hashing import file_sha256, files_sha256
+from models.images.pixels import from_uint8
 from models.json_files import Description, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import controlnet, published
@@ -36,7 +37,6 @@ from models.networks.unet import UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import RectifiedFlow
 from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
-from models.pixels import from_uint8
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -82,8 +82,7 @@ class PipelineInfo(Description):
     latent: Sequence[int] | None = None
     """(channels, side) of the latents; None for a model of pixels."""
     control: Mapping[str, Any] | None = None
-    """Kind of the control maps and how they are made, the fields of `ControlSpec`; None without a ControlNet trained
-    here."""
+    """The fields of `ControlSpec`; None without a ControlNet that was trained here."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative path -> SHA-256 of every other file of the folder; set by `save_pipeline`."""
 

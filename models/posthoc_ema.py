@@ -1,7 +1,7 @@
 """Post-hoc EMA: averages of any width from stored averages of a few widths (Karras et al. 2024, section 3.2).
 
-A power-law average with exponent gamma, updated after every step as `models/ema.py` does, weighs the weights after step
-s by
+A power-law average with exponent gamma, updated after every step as `models/optimization/ema.py` does, weighs the
+weights after step s by
 
     p(s) = (s / T)^(gamma + 1) - ((s - 1) / T)^(gamma + 1),  s = 1 .. T,
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.ema import WIDEST_STD, gamma_of_std
+from models.optimization.ema import WIDEST_STD, gamma_of_std
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

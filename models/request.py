@@ -66,6 +66,10 @@ class Request:
     """Share of the steps that change the image, in (0, 1]; None takes the default, see `masks.default_strength`."""
     mask: np.ndarray | None = None
     """bool [S, S], true where the image is painted anew; None paints all of it."""
+    control: np.ndarray | None = None
+    """Map for a ControlNet, uint8 [1 or 3, h, w]; None draws without the ControlNet."""
+    control_scale: float | None = None
+    """Weight of the ControlNet; None is 1."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class Drawing:
     negative_prompt: str
     sampling: Sampling
     given: Given | None
+    control: np.ndarray | None
+    """uint8 [1, 1 or 3, h, w], for all images."""
+    control_scale: float
 
 
 def draw(model: Model, request: Request, callback: Callback | None = None) -> np.ndarray:
@@ -116,6 +123,7 @@ def resolve(request: Request, info: Described) -> Drawing:
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds {list(request.seeds)} must be one or more integers from 0 on")
     _check_negative(request, info)
+    _check_control(request)
     labels, prompts = _condition(request, info)
     return Drawing(
         seeds=seeds,
@@ -124,7 +132,16 @@ def resolve(request: Request, info: Described) -> Drawing:
         negative_prompt=request.negative_prompt,
         sampling=request.sampling,
         given=_given(request, count),
+        control=None if request.control is None else request.control[None],
+        control_scale=1.0 if request.control_scale is None else request.control_scale,
     )
+
+
+def _check_control(request: Request) -> None:
+    if request.control is None and request.control_scale is not None:
+        raise ValueError("a control scale weighs a control map; give one, or leave it out")
+    if request.control is not None and request.image is not None:
+        raise ValueError("a control map and an image to begin with cannot be combined; leave one out")
 
 
 def _given(request: Request, count: int) -> Given | None:

@@ -112,7 +112,7 @@ def _draw(
     """Write the strip of strengths, one row for each image, and the fills, one row for each mask and way to fill it."""
     import numpy as np
 
-    from models.pictures import save_png
+    from models.images.pictures import save_png
     from tasks.editing.measuring import masked_of
 
     if swept:
@@ -132,7 +132,7 @@ def _draw(
 
 def _grid(images: np.ndarray, rows: list[str], columns: list[str] | None) -> Image.Image:
     """Arrange images uint8 [R, K, C, S, S] with titles; large ones are shrunk."""
-    from models.pictures import grid, shrunk
+    from models.images.pictures import grid, shrunk
 
     small = shrunk(images.reshape(-1, *images.shape[2:]), 2 * TILE_PIXELS)
     titles = rows if any(rows) else None

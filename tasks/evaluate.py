@@ -75,8 +75,8 @@ def evaluate(
     `params.allow_small_n`.
     """
     from models.device import best_device
+    from models.images.pictures import save_png
     from models.judges.judge import load_judge
-    from models.pictures import save_png
     from models.pipeline import load_pipeline
     from tasks.evaluation import draws, protocol
     from tasks.evaluation.control import measure_control
@@ -121,11 +121,11 @@ def evaluate(
         for name, drawn in grids.items():
             save_png(grid_of(drawn, model.info.classes), folder / f"{name}.png")
         save_png(grid_of_nearest(unguided[0], scorer), folder / "grid_nearest.png")
+        if controlled:
+            save_png(_grid_of_control(controlled), folder / "grid_control.png")
         if learned:
             atomic.write_text(folder / "subject.csv", _csv(subjects.COLUMNS, (row.cells() for row in learned.rows)))
             save_png(learned.picture, folder / "grid_subject.png")
-        if controlled:
-            save_png(_grid_of_control(controlled), folder / "grid_control.png")
     atomic.write_json(timing, {"seconds_per_image": _seconds_per_image([*unguided, *guided, *others, *swept])})
     atomic.write_json(metrics, measured.headline_numbers() | (learned.headlines() if learned else {}))
     _print(measured)
@@ -282,7 +282,7 @@ def _csv(columns: list[str], rows: Iterable[Row]) -> str:
 
 def grid_of(drawn: Draw, classes: list[str]) -> Image.Image:
     """Return a grid with one titled column per class; plain rows without labels or with too many classes."""
-    from models.pictures import grid
+    from models.images.pictures import grid
 
     rows = len(drawn.pixels) // max(1, len(classes))
     if drawn.labels is None or not rows or len(classes) > MAX_GRID_CLASSES:
@@ -293,7 +293,7 @@ def grid_of(drawn: Draw, classes: list[str]) -> Image.Image:
 
 def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
     """Return arguments of `grid`: images shrunk to twice `GRID_SIDE` at most, columns, and the scale of a tile."""
-    from models.pictures import shrunk
+    from models.images.pictures import shrunk
 
     small = shrunk(pixels, 2 * GRID_SIDE)
     return small, columns, max(1, GRID_SIDE // small.shape[-1])
@@ -301,7 +301,7 @@ def _shown(pixels: np.ndarray, columns: int) -> tuple[np.ndarray, int, int]:
 
 def _grid_of_control(controlled: Controlled) -> Image.Image:
     """Return control maps above their images, and above what is drawn with, without, and with another map."""
-    from models.pictures import grid
+    from models.images.pictures import grid
 
     rows = controlled.rows
     return grid(*_shown(rows.reshape(-1, *rows.shape[2:]), rows.shape[1]), controlled.titles)
@@ -311,7 +311,7 @@ def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
     """Return the images nearest to a training image by features, each above that training image."""
     import numpy as np
 
-    from models.pictures import grid
+    from models.images.pictures import grid
 
     rows, distances = scorer.nearest_training(drawn.pixels)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]

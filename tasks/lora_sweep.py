@@ -75,8 +75,8 @@ def sweep(
 
     import numpy as np
 
+    from models.images.pixels import to_uint8
     from models.lora import merge_adapters
-    from models.pixels import to_uint8
     from tasks.runtime.progress import progress
 
     first, *others = adapters
@@ -115,8 +115,8 @@ def main() -> None:
 
 
 def _write(arguments: argparse.Namespace) -> None:
+    from models.images.pictures import grid, png_bytes, shrunk
     from models.noise.samplers import Sampling
-    from models.pictures import grid, png_bytes, shrunk
     from tasks.runtime import atomic
 
     pipeline, adapters = load(arguments.base, arguments.lora)

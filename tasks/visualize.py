@@ -116,7 +116,7 @@ def _charts(model: Pipeline, training: Path) -> tuple[Chart, Chart]:
 
 
 def _write_figures(folder: Path, tiles: dict[str, Tiles], charts: dict[str, Chart], drawn: Drawn) -> None:
-    from models.pictures import save_animation, save_png
+    from models.images.pictures import save_animation, save_png
     from tasks.report.process import animation, save_tiles
 
     for name, table in tiles.items():

@@ -85,6 +85,7 @@ class Peer:
         )
         self.noise_scheduler = DDPMScheduler(TIMESTEPS, beta_schedule=SCHEDULE, prediction_type=PREDICTION)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        # DataLoader is declared for subclasses of Dataset, and takes whatever has a length and items.
         images: Any = ImageFiles(files, image.resolution, image.channels, train.horizontal_flip)
         loader = torch.utils.data.DataLoader(images, batch_size=train.batch_size, shuffle=True)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=train.steps)

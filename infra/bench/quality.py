@@ -21,12 +21,12 @@ import numpy as np
 from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, key, parameters, prepare
 from models.device import best_device
+from models.images.pictures import grid, png_bytes
+from models.images.pixels import to_uint8
 from models.judges.judge import load_judge
 from models.judges.metrics import frechet_distance
 from models.noise.samplers import Sampling, samplers_of
-from models.pictures import grid, png_bytes
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
 from tasks.runtime import atomic
 from tasks.runtime.progress import progress

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -84,7 +85,8 @@ def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
             made = lambda: any((here / scratch).glob("train/*/step-*/manifest.json"))  # noqa: E731
             return _waited_for(made, process, began)
         finally:
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself
+                process.terminate()
             process.wait()
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.images.pixels import from_uint8
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.judges.fit import Recipe, fit, seeded
 from models.parallel import over_batches
-from models.pixels import from_uint8
 
 LABEL_SMOOTHING = 0.1  # spreads the features more evenly, so that distances depend less on single images
 APPLY_BATCH, APPLY_VALUES = 500, 1 << 24

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from models.hashing import folder_sha256
+from models.images.pixels import from_uint8, to_uint8
 from models.json_files import read_json, write_json
-from models.pixels import from_uint8, to_uint8
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny

@@ -129,12 +129,13 @@ def _require_supported_architecture(config: JsonObject) -> None:
     Most of them change no weight's shape: the weights would load, and give other images.
     """
     attention = [name.startswith("CrossAttn") for name in config["down_block_types"]]
+    channels = config["in_channels"]
     supported: Supported = {
         "down_block_types": (["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "up_block_types": (["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],),
-        # An inpainting U-Net receives c channels, the mask, and the c channels of the masked image.
-        "out_channels": (config["in_channels"], (config["in_channels"] - 1) / 2),
+        # An inpainting U-Net receives the c channels of x, the mask, and the c channels of the masked image.
+        "out_channels": (channels, *([channels // 2] if channels % 2 else [])),
         "act_fn": ("silu",),
         "addition_embed_type": (None, "text_time"),
         "addition_time_embed_dim": (None, SIZE_WIDTH),

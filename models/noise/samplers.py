@@ -351,7 +351,8 @@ def sample(
     if sampling.sampler not in known:
         kind = "diffusion model" if isinstance(scheduler.path, DiffusionPath) else "rectified flow"
         raise ValueError(f"a {kind} has no sampler {sampling.sampler!r}; use one of: {', '.join(known)}")
-    own: dict[str, dict[str, Any]] = {"ddim": {"eta": sampling.eta}, "ddpm": {"variance_type": scheduler.variance_type}}
+    own: dict[str, dict[str, float | str]] = {"ddim": {"eta": sampling.eta}}
+    own["ddpm"] = {"variance_type": scheduler.variance_type}
     levels = [*scheduler.levels(sampling.sampler, sampling.steps), CLEAN]
     run = functools.partial(SAMPLERS[sampling.sampler], denoise, **own.get(sampling.sampler, {}))
     if start is not None:

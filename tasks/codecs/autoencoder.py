@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models import autoencoder_training as training
-from models import pictures
 from models.device import best_device
+from models.images import pictures
 from models.judges.fit import Recipe
 from models.networks import autoencoder
 from tasks.formats.codec_info import AutoencoderInfo

@@ -59,6 +59,16 @@ def read(image: bytes, mask: bytes | None, channels: int, side: int) -> Given:
     return Given(pixels, decoding.crop_and_resize(drawn, (side, side), 1)[0] >= LIGHT, (width, height))
 
 
+def dimensions(data: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of an image.
+
+    Raises:
+        ValueError: if it is not a still image within the limits.
+    """
+    height, width = decoding.upright_size(_open(data, name))
+    return width, height
+
+
 def _open(data: bytes, name: str) -> Image:
     if len(data) > MAX_BYTES:
         raise ValueError(f"the {name} has {len(data)} bytes, over the limit of {MAX_BYTES}; make it smaller")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.masks import rectangle
+from models.networks.control_maps import CHANNELS as RGB
+from models.networks.control_maps import maps_of
 from tasks.drawing import given
 from tasks.drawing.settings import File, Rectangle
 from tasks.runtime.errors import StageError
@@ -60,6 +62,32 @@ def load(settings: Settings, info: PipelineInfo) -> tuple[np.ndarray | None, np.
     if settings.mask_rectangle is not None:
         return found.image, _rectangle(settings.mask_rectangle, info.size)
     return found.image, found.mask
+
+
+def load_control(settings: Settings, info: PipelineInfo) -> np.ndarray | None:
+    """Return the control map of the settings, uint8 [1 or 3, h, w]; None without one.
+
+    Raises:
+        StageError: for files that are not images, or a map to be made for a model that does not say how.
+    """
+    file = settings.control or settings.control_from
+    if file is None:
+        return None
+    option = "--control" if settings.control else "--control-from"
+    spec, data = info.control_spec, _bytes(Path(file.path), option)
+    try:
+        if settings.control is None:
+            if spec is None:
+                raise StageError("--control-from needs a model whose ControlNet was trained here; give --control")
+            return maps_of(spec, given.read(data, None, info.channels, info.size).image[None])[0]
+        coarse = spec.colour_cells if spec and spec.kind == "colour" else info.size
+        width, height = given.dimensions(data, "control map")
+        side = coarse if (width, height) == (coarse, coarse) else info.size
+        if (width, height) != (side, side):
+            print(f"draw: {file.path} was brought from {width} x {height} to {side} x {side} pixels")
+        return given.read(data, None, 1 if spec and spec.channels == 1 else RGB, side).image
+    except ValueError as error:
+        raise StageError(str(error)) from None
 
 
 def parse_rectangle(text: str) -> Rectangle:

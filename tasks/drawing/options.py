@@ -32,6 +32,9 @@ class Options:
     strength: float | None = None
     mask: Path | None = None
     mask_rectangle: str | None = None
+    control: Path | None = None
+    control_from: Path | None = None
+    control_scale: float | None = None
     like: Path | None = None
     out: Path | None = None
     scale: int | None = None
@@ -48,6 +51,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.error("--count N draws N seeds from the first on; give one --seed with it")
     if given.mask and given.mask_rectangle:
         parser.error("give --mask or --mask-rectangle, not both")
+    if given.control and given.control_from:
+        parser.error("give --control or --control-from, not both")
     for name in ("count", "scale", "steps"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -91,6 +96,12 @@ def _add_image(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--mask-rectangle", metavar="LEFT,TOP,WIDTH,HEIGHT", help="the same, in pixels of the drawn image"
     )
+
+    group.add_argument("--control", type=Path, metavar="FILE", help="a map for the model's ControlNet")
+    group.add_argument(
+        "--control-from", type=Path, metavar="FILE", help="an image to make that map from, as in the training"
+    )
+    group.add_argument("--control-scale", type=float, metavar="WEIGHT", help="weight of the ControlNet; default 1")
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:

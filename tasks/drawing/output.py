@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 
-from models import pictures
-from models.pixels import to_uint8
+from models.images import pictures
+from models.images.pixels import to_uint8
 from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 

@@ -24,6 +24,8 @@ class Painter:
     """Draws checked requests with a pipeline."""
 
     pipeline: Pipeline
+    most: int = MAX_BATCH
+    """Most images that are drawn at once."""
 
     @property
     def info(self) -> PipelineInfo:
@@ -33,7 +35,7 @@ class Painter:
     @property
     def batch_size(self) -> int:
         """Images that are drawn at once."""
-        return max(1, min(MAX_BATCH, BATCH_PIXELS // self.info.size**2))
+        return max(1, min(self.most, BATCH_PIXELS // self.info.size**2))
 
     def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
         """Draw the images of a checked request, float32 [N, C, H, W], about [-1, 1].
@@ -50,5 +52,5 @@ class Painter:
             "callback": callback,
         }
         if drawing.given is None:
-            return pipeline.sample(drawing.seeds, **rest)
+            return pipeline.sample(drawing.seeds, control=drawing.control, control_scale=drawing.control_scale, **rest)
         return edit(pipeline, drawing.seeds, drawing.given.images, drawing.given.strength, drawing.given.mask, **rest)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.device import best_device
+from models.masks import default_strength
+from models.noise.editing import steps_of
+from models.parallel import LEAST_IMAGES
 from models.request import Request, draw, resolve
 from tasks.drawing import adapters, defaults, inputs, output, place
 from tasks.drawing.options import MAX_IMAGES, MODEL, Options
@@ -21,10 +24,12 @@ from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from models.noise.samplers import Callback, Sampling
     from models.pipeline import Pipeline, PipelineInfo
     from tasks.drawing.place import Place
-    from tasks.drawing.settings import Adapter
+    from tasks.drawing.settings import Adapter, File
 
 PROGRESS_SECONDS = 5
 """Drawings that take longer show a progress bar."""
@@ -47,7 +52,8 @@ def run(options: Options) -> None:
     try:
         settings = _settings(options, like, found, pipeline.info).model_copy(update={"lora": loras})
         image, mask = inputs.load(settings, pipeline.info)
-        request = replace(_request(settings), image=image, mask=mask)
+        control = inputs.load_control(settings, pipeline.info)
+        request = replace(_request(settings), image=image, mask=mask, control=control)
         resolve(request, pipeline.info)  # before adapters are merged, which takes time
         adapters.merge(pipeline, loras)
         layout = Layout.of(settings.seeds, _titles(settings, pipeline.info), pipeline.info.size, options.scale)
@@ -57,6 +63,8 @@ def run(options: Options) -> None:
             _write(out, _drawn(pipeline, request), layout, options.scale, settings)
     except ValueError as error:
         raise StageError(str(error)) from None
+    except OSError as error:
+        raise StageError(f"--out {out} cannot be written ({error.strerror or error}); choose another place") from None
     print(f"draw: wrote {out} ({_sentence(settings)})")
 
 
@@ -118,7 +126,26 @@ def _beginning(options: Options, base: Settings) -> dict[str, object]:
         mask, rectangle = None, inputs.parse_rectangle(options.mask_rectangle)
     else:
         mask = inputs.unchanged(mask, "--mask", like)
-    return {"image": image, "strength": strength, "mask": mask, "mask_rectangle": rectangle}
+    return {
+        "image": image,
+        "strength": strength,
+        "mask": mask,
+        "mask_rectangle": rectangle,
+        "control_scale": base.control_scale if options.control_scale is None else options.control_scale,
+        **_control(options, base, like),
+    }
+
+
+def _control(options: Options, base: Settings, like: Path) -> dict[str, File | None]:
+    """Return the control map, or the image to make it from, of the options, else those of --like."""
+    if options.control:
+        return {"control": inputs.described(options.control, "--control"), "control_from": None}
+    if options.control_from:
+        return {"control": None, "control_from": inputs.described(options.control_from, "--control-from")}
+    return {
+        "control": inputs.unchanged(base.control, "--control", like),
+        "control_from": inputs.unchanged(base.control_from, "--control-from", like),
+    }
 
 
 def _defaults(found: Place, info: PipelineInfo) -> Settings:
@@ -153,6 +180,7 @@ def _request(settings: Settings) -> Request:
         negative_prompt=settings.negative_prompt,
         sampling=settings.sampling,
         strength=settings.strength,
+        control_scale=settings.control_scale,
     )
 
 
@@ -166,18 +194,19 @@ def _titles(settings: Settings, info: PipelineInfo) -> list[str]:
 
 def _drawn(pipeline: Pipeline, request: Request) -> np.ndarray:
     painter = Painter(pipeline)
-    with _bar(painter, request) as step:
+    with _bar(request) as step:
         return draw(painter, request, step)
 
 
 def _frames(pipeline: Pipeline, request: Request) -> list[np.ndarray]:
     """Return x after each step, decoded, and the finished images: float [N, C, H, W] each."""
-    painter, seen = Painter(pipeline), dict[int, list[np.ndarray]]()
+    # One thread draws a batch this small, so that the parts of a step arrive in their order.
+    painter, seen = Painter(pipeline, most=2 * LEAST_IMAGES - 1), dict[int, list[np.ndarray]]()
 
-    with _bar(painter, request) as step:
+    with _bar(request) as step:
 
-        def callback(i: int, t: float, x: object, x0: object) -> None:
-            seen.setdefault(i, []).append(pipeline.decode(x).float().cpu().numpy())  # type: ignore[arg-type]
+        def callback(i: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
+            seen.setdefault(i, []).append(pipeline.decode(x).float().cpu().numpy())
             step(i, t, x, x0)
 
         images = draw(painter, request, callback)
@@ -185,12 +214,13 @@ def _frames(pipeline: Pipeline, request: Request) -> list[np.ndarray]:
 
 
 @contextmanager
-def _bar(painter: Painter, request: Request) -> Iterator[Callback]:
-    """Show the steps of all batches, if they take long."""
-    batches = -(-len(request.seeds) // painter.batch_size)
-    total = batches * request.sampling.steps
-    with progress(desc="draw", total=total, unit="step", delay=PROGRESS_SECONDS) as bar:
-        yield lambda i, t, x, x0: bar.update() and None
+def _bar(request: Request) -> Iterator[Callback]:
+    """Show the steps of all images, if they take long."""
+    steps = request.sampling.steps
+    if request.image is not None:
+        steps = steps_of(default_strength(request.mask) if request.strength is None else request.strength, steps)
+    with progress(desc="draw", total=len(request.seeds) * steps, unit="step", delay=PROGRESS_SECONDS) as bar:
+        yield lambda i, t, x, x0: bar.update(len(x))
 
 
 def _write(out: Path, images: np.ndarray, layout: Layout, scale: int | None, settings: Settings) -> None:

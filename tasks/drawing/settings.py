@@ -62,6 +62,9 @@ class Settings(BaseModel):
     strength: float | None = None
     mask: File | None = None
     mask_rectangle: Rectangle | None = None
+    control: File | None = None
+    control_from: File | None = None
+    control_scale: float | None = None
 
     @property
     def sampling(self) -> Sampling:

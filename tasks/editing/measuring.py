@@ -15,9 +15,9 @@ import numpy as np
 
 from models import masks
 from models.editing import GREY, edit
+from models.images.pixels import to_uint8
 from models.judges import metrics
 from models.noise.editing import steps_of, stretches
-from models.pixels import to_uint8
 from tasks.editing.subjects import agreement
 from tasks.runtime.progress import progress
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Row: TypeAlias = "Mapping[str, float | int | str | None]"
 """A row of a table by column; None where a measure does not apply."""
 MAKERS: dict[str, Callable[[int, int], np.ndarray]] = {"centre": masks.centre, "half": masks.half}
-FILLS = ("model", "condition ignored", "mean fill", "copied patch", "original")
+FILLS = ("model", "wrong condition", "mean fill", "copied patch", "original")
 MAX_PSNR = 100.0
 """Decibel of equal images."""
 SEARCH_BLOCK = 64
@@ -118,14 +118,14 @@ def strengths(bench: Bench) -> Iterator[tuple[Row, np.ndarray]]:
 def fills(bench: Bench) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield the row and the images of each mask and each way to fill it, in the order of `FILLS`.
 
-    The masks of one kind are the same for every way. "condition ignored" asks the model for what the image does not
+    The masks of one kind are the same for every way. "wrong condition" asks the model for what the image does not
     show; an unconditional model has no such row.
     """
     subjects = bench.subjects
     for kind in bench.params.masks:
         mask = masks_of(kind, subjects.pixels, bench.params.seed)
         for way in FILLS:
-            if way == "condition ignored" and not subjects.conditional:
+            if way == "wrong condition" and not subjects.conditional:
                 continue
             filled = _filled(bench, kind, way, mask)
             wrong = (filled != subjects.pixels) & ~mask[:, None]
@@ -148,8 +148,8 @@ def _filled(bench: Bench, kind: str, way: str, mask: np.ndarray) -> np.ndarray:
     subjects, inside = bench.subjects, mask[:, None]
     if way == "model":
         return bench.draw(f"fill-{kind}", subjects.own, 1.0, mask)
-    if way == "condition ignored":
-        return bench.draw(f"ignored-{kind}", subjects.asked, 1.0, mask)
+    if way == "wrong condition":
+        return bench.draw(f"wrong-{kind}", subjects.asked, 1.0, mask)
     if way == "mean fill":
         return np.where(inside, mean_of_known(subjects.pixels, mask), subjects.pixels)
     if way == "copied patch":
@@ -215,7 +215,8 @@ def headline(swept: Sequence[Row], filled: Sequence[Row], count: int) -> dict[st
         if row["fill"] == "model":
             entry["known_error"] = row["known_error"]
         suffix = "" if row["fill"] == "model" else f"_{str(row['fill']).replace(' ', '_')}"
-        for name in ("feature_distance", "frechet_to_data", "own_share"):
+        of_originals = row["fill"] == "original"  # the floor of the distance to the data; the others are constants
+        for name in ("frechet_to_data",) if of_originals else ("feature_distance", "frechet_to_data", "own_share"):
             if row[name] is not None:
                 entry[f"{name}{suffix}"] = row[name]
     if inpainting:

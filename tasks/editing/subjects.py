@@ -96,10 +96,10 @@ def _conditions(samples: Samples, rows: np.ndarray, model: Pipeline) -> tuple[Co
 
 
 def agreement(judge: Judge, pixels: np.ndarray, wanted: Condition, other: Condition) -> float | None:
-    """Return the share of images that the judge assigns to `wanted`; None for a judge without classifier or CLIP.
+    """Return the share of images that the judge assigns to the condition `wanted`.
 
-    For labels that is the classifier's class; for prompts the CLIP's choice between the prompt wanted and the other.
-    Images for which both are equal are left out.
+    For labels that is the classifier's class; for prompts the CLIP's choice between the prompt wanted and the other,
+    without the images for which both are equal. None for a judge without classifier or CLIP.
     """
     if "labels" in wanted and judge.classifier is not None:
         chosen = judge.class_logits(pixels).argmax(axis=1)

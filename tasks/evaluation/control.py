@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from models.images.pixels import to_uint8
 from models.networks.control_maps import agreement, as_input
-from models.pixels import to_uint8
 from tasks.evaluation.draws import BLOCK_STRIDE
 from tasks.runtime.measures import ControlMeasured
 from tasks.runtime.progress import progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.pixels import to_uint8
+from models.images.pixels import to_uint8
 from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
 from tasks.runtime.progress import progress

@@ -10,14 +10,7 @@ from pydantic import Field, model_validator
 from tasks.params import control
 from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
 from tasks.params.editing import EditParams
-from tasks.params.model import (
-    Architecture,
-    CodecParams,
-    Conditioning,
-    DiffusionParams,
-    ModelParams,
-    TrainParams,
-)
+from tasks.params.model import Architecture, CodecParams, Conditioning, DiffusionParams, ModelParams, TrainParams
 from tasks.params.prior import PriorParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,
@@ -225,8 +218,12 @@ class Params(Section):
                 "prior.instance_prompt trains DreamBooth, whose class images are drawn by base weights; name them in "
                 "train.weights or train.init_from"
             )
-        others = {"encode.buckets": self.encode.buckets, "encode.control": self.encode.control}
-        for key, value in {**others, "train.distil": train.distil}.items():
+        others = {
+            "encode.buckets": self.encode.buckets,
+            "encode.control": self.encode.control,
+            "train.distil": train.distil,
+        }
+        for key, value in others.items():
             if value:
                 raise ValueError(f"{key} does not work with prior.instance_prompt; reset one of them")
         if train.text_encoder and self.codec.text.second_width is not None:

@@ -235,7 +235,7 @@ class EncodeParams(Section):
     """The sides of buckets are multiples of this number of pixels."""
     workers: PositiveInt = 2
     """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
-    control: ControlParams | None = None
-    """Control maps for a ControlNet; null makes none."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
+    control: ControlParams | None = None
+    """Control maps for a ControlNet; null makes none."""

@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 class EditParams(Section):
     """Editing of held-out images, and its measurement."""
 
-    n_images: Count = 64
+    n_images: Count = 40
     """Held-out images that are edited, at most half of them; the others are the reference. 0 disables the stage."""
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), strict=False

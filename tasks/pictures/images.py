@@ -108,7 +108,7 @@ def schema() -> pa.Schema:
 
 def published_schema(classes: list[str]) -> pa.Schema:
     """Columns of a shard, with the features `Image` and `ClassLabel` declared for Hugging Face `datasets`."""
-    features: dict[str, dict[str, Any]] = {"image": {"_type": "Image"}}
+    features: dict[str, dict[str, object]] = {"image": {"_type": "Image"}}
     if classes:
         features["label"] = {"_type": "ClassLabel", "names": classes}
     return schema().with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -307,7 +307,7 @@ def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
     labels = np.full(len(keys), -1, np.int64)
     captions: list[list[str]] = [[] for _ in keys]
 
-    def take(row: dict[str, Any]) -> None:
+    def take(row: dict[str, Any]) -> None:  # the columns have several types
         place = position[row["key"]]
         pixels[place] = decoding.decode_resized(
             row["image"]["bytes"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
@@ -364,7 +364,7 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 
 
-def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:
+def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:  # as `take` reads them
     """Yield the rows of a split in batches."""
     columns = ["key", PICTURE, "width", "height", "label", "captions", "split"]
     for shard in shards(images):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models.pixels import to_uint8
+from models.images.pixels import to_uint8
 from tasks.encoding.blocks import Blocks
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
@@ -28,7 +28,7 @@ class Drawing:
             "sampler": [params.sampler, params.steps, params.guidance_scale],
             "images per block": params.batch_size,
             "device": pipeline.device,
-            "code": closure.digest("models/pipeline.py", "models/pixels.py"),
+            "code": closure.digest("models/pipeline.py", "models/images/pixels.py"),
         }
         self.blocks = Blocks(workspace.scratch() / "prior", recipe)
         self.blocks.open()

@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import save_file
 
 from models.device import best_device
+from models.images.pictures import grid, save_png, shrunk
 from models.networks.autoencoder import load_autoencoder
 from models.networks.text_encoder import TextEncoder, load_text_encoder
-from models.pictures import grid, save_png, shrunk
 from tasks.encoding.transform import encode_pixels
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, BucketShard, Split

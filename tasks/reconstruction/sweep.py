@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.ema import EMA
+from models.optimization.ema import EMA
 from tasks.evaluation.draws import draw
 from tasks.evaluation.protocol import require_pipeline
 from tasks.formats import latents

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models.ema import gamma_of
 from models.hashing import files_sha256
 from models.networks import published
 from models.networks.text_unet import adapter, merged
+from models.optimization.ema import gamma_of
 from models.pipeline import ADAPTER, INFO, PipelineInfo
 from models.posthoc_ema import Combination, Stored, combine
 from tasks.formats.averages import FILE, REFERENCE, Averages

@@ -41,8 +41,8 @@ STRENGTH_TEXT = (
     "condition asked for; “condition ignored” is the same share if the model is given what the image shows instead."
 )
 FILL_TEXT = (
-    "The masked region of held-out images, filled by the model with the right condition and with a wrong one "
-    "(“condition ignored”), by the mean colour outside the mask, and by the same region of the training image that is "
+    "The masked region of held-out images, filled by the model with the right condition and with another one "
+    "(“wrong condition”), by the mean colour outside the mask, and by the same region of the training image that is "
     "nearest outside it. “Error outside” is the largest difference of a pixel that was to be kept, 0 to 255. “Own "
     "class” is the share that the judge still assigns to the image's own condition."
 )

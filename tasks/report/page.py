@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 
-from models.pictures import shrunk, tile_png
+from models.images.pictures import shrunk, tile_png
 
 if TYPE_CHECKING:
     import numpy as np

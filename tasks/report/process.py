@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models import pictures
+from models.images import pictures
+from models.images.pixels import to_uint8
 from models.noise import schedules
 from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Callback, SeededNoise
-from models.pixels import to_uint8
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 from tasks.report.page import Neighbours, Tiles

@@ -92,7 +92,7 @@ def _entries(file: Path) -> Iterator[Entry]:
         raise StageError(f"{file.name} lacks {', '.join(sorted(missing))}; it is not the published archive")
 
 
-def _pictures(batch_name: str, split: str, batch: dict[bytes, Any]) -> Iterator[Entry]:
+def _pictures(batch_name: str, split: str, batch: dict[bytes, Any]) -> Iterator[Entry]:  # of `_unpickle`
     """One batch, `data` uint8 [n, 3072] channel first and `labels` [n] -> entries."""
     planes = batch[b"data"].reshape(-1, 3, 32, 32)
     for row, (pixels, label) in enumerate(zip(planes, batch[b"labels"], strict=True)):
@@ -102,7 +102,7 @@ def _pictures(batch_name: str, split: str, batch: dict[bytes, Any]) -> Iterator[
         yield Entry(f"{batch_name}/{row:05d}", data, len(data), label=int(label), split=split)
 
 
-def _require_classes(names: dict[bytes, Any]) -> None:
+def _require_classes(names: dict[bytes, Any]) -> None:  # of `_unpickle`
     published = [name.decode() for name in names[b"label_names"]]
     if published != CLASSES:
         raise StageError(f"the archive names the classes {published}, not {CLASSES}; it is not the published archive")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.images.pictures import grid, shrunk
+from models.images.pixels import to_uint8
 from models.judges import metrics
 from models.noise.samplers import Sampling
-from models.pictures import grid, shrunk
-from models.pixels import to_uint8
 from tasks.formats.prior import BEFORE, CLASS, SUBJECT, pictures
 from tasks.runtime.progress import progress
 from tasks.subjects.checkpoints import earlier

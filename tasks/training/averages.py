@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.ema import EMA, gamma_of
 from models.hashing import files_sha256
+from models.optimization.ema import EMA, gamma_of
 from tasks.formats.averages import FILE, REFERENCE, Averages, Snapshot
 from tasks.runtime import atomic
 

@@ -19,15 +19,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from models.diffusion import drop_condition
+from models.images.pixels import from_uint8
 from models.networks.control_maps import as_input
 from models.networks.text_encoder import with_sizes
-from models.pixels import from_uint8
+from models.optimization.diffusion import drop_condition
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
 
 if TYPE_CHECKING:
-    from models.timesteps import Timesteps
+    from models.optimization.timesteps import Timesteps
 
 MEMORY_SHARE = 0.3
 """Share of the free memory that the data set may take under `data_on_device: auto`; the rest is for training."""

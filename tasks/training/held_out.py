@@ -11,7 +11,7 @@ import torch
 from tasks.training import tuning
 
 if TYPE_CHECKING:
-    from models.ema import EMA
+    from models.optimization.ema import EMA
     from tasks.training.run import Run
 
 

@@ -31,7 +31,7 @@ FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init
 NO_WEIGHT = {
     "models/networks/autoencoder.py": "decodes previews; `encode` made the latents, whose digest is in the key",
     "models/flops.py": "counts operations for the log",
-    "models/pictures.py": "draws the grids of previews",
+    "models/images/pictures.py": "draws the grids of previews",
     "models/pipeline.py": "writes finished weights",
     "models/noise/editing.py": "draws from a given image, which previews do not",
     "models/noise/samplers.py": "draws previews",
@@ -112,7 +112,7 @@ def run_facts(
     )
 
 
-def _flattened(sections: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(sections: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:  # JSON values
     """Yield the dotted names of the parameters in nested sections, with their values."""
     for key, value in sections.items():
         if isinstance(value, dict):

@@ -38,7 +38,7 @@ def check_fits(params: TrainParams) -> None:
 
 
 def sharded(kind: str) -> StageError:
-    """Return the error for a configuration of accelerate that spreads the network over processes."""
+    """Return the error for a configuration of accelerate that shards the network."""
     return StageError(
         f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
         "configuration like those in infra/accelerate"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.muon import MuonWithAdamW
+from models.optimization.muon import MuonWithAdamW
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models import pictures
+from models.images import pictures
+from models.images.pixels import to_uint8
 from models.networks import autoencoder
 from models.networks.network import predictor
 from models.noise import samplers
 from models.noise.paths import DiffusionPath
-from models.pixels import to_uint8
 from tasks.runtime import atomic
 from tasks.training.held_out import averaged
 

@@ -62,7 +62,7 @@ class PriorMix:
         return torch.cat([part for part in parts if part is not None])
 
     def controls(self, count: int) -> None:
-        """Return no control maps: DreamBooth trains no ControlNet."""
+        """Return no control maps: DreamBooth trains without a ControlNet."""
 
 
 def open_mix(

@@ -16,8 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from models import tuned_text
-from models.diffusion import add_noise, squared_error, target
-from models.ema import EMA
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -26,7 +24,9 @@ from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise.schedules import path_of
-from models.timesteps import Density, Timesteps
+from models.optimization.diffusion import add_noise, squared_error, target
+from models.optimization.ema import EMA
+from models.optimization.timesteps import Density, Timesteps
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace

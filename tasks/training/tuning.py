@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models import consistency
-from models.timesteps import Timesteps
+from models.optimization import consistency
+from models.optimization.timesteps import Timesteps
 from tasks.training import companions
 
 if TYPE_CHECKING:

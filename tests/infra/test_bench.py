@@ -262,6 +262,14 @@ def test_the_measured_command_has_the_arguments_of_the_stage(tmp_path):
     assert len(paths) == len(stage.paths_of(train))
 
 
+def test_a_training_that_ends_without_a_step_is_said(tmp_path, monkeypatch):
+    from infra.bench import startup
+
+    monkeypatch.setattr(startup, "arguments", lambda *_: ["--no-such-option"])
+    with pytest.raises(RuntimeError, match="the training command made no step"):
+        startup._first_step(tmp_path, None, "fresh")
+
+
 def test_a_missing_archive_is_said_in_one_sentence(work, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no CIFAR-10 without --cifar"):
         run(work, tmp_path, monkeypatch, "quality", "--data", "cifar")

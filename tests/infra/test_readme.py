@@ -47,7 +47,6 @@ NOT_HERE = {
     "make repro PYTHON=python3.12": "would make another environment",
     "make test": LONG,
     "make drills": LONG,
-    "make bench": LONG,
     "pytest -m slow": LONG,
     "pytest -m gpu": "needs a GPU",
     "python -m flows.pipeline": "tests/flows/test_flows.py runs it",

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from models import consistency
-from models.consistency import Tuning
-from models.diffusion import denoised
 from models.noise import samplers
 from models.noise.paths import CLEAN, FLOW_PREDICTION, DiffusionPath, Level, RectifiedFlow
 from models.noise.samplers import Sampling, SchedulerConfig
 from models.noise.schedules import path_of
-from models.timesteps import Timesteps
+from models.optimization import consistency
+from models.optimization.consistency import Tuning
+from models.optimization.diffusion import denoised
+from models.optimization.timesteps import Timesteps
 
 CPU = torch.device("cpu")
 FLOW, COSINE = RectifiedFlow(1000), path_of("cosine", 1000)

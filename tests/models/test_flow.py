@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffusion import add_noise, loss_weights, target
 from models.networks.unet import UNet, UNetConfig
 from models.noise import paths, samplers, schedules
 from models.noise.paths import FLOW_PREDICTION, DiffusionPath, RectifiedFlow
 from models.noise.samplers import Sampling, SchedulerConfig
+from models.optimization.diffusion import add_noise, loss_weights, target
+from models.optimization.timesteps import Density, Timesteps
 from models.pipeline import PipelineInfo, load_pipeline, save_pipeline
-from models.timesteps import Density, Timesteps
 
 SHAPE = (2, 1, 8, 8)
 CPU = torch.device("cpu")

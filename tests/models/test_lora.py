@@ -73,6 +73,19 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_changed(adapters):
         merge_adapters(other, [(read_adapter(adapters[0]), 1.0)])
 
 
+@pytest.mark.parametrize("stored", ["", "text_model."])
+@pytest.mark.parametrize("named", ["", "text_model."])
+def test_text_encoders_of_every_version_of_transformers_are_changed(tmp_path, stored, named):
+    down, up = torch.randn(1, 3), torch.randn(2, 1)
+    prefix = f"text_encoder.{named}layers.0.q_proj.lora_"
+    save_file({f"{prefix}A.weight": down, f"{prefix}B.weight": up}, tmp_path / FILE)
+    adapter, weights = read_adapter(tmp_path), {f"{stored}layers.0.q_proj.weight": torch.ones(2, 3)}
+    assert adapter.parts == ["text_encoder"]
+    (merged,) = merge_adapters(weights, [(adapter, 0.5)], "text_encoder").values()
+    assert torch.allclose(merged, 1 + 0.5 * up @ down)
+    assert merge_adapters(weights, [(adapter, 0.5)], "unet") == weights
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

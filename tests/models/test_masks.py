@@ -5,12 +5,12 @@ import pytest
 
 from models import masks
 from models.editing import edit
+from models.images.pixels import from_uint8, to_uint8
 from models.networks.unet import UNet, UNetConfig
 from models.noise.paths import DiffusionPath
 from models.noise.samplers import Sampling, SchedulerConfig
 from models.noise.schedules import alpha_bar, betas
 from models.pipeline import Pipeline, PipelineInfo
-from models.pixels import from_uint8, to_uint8
 from tests.support.networks import randomised
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)

@@ -1,13 +1,19 @@
 """Muon: equal to torch's on matrices, convolutions as matrices, and which parameters it trains."""
 
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from models.muon import MuonWithAdamW, hidden_matrices, orthogonalize
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
+from models.optimization.muon import MuonWithAdamW, hidden_matrices, orthogonalize
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(6, 6), (6, 20), (20, 6), (6, 6), (12, 5), (5, 12), (1, 4)]
 OPTIONS = {"lr": 0.02, "adamw_lr": 0.004, "momentum": 0.9, "weight_decay": 0.1}
 
@@ -179,3 +185,14 @@ class TestHiddenMatrices:
         names = hidden_matrices(network)
         assert "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight" in names
         assert not any("lora" in name for name in names)
+
+
+def test_a_network_that_fsdp2_shards_is_trained_as_in_one_process():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.support.sharded", str(port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    difference, share = map(float, done.stdout.split())
+    assert difference < 1e-3 and 0.4 < share < 0.6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import pictures
+from models.images import pictures
 
 
 def colours(count: int, size: int = 4) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.pixels import from_uint8, to_uint8
+from models.images.pixels import from_uint8, to_uint8
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.ema import EMA, gamma_of_std
+from models.optimization.ema import EMA, gamma_of_std
 from models.posthoc_ema import Stored, combine, profile
 
 KEPT = ("std-0.05", "std-0.10")
@@ -19,7 +19,7 @@ def test_a_profile_is_what_the_updates_weigh_each_step_with(name):
     """The weights after step s are the s-th unit vector, so that the average is the profile itself."""
     import torch
 
-    from models.ema import gamma_of
+    from models.optimization.ema import gamma_of
 
     steps, halfway = 60, 25
     module = torch.nn.Linear(1, steps, bias=False)

@@ -175,6 +175,22 @@ def test_the_preset_of_imagenet_makes_dit_b2_in_the_memory_that_is_documented():
     assert (kept / 2, kept_with_checkpoints / 2) == pytest.approx((229e6, 12e6), rel=0.03)
 
 
+def test_the_preset_of_the_digits_makes_a_small_transformer():
+    from tasks.formats.latents import InputSpec
+    from tasks.params import parse
+    from tasks.params.composition import compose
+    from tasks.training.run import network_config
+
+    params = parse(compose("digits_dit", []))
+    with torch.device("meta"):
+        network = DiT(network_config(InputSpec(1, params.image.resolution, "label", 10), params.model))
+        inputs = torch.zeros(2, 1, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+        assert forward_flops(network, *inputs) / 2 == pytest.approx(22.2e6, rel=0.01)
+        kept = kept_bytes(network, inputs)
+    assert count(network) == pytest.approx(0.478e6, rel=0.001)
+    assert kept / 2 == pytest.approx(2.4e6, rel=0.03)
+
+
 def kept_bytes(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     """Bytes that a forward pass keeps for the backward pass, besides the parameters."""
     kept: dict[int, torch.Tensor] = {}  # keeps the tensors, so that no two have the same storage

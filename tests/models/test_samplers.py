@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
 from models.noise import paths, samplers, schedules
 from models.noise.paths import CLEAN, DiffusionPath, Level
 from models.noise.samplers import Sampling, SchedulerConfig
 from models.noise.spacing import leading_timesteps, timesteps_for, trailing_timesteps
+from models.optimization.diffusion import add_noise, drop_condition, loss_weights, squared_error, target
 
 T = 1000
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", T))

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.images.pixels import to_uint8
 from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks import params
 from tasks.params import ImageParams
 from tasks.pictures.images import load_pixels

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.pictures import tile_png
+from models.images.pictures import tile_png
 from tasks.codec import codec
 from tasks.download import download
 from tasks.encode import encode

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import pictures
+from models.images import pictures
 from models.networks.unet import UNet, UNetConfig
 from models.noise import schedules
 from models.pipeline import PipelineInfo, save_pipeline

@@ -34,7 +34,7 @@ def uniform(timesteps: int):
     import torch
 
     from models.noise.schedules import path_of
-    from models.timesteps import Timesteps
+    from models.optimization.timesteps import Timesteps
 
     return Timesteps(path_of("cosine", timesteps), torch.device("cpu"))
 
@@ -189,7 +189,7 @@ def command(folder: Path) -> list[str]:
 
 def start_warm(folder: Path, database: Path) -> WarmProcess:
     """Start the training as a process that has loaded the packages."""
-    return WarmProcess(command(folder)[3:], environment(folder, database))
+    return WarmProcess(command(folder)[3:], environment(folder, database), folder / "log")
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,13 +17,14 @@ _CONTEXT.set_forkserver_preload(["torch", "accelerate", "diffusers", "mlflow", "
 
 
 class WarmProcess:
-    """`python -m tasks.train` with `arguments`, in a session of its own; has the methods of `subprocess.Popen`."""
+    """`python -m tasks.train` with `arguments`, in a session of its own; has methods of `subprocess.Popen`.
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        handle, name = tempfile.mkstemp(prefix="training-", suffix=".log")
-        os.close(handle)
-        self._log = Path(name)
-        self._process = _CONTEXT.Process(target=_train, args=(arguments, environment, name))
+    What it prints goes to the file `log`.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        self._process = _CONTEXT.Process(target=_train, args=(arguments, environment, log))
         self._process.start()
 
     @property
@@ -50,16 +50,16 @@ class WarmProcess:
 
     def output(self) -> str:
         """What it has printed so far, errors included."""
-        return self._log.read_text(encoding="utf-8")
+        return self._log.read_text(encoding="utf-8") if self._log.exists() else ""
 
 
-def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _train(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     """The process: everything that differs between the forked one and a new one is set before the stage starts."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    with Path(log).open("wb") as file:
+    with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)

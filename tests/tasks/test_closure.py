@@ -71,8 +71,8 @@ def test_a_missing_file_is_an_error(copied):
         closure.closure("tasks/gone.py")
     with pytest.raises(FileNotFoundError, match=r"tasks/gone\.py does not exist"):
         closure.closure("tasks/train.py", without=["tasks/gone.py"])
-    (copied / "models" / "ema.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"imports models\.ema"):
+    (copied / "models" / "optimization" / "ema.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"imports models\.optimization\.ema"):
         training_key.code()
 
 
@@ -99,8 +99,8 @@ def test_latents_are_kept_by_the_code_that_made_them(copied):
 def test_the_bundle_carries_what_its_code_imports():
     """The bundle is a package of its own, which imports nothing of `tasks` and no PyTorch."""
     files = closure.closure("models/bundle.py", plumbing=())
-    names = ("bundle", "bundle_info", "json_files", "masks", "noise/editing", "noise/paths", "noise/samplers")
-    names += ("noise/spacing", "pixels", "request")
+    names = ("bundle", "bundle_info", "images/pixels", "json_files", "masks", "noise/editing", "noise/paths")
+    names += ("noise/samplers", "noise/spacing", "request")
     assert files == [f"models/{name}.py" for name in names]
     assert not any("torch" in line and "import" in line for file in files for line in _top_imports(file))
 
@@ -119,7 +119,7 @@ RERUN = {
     "tasks/validation/expectations.py": "validate",
     "tasks/encoding/transform.py": "encode prior",
     "tasks/training/batches.py": "train",
-    "models/ema.py": "train",
+    "models/optimization/ema.py": "train",
     "models/networks/unet.py": "prior train evaluate edit visualize export register",
     "models/judges/metrics.py": "judge evaluate edit register",
     "models/bundle.py": "export",

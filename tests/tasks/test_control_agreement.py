@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.images.pixels import from_uint8
 from models.networks.control_maps import ControlSpec, maps_of
 from models.noise.samplers import Sampling
-from models.pixels import from_uint8
 from tasks.evaluation.control import measure_control
 from tasks.registration import gates
 from tasks.registration.gates import Judged

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from models.images.pixels import to_uint8
 from models.networks.control_maps import ControlSpec, agreement, as_input
 from models.networks.controlnet import Controlled
 from models.networks.network import predictor
 from models.noise.samplers import Sampling, SeededNoise, denoiser, sample
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.formats import latents
 from tests.support.train_inputs import small_grids, train_here, write_inputs, write_params
 
@@ -23,12 +23,12 @@ def test_images_follow_their_own_map_and_not_another(tmp_path, monkeypatch, migr
     rate = {"learning_rate": 0.01, "warmup_steps": 10, "lr_schedule": "cosine", "condition_dropout": 0.1}
     often = {
         "log_every": 30,
-        "sample_every": 120,
-        "checkpoint_every": 120,
+        "sample_every": 100,
+        "checkpoint_every": 100,
         "ema": ["decay-0.9"],
         "pipeline_ema": "decay-0.9",
     }
-    phases = {"steps": 120, "full_steps": 30, "control_dropout": 0.1, "batch_size": 32}
+    phases = {"steps": 100, "full_steps": 20, "control_dropout": 0.1, "batch_size": 32}
     write_params(tmp_path, "text", control=True, **rate, **often, **phases)
     with small_grids():
         train_here(tmp_path, monkeypatch, migrated_database)

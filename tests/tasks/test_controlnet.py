@@ -9,14 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.networks import control_maps as control
 from models.networks.control_maps import ControlSpec
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
+from tasks.drawing.options import Options
+from tasks.drawing.run import run
 from tasks.encode import encode
 from tasks.formats import latents
 from tasks.params import AutoencoderParams, CodecParams, ControlParams, EncodeParams, TextParams
+from tasks.runtime.errors import StageError
 from tests.support import text_inputs
 from tests.support.text_inputs import MODEL, run_train
 
@@ -28,16 +32,17 @@ CODEC = CodecParams(
 )
 CANNY = ControlParams(kind="canny", canny_low=50, canny_high=100)
 CONTROLLED = MODEL.model_copy(update={"control_widths": (4, 6)})
+PHASES = {"steps": 6, "full_steps": 2, "control_dropout": 0.1, "checkpoint_every": 1}
 PROMPT, SAMPLING = "dark picture of thing 2", Sampling("ddim", 5)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
-    """Return the folder in which the stages up to `train` have run; the U-Net is trained first, for 4 of 8 steps."""
+    """Return the folder in which the stages up to `train` have run; the U-Net is trained first, for 2 of 6 steps."""
     root = text_inputs.through(tmp_path_factory.mktemp("control"), migrated_database, CODEC, control=CANNY)
     with pytest.MonkeyPatch.context() as patch:
         text_inputs.at_home(root, patch)
-        run_train(root, "pipeline", CONTROLLED, steps=8, full_steps=4, control_dropout=0.1, learning_rate=0.02)
+        run_train(root, "pipeline", CONTROLLED, **PHASES)
     return root
 
 
@@ -110,18 +115,16 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_the_u_net_stays_as_it_is_while_the_control_net_is_trained_and_a_run_resumes_in_either_phase(tree, monkeypatch):
     text_inputs.at_home(tree, monkeypatch)
-    options = {"full_steps": 2, "seed": 5, "control_dropout": 0.1, "checkpoint_every": 1}
-    run_train(tree, "whole", CONTROLLED, steps=6, **options)
-    first = weights(tree / "whole")
+    whole = weights(tree / "pipeline")
     shutil.rmtree(tree / "scratch" / "train")
-    for steps in (3, 4, 6):  # the learning rate is constant, so a longer run goes on where a shorter one ended
-        run_train(tree, f"part-{steps}", CONTROLLED, steps=steps, **options)
-    parts = {steps: weights(tree / f"part-{steps}") for steps in (3, 4, 6)}
-    assert all(torch.equal(first[name], value) for name, value in parts[6].items())
-    moved = {name for name, value in parts[4].items() if not torch.equal(parts[6][name], value)}
+    for steps in (3, 6):  # the learning rate is constant, so a longer run goes on where a shorter one ended
+        run_train(tree, f"part-{steps}", CONTROLLED, **PHASES | {"steps": steps})
+    before, after = (weights(tree / f"part-{steps}") for steps in (3, 6))
+    assert all(torch.equal(whole[name], value) for name, value in after.items())
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert moved and all(name.startswith("control.") for name in moved)
     assert "control.controlnet_mid_block.weight" in moved and "control.down_blocks.0.resnets.0.conv1.weight" in moved
-    assert first["conv_out.weight"].any()
+    assert whole["conv_out.weight"].any()
 
 
 def test_from_given_weights_only_the_control_net_is_trained_and_it_can_be_trained_further(tree, monkeypatch):
@@ -169,6 +172,25 @@ def test_diffusers_loads_it_whole_and_draws_the_same(tree, maps, scale):
     own = ours.sample([7], control=maps[:1], **draw)
     assert np.abs(drawn.images[0].transpose(2, 0, 1) - np.clip((own[0] + 1) / 2, 0, 1)).max() < 1e-4
     assert np.abs(own - ours.sample([7], **draw)).max() > 1e-2
+
+
+def test_the_command_draws_with_a_map_and_with_one_that_it_makes(tree, maps, tmp_path, monkeypatch):
+    from models.pixels import to_uint8
+
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)
+    Image.fromarray(image[0].transpose(1, 2, 0)).save(tmp_path / "image.png")
+    Image.fromarray(maps[0, 0]).save(tmp_path / "map.png")
+    once = {"model": str(tree / "pipeline"), "prompt": [PROMPT], "seed": [7], "sampler": "ddim", "steps": 5}
+    draw = {"sampling": SAMPLING, "prompts": [PROMPT], "control_scale": 3.0}
+    model, made = load_pipeline(tree / "pipeline"), control.edges(image, 50, 100)
+    for option, file, used in (("control", "map.png", maps[:1]), ("control_from", "image.png", made)):
+        out = tmp_path / f"{option}.png"
+        run(Options(**once, **{option: tmp_path / file}, control_scale=3.0, out=out))
+        wanted = to_uint8(model.sample([7], control=used, **draw))[0].transpose(1, 2, 0)
+        assert np.array_equal(np.asarray(Image.open(out)), wanted)
+    with pytest.raises(StageError, match="a control map and an image to begin with cannot be combined"):
+        run(Options(**once, control=tmp_path / "map.png", image=tmp_path / "image.png", out=tmp_path / "no.png"))
 
 
 def test_controls_that_do_not_fit(tree, maps, monkeypatch):

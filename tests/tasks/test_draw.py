@@ -13,9 +13,9 @@ from PIL import Image
 
 from models.bundle import Bundle
 from models.editing import edit
+from models.images.pixels import to_uint8
 from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.drawing.options import Options
 from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings
@@ -143,6 +143,9 @@ def test_a_file_that_exists_is_kept_without_force(tree):
         ({"image": Path("given.png"), "mask": Path("other.png")}, "the mask is 6 x 4 pixels and the image 8 x 8"),
         ({"image": Path("given.png"), "mask_rectangle": "6,0,4,4"}, "is empty or leaves the image of 8 x 8 pixels"),
         ({"image": Path("given.png"), "mask_rectangle": "1,2"}, "must be four integers, LEFT,TOP,WIDTH,HEIGHT"),
+        ({"control": Path("given.png")}, "this model has no ControlNet and takes no control"),
+        ({"control_from": Path("given.png")}, "needs a model whose ControlNet was trained here; give --control"),
+        ({"control_scale": 0.5}, "a control scale weighs a control map; give one"),
         ({"image": Path("no.png")}, "--image no.png cannot be read (No such file or directory)"),
         ({"image": Path("text.png")}, "the image cannot be read (not an image"),
         ({"lora": ["outputs:0.5"]}, "--lora outputs holds no pytorch_lora_weights.safetensors"),

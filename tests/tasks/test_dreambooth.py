@@ -52,8 +52,8 @@ def test_the_subject_is_left_out_of_the_data_of_the_base(root):
 
 
 def test_it_writes_the_subject_and_the_class_images_of_the_base(root):
+    from models.images.pixels import to_uint8
     from models.pipeline import load_pipeline
-    from models.pixels import to_uint8
 
     prior, found = Prior.load(root / "prior"), pictures(root / "prior")
     assert (prior.images, len(found["subject"]), len(found["class"]), len(found["before"])) == (6, 4, 6, 4)
@@ -230,9 +230,9 @@ def test_similarity_leakage_and_diversity_are_what_they_say():
 
 
 def test_adapters_are_drawn_at_each_pair_of_weights(root, tmp_path):
+    from models.images.pixels import to_uint8
     from models.noise.samplers import Sampling
     from models.pipeline import load_pipeline
-    from models.pixels import to_uint8
     from tasks.lora_sweep import load, sweep
 
     lora = text_inputs.MODEL.model_copy(update={"lora_rank": 2})

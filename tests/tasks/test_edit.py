@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models import masks
-from models.pixels import from_uint8
+from models.images.pixels import from_uint8
 from tasks.edit import edit
 from tasks.editing import measuring
 from tasks.editing.drafts import Drafts
@@ -142,21 +142,21 @@ def test_the_share_as_asked_falls_to_its_control_if_the_condition_is_ignored(tmp
     assert [(row["asked_share"], row["asked_share_ignored"]) for row in rows] == [(asked, 0.0)] * 2
     fills = {row["fill"]: row for row, _ in measuring.fills(bench(tmp_path)) if row["mask"] == "half"}
     assert fills["model"]["own_share"] == own
-    assert (fills["condition ignored"]["psnr"] < 50) == (asked == 1.0)
+    assert (fills["wrong condition"]["psnr"] < 50) == (asked == 1.0)
 
 
 def test_an_unconditional_model_has_no_shares(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "edit", ignores)
     rows = [row for row, _ in measuring.strengths(bench(tmp_path, conditional=False))]
     fills = [row for row, _ in measuring.fills(bench(tmp_path, conditional=False))]
-    assert {row["asked_share"] for row in rows} == {None} and "condition ignored" not in {row["fill"] for row in fills}
+    assert {row["asked_share"] for row in rows} == {None} and "wrong condition" not in {row["fill"] for row in fills}
     assert measuring.headline(rows, fills, 8).keys() == {"images", "inpainting"}
 
 
 def test_an_error_outside_the_mask_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "edit", lambda model, seeds, images, *_, **__: from_uint8(images ^ 4))
     errors = {row["fill"]: row["known_error"] for row, _ in measuring.fills(bench(tmp_path))}
-    assert errors == {"model": 4, "condition ignored": 4, "mean fill": 0, "copied patch": 0, "original": 0}
+    assert errors == {"model": 4, "wrong condition": 4, "mean fill": 0, "copied patch": 0, "original": 0}
 
 
 def test_simple_fills_use_only_what_is_known():

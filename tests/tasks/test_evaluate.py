@@ -10,11 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from models.images.pixels import from_uint8, to_uint8
 from models.judges.judge import load_judge
 from models.noise import schedules
 from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
-from models.pixels import from_uint8, to_uint8
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
 from tasks.evaluation.protocol import NotComparableError, Protocol, declare

@@ -19,9 +19,9 @@ from PIL import Image
 from models import masks, onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
 from models.editing import edit
+from models.images.pixels import to_uint8
 from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from models.request import label_of
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from models import masks
 from models.editing import edit
+from models.images.pixels import to_uint8
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.drawing.options import Options
 from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings

@@ -15,7 +15,7 @@ RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every
 class TestAverages:
     @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
     def test_exponents_of_the_paper(self, std, gamma):
-        from models.ema import gamma_of_std
+        from models.optimization.ema import gamma_of_std
 
         assert gamma_of_std(std) == pytest.approx(gamma, abs=0.01)
 
@@ -23,7 +23,7 @@ class TestAverages:
         """The weight of step t in an average at T is proportional to t^gamma (Karras et al. 2024, eq. 1)."""
         import torch
 
-        from models.ema import EMA
+        from models.optimization.ema import EMA
 
         steps, gamma = 2000, 3.0
         module = torch.nn.Linear(1, steps, bias=False)
@@ -41,7 +41,7 @@ class TestAverages:
         assert width == pytest.approx(math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), rel=0.01)
 
     def test_names_without_a_meaning(self):
-        from models.ema import decay_at
+        from models.optimization.ema import decay_at
 
         assert decay_at(10**6, "decay-0.999") == 0.999
         assert decay_at(1, "decay-0.999") == pytest.approx(2 / 11)
@@ -168,7 +168,7 @@ def test_the_loop_with_muon_is_that_of_two_optimizers(prepared, monkeypatch):
     """Compare with torch's Muon in float32 on the matrices, with its learning rate, and AdamW on the rest."""
     import torch
 
-    from models.muon import hidden_matrices
+    from models.optimization.muon import hidden_matrices
     from tasks import train
 
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.images.pixels import to_uint8
 from models.noise import schedules
 from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
-from models.pixels import to_uint8
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts, tables

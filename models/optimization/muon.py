@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -36,7 +37,7 @@ MUON, ADAMW = "muon", "adamw"
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """The defaults of `torch.optim.AdamW`."""
 
-Group: TypeAlias = dict[str, Any]
+Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
 T = TypeVar("T")
 
 
@@ -72,7 +73,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Both kinds of parameters are groups of one optimizer, because a gradient scaler and accelerate treat each optimizer
     as a step of its own. The group of Muon comes first. The state has one tensor per parameter and quantity, in the
-    parameter's shape: `momentum_buffer`, or `exp_avg`, `exp_avg_sq` and `step`.
+    parameter's shape: `momentum_buffer`, or `exp_avg`, `exp_avg_sq` and `step`. It is sharded like the parameter by
+    FSDP2 (`fully_shard`); every process then orthogonalizes the whole of each matrix.
 
     Args:
         network: Its parameters are trained.
@@ -130,9 +132,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        matrices = orthogonalize([update.flatten(1) for update in updates])
+        matrices = orthogonalize([_whole(update).flatten(1) for update in updates])
         steps = [matrix * -(lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))) for matrix in matrices]
-        torch._foreach_add_(parameters, [step.reshape(p.shape) for step, p in zip(steps, parameters, strict=True)])
+        torch._foreach_add_(
+            parameters, [_like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
+        )
 
     def _adamw(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for parameter in parameters:
@@ -160,6 +164,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if key not in self.state[parameter]:
                 self.state[parameter][key] = torch.zeros_like(parameter)
         return [self.state[parameter][key] for parameter in parameters]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP2 shards with all its rows, which orthogonalization needs; other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Shard `whole`, which every process has, as `parameter` is sharded."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole.contiguous(), parameter.device_mesh, parameter.placements)
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:

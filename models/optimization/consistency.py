@@ -5,7 +5,7 @@ f is the clean image that the network predicts, so f(x, clean) = x holds by cons
 a flow, and tuning starts from a trained network. Training pairs a noise level t with an earlier one r < t, both with
 the same noise, and the gap between them shrinks stage by stage; with r = 0 the target is x_0, as in denoising.
 
-Legend: `x0`, `eps`, `t`, `alpha`, `sigma` as in `models/diffusion.py`; s = sigma / alpha the noise relative to an image
+Legend: `x0`, `eps`, `t`, `alpha`, `sigma` as in `diffusion.py`; s = sigma / alpha the noise relative to an image
 in [-1, 1], float64 [B], which is the t of the paper, and r the same for the earlier level.
 """
 
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from models.diffusion import add_noise, denoised
 from models.noise.paths import DiffusionPath
-from models.timesteps import Density
+from models.optimization.diffusion import add_noise, denoised
+from models.optimization.timesteps import Density
 
 if TYPE_CHECKING:
-    from models.timesteps import Timesteps
+    from models.optimization.timesteps import Timesteps
 
 NOISIEST = 1000.0
 """Relative noise that pure noise, where it is infinite, counts as."""

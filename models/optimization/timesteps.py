@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.diffusion import loss_weights
 from models.noise.paths import DiffusionPath, Path
+from models.optimization.diffusion import loss_weights
 
 DENSITIES = ("uniform", "logit_normal", "normal_log_snr")
 
