@@ -70,7 +70,7 @@ def test_blocks_are_of_known_kinds_and_parse(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_parameters_exist(name):
-    named = ("base.yaml", "digits_ect.yaml", "flickr_control_tiny.yaml")  # train.distil, encode.control are null in base
+    named = ("base.yaml", "digits_ect.yaml", "flickr_control_tiny.yaml")  # train.distil and encode.control are null
     presets = [ROOT / "tasks" / "presets" / name for name in named]
     known = {key for preset in presets for key in keys(yaml.safe_load(preset.read_text(encoding="utf-8")))}
     sections = "|".join(sorted(key for key in known if "." not in key))
