@@ -192,7 +192,7 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["digits", "train.stepps=3"], "unknown parameter 'train.stepps'; did you mean 'steps'?"),
         (
             ["digits", "stepps=3"],
-            "unknown parameter 'stepps'; did you mean train.steps or evaluate.steps or edit.",
+            "unknown parameter 'stepps'; did you mean prior.steps or train.steps or evaluate.",
         ),
         (["digits", "train.n_distance=3"], "unknown parameter 'train.n_distance'; did you mean evaluate.n_distance?"),
         (["digits", "sorce=folder"], "unknown part 'sorce'; did you mean 'source'?"),
