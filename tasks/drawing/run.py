@@ -86,9 +86,10 @@ def _adapters(options: Options, like: Settings | None) -> tuple[Adapter, ...]:
 def _settings(options: Options, like: Settings | None, found: Place, info: PipelineInfo) -> Settings:
     """Combine the options with what they leave out: the settings of --like, else the model's defaults."""
     base = like or _defaults(found, info)
-    labels, prompts = base.labels, base.prompts
-    if options.label or options.prompt:
-        labels, prompts = tuple(options.label or ()), tuple(options.prompt or ())
+    labels: tuple[int | str, ...] = tuple(options.label or ())
+    prompts = tuple(options.prompt or ())
+    if not labels and not prompts:
+        labels, prompts = (like.labels, like.prompts) if like else defaults.conditions(info)
     seeds = tuple(options.seed) if options.seed else base.seeds
     if options.count is not None:
         seeds = tuple(range(seeds[0], seeds[0] + options.count))
@@ -149,12 +150,10 @@ def _control(options: Options, base: Settings, like: Path) -> dict[str, File | N
 
 
 def _defaults(found: Place, info: PipelineInfo) -> Settings:
-    sampling, (labels, prompts) = defaults.sampling(found, info), defaults.conditions(info)
+    sampling = defaults.sampling(found, info)
     return Settings(
         model=found.name,
         train_key=info.train_key,
-        labels=labels,
-        prompts=prompts,
         seeds=(0,),
         sampler=sampling.sampler,
         steps=sampling.steps,

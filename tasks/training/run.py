@@ -300,9 +300,12 @@ def _batches(
 
 def _print_summary(run: Run, index: LatentsIndex) -> None:
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
+    images, mix = f"{index.splits['train'].count} images", run.batches
+    if isinstance(mix, PriorMix):
+        images = f"{mix.subject.store.count} pictures of the subject and {mix.classes.store.count} class images"
     print(
         f"train: {parameters / 1e6:.2f} M parameters on {run.accelerator.device}, "
-        f"{index.splits['train'].count} images {index.channels}x{index.size}x{index.size} {run.batches.where}",
+        f"{images} {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
 

@@ -175,7 +175,7 @@ def test_diffusers_loads_it_whole_and_draws_the_same(tree, maps, scale):
 
 
 def test_the_command_draws_with_a_map_and_with_one_that_it_makes(tree, maps, tmp_path, monkeypatch):
-    from models.pixels import to_uint8
+    from models.images.pixels import to_uint8
 
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)

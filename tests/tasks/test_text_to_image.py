@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from models import masks
 from models.editing import edit
 from models.images.pixels import to_uint8
+from models.lora import FILE
 from models.networks.text_unet import TextUNet, TextUNetConfig, merged
 from models.noise.samplers import Sampling, SeededNoise
 from models.pipeline import load_pipeline
@@ -54,11 +55,14 @@ def test_the_pipeline_draws_images_by_prompt_and_differently_by_another(tree):
         model.sample([5], **draw)
 
 
-@pytest.mark.parametrize("negative_prompt", ["", "bright picture"])
-def test_diffusers_loads_it_whole_and_draws_the_same(tree, negative_prompt):
+def test_diffusers_loads_it_whole_and_draws_the_same(tree):
     """`DiffusionPipeline.from_pretrained` alone: our DDIM and theirs give the same picture from the same noise."""
-    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0, negative_prompt)
+    theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionPipeline", 3.0)
     assert np.abs(theirs - ours).max() < 1e-4
+    # a scale at which the prompts change the picture, though the network was trained for four steps only
+    loud = tree / "pipeline", "StableDiffusionPipeline", 200.0
+    theirs, ours = text_inputs.drawn_by_both(*loud, "bright picture")
+    assert np.abs(theirs - ours).max() < 1e-3 < np.abs(ours - text_inputs.drawn_by_both(*loud)[1]).max() / 5
 
 
 def test_the_command_draws_from_a_published_model_and_merges_adapters(tree, tmp_path, monkeypatch):
@@ -92,14 +96,11 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def save_adapter(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write an adapter with random weights of every projection of the attention to the text."""
+    """Write an adapter of the last convolution, whose effect even an untrained network shows."""
     folder.mkdir()
-    state = {}
-    for name in [name for name in weights if name.endswith("attn2.to_v.weight")]:
-        layer = name.removesuffix(".weight")
-        state[f"unet.{layer}.lora_A.weight"] = torch.ones(1, weights[name].shape[1])
-        state[f"unet.{layer}.lora_B.weight"] = torch.ones(weights[name].shape[0], 1)
-    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    (out, inside, *kernel) = weights["conv_out.weight"].shape
+    state = {"lora_A": torch.ones(1, inside, *kernel), "lora_B": torch.ones(out, 1, 1, 1)}
+    save_file({f"unet.conv_out.{name}.weight": value for name, value in state.items()}, folder / FILE)
 
 
 def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
@@ -115,9 +116,10 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
         edited = edit(load_pipeline(tree / "pipeline"), [1, 2], given, 0.5, chosen, **draw)
         assert np.abs(bundle.edit([1, 2], given, 0.5, chosen, **draw) - edited).max() < 1e-3
     assert np.array_equal(to_uint8(edited)[..., ~mask], given[..., ~mask])
-    avoiding = replace(load_pipeline(tree / "pipeline"), negative_prompt="dark picture").sample([1, 2], **draw)
-    assert np.abs(bundle.sample([1, 2], **draw, negative_prompt="dark picture") - avoiding).max() < 1e-3
-    assert np.abs(avoiding - ours).max() > 1e-2
+    loud = {"sampling": Sampling("dpm_solver_pp_2m", 4, guidance_scale=200.0), "prompts": prompts}
+    avoiding = replace(load_pipeline(tree / "pipeline"), negative_prompt="dark picture").sample([1, 2], **loud)
+    assert np.abs(bundle.sample([1, 2], **loud, negative_prompt="dark picture") - avoiding).max() < 1e-3
+    assert np.abs(avoiding - bundle.sample([1, 2], **loud)).max() > 1e-2
     assert json.loads((tree / "export.json").read_text())["max_abs_difference"] < 1e-4
 
 
