@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from infra.bench.inputs import Inputs, parameters, prepare
+from tasks.formats.prior import FILE as PRIOR
+from tasks.formats.prior import Prior
 from tasks.preset import dump
 from tasks.runtime.progress import progress
 
@@ -92,7 +94,8 @@ def _first_step(here: Path, inputs: Inputs, scratch: str) -> float:
 
 def arguments(here: Path, inputs: Inputs) -> list[str]:
     """Arguments of a training that reads `inputs` and `here`/params.yaml, and writes into `here`."""
-    made = [here / name for name in ("pipeline", "averages", "report")]
+    Prior().write(here / "prior" / PRIOR)
+    made = [here / name for name in ("prior", "pipeline", "averages", "report")]
     paths = [inputs.latents, inputs.codec, inputs.accepted, *made]
     return [*map(str, paths), "--params", str(here / "params.yaml")]
 

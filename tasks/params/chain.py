@@ -292,7 +292,8 @@ class Params(Section):
             self._check_classifier_free("evaluate.guidance_scale", (evaluate.guidance_scale,))
         if visualize.guidance == "classifier_free":
             self._check_classifier_free("visualize.guidance_scales", visualize.guidance_scales)
-        self._check_classifier_free("edit.guidance_scale", (self.edit.guidance_scale,))
+        if self.edit.n_images:
+            self._check_classifier_free("edit.guidance_scale", (self.edit.guidance_scale,))
         if self.codec.conditioning != "none" or not self.train.guide_step:  # else the sweep is one of autoguidance
             self._check_classifier_free("evaluate.guidance_sweep", evaluate.guidance_sweep)
 

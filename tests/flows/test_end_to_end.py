@@ -96,6 +96,7 @@ READERS = {
     "image.channels": {"codec", "judge"},
     "codec.text_steps": {"codec"},
     "encode.shard_size": {"encode"},
+    "prior.seed": {"prior"},
     "model.dropout": {"train"},
     "diffusion.schedule": {"train"},
     "train.learning_rate": {"train"},

@@ -364,7 +364,7 @@ def test_the_stages_are_listed_compactly_with_what_they_read() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == repro.stages(ROOT)
-    assert "train      <- validate, codec, encode" in lines
+    assert "train      <- validate, codec, encode, prior" in lines
     assert max(map(len, lines)) < 80
 
 

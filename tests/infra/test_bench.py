@@ -258,7 +258,12 @@ def test_the_measured_command_has_the_arguments_of_the_stage(tmp_path):
     from tasks.train import train
 
     *paths, option, _ = startup.arguments(tmp_path, Inputs(tmp_path, tmp_path, tmp_path))
-    assert option == "--params" and [Path(path).name for path in paths[3:]] == ["pipeline", "averages", "report"]
+    assert option == "--params" and [Path(path).name for path in paths[3:]] == [
+        "prior",
+        "pipeline",
+        "averages",
+        "report",
+    ]
     assert len(paths) == len(stage.paths_of(train))
 
 

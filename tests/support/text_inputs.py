@@ -156,7 +156,8 @@ def drawn_by_both(
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
     noise = torch.from_numpy(SeededNoise([7], (2, 8, 8))())
     prompt, sampling = "dark picture of thing 2", Sampling("ddim", 5, guidance_scale=guidance_scale)
-    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0, "negative_prompt": negative_prompt}
+    # None and not "": for Stable Diffusion XL only None stands for the null condition that training drops prompts to.
+    options = {"height": 16, "width": 16, "output_type": "np", "eta": 0.0, "negative_prompt": negative_prompt or None}
     drawn = theirs(prompt, num_inference_steps=5, latents=noise, guidance_scale=guidance_scale, **options).images[0]
     model = replace(load_pipeline(pipeline), negative_prompt=negative_prompt)
     ours = model.sample([7], sampling=sampling, prompts=[prompt])

@@ -488,8 +488,10 @@ def test_a_model_with_a_guide_is_swept_with_both_kinds_of_guidance(tree, tmp_pat
 def test_an_unconditional_model_with_a_guide_is_measured_with_autoguidance(tree, tmp_path):
     params = PARAMS.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 4.0)})
     root = with_guide(tree, tmp_path, classes=[])
+    Prior().write(root / "prior" / PRIOR)
     arguments = [root / "outputs" / "pipeline", root / "data" / "images", root / "data" / "accepted.json"]
-    arguments += [root / "judge", root / "metrics.json", root / "evaluation", root / "timing.json"]
+    arguments += [root / "judge", root / "averages", root / "prior"]
+    arguments += [root / "metrics.json", root / "evaluation", root / "timing.json"]
     evaluate(*arguments, params)
     rows = table(root / "evaluation" / "guidance.csv")
     assert [(row["guidance"], row["guidance_scale"]) for row in rows] == [("", "1.0"), ("auto", "4.0")]

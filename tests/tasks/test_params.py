@@ -125,11 +125,11 @@ def test_autoguidance_is_for_models_with_a_guide_conditional_or_not():
     assert get_args(section.Guidance) == samplers.GUIDANCES
     auto = {"train__guide_step": 100, "evaluate__guidance": "auto", "visualize__guidance": "auto"}
     assert params.parse(changed(**auto)).evaluate.sampling.guidance == "auto"
-    unconditional = params.parse(changed(codec__conditioning="none", **auto))
+    unconditional = params.parse(changed(codec__conditioning="none", edit__guidance_scale=1.0, **auto))
     assert unconditional.visualize.sampling(2.0).guidance == "auto"
     with pytest.raises(params.ParamsError, match="guidance needs a condition"):
         params.parse(changed(codec__conditioning="none", **(auto | {"visualize__guidance": "classifier_free"})))
-    never_dropped = {**auto, "train__condition_dropout": 0.0}
+    never_dropped = {**auto, "train__condition_dropout": 0.0, "edit__guidance_scale": 1.0}
     with pytest.raises(
         params.ParamsError, match=r"evaluate\.guidance_sweep other than 1 needs a model that is trained"
     ):

@@ -146,7 +146,8 @@ def dvc_tree(undisturbed: Path, folder: Path) -> None:
     for name in ("tasks", "models"):
         shutil.copytree(ROOT / name, folder / name, ignore=tiny.UNFINISHED)
     shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
-    shutil.copytree(undisturbed / "codec", folder / "outputs" / "codec")
+    for name in ("codec", "prior"):
+        shutil.copytree(undisturbed / name, folder / "outputs" / name)
     shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
     shutil.copy(undisturbed / "params.yaml", folder)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
