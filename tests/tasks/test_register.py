@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tasks import params
 from tasks.formats import model_folder
 from tasks.params import EvaluateParams, ImageParams, JudgeParams
 from tasks.runtime import measures, tracking
@@ -255,7 +256,7 @@ def test_a_champion_measured_another_way_is_sampled_again(work, capsys):
 
 def register_command(work) -> list[str]:
     """The stage as a process, with the digits' parameters for images as large as those of the model."""
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    document = params.read(ROOT / "params.yaml")
     document["image"]["resolution"] = model_outputs.SIZE
     file = work.root / "params.yaml"
     file.write_text(yaml.safe_dump(document))

@@ -111,7 +111,7 @@ def test_a_chain_at_16_then_at_32(tmp_path, monkeypatch):
     assert set(repro(tmp_path, 16)) == set(STAGES)
     assert resolutions(tmp_path) == dict.fromkeys(resolutions(tmp_path), 16)
     ran = repro(tmp_path, 32)
-    assert set(ran) == set(STAGES) - {"download", "ingest", "validate"}
+    assert set(ran) == set(STAGES) - {"download", "ingest"}  # `validate` checks that the images are large enough
     found = resolutions(tmp_path)
     assert len(found) == 6 and found == dict.fromkeys(found, 32)
     assert json.loads((tmp_path / "outputs/pipeline/unet/config.json").read_text())["sample_size"] == 32

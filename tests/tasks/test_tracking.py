@@ -312,7 +312,7 @@ def test_several_processes_on_a_fresh_database_make_it_once(tmp_path):
     said = [process.communicate(timeout=200) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len({out for out, _ in said}) == 1
-    assert sum(b"making the database" in err for _, err in said) == 1
+    assert sum(b"creating the database" in err for _, err in said) == 1
 
 
 @pytest.mark.slow
