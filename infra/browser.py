@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from websockets.sync.client import connect
 
+from models.json_files import JsonObject
+
 if TYPE_CHECKING:
     from websockets.sync.connection import Connection
 
@@ -38,7 +40,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 )
-Message: TypeAlias = dict[str, Any]  # JSON of the DevTools protocol, whose schema no package here contains
+Message: TypeAlias = JsonObject  # of the DevTools protocol, whose schema no package here contains
 START_SECONDS = 60
 SETTLE_SECONDS = 1.5
 

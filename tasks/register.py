@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from models.hashing import file_sha256
 from tasks.formats import model_folder
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+    from models.json_files import JsonObject
     from tasks.evaluation.protocol import Protocol
     from tasks.runtime.measures import Measurements
 
@@ -105,7 +106,7 @@ def register(
     )
 
 
-def _read(path: Path) -> dict[str, Any]:  # JSON, checked by its readers
+def _read(path: Path) -> JsonObject:
     return json.loads(path.read_text(encoding="utf-8"))
 
 

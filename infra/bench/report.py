@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from infra.bench import schema
+    from models.json_files import JsonObject
 
 PRECISION = {"no": "float32", "bf16": "bfloat16"}
 NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "heun": "Heun"}
@@ -73,7 +74,7 @@ def csv_text(rows: Rows) -> str:
 
 def _about(kind: str, part: schema.Part) -> str:
     """What was measured, and how to read the numbers."""
-    given = cast("dict[str, Any]", part["arguments"])  # the Plan of the part as JSON
+    given = cast("JsonObject", part["arguments"])  # the Plan of the part as JSON
     how = given.get("measure", {})
     drawn = f"{DISTANCE}, of {how.get('samples')} images drawn in {how.get('sampler_steps')} network evaluations each"
     best = f"by {' or '.join(NAMES.get(name, name) for name in how.get('samplers', []))}, whichever is smaller"
