@@ -50,7 +50,7 @@ class Server:
 
     def read_deployments(self) -> list[SimpleNamespace]:
         schedules = [SimpleNamespace(active=self.active)]
-        updated = NOW - self.deployed
+        updated = datetime.now(UTC) - self.deployed  # and not NOW: this file may be imported minutes before the test
         return [SimpleNamespace(id=uuid4(), name="nightly", paused=self.paused, schedules=schedules, updated=updated)]
 
     def read_flow_runs(self, *, flow_run_filter: Any, **_: object) -> list[Any]:
