@@ -14,7 +14,7 @@ import torch
 
 from models import masks
 from models.images.pixels import from_uint8
-from models.noise.editing import Start, steps_of
+from models.noise.editing import Start, require_strength, steps_of
 from models.noise.samplers import DEFAULT_SAMPLING, Sampling
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def edit(
     """
     info = pipeline.info
     masks.require_images(images, (len(seeds), info.channels, info.size, info.size))
-    start = Start(np.zeros((len(images), 1, 1, 1)), strength)  # refuses a strength before anything is encoded
-    steps_of(start.strength, sampling.steps)
+    require_strength(strength)  # before anything is encoded
+    steps_of(strength, sampling.steps)
     chosen = None if mask is None else masks.for_images(mask, images)
     if chosen is not None and not chosen.any():
         return from_uint8(images)

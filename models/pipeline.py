@@ -30,7 +30,7 @@ from models.networks.config import DIFFUSERS_VERSION
 from models.networks.control_maps import ControlSpec, as_input, given
 from models.networks.controlnet import with_control
 from models.networks.model_index import model_index
-from models.networks.network import build, config_of, folder_name, load_weights, predictor
+from models.networks.network import config_of, folder_name, load_network, predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
@@ -337,7 +337,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
         info = PipelineInfo.read(folder / INFO)
     else:
         info = _published_info(network_folder, config, scheduler, of_pixels)
-    network = _network(config, weights, network_folder, device)
+    network = load_network(config, weights, network_folder, device)
     companions = {
         name: _companion(config, network_folder, folder / name, device)
         for name in COMPANIONS
@@ -351,20 +351,6 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Pipeline:
     return Pipeline(network, scheduler.config, info, device, autoencoder, text, companions, control=control)
 
 
-def _network(config: NetworkConfig, weights: Mapping[str, torch.Tensor], folder: Path, device: str) -> Network:
-    """Build the network with the `weights` of `folder`, for evaluation.
-
-    Raises:
-        ValueError: if they are of another network.
-    """
-    network = build(config)
-    try:
-        load_weights(network, weights)
-    except RuntimeError:  # its message lists every tensor that does not fit
-        raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
-    return network.eval().requires_grad_(False).to(device)
-
-
 def _companion(config: NetworkConfig, network: Path, folder: Path, device: str) -> Network:
     """Load further weights of the network in the folder `network`, whose configuration is `config`.
 
@@ -376,7 +362,7 @@ def _companion(config: NetworkConfig, network: Path, folder: Path, device: str) 
             f"{folder} holds another architecture than {network}, and not weights of the same training; train the "
             "model again"
         )
-    return _network(config, published.read_weights(folder), folder, device)
+    return load_network(config, published.read_weights(folder), folder, device)
 
 
 def _published_info(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from .masks import default_strength
+from .noise.editing import require_strength
 from .noise.samplers import DEFAULT_SAMPLING, Sampling
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def _given(request: Request, count: int) -> Given | None:
                 f"a {'mask' if mask is not None else 'strength'} changes an image; give one, or leave it out"
             )
         return None
-    if strength is not None and not 0 < strength <= 1:
-        raise ValueError(f"strength {strength:g} must lie above 0 and not above 1")
+    if strength is not None:
+        require_strength(strength)
     images = np.broadcast_to(image, (count, *image.shape))
     return Given(images, default_strength(mask) if strength is None else strength, mask)
 

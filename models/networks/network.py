@@ -16,6 +16,8 @@ from models.networks.transformer import Transformer, TransformerConfig
 from models.networks.unet import UNet, UNetConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from models.json_files import JsonObject
 
 NetworkConfig: TypeAlias = UNetConfig | TextUNetConfig | DiTConfig | TextDiTConfig
@@ -74,6 +76,20 @@ def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
         network.load_published(weights)
     else:
         network.load_state_dict(weights)
+
+
+def load_network(config: NetworkConfig, weights: Mapping[str, Tensor], folder: Path, device: str) -> Network:
+    """Build a network with the `weights` of `folder`, for evaluation.
+
+    Raises:
+        ValueError: if they are of another network.
+    """
+    network = build(config)
+    try:
+        load_weights(network, weights)
+    except RuntimeError:  # its message lists every tensor that does not fit
+        raise ValueError(f"the weights in {folder} are not those of the network in its config.json") from None
+    return network.eval().requires_grad_(False).to(device)
 
 
 def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

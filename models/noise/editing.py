@@ -43,8 +43,7 @@ class Start:
     """j: number of steps that a repetition goes back."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength {self.strength:g} must lie above 0 and not above 1")
+        require_strength(self.strength)
         if self.resampling < 1 or self.jump < 1:
             raise ValueError(f"resampling {self.resampling} and jump {self.jump} must be at least 1")
         if self.mask is None:
@@ -59,6 +58,12 @@ class Start:
     def rows(self, part: slice) -> Start:
         """Return the start of some of the images."""
         return replace(self, x0=self.x0[part], mask=None if self.mask is None else self.mask[part])
+
+
+def require_strength(strength: float) -> None:
+    """Raise `ValueError` for a strength outside (0, 1]."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength:g} must lie above 0 and not above 1")
 
 
 def steps_of(strength: float, steps: int) -> int:

@@ -9,7 +9,7 @@ from models.hashing import file_sha256
 from models.json_files import read_json
 from models.networks import autoencoder as autoencoders
 from models.networks import controlnet, published
-from models.networks.network import build, config_of, load_weights
+from models.networks.network import config_of, load_network
 from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
 from models.pipeline import INFO, Pipeline, PipelineInfo
@@ -40,11 +40,7 @@ def open_published(folder: Path, device: str) -> Pipeline:
     if not isinstance(config, TextUNetConfig):
         raise ValueError(f"{network_folder} is not a UNet2DConditionModel")
     scheduler = published.read_diffusion(read_json(scheduler_folder / "scheduler_config.json"))
-    network = build(config)
-    try:
-        load_weights(network, published.read_weights(network_folder))
-    except RuntimeError:  # its message lists every tensor that does not fit
-        raise ValueError(f"the weights in {network_folder} are not those of the network in its config.json") from None
+    network = load_network(config, published.read_weights(network_folder), network_folder, device)
     autoencoder = autoencoders.load_autoencoder(folder / "vae", device)
     own = folder / controlnet.FOLDER
     control = controlnet.load(own, config).to(device) if own.is_dir() else None
@@ -60,7 +56,7 @@ def open_published(folder: Path, device: str) -> Pipeline:
         latent=(config.channels, config.size),
     )
     return Pipeline(
-        network.eval().requires_grad_(False).to(device),
+        network,
         replace(scheduler.config, clip_sample=False),
         info,
         device,

@@ -60,7 +60,7 @@ def choose(images: Path, model: Pipeline, params: EditParams) -> Subjects:
     """
     shape = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out, train = load_pixels(images, "test", shape), load_pixels(images, "train", shape)
-    known = np.flatnonzero(_has_condition(held_out, model.info.conditioning))
+    known = held_out.with_condition(model.info.conditioning)
     count = min(params.n_images, len(known) // 2)
     if count < 2:
         raise StageError(
@@ -72,14 +72,6 @@ def choose(images: Path, model: Pipeline, params: EditParams) -> Subjects:
     others = np.setdiff1d(np.arange(len(held_out.keys)), rows)
     kept = np.sort(np.random.default_rng(params.seed).permutation(len(train.keys))[:TRAINING_IMAGES])
     return Subjects(held_out.pixels[rows], own, asked, titles, held_out.pixels[others], train.pixels[kept])
-
-
-def _has_condition(samples: Samples, conditioning: str) -> np.ndarray:
-    if conditioning == "label":
-        return samples.labels >= 0
-    if conditioning == "text":
-        return np.array([bool(captions) for captions in samples.captions])
-    return np.ones(len(samples.keys), bool)
 
 
 def _conditions(samples: Samples, rows: np.ndarray, model: Pipeline) -> tuple[Condition, Condition, list[str]]:

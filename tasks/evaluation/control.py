@@ -43,8 +43,10 @@ class Controlled:
 def measure_control(pipeline: Pipeline, scorer: Scorer, protocol: Protocol) -> Controlled | None:
     """Draw with control maps of held-out images and measure the agreement; None for a model without a ControlNet."""
     spec = pipeline.info.control_spec
+    if spec is None or pipeline.control is None:
+        return None
     pixels, conditions = scorer.held_out_for(pipeline.info.conditioning, IMAGES)
-    if spec is None or pipeline.control is None or len(pixels) < 2:
+    if len(pixels) < 2:
         return None
     maps = scorer.control_maps(spec, scorer.held_out_rows(pipeline.info.conditioning, IMAGES))
     blocks = [_draw(pipeline, protocol, block, maps, conditions) for block in range(protocol.measurement.seed_blocks)]

@@ -158,12 +158,7 @@ class Scorer:
 
     def held_out_rows(self, conditioning: str, count: int) -> np.ndarray:
         """Return the indices of the held-out images that `held_out_for` returns, int64 [at most `count`]."""
-        has = {
-            "none": np.ones(len(self.held_out.keys), bool),
-            "label": self.held_out.labels >= 0,
-            "text": np.array([bool(captions) for captions in self.held_out.captions]),
-        }[conditioning]
-        known = np.flatnonzero(has)
+        known = self.held_out.with_condition(conditioning)
         return known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
 
     def control_maps(self, spec: ControlSpec, rows: np.ndarray) -> np.ndarray:

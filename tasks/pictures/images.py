@@ -84,6 +84,14 @@ class Samples:
     captions: list[list[str]]
     keys: list[str]
 
+    def with_condition(self, conditioning: str) -> np.ndarray:
+        """Return the rows that have what a model of this conditioning is conditioned on, int64 [at most N]."""
+        if conditioning == "label":
+            return np.flatnonzero(self.labels >= 0)
+        if conditioning == "text":
+            return np.flatnonzero([bool(captions) for captions in self.captions])
+        return np.arange(len(self.keys))
+
 
 def schema() -> pa.Schema:
     """Columns of a shard."""

@@ -10,7 +10,7 @@ from models.hashing import file_sha256
 from models.json_files import read_json
 from models.networks import published
 from models.networks.autoencoder import load_autoencoder
-from models.networks.network import build, config_of, load_weights
+from models.networks.network import config_of, load_network
 from models.networks.text_encoder import SUFFIXES, load_text_encoder
 from models.pipeline import Pipeline, PipelineInfo
 from tasks.formats.codec_info import FILE as CODEC_FILE
@@ -39,14 +39,11 @@ def load(codec: Path, info: CodecInfo, base: BaseWeights, device: str) -> tuple[
         network_folder, scheduler_folder = published.parts(folder)
         config = config_of(read_json(network_folder / "config.json"))
         scheduler = published.read_diffusion(read_json(scheduler_folder / "scheduler_config.json"))
-        network = build(config)
-        load_weights(network, published.read_weights(network_folder))
+        network = load_network(config, published.read_weights(network_folder), network_folder, device)
     except KeyError as error:
         raise StageError(f"{name} cannot draw class images: its config.json lacks {error}; choose another") from None
     except (FileNotFoundError, ValueError) as error:
         raise StageError(f"{name} cannot draw class images: {error}; choose another") from None
-    except RuntimeError:  # lists every tensor that does not fit
-        raise StageError(f"{name} has weights of another network than its config.json describes; correct it") from None
     _require_codec(name, folder, codec)
     latent = info.autoencoder
     description = PipelineInfo(
@@ -62,7 +59,7 @@ def load(codec: Path, info: CodecInfo, base: BaseWeights, device: str) -> tuple[
     )
     clip = latent is None and scheduler.betas is not None
     pipeline = Pipeline(
-        network.eval().requires_grad_(False).to(device),
+        network,
         replace(scheduler.config, clip_sample=clip),
         description,
         device,

@@ -102,7 +102,7 @@ def test_a_killed_run_continues_with_what_it_had_drawn(root, monkeypatch):
 
 
 def test_too_few_held_out_images_are_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.editing.subjects._has_condition", lambda samples, _: np.arange(len(samples.keys)) < 3)
+    monkeypatch.setattr("tasks.pictures.images.Samples.with_condition", lambda samples, _: np.arange(3))
     with pytest.raises(StageError, match=r"3 held-out images with a label condition are too few .* edit.n_images to 0"):
         run(root, "few")
 
