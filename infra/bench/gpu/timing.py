@@ -5,21 +5,25 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from infra.bench.gpu.peaks import Arithmetic, peak_of
 from infra.bench.gpu.plan import LEAST_SECONDS, Row, Setting
 from models.flops import matmul_ceiling
 
+if TYPE_CHECKING:
+    from torch.autograd.profiler_util import FunctionEvent
+
 ROUNDS = 3
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+CALL = "bench: call"
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 
 
@@ -98,31 +102,40 @@ class Profiled:
 def profiled(call: Callable[[], object], device: str, calls: int = 3) -> Profiled:
     """Count launches and the time of host and GPU by torch.profiler.
 
-    A launch waits while the GPU's queue is full. That is no work of the host, so each launch counts with their median.
+    The time of the host is that until a call returns, without waiting for the GPU: synchronisations do not count, and a
+    launch, which waits while the GPU's queue is full, counts with the median of all.
     """
     gpu = device == "cuda"
     try:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:
             for _ in range(calls):
-                call()
+                with record_function(CALL):
+                    call()
             synchronize(device)
         events = found.events() or []
     except RuntimeError as error:
         return Profiled(note=f"torch.profiler: {str(error).splitlines()[0][:120]}")
-    host: defaultdict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.device_type.name == "CPU" and event.name not in WAITS:
-            host[event.name].append(event.self_cpu_time_total)
-    launches = sum(len(times) for name, times in host.items() if name in LAUNCHES)
-    work = sum(median(times) * len(times) if name in LAUNCHES else sum(times) for name, times in host.items())
-    device_us = sum(event.self_device_time_total for event in events) if gpu else 0.0
-    missing = gpu and not launches
+    host = [event for event in events if event.device_type.name == "CPU"]
+    launches = [event.cpu_time_total for event in host if event.name in LAUNCHES]
+    waiting = sum(event.cpu_time_total for event in host if event.name in WAITS and _inside_a_call(event))
+    waiting += sum(launches) - median(launches) * len(launches) if launches else 0.0
+    host_us = sum(event.cpu_time_total for event in host if event.name == CALL) - waiting
+    kernels = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    device_us = sum(event.self_device_time_total for event in kernels)
     return Profiled(
-        launches=launches / calls if launches else None,
-        host_ms=work / calls / 1000,
-        device_ms=device_us / calls / 1000 if device_us else None,
-        note="launches are not counted: torch.profiler found no CUPTI" if missing else None,
+        launches=len(launches) / calls if launches else None,
+        host_ms=host_us / calls / 1000,
+        device_ms=device_us / calls / 1000 if kernels else None,
+        note="launches are not counted: torch.profiler found no CUPTI" if gpu and not launches else None,
     )
+
+
+def _inside_a_call(event: FunctionEvent) -> bool:
+    """Whether an event happened during one of the calls, and not after them."""
+    parent = event.cpu_parent
+    while parent is not None and parent.name != CALL:
+        parent = parent.cpu_parent
+    return parent is not None
 
 
 def arithmetic_of(precision: str, device: str) -> Arithmetic:
