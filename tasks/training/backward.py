@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
+    from models.parallel import Workers
     from tasks.params import ModelParams, TrainParams
     from tasks.training.batches import Batch
     from tasks.training.run import LossFunction
@@ -47,13 +48,13 @@ class WholeBatch:
 
 
 class SplitBatch:
-    """The passes of `workers` parts of a batch at once, whose gradients are added in the order of the parts.
+    """The passes of as many parts of a batch at once as there are `workers`; gradients are added in the parts' order.
 
     The same number of workers and threads gives the same bytes.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, workers: int) -> None:
-        self.accelerator, self.module, self.workers = accelerator, module, parallel.Workers(workers)
+    def __init__(self, accelerator: Accelerator, module: nn.Module, workers: Workers) -> None:
+        self.accelerator, self.module, self.workers = accelerator, module, workers
 
     def __call__(self, objective: LossFunction, batch: Batch) -> Tensor:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
