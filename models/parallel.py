@@ -6,8 +6,9 @@ single thread, take about 0.6 times as long as the whole batch with two threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,17 @@ def at_once(functions: Sequence[Callable[[], Result]], device: str = "cpu") -> l
     """
     with Workers(min(len(functions), torch.get_num_threads()) if device == "cpu" else 1) as threads:
         return threads.map(lambda function: function(), functions)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run PyTorch's operators on one thread within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Workers:
