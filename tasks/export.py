@@ -52,7 +52,7 @@ NO_CONTROL = (
 )
 TENSORRT_MIN_PSNR = 35
 """Decibel; TensorRT may use TF32 and other kernels than PyTorch."""
-TIMING_SECONDS = 0.5
+TIMING_SECONDS = 0.25
 MIN_REPEATS, MAX_REPEATS = 3, 50
 """A timing repeats for `TIMING_SECONDS`, but within these limits."""
 

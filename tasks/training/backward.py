@@ -25,6 +25,10 @@ Backward: TypeAlias = "Callable[[LossFunction, Batch], Tensor]"
 def workers_for(model: ModelParams, params: TrainParams, processes: int) -> int:
     """Return the number of threads among which a batch is split; 1 is no split.
 
+    One for each thread of PyTorch, as long as each gets 16 images (`parallel.LEAST_IMAGES`). The digits network (0.69
+    M), forward and backward of 64 images: 118 ms with two threads in each operator, 70 ms as two halves. The work is
+    the same for every size of network, and each worker's own gradient is small beside the activations of 16 images.
+
     A batch is not split on a GPU, between processes, with dropout (whose random numbers would depend on the order of
     the threads), in a compiled network, or with gradient checkpointing.
     """
