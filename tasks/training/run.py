@@ -192,9 +192,7 @@ def assemble(
         network=network,
         module=wrapped,
         objective=Objective(diffusion, timesteps),
-        backward=(
-            SplitBatch(accelerator, wrapped, workers) if workers.count > 1 else WholeBatch(accelerator, wrapped)
-        ),
+        backward=(SplitBatch(accelerator, wrapped, workers) if workers.count > 1 else WholeBatch(accelerator, wrapped)),
         workers=workers,
         optimizer=prepared,
         averages={profile: EMA(network, profile) for profile in params.ema},

@@ -65,7 +65,7 @@ def test_a_rerun_gives_the_same_bytes_and_another_seed_others(judged, tmp_path):
 
 
 def test_networks_that_are_trained_at_once_are_those_trained_one_after_the_other(judged, tmp_path, monkeypatch):
-    """Each is trained by one thread, as all are where there is only one."""
+    """Each is trained by one thread, as on a machine with a single one."""
     (tmp_path / "data").symlink_to(judged / "data")
     both, fits = threading.Barrier(2, timeout=60), []
 
