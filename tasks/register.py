@@ -85,7 +85,8 @@ def register(
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)
-        version = _model_version(client, params.model_name, model, measured, trained, read_index(data).sha256)
+        judged = gates.judged(measured, model_folder.ExportReport.read(model / model_folder.EXPORT).min_psnr_db)
+        version = _model_version(client, params.model_name, model, judged, trained, read_index(data).sha256)
         evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
         edit_results.log(client, evaluated, edits, editing)
         _describe(client, (trained, evaluated), measured, page)
@@ -95,7 +96,7 @@ def register(
         if aliases.get(CHALLENGER) != int(version.version):
             client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
         sources = Sources(judge, data, evaluation)
-        reason = _reason_against(client, version, champion, gates.judged(measured), sources, params)
+        reason = _reason_against(client, version, champion, judged, sources, params)
         standing = _set_champion(client, version, champion, reason)
         adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
     print(f"register: {params.model_name} version {version.version}, {standing}")
@@ -228,7 +229,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _model_version(
-    client: MlflowClient, name: str, model: Path, measured: Measurements, trained: Run, data_sha256: str
+    client: MlflowClient, name: str, model: Path, judged: Judged, trained: Run, data_sha256: str
 ) -> ModelVersion:
     """Find or create the version of the registered model with the content of this folder."""
     from mlflow.exceptions import MlflowException
@@ -264,13 +265,15 @@ def _model_version(
     )
     _log_model(logged.model_id, name, model)
     client.log_dict(trained.info.run_id, facts, f"lineage/{key[:12]}.json")
+    for file, text in lineage.state_files(facts).items():
+        client.log_text(trained.info.run_id, text, f"lineage/{key[:12]}/{file}")
     tags = {
         CONTENT_KEY: key,
         LOGGED_MODEL: logged.model_id,
         tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY],
         **lineage.tags(facts),
     }
-    tags |= {f"{TAG}{name}": value for name, value in gates.judged(measured).tags().items()}
+    tags |= {f"{TAG}{name}": value for name, value in judged.tags().items()}
     return client.create_model_version(
         name,
         source=logged.artifact_location,
