@@ -28,8 +28,9 @@ MIN_SEED_BLOCKS = 3
 """Least number of seed blocks from which an interval is computed."""
 EXTRAS = (CLIP, CLIP_REAL, NEAR_COPIES, ONNX_PSNR)
 STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""95% quantiles of Student's t distribution with 1, 2, ... degrees of freedom; `NORMAL` is their limit."""
-NORMAL = 1.645
+"""95% quantiles of Student's t distribution with 1, 2, ... degrees of freedom; `_student` has those of more."""
+NORMAL = 1.644854
+"""95% quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,13 @@ def interval(spreads: tuple[float, float], blocks: tuple[int, int]) -> float:
         return 0.0
     # A single block has no spread, and counts as one degree of freedom.
     freedom = variance**2 / sum(part**2 / max(n - 1, 1) for part, n in zip(parts, blocks, strict=True))
-    whole = max(1, int(freedom + 1e-9))
-    quantile = STUDENT[whole - 1] if whole <= len(STUDENT) else NORMAL
-    return quantile * math.sqrt(variance)
+    return _student(max(1, int(freedom + 1e-9))) * math.sqrt(variance)
+
+
+def _student(freedom: int) -> float:
+    """95% quantile of Student's t distribution; above 10 degrees of freedom by the expansion of Fisher (1925)."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    first = (NORMAL**3 + NORMAL) / 4
+    second = (5 * NORMAL**5 + 16 * NORMAL**3 + 3 * NORMAL) / 96
+    return NORMAL + first / freedom + second / freedom**2
