@@ -14,6 +14,7 @@ from flows import artifacts, cancelling, repro, stages
 from flows.place import Place, opened
 from tasks.params import ParamsError
 from tasks.params.redaction import redacted
+from tasks.runtime import local_source
 from tasks.runtime.errors import StageError
 
 JUDGE = "judge"
@@ -37,6 +38,7 @@ def champion_check(workspace: str | None = None, wait_seconds: float = 3600.0) -
 
 
 def _check(place: Place) -> State[None]:
+    local_source.require_hashable(place.folder)
     done = stages.run_all(repro.upstream(place.folder, JUDGE), place)
     artifacts.publish_stages(done.rows)
     if done.failure:

@@ -17,7 +17,7 @@ from flows.place import Place, opened
 from tasks import params
 from tasks.params import ParamsError
 from tasks.params.redaction import redacted
-from tasks.runtime import tracking
+from tasks.runtime import local_source, tracking
 from tasks.runtime.errors import StageError
 
 VALIDATE = "validate"
@@ -48,6 +48,7 @@ def data_refresh(
 
 
 def _refresh(place: Place, pipeline: str) -> State[None]:
+    local_source.require_hashable(place.folder)
     done = stages.run_all(repro.upstream(place.folder, VALIDATE), place, force=FETCH)
     artifacts.publish_stages(done.rows)
     if done.failure:
