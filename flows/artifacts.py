@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from tasks import params
 from tasks.params.redaction import redacted, without_user
 from tasks.runtime import lineage, markdown, measures, tracking, workspace
+from tasks.runtime.errors import StageError
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
@@ -47,15 +48,26 @@ def keep_record(folder: Path, flow_run: str, *, trained: bool) -> None:
     """
     files = {name: folder / name for name in (lineage.LOCK, lineage.PARAMS)}
     texts = {name: redacted(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-    key = _train_key(folder) if trained else None
-    client = tracking.connect() if key else None
-    run = tracking.find_run(client, tracking.TRAIN_KEY, key) if client and key else None
-    if client is None or run is None:
+    if not (trained and _keep_in_mlflow(folder, flow_run, texts)):
         blocks = [f"`{name}`\n\n```yaml\n{text}```" for name, text in texts.items()]
         create_markdown_artifact("\n\n".join(blocks), key="record", description="State of DVC after this run")
-        return
+
+
+def _keep_in_mlflow(folder: Path, flow_run: str, texts: dict[str, str]) -> bool:
+    """Log texts with the training run of `folder`; False if there is none, or MLflow does not answer."""
+    key = _train_key(folder)
+    if key is None:
+        return False
+    try:
+        client = tracking.connect()
+    except StageError:  # the reason why the chain failed, perhaps
+        return False
+    run = tracking.find_run(client, tracking.TRAIN_KEY, key)
+    if run is None:
+        return False
     for name, text in texts.items():
         client.log_text(run.info.run_id, text, f"flows/{flow_run}/{name}")
+    return True
 
 
 def _train_key(folder: Path) -> str | None:

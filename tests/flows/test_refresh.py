@@ -15,6 +15,8 @@ from flows import dvc
 from tasks.runtime import loopback, tracking
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow  # a server of its own, and a dozen processes of DVC
+
 ROOT = tiny.ROOT
 TOY = """\
 stages:

@@ -48,10 +48,12 @@ def test_unknown_versions_are_one_sentence(tree):
         assert done.stderr.startswith("verify: error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_reproducing_from_the_shared_cache_compares_weights_and_metrics(tree):
     assert reproduce.reproduce(MODEL, share_cache=True) == []
 
 
+@pytest.mark.slow
 def test_every_changed_record_is_a_cross(tree):
     """Bytes of the registered model, an object that only the remote has, and one that nothing has."""
     remote = tree.parent / "remote"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ SERVICE = {
         "image": {"type": "string", "pattern": "^(afterimage(-cuda)?|[a-z0-9/]+:[0-9][0-9.]*(-[a-z]+)?)$"},
         "build": {"type": "object", "required": ["context", "dockerfile"]},
         "command": {"type": "array", "items": {"type": "string"}},
+        "entrypoint": {"type": "array", "items": {"type": "string"}},
         "environment": {"type": "object", "additionalProperties": {"type": "string"}},
         "ports": {"type": "array", "items": {"type": "string", "pattern": r"^127\.0\.0\.1:\d+:\d+$"}},
         "volumes": {"type": "array", "items": {"type": "string", "pattern": r"^[\w./-]+:/[\w./-]+(:ro)?$"}},
@@ -166,7 +168,10 @@ def test_the_kustomization_lists_its_manifests():
     kustomization = dict(manifests())["kustomization.yaml"]
     listed = set(kustomization["resources"])
     assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml"}
-    assert (KUBERNETES / "databases.sql").read_text() == (CONTAINERS / "databases.sql").read_text()
+    for name in ("databases.sql", "storage.sh"):  # kustomize reads no file outside of its folder
+        assert (KUBERNETES / name).read_text() == (CONTAINERS / name).read_text()
+    generated = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
+    assert generated == {"databases": ["databases.sql"], "storage": ["storage.sh"]}
 
 
 def test_workloads_are_restricted_limited_and_select_their_own_pods():
@@ -228,7 +233,20 @@ def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_p
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_accepts_the_scripts():
-    subprocess.run(["shellcheck", str(CONTAINERS / "train-node.sh")], check=True)
+    subprocess.run(["shellcheck", *map(str, CONTAINERS.glob("*.sh"))], check=True)
+
+
+def test_the_store_gets_one_identity_from_the_environment(tmp_path):
+    (tmp_path / "weed").write_text("#!/bin/sh\ncat /tmp/s3.json\n".replace("/tmp", str(tmp_path)))
+    (tmp_path / "weed").chmod(0o755)
+    script = (CONTAINERS / "storage.sh").read_text().replace("/tmp/", f"{tmp_path}/")
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "S3_ACCESS_KEY": "key", "S3_SECRET_KEY": "word"}
+    done = subprocess.run(["sh", "-c", script], env=variables, capture_output=True, text=True, check=True)
+    (identity,) = json.loads(done.stdout)["identities"]
+    assert identity["credentials"] == [{"accessKey": "key", "secretKey": "word"}]
+    assert (tmp_path / "s3.json").stat().st_mode & 0o077 == 0
+    del variables["S3_SECRET_KEY"]
+    assert subprocess.run(["sh", "-c", script], env=variables, capture_output=True).returncode
 
 
 def test_missing_buckets_are_created_once(monkeypatch, tmp_path, capsys):
