@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -39,6 +40,8 @@ def main() -> None:
     from tasks.runtime.errors import StageError
 
     print("demo: loading", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end it as Ctrl-C does: temporary files are removed
+        signal.signal(number, signal.default_int_handler)
     try:
         from infra.demo.server import serve
 

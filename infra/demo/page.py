@@ -26,24 +26,39 @@ Values: TypeAlias = Any
 """What the browser sends: any JSON."""
 Change: TypeAlias = Callable[[Options, Sequence[Values]], Options]
 """Adds the inputs of a tab to the options."""
+EXPECTED = (StageError, ParamsError)
+"""Errors whose text is a sentence for the user."""
 WORKER = "model"
 """Events with this id run one after the other."""
 STYLE = """
 .gradio-container { max-width: 1500px !important; }
-.result { display: flex; flex-direction: column; gap: 8px; align-items: flex-start; }
-.result img { max-width: 100%; height: auto; border-radius: 4px; background: var(--background-fill-secondary); }
+.result { display: flex; flex-direction: column; gap: 10px; }
+.result .tiles { display: flex; flex-wrap: wrap; gap: 10px; }
+.result figure { margin: 0; max-width: 100%; }
+.result img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
 .result img.pixelated { image-rendering: pixelated; }
-.result progress { width: 100%; max-width: 640px; }
+.result figcaption { font-size: 13px; overflow-wrap: anywhere; }
+.result progress { width: 100%; max-width: 512px; accent-color: var(--primary-600); }
 .result .status { margin: 0; overflow-wrap: anywhere; }
-.note p { margin: 0; color: var(--body-text-color); }
+.result .refused { border-left: 4px solid #dc2626; padding-left: 10px; }
+.low { align-self: flex-end; }
+button[role=tab] { padding-inline: 12px !important; }
 footer { display: none !important; }
+@media (min-width: 800px) { .side { position: sticky; top: 12px; align-self: flex-start; } }
 """
 
 
 def theme() -> gr.themes.Base:
     """Return the default theme with the fonts of the system: its own are files of gradio or of Google."""
-    return gr.themes.Default(
+    base = gr.themes.Default(
         primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    )
+    # Its own colours of hints and of the main button are fainter than WCAG's 4.5 : 1.
+    return base.set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
     )
 
 
@@ -55,12 +70,13 @@ def build(studio: Studio, entries: Sequence[Entry]) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320):
                 common = _common(entries)
                 tabs = _tabs()
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_classes="side"):
                 result = gr.HTML(view.EMPTY, elem_id="result", label="Result")
                 with gr.Row():
-                    stop = gr.Button("Stop", interactive=False, min_width=100)
-                    download = gr.DownloadButton("Download PNG", interactive=False, min_width=160, elem_id="download")
-        page = _Page(studio, common, tabs, result, stop, download)
+                    stop = gr.Button("Stop", interactive=False, min_width=90, size="md")
+                    download = gr.DownloadButton("Download", interactive=False, min_width=90, size="md")
+                    reuse = gr.Button("Change this", interactive=False, min_width=90, size="md")
+        page = _Page(studio, common, tabs, result, stop, download, reuse)
         page.connect(blocks)
     return blocks
 
@@ -85,13 +101,13 @@ def _common(entries: Sequence[Entry]) -> _Common:
     prompts = gr.Textbox(label="Prompts", lines=2, max_lines=8, info="One in each line.", visible=False)
     negative = gr.Textbox(label="Negative prompt", visible=False)
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, min_width=110)
-        count = gr.Number(1, label="Seeds in a row", precision=0, min_width=110)
-        random_seed = gr.Button("Random seed", min_width=110)
+        seed = gr.Number(0, label="Seed", precision=0, min_width=90)
+        count = gr.Number(1, label="Seeds from it", precision=0, min_width=90)
+        random_seed = gr.Button("Random", min_width=80, size="md", elem_classes="low")
     with gr.Row():
-        sampler = gr.Dropdown([], label="Sampler", min_width=170)
-        steps = gr.Number(None, label="Steps", precision=0, min_width=90)
-        guidance = gr.Number(None, label="Guidance", step=0.5, min_width=90)
+        sampler = gr.Dropdown([], label="Sampler", min_width=130)
+        steps = gr.Number(None, label="Steps", precision=0, min_width=70)
+        guidance = gr.Number(None, label="Guidance", step=0.5, min_width=70)
     with gr.Accordion("More settings", open=False), gr.Row():
         low = gr.Number(None, label="Guidance above noise level", min_width=150)
         high = gr.Number(None, label="Guidance up to noise level", min_width=150)
@@ -111,6 +127,7 @@ class _Tabs:
     strength: gr.Slider
     paint: gr.Button
     damaged: gr.Image
+    canvas_column: gr.Column
     canvas: gr.ImageEditor
     paint_strength: gr.Slider
     control_tab: gr.Tab
@@ -126,24 +143,25 @@ def _image(label: str, height: int = 240) -> gr.Image:
 
 def _tabs() -> _Tabs:
     with gr.Tabs():
-        with gr.Tab("From noise"):
+        with gr.Tab("Noise"):
             draw = gr.Button("Draw", variant="primary")
-        with gr.Tab("Image to image"):
+        with gr.Tab("Image"):
             image = _image("Image to change")
             strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength", info="Share of the steps that change it.")
             change = gr.Button("Change the image", variant="primary")
         with gr.Tab("Inpainting"):
             damaged = _image("Image to repair", 200)
-            canvas = gr.ImageEditor(
-                label="Paint over what is to be drawn anew",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=40, colors=["rgba(225, 80, 0, 0.6)"], color_mode="fixed"),
-                canvas_size=(uploads.CANVAS_SIDE, uploads.CANVAS_SIDE),
-                height=480,
-                format="png",
-            )
+            with gr.Column(visible=False) as canvas_column:
+                canvas = gr.ImageEditor(
+                    label="Mask",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(default_size=40, colors=["rgba(225, 80, 0, 0.6)"], color_mode="fixed"),
+                    canvas_size=(uploads.CANVAS_SIDE, uploads.CANVAS_SIDE),
+                    height=480,
+                    format="png",
+                )
             paint_strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength")
             paint = gr.Button("Paint anew", variant="primary")
         with gr.Tab("Control", visible=False) as control_tab:
@@ -158,6 +176,7 @@ def _tabs() -> _Tabs:
         strength,
         paint,
         damaged,
+        canvas_column,
         canvas,
         paint_strength,
         control_tab,
@@ -178,6 +197,7 @@ class _Page:
     result: gr.HTML
     stop: gr.Button
     download: gr.DownloadButton
+    reuse: gr.Button
 
     def connect(self, blocks: gr.Blocks) -> None:
         """Define what each button does."""
@@ -190,32 +210,46 @@ class _Page:
         self._button(tabs.paint, "paint", [tabs.damaged, tabs.canvas, tabs.paint_strength], self.painted)
         self._button(tabs.control, "control", [tabs.map, tabs.is_map, tabs.control_scale], _controlled)
         tabs.damaged.change(
-            self.prepare_canvas, [self.common.model, tabs.damaged], tabs.canvas, preprocess=False, **one
+            self.prepare_canvas,
+            [self.common.model, tabs.damaged],
+            [tabs.canvas_column, tabs.canvas],
+            preprocess=False,
+            **one,
         )
         self.common.random_seed.click(lambda: random.randrange(2**31), None, self.common.inputs[4], queue=False)
+        self.reuse.click(
+            lambda file: [file["path"]] * 2,
+            [self.download],
+            [tabs.image, tabs.damaged],
+            preprocess=False,
+            queue=False,
+            api_visibility="private",
+        )
         self.stop.click(self.end, None, None, queue=False)
 
     def _button(self, button: gr.Button, name: str, inputs: list[gr.components.Component], change: Change) -> None:
         fields = len(self.common.inputs)
 
         def draw(request: gr.Request, *values: Values) -> Iterator[tuple[Values, ...]]:
-            with_sentences = _Sentences()
-            with with_sentences:
+            try:
                 filled = form.read(Form, values[:fields])
                 options = change(filled.options(), values[fields:])
-                session = request.session_hash or ""
-                for drawing in self.studio.draw(options, filled.interval, session):
+                for drawing in self.studio.draw(options, filled.interval, request.session_hash or ""):
                     ready = drawing.file is not None
                     yield (
                         view.shown(drawing),
                         gr.DownloadButton(value=drawing.file, interactive=ready),
                         gr.Button(interactive=not ready),
+                        gr.Button(interactive=ready and len(drawing.progress.images) == 1),
                     )
+            except EXPECTED as error:
+                yield view.refused(_sentence(error)), gr.skip(), gr.skip(), gr.skip()
+                raise _error(error) from None
 
         button.click(
             draw,
             [*self.common.inputs, *inputs],
-            [self.result, self.download, self.stop],
+            [self.result, self.download, self.stop, self.reuse],
             api_name=name,
             preprocess=False,
             show_progress="minimal",
@@ -226,9 +260,11 @@ class _Page:
 
     def choose(self, name: str) -> list[Values]:
         """Return the choices and defaults of a model for the inputs."""
-        with _Sentences():
+        try:
             opened = self.studio.open(name)
             return Choices.of(opened.place, opened.pipeline).updates()
+        except EXPECTED as error:
+            raise _error(error) from None
 
     def painted(self, options: Options, values: Sequence[Values]) -> Options:
         """Add an image, the mask painted over it and a strength."""
@@ -238,14 +274,16 @@ class _Page:
         mask = uploads.mask(_layers(self.tabs.canvas, editor), side)
         return replace(options, image=uploads.keep(data), mask=uploads.keep(mask), strength=_number(strength))
 
-    def prepare_canvas(self, name: str, image: Values) -> Values:
-        """Return the value of the canvas for an image: what the model sees of it."""
+    def prepare_canvas(self, name: str, image: Values) -> tuple[Values, Values]:
+        """Show the canvas with an image, as the model sees it, or hide it without one."""
         if image is None:
-            return None
-        with _Sentences():
+            return gr.Column(visible=False), None
+        try:
             info = self.studio.open(name).pipeline.info
             background = uploads.canvas(uploads.read(image, "an image"), info.channels, info.size)
-            return {"background": background, "layers": [], "composite": None}
+        except EXPECTED as error:
+            raise _error(error) from None
+        return gr.Column(visible=True), {"background": background, "layers": [], "composite": None}
 
     def end(self, request: gr.Request) -> None:
         """End the drawing of this browser."""
@@ -282,13 +320,10 @@ def _layers(canvas: gr.ImageEditor, value: Values) -> list[bytes]:
     return [uploads.read(layer, "the mask") for layer in value.get("layers") or [] if layer]
 
 
-class _Sentences:
-    """Turns the errors of the functions of `tasks.draw` into a sentence that the page shows."""
+def _sentence(error: Exception) -> str:
+    return html.escape(redacted(str(error)), quote=False)
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, StageError | ParamsError):
-            sentence = html.escape(redacted(str(error)), quote=False)
-            raise gr.Error(sentence, duration=None, title="Nothing was drawn", print_exception=False) from None
+def _error(error: Exception) -> gr.Error:
+    """Convert an error of the functions of `tasks.draw` to a message in a corner of the page."""
+    return gr.Error(_sentence(error), title="Nothing was drawn", print_exception=False)

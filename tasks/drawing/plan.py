@@ -31,6 +31,8 @@ class Plan:
 
     settings: Settings
     request: Request
+    titles: list[str]
+    """One for each label or prompt: names of classes, or prompts; empty without."""
     layout: Layout
 
     @property
@@ -53,7 +55,8 @@ def prepare(settings: Settings, info: PipelineInfo, scale: int | None = None) ->
     image, mask = inputs.load(settings, info)
     request = replace(_request(settings), image=image, mask=mask, control=inputs.load_control(settings, info))
     resolve(request, info)
-    return Plan(settings, request, Layout.of(settings.seeds, _titles(settings, info), info.size, scale))
+    titles = _titles(settings, info)
+    return Plan(settings, request, titles, Layout.of(settings.seeds, titles, info.size, scale))
 
 
 def settings_of(options: Options, like: Settings | None, found: Place, info: PipelineInfo) -> Settings:
