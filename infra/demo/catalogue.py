@@ -35,7 +35,7 @@ def entries(first: str | None) -> list[Entry]:
         print(f"demo: registered models are not listed: {error}", flush=True)
     if not found:
         place.find(MODEL)  # raises the sentence of the command
-    return list({entry.name: entry for entry in reversed(found)}.values())[::-1]
+    return [entry for index, entry in enumerate(found) if entry.name not in {other.name for other in found[:index]}]
 
 
 def registered() -> list[Entry]:

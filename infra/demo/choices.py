@@ -51,11 +51,12 @@ class Choices:
         interval = self.sampling.guidance_interval or (None, None)
         kinds = samplers.GUIDANCES if self.has_guide else samplers.GUIDANCES[:1]
         examples = self.info.prompts or self.info.classes
+        cleared: dict[str, Any] = {} if text else {"value": ""}  # what is hidden must not be sent
         return [
             gr.Dropdown(info=self.description),
             gr.Dropdown(choices=self.info.classes, value=[], visible=self.info.conditioning == "label"),
-            gr.Textbox(visible=text, placeholder=examples[0] if text and examples else ""),
-            gr.Textbox(visible=text),
+            gr.Textbox(visible=text, placeholder=examples[0] if text and examples else "", **cleared),
+            gr.Textbox(visible=text, **cleared),
             gr.Dropdown(choices=list(self.samplers), value=self.sampling.sampler),
             gr.Number(value=self.sampling.steps),
             gr.Number(value=self.sampling.guidance_scale, visible=conditional),

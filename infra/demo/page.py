@@ -20,7 +20,7 @@ from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from infra.demo.catalogue import Entry
-    from infra.demo.studio import Studio
+    from infra.demo.studio import Drawing, Studio
 
 Values: TypeAlias = Any
 """What the browser sends: any JSON."""
@@ -33,7 +33,7 @@ WORKER = "model"
 STYLE = """
 .gradio-container { max-width: 1500px !important; }
 .result { display: flex; flex-direction: column; gap: 10px; }
-.result .tiles { display: flex; flex-wrap: wrap; gap: 10px; }
+.result .tiles { display: flex; flex-wrap: wrap; gap: 6px; }
 .result figure { margin: 0; max-width: 100%; }
 .result img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
 .result img.pixelated { image-rendering: pixelated; }
@@ -41,9 +41,12 @@ STYLE = """
 .result progress { width: 100%; max-width: 512px; accent-color: var(--primary-600); }
 .result .status { margin: 0; overflow-wrap: anywhere; }
 .result .refused { border-left: 4px solid #dc2626; padding-left: 10px; }
+#result .error, #result .clear-status { display: none !important; }
+input[role=listbox] { padding-right: 2rem !important; text-overflow: ellipsis; }
 .low { align-self: flex-end; }
 button[role=tab] { padding-inline: 12px !important; }
 footer { display: none !important; }
+body:not(.dark) button[role=tab][aria-selected=true] { color: var(--primary-600) !important; }
 @media (min-width: 800px) { .side { position: sticky; top: 12px; align-self: flex-start; } }
 """
 
@@ -71,11 +74,11 @@ def build(studio: Studio, entries: Sequence[Entry]) -> gr.Blocks:
                 common = _common(entries)
                 tabs = _tabs()
             with gr.Column(scale=6, min_width=320, elem_classes="side"):
-                result = gr.HTML(view.EMPTY, elem_id="result", label="Result")
                 with gr.Row():
                     stop = gr.Button("Stop", interactive=False, min_width=90, size="md")
                     download = gr.DownloadButton("Download", interactive=False, min_width=90, size="md")
-                    reuse = gr.Button("Change this", interactive=False, min_width=90, size="md")
+                    reuse = gr.Button("Edit", interactive=False, min_width=90, size="md")
+                result = gr.HTML(view.EMPTY, elem_id="result", label="Result")
         page = _Page(studio, common, tabs, result, stop, download, reuse)
         page.connect(blocks)
     return blocks
@@ -102,17 +105,19 @@ def _common(entries: Sequence[Entry]) -> _Common:
     negative = gr.Textbox(label="Negative prompt", visible=False)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-        count = gr.Number(1, label="Seeds from it", precision=0, min_width=90)
+        count = gr.Number(1, label="Count", precision=0, min_width=90)
         random_seed = gr.Button("Random", min_width=80, size="md", elem_classes="low")
     with gr.Row():
-        sampler = gr.Dropdown([], label="Sampler", min_width=130)
-        steps = gr.Number(None, label="Steps", precision=0, min_width=70)
-        guidance = gr.Number(None, label="Guidance", step=0.5, min_width=70)
-    with gr.Accordion("More settings", open=False), gr.Row():
-        low = gr.Number(None, label="Guidance above noise level", min_width=150)
-        high = gr.Number(None, label="Guidance up to noise level", min_width=150)
-        kind = gr.Dropdown([], label="Kind of guidance", min_width=170)
-        eta = gr.Number(None, label="Eta (sampler ddim)", min_width=150, step=0.1)
+        sampler = gr.Dropdown([], label="Sampler", scale=2, min_width=200)
+        steps = gr.Number(None, label="Steps", precision=0, min_width=100)
+        guidance = gr.Number(None, label="Guidance", step=0.5, min_width=100)
+    with gr.Accordion("More settings", open=False):
+        with gr.Row():
+            low = gr.Number(None, label="Guidance above noise level", min_width=150)
+            high = gr.Number(None, label="Guidance up to noise level", min_width=150)
+        with gr.Row():
+            kind = gr.Dropdown([], label="Kind of guidance", min_width=150)
+            eta = gr.Number(None, label="Eta (sampler ddim)", min_width=150, step=0.1)
     inputs = [model, labels, prompts, negative, seed, count, sampler, steps, guidance, low, high, kind, eta]
     return _Common(inputs, random_seed)
 
@@ -234,16 +239,13 @@ class _Page:
             try:
                 filled = form.read(Form, values[:fields])
                 options = change(filled.options(), values[fields:])
+                drawing = None
                 for drawing in self.studio.draw(options, filled.interval, request.session_hash or ""):
-                    ready = drawing.file is not None
-                    yield (
-                        view.shown(drawing),
-                        gr.DownloadButton(value=drawing.file, interactive=ready),
-                        gr.Button(interactive=not ready),
-                        gr.Button(interactive=ready and len(drawing.progress.images) == 1),
-                    )
+                    yield _outputs(drawing)
+                if drawing is not None and drawing.file is None:
+                    yield (view.shown(drawing, stopped=True), *[gr.skip()] * 3)
             except EXPECTED as error:
-                yield view.refused(_sentence(error)), gr.skip(), gr.skip(), gr.skip()
+                yield (view.refused(_sentence(error)), *[gr.skip()] * 3)
                 raise _error(error) from None
 
         button.click(
@@ -288,6 +290,17 @@ class _Page:
     def end(self, request: gr.Request) -> None:
         """End the drawing of this browser."""
         self.studio.stop(request.session_hash or "")
+
+
+def _outputs(drawing: Drawing) -> tuple[Values, ...]:
+    """Return the result, and the buttons Download, Stop and Edit in their states."""
+    ready = drawing.file is not None
+    return (
+        view.shown(drawing),
+        gr.DownloadButton(value=drawing.file, interactive=ready),
+        gr.Button(interactive=not ready),
+        gr.Button(interactive=ready and len(drawing.progress.images) == 1),
+    )
 
 
 def _changed(options: Options, values: Sequence[Values]) -> Options:

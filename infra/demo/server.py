@@ -63,4 +63,5 @@ def running(model: str | None, host: str, port: int | None) -> Iterator[str]:
     finally:
         for stop in list(studio.stops.values()):
             stop.set()
+        blocks.server.force_exit = True  # an open page keeps a connection, which would delay the end by seconds
         blocks.close(verbose=False)

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from infra.demo.studio import Drawing
     from tasks.drawing.settings import Settings
 
-WIDTHS = ((1, 512), (4, 256), (12, 160))
+WIDTHS = ((1, 512), (4, 256), (12, 144))
 """Number of images -> width of a tile, CSS pixels."""
-LEAST_WIDTH = 112
+LEAST_WIDTH = 96
 PIXELATED = 128
 """Images of at most this side are enlarged by whole factors without smoothing."""
 EMPTY = "<div class='result'><p class='status'>The images appear here.</p></div>"
 
 
-def shown(drawing: Drawing) -> str:
-    """Return the images of a drawing, and its progress or its settings."""
+def shown(drawing: Drawing, stopped: bool = False) -> str:
+    """Return the images of a drawing, and its progress or its settings; `stopped` before the last step."""
     images = to_uint8(drawing.progress.images)
     width = _width(len(images), images.shape[-1])
     titles = list(_titles(drawing))
     tiles = "".join(_tile(image, title, width) for image, title in zip(images, titles, strict=True))
-    return f"<div class='result'><div class='tiles'>{tiles}</div>{_progress(drawing)}</div>"
+    return f"<div class='result'>{_progress(drawing, stopped)}<div class='tiles'>{tiles}</div></div>"
 
 
 def refused(sentence: str) -> str:
@@ -64,11 +64,15 @@ def _titles(drawing: Drawing) -> Iterator[str]:
             yield " · ".join([*([title] if title else []), *([f"seed {seed}"] if several else [])])
 
 
-def _progress(drawing: Drawing) -> str:
+def _progress(drawing: Drawing, stopped: bool) -> str:
     now = drawing.progress
     if now.finished:
         return f"<p class='status' role='status'>{html.escape(_words(drawing.planned.settings, len(now.images)))}</p>"
     percent = 100 * now.done // now.total
+    if stopped:
+        return (
+            f"<p class='status' role='status'>Stopped after {percent} % of {drawing.planned.settings.steps} steps.</p>"
+        )
     bar = f"<progress value='{now.done}' max='{now.total}' aria-label='progress'></progress>"
     return f"{bar}<p class='status'>Drawing: {percent} % of {drawing.planned.settings.steps} steps</p>"
 

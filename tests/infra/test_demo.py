@@ -119,6 +119,15 @@ def press(page: browser.Page, name: str) -> None:
     page.evaluate(PRESSED % name)
 
 
+def upload(page: browser.Page, file: Path) -> None:
+    """Choose a file in the open tab."""
+    wait(page, "!!document.querySelector('[role=tabpanel] input[type=file]')")
+    root = page.command("DOM.getDocument")["root"]["nodeId"]
+    node = page.command("DOM.querySelector", nodeId=root, selector="[role=tabpanel] input[type=file]")["nodeId"]
+    page.command("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+    wait(page, f"!!document.querySelector('[role=tabpanel] img[src*=\"{file.name}\"]')")
+
+
 def download(page: browser.Page, folder: Path) -> Path:
     """Press the button and return the file that the browser saves."""
     page.command("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
@@ -169,11 +178,7 @@ def test_an_uploaded_image_is_changed_in_a_browser_as_by_the_command(
     page.visit(address, timeout=60)
     wait(page, READY)
     press(page, "Image")
-    wait(page, "!!document.querySelector('[role=tabpanel] input[type=file]')")
-    root = page.command("DOM.getDocument")["root"]["nodeId"]
-    upload = page.command("DOM.querySelector", nodeId=root, selector="[role=tabpanel] input[type=file]")["nodeId"]
-    page.command("DOM.setFileInputFiles", nodeId=upload, files=[str(file)])
-    wait(page, "!!document.querySelector('[role=tabpanel] img[src*=\"given.png\"]')")
+    upload(page, file)
     press(page, "Change the image")
     wait(page, DRAWN)
     changed = download(page, tmp_path)
@@ -182,6 +187,38 @@ def test_an_uploaded_image_is_changed_in_a_browser_as_by_the_command(
     assert np.array_equal(pixels(changed), pixels(wanted))
     stored = read_settings(changed)
     assert stored.image is not None and Path(stored.image.path).read_bytes() == file.read_bytes()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_what_the_brush_covers_is_drawn_anew_and_nothing_else(page: browser.Page, address: str, tmp_path: Path) -> None:
+    file = given("given.png")
+    page.size(1280, 900)
+    page.visit(address, timeout=60)
+    wait(page, READY)
+    press(page, "Inpainting")
+    upload(page, file)
+    canvas = "[...document.querySelectorAll('canvas')].find(e => e.offsetParent)"
+    wait(page, f"!!{canvas}")
+    page.settle()
+    page.evaluate(f"{canvas}.scrollIntoView({{block: 'center'}})")
+    box = page.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({canvas}.getBoundingClientRect())")
+    for kind, shift in (("mouseMoved", -60), ("mousePressed", -60), ("mouseMoved", 0), ("mouseReleased", 40)):
+        point = {"x": box[0] + shift, "y": box[1], "button": "left", "clickCount": 1}
+        page.command("Input.dispatchMouseEvent", type=kind, buttons=int(kind != "mouseReleased"), **point)
+        time.sleep(0.2)
+    page.settle()
+    press(page, "Paint anew")
+    wait(page, DRAWN)
+    painted = download(page, tmp_path)
+    stored = read_settings(painted)
+    assert stored.mask is not None
+    mask = pixels(stored.mask.path)
+    assert mask.shape == (8, 8) and 2 <= mask.sum() <= 16
+    assert mask[3:5].any() and not mask[:2].any() and not mask[6:].any()
+    options = {"label": None, "seed": [0], "sampler": "dpm_solver_pp_2m", "steps": 20, "guidance": 1.0}
+    wanted = drawn("wanted.png", **options, image=file, mask=Path(stored.mask.path))
+    assert np.array_equal(pixels(painted), pixels(wanted))
 
 
 def test_the_api_gives_the_file_of_the_command(client: Any, address: str) -> None:

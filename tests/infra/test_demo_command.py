@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,19 +46,24 @@ def test_loopback_addresses_need_no_option(host: str) -> None:
     assert command.is_loopback(host)
 
 
-def test_the_registered_versions_are_offered_newest_first(work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_registered_versions_are_offered_newest_first(
+    migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from infra.demo import catalogue
     from tasks.drawing.place import LOGGED_MODEL
     from tasks.runtime import tracking
 
+    shutil.copy(migrated_database, tmp_path / "mlflow.db")
+    (tmp_path / "outputs" / "pipeline").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client = tracking.connect()
     client.create_registered_model("digits")
     for number in (1, 2, 3):
         tags = {LOGGED_MODEL: f"m-{number}"} if number != 2 else {}  # the second is of another project
-        client.create_model_version("digits", str(work.root), tags=tags)
+        client.create_model_version("digits", str(tmp_path), tags=tags)
     client.set_registered_model_alias("digits", "champion", "1")
     client.set_registered_model_alias("digits", "other", "2")
-    monkeypatch.chdir(work.root)
     entries = catalogue.entries(None)
     assert [entry.name for entry in entries] == [
         "outputs/pipeline",
