@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infra.demo.live import MOST_IMAGES
 from tasks.drawing.options import Options
 from tasks.runtime.errors import StageError
 
 MOST_CHARACTERS = 100_000
 """Longest text of prompts."""
+MOST_STEPS = 10_000
+"""Flows have no limit of their own."""
 LARGEST_SEED = 2**53 - 1
 """Largest integer that JavaScript represents exactly."""
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
@@ -60,9 +63,9 @@ class Form(BaseModel):
             raise StageError(f"the prompts have more than {MOST_CHARACTERS} characters; draw fewer at once")
         if self.seed is not None and self.seed > LARGEST_SEED:
             raise StageError(f"seed {self.seed} must be at most {LARGEST_SEED}")
-        for name, value in (("count", self.count), ("steps", self.steps)):
-            if value is not None and value < 1:
-                raise StageError(f"{name} {value} must be at least 1")
+        for name, value, most in (("count", self.count, MOST_IMAGES), ("steps", self.steps, MOST_STEPS)):
+            if value is not None and not 1 <= value <= most:
+                raise StageError(f"{name} {value} must lie between 1 and {most}")
         prompts = [line.strip() for line in (self.prompts or "").splitlines() if line.strip()]
         return Options(
             model=self.model,

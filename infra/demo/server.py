@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ def running(model: str | None, host: str, port: int | None) -> Iterator[str]:
     Raises:
         StageError: if there is no model, or if the port is in use.
     """
-    studio = Studio()
     entries = catalogue.entries(model)
+    studio = Studio(frozenset(entry.name for entry in entries))
     studio.open(entries[0].name)
     blocks = build(studio, entries)
     blocks.queue(max_size=16, api_open=False)
@@ -63,5 +64,9 @@ def running(model: str | None, host: str, port: int | None) -> Iterator[str]:
     finally:
         for stop in list(studio.stops.values()):
             stop.set()
-        blocks.server.force_exit = True  # an open page keeps a connection, which would delay the end by seconds
+        # An open page keeps a connection, which would delay the end by 10 s; cutting it is an error in uvicorn's log.
+        log, level = logging.getLogger("uvicorn.error"), logging.getLogger("uvicorn.error").level
+        log.setLevel(logging.CRITICAL)
+        blocks.server.force_exit = True
         blocks.close(verbose=False)
+        log.setLevel(level)

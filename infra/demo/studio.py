@@ -51,6 +51,8 @@ class Drawing:
 class Studio:
     """The model that was used last, and the drawings that run."""
 
+    names: frozenset[str]
+    """The models of the page; a browser cannot open another folder of this machine."""
     opened: Opened | None = None
     stops: dict[str, threading.Event] = field(default_factory=dict)
     """Session of a browser -> what ends its drawing."""
@@ -61,6 +63,8 @@ class Studio:
         Raises:
             StageError: if it is missing, damaged or not supported.
         """
+        if name not in self.names:
+            raise StageError(f"{name!r} is none of the models of this page; add it with --model when it is started")
         found = place.find(name)
         description = found.folder / INFO
         written = description.stat().st_mtime_ns if description.exists() else 0

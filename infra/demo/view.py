@@ -56,7 +56,7 @@ def _tile(image: np.ndarray, title: str, width: int) -> str:
 
 
 def _titles(drawing: Drawing) -> Iterator[str]:
-    """Yield a title for each image: its label or prompt, and its seed where there are several."""
+    """Yield a title for each image: its label or prompt, and its seed if there are several."""
     planned = drawing.planned
     for seed in planned.settings.seeds:
         for title in planned.titles or [""]:

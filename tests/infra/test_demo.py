@@ -257,13 +257,15 @@ def test_what_cannot_be_drawn_is_one_sentence(client: Any, address: str) -> None
         ("/draw", {"param_1": ["<b>"]}, "label '&lt;b&gt;' is no class of this model; labels must lie between 0 and 2"),
         ("/draw", {"param_3": "ugly"}, "a negative prompt needs a text-conditional model"),
         ("/draw", {"param_4": -1}, "must be one or more integers from 0 on"),
-        ("/draw", {"param_5": 40}, "40 images are more than 31; draw fewer labels, prompts or seeds at once"),
+        ("/draw", {"param_5": 10**9}, "count 1000000000 must lie between 1 and 31"),
+        ("/draw", {"param_5": 16, "param_1": ["cat", "dog"]}, "32 images are more than 31; draw fewer labels"),
+        ("/draw", {"param_7": 10**9}, "steps 1000000000 must lie between 1 and 10000"),
         ("/draw", {"param_6": "plms"}, "unknown sampler 'plms'"),
         ("/draw", {"param_7": 21}, "sampling steps 21"),
         ("/draw", {"param_7": "many"}, "steps 'many' is not valid"),
         ("/draw", {"param_9": 1}, "the guidance interval has two ends; give both"),
         ("/draw", {"param_12": 2}, "eta 2 is not valid"),
-        ("/draw", {"param_0": "nowhere"}, "--model nowhere is no folder"),
+        ("/draw", {"param_0": "nowhere"}, "'nowhere' is none of the models of this page"),
         ("/change", {"param_13": None, "param_14": 0.5}, "choose an image first"),
         ("/change", {"param_13": text, "param_14": 0.5}, "the image cannot be read (not an image"),
         ("/change", {"param_13": image, "param_14": 0}, "strength 0 must lie above 0 and not above 1"),
@@ -285,12 +287,12 @@ def test_intermediate_images_are_shown_and_a_drawing_can_be_stopped(
 
     monkeypatch.setattr(live, "PREVIEW_SECONDS", 0)
     options = Options(**SAME | {"steps": 20}, model="outputs/pipeline")
-    states = list(Studio().draw(options, None, "mine"))
+    states = list(Studio(frozenset({"outputs/pipeline"})).draw(options, None, "mine"))
     assert [state.file is not None for state in states] == [False] * (len(states) - 1) + [True]
     shown = [state.progress.images for state in states]
     assert len(shown) >= 3 and not np.array_equal(shown[0], shown[1])
     assert [state.progress.done for state in states] == sorted(state.progress.done for state in states)
-    studio = Studio()
+    studio = Studio(frozenset({"outputs/pipeline"}))
     running = studio.draw(options, None, "mine")
     next(running)
     studio.stop("another")

@@ -115,8 +115,11 @@ def test_it_serves_this_machine_and_ends_with_ctrl_c(tmp_path: Path) -> None:
         assert line, process.stderr.read() if process.stderr else ""
     address = re.findall(r"http://127\.0\.0\.1:\d+", line)[0]
     assert "gradio" in httpx.get(address).text
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    heartbeat = f"{address}/gradio_api/heartbeat/session"  # what an open page keeps waiting for
+    with httpx.stream("GET", heartbeat, timeout=30) as waiting:
+        assert waiting.status_code == 200
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
     assert out.endswith("demo: ended\n")
     assert list(temporary.iterdir()) == []
