@@ -9,6 +9,8 @@ PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 py
 EXTRA ?=
 PORT ?=
 PRESET ?=
+MODEL ?=
+VERSION ?= champion
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -17,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro dag draw demo test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw demo test lint coverage drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -27,6 +29,12 @@ install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Pytho
 
 repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)
 	@python -m infra.run $(ARGS)
+
+verify: install ## check the champion from MLflow down to its files and hashes (MODEL=models:/NAME/2 checks another)
+	@python -m tasks.verify $(MODEL) $(ARGS)
+
+reproduce: install ## compute a registered version again in a temporary clone, and compare (VERSION=2, ARGS=--share-cache)
+	@python -m infra.reproduce $(VERSION) $(ARGS)
 
 dag: install ## list the stages, each with those it depends on
 	@python -m flows.dag
