@@ -48,9 +48,14 @@ def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None
         since = since or time.monotonic()
         if time.monotonic() - since >= WORKER_SECONDS:
             cancelled.set()
-            for child in psutil.Process().children():
-                with suppress(psutil.NoSuchProcess):
-                    child.terminate()
+            end_stages()
+
+
+def end_stages() -> None:
+    """Send SIGTERM to the processes that this one started; a stage on a leash saves a checkpoint and ends."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
 
 
 def _is_cancelling(run: UUID) -> bool:

@@ -131,7 +131,7 @@ def run_stage(stage: str, place: Place) -> State[None]:
     logger = get_run_logger()
 
     def log(line: str) -> None:
-        logger.log(_level(line), line)
+        logger.log(level(line), line)
 
     try:
         ran = repro.repro(stage, place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds)
@@ -140,7 +140,8 @@ def run_stage(stage: str, place: Place) -> State[None]:
     return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")
 
 
-def _level(line: str) -> int:
+def level(line: str) -> int:
+    """The level at which a line of output is logged."""
     return next((level for beginning, level in LEVELS if beginning.match(line)), logging.INFO)
 
 
@@ -158,10 +159,10 @@ def _place(workspace: str | None, preset: str | None, overrides: list[str], wait
     with clone.only_run(folder, f"flow run {flow_run.name}", wait_seconds, log) as held:
         if workspace:
             clone.update(root, folder, preset, overrides, log)
-        yield Place(folder, _environment(), held, wait_seconds)
+        yield Place(folder, environment(), held, wait_seconds)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Environment of a stage: the stores of the main work tree, also in a clone, and the id of the flow run."""
     return {
         **os.environ,
