@@ -1,7 +1,7 @@
 """DVC experiments of trials: saved in the clone that computed them, fetched into the main work tree.
 
-An experiment is a Git commit below `refs/exps/<first two digits of the baseline>/<the others>/<name>`. Its outputs are in
-the cache that the clone shares, so `dvc exp show` and `dvc exp apply` of the main work tree find everything.
+An experiment is a Git commit below `refs/exps/<first two digits of the baseline>/<the others>/<name>`. Its outputs
+are in the cache that the clone shares, so `dvc exp show` and `dvc exp apply` of the main work tree find everything.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def _list(name: str | None, overrides: list[str]) -> None:
         print(f"a search of {description.search.trials} points with seeds {description.seeds}")
         return
     for trial in plan.trials(description, overrides):
-        print(f"{trial.label}: {'; '.join(plan.words(each.measured) for each in trial.evaluations)}")
+        measured = "; ".join(plan.words(each.measured) for each in trial.evaluations if each.measured)
+        print(f"{trial.label}{f': measured at {measured}' if measured else ''}")
     print(f"{count} trainings")
 
 

@@ -37,14 +37,15 @@ from tasks.runtime import tracking
 from tasks.runtime import workspace as places
 from tasks.runtime.errors import StageError
 from tasks.sweeps import identity, leaderboard, plan, records, spec
-from tasks.sweeps.plan import Evaluation, Trial
-from tasks.sweeps.spec import Spec, SweepError
+from tasks.sweeps.spec import SweepError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
     from tasks.sweeps.identity import Stages
+    from tasks.sweeps.plan import Evaluation, Trial
+    from tasks.sweeps.spec import Spec
 
 Log = Callable[[str], None]
 JOBS = max(1, min(2, (os.cpu_count() or 1)))

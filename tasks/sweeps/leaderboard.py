@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from tasks.runtime.markdown import escaped
 from tasks.sweeps import significance
-from tasks.sweeps.records import Result
 from tasks.sweeps.significance import Sample
 from tasks.sweeps.spec import direction
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject
+    from tasks.sweeps.records import Result
 
 FORMAT = 1
 
@@ -77,8 +77,8 @@ def board(results: Sequence[Result], metrics: Sequence[str], cases: Sequence[str
     if len(fingerprints) > 1:
         prints = " and ".join(fingerprint[:12] for fingerprint in fingerprints)
         refusal = (
-            f"The results are not ranked, because they were measured in different ways (fingerprints {prints}); vary no "
-            "parameter of the data, the judge or the number of samples."
+            f"The results are not ranked, because they were measured in different ways (fingerprints {prints}); vary "
+            "no parameter of the data, the judge or the number of samples."
         )
         return Board(list(metrics), rows, "", list(missing), refusal)
     first = metrics[0]

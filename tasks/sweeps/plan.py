@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tasks.params import ParamsError, composition
-from tasks.sweeps.spec import Search, Spec, SweepError, Value
+from tasks.sweeps.spec import SweepError, Value
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject
+    from tasks.sweeps.spec import Interval, Search, Spec
 
 Settings = Mapping[str, Value]
 """Parameter -> value."""
@@ -152,5 +153,7 @@ def _corners(search: Search) -> Iterator[Settings]:
     yield from ({**first, key: choice} for key, choices in values.items() for choice in choices)
 
 
-def integral(value: float) -> int:
-    return round(value)
+def _ends(values: Interval | list[Value]) -> list[Value]:
+    if isinstance(values, list):
+        return values
+    return [round(end) if values.integer else end for end in (values.low, values.high)]

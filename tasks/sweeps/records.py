@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from models.json_files import read_json
 from tasks.params import composition
 from tasks.runtime import lineage, measures, run_labels, tracking
-from tasks.sweeps.plan import Evaluation
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
     from models.json_files import JsonObject
+    from tasks.sweeps.plan import Evaluation
     from tasks.sweeps.spec import Spec
 
 SWEEP, TRIAL = "sweep", "trial"
@@ -137,7 +137,8 @@ def finish(client: MlflowClient, run_id: str, folder: Path, experiment: str, sec
     tags |= {MLFLOW_RUN_NOTE: run_labels.description(measured, None)}
     for tag, value in tags.items():
         client.set_tag(run_id, tag, value)
-    client.delete_tag(run_id, REASON) if REASON in client.get_run(run_id).data.tags else None
+    if REASON in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, REASON)
     values = {f"eval/{name}": value for name, value in numbers(reports / "evaluation").items()}
     points = tracking.points(0, {**values, "seconds": seconds}) + _curves(reports / "train" / "history.csv")
     for start in range(0, len(points), tracking.BATCH):
@@ -149,8 +150,8 @@ def finish(client: MlflowClient, run_id: str, folder: Path, experiment: str, sec
     client.set_terminated(run_id, "FINISHED")
 
 
-def _curves(history: Path) -> list:
-    found = []
+def _curves(history: Path) -> list[Metric]:
+    found: list[Metric] = []
     with history.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             step = int(row.pop("step"))
@@ -198,7 +199,7 @@ def _result(run: Run) -> Result:
         run_id=run.info.run_id,
         case=run.data.tags[CASE],
         seed=int(run.data.tags[SEED]),
-        metrics=metrics,
+        metrics={name.removeprefix("eval/"): value for name, value in measured.items()},
         fingerprint=run.data.params.get("fingerprint", ""),
         experiment=run.data.tags.get(EXPERIMENT, ""),
         seconds=run.data.metrics.get("seconds", 0.0),

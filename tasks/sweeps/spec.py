@@ -75,7 +75,7 @@ class Spec(Section):
     question: str
     """What the sweep is to answer, in one sentence."""
     preset: str
-    overrides: dict[str, Value] = {}
+    overrides: dict[str, Value] = Field(default={})
     """Parameters of all trials that differ from the preset."""
     grid: Values | None = None
     """Every combination of these values is trained."""
@@ -86,7 +86,7 @@ class Spec(Section):
     """Values of `train.seed`; their spread decides whether a difference is more than chance."""
     evaluate: Values | None = None
     """Parameters of the section `evaluate` -> values; every combination is measured from each trained model."""
-    metrics: Annotated[list[str], Field(min_length=1)] = ["frechet_distance_unguided"]
+    metrics: list[str] = Field(default=["frechet_distance_unguided"], min_length=1)
     """Columns of the leaderboard; the first one ranks."""
 
     @model_validator(mode="after")
