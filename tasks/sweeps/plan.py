@@ -143,12 +143,7 @@ def validate(spec: Spec, overrides: Sequence[str] = ()) -> int:
 
 def _corners(search: Search) -> Iterator[Settings]:
     """The lowest and the highest values of all parameters of a search, and every choice."""
-    values = {
-        key: each
-        if isinstance(each, list)
-        else [integral(end) if each.integer else end for end in (each.low, each.high)]
-        for key, each in search.parameters.items()
-    }
+    values = {key: _ends(each) for key, each in search.parameters.items()}
     first = {key: choices[0] for key, choices in values.items()}
     yield from ({**first, key: choice} for key, choices in values.items() for choice in choices)
 

@@ -192,9 +192,7 @@ def _find(client: MlflowClient, key: str, condition: str) -> Run | None:
 
 
 def _result(run: Run) -> Result:
-    metrics = {
-        name.removeprefix("eval/"): value for name, value in run.data.metrics.items() if name.startswith("eval/")
-    }
+    measured = {name: value for name, value in run.data.metrics.items() if name.startswith("eval/")}
     return Result(
         run_id=run.info.run_id,
         case=run.data.tags[CASE],
