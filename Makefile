@@ -9,6 +9,7 @@ PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 py
 EXTRA ?=
 PORT ?=
 PRESET ?=
+NAME ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -17,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro dag draw test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro dag draw sweep test lint coverage drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -33,6 +34,9 @@ dag: install ## list the stages, each with those it depends on
 
 draw: install ## draw images with the trained model (ARGS="--label 3 --count 4 --out three.png"; ARGS=--help)
 	@python -m tasks.draw $(ARGS)
+
+sweep: install ## train and compare the trials of a sweep in sweeps/ (NAME=timesteps, ARGS=--list lists them)
+	@python -m flows.sweep $(NAME) $(ARGS)
 
 # The tests that `make test` and `make coverage` run: a file at a time, on three processes, as many tests wait for servers.
 TESTS = python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder

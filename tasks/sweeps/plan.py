@@ -99,6 +99,12 @@ def trial(spec: Spec, point: Settings, seed: int, overrides: Sequence[str] = ())
     return Trial(tuple(_evaluation(spec, point, variant, seed, overrides) for variant in _variants(spec)))
 
 
+def settings(spec: Spec) -> Iterator[tuple[Settings, Settings]]:
+    """Yield every trained point with every variant of its evaluation; nothing for a search."""
+    if spec.search is None:
+        yield from itertools.product(_points(spec), list(_variants(spec)))
+
+
 def _points(spec: Spec) -> Iterator[Settings]:
     if spec.points is not None:
         yield from spec.points
