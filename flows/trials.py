@@ -36,12 +36,14 @@ from tasks.params.redaction import redacted
 from tasks.runtime import tracking
 from tasks.runtime import workspace as places
 from tasks.runtime.errors import StageError
-from tasks.sweeps import identity, leaderboard, plan, records, spec
+from tasks.sweeps import identity, leaderboard, plan, records, search, spec
 from tasks.sweeps.spec import SweepError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+    from optuna.study import Study
+    from prefect import Task
 
     from tasks.sweeps.identity import Stages
     from tasks.sweeps.plan import Evaluation, Trial
@@ -52,12 +54,13 @@ JOBS = max(1, min(2, (os.cpu_count() or 1)))
 RETRIES, RETRY_SECONDS = 1, 5
 WAIT_SECONDS = 3600.0
 PAGES = Path("reports") / "sweeps"
-ALREADY = "Finished before"
+STUDIES = Path(".prefect") / "studies"
+INTERRUPTED = "the sweep was interrupted; the same command continues it"
 
 if TYPE_CHECKING:
     Name = str
 else:
-    Name = Literal[(*spec.names(), "")]  # Prefect's form makes a drop-down of it
+    Name = Literal[tuple(spec.names() or [""])]  # Prefect's form makes a drop-down of it
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Shared:
     upstream: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     """`identity.upstream_key` -> checksums of the outputs of these stages."""
     code: dict[str, str] = field(default_factory=dict)
+    """Path -> Git id, see `identity.code_ids`."""
+    preparing: threading.Lock = field(default_factory=threading.Lock)
 
     def key(self, evaluation: Evaluation) -> str:
         """Content key of an evaluation whose upstream stages are prepared."""
@@ -113,9 +118,9 @@ def _sweep(name: str, jobs: int, retries: int, overrides: list[str]) -> State[No
             todo = plan.trials(description, overrides)
             _prepare_all(shared, todo)
             _run_all(shared, todo, jobs, retries)
+            evaluations = [evaluation for trial in todo for evaluation in trial.evaluations]
         else:
-            todo = []
-        evaluations = [evaluation for trial in todo for evaluation in trial.evaluations]
+            evaluations = _search(shared, overrides, jobs, retries)
         return _conclude(shared, name, evaluations)
 
 
@@ -136,7 +141,12 @@ def _shared(root: Path, name: str, description: Spec, jobs: int, overrides: Sequ
 def _prepare_all(shared: Shared, trials: Sequence[Trial]) -> None:
     """Run the stages before `train` once for each combination of their parameters. Raises `StageError`."""
     for trial in trials:
-        first = trial.evaluations[0]
+        _prepare_for(shared, trial)
+
+
+def _prepare_for(shared: Shared, trial: Trial) -> None:
+    first = trial.evaluations[0]
+    with shared.preparing:
         key = identity.upstream_key(shared.stages, first.document)
         if key not in shared.upstream:
             work = partial(_prepare, shared, first, key)
@@ -177,17 +187,67 @@ def _run_all(shared: Shared, trials: Sequence[Trial], jobs: int, retries: int) -
     todo = [trial for trial in trials if not _is_finished(shared, trial)]
     get_run_logger().info(f"{len(trials) - len(todo)} of {len(trials)} trials finished before")
     configured = run_trial.with_options(retries=retries, retry_delay_seconds=RETRY_SECONDS)
+    _run_bounded(shared, [(trial.label, partial(perform, shared, trial)) for trial in todo], jobs, configured)
+
+
+def _run_bounded(
+    shared: Shared, works: Sequence[tuple[str, Callable[[Log], str]]], jobs: int, configured: Task[..., State[None]]
+) -> None:
+    """Run each (label, work) as a task run, `jobs` at a time, and wait for all of them."""
     try:
         with ThreadPoolTaskRunner(max_workers=jobs) as runner:
-            futures = [
-                runner.submit(configured, {"label": trial.label, "work": partial(perform, shared, trial)})
-                for trial in todo
-            ]
-            wait(futures)
+            wait([runner.submit(configured, {"label": label, "work": work}) for label, work in works])
     except BaseException:  # Ctrl-C, or the worker cancels the flow
         shared.stop.set()
         cancelling.end_stages()
         raise
+
+
+def _search(shared: Shared, overrides: Sequence[str], jobs: int, retries: int) -> list[Evaluation]:
+    """Try points that Optuna proposes, `jobs` at a time; returns the evaluations of all points of the study."""
+    description = shared.spec
+    assert description.search is not None
+    study = search.open_study(shared.root / STUDIES / f"{shared.sweep}.log", description, overrides)
+    remaining = max(0, description.search.trials - search.done(study))
+    get_run_logger().info(f"{description.search.trials - remaining} of {description.search.trials} points tried before")
+    attempt = partial(_try_point, shared, study, overrides, retries)
+    _run_bounded(
+        shared, [(f"point {number + 1} of {remaining}", attempt) for number in range(remaining)], jobs, run_trial
+    )
+    found = []
+    for settings, complete in search.points(study):
+        for seed in description.seeds:
+            trial = plan.trial(description, settings, seed, overrides)
+            _prepare_for(shared, trial)
+            if complete or _is_finished(shared, trial):
+                found += trial.evaluations
+    return found
+
+
+def _try_point(shared: Shared, study: Study, overrides: Sequence[str], retries: int, log: Log) -> str:
+    """Train the next point with one seed after the other, until the pruner stops it."""
+    if shared.stop.is_set():
+        raise StageError(INTERRUPTED)
+    point, values = search.ask(study, shared.spec), []
+    seeds, metric = shared.spec.seeds, shared.spec.metrics[0]
+    configured = run_trial.with_options(retries=retries, retry_delay_seconds=RETRY_SECONDS)
+    for count, seed in enumerate(seeds, 1):
+        trial = plan.trial(shared.spec, point.settings, seed, overrides)
+        _prepare_for(shared, trial)
+        if not _is_finished(shared, trial):
+            state = configured(trial.label, partial(perform, shared, trial), return_state=True)
+            if shared.stop.is_set():
+                raise StageError(INTERRUPTED)  # the trial stays RUNNING in the study, so that it is tried again
+        result = records.finished(shared.client, shared.key(trial.evaluations[0]), shared.sweep)
+        if result is None or metric not in result.metrics:
+            search.fail(study, point)
+            raise StageError(f"{trial.label} has no {metric}: {state.message if result is None else 'not measured'}")
+        values.append(result.metrics[metric])
+        mean = sum(values) / count
+        if search.report(study, point, mean, count, last=count == len(seeds)):
+            break
+    log(f"{plan.words(point.settings)}: {metric} {mean:.4g} after {count} of {len(seeds)} seeds")
+    return f"{plan.words(point.settings)}: {mean:.4g}"
 
 
 def _is_finished(shared: Shared, trial: Trial) -> bool:
@@ -201,12 +261,14 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
     last checkpoint.
     """
     if shared.stop.is_set():
-        raise StageError("the sweep was interrupted; the same command continues it")
+        raise StageError(INTERRUPTED)
     folder = clone.folder(shared.root, f"sweep-{shared.key(trial.evaluations[0])[:16]}")
     found = []
     with clone.only_run(folder, f"trial {trial.label}", WAIT_SECONDS, log) as held:
-        clone.update(shared.root, folder, shared.spec.preset, trial.evaluations[0].overrides, log)
+        clone.update(shared.root, folder, None, (), log)
         for evaluation in trial.evaluations:
+            if records.finished(shared.client, shared.key(evaluation), shared.sweep):
+                continue
             clone.compose(folder, shared.spec.preset, evaluation.overrides)
             found.append(_evaluate(shared, evaluation, folder, held, log))
         shutil.rmtree(folder)

@@ -94,6 +94,8 @@ class Spec(Section):
         given = [name for name in ("grid", "points", "search") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
+        if self.search is not None and self.evaluate is not None:
+            raise ValueError("search and evaluate exclude each other; write the value into overrides")
         if not given and self.evaluate is None:
             raise ValueError("nothing varies; add grid, points, search or evaluate")
         if len(set(self.seeds)) != len(self.seeds):
