@@ -32,6 +32,7 @@ from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import cancelling, chain, clone, experiments, repro
+from flows.chain import Place
 from tasks.params.redaction import redacted
 from tasks.runtime import tracking
 from tasks.runtime import workspace as places
@@ -262,7 +263,10 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
     """
     if shared.stop.is_set():
         raise StageError(INTERRUPTED)
-    folder = clone.folder(shared.root, f"sweep-{shared.key(trial.evaluations[0])[:16]}")
+    short = shared.key(trial.evaluations[0])[:16]
+    folder, scratch = clone.folder(shared.root, f"sweep-{short}"), places.scratch() / "sweeps" / short
+    # One scratch folder allows one training at a time; the checkpoints of a killed trial wait in its own.
+    environment = {**shared.environment, "AFTERIMAGE_SCRATCH": str(scratch)}
     found = []
     with clone.only_run(folder, f"trial {trial.label}", WAIT_SECONDS, log) as held:
         clone.update(shared.root, folder, None, (), log)
@@ -270,23 +274,23 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
             if records.finished(shared.client, shared.key(evaluation), shared.sweep):
                 continue
             clone.compose(folder, shared.spec.preset, evaluation.overrides)
-            found.append(_evaluate(shared, evaluation, folder, held, log))
+            found.append(_evaluate(shared, evaluation, Place(folder, environment, held, WAIT_SECONDS), log))
         shutil.rmtree(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
     return "; ".join(found)
 
 
-def _evaluate(shared: Shared, evaluation: Evaluation, folder: Path, held: int, log: Log) -> str:
+def _evaluate(shared: Shared, evaluation: Evaluation, place: Place, log: Log) -> str:
     """Bring `evaluate` and all before it up to date, and record the results in MLflow and as a DVC experiment."""
-    key = shared.key(evaluation)
-    run = records.begin(shared.client, shared.parent, evaluation, key)
+    run = records.begin(shared.client, shared.parent, evaluation, shared.key(evaluation))
     began = time.monotonic()
     name = f"{shared.sweep}-{evaluation.slug}"
     try:
         repro.repro_with_upstream(
-            [identity.TARGET], folder, shared.environment, log, held=held, wait_seconds=WAIT_SECONDS
+            [identity.TARGET], place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds
         )
-        experiments.save(shared.root, folder, name, identity.TARGET, shared.environment)
-        records.finish(shared.client, run, folder, name, time.monotonic() - began)
+        experiments.save(shared.root, place.folder, name, identity.TARGET, place.environment)
+        records.finish(shared.client, run, place.folder, name, time.monotonic() - began)
     except BaseException as error:
         records.fail(shared.client, run, redacted(str(error)) or type(error).__name__)
         raise

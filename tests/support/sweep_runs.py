@@ -9,13 +9,14 @@ import numpy as np
 
 from models.images import pictures
 from tasks.sweeps import leaderboard, plan, records
-from tasks.sweeps.leaderboard import Board
 from tasks.sweeps.spec import Spec
 from tests.support import model_outputs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+
+    from tasks.sweeps.leaderboard import Board
 
 RATES = (0.001, 0.002, 0.004)
 

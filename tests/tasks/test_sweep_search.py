@@ -27,7 +27,7 @@ SPEC = Spec(
 def test_a_bad_point_is_pruned_after_its_first_seed_and_the_study_continues(tmp_path):
     path = tmp_path / "study.log"
     study = search.open_study(path, SPEC, [])
-    for value in (1.0, 2.0, 3.0):
+    for value in (3.0, 2.0, 1.0):
         point = search.ask(study, SPEC)
         assert 1e-4 <= point.settings["train.learning_rate"] <= 1e-2
         assert isinstance(point.settings["train.batch_size"], int)

@@ -32,7 +32,7 @@ def store(tmp_path, migrated_database, monkeypatch):
 
 def load(folder, **changes):
     document = {key: value for key, value in (GOOD | changes).items() if value is not None}
-    (folder / "mine.yaml").write_text(yaml.safe_dump(document))
+    (folder / "mine.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     return spec.load("mine", folder)
 
 
@@ -91,7 +91,7 @@ def test_a_wrong_file_is_one_sentence(name, tmp_path):
 
 
 def test_parameters_that_cannot_work_are_named_before_anything_runs(tmp_path):
-    with pytest.raises(spec.SweepError, match="learning_rat 0.1: unknown parameter 'train.learning_rat'; did you mean"):
+    with pytest.raises(spec.SweepError, match=r"learning_rat 0\.1: unknown parameter 'train\.learning_rat'"):
         plan.validate(load(tmp_path, grid={"train.learning_rat": [0.1]}))
     with pytest.raises(spec.SweepError, match="there is no sweep 'tmesteps' in sweeps/; did you mean 'timesteps'"):
         spec.load("tmesteps")
