@@ -267,7 +267,7 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
     folder, scratch = clone.folder(shared.root, f"sweep-{short}"), places.scratch() / "sweeps" / short
     # One scratch folder allows one training at a time; the checkpoints of a killed trial wait in its own.
     environment = {**shared.environment, "AFTERIMAGE_SCRATCH": str(scratch)}
-    found = []
+    found: list[str] = []
     with clone.only_run(folder, f"trial {trial.label}", WAIT_SECONDS, log) as held:
         clone.update(shared.root, folder, None, (), log)
         for evaluation in trial.evaluations:

@@ -80,7 +80,8 @@ def sentences(found: Finding) -> str:
 
 
 def _comparison(best: Row, others: Sequence[Row], found: Finding) -> str:
-    worse, equal = [], []
+    worse: list[Row] = []
+    equal: list[Row] = []
     for row in others:
         differs = significance.differ(row.samples[found.metric], best.samples[found.metric])
         if differs is None:

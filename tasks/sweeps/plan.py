@@ -124,7 +124,7 @@ def _product(values: Mapping[str, Sequence[Value]]) -> Iterator[Settings]:
 def _evaluation(spec: Spec, point: Settings, variant: Settings, seed: int, overrides: Sequence[str]) -> Evaluation:
     # The curve over guidance scales has the scale of this evaluation alone, so that its distances are measured too.
     scale = variant.get("evaluate.guidance_scale")
-    curve = {"evaluate.guidance_sweep": [scale]} if isinstance(scale, int | float) else {}
+    curve: dict[str, Value] = {"evaluate.guidance_sweep": [scale]} if isinstance(scale, int | float) else {}
     values = {**spec.overrides, **point, SEED: seed, **curve, **variant}
     written = (*(f"{key}={text(value)}" for key, value in values.items()), *overrides)
     try:

@@ -55,6 +55,7 @@ NOT_HERE = {
     "make serve PORT=4300": SERVERS,
     "make stop": SERVERS,
     "make run PRESET=digits ARGS=train.steps=9": SERVERS,
+    "make sweep NAME=timesteps": LONG,
     "python -m tasks.preset NAME [key=value ...]": "names its parts only",
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
