@@ -51,10 +51,11 @@ def compare(references: list[str], out: Path, sweep: str | None = None) -> list[
     if len(references) < FEWEST and sweep is None:
         raise StageError(f"one run cannot be compared; name another one beside {references[0]}")
     subjects = [lookup.find(reference) for reference in references]
-    board = Board.from_json(records.leaderboard(tracking.connect(), sweep)) if sweep else None
-    title = "Comparison of " + (
-        f"{len(subjects)} runs" if len(subjects) > FEWEST else " and ".join(s.name for s in subjects)
-    )
+    client = tracking.connect()
+    board = Board.from_json(records.leaderboard(client, sweep)) if sweep else None
+    title = f"Comparison of {len(subjects)} runs"
+    if sweep:
+        title = f"{client.get_run(sweep).info.run_name}: the first seed of every combination"
     built = page.build(subjects, title, board)
     atomic.write_text(out, page.render(built))
     return list(built.refusals)

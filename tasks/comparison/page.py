@@ -5,6 +5,7 @@ Template macros and style sheet are those of the report (`tasks/report/page.html
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from tasks.comparison import charts
-from tasks.comparison.subject import Subject, distinct_names
 from tasks.report import page as report
 from tasks.report.page import Table, Tiles
 from tasks.report.tables import MEASURES, sampler_name
@@ -24,9 +24,11 @@ from tasks.sweeps.significance import Sample
 from tasks.sweeps.spec import direction
 
 if TYPE_CHECKING:
+    from tasks.comparison.subject import Subject
     from tasks.sweeps.leaderboard import Board
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+SAME = "no difference beyond the spread"
 MOST_SAMPLES = 10
 """Samples of each run."""
 
@@ -36,6 +38,8 @@ class Page:
     """The content of the page; all text except `curves_svg` is escaped."""
 
     title: str
+    runs: Table
+    """The short name of each run, with its name and how it was sampled."""
     leaderboard: Table | None
     """Of a sweep, over its training seeds; None for other comparisons."""
     samples: Sequence[tuple[str, str, Tiles]]
@@ -65,11 +69,12 @@ STYLE = ".refusal { border-left: 3px solid var(--series-2); padding-left: .8rem;
 
 def build(subjects: Sequence[Subject], title: str, board: Board | None = None) -> Page:
     """Return the page for at least two subjects; `board` is the leaderboard of the sweep that they belong to."""
-    names = distinct_names(subjects)
+    names = short_names(len(subjects))
     drawn = charts.curves({name: subject.curves for name, subject in zip(names, subjects, strict=True)})
     samples, refused = _samples(subjects, names)
     return Page(
         title=title,
+        runs=_runs(subjects, names),
         leaderboard=_leaderboard(board) if board else None,
         samples=samples,
         samples_refused=refused,
@@ -80,6 +85,23 @@ def build(subjects: Sequence[Subject], title: str, board: Board | None = None) -
         curves_text=_curves_text(subjects),
         provenance=[(name, subject.origin) for name, subject in zip(names, subjects, strict=True)],
     )
+
+
+def short_names(count: int) -> list[str]:
+    """Return A, B, C, ...; numbers for more runs than there are letters."""
+    letters = string.ascii_uppercase
+    return list(letters[:count]) if count <= len(letters) else [str(number) for number in range(1, count + 1)]
+
+
+def _runs(subjects: Sequence[Subject], names: Sequence[str]) -> Table:
+    rows = []
+    for name, subject in zip(names, subjects, strict=True):
+        measured = subject.measured
+        guidance = guidance_name(measured.guided_scale, measured.guided_kind) if measured.guided_scale else "none"
+        sampler = sampler_name(measured.sampler, measured.steps)
+        rows.append([name, subject.name, sampler, guidance, measured.fingerprint[:SHORT_FINGERPRINT]])
+    columns = ["Run", "Name", "Sampler", "Guidance", "Fingerprint"]
+    return Table("What is compared", "The other sections use the letters.", columns, rows, worded=["Name"])
 
 
 def _curves_text(subjects: Sequence[Subject]) -> str:
@@ -113,7 +135,7 @@ def refusals(subjects: Sequence[Subject], names: Sequence[str]) -> Iterator[str]
 
 
 def _listed(group: Mapping[str, Subject]) -> str:
-    return " and ".join(f"“{name}”" for name in group)
+    return " and ".join(f"{name} ({subject.name})" for name, subject in group.items())
 
 
 def _differences(a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[str]:
@@ -133,7 +155,7 @@ def _samples(subjects: Sequence[Subject], names: Sequence[str]) -> tuple[list[tu
         if (subject.seed, subject.labels) == (first.seed, first.labels)
     ]
     left = [name for name in names if name not in dict(same)]
-    refused = [f"Not shown: {', '.join(left)}, sampled from other seeds or classes."] if left else []
+    refused = [f"Not shown: {', '.join(left)}, which was sampled from other seeds or classes."] if left else []
     found = []
     for drawn in ("unguided", "guided"):
         rows = [(name, subject) for name, subject in same if drawn in subject.samples]
@@ -142,8 +164,7 @@ def _samples(subjects: Sequence[Subject], names: Sequence[str]) -> tuple[list[tu
         tiles = [subject.samples[drawn][:MOST_SAMPLES] for _, subject in rows]
         count = min(map(len, tiles))
         notes = first.labels[:count] if first.labels else []
-        text = "Each column has the same initial noise" + (" and class" if notes else "") + "; rows are runs. "
-        text += "; ".join(f"{name}: {_settings(subject, drawn)}" for name, subject in rows) + "."
+        text = "Each column has the same initial noise" + (" and class" if notes else "") + "; rows are runs."
         table = Tiles(
             images=_stacked([row[:count] for row in tiles]),
             row_titles=[name for name, _ in rows],
@@ -152,15 +173,6 @@ def _samples(subjects: Sequence[Subject], names: Sequence[str]) -> tuple[list[tu
         )
         found.append((f"{drawn.capitalize()} samples by seed", text, table))
     return found, refused
-
-
-def _settings(subject: Subject, drawn: str) -> str:
-    """Sampler, steps and guidance in words."""
-    measured = subject.measured
-    text = sampler_name(measured.sampler, measured.steps)
-    if drawn == "guided" and measured.guided_scale is not None:
-        text += f", guidance {guidance_name(measured.guided_scale, measured.guided_kind)}"
-    return text
 
 
 def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -208,16 +220,14 @@ def _compared(key: str, found: Mapping[str, Measure | None], blocks: Mapping[str
         return ""
     base = Sample(reference.value, reference.spread, blocks[first])
     lower_is_better = direction(f"{key}_{reference.drawn}") == "minimize"
-    words = []
+    verdicts: dict[str, list[str]] = {}
     for name, measure in others:
-        if measure is None:
-            continue
-        if not significance.differ(Sample(measure.value, measure.spread, blocks[name]), base):
-            words.append(f"{name}: no difference beyond the spread")
-        else:
+        if measure is not None:
+            sample = Sample(measure.value, measure.spread, blocks[name])
             better = (measure.value < reference.value) == lower_is_better
-            words.append(f"{name}: {'better' if better else 'worse'}")
-    return "; ".join(words)
+            verdict = ("better" if better else "worse") if significance.differ(sample, base) else SAME
+            verdicts.setdefault(verdict, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items())
 
 
 def _parameters(subjects: Sequence[Subject], names: Sequence[str]) -> Table | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +104,3 @@ def read_history(text: str) -> dict[str, list[tuple[int, float]]]:
         for name, value in run_labels.training_metrics(values).items():
             curves.setdefault(name, []).append((step, value))
     return curves
-
-
-def distinct_names(subjects: Sequence[Subject]) -> list[str]:
-    """Return the names, each with a number if several subjects have it."""
-    names = [re.sub(r" [0-9a-f]{8}$", "", subject.name) for subject in subjects]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
-        for index, name in enumerate(names)
-    ]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.runtime.errors import StageError
 from tasks.sweeps.spec import direction
 
 if TYPE_CHECKING:
@@ -38,16 +37,10 @@ class Point:
 
 
 def open_study(path: Path, spec: Spec, overrides: Sequence[str]) -> Study:
-    """Open or create the study in the file `path`; another search or base preset has another study there.
+    """Open or create the study in the file `path`; another search or base preset has another study there."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
 
-    Raises:
-        StageError: if Optuna is not installed.
-    """
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise StageError("a search needs the package optuna; install it, or write a grid into the sweep file") from None
     assert spec.search is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,11 +51,11 @@ def test_the_page_shows_what_differs_and_whether_it_exceeds_the_spread(swept, tm
     assert "<script" not in html
     assert re.search(r"<th scope=\"row\">train.learning_rate</th>\s*<td[^>]*>0.001</td>", html)
     assert "train.batch_size</th>" not in html, "equal parameters are left out"
-    assert "learning_rate 0.004, seed 0: worse" in html
-    assert "learning_rate 0.002, seed 0: no difference beyond the spread" in html
+    assert "B: no difference beyond the spread; C: worse" in html
     assert html.count("<svg") >= 2
     assert "worse by more than the spread" in html, "the leaderboard"
-    assert html.count('alt="learning_rate 0.001, seed 0, 1"') == 2, "unguided and guided samples of seed 1"
+    assert html.count('alt="A, 1"') == 2, "unguided and guided samples of seed 1"
+    assert "sweep rates: the first seed of every combination" in html
 
 
 def test_different_fingerprints_are_refused_in_words(store, tmp_path):
@@ -65,11 +65,13 @@ def test_different_fingerprints_are_refused_in_words(store, tmp_path):
     second = sweep_runs.log(store, parent, other, tmp_path, "b" * 64, fingerprint="e" * 64)
     refused = compare.compare([first, second], tmp_path / "page.html")
     assert len(refused) == 1
-    assert "“learning_rate 0.002, seed 0” are not compared with those of “learning_rate 0.001, seed 0”" in refused[0]
+    assert (
+        "B (learning_rate 0.002, seed 0) are not compared with those of A (learning_rate 0.001, seed 0)" in refused[0]
+    )
     html = (tmp_path / "page.html").read_text()
     assert "are not compared with" in html
     assert "no difference beyond the spread" not in html
-    assert "Numbers of learning_rate 0.002, seed 0" in html
+    assert "Numbers of B" in html
 
 
 def test_the_refusal_names_what_was_measured_differently():

@@ -1,11 +1,8 @@
 """A search with Optuna: points, pruning after a seed, and continuing a study."""
 
-import pytest
 
 from tasks.sweeps import search
 from tasks.sweeps.spec import Interval, Search, Spec
-
-pytest.importorskip("optuna")
 
 SPEC = Spec(
     title="T",

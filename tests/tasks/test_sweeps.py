@@ -62,7 +62,7 @@ def test_points_are_trained_as_they_are_and_overrides_apply_to_all(tmp_path):
 
 
 WRONG = {
-    "an unknown key": ({"gird": {}}, "mine.yaml: unknown key 'gird'; did you mean 'grid'?"),
+    "an unknown key": ({"gridd": {}}, "mine.yaml: unknown key 'gridd'; did you mean 'grid'?"),
     "nothing varies": ({"grid": None}, "nothing varies"),
     "two ways": ({"points": [{"train.steps": 3}]}, "grid and points exclude each other"),
     "a seed twice": ({"seeds": [1, 1]}, "contain a value twice"),
