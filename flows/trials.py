@@ -215,7 +215,7 @@ def _search(shared: Shared, overrides: Sequence[str], jobs: int, retries: int) -
     _run_bounded(
         shared, [(f"point {number + 1} of {remaining}", attempt) for number in range(remaining)], jobs, run_trial
     )
-    found = []
+    found: list[Evaluation] = []
     for settings, complete in search.points(study):
         for seed in description.seeds:
             trial = plan.trial(description, settings, seed, overrides)

@@ -59,7 +59,9 @@ def _panel(name: str, runs: Mapping[str, Mapping[str, Curve]], legend: bool) -> 
 
 
 def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], number: int, label: str) -> None:
-    colour, dashes = COLOURS[SERIES[number % len(SERIES)]], DASHES[number // len(SERIES) % len(DASHES)]
+    # Runs from one training have the same curves: with dashes, all of them can be seen.
+    colour = COLOURS[SERIES[number % len(SERIES)]]
+    dashes = DASHES[(number + number // len(SERIES)) % len(DASHES)]
     marker = "o" if len(values) == 1 else ""
     axes.plot(steps, values, label=label, color=colour, linestyle=dashes, linewidth=1.8, marker=marker)
 

@@ -1,6 +1,5 @@
 """A search with Optuna: points, pruning after a seed, and continuing a study."""
 
-
 from tasks.sweeps import search
 from tasks.sweeps.spec import Interval, Search, Spec
 
