@@ -115,14 +115,18 @@ def _sweep(name: str, jobs: int, retries: int, overrides: list[str]) -> State[No
     log, root = get_run_logger().info, places.root()
     with clone.only_run(root / clone.CLONES / f"sweep-{name}", f"flow run {flow_run.name}", 0, log):
         shared = _shared(root, name, description, jobs, overrides)
-        if description.search is None:
-            todo = plan.trials(description, overrides)
-            _prepare_all(shared, todo)
-            _run_all(shared, todo, jobs, retries)
-            evaluations = [evaluation for trial in todo for evaluation in trial.evaluations]
-        else:
-            evaluations = _search(shared, overrides, jobs, retries)
-        return _conclude(shared, name, evaluations)
+        try:
+            if description.search is None:
+                todo = plan.trials(description, overrides)
+                _prepare_all(shared, todo)
+                _run_all(shared, todo, jobs, retries)
+                evaluations = [evaluation for trial in todo for evaluation in trial.evaluations]
+            else:
+                evaluations = _search(shared, overrides, jobs, retries)
+            return _conclude(shared, name, evaluations)
+        except BaseException:
+            shared.client.set_terminated(shared.parent.info.run_id, "FAILED")
+            raise
 
 
 def _shared(root: Path, name: str, description: Spec, jobs: int, overrides: Sequence[str]) -> Shared:
@@ -195,13 +199,13 @@ def _run_bounded(
     shared: Shared, works: Sequence[tuple[str, Callable[[Log], str]]], jobs: int, configured: Task[..., State[None]]
 ) -> None:
     """Run each (label, work) as a task run, `jobs` at a time, and wait for all of them."""
-    try:
-        with ThreadPoolTaskRunner(max_workers=jobs) as runner:
+    with ThreadPoolTaskRunner(max_workers=jobs) as runner:
+        try:
             wait([runner.submit(configured, {"label": label, "work": work}) for label, work in works])
-    except BaseException:  # Ctrl-C, or the worker cancels the flow
-        shared.stop.set()
-        cancelling.end_stages()
-        raise
+        except BaseException:  # Ctrl-C, or the worker cancels the flow; leaving the runner waits for its threads
+            shared.stop.set()
+            cancelling.end_stages()
+            raise
 
 
 def _search(shared: Shared, overrides: Sequence[str], jobs: int, retries: int) -> list[Evaluation]:
