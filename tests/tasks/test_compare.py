@@ -18,18 +18,33 @@ from tasks.sweeps import plan, records
 from tests.support import sweep_runs
 
 
-@pytest.fixture
-def store(tmp_path, migrated_database, monkeypatch):
-    shutil.copy(migrated_database, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.chdir(tmp_path)
-    return tracking.connect()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, migrated_database):
+    """A store with a complete sweep, its folder, and the parent run with the leaderboard; made once."""
+    folder = tmp_path_factory.mktemp("swept")
+    shutil.copy(migrated_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        use(folder, patch)
+        return (folder, *sweep_runs.sweep(tracking.connect(), folder))
+
+
+def use(folder, monkeypatch):
+    """Make the MLflow store in `folder` the current one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(folder / "scratch"))
+    monkeypatch.chdir(folder)
 
 
 @pytest.fixture
-def swept(store, tmp_path):
-    return (store, *sweep_runs.sweep(store, tmp_path))
+def swept(made, monkeypatch):
+    folder, parent, board = made
+    use(folder, monkeypatch)
+    return tracking.connect(), parent, board
+
+
+@pytest.fixture
+def store(swept):
+    return swept[0]
 
 
 @pytest.mark.parametrize("titles", [None, ["hot dog", "dog", "a long name"]])
@@ -59,7 +74,7 @@ def test_the_page_shows_what_differs_and_whether_it_exceeds_the_spread(swept, tm
 
 
 def test_different_fingerprints_are_refused_in_words(store, tmp_path):
-    parent = records.parent(store, "rates", "rates", sweep_runs.rates(), [])
+    parent = records.parent(store, "other", "other", sweep_runs.rates(), [])
     one, other = (trial.evaluations[0] for trial in plan.trials(sweep_runs.rates(seeds=1))[:2])
     first = sweep_runs.log(store, parent, one, tmp_path, "a" * 64)
     second = sweep_runs.log(store, parent, other, tmp_path, "b" * 64, fingerprint="e" * 64)
