@@ -23,7 +23,7 @@ MEMORY_LINES = 30
 
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
-_SENTENCE = re.compile(r"[\w-]+: error: ")
+_SENTENCE = re.compile(r"[\w-]+: (?:error: |terminated; )")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
