@@ -52,6 +52,23 @@ def graph(workspace: Path) -> dict[str, list[str]]:
     return {name: sorted(upstream[name]) for name in order.static_order()}
 
 
+def upstream(workspace: Path, stage: str) -> list[str]:
+    """`stage` and all stages that it depends on, in their order."""
+    stages_of = graph(workspace)
+    needed = {stage}
+    for name in reversed(stages_of):  # each stage comes after all it depends on
+        if name in needed:
+            needed.update(stages_of[name])
+    return [name for name in stages_of if name in needed]
+
+
+def remote(workspace: Path) -> str | None:
+    """Name of the default DVC remote of `workspace`, or None."""
+    command = dvc.command("config", "core.remote")
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
 def repro(
     stage: str,
     workspace: Path,
@@ -60,6 +77,7 @@ def repro(
     *,
     held: int,
     wait_seconds: float,
+    force: bool = False,
 ) -> bool:
     """Bring `stage` alone up to date in `workspace`; True if it ran, False if DVC had its results.
 
@@ -73,8 +91,9 @@ def repro(
         log: Receives each line of output as it appears, of a progress bar one every few seconds.
         held: Descriptor of the workspace's lock, which the stage keeps locked if this process dies.
         wait_seconds: Limit of the waiting.
+        force: Whether the stage runs even if DVC has its results.
     """
-    options = ("--single-item", stage)
+    options = ("--single-item", *(["--force"] if force else []), stage)
     return stage in _repro(options, workspace, environment, log, held=held, wait_seconds=wait_seconds)
 
 
@@ -104,12 +123,13 @@ def _repro(
     wait_seconds: float,
 ) -> set[str]:
     """Run `dvc repro` with `options`, the last of which is a stage; returns the stages that ran."""
+    command = dvc.command("repro", *options)
     deadline = time.monotonic() + wait_seconds
     stage = options[-1]
     while True:
         memory: deque[str] = deque(maxlen=MEMORY_LINES)
         ran: set[str] = set()
-        with dvc.leashed(dvc.command("repro", *options), environment, folder=workspace, held=[held]) as running:
+        with dvc.leashed(command, environment, folder=workspace, held=[held]) as running:
             try:
                 for line in lines(running.output):
                     found = dvc.outcome(line)

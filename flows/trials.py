@@ -8,7 +8,6 @@ before `train` run once for all trials that share their parameters. A trial whos
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -31,8 +30,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import cancelling, chain, clone, experiments, repro
-from flows.chain import Place
+from flows import cancelling, clone, experiments, repro, stages
+from flows.place import Place, environment
 from tasks.params.redaction import redacted
 from tasks.runtime import tracking
 from tasks.runtime import workspace as places
@@ -131,16 +130,16 @@ def _sweep(name: str, jobs: int, retries: int, overrides: list[str]) -> State[No
 
 def _shared(root: Path, name: str, description: Spec, jobs: int, overrides: Sequence[str]) -> Shared:
     client = tracking.connect()
-    variables = chain.environment()
+    variables = environment()
     # Trials share the cores; more threads than cores would slow all of them down.
     variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     sweep = name
     if overrides:
         sweep += f"-{hashlib.sha256(' '.join(sorted(overrides)).encode()).hexdigest()[:6]}"
     parent = records.parent(client, sweep, name, description, overrides)
-    stages = identity.stages(root, repro.graph(root))
-    code = identity.code_ids(root, stages)
-    return Shared(root, sweep, description, stages, variables, client, parent, threading.Event(), code=code)
+    parts = identity.stages(root, repro.graph(root))
+    code = identity.code_ids(root, parts)
+    return Shared(root, sweep, description, parts, variables, client, parent, threading.Event(), code=code)
 
 
 def _prepare_all(shared: Shared, trials: Sequence[Trial]) -> None:
@@ -175,15 +174,11 @@ def _prepare(shared: Shared, evaluation: Evaluation, key: str, log: Log) -> str:
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def run_trial(label: str, work: Callable[[Log], str]) -> State[None]:  # noqa: ARG001 - the name of the task run
     """Run `work` with a logger; the state is Completed or Failed, with one sentence."""
-    logger = get_run_logger()
-
-    def log(line: str) -> None:
-        logger.log(chain.level(line), line)
-
+    log = stages.run_log()
     try:
         return Completed(message=work(log))
     except StageError as error:
-        logger.log(logging.ERROR, redacted(str(error)))
+        get_run_logger().error(redacted(str(error)))
         return Failed(message=redacted(str(error)))
 
 
