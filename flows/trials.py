@@ -265,7 +265,7 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
     short = shared.key(trial.evaluations[0])[:16]
     folder, scratch = clone.folder(shared.root, f"sweep-{short}"), places.scratch() / "sweeps" / short
     # One scratch folder allows one training at a time; the checkpoints of a killed trial wait in its own.
-    environment = {**shared.environment, "AFTERIMAGE_SCRATCH": str(scratch)}
+    variables = {**shared.environment, "AFTERIMAGE_SCRATCH": str(scratch)}
     found: list[str] = []
     with clone.only_run(folder, f"trial {trial.label}", WAIT_SECONDS, log) as held:
         clone.update(shared.root, folder, None, (), log)
@@ -273,7 +273,7 @@ def perform(shared: Shared, trial: Trial, log: Log) -> str:
             if records.finished(shared.client, shared.key(evaluation), shared.sweep):
                 continue
             clone.compose(folder, shared.spec.preset, evaluation.overrides)
-            found.append(_evaluate(shared, evaluation, Place(folder, environment, held, WAIT_SECONDS), log))
+            found.append(_evaluate(shared, evaluation, Place(folder, variables, held, WAIT_SECONDS), log))
         shutil.rmtree(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     return "; ".join(found)
