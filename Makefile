@@ -9,6 +9,7 @@ PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 py
 EXTRA ?=
 PORT ?=
 PRESET ?=
+NAME ?=
 MODEL ?=
 VERSION ?= champion
 
@@ -19,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro verify reproduce dag draw demo test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -41,6 +42,9 @@ dag: install ## list the stages, each with those it depends on
 
 draw: install ## draw images with the trained model (ARGS="--label 3 --count 4 --out three.png"; ARGS=--help)
 	@python -m tasks.draw $(ARGS)
+
+sweep: install ## train and compare the trials of a sweep in sweeps/ (NAME=timesteps, ARGS=--list lists them)
+	@python -m flows.sweep $(NAME) $(ARGS)
 
 demo: EXTRA = demo
 demo: install ## a page that draws, on http://127.0.0.1:7860 (PORT=..., ARGS="--model models:/NAME@champion"); installs gradio

@@ -63,9 +63,11 @@ def test_command_has_a_form_that_its_program_takes(name, command, tmp_path):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_blocks_are_of_known_kinds_and_parse(name):
     for kind, block in documents.blocks(TEXTS[name]):
-        assert kind in ("bash", "python", "mermaid"), block
+        assert kind in ("bash", "python", "yaml", "mermaid"), block
         if kind == "python":
             compile(block, name, "exec")
+        if kind == "yaml":
+            assert isinstance(yaml.safe_load(block), dict), block
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

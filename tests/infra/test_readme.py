@@ -59,6 +59,7 @@ NOT_HERE = {
     "make reproduce VERSION=1": "tests/flows/test_verify.py runs it",
     "python -m tasks.rollback": "needs two champions; tests/tasks/test_champions.py runs it",
     "make run PRESET=digits ARGS=train.steps=9": SERVERS,
+    "make sweep NAME=timesteps": LONG,
     "python -m tasks.preset NAME [key=value ...]": "names its parts only",
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
