@@ -11,24 +11,34 @@ import argparse
 import ast
 import functools
 import inspect
+import itertools
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from tasks import params
 from tasks.params import Params
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
 NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", NoneType: "null"}
 DEFAULTS = Path("params.yaml")
 """The parameters of the default preset, whose values stand beside those of the types."""
+
+INTRODUCTION = """\
+Every key of `params.yaml`, generated from `tasks/params`. A key without a default is required; presets set all of
+these. The last column is the value of the default preset (`digits`), if it differs from the default.
+
+Set a key with `python -m tasks.preset NAME KEY=VALUE`, with `dvc exp run -S KEY=VALUE`, or in the file. An unknown key,
+a wrong type or a combination that cannot work is refused before the first stage runs."""
 
 
 class Key(NamedTuple):
@@ -65,15 +75,7 @@ def main() -> int:
 def page() -> str:
     """Return the whole reference as a Markdown page."""
     values = params.read(DEFAULTS) if DEFAULTS.exists() else {}
-    lines = [
-        "# Parameters",
-        "",
-        "Every key of `params.yaml`, generated from `tasks/params`. A key without a default is required; presets set "
-        "all of these. The last column is the value of the default preset (`digits`), if it differs from the default.",
-        "",
-        "Set a key with `python -m tasks.preset NAME KEY=VALUE`, with `dvc exp run -S KEY=VALUE`, or in the file. An "
-        "unknown key, a wrong type or a combination that cannot work is refused before the first stage runs.",
-    ]
+    lines = ["# Parameters", "", INTRODUCTION]
     for part in parts(Params):
         lines += ["", f"## {part.name}", "", part.description, ""]
         lines += ["| key | type | default | meaning | `digits` |", "|---|---|---|---|---|"]
@@ -124,10 +126,10 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     found = {}
-    for field, below in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[field.target.id] = _plain(below.value.value)
+    for field, below in itertools.pairwise(body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = _plain(text)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 BLOCK = re.compile(r"^```mermaid\n(.*?)^```$", re.S | re.M)
@@ -11,7 +12,7 @@ ARROW = re.compile(r"\s*-->\s*")
 
 
 def as_tables(markdown: str) -> str:
-    """Return `markdown` with each Mermaid block replaced by a table: every node, and the nodes that its arrows reach."""
+    """Return `markdown` with each Mermaid block replaced by a table of its arrows."""
     return BLOCK.sub(lambda found: table(found[1]), markdown)
 
 
@@ -29,7 +30,7 @@ def table(flowchart: str) -> str:
             group = ""
         elif "-->" in line:
             ends = [[name.strip() for name in part.split("&")] for part in ARROW.split(line.strip())]
-            for starts, following in zip(ends, ends[1:], strict=False):
+            for starts, following in itertools.pairwise(ends):
                 for name in starts:
                     arrows.setdefault(name, []).extend(following)
     names = [name for name in [*labels, *arrows] if name in arrows]

@@ -111,10 +111,9 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     name = page.file.src_uri
     if name.startswith(("source/", f"{API}/")):
         return markdown
-    pages = {path: target for path, target in ROOT_PAGES.items()}
     try:
         base = _base(name)
-        resolved = code_links.resolved(markdown, base, pages) if base == name else _moved(markdown, base, name, pages)
+        resolved = code_links.resolved(markdown, base, ROOT_PAGES) if base == name else _moved(markdown, base, name)
         return diagrams.as_tables(resolved)
     except code_links.DeadLinkError as error:
         raise PluginError(str(error)) from None
@@ -126,9 +125,9 @@ def _base(name: str) -> str:
     return originals.get(name, name)
 
 
-def _moved(markdown: str, base: str, name: str, pages: dict[str, str]) -> str:
+def _moved(markdown: str, base: str, name: str) -> str:
     """Resolve the links of a document that lies beside `docs/`: its links to `docs/` lose that folder."""
-    resolved = code_links.resolved(markdown, base, pages)
+    resolved = code_links.resolved(markdown, base, ROOT_PAGES)
     return resolved.replace("](docs/", "](").replace("](../docs/", "](") if name in ROOT_PAGES.values() else resolved
 
 
