@@ -30,9 +30,7 @@ COLOURS = 256
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m infra.site.figures", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m infra.site.figures", description=(__doc__ or "").splitlines()[0])
     parser.parse_args()
     for name, source in PICTURES.items():
         file = REPORTS / source
@@ -47,14 +45,17 @@ def main() -> int:
 def save(source: Path, target: Path) -> None:
     """Write the picture `source`, with all of its frames, to `target`."""
     with Image.open(source) as picture:
-        frames = []
+        frames, durations = [], []
         for index in range(getattr(picture, "n_frames", 1)):
             picture.seek(index)
-            frames.append(picture.convert("RGB"))
+            durations.append(round(picture.info.get("duration", 0)))
+            frames.append(picture.convert("RGBA"))
         if target.suffix == ".webp":
-            frames[0].save(target, save_all=True, append_images=frames[1:], duration=250, loop=0, lossless=True, method=6)
+            frames[0].save(
+                target, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True, method=6
+            )
         else:
-            frames[0].quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+            frames[0].quantize(COLOURS, Image.Quantize.FASTOCTREE).save(target, optimize=True)
 
 
 if __name__ == "__main__":

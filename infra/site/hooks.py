@@ -74,7 +74,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for name, page in ROOT_PAGES.items():
         if name != "README.md":
             made[page] = (code_links.ROOT / name).read_text(encoding="utf-8")
-    for name, content in tour.pages(code_links.ROOT).items():
+    for name, content in _tour().items():
         if isinstance(content, bytes):
             files.append(File.generated(config, name, content=content))
         else:
@@ -91,6 +91,13 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     if tour_script := files.get_file_from_path("tour.py"):
         files.remove(tour_script)
     return files
+
+
+def _tour() -> dict[str, str | bytes]:
+    try:
+        return tour.pages(code_links.ROOT)
+    except ValueError as error:
+        raise PluginError(str(error)) from None
 
 
 def packages() -> list[str]:

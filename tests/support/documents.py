@@ -17,14 +17,28 @@ from tasks import params
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
-_BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
+_BLOCK = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^ *```$", re.S | re.M)
+"""Indentation, kind, attributes such as `{.slow}`, and content of a fenced block."""
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )?(?:{PROGRAMS}) [^`]+)`")
 _NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """Kind and content of each fenced block."""
-    return _BLOCK.findall(text)
+    return [(kind, content) for kind, _, content in marked_blocks(text)]
+
+
+def marked_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Kind, attributes and content of each fenced block, also of those inside lists."""
+    found = _BLOCK.findall(text)
+    return [
+        (kind, marks.strip(), re.sub(f"^{indent}", "", content, flags=re.M)) for indent, kind, marks, content in found
+    ]
+
+
+def without_blocks(text: str) -> str:
+    """The text between the fenced blocks."""
+    return _BLOCK.sub("", text)
 
 
 def commands(text: str) -> list[str]:
