@@ -26,6 +26,7 @@ from models.pipeline import load_pipeline
 from tasks.params import ImageParams
 from tasks.pictures.images import load_pixels
 
+torch.set_num_threads(1)  # more threads only wait for each other at so small images
 model = load_pipeline(Path("outputs/pipeline"))
 side, channels, classes = model.info.size, model.info.channels, model.info.classes
 print(
@@ -78,7 +79,7 @@ axis.grid(alpha=0.3)
 # ## What the network predicts
 #
 # One evaluation of the network at each of these noisy images, converted to the clean image that it predicts. With
-# little noise it is exact; in pure noise it is the mean of the class.
+# little noise it is nearly exact; in pure noise it is the mean of the class.
 
 # %% alt="Noisy images above and predicted clean images below"
 denoise = model.denoiser(labels=[int(held_out.labels[0])])

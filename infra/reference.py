@@ -35,7 +35,7 @@ DEFAULTS = Path("params.yaml")
 
 INTRODUCTION = """\
 Every key of `params.yaml`, generated from `tasks/params`. A key without a default is required; presets set all of
-these. The last column is the value of the default preset (`digits`), if it differs from the default.
+these. The value of the default preset, `digits`, is given if it differs from the default.
 
 Set a key with `python -m tasks.preset NAME KEY=VALUE`, with `dvc exp run -S KEY=VALUE`, or in the file. An unknown key,
 a wrong type or a combination that cannot work is refused before the first stage runs."""
@@ -78,7 +78,7 @@ def page() -> str:
     lines = ["# Parameters", "", INTRODUCTION]
     for part in parts(Params):
         lines += ["", f"## {part.name}", "", part.description, ""]
-        lines += ["| key | type | default | meaning | `digits` |", "|---|---|---|---|---|"]
+        lines += ["| key | meaning, type and default |", "|---|---|"]
         lines += [_row(key, part.name, values) for key in part.keys]
     return "\n".join(lines) + "\n"
 
@@ -87,11 +87,11 @@ def _row(key: Key, section: str, values: object) -> str:
     own = values
     for name in key.name.split("."):
         own = own.get(name) if isinstance(own, dict) else None
-    shown = _yaml(own) if own is not None else ""
-    default = f"`{key.default}`" if key.default is not None else "required"
-    shown = f"`{shown}`" if shown and shown != key.default else ""
-    short = key.name.removeprefix(f"{section}.")
-    return f"| `{short}` | {key.kind} | {default} | {key.description} | {shown} |".replace("  ", " ")
+    facts = [key.kind, f"default `{key.default}`" if key.default is not None else "required"]
+    if own is not None and (shown := _yaml(own)) != key.default:
+        facts.append(f"`{shown}` in `digits`")
+    name = key.name.removeprefix(f"{section}.")
+    return f'| <span id="{key.name}"></span>`{name}` | {key.description}<br>*{"; ".join(facts)}* |'
 
 
 def parts(model: type[BaseModel], prefix: str = "") -> Iterator[Part]:

@@ -12,7 +12,6 @@ import functools
 import html
 import re
 
-import matplotlib as mpl
 from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextToPath
@@ -21,7 +20,7 @@ MARKED = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', 
 """A formula as `pymdownx.arithmatex` marks it: a span is part of a line, a div is displayed."""
 EM = 100
 """Units of the outlines per em."""
-SCALE = 1.08
+SCALE = 1.18
 """Size of formulas relative to the text: the letters of STIX are smaller than those of sans-serif fonts."""
 COMMANDS = {
     Outline.MOVETO: ("M", 1),
@@ -49,12 +48,11 @@ def svg(tex: str, displayed: bool = False) -> str:
     Raises:
         ValueError: if mathtext does not support the formula.
     """
-    layout, font = TextToPath(), FontProperties(size=EM)
+    layout, font = TextToPath(), FontProperties(size=EM, math_fontfamily="stix")
     source = f"${' '.join(tex.split())}$"
     try:
-        with mpl.rc_context({"mathtext.fontset": "stix"}):
-            width, height, descent = layout.get_text_width_height_descent(source, font, ismath=True)
-            vertices, codes = layout.get_text_path(font, source, ismath=True)
+        width, height, descent = layout.get_text_width_height_descent(source, font, ismath=True)
+        vertices, codes = layout.get_text_path(font, source, ismath=True)
     except ValueError as error:
         raise ValueError(f"matplotlib cannot draw the formula {tex!r}: {str(error).splitlines()[-1]}") from None
     em = SCALE / EM

@@ -110,7 +110,7 @@ def api_page(package: str) -> str:
     """Return the Markdown that makes mkdocstrings document every module of a package."""
     folder = code_links.ROOT / package.replace(".", "/")
     modules = [path.stem for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
-    return "\n\n".join([f"# {package}", *(f"## {name}\n\n::: {package}.{name}" for name in modules)]) + "\n"
+    return "\n\n".join([f"# {package}", *(f"::: {package}.{name}" for name in modules)]) + "\n"
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
