@@ -103,4 +103,5 @@ def source_markdown(path: str) -> str:
     kind = {"py": "python", "yml": "yaml"}.get(suffix := path.rpartition(".")[2], suffix)
     text = (ROOT / path).read_text(encoding="utf-8")
     fence = "`" * 8
-    return f'---\nsearch:\n  exclude: true\n---\n# `{path}`\n\n{fence} {{.{kind} linenums="1"}}\n{text}{fence}\n'
+    head = "---\nhide: [toc]\nsearch:\n  exclude: true\n---"
+    return f'{head}\n# `{path}`\n\n{fence} {{.{kind} linenums="1"}}\n{text}{fence}\n'

@@ -62,7 +62,11 @@ def executed(notebook: NotebookNode, root: Path) -> NotebookNode:
     if kept.exists():
         return nbformat.read(kept, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=TIMEOUT_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(root)}}
+        notebook,
+        timeout=TIMEOUT_SECONDS,
+        kernel_name="python3",
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(root)}},
     )
     try:
         client.execute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -72,6 +73,8 @@ def require_form(command: str, folder: Path) -> None:
         elif program == "python":
             assert words[1] == "-m", command
             assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
+            for option in (word for word in words[3:] if word.startswith("--") and _is_module(words[2])):
+                assert re.search(rf"{option}\b", _help(words[2])), f"{words[2]} has no option {option}"
         else:
             assert words[0] in _NOT_CHECKED, command
 
@@ -90,6 +93,14 @@ def _is_module(name: str) -> bool:
     """Whether `name` is a module or a package; a folder without `__init__.py` is neither."""
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
+
+
+@functools.cache
+def _help(module: str) -> str:
+    """What a command of the project prints for --help."""
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _require_tests(arguments: list[str]) -> None:
