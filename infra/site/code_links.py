@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 """The end of a Markdown link that is not an address: path and anchor."""
+CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]*`)", re.S | re.M)
+"""A fenced block or inline code, in which nothing is a link."""
 LINES = "__codelineno-0-"
 """Anchor of a line, as `pymdownx.highlight` names it."""
 HREF = re.compile(r'href="code:([^"#]+)(?:#(\d+))?"')
@@ -27,7 +29,7 @@ class DeadLinkError(ValueError):
 
 def targets(markdown: str, page: str) -> Iterator[tuple[str, str]]:
     """Yield (path in the repository, anchor) of every link that leaves `docs/`; `page` is relative to `docs/`."""
-    for found in LINK.finditer(markdown):
+    for found in LINK.finditer(CODE.sub("", markdown)):
         if path := repository_path(found[1], page):
             yield path, found[2] or ""
 
@@ -90,7 +92,8 @@ def resolved(markdown: str, page: str, pages: dict[str, str]) -> str:
         except DeadLinkError as error:
             raise DeadLinkError(f"{page}: {error}") from None
 
-    return LINK.sub(replace, markdown)
+    parts = CODE.split(markdown)  # text and code by turns
+    return "".join(part if index % 2 else LINK.sub(replace, part) for index, part in enumerate(parts))
 
 
 def source_page(path: str) -> str:

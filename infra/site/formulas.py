@@ -58,15 +58,16 @@ def svg(tex: str, displayed: bool = False) -> str:
     em = SCALE / EM
     style = f"width:{width * em:.3f}em;height:{height * em:.3f}em;vertical-align:{-descent * em:.3f}em"
     box = f"0 {descent - height:.0f} {width:.0f} {height:.0f}"
-    picture = f'<svg viewBox="{box}" style="{style}" aria-hidden="true"><path d="{_outline(vertices, codes)}"/></svg>'
+    path = _outline(Outline(vertices, codes))
+    picture = f'<svg viewBox="{box}" style="{style}" aria-hidden="true"><path d="{path}"/></svg>'
     tag, kind = ("div", "formula displayed") if displayed else ("span", "formula")
     return f'<{tag} class="{kind}" role="math" aria-label="{html.escape(tex)}">{picture}</{tag}>'
 
 
-def _outline(vertices: object, codes: object) -> str:
+def _outline(outline: Outline) -> str:
     """Return the path data of an outline; SVG's y axis points down."""
     parts = []
-    for points, code in Outline(vertices, codes).iter_segments(simplify=False, curves=True):
+    for points, code in outline.iter_segments(simplify=False, curves=True):
         command, count = COMMANDS[code]
         pairs = [f"{x:.0f} {-y:.0f}" for x, y in points.reshape(-1, 2)[:count]] if command != "Z" else []
         parts.append(command + " ".join(pairs))

@@ -60,7 +60,7 @@ def _expanded(item: Any, docs: Path) -> Any:
 
 def _named(nav: list[Any]) -> list[str]:
     """Return every page that a navigation names."""
-    names = []
+    names: list[str] = []
     for item in nav:
         value = next(iter(item.values())) if isinstance(item, dict) else item
         names += _named(value) if isinstance(value, list) else [value]

@@ -9,17 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
-import jupytext
+import jupytext  # type: ignore[import-untyped]
 import nbclient
-import nbformat
 
 from tasks.runtime import workspace
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
+Node: TypeAlias = Any  # a notebook or one of its cells: a dictionary whose entries are attributes as well
 SCRIPT = Path("docs/tour.py")
 NEEDED = (
     Path("outputs/pipeline/afterimage.json"),
@@ -45,11 +42,11 @@ def pages(root: Path) -> dict[str, str | bytes]:
     done = executed(notebook, root)
     files: dict[str, str | bytes] = {}
     text = "\n\n".join(_cell(cell, number, files) for number, cell in enumerate(done.cells))
-    files["tour.ipynb"] = nbformat.writes(done).encode()
+    files["tour.ipynb"] = jupytext.writes(done, fmt="ipynb").encode()
     return files | {"tour.md": f"{text}\n\n[Download the executed notebook](tour.ipynb).\n"}
 
 
-def executed(notebook: NotebookNode, root: Path) -> NotebookNode:
+def executed(notebook: Node, root: Path) -> Node:
     """Return the notebook with its outputs, from the scratch folder if nothing that it reads has changed.
 
     Raises:
@@ -60,7 +57,7 @@ def executed(notebook: NotebookNode, root: Path) -> NotebookNode:
         digest.update((root / file).read_bytes())
     kept = root / workspace.scratch() / "tour" / f"{digest.hexdigest()[:16]}.ipynb"
     if kept.exists():
-        return nbformat.read(kept, as_version=4)
+        return jupytext.read(kept, fmt="ipynb")
     client = nbclient.NotebookClient(
         notebook,
         timeout=TIMEOUT_SECONDS,
@@ -73,11 +70,11 @@ def executed(notebook: NotebookNode, root: Path) -> NotebookNode:
     except nbclient.exceptions.CellExecutionError as error:
         raise ValueError(f"a cell of {SCRIPT} failed: {error.ename}: {error.evalue}") from None
     kept.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, kept)
+    jupytext.write(notebook, kept, fmt="ipynb")
     return notebook
 
 
-def _cell(cell: NotebookNode, number: int, files: dict[str, str | bytes]) -> str:
+def _cell(cell: Node, number: int, files: dict[str, str | bytes]) -> str:
     """Return one cell as Markdown, and add its pictures to `files`."""
     if cell.cell_type != "code":
         return str(cell.source)
