@@ -16,8 +16,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextToPath
 
-MARKED = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
-"""A formula as `pymdownx.arithmatex` marks it: a span is part of a line, a div is displayed."""
+MARKED = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)]*)', re.S)
+"""A formula as `pymdownx.arithmatex` marks it (a span is part of a line, a div is displayed), and the punctuation after
+it, which must not begin a line."""
 EM = 100
 """Units of the outlines per em."""
 SCALE = 1.18
@@ -38,7 +39,12 @@ def drawn(page: str) -> str:
     Raises:
         ValueError: for a formula that matplotlib's mathtext does not support; the message contains it.
     """
-    return MARKED.sub(lambda found: svg(html.unescape(found[2]).strip(), displayed=found[1] == "div"), page)
+
+    def replace(found: re.Match[str]) -> str:
+        formula = svg(html.unescape(found[2]).strip(), displayed=found[1] == "div")
+        return f'<span class="unbroken">{formula}{found[3]}</span>' if found[3] else formula
+
+    return MARKED.sub(replace, page)
 
 
 @functools.cache
@@ -50,6 +56,8 @@ def svg(tex: str, displayed: bool = False) -> str:
     """
     layout, font = TextToPath(), FontProperties(size=EM, math_fontfamily="stix")
     source = f"${' '.join(tex.split())}$"
+    if displayed:
+        source = source.replace(r"\frac", r"\dfrac")
     try:
         width, height, descent = layout.get_text_width_height_descent(source, font, ismath=True)
         vertices, codes = layout.get_text_path(font, source, ismath=True)
