@@ -29,9 +29,8 @@ from tasks.pictures.images import load_pixels
 torch.set_num_threads(1)  # more threads only wait for each other at so small images
 model = load_pipeline(Path("outputs/pipeline"))
 side, channels, classes = model.info.size, model.info.channels, model.info.classes
-print(
-    f"{sum(p.numel() for p in model.network.parameters()):,} parameters, {model.info.schedule}, {model.info.prediction}"
-)
+parameters = sum(parameter.numel() for parameter in model.network.parameters())
+print(f"{parameters:,} parameters, {model.info.schedule}, {model.info.prediction}")
 print(f"{len(classes)} classes:", *classes)
 
 # %% [markdown]
