@@ -9,6 +9,8 @@ PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 py
 EXTRA ?=
 PORT ?=
 PRESET ?=
+MODEL ?=
+VERSION ?= champion
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -18,7 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro dag draw test lint coverage drills docs bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw demo test lint coverage drills docs bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -29,11 +31,21 @@ install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Pytho
 repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)
 	@python -m infra.run $(ARGS)
 
+verify: install ## check the champion from MLflow down to its files and hashes (MODEL=models:/NAME/2 checks another)
+	@python -m tasks.verify $(MODEL) $(ARGS)
+
+reproduce: install ## compute a registered version again in a temporary clone, and compare (VERSION=2, ARGS=--share-cache)
+	@python -m infra.reproduce $(VERSION) $(ARGS)
+
 dag: install ## list the stages, each with those it depends on
 	@python -m flows.dag
 
 draw: install ## draw images with the trained model (ARGS="--label 3 --count 4 --out three.png"; ARGS=--help)
 	@python -m tasks.draw $(ARGS)
+
+demo: EXTRA = demo
+demo: install ## a page that draws, on http://127.0.0.1:7860 (PORT=..., ARGS="--model models:/NAME@champion"); installs gradio
+	@python -m infra.demo $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # The tests that `make test` and `make coverage` run: a file at a time, on three processes, as many tests wait for servers.
 TESTS = python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -126,12 +127,17 @@ def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
 
 
 def _share_cache(root: Path, clone: Path) -> None:
-    """Have the clone use the cache of the main work tree, so that results there are not computed again."""
+    """Have the clone use the cache and the remotes of the main work tree: nothing there is computed again."""
     done = subprocess.run(dvc.command("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"DVC does not work in {root}: {' '.join(done.stderr.split())}")
     cache = (root / done.stdout.strip()).resolve()
-    atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
+    own = root / ".dvc" / "config.local"
+    if own.is_file():  # it may name a remote, with the place of its credentials
+        shutil.copy(own, clone / ".dvc" / "config.local")
+        subprocess.run(dvc.command("cache", "dir", "--local", str(cache)), cwd=clone, capture_output=True, check=True)
+    else:
+        atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
     # A killed DVC leaves its entry in this file, and an unrelated process with the same id then blocks the workspace
     # for ever. The caller holds the lock of the clone, so no running command has an entry.
     (clone / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)

@@ -51,6 +51,23 @@ def graph(workspace: Path) -> dict[str, list[str]]:
     return {name: sorted(upstream[name]) for name in order.static_order()}
 
 
+def upstream(workspace: Path, stage: str) -> list[str]:
+    """`stage` and all stages that it depends on, in their order."""
+    stages_of = graph(workspace)
+    needed = {stage}
+    for name in reversed(stages_of):  # each stage comes after all it depends on
+        if name in needed:
+            needed.update(stages_of[name])
+    return [name for name in stages_of if name in needed]
+
+
+def remote(workspace: Path) -> str | None:
+    """Name of the default DVC remote of `workspace`, or None."""
+    command = dvc.command("config", "core.remote")
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
 def repro(
     stage: str,
     workspace: Path,
@@ -59,6 +76,7 @@ def repro(
     *,
     held: int,
     wait_seconds: float,
+    force: bool = False,
 ) -> bool:
     """Bring `stage` up to date in `workspace`; True if it ran, False if DVC had its results.
 
@@ -72,14 +90,14 @@ def repro(
         log: Receives each line of output as it appears, of a progress bar one every few seconds.
         held: Descriptor of the workspace's lock, which the stage keeps locked if this process dies.
         wait_seconds: Limit of the waiting.
+        force: Whether the stage runs even if DVC has its results.
     """
+    command = dvc.command("repro", "--single-item", *(["--force"] if force else []), stage)
     deadline = time.monotonic() + wait_seconds
     while True:
         memory: deque[str] = deque(maxlen=MEMORY_LINES)
         skipped = False
-        with dvc.leashed(
-            dvc.command("repro", "--single-item", stage), environment, folder=workspace, held=[held]
-        ) as running:
+        with dvc.leashed(command, environment, folder=workspace, held=[held]) as running:
             try:
                 for line in lines(running.output):
                     found = dvc.outcome(line)

@@ -213,6 +213,12 @@ class RegisterParams(Section):
     min_control_margin: Fraction = 0.1
     """Gate of models with a ControlNet: least agreement with control maps above that with another map or without one.
     """
+    min_clip_over_real: Fraction = 0.7
+    """Gate of every version with prompts: least CLIP score, as a share of that of real images with their captions."""
+    max_near_copies: Fraction = 0.2
+    """Gate of every version: largest share of samples that are near copies of training images. 1 disables it."""
+    min_onnx_psnr: Annotated[float, Field(gt=0)] = 50.0
+    """Gate of every version: least PSNR in dB between images of the ONNX bundle and of PyTorch."""
 
     @model_validator(mode="after")
     def _check(self) -> RegisterParams:

@@ -21,7 +21,7 @@ PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
 _BLOCK = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^ *```$", re.S | re.M)
 """Indentation, kind, attributes such as `{.slow}`, and content of a fenced block."""
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )?(?:{PROGRAMS}) [^`]+)`")
-_NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
+_NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", "mlflow", "curl", ".venv/bin/pre-commit")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
