@@ -186,8 +186,8 @@ grid(np.concatenate([given, *rows, to_uint8(filled)]), 10, 4, titles)
 # %% [markdown]
 # ## Measuring
 #
-# Distances need many images: the same images from the training set, in growing numbers, compared with the held-out
-# ones ([traps](theory/evaluation.md)). The features are those of the classifier that `judge` trained.
+# Distances need many images. This is the distance of training images to the held-out ones, by their number
+# ([traps](theory/evaluation.md)), in the features of the classifier that `judge` trained.
 
 # %% alt="Frechet distance of training images to held-out images by their number"
 judge = load_judge(Path("outputs/judge"))
