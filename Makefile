@@ -70,8 +70,8 @@ coverage: install ## the tests of `make test` with the lines and branches they r
 drills: install ## the long tests: kills, resumes, races (up to an hour)
 	@python -m pytest -m slow
 
-docs: ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)
-	@$(PYTHON) infra/install.py --extra docs
+docs: EXTRA = docs
+docs: install ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)
 	@python -m mkdocs build --strict $(ARGS)
 
 bench: install ## measure speed, quality, sampling and start-up beside diffusers' loop (ARGS="--cifar cifar10.zip")

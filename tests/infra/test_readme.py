@@ -49,6 +49,7 @@ NOT_HERE = {
     "pytest -m slow": LONG,
     "pytest -m gpu": "needs a GPU",
     "python -m flows.pipeline": "tests/flows/test_flows.py runs it",
+    "make demo": SERVERS,
     "make docs": "needs the extra docs; tests/infra/test_site.py builds the site",
     "make ui": SERVERS,
     "make serve": SERVERS,
