@@ -19,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install repro verify reproduce dag draw test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw demo test lint coverage drills bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -41,6 +41,10 @@ dag: install ## list the stages, each with those it depends on
 
 draw: install ## draw images with the trained model (ARGS="--label 3 --count 4 --out three.png"; ARGS=--help)
 	@python -m tasks.draw $(ARGS)
+
+demo: EXTRA = demo
+demo: install ## a page that draws, on http://127.0.0.1:7860 (PORT=..., ARGS="--model models:/NAME@champion"); installs gradio
+	@python -m infra.demo $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # The tests that `make test` and `make coverage` run: a file at a time, on three processes, as many tests wait for servers.
 TESTS = python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -34,11 +35,13 @@ class Recipe:
 
 
 Network = TypeVar("Network", bound="torch.nn.Module")
+_GLOBAL_STATE = threading.Lock()
+"""Held while torch's global random state is changed: trainings may run at once."""
 
 
 def seeded(build: Callable[[], Network], seed: int) -> Network:
     """Return `build()` with initial weights that depend on `seed` alone; torch's global random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 

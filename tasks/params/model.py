@@ -315,7 +315,8 @@ class TrainParams(Section):
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass: less memory, a third more time."""
     channels_last: bool = False
-    """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores."""
+    """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
+    float32 on a CPU."""
     compile: bool = False
     """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU."""
     data_on_device: Literal["auto", "device", "stream"] = "auto"
