@@ -77,10 +77,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def client(address: str) -> Any:
+def client(address: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from gradio_client import Client
 
-    return Client(address, verbose=False, analytics_enabled=False)
+    return Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path_factory.mktemp("client"))
 
 
 @pytest.fixture(scope="module")

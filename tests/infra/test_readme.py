@@ -50,6 +50,7 @@ NOT_HERE = {
     "pytest -m slow": LONG,
     "pytest -m gpu": "needs a GPU",
     "python -m flows.pipeline": "tests/flows/test_flows.py runs it",
+    "make demo": SERVERS,
     "make ui": SERVERS,
     "make serve": SERVERS,
     "make serve PORT=4300": SERVERS,
