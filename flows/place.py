@@ -49,10 +49,10 @@ def opened(workspace: str | None, preset: str | None, overrides: list[str], wait
     with clone.only_run(folder, f"flow run {flow_run.name}", wait_seconds, log) as held:
         if workspace:
             clone.update(root, folder, preset, overrides, log)
-        yield Place(folder, _environment(), held, wait_seconds)
+        yield Place(folder, environment(), held, wait_seconds)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Environment of a stage: the stores of the main work tree, also in a clone, and the id of the flow run."""
     return {
         **os.environ,

@@ -77,7 +77,7 @@ def run_stage(stage: str, place: Place, force: bool = False) -> State[None]:
             stage,
             place.folder,
             place.environment,
-            _log(),
+            run_log(),
             held=place.held,
             wait_seconds=place.wait_seconds,
             force=force,
@@ -90,7 +90,7 @@ def run_stage(stage: str, place: Place, force: bool = False) -> State[None]:
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def run_command(name: str, command: list[str], place: Place) -> State[None]:
     """Run a command on the leash; the state is Completed with its last line, or Failed with its error."""
-    log = _log()
+    log = run_log()
     kept: list[str] = []
     with dvc.leashed(command, place.environment, folder=place.folder, held=[place.held]) as running:
         for line in repro.lines(running.output):
@@ -116,7 +116,8 @@ def push(place: Place) -> str | None:
     return None if state.is_completed() else f"the results were not pushed: {state.message}"
 
 
-def _log() -> Callable[[str], None]:
+def run_log() -> Callable[[str], None]:
+    """A function that logs a line of output in the run of the calling task, at the level of its beginning."""
     logger = get_run_logger()
 
     def log(line: str) -> None:

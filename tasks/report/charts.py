@@ -99,7 +99,7 @@ def schedules(curves: dict[str, dict[str, Array]], own: str) -> Chart:
 
         return draw
 
-    return _render([panel(*which) for which in panels], widths=(3.5, 3.5, 3.5), salt="schedules")
+    return render([panel(*which) for which in panels], widths=(3.5, 3.5, 3.5), salt="schedules")
 
 
 def training(history: pd.DataFrame) -> Chart:
@@ -131,7 +131,7 @@ def training(history: pd.DataFrame) -> Chart:
         rate.set_ylim(bottom=0)
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    return _render([draw_losses, draw_rate], widths=(6.5, 3.9), salt="training")
+    return render([draw_losses, draw_rate], widths=(6.5, 3.9), salt="training")
 
 
 def guidance(curves: Mapping[str, Sequence[tuple[float, float, float]]], distance: str, x_label: str) -> Chart:
@@ -152,7 +152,7 @@ def guidance(curves: Mapping[str, Sequence[tuple[float, float, float]]], distanc
         if len(curves) > 1:
             axes.legend(loc="best")
 
-    return _render([draw], widths=(7.2,), salt="guidance")
+    return render([draw], widths=(7.2,), salt="guidance")
 
 
 def widths(rows: Sequence[tuple[float, float, float]], distance: str, floor: float) -> Chart:
@@ -172,7 +172,7 @@ def widths(rows: Sequence[tuple[float, float, float]], distance: str, floor: flo
         _title(axes, "held-out loss", "relative width of the average")
         _line(axes, x, [row[2] for row in rows], 1, None, bold=True, marker="o")
 
-    return _render([draw_distance, draw_loss], widths=(5.2, 5.2), salt="widths")
+    return render([draw_distance, draw_loss], widths=(5.2, 5.2), salt="widths")
 
 
 def few_steps(lines: Mapping[str, Sequence[tuple[int, float]]], distance: str) -> Chart:
@@ -189,7 +189,7 @@ def few_steps(lines: Mapping[str, Sequence[tuple[int, float]]], distance: str) -
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right")
 
-    return _render([draw], widths=(7.2,), salt="few-steps")
+    return render([draw], widths=(7.2,), salt="few-steps")
 
 
 def strengths(x: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Chart:
@@ -207,7 +207,7 @@ def strengths(x: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[flo
         return draw
 
     drawn = [panel(title, lines) for title, lines in panels.items()]
-    return _render(drawn, widths=[3.5] * len(drawn), salt="strengths")
+    return render(drawn, widths=[3.5] * len(drawn), salt="strengths")
 
 
 def _title(axes: Axes, title: str, x_label: str) -> None:
@@ -229,7 +229,7 @@ def _line(axes: Axes, x: Values, y: Values, series: int, label: str | None, bold
     )
 
 
-def _render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], salt: str) -> Chart:
+def render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], salt: str) -> Chart:
     """Draw panels of `widths` inches as one PNG, and each as an SVG; `salt` makes the ids in the SVGs unique."""
     png, elements = io.BytesIO(), []
     with _style(salt):
