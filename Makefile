@@ -19,8 +19,9 @@ export GX_ANALYTICS_ENABLED := False
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -73,6 +74,10 @@ coverage: install ## the tests of `make test` with the lines and branches they r
 drills: install ## the long tests: kills, resumes, races (up to an hour)
 	@python -m pytest -m slow
 
+docs: EXTRA = docs
+docs: install ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)
+	@python -m mkdocs build --strict $(ARGS)
+
 bench: install ## measure speed, quality, sampling and start-up beside diffusers' loop (ARGS="--cifar cifar10.zip")
 	@python -m infra.bench all $(ARGS)
 
@@ -92,6 +97,6 @@ lock: ## pin pyproject.toml and tasks/transfer/img2dataset*.in anew; writes thei
 	@$(PYTHON) infra/lock.py
 
 clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache
-	rm -rf data outputs reports coverage.xml dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf data outputs reports site coverage.xml dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	$(if $(ALL),rm -rf mlflow.db mlflow.db-shm mlflow.db-wal mlruns .dvc/cache .dvc/tmp .prefect)

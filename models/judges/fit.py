@@ -24,12 +24,17 @@ class Recipe:
     """Hyperparameters of `fit`."""
 
     steps: int
+    """Optimizer steps."""
     batch_size: int = 64
+    """Images per step."""
     seed: int = 0
+    """Seed of the initial weights, the batches and the noise."""
     flip: bool = False
     """Flip half of the images horizontally, at random."""
     device: str = "cpu"
+    """Name of a torch device."""
     progress: Progress = iter
+    """Wraps the iterable of steps, such as `tqdm`."""
     learning_rate: float = PEAK_LEARNING_RATE
     """Peak of the schedule."""
 
