@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.bench import cases
+from infra.bench.gpu import plan as gpu_plan
 from tasks.params import ParamsError
 from tasks.params.composition import PresetError
 from tasks.params.redaction import redacted
@@ -50,7 +51,8 @@ def main() -> None:
         sys.exit(f"bench: error: {redacted(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\nbench: interrupted; the same command continues with the parts that are not measured yet")
-    print(f"bench: {arguments.reports / 'bench.md'}, {arguments.reports / 'bench.json'}")
+    written = "bench_gpu" if arguments.run is _gpu else "bench"
+    print(f"bench: {arguments.reports / f'{written}.md'}, {arguments.reports / f'{written}.json'}")
 
 
 def _measure(
@@ -139,6 +141,15 @@ def _startup(given: argparse.Namespace, results: Results) -> None:
     _measure(results, "startup", plan.__dict__, lambda: startup.measure(plan))
 
 
+def _gpu(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench.gpu import runner
+
+    plan = gpu_plan.Plan(
+        given.work / "gpu", given.device, given.minutes, given.seconds, tuple(given.only), tuple(given.skip)
+    )
+    runner.run(plan, results.folder)
+
+
 def _all(given: argparse.Namespace, results: Results) -> None:
     """Run every part with its defaults, the short ones first; a rehearsal writes no reports."""
     from infra.bench.results import Results
@@ -200,6 +211,15 @@ def _parser() -> argparse.ArgumentParser:
     chosen = part("all", _all, "every part with its defaults", with_overrides=False)
     archive(chosen)
     chosen.add_argument("--rehearse", action="store_true", help="run through every part without measuring anything")
+
+    chosen = part("gpu", _gpu, "what this GPU does in ten minutes; needs few packages", with_overrides=False)
+    chosen.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a tiny form of every part")
+    chosen.add_argument("--minutes", type=float, default=10.0, help="limit of all parts together")
+    chosen.add_argument("--seconds", type=float, help="limit of each part; default: a share of --minutes")
+    chosen.add_argument("--only", nargs="+", default=[], choices=gpu_plan.PARTS, metavar="NAME", help="parts that run")
+    chosen.add_argument(
+        "--skip", nargs="+", default=[], choices=gpu_plan.PARTS, metavar="NAME", help=", ".join(gpu_plan.PARTS)
+    )
 
     def turns(chosen: argparse.ArgumentParser) -> None:
         chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")

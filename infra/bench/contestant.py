@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from infra.bench import clock, peer
+from infra.bench import clock, paired, peer
 from infra.bench.ours import Ours
 from models.networks.unet import UNet, UNetConfig
 from models.noise.schedules import saved_noise
@@ -95,7 +95,7 @@ def _serve(
     params = parse(document)
     os.environ["AFTERIMAGE_SCRATCH"] = str(scratch)
     try:
-        run: Run = Ours(params, inputs) if side == "ours" else peer.Peer(params, inputs.files)
+        run: Run = Ours(params, inputs) if side == "ours" else paired.peer(params, inputs.files)
         pipe.send(sum(weight.numel() for weight in run.averaged().values()))
         while True:
             command, argument = pipe.recv()

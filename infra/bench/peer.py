@@ -8,12 +8,12 @@ for the CPU build of torch; and the values that it would log after every step ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -21,12 +21,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from infra.bench.clock import now
-from models.networks.unet import UNetConfig
-from tasks.formats.latents import InputSpec
-from tasks.training.run import network_config
 
 if TYPE_CHECKING:
-    from tasks.params import Params
+    from models.networks.unet import UNetConfig
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+except ModuleNotFoundError:  # `python -m infra.bench gpu` runs where it is not installed
+    from infra.bench.without_accelerate import Accelerator, AcceleratorState
 
 # Defaults of the script.
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARM_UP = 1e-4, (0.95, 0.999), 1e-6, 500
@@ -61,18 +64,29 @@ class ImageFiles:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
 
 
+@dataclass(frozen=True)
+class PeerSettings:
+    """What the reference has in common with a run of ours; everything else is a default of the reference."""
+
+    network: UNetConfig
+    batch_size: int
+    precision: str
+    """"no" or "bf16"."""
+    steps: int = 10_000
+    """End of the learning-rate schedule."""
+    seed: int = 0
+    flip: bool = False
+
+
 class Peer:
-    """One run of the reference loop.
+    """One run of the reference loop, on the images in the folder `files`."""
 
-    Reads the network and the image resolution of `params` and, from `train`, steps, batch size, precision, seed and
-    flip; everything else is a default of the reference.
-    """
-
-    def __init__(self, params: Params, files: Path) -> None:
-        train, image = params.train, params.image
-        self.config = network(params)
-        self.accelerator = Accelerator(mixed_precision=train.precision)
-        torch.manual_seed(train.seed)
+    def __init__(self, settings: PeerSettings, files: Path) -> None:
+        self.config = settings.network
+        self.with_accelerate = Accelerator.__module__.startswith("accelerate")
+        AcceleratorState._reset_state(reset_partial_state=True)  # the last run may have had another precision
+        self.accelerator = Accelerator(mixed_precision=settings.precision)
+        torch.manual_seed(settings.seed)
         model = UNet2DModel.from_config(self.config.to_diffusers())
         self.ema = EMAModel(
             model.parameters(),
@@ -86,9 +100,9 @@ class Peer:
         self.noise_scheduler = DDPMScheduler(TIMESTEPS, beta_schedule=SCHEDULE, prediction_type=PREDICTION)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
         # DataLoader is declared for subclasses of Dataset, and takes whatever has a length and items.
-        images: Any = ImageFiles(files, image.resolution, image.channels, train.horizontal_flip)
-        loader = torch.utils.data.DataLoader(images, batch_size=train.batch_size, shuffle=True)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=train.steps)
+        images: Any = ImageFiles(files, self.config.size, self.config.channels, settings.flip)
+        loader = torch.utils.data.DataLoader(images, batch_size=settings.batch_size, shuffle=True)
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=WARM_UP, num_training_steps=settings.steps)
         self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
             model, optimizer, loader, schedule
         )
@@ -129,10 +143,3 @@ class Peer:
         """The averaged weights by parameter name."""
         names = [name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()]
         return dict(zip(names, self.ema.shadow_params, strict=True))
-
-
-def network(params: Params) -> UNetConfig:
-    """The unconditional network of these parameters."""
-    config = network_config(InputSpec(params.image.channels, params.image.resolution), params.model)
-    assert isinstance(config, UNetConfig)
-    return config

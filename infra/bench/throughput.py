@@ -20,7 +20,8 @@ from infra.bench.cases import AS_THEY_COME, THROUGHPUT_ON_CPU, THROUGHPUT_ON_GPU
 from infra.bench.clock import Block, take_turns
 from infra.bench.contestant import Contestant, Side
 from infra.bench.inputs import Inputs, parameters, prepare
-from infra.bench.peer import DEFAULT_BATCH, network
+from infra.bench.paired import network
+from infra.bench.peer import DEFAULT_BATCH
 from infra.bench.results import Piecewise
 from models.flops import forward_flops, matmul_ceiling
 from models.networks.unet import UNet
