@@ -154,6 +154,9 @@ class VisualizeParams(Section):
     guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
     guidance_interval: NoiseLevels | None = None
     columns: PositiveInt = 10
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """Prompts of the pictures by guidance scale, seed and number of steps; empty takes four of the data's. Only for
+    models that take prompts."""
     seed: Seed = 7
 
     @model_validator(mode="after")
