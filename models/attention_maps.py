@@ -103,11 +103,12 @@ def _keep(recorder: Recorder, key: tuple[str, str]) -> Any:
 
 def _record(recorder: Recorder, name: str) -> Any:
     def hook(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], _: object) -> None:
-        projected = [recorder.pending.pop((name, part), None) for part in PARTS]
-        if projected[0] is None or projected[1] is None:
+        queries, keys = (recorder.pending.pop((name, part), None) for part in PARTS)
+        if queries is None or keys is None:
             return
+        heads = int(getattr(layer, "heads"))  # noqa: B009 (the type of a module's attribute is not known)
         with torch.no_grad():
-            q, k = _normalised(layer, *(_by_head(each, int(layer.heads)) for each in projected), args, kwargs)
+            q, k = _normalised(layer, _by_head(queries, heads), _by_head(keys, heads), args, kwargs)
             recorder.maps.append(_map(name, q, k, _is_cross(args, kwargs), recorder.aspect))
 
     return hook

@@ -135,8 +135,8 @@ def _drawn(
     guide = predictor(model.companions["guide"]) if "guide" in model.companions else None
 
     def draw(part: slice) -> np.ndarray:
-        rows = [None if each is None else each[part] for each in conditions]
-        denoise = samplers.denoiser(predictor(model.network), model.scheduler, sampling, *rows, guide)
+        condition, null = (None if each is None else each[part] for each in conditions)
+        denoise = samplers.denoiser(predictor(model.network), model.scheduler, sampling, condition, null, guide)
         later = samplers.SeededNoise(seeds[part], noise.shape[1:])
         later()  # the first noise of a seed is where sampling starts
         first = iter([noise[part]])

@@ -79,7 +79,7 @@ def render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], sa
         parts = [list(part) for part in np.array_split(np.arange(len(panels)), rows)]
         wide = max(sum(widths[i] for i in part) for part in parts)
         figure = Figure(figsize=(wide, HEIGHT * rows), layout="constrained")
-        strips = np.atleast_1d(figure.subfigures(rows, 1)) if rows > 1 else [figure]
+        strips = figure.subfigures(rows, 1, squeeze=False)[:, 0]
         for part, strip in zip(parts, strips, strict=True):
             axes = strip.subplots(1, len(part), width_ratios=[widths[i] for i in part], squeeze=False)[0]
             for i, panel in zip(part, axes, strict=True):
