@@ -22,7 +22,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
-install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Python, EXTRA=tensorrt adds an extra)
+install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Python, EXTRA=demo, docs or tensorrt adds an extra)
 	@$(PYTHON) infra/install.py $(if $(EXTRA),--extra $(EXTRA))
 
 repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)

@@ -89,14 +89,16 @@ def main() -> None:
         fail(
             f"Python {version[0]}.{version[1]} is not supported; use 3.11 to 3.13, as in: make repro PYTHON=python3.11"
         )
-    requirements = extra_requirements(extra) if extra else []
-    wanted = stamp(requirements)
-    if is_current(wanted):
+    wanted = stamp() | ({extra: digest(extra)} if extra else {})
+    if wanted.items() <= installed().items():
         return
     with one_at_a_time():
-        if not is_current(wanted):
-            install(requirements)
-            STAMP.write_text(wanted, encoding="utf-8")
+        before = installed()
+        if not wanted.items() <= before.items():
+            install(extra)
+            # The same lock: the extras that are installed already stay.
+            kept = before if stamp().items() <= before.items() else {}
+            STAMP.write_text(json.dumps(kept | wanted, indent=1) + "\n", encoding="utf-8")
 
 
 def extra_requirements(extra: str) -> list[str]:
@@ -108,15 +110,32 @@ def extra_requirements(extra: str) -> list[str]:
     return list(extras[extra])
 
 
-def stamp(requirements: list[str]) -> str:
-    """Content of the stamp: lock, Python, folder (scripts contain absolute paths), extras."""
-    parts = [hashlib.sha256(LOCK.read_bytes()).hexdigest(), platform.python_version(), str(VENV), *requirements]
-    return "\n".join(parts) + "\n"
+def pins_of(extra: str) -> list[str]:
+    """Arguments of the `pip install` of the extra: its lock if it has one, else its requirements."""
+    lock = ROOT / "infra" / f"{extra}.lock"
+    return ["--no-deps", "-r", str(lock)] if lock.exists() else ["-c", str(LOCK), *extra_requirements(extra)]
 
 
-def is_current(wanted: str) -> bool:
-    """Whether the stamp matches; without `--extra`, an extra that was installed before stays."""
-    return PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8").startswith(wanted)
+def digest(extra: str) -> str:
+    """Identity of what the extra installs; ends the program if pyproject.toml has no such extra."""
+    lock = ROOT / "infra" / f"{extra}.lock"
+    content = [*extra_requirements(extra), lock.read_text(encoding="utf-8") if lock.exists() else ""]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
+def stamp() -> dict[str, str]:
+    """What identifies an installation without extras; the folder belongs to it as scripts contain absolute paths."""
+    lock = hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    return {"requirements.lock": lock, "python": platform.python_version(), "folder": str(VENV)}
+
+
+def installed() -> dict[str, str]:
+    """The stamp of the environment with its extras; empty where there is none that can be read."""
+    try:
+        found = json.loads(STAMP.read_text(encoding="utf-8")) if PYTHON.exists() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -134,7 +153,7 @@ def one_at_a_time() -> Iterator[None]:
         os.close(descriptor)
 
 
-def install(requirements: list[str]) -> None:
+def install(extra: str | None) -> None:
     say(f"Python {platform.python_version()}, into {VENV.relative_to(ROOT)}")
     STAMP.unlink(missing_ok=True)
     make_environment()
@@ -144,8 +163,9 @@ def install(requirements: list[str]) -> None:
     if build.first:
         run_pip(build.first, total=1)
     run_pip(["-r", str(LOCK)], total=len(missing))
-    if requirements:
-        run_pip(["-c", str(LOCK), *requirements], total=len(requirements))
+    if extra:
+        say(f"extra '{extra}'")
+        run_pip(pins_of(extra), total=len(missing_packages(ROOT / "infra" / f"{extra}.lock")))
     checked = subprocess.run([str(PYTHON), "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
     if checked.returncode:
         fail(f"the environment does not work: {checked.stderr.strip().splitlines()[-1]}")
@@ -181,9 +201,11 @@ def pip_works() -> bool:
     return subprocess.run([*PIP, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def missing_packages() -> list[str]:
-    """Names of the pins that apply to this machine and are not installed."""
-    done = subprocess.run([str(PYTHON), "-c", MISSING, str(LOCK)], capture_output=True, text=True, check=True)
+def missing_packages(lock: Path = LOCK) -> list[str]:
+    """Names of the pins in `lock` that apply to this machine and are not installed; none without that file."""
+    if not lock.exists():
+        return []
+    done = subprocess.run([str(PYTHON), "-c", MISSING, str(lock)], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 

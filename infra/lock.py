@@ -1,8 +1,9 @@
 """`make lock`: pin the dependencies of pyproject.toml for every supported Python and platform.
 
-Writes `requirements.lock` (exact pins with markers), `infra/download-sizes.json` (bytes per package, which
-`infra/install.py` prints before it starts), and the locks of img2dataset's environments, which are separate from the
-project's. The resolver is uv, in a temporary environment: pip needs over ten minutes for this set, uv a few seconds.
+Writes `requirements.lock` (exact pins with markers), `infra/demo.lock` and `infra/docs.lock` (what these extras need
+beside it), `infra/download-sizes.json` (bytes per package, which `infra/install.py` prints before it starts), and the
+locks of img2dataset's environments, which are separate from the project's. The resolver is uv, in a temporary
+environment: pip needs over ten minutes for this set, uv a few seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+EXTRAS = {extra: ROOT / "infra" / f"{extra}.lock" for extra in ("demo", "docs")}
+"""The lock of each extra that is pinned."""
 SIZES = ROOT / "infra" / "download-sizes.json"
 SEPARATE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")
 """Requirements of the separate environments; each has its lock beside it."""
@@ -30,6 +33,10 @@ OLDEST_PYTHON = "3.11"
 INDEX = "https://pypi.org/simple"
 INDEX_JSON = "application/vnd.pypi.simple.v1+json"
 
+# Packages that an extra restricts to older versions than the rest of the project needs. Gradio 6.31 excludes Pillow 13
+# and tomlkit 0.15 in its metadata; it works with both, as the tests of the page show.
+OVERRIDDEN = ("pillow", "tomlkit")
+
 # PyTorch's default build for Linux brings CUDA as packages. Pinned here, pip would install gigabytes of them on
 # a machine without a GPU too; unpinned, torch brings the right ones itself where its build needs them.
 CUDA_PACKAGE = re.compile(r"(nvidia-|cuda-|triton\b)")
@@ -37,6 +44,11 @@ CUDA_PACKAGE = re.compile(r"(nvidia-|cuda-|triton\b)")
 HEADER = """\
 # Written by `make lock` from pyproject.toml; do not edit. Exact pins for Python 3.11, 3.12 and 3.13.
 # CUDA's packages are left out: torch brings them where its build needs them.
+"""
+HEADER_EXTRAS = """\
+# Written by `make lock` from pyproject.toml; do not edit. What the extra needs beside requirements.lock; installed
+# without further dependencies, as {overridden} keep the versions of requirements.lock even where the extra
+# excludes them.
 """
 HEADER_SEPARATE = """\
 # Written by `make lock` from {source}; do not edit.
@@ -54,16 +66,22 @@ def main() -> None:
         python = make_environment(Path(folder))
         print("lock: resolving pyproject.toml", flush=True)
         pins = resolve(python, "pyproject.toml", "--extra", "dev")
+        print("lock: resolving the extras", flush=True)
+        extras = {extra: resolve_extra(python, Path(folder), pins, extra) for extra in EXTRAS}
         separate = {source: resolve(python, source) for source in SEPARATE}
     kept = [pin for pin in pins if not CUDA_PACKAGE.match(pin)]
     cuda = [pin for pin in pins if CUDA_PACKAGE.match(pin)]
     print(f"lock: {len(kept)} packages; asking the index for their sizes", flush=True)
-    sizes = {"packages": download_sizes(kept), "cuda": sum(download_sizes(cuda).values()), "torch_cpu": cpu_size(kept)}
+    every = sorted({*kept, *(pin for pinned in extras.values() for pin in pinned)})
+    sizes = {"packages": download_sizes(every), "cuda": sum(download_sizes(cuda).values()), "torch_cpu": cpu_size(kept)}
     write_pins(LOCK, HEADER, kept)
+    for extra, pinned in extras.items():
+        write_pins(EXTRAS[extra], HEADER_EXTRAS.format(overridden=" and ".join(OVERRIDDEN)), pinned)
     SIZES.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for source, pinned in separate.items():
         write_pins((ROOT / source).with_suffix(".lock"), HEADER_SEPARATE.format(source=source), pinned)
-    print(f"lock: wrote {LOCK.name}, {SIZES.relative_to(ROOT)} and the locks of {' and '.join(SEPARATE)}")
+    locks = [LOCK.name, *(f"infra/{extra}.lock" for extra in EXTRAS), str(SIZES.relative_to(ROOT))]
+    print(f"lock: wrote {', '.join(locks)} and the locks of {' and '.join(SEPARATE)}")
 
 
 def resolve(python: Path, source: str, *options: str) -> list[str]:
@@ -76,6 +94,21 @@ def resolve(python: Path, source: str, *options: str) -> list[str]:
         sys.exit(f"lock: error: uv found no set of versions that fits {source}:\n{done.stderr}")
     # A pin never names a local build: `2.13.0+cpu` satisfies `torch==2.13.0` as well.
     return sorted(re.sub(r"\+\w+", "", line) for line in done.stdout.splitlines() if line.strip())
+
+
+def resolve_extra(python: Path, folder: Path, pins: list[str], extra: str) -> list[str]:
+    """Pins of the packages that the extra needs beside `pins`, which all keep their versions."""
+    held, overrides = folder / "held.txt", folder / "overrides.txt"
+    held.write_text("\n".join(pin for pin in pins if _name(pin) not in OVERRIDDEN), encoding="utf-8")
+    overrides.write_text("\n".join(pin for pin in pins if _name(pin) in OVERRIDDEN), encoding="utf-8")
+    options = ("--extra", "dev", "--extra", extra, "--constraint", str(held), "--override", str(overrides))
+    known = {_name(pin) for pin in pins}
+    found = resolve(python, "pyproject.toml", *options)
+    return [pin for pin in found if _name(pin) not in known and not CUDA_PACKAGE.match(pin)]
+
+
+def _name(pin: str) -> str:
+    return pin.partition("==")[0]
 
 
 def write_pins(lock: Path, header: str, pins: list[str]) -> None:

@@ -30,7 +30,8 @@ def make_wheel(folder: Path, name: str, version: str) -> None:
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}/__init__.py", f"__version__ = {version!r}\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        needs = "Requires-Dist: nowhere-to-be-found\n" if name == "page" else ""
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -46,16 +47,17 @@ class House:
         (folder / "infra").mkdir(parents=True)
         for file in ("infra/install.py", "infra/download-sizes.json", "pyproject.toml"):
             shutil.copy(ROOT / file, folder / file)
-        for name, version in (("mlflow", "1.0"), ("torch", "2.0+cpu"), ("onnxruntime", "1.0"), ("extra", "1.0")):
+        for name in ("mlflow", "torch", "onnxruntime", "extra", "page"):
+            version = "2.0+cpu" if name == "torch" else "1.0"
             make_wheel(self.wheels, name, version)
 
     def lock(self, *pins: str) -> None:
         (self.folder / "requirements.lock").write_text("\n".join(pins) + "\n", encoding="utf-8")
 
-    def install(self) -> subprocess.CompletedProcess[str]:
+    def install(self, *options: str) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
         environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
-        command = [sys.executable, str(self.folder / "infra" / "install.py")]
+        command = [sys.executable, str(self.folder / "infra" / "install.py"), *options]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -86,6 +88,29 @@ def test_a_changed_lock_installs_what_is_missing(house):
     assert done.returncode == 0, done.stderr
     assert "install: 1 package," in done.stdout
     assert list((house.folder / ".venv").glob("lib/python*/site-packages/extra"))
+
+
+def test_extras_come_from_their_locks_and_stay_installed(house):
+    """`page` would need a package that no index has: its lock is installed without further dependencies."""
+    (house.folder / "infra" / "demo.lock").write_text("page==1.0\n", encoding="utf-8")
+    (house.folder / "infra" / "docs.lock").write_text("extra==1.0\n", encoding="utf-8")
+    for extra in ("demo", "docs"):
+        done = house.install("--extra", extra)
+        assert done.returncode == 0 and f"install: extra '{extra}'" in done.stdout, done.stderr
+    assert list((house.folder / ".venv").glob("lib/python*/site-packages/page"))
+    for options in ((), ("--extra", "demo"), ("--extra", "docs")):
+        assert house.install(*options).stdout == ""
+
+
+def test_a_changed_lock_of_an_extra_is_installed(house):
+    (house.folder / "infra" / "demo.lock").write_text("page==1.0\nextra==1.0\n", encoding="utf-8")
+    assert "install: extra 'demo'" in house.install("--extra", "demo").stdout
+    assert house.install("--extra", "demo").stdout == ""
+
+
+def test_an_unknown_extra_is_refused(house):
+    done = house.install("--extra", "games")
+    assert done.returncode == 1 and "has no extra 'games'; it has demo, dev, docs, tensorrt" in done.stderr
 
 
 def test_what_pip_cannot_find_ends_in_a_sentence_and_is_tried_again(house):
@@ -164,6 +189,14 @@ def assert_meets(pins: list[Requirement], asked: list[str], lock: str) -> None:
 
 def test_lock_meets_what_pyproject_asks_for():
     assert_meets(PINS, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]], "requirements.lock")
+
+
+@pytest.mark.parametrize("extra", ["demo", "docs"])
+def test_the_lock_of_an_extra_meets_what_it_asks_for(extra):
+    lines = (ROOT / "infra" / f"{extra}.lock").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert_meets([*PINS, *pins], PROJECT["optional-dependencies"][extra], f"infra/{extra}.lock")
+    assert not {pin.name for pin in PINS} & {pin.name for pin in pins}
 
 
 @pytest.mark.parametrize("name", ["img2dataset", "img2dataset-cluster"])
