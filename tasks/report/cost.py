@@ -114,7 +114,7 @@ def chart(found: Sequence[Point], costs: Sequence[float], distance: str, cost: s
         axes.margins(x=0.12, y=0.2)
         axes.legend(loc="best")
 
-    return render([draw], widths=(7.2,), salt=salt)
+    return render([draw], widths=(5.6,), salt=salt)
 
 
 def by_steps(evaluation: Path, distance: str) -> Figure:

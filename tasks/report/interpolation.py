@@ -30,7 +30,7 @@ def figures(model: Pipeline, drawn: Drawn, params: VisualizeParams) -> dict[str,
     """Return the pictures `between_noises` and `between_conditions`; the second is a sentence without conditions."""
     batch = ROWS * len(SHARES) if model.info.size <= LARGE_IMAGE else params.columns
     count = len(drawn.names)
-    pairs = [_pair(drawn, params.seed, first, (first + count // 2) % count) for first in range(count)][:ROWS]
+    pairs = [_pair(drawn, params.seed, first, first + max(1, count // 2)) for first in range(min(ROWS, count))]
     sampling = params.sampling(drawn.scale)
     images = to_uint8(between_noises(model, pairs, SHARES, sampling, batch))
     titles = [shortened(name) for name in drawn.names[:ROWS]]
@@ -46,7 +46,7 @@ def figures(model: Pipeline, drawn: Drawn, params: VisualizeParams) -> dict[str,
 
 
 def _pair(drawn: Drawn, seed: int, first: int, second: int) -> Pair:
-    labels = (drawn.labels[first], drawn.labels[second]) if drawn.labels is not None else None
+    labels = (drawn.labels[first], drawn.labels[second % len(drawn.labels)]) if drawn.labels is not None else None
     return Pair((seed + first, seed + second), labels)
 
 

@@ -147,7 +147,7 @@ def figure(model: Pipeline, paths: Mapping[str, NoisePath], training: JsonObject
         for series, name in enumerate(names, start=1):
             line(axes, LEVELS, others[name], series, f"{name}, uniform", bold=False)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left", fontsize=7)
+        axes.legend(loc="upper left")
 
     def draw_errors(axes: Axes) -> None:
         assert errors is not None
@@ -168,7 +168,7 @@ def figure(model: Pipeline, paths: Mapping[str, NoisePath], training: JsonObject
             label="where training spends its timesteps",
         )
         axes.set_ylim(low, high * (high / low) ** 0.35)
-        axes.legend(loc="upper right", fontsize=7)
+        axes.legend(loc="upper right")
 
     panels: list[Callable[[Axes], None]] = [
         *charts.schedule_panels({name: charts.path_curves(path) for name, path in paths.items()}, own),

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from models.interpolation import Pair, between_conditions, between_noises, slerp
-from models.noise.samplers import Sampling
-from models.pipeline import Pipeline, load_pipeline
+from models.networks.dit import DiT, DiTConfig
+from models.noise import schedules
+from models.noise.samplers import Sampling, SchedulerConfig
+from models.pipeline import Pipeline, PipelineInfo, load_pipeline
 from tests.support import model_outputs
+from tests.support.networks import randomised
 
 SHARES = (0.0, 0.25, 1.0)
 PAIRS = [Pair((3, 4), (0, 2)), Pair((5, 6), (1, 0))]
@@ -59,6 +62,16 @@ def test_labels_are_interpolated_with_a_guide_and_leave_the_network_as_it_was(mo
     assert np.allclose(images[:, -1], model.sample([3, 5], [2, 0], auto), atol=1e-5)
     after = model.network.state_dict()
     assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+
+
+def test_the_embeddings_of_a_transformer_are_interpolated() -> None:
+    config = DiTConfig(size=8, channels=1, patch_size=2, width=16, depth=2, heads=2, conditions=4)
+    info = PipelineInfo("label", 1, 8, "cosine", 20, "v_prediction", "", ["a", "b", "c"], null_label=3)
+    scheduler = SchedulerConfig(schedules.path_of("cosine", 20), "v_prediction")
+    model, sampling = Pipeline(randomised(DiT(config)), scheduler, info), Sampling("ddim", 3, guidance_scale=2.0)
+    images = between_conditions(model, PAIRS, SHARES, sampling, 4)
+    assert np.allclose(images[:, -1], model.sample([3, 5], [2, 0], sampling), atol=1e-5)
+    assert np.abs(images[:, 1] - images[:, 0]).max() > 1e-4
 
 
 def test_an_unconditional_model_has_noises_alone(models: dict[str, Pipeline]) -> None:
