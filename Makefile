@@ -9,6 +9,9 @@ PYTHON ?= $(firstword $(shell for p in .venv/bin/python python3.11 python3.12 py
 EXTRA ?=
 PORT ?=
 PRESET ?=
+NAME ?=
+MODEL ?=
+VERSION ?= champion
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -16,8 +19,9 @@ export GX_ANALYTICS_ENABLED := False
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro dag draw test lint coverage drills bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,11 +32,24 @@ install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Pytho
 repro: install ## run the whole chain and print a summary; what is up to date is skipped (ARGS=... goes to dvc repro)
 	@python -m infra.run $(ARGS)
 
+verify: install ## check the champion from MLflow down to its files and hashes (MODEL=models:/NAME/2 checks another)
+	@python -m tasks.verify $(MODEL) $(ARGS)
+
+reproduce: install ## compute a registered version again in a temporary clone, and compare (VERSION=2, ARGS=--share-cache)
+	@python -m infra.reproduce $(VERSION) $(ARGS)
+
 dag: install ## list the stages, each with those it depends on
 	@python -m flows.dag
 
 draw: install ## draw images with the trained model (ARGS="--label 3 --count 4 --out three.png"; ARGS=--help)
 	@python -m tasks.draw $(ARGS)
+
+sweep: install ## train and compare the trials of a sweep in sweeps/ (NAME=timesteps, ARGS=--list lists them)
+	@python -m flows.sweep $(NAME) $(ARGS)
+
+demo: EXTRA = demo
+demo: install ## a page that draws, on http://127.0.0.1:7860 (PORT=..., ARGS="--model models:/NAME@champion"); installs gradio
+	@python -m infra.demo $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # The tests that `make test` and `make coverage` run: a file at a time, on three processes, as many tests wait for servers.
 TESTS = python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder
@@ -57,6 +74,10 @@ coverage: install ## the tests of `make test` with the lines and branches they r
 drills: install ## the long tests: kills, resumes, races (up to an hour)
 	@python -m pytest -m slow
 
+docs: EXTRA = docs
+docs: install ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)
+	@python -m mkdocs build --strict $(ARGS)
+
 bench: install ## measure speed, quality, sampling and start-up beside diffusers' loop (ARGS="--cifar cifar10.zip")
 	@python -m infra.bench all $(ARGS)
 
@@ -76,6 +97,6 @@ lock: ## pin pyproject.toml and tasks/transfer/img2dataset*.in anew; writes thei
 	@$(PYTHON) infra/lock.py
 
 clean: ## remove what the chain made, and caches; ALL=1 also the MLflow store and the DVC cache
-	rm -rf data outputs reports coverage.xml dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf data outputs reports site coverage.xml dvc_plots .scratch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	$(if $(ALL),rm -rf mlflow.db mlflow.db-shm mlflow.db-wal mlruns .dvc/cache .dvc/tmp .prefect)

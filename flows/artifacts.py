@@ -11,7 +11,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks import params
 from tasks.params.redaction import redacted, without_user
-from tasks.runtime import markdown, measures, tracking, workspace
+from tasks.runtime import lineage, markdown, measures, tracking, workspace
+from tasks.runtime.errors import StageError
 
 VALIDATION = Path("reports") / "validation" / "index.html"
 MLFLOW_UI = "http://127.0.0.1:5000"
@@ -38,6 +39,41 @@ def publish_failure(reason: str, folder: Path) -> None:
     if (folder / VALIDATION).exists():
         lines.append(f"- validation report: `{folder / VALIDATION}`")
     create_markdown_artifact("\n".join(lines), key="failure", description="Why this run failed")
+
+
+def keep_record(folder: Path, flow_run: str, *, trained: bool) -> None:
+    """Keep `dvc.lock` and `params.yaml` of a run, which the next run in the workspace overwrites.
+
+    With the MLflow run of the training if this flow run reached it, else as an artifact of the flow run.
+    """
+    files = {name: folder / name for name in (lineage.LOCK, lineage.PARAMS)}
+    texts = {name: redacted(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    if not (trained and _keep_in_mlflow(folder, flow_run, texts)):
+        blocks = [f"`{name}`\n\n```yaml\n{text}```" for name, text in texts.items()]
+        create_markdown_artifact("\n\n".join(blocks), key="record", description="State of DVC after this run")
+
+
+def _keep_in_mlflow(folder: Path, flow_run: str, texts: dict[str, str]) -> bool:
+    """Log texts with the training run of `folder`; False if there is none, or MLflow does not answer."""
+    key = _train_key(folder)
+    if key is None:
+        return False
+    try:
+        client = tracking.connect()
+    except StageError:  # the reason why the chain failed, perhaps
+        return False
+    run = tracking.find_run(client, tracking.TRAIN_KEY, key)
+    if run is None:
+        return False
+    for name, text in texts.items():
+        client.log_text(run.info.run_id, text, f"flows/{flow_run}/{name}")
+    return True
+
+
+def _train_key(folder: Path) -> str | None:
+    """Key of the training whose report is in `folder`; None in a chain without one."""
+    file = folder / "reports" / "train" / "run.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["train_key"]) if file.is_file() else None
 
 
 def publish_standing(folder: Path) -> str | None:
@@ -102,10 +138,10 @@ def _links(folder: Path) -> None:
 
 def _mlflow_lines(folder: Path) -> list[str]:
     """Links to the MLflow pages of the training run and of the model versions that have an alias."""
-    key = json.loads((folder / "reports" / "train" / "run.json").read_text(encoding="utf-8"))["train_key"]
+    key = _train_key(folder)
     name = params.load(folder / "params.yaml").register_.model_name
     client = tracking.connect()
-    run = tracking.find_run(client, tracking.TRAIN_KEY, key)
+    run = tracking.find_run(client, tracking.TRAIN_KEY, key) if key else None
     uri = redacted(workspace.tracking_uri())
     is_server = uri.startswith(("http://", "https://"))
     pages = without_user(workspace.tracking_uri()).rstrip("/") if is_server else MLFLOW_UI

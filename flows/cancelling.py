@@ -19,6 +19,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 
+from tasks.runtime import leash
+
 POLL_SECONDS = 10.0
 WORKER_SECONDS = 20.0
 """A worker that notices the cancellation ends the run within this time."""
@@ -48,9 +50,18 @@ def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None
         since = since or time.monotonic()
         if time.monotonic() - since >= WORKER_SECONDS:
             cancelled.set()
-            for child in psutil.Process().children():
-                with suppress(psutil.NoSuchProcess):
-                    child.terminate()
+            end_stages()
+
+
+def end_stages() -> None:
+    """Send SIGTERM to the stages that this process runs on a leash; training saves a checkpoint and ends.
+
+    Other children, such as a temporary Prefect server, go on.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if leash.__file__ in child.cmdline():
+                child.terminate()
 
 
 def _is_cancelling(run: UUID) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -87,21 +88,21 @@ def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str]
     """
     if overrides and preset is None:
         raise StageError("overrides change a preset; name one as well (parameter `preset`)")
-    commit = _git(
+    commit = git(
         root, "rev-parse", "HEAD^{commit}", hint=f"{root} has no commit; a deployment runs the committed state"
     )
     if not (clone / ".git").exists():
         log(f"making a clone of {root} in {clone}")
-        _git(clone, "init", "--quiet")
-    _git(clone, "fetch", "--quiet", "--no-tags", "--update-shallow", str(root), "HEAD")
-    _git(clone, "checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
-    changed = [line[3:] for line in _git(root, "status", "--porcelain").splitlines()]
+        git(clone, "init", "--quiet")
+    git(clone, "fetch", "--quiet", "--no-tags", "--update-shallow", str(root), "HEAD")
+    git(clone, "checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
+    changed = [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
     if changed := [name for name in changed if name != "dvc.lock"]:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         log(f"not committed, so not used: {', '.join(changed[:3])}{more}")
     _share_cache(root, clone)
     if preset is not None:
-        _compose(clone, preset, overrides)
+        compose(clone, preset, overrides)
     _check_source(root, clone)
     log(f"working on commit {commit[:12]} in {clone}")
 
@@ -109,12 +110,13 @@ def update(root: Path, clone: Path, preset: str | None, overrides: Sequence[str]
 def committed_params(root: Path) -> str:
     """Text of the committed params.yaml of `root`; empty if none is committed."""
     try:
-        return _git(root, "show", "HEAD:./params.yaml")
+        return git(root, "show", "HEAD:./params.yaml")
     except StageError:
         return ""
 
 
-def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
+def git(where: Path, *arguments: str, hint: str | None = None) -> str:
+    """Output of a Git command in `where`. Raises `StageError` with `hint`, or else with the message of Git."""
     # In a Git hook these variables name the repository of the hook.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
@@ -126,18 +128,24 @@ def _git(where: Path, *arguments: str, hint: str | None = None) -> str:
 
 
 def _share_cache(root: Path, clone: Path) -> None:
-    """Have the clone use the cache of the main work tree, so that results there are not computed again."""
+    """Have the clone use the cache and the remotes of the main work tree: nothing there is computed again."""
     done = subprocess.run(dvc.command("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"DVC does not work in {root}: {' '.join(done.stderr.split())}")
     cache = (root / done.stdout.strip()).resolve()
-    atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
+    own = root / ".dvc" / "config.local"
+    if own.is_file():  # it may name a remote, with the place of its credentials
+        shutil.copy(own, clone / ".dvc" / "config.local")
+        subprocess.run(dvc.command("cache", "dir", "--local", str(cache)), cwd=clone, capture_output=True, check=True)
+    else:
+        atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
     # A killed DVC leaves its entry in this file, and an unrelated process with the same id then blocks the workspace
     # for ever. The caller holds the lock of the clone, so no running command has an entry.
     (clone / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
 
 
-def _compose(clone: Path, preset: str, overrides: Sequence[str]) -> None:
+def compose(clone: Path, preset: str, overrides: Sequence[str]) -> None:
+    """Write `params.yaml` of a clone from a preset and overrides (`key=value`); raises `StageError` if it cannot."""
     command = [sys.executable, "-m", "tasks.preset", preset, *overrides]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
     if done.returncode:

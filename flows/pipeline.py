@@ -29,7 +29,7 @@ def main() -> None:
     loopback.exempt(os.environ)
     try:
         store.require_usable(workspace.tracking_uri())
-        print(f"pipeline: {_choose_server()}", flush=True)
+        print(f"pipeline: {choose_server()}", flush=True)
     except StageError as error:
         sys.exit(f"pipeline: error: {redacted(str(error))}")
     from flows.chain import COMMITTED, pipeline  # Prefect reads the environment when it is imported
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choose_server() -> str:
+def choose_server() -> str:
     """Set the environment for the server to use: the caller's, that of this work tree, or a temporary one.
 
     Returns a clause that names it. Raises `StageError` if the caller's server does not answer.

@@ -23,6 +23,7 @@ MEMORY_LINES = 30
 
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
+_SENTENCE = re.compile(r"[\w-]+: (?:error: |terminated; )")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -51,6 +52,23 @@ def graph(workspace: Path) -> dict[str, list[str]]:
     return {name: sorted(upstream[name]) for name in order.static_order()}
 
 
+def upstream(workspace: Path, stage: str) -> list[str]:
+    """`stage` and all stages that it depends on, in their order."""
+    stages_of = graph(workspace)
+    needed = {stage}
+    for name in reversed(stages_of):  # each stage comes after all it depends on
+        if name in needed:
+            needed.update(stages_of[name])
+    return [name for name in stages_of if name in needed]
+
+
+def remote(workspace: Path) -> str | None:
+    """Name of the default DVC remote of `workspace`, or None."""
+    command = dvc.command("config", "core.remote")
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
 def repro(
     stage: str,
     workspace: Path,
@@ -59,8 +77,9 @@ def repro(
     *,
     held: int,
     wait_seconds: float,
+    force: bool = False,
 ) -> bool:
-    """Bring `stage` up to date in `workspace`; True if it ran, False if DVC had its results.
+    """Bring `stage` alone up to date in `workspace`; True if it ran, False if DVC had its results.
 
     Waits up to `wait_seconds` while another DVC command works in the workspace. Raises `StageError` with the
     sentence of the stage if it fails.
@@ -72,18 +91,50 @@ def repro(
         log: Receives each line of output as it appears, of a progress bar one every few seconds.
         held: Descriptor of the workspace's lock, which the stage keeps locked if this process dies.
         wait_seconds: Limit of the waiting.
+        force: Whether the stage runs even if DVC has its results.
     """
+    options = ("--single-item", *(["--force"] if force else []), stage)
+    return stage in _repro(options, workspace, environment, log, held=held, wait_seconds=wait_seconds)
+
+
+def repro_with_upstream(
+    stages: Sequence[str],
+    workspace: Path,
+    environment: Mapping[str, str],
+    log: Callable[[str], None],
+    *,
+    held: int,
+    wait_seconds: float,
+) -> set[str]:
+    """Bring `stages` and all that they depend on up to date, by one DVC process; returns the stages that ran.
+
+    The other arguments and the errors are those of `repro`.
+    """
+    return _repro(tuple(stages), workspace, environment, log, held=held, wait_seconds=wait_seconds)
+
+
+def _repro(
+    options: tuple[str, ...],
+    workspace: Path,
+    environment: Mapping[str, str],
+    log: Callable[[str], None],
+    *,
+    held: int,
+    wait_seconds: float,
+) -> set[str]:
+    """Run `dvc repro` with `options`, the last of which is a stage; returns the stages that ran."""
+    command = dvc.command("repro", *options)
     deadline = time.monotonic() + wait_seconds
+    stage = options[-1]
     while True:
         memory: deque[str] = deque(maxlen=MEMORY_LINES)
-        skipped = False
-        with dvc.leashed(
-            dvc.command("repro", "--single-item", stage), environment, folder=workspace, held=[held]
-        ) as running:
+        ran: set[str] = set()
+        with dvc.leashed(command, environment, folder=workspace, held=[held]) as running:
             try:
                 for line in lines(running.output):
                     found = dvc.outcome(line)
-                    skipped = skipped or (found is not None and found[1] != dvc.Outcome.RAN)
+                    if found is not None and found[1] == dvc.Outcome.RAN:
+                        ran.add(found[0])
                     if not _ADVICE.match(line):
                         memory.append(line)
                         log(line)
@@ -92,7 +143,7 @@ def repro(
                 for line in lines(running.output):  # a closed pipe would break the saving of a checkpoint
                     log(line)
         if running.process.returncode == 0:
-            return not skipped
+            return ran
         if not any(_BUSY.search(line) for line in memory):
             raise StageError(_reason(stage, memory))
         if time.monotonic() > deadline:
@@ -125,6 +176,6 @@ def lines(stream: IO[bytes]) -> Iterator[str]:
 def _reason(stage: str, memory: Sequence[str]) -> str:
     """The error that the stage printed, or else that of DVC, in one sentence."""
     for line in reversed(memory):
-        if line.startswith(f"{stage}: error: "):
+        if _SENTENCE.match(line):
             return line
     return f"{stage}: {dvc.error(memory)}"

@@ -126,11 +126,11 @@ def digest(extra: str) -> str:
 def stamp() -> dict[str, str]:
     """What identifies an installation without extras; the folder belongs to it as scripts contain absolute paths."""
     lock = hashlib.sha256(LOCK.read_bytes()).hexdigest()
-    return {"requirements.lock": lock, "python": platform.python_version(), "folder": str(VENV)}
+    return {"requirements.lock": lock, "python": platform.python_version(), "folder": str(VENV.resolve())}
 
 
 def installed() -> dict[str, str]:
-    """The stamp of the environment with its extras; empty where there is none that can be read."""
+    """The stamp of the environment with its extras; empty if there is none or it cannot be read."""
     try:
         found = json.loads(STAMP.read_text(encoding="utf-8")) if PYTHON.exists() else {}
     except (OSError, ValueError):
@@ -174,10 +174,12 @@ def install(extra: str | None) -> None:
 
 def make_environment() -> None:
     """Create the environment with this Python and pip; one of another Python or another folder is replaced."""
-    if Path(sys.prefix).resolve() == VENV:
+    if Path(sys.prefix).resolve() == VENV.resolve():
         return
     if VENV.exists() and environment_version() == platform.python_version() and pip_works():
         return
+    if VENV.is_symlink():
+        fail(f"{VENV.name} is a link to {VENV.resolve()}, which is no environment of this Python; remove the link")
     shutil.rmtree(VENV, ignore_errors=True)
     done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -194,7 +196,7 @@ def environment_version() -> str:
     except OSError:
         return ""
     version = re.search(r"^version(?:_info)? = (\S+)", settings, re.MULTILINE)
-    return version.group(1) if version and str(VENV) in scripts else ""
+    return version.group(1) if version and str(VENV.resolve()) in scripts else ""
 
 
 def pip_works() -> bool:

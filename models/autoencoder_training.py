@@ -36,10 +36,13 @@ class AutoencoderConfig:
     """Architecture and loss weights."""
 
     channels: int
+    """Channels of an image, 1 or 3."""
     latent_channels: int
+    """Channels of a latent."""
     widths: tuple[int, ...]
     """Channels of each resolution, highest first; every level but the last halves the resolution."""
     layers_per_block: int
+    """Residual blocks per resolution."""
     reconstruction: str = "l1"
     """Distance between an image and its reconstruction: "l1" or "l2"."""
     edge_weight: float = 0.5

@@ -38,17 +38,21 @@ class BundleInfo(Description):
     conditioning: str
     """"none", "label" or "text"."""
     classes: list[str]
+    """Names of the labels; empty for an unconditional model."""
     prompts: list[str] | None
     """The caption of each class, for a text-conditional model."""
     channels: int
+    """Channels of an image, 1 or 3."""
     size: int
     """Height and width of an image, pixels."""
     latent: Sequence[int] | None
     """(channels, side) of the latents; None for a model of pixels."""
     prediction: str
+    """One of `paths.PREDICTION_TYPES`."""
     null_label: int | None
     """Class index of the null condition; None unless the model is class-conditional."""
     train_key: str
+    """Identity of the training run."""
     alpha_bar: list[float] | None
     """The diffusion path, [T]; None for a rectified flow."""
     flow: dict[str, float] | None
@@ -56,6 +60,7 @@ class BundleInfo(Description):
     sampling: dict[str, str | int]
     """`variance`, `spacing` and `steps_offset` of the trained scheduler."""
     text: BundleText | None = None
+    """The text encoders; None for a model that is not conditioned on text."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> BundleInfo:

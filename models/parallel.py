@@ -1,4 +1,4 @@
-"""Parts of a batch on a CPU, each computed by a thread of its own without parallel operators.
+"""Work on a CPU that several threads do at once, each without parallel operators: parts of a batch, or whole trainings.
 
 The operators of a small network are too short to gain from a second thread. Two halves of a batch, each computed by a
 single thread, take about 0.6 times as long as the whole batch with two threads.
@@ -6,8 +6,9 @@ single thread, take about 0.6 times as long as the whole batch with two threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -34,18 +35,36 @@ def over_batches(function: Callable[[slice], Result], count: int, batch_size: in
     workers = workers_for(batch_size, device)
     share = -(-batch_size // workers)
     slices = [slice(first, first + share) for first in range(0, count, max(1, share))]
-    if workers == 1:
-        return [function(part) for part in slices]
     with Workers(workers) as threads:
         return threads.map(function, slices)
 
 
+def at_once(functions: Sequence[Callable[[], Result]], device: str = "cpu") -> list[Result]:
+    """Return the result of each function, in their order; on a CPU they run at once and share the threads of PyTorch.
+
+    A function must not depend on the global state of random number generators.
+    """
+    with Workers(min(len(functions), torch.get_num_threads()) if device == "cpu" else 1) as threads:
+        return threads.map(lambda function: function(), functions)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run PyTorch's operators on one thread within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Workers:
-    """`count` threads that share the threads of PyTorch's operators."""
+    """`count` threads that share the threads of PyTorch's operators; a single one is the thread that calls `map`."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
+        self.pool = ThreadPoolExecutor(max(1, count), thread_name_prefix="worker")  # starts no thread before it is used
 
     def __enter__(self) -> Workers:
         return self
@@ -58,6 +77,8 @@ class Workers:
 
         Autocast and inference mode belong to a thread, so `function` enters them itself.
         """
+        if self.count <= 1:
+            return [function(part) for part in parts]
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // self.count))  # a new thread starts with the number that is set then
         try:

@@ -64,11 +64,13 @@ class PipelineInfo(Description):
     conditioning: str
     """"none", "label" or "text"."""
     channels: int
+    """Channels of an image: 1 is grey, 3 is RGB."""
     size: int
     """Height and width of an image, pixels."""
     schedule: str
     """One of `schedules.SCHEDULES`, "rectified_flow", or "trained" for betas that match none of them."""
     timesteps: int
+    """T, see `paths.Path`."""
     prediction: str
     """One of `paths.PREDICTION_TYPES`."""
     train_key: str
@@ -108,9 +110,13 @@ class Pipeline:
     """A network in evaluation mode with its noise schedule; `autoencoder` for latents, `text` for captions."""
 
     network: Network
+    """Predicts what `scheduler.prediction_type` names."""
     scheduler: SchedulerConfig
+    """The path, and how to sample on it."""
     info: PipelineInfo
+    """What the model draws."""
     device: str = "cpu"
+    """Name of the torch device that holds all networks."""
     autoencoder: autoencoders.Autoencoder | None = None
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)

@@ -55,12 +55,15 @@ class Request:
     """Images as a user asks for them. Seeds, labels and prompts are one for all images, or one for each."""
 
     seeds: Sequence[int] = (0,)
+    """Seeds of the noise; seed, label and prompt of an image determine it."""
     labels: Sequence[Label] = ()
+    """Names or indices of classes."""
     prompts: Sequence[str] = ()
     """For a class-conditional model, texts that name one class each."""
     negative_prompt: str = ""
     """Reference of classifier-free guidance in place of the empty prompt; for text-conditional models."""
     sampling: Sampling = DEFAULT_SAMPLING
+    """Sampler, steps and guidance."""
     image: np.ndarray | None = None
     """What to begin with, uint8 [C, S, S] in the model's size; None begins with noise."""
     strength: float | None = None
@@ -89,16 +92,21 @@ class Drawing:
     """A request that fits the model, with one entry for each of the N images."""
 
     seeds: list[int]
+    """Seeds of the noise, N."""
     labels: list[int] | None
     """Class indices; None without."""
     prompts: list[str] | None
     """Texts for a text-conditional model; None without."""
     negative_prompt: str
+    """See `Request.negative_prompt`."""
     sampling: Sampling
+    """Sampler, steps and guidance."""
     given: Given | None
+    """Image and mask to begin with; None begins with noise."""
     control: np.ndarray | None
     """uint8 [1, 1 or 3, h, w], for all images."""
     control_scale: float
+    """Weight of the ControlNet."""
 
 
 def draw(model: Model, request: Request, callback: Callback | None = None) -> np.ndarray:

@@ -39,6 +39,7 @@ class TextConfig:
     width: int
     """D, a multiple of `HEAD_DIM`."""
     layers: int
+    """Transformer layers."""
     length: int
     """L."""
     words: int

@@ -35,7 +35,7 @@ COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
 TEACHER = "teacher"
 """Companion with the weights before consistency tuning."""
-SLOWEST_FLOW = "heun", 100
+SLOWEST_FLOW = "heun", 50
 """Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
 FEW_STEPS, TEACHER_STEPS = (1, 2, 4), (10, 20)
 """Steps of a consistency model and of its teacher that are compared instead."""

@@ -13,8 +13,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -53,7 +52,7 @@ NO_CONTROL = (
 )
 TENSORRT_MIN_PSNR = 35
 """Decibel; TensorRT may use TF32 and other kernels than PyTorch."""
-TIMING_SECONDS = 0.5
+TIMING_SECONDS = 0.25
 MIN_REPEATS, MAX_REPEATS = 3, 50
 """A timing repeats for `TIMING_SECONDS`, but within these limits."""
 
@@ -66,6 +65,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
     as well; otherwise `report` contains the reason. Fails if a difference exceeds its limit.
     """
     from models.bundle import Bundle
+    from models.parallel import single_thread
     from models.pipeline import load_pipeline
 
     require_accepted(accepted)
@@ -74,7 +74,7 @@ def export(pipeline: Path, accepted: Path, onnx: Path, report: Path, latency: Pa
     with atomic.writing_folder(onnx) as folder:
         print("export: tracing the network (about 10 s, longer for a large one)", flush=True)
         _write_bundle(folder, trained, params)
-        with _one_thread():
+        with single_thread():  # the order of summation, and so the report, is then the same every time
             parity = _parity(trained, Bundle(folder, threads=1), params)
         engine, tensorrt = _tensorrt(trained, folder / "unet.onnx", params)
         table = _latencies(trained, Bundle(folder), engine, params)
@@ -127,19 +127,6 @@ def _guide_of(trained: Pipeline) -> Pipeline | None:
     """Return the pipeline with the weights of its guide as the network; None without a guide."""
     guide = trained.companions.get("guide")
     return replace(trained, network=guide) if guide else None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread: the order of summation, and so the report, is then the same every time."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportReport:

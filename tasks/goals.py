@@ -45,6 +45,8 @@ FLOORS = ("eval/{}_floor", "{}_floor")
 """Names of the metric with the floor; runs of earlier versions have the second one."""
 TABLE_COLUMNS = ("sampler", "steps", "clip_score", "seed_blocks", "n", "note")
 """Columns of `samplers.csv` that are read, besides the headline."""
+NOT_RUN = "no run yet"
+"""Note of a goal without a run."""
 COLUMNS = {
     "goal": "Goal",
     "data": "Data",
@@ -178,7 +180,7 @@ def _best(goal: Goal, measured: list[Row]) -> Iterator[dict[str, str]]:
     """The cells of the best row of each fingerprint and headline, of equals the newest; without a row, no numbers."""
     of_goal = [row for row in measured if goal.is_met_by(row)]
     if not of_goal:
-        yield dict.fromkeys(COLUMNS, "") | {"goal": goal.name, "note": "no run yet"}
+        yield dict.fromkeys(COLUMNS, "") | {"goal": goal.name, "note": NOT_RUN}
     for kind in sorted({(row.fingerprint, row.headline) for row in of_goal}):
         same = [row for row in of_goal if (row.fingerprint, row.headline) == kind]
         yield _cells(goal, min(same, key=lambda row: float(row.distance or "inf")))

@@ -78,26 +78,40 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     from models.judges.fit import Recipe
     from models.judges.judge import Judge, JudgeInfo
     from models.judges.selfsupervised import train_encoder
+    from models.parallel import at_once
 
     device = best_device()
     clip_recipe = Recipe(
         params.clip_steps, params.batch_size, params.seed, params.horizontal_flip, device, _bar("CLIP")
     )
     recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))
-    classifier, clip, tokenizer, encoder = None, None, None, None
+
+    def classifier() -> dict[str, Any]:  # fields of Judge
+        return {"classifier": train_classifier(train.pixels, train.labels, len(classes), recipe)}
+
+    def clip() -> dict[str, Any]:
+        return dict(zip(("clip", "tokenizer"), train_clip(train.pixels, train.captions, clip_recipe), strict=True))
+
+    def encoder() -> dict[str, Any]:
+        return {"encoder": train_encoder(train.pixels, recipe)}
+
+    trainings = []
     if len(set(train.labels.tolist()) - {-1}) > 1:
-        classifier = train_classifier(train.pixels, train.labels, len(classes), recipe)
+        trainings.append(classifier)
     if params.clip.weights is None and len({tuple(sorted(texts)) for texts in train.captions if texts}) > 1:
-        clip, tokenizer = train_clip(train.pixels, train.captions, clip_recipe)
-    if classifier is None and clip is None and params.extractor.kind == "in_domain":
-        encoder = train_encoder(train.pixels, recipe)
+        trainings.append(clip)
+    if not trainings and params.extractor.kind == "in_domain":
+        trainings.append(encoder)
+    trained: dict[str, Any] = {"classifier": None, "clip": None, "tokenizer": None, "encoder": None, "device": device}
+    for fields in at_once(trainings, device):
+        trained |= fields
     info = JudgeInfo(
         classes=classes,
         prompts=class_prompts(train, len(classes)),
         image={"size": image.resolution, "channels": image.channels},
         train_images=len(train.keys),
     )
-    return Judge(info, classifier, clip, tokenizer, encoder, device)
+    return Judge(info, **trained)
 
 
 def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any]:  # fields of JudgeInfo

@@ -12,9 +12,8 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +21,11 @@ from models.hashing import file_sha256
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.index import read_index
-from tasks.registration import gates
+from tasks.registration import champions, gates
 from tasks.registration.gates import Judged
-from tasks.runtime import integrity, lineage, locks, measures, run_labels, stage, tracking, workspace
+from tasks.runtime import lineage, locks, measures, run_labels, stage, tracking, workspace
 from tasks.runtime.codec_quality import RECONSTRUCTIONS, of_codec
-from tasks.runtime.tracking import CHALLENGER, CHAMPION, PROMOTION
+from tasks.runtime.tracking import CHALLENGER, PROMOTION
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from models.json_files import JsonObject
-    from tasks.evaluation.protocol import Protocol
     from tasks.runtime.measures import Measurements
 
 CODE = Path("mlflow") / "diffusion_model.py"
@@ -42,7 +40,6 @@ REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pillow", "pydantic")
 TAG = "afterimage."
 CONTENT_KEY = f"{TAG}content_key"
 LOGGED_MODEL = f"{TAG}logged_model"
-MEASURED = f"{TAG}measured"
 DESCRIPTION_CHARACTERS = 4900
 GRIDS = ("grid_guided", "grid_unguided", "grid_slowest", "grid_nearest", "grid_control")
 REPORT, REPORT_SHA256 = "report", f"{TAG}report_sha256"
@@ -86,17 +83,17 @@ def register(
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)
-        version = _model_version(client, params.model_name, model, measured, trained, read_index(data).sha256)
+        judged = gates.judged(measured, model_folder.ExportReport.read(model / model_folder.EXPORT).min_psnr_db)
+        version = _model_version(client, params.model_name, model, judged, trained, read_index(data).sha256)
         evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
         edit_results.log(client, evaluated, edits, editing)
         _describe(client, (trained, evaluated), measured, page, figures)
-        # The SQL stores give version numbers as int here and str there.
-        aliases = {name: int(v) for name, v in client.get_registered_model(params.model_name).aliases.items()}
-        champion = aliases.get(CHAMPION)
-        if aliases.get(CHALLENGER) != int(version.version):
+        registered = client.get_registered_model(params.model_name)
+        champion = champions.current(registered)
+        if str(registered.aliases.get(CHALLENGER)) != str(version.version):
             client.set_registered_model_alias(params.model_name, CHALLENGER, version.version)
         sources = Sources(judge, data, evaluation)
-        reason = _reason_against(client, version, champion, gates.judged(measured), sources, params)
+        reason = _reason_against(client, version, champion, judged, sources, params)
         standing = _set_champion(client, version, champion, reason)
         adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
     print(f"register: {params.model_name} version {version.version}, {standing}")
@@ -230,7 +227,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _model_version(
-    client: MlflowClient, name: str, model: Path, measured: Measurements, trained: Run, data_sha256: str
+    client: MlflowClient, name: str, model: Path, judged: Judged, trained: Run, data_sha256: str
 ) -> ModelVersion:
     """Find or create the version of the registered model with the content of this folder."""
     from mlflow.exceptions import MlflowException
@@ -266,13 +263,15 @@ def _model_version(
     )
     _log_model(logged.model_id, name, model)
     client.log_dict(trained.info.run_id, facts, f"lineage/{key[:12]}.json")
+    for file, text in lineage.state_files(facts).items():
+        client.log_text(trained.info.run_id, text, f"lineage/{key[:12]}/{file}")
     tags = {
         CONTENT_KEY: key,
         LOGGED_MODEL: logged.model_id,
         tracking.TRAIN_KEY: trained.data.tags[tracking.TRAIN_KEY],
         **lineage.tags(facts),
     }
-    tags |= {f"{TAG}{name}": value for name, value in gates.judged(measured).tags().items()}
+    tags |= {f"{TAG}{name}": value for name, value in judged.tags().items()}
     return client.create_model_version(
         name,
         source=logged.artifact_location,
@@ -319,7 +318,7 @@ def _reason_against(
     """Return why this version must not become champion; None if it may, or already is."""
     if champion == int(version.version):
         return None
-    reason = gates.not_good_enough(judged, params)
+    reason = champions.why_withdrawn(version) or gates.not_good_enough(judged, params)
     if reason or champion is None:
         return reason
     holder = client.get_model_version(version.name, str(champion))
@@ -337,42 +336,15 @@ def _first_line(error: Exception) -> str:
 def _numbers_of(client: MlflowClient, holder: ModelVersion, challenger: Judged, sources: Sources) -> Judged:
     """Return the champion's numbers that compare with the challenger's, from its tags or by measuring it again."""
     from tasks.evaluation.protocol import FILE, Protocol
+    from tasks.registration import measuring
 
     tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
     known = gates.from_tags(tagged, challenger.headline)
     if known and known.fingerprint == challenger.fingerprint:
         return known
+    print(f"register: champion version {holder.version} has numbers of another protocol", flush=True)
     declared = Protocol.read(sources.evaluation / FILE)
-    digest = hashlib.sha256(json.dumps(declared.to_json(), sort_keys=True).encode()).hexdigest()
-    remembered = f"{MEASURED}.{digest[:16]}"
-    if remembered in holder.tags:
-        known = gates.from_tags(json.loads(holder.tags[remembered]), challenger.headline)
-        if known:
-            return known
-    numbers = _measure_again(holder, sources, declared)
-    written = json.dumps(numbers.tags(), sort_keys=True)
-    client.set_model_version_tag(holder.name, holder.version, remembered, written)
-    return numbers
-
-
-def _measure_again(holder: ModelVersion, sources: Sources, declared: Protocol) -> Judged:
-    """Download the champion's weights and measure them by the challenger's protocol.
-
-    Only unguided samples, which the gates compare: a champion need not have the challenger's kind of guidance.
-    """
-    import mlflow
-
-    from models.judges.judge import load_judge
-    from models.pipeline import load_pipeline
-    from tasks.evaluation.summary import measure
-
-    print(f"register: measuring champion version {holder.version} under this protocol", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{holder.tags[LOGGED_MODEL]}", dst_path=scratch))
-        pipeline = load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
-        with integrity.loading(sources.judge, "judge.json", "judge"):
-            judge = load_judge(sources.judge)
-        return gates.judged(measure(pipeline, sources.data, judge, replace(declared, guided=None)))
+    return measuring.numbers(client, holder, sources.judge, sources.data, declared)
 
 
 def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | None, reason: str | None) -> str:
@@ -380,12 +352,11 @@ def _set_champion(client: MlflowClient, version: ModelVersion, champion: int | N
     if champion == int(version.version):
         return "challenger and champion"
     if reason is None:
-        client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    decision = reason or (f"promoted: beats version {champion}" if champion else "promoted: first to pass the gates")
-    if version.tags.get(PROMOTION) != decision:
-        client.set_model_version_tag(version.name, version.version, PROMOTION, decision)
-    if reason is None:
+        decision = f"promoted: beats version {champion}" if champion else "promoted: first to pass the gates"
+        champions.set_champion(client, version, decision)
         return "challenger and champion"
+    if version.tags.get(PROMOTION) != reason:
+        client.set_model_version_tag(version.name, version.version, PROMOTION, reason)
     return (
         f"challenger; champion stays version {champion}: {reason}" if champion else f"challenger; no champion: {reason}"
     )

@@ -65,9 +65,10 @@ def _case(plan: Plan, case: str, ceilings: dict[str, float]) -> list[ThroughputR
     """
     preset, batch = case.split(":")
     common = ["conditioning=none", "train.steps=1000000", *plan.overrides]
-    if not torch.cuda.is_available():
-        common.insert(0, "train.channels_last=false")  # presets for GPUs have a memory format that is slow on a CPU
     preferred = parameters(preset, plan.archive, *common)
+    if not torch.cuda.is_available() and preferred.train.precision != "no":
+        common.insert(0, "train.channels_last=false")  # in bfloat16 this memory format is slow on a CPU
+        preferred = parameters(preset, plan.archive, *common)
     own: str = preferred.train.precision
     if batch == AS_THEY_COME:
         theirs = [f"train.batch_size={DEFAULT_BATCH}", "train.precision='no'"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -23,22 +24,29 @@ class Recipe:
     """Hyperparameters of `fit`."""
 
     steps: int
+    """Optimizer steps."""
     batch_size: int = 64
+    """Images per step."""
     seed: int = 0
+    """Seed of the initial weights, the batches and the noise."""
     flip: bool = False
     """Flip half of the images horizontally, at random."""
     device: str = "cpu"
+    """Name of a torch device."""
     progress: Progress = iter
+    """Wraps the iterable of steps, such as `tqdm`."""
     learning_rate: float = PEAK_LEARNING_RATE
     """Peak of the schedule."""
 
 
 Network = TypeVar("Network", bound="torch.nn.Module")
+_GLOBAL_STATE = threading.Lock()
+"""Held while torch's global random state is changed: trainings may run at once."""
 
 
 def seeded(build: Callable[[], Network], seed: int) -> Network:
     """Return `build()` with initial weights that depend on `seed` alone; torch's global random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 

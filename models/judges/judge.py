@@ -45,15 +45,19 @@ class JudgeInfo(Description):
     REMEDY = "train the judge again"
 
     classes: list[str]
+    """Names of the labels; empty for data without labels."""
     prompts: list[str] | None
     """The caption of each class, if captions follow from the class."""
     image: dict[str, int]
     """`channels` and `size` (height and width in pixels) of the images."""
     train_images: int
+    """Number of images that it was trained on."""
     held_out_images: int = 0
+    """Number of images that its accuracies were measured on."""
     features: str = ""
     """See `Judge.kind`; set by `save_judge`, as are the next three."""
     feature_dim: int = 0
+    """D: number of features."""
     extractor: str | None = None
     """Name of the published feature extractor, if any."""
     hashes: dict[str, str] = field(default_factory=dict)
@@ -63,6 +67,7 @@ class JudgeInfo(Description):
     classifier_accuracy: float | None = None
     """Accuracies on held-out images; None for a network that the judge does not have."""
     clip_accuracy: float | None = None
+    """Share of held-out images whose own caption is the nearest of `clip_choices`."""
     clip_choices: int | None = None
     """Captions among which `clip_accuracy` chooses."""
     self_supervised_accuracy: float | None = None

@@ -43,10 +43,13 @@ class TextUNetConfig:
     cross_attention_dim: int
     """D: width of the token embeddings."""
     block_out_channels: tuple[int, ...]
+    """Channels per resolution; every level but the last halves height and width."""
     attention: tuple[bool, ...]
     """Whether the blocks of a resolution attend to the text."""
     layers_per_block: int
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
     norm_num_groups: int
+    """Groups of each group norm; a divisor of all widths."""
     attention_head_dim: int | None = None
     """Channels per attention head; not used if `heads` is set. With neither there is a single head."""
     heads: int | None = None
@@ -54,7 +57,9 @@ class TextUNetConfig:
     transformer_layers: tuple[int, ...] | None = None
     """Transformer blocks per layer; None is one at every resolution."""
     linear_projection: bool = False
+    """Linear instead of convolutional projections around a transformer."""
     dropout: float = 0.0
+    """Probability of dropping an activation."""
     pooled: int | None = None
     """P: width of the pooled prompt embedding (SDXL conditioning); None without it."""
     context_channels: int = 0

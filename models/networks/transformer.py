@@ -45,6 +45,7 @@ class TransformerConfig:
     depth: int
     """Number of blocks."""
     heads: int
+    """Attention heads per block; a divisor of `width`."""
     mlp_ratio: float = PUBLISHED_MLP_RATIO
     """Hidden width of the feed-forward layers relative to `width`."""
     qk_norm: bool = False
@@ -52,6 +53,7 @@ class TransformerConfig:
     rope: bool = False
     """Rotate queries and keys by their position in the image instead of adding positions to the tokens."""
     dropout: float = 0.0
+    """Probability of dropping an activation."""
 
     @property
     def in_diffusers(self) -> bool:

@@ -24,20 +24,33 @@ from models.networks.time_embedding import TimeEmbedding, timestep_embedding
 class UNetConfig:
     """Architecture of a `UNet`; the sequences have one entry per resolution, highest first."""
 
-    size: int  # height and width of the input
-    channels: int  # of input and output
+    size: int
+    """Height and width of the input."""
+    channels: int
+    """Channels of input and output."""
     block_out_channels: tuple[int, ...]
-    attention: tuple[bool, ...]  # self-attention in the blocks of a resolution; the middle block always has it
+    """Channels per resolution; every level but the last halves height and width."""
+    attention: tuple[bool, ...]
+    """Whether the blocks of a resolution have self-attention; the middle block always has it."""
     layers_per_block: int
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
     norm_num_groups: int
-    attention_head_dim: int | None  # channels per attention head; None is a single head
+    """Groups of each group norm; a divisor of all widths."""
+    attention_head_dim: int | None
+    """Channels per attention head; None is a single head."""
     dropout: float = 0.0
-    conditions: int = 0  # number of class embeddings, the null class included; 0 for an unconditional network
+    """Probability of dropping an activation."""
+    conditions: int = 0
+    """Number of class embeddings, the null class included; 0 for an unconditional network."""
     # The values below differ from these defaults in published weights only.
     norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True  # order of the timestep features: [cos, sin] if true, else [sin, cos]
+    """Constant added to the variance in each group norm."""
+    flip_sin_to_cos: bool = True
+    """Order of the timestep features: [cos, sin] if true, else [sin, cos]."""
     freq_shift: float = 0
-    downsample_padding: int = 1  # of the strided convolution; 0 pads one row at the bottom and one column on the right
+    """See `time_embedding.timestep_embedding`."""
+    downsample_padding: int = 1
+    """Of the strided convolution; 0 pads one row at the bottom and one column on the right."""
 
     def to_diffusers(self) -> JsonObject:
         """Return the `config.json` of a diffusers `UNet2DModel` with the same architecture."""

@@ -84,6 +84,7 @@ class SchedulerConfig:
     """What a trained model prescribes for sampling; the names are those of a diffusers `scheduler_config.json`."""
 
     path: Path
+    """The path that the network was trained on."""
     prediction_type: str
     """What the network outputs: one of `paths.PREDICTION_TYPES`."""
     clip_sample: bool = True

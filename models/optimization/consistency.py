@@ -35,6 +35,7 @@ class Tuning:
     q: float = 2.0
     """Each stage divides the gap between t and r by q."""
     k: float = 8.0
+    """How much wider the gap is at low noise, see `b`."""
     b: float = 1.0
     """n(t) = 1 + k sigmoid(-b t) widens the gap at low noise."""
     c: float = 0.00054
@@ -42,6 +43,7 @@ class Tuning:
     d: int = 100
     """Steps per stage."""
     mean: float = -1.1
+    """Mean of log s at the training levels, see `std`."""
     std: float = 2.0
     """log s ~ N(mean, std^2) for the training levels."""
 

@@ -31,7 +31,9 @@ class Density:
     kind: str = "uniform"
     """One of `DENSITIES`."""
     mean: float = 0.0
+    """Mean of the normal distribution; not read by `uniform`."""
     std: float = 1.0
+    """Standard deviation of the normal distribution, above 0; not read by `uniform`."""
     shift: float = 1.0
     """Move every drawn log SNR by -2 log(shift): above 1 towards noise, for higher resolutions (Hoogeboom et al. 2023,
     section 3.1; on a rectified flow Esser et al. 2024, eq. 23)."""

@@ -6,6 +6,7 @@ as much in every row; `feature_distance` is the mean Euclidean distance between 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,12 +77,14 @@ class Bench:
             )
         return to_uint8(drawn)
 
+    @functools.cached_property
+    def features_of_given(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the originals and of the reference, float32 [N, D] and [M, D]."""
+        return self.judge.features(self.subjects.pixels), self.judge.features(self.subjects.reference)
+
     def distances(self, pixels: np.ndarray) -> dict[str, float]:
         """Return the distances of edited images to their originals and to the reference."""
-        features = self.judge.features(pixels)
-        original, reference = (
-            self.judge.features(images) for images in (self.subjects.pixels, self.subjects.reference)
-        )
+        features, (original, reference) = self.judge.features(pixels), self.features_of_given
         return {
             "feature_distance": float(np.linalg.norm(features - original, axis=1).mean()),
             "frechet_to_input": metrics.frechet_distance(features, original),

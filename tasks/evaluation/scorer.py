@@ -7,9 +7,10 @@ the floor is the distance of training images in place of the samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +35,9 @@ COPY_QUANTILE = 0.01
 """A sample is a near copy if it is nearer to a training image than this share of the held-out images."""
 
 
+Result = TypeVar("Result")
+
+
 class Neighbourhood(NamedTuple):
     """The training images among which near copies are searched for."""
 
@@ -48,6 +52,8 @@ class Neighbourhood(NamedTuple):
 class Scorer:
     """A judge with the real images that it compares samples with. Images are uint8 [N, C, S, S].
 
+    Features, logits and distances of an array are computed once, so it must not change afterwards.
+
     Raises:
         NotComparableError: if judge or data set are not those of the protocol.
     """
@@ -59,6 +65,7 @@ class Scorer:
             {"resolution": measurement.image["size"], "channels": measurement.image["channels"]}
         )
         self.judge, self.images = judge, images
+        self._known: dict[tuple[str, int], tuple[weakref.ref[np.ndarray], Any]] = {}
         self.measurement = measurement
         self.held_out = load_pixels(images, "test", shape)
         self.train = load_pixels(images, "train", shape)
@@ -71,9 +78,26 @@ class Scorer:
         """D of the features."""
         return int(self.reference.shape[1])
 
+    def _once(self, name: str, function: Callable[[np.ndarray], Result], pixels: np.ndarray) -> Result:
+        """Return `function(pixels)`, computed at the first call for this array; the array itself is not kept."""
+        known = self._known.get((name, id(pixels)))
+        if known is None or known[0]() is not pixels:  # a new array may have the id of one that is gone
+            known = self._known[name, id(pixels)] = weakref.ref(pixels), function(pixels)
+        result: Result = known[1]
+        return result
+
+    def _features(self, pixels: np.ndarray) -> np.ndarray:
+        return self._once("features", self.judge.features, pixels)
+
+    def _class_logits(self, pixels: np.ndarray) -> np.ndarray:
+        return self._once("class logits", self.judge.class_logits, pixels)
+
     def distances(self, pixels: np.ndarray) -> dict[str, float]:
         """Return the distances of images to the held-out split, and the Inception score if the extractor has one."""
-        features = self.judge.features(pixels)
+        return dict(self._once("distances", self._distances, pixels))
+
+    def _distances(self, pixels: np.ndarray) -> dict[str, float]:
+        features = self._features(pixels)
         precision, recall = metrics.precision_recall(features, self.reference)
         found = {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
@@ -103,7 +127,7 @@ class Scorer:
 
     def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the training image nearest to each image by features: index int64 [N], distance float64 [N]."""
-        index, distances = metrics.nearest(self.judge.features(pixels), self.searched.features)
+        index, distances = metrics.nearest(self._features(pixels), self.searched.features)
         return self.searched.rows[index], distances
 
     def near_copies(self, pixels: np.ndarray) -> dict[str, float]:
@@ -198,7 +222,7 @@ class Scorer:
         """Return the Inception score by the judge's own classifier; empty without one."""
         if self.judge.classifier is None:
             return {}
-        return {"inception_style_score": metrics.inception_style_score(self.judge.class_logits(pixels))}
+        return {"inception_style_score": metrics.inception_style_score(self._class_logits(pixels))}
 
     def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
         """Return label accuracy and CLIP score of images with these requested classes, as far as the judge has them.
@@ -211,9 +235,9 @@ class Scorer:
         known = np.asarray(labels) >= 0
         wanted = np.asarray(labels)[known]
         if self.judge.classifier is not None:
-            scores["label_accuracy"] = metrics.accuracy(self.judge.class_logits(pixels)[known], wanted)
+            scores["label_accuracy"] = metrics.accuracy(self._class_logits(pixels)[known], wanted)
         if self.prompts is not None:
-            embeds = self.judge.clip_image_embeds(pixels)[known]
+            embeds = self._once("embeds", self.judge.clip_image_embeds, pixels)[known]
             scores["clip_score"] = metrics.clip_score(embeds, self.prompts[wanted])
         return scores
 

@@ -14,6 +14,7 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 
 from tasks.params.chain import BaseWeights, Demands, Params, names_of
+from tasks.params.codec import AutoencoderParams, CodecParams, TextParams
 from tasks.params.control import ControlParams
 from tasks.params.data import (
     ColumnsParams,
@@ -28,15 +29,7 @@ from tasks.params.data import (
 )
 from tasks.params.distil import DistilParams
 from tasks.params.editing import EditParams
-from tasks.params.model import (
-    AutoencoderParams,
-    CodecParams,
-    DiffusionParams,
-    DitParams,
-    ModelParams,
-    TextParams,
-    TrainParams,
-)
+from tasks.params.model import DiffusionParams, DitParams, ModelParams, TrainParams
 from tasks.params.prior import PriorParams
 from tasks.params.redaction import redacted, secret_in_address
 from tasks.params.results import (

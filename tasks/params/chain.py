@@ -8,9 +8,10 @@ from typing import TypeVar
 from pydantic import Field, model_validator
 
 from tasks.params import control
+from tasks.params.codec import CodecParams, Conditioning
 from tasks.params.data import DownloadParams, EncodeParams, ImageParams, IngestParams, ValidateParams
 from tasks.params.editing import EditParams
-from tasks.params.model import Architecture, CodecParams, Conditioning, DiffusionParams, ModelParams, TrainParams
+from tasks.params.model import Architecture, DiffusionParams, ModelParams, TrainParams
 from tasks.params.prior import PriorParams
 from tasks.params.results import (
     IMAGES_PER_DIMENSION,

@@ -19,6 +19,7 @@ class ControlParams(Section):
     """`canny`: edges by OpenCV; `colour`: mean colours of a coarse grid; `own`: maps given with the images, in a folder
     `conditioning` with the names of the images, or in a column `conditioning_image` of a table."""
     canny_low: Annotated[float, Field(gt=0)] = 100.0
+    """Lower threshold of `canny`, see `canny_high`."""
     canny_high: Annotated[float, Field(gt=0)] = 200.0
     """Thresholds of the gradient of a grey image (0 to 255): edges begin above the higher one, and go on above the
     lower one. They also make the edges of samples that are compared with a map."""

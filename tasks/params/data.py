@@ -33,15 +33,18 @@ class S3Params(Section):
     anonymous: bool = False
     """Send requests without credentials, as public buckets allow."""
     connections: PositiveInt = 8
+    """Concurrent requests."""
 
 
 class ColumnsParams(Section):
     """Columns of tables on the hub; a column that is null or empty is found by its type and its usual names."""
 
     image: str | None = None
+    """Column with the images."""
     label: str | None = None
     """Such as 'label', or 'attributes[20]' for one element of a list column."""
     captions: tuple[str, ...] = Field(default=(), strict=False)
+    """Columns with captions; an image has those of all."""
     classes: tuple[str, ...] = Field(default=(), strict=False)
     """Class names in the order of the labels, if the tables do not contain them."""
 
@@ -52,10 +55,13 @@ class LaionParams(Section):
     max_images: PositiveInt = 10_000
     """Most rows to download: the first that pass the filters."""
     min_side: PositiveInt | None = 256
+    """Least shorter side in pixels, as published in the table."""
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = 2.0
+    """Largest ratio of the longer to the shorter side, as published in the table."""
     min_similarity: float | None = 0.28
     """Least CLIP similarity of image and caption, as published in the table."""
     max_watermark: Fraction | None = 0.5
+    """Largest `pwatermark`, the published probability of a watermark."""
     max_unsafe: Fraction | None = 0.1
     """Largest `punsafe`; a row without it counts as unsafe."""
     languages: tuple[str, ...] = Field(default=(), strict=False)
@@ -65,18 +71,25 @@ class LaionParams(Section):
     min_success_rate: Fraction = 0.5
     """Least fraction of addresses that yield an image; 30 to 40 per cent are dead."""
     processes: PositiveInt = 2
+    """Processes that download."""
     threads: PositiveInt = 16
     """Concurrent downloads in each process."""
     shard_size: PositiveInt = 1000
     """Addresses per shard; a complete shard is not downloaded again."""
     seconds_per_wait: PositiveInt = 10
+    """Seconds without an answer after which an attempt ends."""
     seconds_per_image: PositiveInt = 30
+    """Longest time for one image, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 1
+    """Further attempts for an address that fails."""
     max_image_bytes: PositiveInt = 20_000_000
+    """Largest image file."""
     max_pixels: PositiveInt = 50_000_000
+    """Largest number of pixels of an image."""
     user_agent: str | None = None
     """User-agent token that sites can use to identify and forbid this download."""
     distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"
+    """Where the processes run: on this machine, or on a Spark or Ray cluster."""
     subjob_size: PositiveInt = 1000
     """Shards per job; read by distributor `pyspark`."""
     proxy_host: str = "127.0.0.1"
@@ -87,6 +100,7 @@ class DownloadParams(Section):
     """The source of the images."""
 
     source: Literal["digits", "cifar10", "folder", "hub", "laion"]
+    """Where the images come from; see docs/data.md."""
     path: str = NO_PATH
     """Local folder, zip or tar of source `folder`, or tables of source `laion`; a DVC dependency."""
     url: str | None = None
@@ -96,9 +110,13 @@ class DownloadParams(Section):
     sha256: str | None = None
     """Expected SHA-256 of the file at `url`, or of the listing of an s3:// prefix, which the stage prints."""
     allow_private_addresses: bool = False
+    """Allow addresses that resolve to private networks."""
     max_bytes: PositiveInt = 20_000_000_000
+    """Largest download."""
     timeout_seconds: PositiveInt = 3600
+    """Longest time for a download."""
     licence: str = "unknown"
+    """Licence of the images, recorded with them."""
     images: PositiveInt | None = None
     """Number of images that the source must contain; null accepts any."""
     s3: S3Params = S3Params()
@@ -165,8 +183,11 @@ class IngestParams(Section):
     caption_templates: tuple[str, ...] = Field(default=(), strict=False)
     """Captions made from the class name, such as 'a photo of a {}', if the source has none."""
     max_pixels: PositiveInt = 50_000_000
+    """Largest number of pixels of an image; larger ones go to quarantine."""
     max_image_bytes: PositiveInt = 50_000_000
+    """Largest image file in bytes; larger ones go to quarantine."""
     workers: PositiveInt = 2
+    """Processes that decode; the output does not depend on their number."""
 
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
@@ -191,15 +212,21 @@ class ValidateParams(Section):
     """Limits of the data checks."""
 
     min_images: PositiveInt
+    """Least number of images."""
     min_side: PositiveInt | None = None
     """Least shorter side of an image in pixels; null is `image.resolution`, below which images are enlarged."""
     max_aspect_ratio: Annotated[float, Field(ge=1)]
+    """Largest ratio of the longer to the shorter side of an image."""
     max_quarantined_fraction: Fraction
+    """Largest share of input files that may be in quarantine."""
     min_images_per_class: Annotated[int, Field(ge=0)]
+    """Least number of images of each class."""
     max_caption_characters: PositiveInt = 2000
+    """Largest length of a caption."""
     caption_scripts: tuple[Script, ...] = Field(default=("LATIN",), strict=False)
     """Writing systems that captions may use, by their names in Unicode."""
     max_duplicate_fraction: Fraction = 0.05
+    """Largest share of images that are equal to another one."""
     near_duplicate_bits: Annotated[int, Field(ge=0, le=6)] = 3
     """Images whose 64-bit perceptual hashes differ in at most this many bits are near duplicates."""
     max_label_drift: Fraction = 0.1
@@ -217,7 +244,9 @@ class ImageParams(Section):
     """Images of the model, uint8 [channels, resolution, resolution]."""
 
     resolution: PositiveInt
+    """Height and width in pixels."""
     channels: Literal[1, 3]
+    """1 is grey, 3 is RGB."""
 
 
 class EncodeParams(Section):

@@ -25,7 +25,9 @@ class DistilParams(Section):
     d: PositiveInt = 100
     """Steps per stage; each stage divides the gap between the two noise levels of a pair by q."""
     q: Annotated[float, Field(gt=1)] = 2.0
+    """Factor by which each stage divides the gap."""
     k: Annotated[float, Field(ge=0)] = 8.0
+    """How much wider the gap is at low noise, see `b`."""
     b: Annotated[float, Field(gt=0)] = 1.0
     """n(t) = 1 + k sigmoid(-b t) widens the gap at low noise."""
     c: Annotated[float, Field(gt=0)] = 0.00054
@@ -33,6 +35,7 @@ class DistilParams(Section):
     noise_mean: float = -1.1
     """Mean of the logarithm of the relative noise sigma / alpha, which is normally distributed."""
     noise_std: Annotated[float, Field(gt=0)] = 2.0
+    """Standard deviation of that logarithm."""
     learning_rate_factor: Annotated[float, Field(gt=0)] = 1.0
     """Peak learning rate of the tuning, relative to that of the training."""
 

@@ -27,18 +27,23 @@ class EditParams(Section):
     masks: tuple[Mask, ...] = Field(default=("centre", "half", "strokes"), strict=False)
     """Masks of inpainting; empty leaves it out."""
     sampler: Sampler = "dpm_solver_pp_2m"
+    """Sampler of the edits."""
     steps: PositiveInt = 10
     """Steps from pure noise; a strength takes its share of them."""
     eta: Fraction = 0.0
+    """Stochasticity of 'ddim': 0 is deterministic, 1 has the variance of 'ddpm'."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance; 1 is none."""
     resampling: PositiveInt = 2
     """How often each stretch of `jump` steps of inpainting is taken (RePaint, Lugmayr et al. 2022)."""
     jump: PositiveInt = 1
+    """Steps of a stretch that is taken repeatedly, see `resampling`."""
     feather: Count = 2
     """Width in pixels of the blended seam inside a mask."""
     batch_size: PositiveInt = 64
+    """Images that are edited at a time."""
     seed: Seed = 11
+    """Seed of the noise."""
 
     @model_validator(mode="after")
     def _check(self) -> EditParams:

@@ -1,4 +1,4 @@
-"""Parameters of the model: the sections `codec`, `model`, `diffusion` and `train`."""
+"""Parameters of the model: the sections `model`, `diffusion` and `train`."""
 
 from __future__ import annotations
 
@@ -13,88 +13,7 @@ from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Seed, 
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 """Averaging profile -> exclusive upper bound of its number in `train.ema`."""
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-PACKED_WIDTH = 80
-"""Least width of a pooled embedding that is trained here; SDXL's size and crop numbers are packed beside it."""
-Conditioning = Literal["none", "label", "text"]
 Architecture = Literal["unet", "dit"]
-
-
-class AutoencoderParams(Section):
-    """A published autoencoder, or the architecture and training of an own one; read by codec.kind 'autoencoder'."""
-
-    weights: str | None = None
-    """A hub repository, a local folder or s3://bucket/prefix in diffusers' layout; null trains one on the images."""
-    pin: str | None = None
-    """Identifies `weights`: the commit of a hub repository, or the SHA-256 of the weights' file."""
-    scaling: Literal["measured", "published"] = "measured"
-    """`measured`: a factor per channel, measured on the images and folded into the weights; `published`: the single
-    factor in the configuration of `weights`."""
-    latent_channels: PositiveInt = 4
-    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 48), strict=False, min_length=2)
-    """Channels per resolution, highest first; each level but the last halves the side."""
-    layers_per_block: PositiveInt = 1
-    reconstruction: Literal["l1", "l2"] = "l1"
-    edge_weight: Annotated[float, Field(ge=0)] = 0.5
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
-    steps: PositiveInt = 600
-    batch_size: PositiveInt = 16
-    horizontal_flip: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> AutoencoderParams:
-        require_pin("codec.autoencoder", self.weights, self.pin)
-        if self.scaling == "published" and self.weights is None:
-            raise ValueError(
-                "codec.autoencoder.scaling 'published' needs codec.autoencoder.weights; set it to 'measured' "
-                "for an autoencoder that is trained here"
-            )
-        if any(width % 8 for width in self.widths):
-            raise ValueError(f"codec.autoencoder.widths {list(self.widths)} must be multiples of 8")
-        return self
-
-
-class TextParams(Section):
-    """Published CLIP text encoders, or own ones trained on the captions; read by codec.conditioning 'text'."""
-
-    weights: str | None = None
-    """A hub repository, a local folder or s3://bucket/prefix with text_encoder/ and tokenizer/ (and text_encoder_2/ and
-    tokenizer_2/ beside them); null trains on the captions."""
-    pin: str | None = None
-    width: PositiveInt = 64
-    second_width: PositiveInt | None = None
-    """Width of a second text encoder with a pooled embedding, as in Stable Diffusion XL; null is one encoder."""
-    layers: PositiveInt = 2
-    length: Annotated[int, Field(ge=4)] = 32
-    """Tokens per caption; longer captions are truncated."""
-    words: Annotated[int, Field(ge=600)] = 2048
-    """Largest size of the vocabulary."""
-    steps: PositiveInt = 300
-
-    @model_validator(mode="after")
-    def _check(self) -> TextParams:
-        require_pin("codec.text", self.weights, self.pin)
-        for name in ("width", "second_width"):
-            if (getattr(self, name) or 0) % 16:
-                raise ValueError(
-                    f"codec.text.{name} {getattr(self, name)} must be a multiple of 16, the width of a head"
-                )
-        if self.second_width and self.width + self.second_width < PACKED_WIDTH:
-            raise ValueError(
-                f"codec.text.width {self.width} and codec.text.second_width {self.second_width} are too narrow for the "
-                f"pooled embedding; their sum must be {PACKED_WIDTH} or more"
-            )
-        return self
-
-
-class CodecParams(Section):
-    """What the model is trained on, and what it is conditioned on."""
-
-    kind: Literal["identity", "autoencoder"]
-    """`identity` trains on pixels, `autoencoder` on latents."""
-    conditioning: Conditioning
-    autoencoder: AutoencoderParams = AutoencoderParams()
-    text: TextParams = TextParams()
-    seed: Seed = 0
 
 
 class DitParams(Section):
@@ -107,6 +26,7 @@ class DitParams(Section):
     depth: PositiveInt = 12
     """Number of blocks."""
     heads: PositiveInt = 6
+    """Attention heads per block."""
     mlp_ratio: Annotated[float, Field(ge=1)] = 4.0
     """Hidden width of the feed-forward layers relative to `width`; diffusers' transformers have 4."""
     qk_norm: bool = False
@@ -138,14 +58,19 @@ class ModelParams(Section):
     """
 
     architecture: Architecture = "unet"
+    """`unet`, or `dit` for a diffusion transformer."""
     block_out_channels: tuple[PositiveInt, ...] = Field(strict=False)
+    """Channels per resolution, highest first; each level but the last halves the side."""
     attention: tuple[bool, ...] = Field(strict=False)
     """Per resolution, highest first: whether it has self-attention and, for text, cross-attention."""
     layers_per_block: PositiveInt
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
     norm_num_groups: PositiveInt
+    """Groups of each group norm; a divisor of all widths."""
     attention_head_dim: PositiveInt | None
     """Channels per attention head; null is one head."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an activation in the residual or feed-forward blocks."""
     heads: PositiveInt | None = None
     """Text only: number of attention heads at every resolution, instead of `attention_head_dim`."""
     transformer_layers: tuple[PositiveInt, ...] | None = Field(default=None, strict=False)
@@ -230,12 +155,14 @@ class DiffusionParams(Section):
     density_mean: float = 0.0
     """Mean of the normal distribution: of logit(t / T), or of log SNR."""
     density_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of that normal distribution."""
     shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1 moves training timesteps, and on a rectified flow those of the samplers, towards noise, as higher
     resolutions need (3 in Esser et al. 2024 at 1024 pixels)."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024)."""
     loss_weighting: Literal["plain", "min_snr"] = "plain"
+    """Weight of the loss by noise level: 1 everywhere, or min(SNR, gamma) on the error of the clean image."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """Gamma of loss_weighting 'min_snr'; 5 in the paper (Hang et al. 2023)."""
 
@@ -287,6 +214,7 @@ class TrainParams(Section):
     """The optimization of the network."""
 
     steps: PositiveInt
+    """Optimizer steps."""
     batch_size: PositiveInt
     """Images per optimizer step, over all processes and accumulated parts."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -296,11 +224,15 @@ class TrainParams(Section):
     muon_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Of Muon, at its peak; it follows the same schedule as `learning_rate`."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Momentum of Muon."""
     lr_schedule: Literal["constant", "cosine"]
     """After the warm-up: constant (a run with more steps then continues a shorter one) or a half cosine down to 0."""
     warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of the linear warm-up of the learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of AdamW and Muon."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     ema: tuple[str, ...] = Field(strict=False, min_length=1)
     """Averages of the weights: exponential (decay-0.999) or power-law (std-0.10 or gamma-6.94)."""
     pipeline_ema: str
@@ -310,12 +242,16 @@ class TrainParams(Section):
     condition_dropout: Fraction
     """Probability that a sample is trained without its condition (for classifier-free guidance)."""
     horizontal_flip: bool = False
+    """Mirror training images with probability 0.5; not for digits or text."""
     precision: Literal["no", "bf16", "fp16"] = "no"
+    """`no` is float32; `bf16` and `fp16` are automatic mixed precision."""
     gradient_accumulation: PositiveInt = 1
+    """Parts that a batch is divided into, to save memory."""
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass: less memory, a third more time."""
     channels_last: bool = False
-    """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores."""
+    """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
+    float32 on a CPU."""
     compile: bool = False
     """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU."""
     data_on_device: Literal["auto", "device", "stream"] = "auto"
@@ -325,6 +261,7 @@ class TrainParams(Section):
     weights: str | None = None
     """The same from a hub repository, s3://bucket/prefix or a folder, pinned by `pin`."""
     pin: str | None = None
+    """Identifies `weights`: the commit of a hub repository, or the SHA-256 of the weights' file."""
     full_steps: Annotated[int, Field(ge=0)] = 0
     """With model.lora_rank or model.control_widths: the number of steps that train all weights before the adapter or
     the ControlNet, if no base weights are given."""
@@ -340,9 +277,13 @@ class TrainParams(Section):
     distil: DistilParams | None = None
     """Consistency tuning, after which few sampling steps suffice; null trains without it."""
     seed: Seed = 0
+    """Seed of the first weights, the noise, the timesteps and the order of the images."""
     log_every: PositiveInt = 10
+    """Steps between two rows of the training curves."""
     checkpoint_every: PositiveInt = 100
+    """Steps between two checkpoints."""
     sample_every: PositiveInt = 250
+    """Steps between two grids of samples and measurements of the held-out loss."""
 
     def phase(self, step: int) -> range:
         """Return the steps of the phase of 0-based `step`: the training, or what follows it.

@@ -33,10 +33,15 @@ class PriorParams(Section):
     measured: Annotated[int, Field(ge=2)] = 32
     """Samples of each prompt that measure the subject, and of the class before the training."""
     sampler: Sampler = "dpm_solver_pp_2m"
+    """Sampler of class images and measured samples."""
     steps: PositiveInt = 25
+    """Sampling steps."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    """w of the classifier-free guidance; 1 is none."""
     batch_size: PositiveInt = 16
+    """Images that are drawn at a time."""
     seed: Seed = 500
+    """First seed of class images and measured samples."""
 
     @property
     def sampling(self) -> Sampling:

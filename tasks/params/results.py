@@ -31,6 +31,7 @@ class ExtractorParams(Section):
     """A hub repository, a local folder or s3://bucket/prefix with safetensors; for `inception` also the file
     pt_inception-2015-12-05-6726825d.pth, its http(s) address, or env:NAME of a variable that contains the address."""
     pin: str | None = None
+    """Identifies `weights`: a commit of the hub, or the SHA-256 of the file."""
 
     @model_validator(mode="after")
     def _check(self) -> ExtractorParams:
@@ -53,6 +54,7 @@ class ScoringClipParams(Section):
     weights: str | None = None
     """A hub repository, a local folder or s3://bucket/prefix with a published CLIP; null trains one on the captions."""
     pin: str | None = None
+    """Identifies `weights`: a commit of the hub, or the SHA-256 of the file."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoringClipParams:
@@ -68,10 +70,13 @@ class JudgeParams(Section):
     classifier_steps: PositiveInt
     """Steps of the classifier, or of the self-supervised encoder if the data has neither labels nor captions."""
     clip_steps: PositiveInt
+    """Steps of the CLIP that scores samples against captions."""
     batch_size: PositiveInt = 64
+    """Images per training step."""
     horizontal_flip: bool = False
     """Mirror training images with probability 0.5; not for digits or text."""
     seed: Seed = 1
+    """Seed of the networks that measure."""
 
 
 def _check_sampling(name: str, section: EvaluateParams | VisualizeParams, scales: tuple[float, ...]) -> None:
@@ -98,7 +103,9 @@ class EvaluateParams(Section):
     """The protocol of the measurement."""
 
     sampler: Sampler
+    """Sampler of the measured images."""
     steps: PositiveInt
+    """Sampling steps."""
     eta: Fraction = 0.0
     """Stochasticity of 'ddim': 0 is deterministic, 1 has the variance of 'ddpm' (DDIM paper, eq. 16)."""
     n_distance: Annotated[int, Field(ge=2)]
@@ -113,6 +120,7 @@ class EvaluateParams(Section):
     """Kind of guidance: against the network without its condition, or with 'auto' against its guide, the weights of
     `train.guide_step` (Karras et al. 2024b)."""
     guidance_scale: Annotated[float, Field(ge=1)]
+    """w of the guided samples; 1 is no guidance."""
     guidance_interval: NoiseLevels | None = None
     """Noise levels at which guidance is applied (Kynkäänniemi et al. 2024); null is all."""
     guidance_sweep: tuple[Annotated[float, Field(ge=1)], ...] = Field(default=(), strict=False)
@@ -121,13 +129,16 @@ class EvaluateParams(Section):
     n_sweep: Annotated[int, Field(ge=2)] = 128
     """Samples at each scale of `guidance_sweep`."""
     seed_blocks: Annotated[int, Field(ge=3)] = 3
+    """Sets of samples with different seeds; a measure is their mean, and its spread their standard deviation."""
     headline: Headline = "frechet_distance"
     """The distance that leads reports, `reports/metrics.json` and `tasks.goals`, and that the gates of `register`
     compare. All are measured, and their values do not depend on it."""
     allow_small_n: bool = False
     """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
     batch_size: PositiveInt = 256
+    """Images that are drawn at a time."""
     seed: Seed = 1000
+    """First seed of the samples."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateParams:
@@ -147,17 +158,24 @@ class VisualizeParams(Section):
     """The figures of the report."""
 
     sampler: Sampler
+    """Sampler of the figures."""
     steps: PositiveInt
+    """Sampling steps."""
     eta: Fraction = 0.0
+    """Stochasticity of 'ddim', see `EvaluateParams.eta`."""
     guidance: Guidance = "classifier_free"
     """Kind of guidance, see `EvaluateParams.guidance`."""
     guidance_scales: tuple[Annotated[float, Field(ge=1)], ...] = Field(strict=False, min_length=1)
+    """A row of samples for each guidance scale."""
     guidance_interval: NoiseLevels | None = None
+    """Noise levels at which guidance is applied; null is all."""
     columns: PositiveInt = 10
+    """Samples in a row."""
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
     """Prompts of the pictures by guidance scale, seed and number of steps; empty takes four of the data's. Only for
     models that take prompts."""
     seed: Seed = 7
+    """First seed of the samples."""
 
     @model_validator(mode="after")
     def _check(self) -> VisualizeParams:
@@ -177,16 +195,20 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=26)] = 20
     """ONNX Runtime does not load later opsets."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest difference between the outputs of the ONNX and the PyTorch network."""
     min_psnr: PositiveInt = 50
     """Least PSNR in dB between images of the ONNX and the PyTorch sampler from the same noise."""
     latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)
+    """Batch sizes whose latency is measured."""
     seed: Seed = 3
+    """Seed of the compared inputs."""
 
 
 class RegisterParams(Section):
     """The registered model and its gates."""
 
     model_name: str
+    """Name of the registered model in MLflow."""
     max_distance_over_floor: Annotated[float, Field(gt=0)]
     """Gate of the first version: largest `evaluate.headline`, as a multiple of its floor."""
     min_label_accuracy: Fraction
@@ -194,6 +216,12 @@ class RegisterParams(Section):
     min_control_margin: Fraction = 0.1
     """Gate of models with a ControlNet: least agreement with control maps above that with another map or without one.
     """
+    min_clip_over_real: Fraction = 0.7
+    """Gate of every version with prompts: least CLIP score, as a share of that of real images with their captions."""
+    max_near_copies: Fraction = 0.2
+    """Gate of every version: largest share of samples that are near copies of training images. 1 disables it."""
+    min_onnx_psnr: Annotated[float, Field(gt=0)] = 50.0
+    """Gate of every version: least PSNR in dB between images of the ONNX bundle and of PyTorch."""
 
     @model_validator(mode="after")
     def _check(self) -> RegisterParams:

@@ -186,9 +186,14 @@ class Report:
 
 def render(report: Report) -> str:
     """Return the page as HTML; equal reports give equal text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(png=_png_address, picture=_picture_address, tile=_tile_address, tile_style=_tile_style)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report) + "\n"
+    return environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report) + "\n"
+
+
+def environment() -> Environment:
+    """Return the settings and filters of the template; `tasks/comparison/page.py` renders with them, too."""
+    found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.filters.update(png=_png_address, picture=_picture_address, tile=_tile_address, tile_style=_tile_style)
+    return found
 
 
 def _png_address(png: bytes) -> str:

@@ -20,6 +20,7 @@ import yaml
 from models.json_files import JsonObject
 from tasks.params.redaction import holds_credentials, redacted, redacted_values
 
+LOCK, PARAMS = "dvc.lock", "params.yaml"
 TAG_CHARACTERS = 500
 FLOW_RUN = "AFTERIMAGE_FLOW_RUN_ID"
 DIFF_CHARACTERS = 200_000
@@ -54,7 +55,7 @@ def lineage(data_sha256: str) -> JsonObject:
     It contains the Git commit, the uncommitted changes of code and parameters (scanned for secrets), the entries of
     `dvc.lock` with their hash, the content hash of the data, and the Prefect flow run.
     """
-    stages = redacted_values(_upstream(Path("dvc.lock")))
+    stages = redacted_values(_upstream(Path(LOCK)))
     diff, is_cut, left_out = _changes()
     return {
         "git": {
@@ -64,7 +65,7 @@ def lineage(data_sha256: str) -> JsonObject:
             "diff_is_cut": is_cut,
             "left_out": left_out,
         },
-        "dvc": {"stages": stages, "sha256": _digest(stages) if stages is not None else None},
+        "dvc": {"stages": stages, "sha256": digest(stages) if stages is not None else None},
         "data_sha256": data_sha256,
         "prefect_flow_run": flow_run(),
     }
@@ -130,6 +131,19 @@ def _kinds(found: Iterable[_Secret]) -> list[str]:
     return [str(secret.type) for secret in found]
 
 
+def state_files(facts: JsonObject) -> dict[str, str]:
+    """Return file name -> text of the files with which a clone at the recorded commit repeats this state.
+
+    `dvc.lock` holds the entries of the lineage, and `params.yaml` is that of the work tree. Secrets are redacted.
+    """
+    files = {}
+    if facts["dvc"]["stages"] is not None:
+        files[LOCK] = yaml.safe_dump({"schema": "2.0", "stages": facts["dvc"]["stages"]}, sort_keys=False)
+    if Path(PARAMS).is_file():
+        files[PARAMS] = redacted(Path(PARAMS).read_text(encoding="utf-8"))
+    return files
+
+
 def tags(facts: JsonObject) -> dict[str, str]:
     """Return the short values of a lineage as tags of MLflow."""
     values = {
@@ -150,7 +164,8 @@ def _upstream(lock: Path) -> JsonObject | None:
     return {name: entry for name, entry in sorted(stages.items()) if name not in NOT_UPSTREAM}
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Return the SHA-256 of a value as canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
@@ -163,4 +178,5 @@ def _git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    # Only line ends are removed: the last line of a diff may be a space, which stands for an empty line of context.
+    return result.stdout.rstrip("\n") if result.returncode == 0 else None

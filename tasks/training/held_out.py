@@ -11,17 +11,24 @@ import torch
 from tasks.training import tuning
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models.optimization.ema import EMA
+    from tasks.training.batches import Batch
     from tasks.training.run import Run
 
 
 def held_out_losses(run: Run) -> dict[str, float]:
     """Return weight average -> loss on held-out samples, with the same noise and timesteps at every call."""
     losses, objective = {}, tuning.objective_at(run, run.step - 1)
+
+    @torch.inference_mode()
+    def measured(batch: Batch) -> Tensor:
+        return objective(run.network, batch)
+
     for name, average in run.averages.items():
-        with torch.inference_mode(), averaged(run.network, average):
-            parts = [objective(run.network, batch) for batch in run.held_out]
-        losses[name] = torch.cat(parts).mean().item()
+        with averaged(run.network, average):
+            losses[name] = torch.cat(run.workers.map(measured, run.held_out)).mean().item()
     return losses
 
 

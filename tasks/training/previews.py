@@ -15,6 +15,7 @@ from models.networks import autoencoder
 from models.networks.network import predictor
 from models.noise import samplers
 from models.noise.paths import DiffusionPath
+from models.parallel import over_batches
 from tasks.runtime import atomic
 from tasks.training.held_out import averaged
 
@@ -34,19 +35,19 @@ def sample_grid(run: Run) -> Path:
     """Draw sample images with the first weight average; returns the PNG, which lies beside the checkpoints."""
     count = COLUMNS * (ROWS if math.prod(run.batches.shape) <= LARGE_SAMPLE else 1)
     condition, control = run.batches.conditions(count), run.batches.controls(count)
-    # In batches of the training batch's size, which fit in memory.
-    parts = [range(start, min(start + run.batches.size, count)) for start in range(0, count, run.batches.size)]
-    with torch.inference_mode(), averaged(run.network, run.averages[run.params.ema[0]]):
-        drawn = [_draw(run, part, *(_rows(each, part) for each in (condition, control))) for part in parts]
+
+    @torch.inference_mode()
+    def draw(part: slice) -> np.ndarray:
+        return _draw(run, range(count)[part], *(None if each is None else each[part] for each in (condition, control)))
+
+    with averaged(run.network, run.averages[run.params.ema[0]]):
+        # In batches of the training batch's size, which fit in memory.
+        drawn = over_batches(draw, count, run.batches.size, run.accelerator.device.type)
     shown = pictures.shrunk(np.concatenate(drawn), MAX_SIDE)
     path = grid_path(run.folder, run.step)
     grid = pictures.grid(shown, COLUMNS, max(1, min(MAX_SCALE, MAX_SIDE // shown.shape[-1])))
     atomic.write_bytes(path, pictures.png_bytes(grid))
     return path
-
-
-def _rows(values: torch.Tensor | None, part: range) -> torch.Tensor | None:
-    return None if values is None else values[part[0] : part[-1] + 1]
 
 
 def _draw(run: Run, seeds: range, condition: torch.Tensor | None, control: torch.Tensor | None) -> np.ndarray:

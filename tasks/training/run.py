@@ -27,6 +27,7 @@ from models.noise.schedules import path_of
 from models.optimization.diffusion import add_noise, squared_error, target
 from models.optimization.ema import EMA
 from models.optimization.timesteps import Density, Timesteps
+from models.parallel import Workers
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
@@ -68,6 +69,8 @@ class Run:
     objective: LossFunction
     """That of training; `tuning.objective_at` has also that of consistency tuning."""
     backward: Backward
+    workers: Workers
+    """Those of the passes and of the held-out losses; part of the trajectory."""
     optimizer: AcceleratedOptimizer
     averages: dict[str, EMA]
     batches: Batches | Bucketed | PriorMix
@@ -181,6 +184,7 @@ def assemble(
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
+    workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     return Run(
@@ -188,7 +192,8 @@ def assemble(
         network=network,
         module=wrapped,
         objective=Objective(diffusion, timesteps),
-        backward=_backward(accelerator, wrapped, facts),
+        backward=(SplitBatch(accelerator, wrapped, workers) if workers.count > 1 else WholeBatch(accelerator, wrapped)),
+        workers=workers,
         optimizer=prepared,
         averages={profile: EMA(network, profile) for profile in params.ema},
         batches=batches,
@@ -200,11 +205,6 @@ def assemble(
         tally=Tally(diffusion.timesteps, accelerator.device),
         initial=initial,
     )
-
-
-def _backward(accelerator: Accelerator, module: nn.Module, facts: RunFacts) -> Backward:
-    workers = facts.trajectory.get(training_key.WORKERS, 1)
-    return SplitBatch(accelerator, module, workers) if workers > 1 else WholeBatch(accelerator, module)
 
 
 def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:

@@ -153,6 +153,16 @@ def test_a_stage_runs_once_then_is_cached(toy: Path, environment: dict[str, str]
     assert (toy / "first.txt").read_text() == "one"
 
 
+def test_stages_run_with_all_that_they_depend_on(toy: Path, environment: dict[str, str], descriptor: int) -> None:
+    def bring(*stages: str) -> set[str]:
+        return repro.repro_with_upstream(stages, toy, environment, print, held=descriptor, wait_seconds=30)
+
+    assert bring("last") == {"first", "second", "last"}
+    assert bring("second", "last") == set()
+    with pytest.raises(StageError, match=r"^broken: error: the disk is made of cheese; buy another$"):
+        bring("last", "broken")
+
+
 def test_a_failure_is_the_sentence_of_the_stage(toy: Path, environment: dict[str, str], descriptor: int) -> None:
     with pytest.raises(StageError, match=r"^broken: error: the disk is made of cheese; buy another$"):
         run("broken", toy, environment, descriptor)

@@ -194,6 +194,8 @@ def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served
     assert versions == 1
     assert tiny.git(served.root, "status", "--porcelain") == before, "a schedule writes no file of a person"
     assert not (served.root / "outputs").exists()
+    kept = {path.name for path in (served.root / "mlruns").rglob(f"flows/{run['id']}/*")}
+    assert kept == {"dvc.lock", "params.yaml"}, "the next run in the clone overwrites them"
 
     artifacts = served.artifacts(run["id"])
     assert {"stages", "metrics", "samples", "links", "promotion"} <= set(artifacts)

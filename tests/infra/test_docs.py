@@ -11,16 +11,19 @@ import pytest
 import yaml
 
 from infra import architecture
+from infra.site import code_links
 from tests.support import documents
 from tests.support.documents import ROOT
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
-DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 CHECKED = [name for name in DOCUMENTS if name not in ("README.md", "CHANGELOG.md")]
 """The commands of README.md have a test of their own; those of the changelog were right when they were written."""
 COMMANDS = sorted({(name, command) for name in CHECKED for command in documents.commands(TEXTS[name])})
 MADE = ("data/", "outputs/", "reports/", "captions/")
+GENERATED = {"tour.md", "reference/parameters.md", "reference/api/models.md"}
+"""Pages that exist in the built site only."""
 RENAMED = {"image.size"}
 """Parameters of earlier versions, which the changelog names."""
 
@@ -35,23 +38,26 @@ def keys(document: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings of a document."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    headings = re.findall(r"^#+ (.+)$", documents.without_blocks(text), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def inline(name: str) -> list[str]:
     """The inline code of a document."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXTS[name], flags=re.S))
+    return re.findall(r"`([^`\n]+)`", documents.without_blocks(TEXTS[name]))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_to_files_and_headings(name):
-    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
-        if link.startswith("https://"):
+    for link in re.findall(r"\]\(([^)]+)\)", code_links.CODE.sub("", TEXTS[name])):
+        if link.startswith("https://") or link in GENERATED:
             continue
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), link
+        if target.suffix == ".py":
+            assert not anchor or code_links.line_of(target.resolve().relative_to(ROOT).as_posix(), anchor)
+            continue
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
@@ -63,9 +69,11 @@ def test_command_has_a_form_that_its_program_takes(name, command, tmp_path):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_blocks_are_of_known_kinds_and_parse(name):
     for kind, block in documents.blocks(TEXTS[name]):
-        assert kind in ("bash", "python", "mermaid"), block
+        assert kind in ("bash", "python", "mermaid", "text", "yaml"), block
         if kind == "python":
             compile(block, name, "exec")
+        if kind == "yaml":
+            assert isinstance(yaml.safe_load(block), dict), block
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

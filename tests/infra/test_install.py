@@ -108,6 +108,20 @@ def test_a_changed_lock_of_an_extra_is_installed(house):
     assert house.install("--extra", "demo").stdout == ""
 
 
+def test_a_link_to_an_environment_is_used_and_never_deleted(house, tmp_path):
+    other = House(tmp_path / "tree")
+    other.lock("mlflow==1.0", "torch==2.0", "onnxruntime==1.0")
+    (other.folder / ".venv").symlink_to(house.folder / ".venv")
+    done = other.install()
+    assert done.returncode == 0, done.stderr
+    assert other.install().stdout == "" and (house.folder / ".venv" / "bin" / "pip").exists()
+    (house.folder / ".venv" / "pyvenv.cfg").rename(house.folder / "pyvenv.cfg")
+    (house.folder / ".venv" / "afterimage-stamp").unlink()
+    assert "is a link to" in other.install().stderr
+    (house.folder / "pyvenv.cfg").rename(house.folder / ".venv" / "pyvenv.cfg")
+    assert (house.folder / ".venv" / "bin" / "pip").exists()
+
+
 def test_an_unknown_extra_is_refused(house):
     done = house.install("--extra", "games")
     assert done.returncode == 1 and "has no extra 'games'; it has demo, dev, docs, tensorrt" in done.stderr

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -50,11 +49,17 @@ NOT_HERE = {
     "pytest -m slow": LONG,
     "pytest -m gpu": "needs a GPU",
     "python -m flows.pipeline": "tests/flows/test_flows.py runs it",
+    "make demo": SERVERS,
+    "make docs": "needs the extra docs; tests/infra/test_site.py builds the site",
     "make ui": SERVERS,
     "make serve": SERVERS,
     "make serve PORT=4300": SERVERS,
     "make stop": SERVERS,
+    "make verify": "the tiny model of this test is refused; tests/flows/test_verify.py runs it",
+    "make reproduce VERSION=1": "tests/flows/test_verify.py runs it",
+    "python -m tasks.rollback": "needs two champions; tests/tasks/test_champions.py runs it",
     "make run PRESET=digits ARGS=train.steps=9": SERVERS,
+    "make sweep NAME=timesteps": LONG,
     "python -m tasks.preset NAME [key=value ...]": "names its parts only",
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,
@@ -111,38 +116,12 @@ def test_commands_in_their_order(tmp_path):
     assert "train.learning_rate" in done.stdout
 
 
-def save_random_pipeline(folder: Path) -> None:
-    """Save an untrained class-conditional pipeline with the image size and classes of the default preset."""
-    import torch
-
-    from models.networks.unet import UNet, UNetConfig
-    from models.noise.paths import RectifiedFlow
-    from models.pipeline import PipelineInfo, save_pipeline
-
-    torch.manual_seed(0)
-    unet = UNet(UNetConfig(16, 1, (8, 16), (False, True), 1, 4, 8, conditions=11))
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    classes = [str(digit) for digit in range(10)]
-    info = PipelineInfo(
-        conditioning="label",
-        channels=1,
-        size=16,
-        schedule="rectified_flow",
-        timesteps=1000,
-        prediction="flow_prediction",
-        train_key="",
-        classes=classes,
-        null_label=10,
-    )
-    folder.mkdir(parents=True)
-    save_pipeline(folder, unet, dict(unet.state_dict()), RectifiedFlow(1000), info)
-
-
 def test_sampler_runs_without_this_project(tmp_path):
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "UNet2DModel" in b)
     assert len(block.strip().splitlines()) <= 20
-    save_random_pipeline(tmp_path / "outputs" / "pipeline")
+    from tests.support import random_digits
+
+    random_digits.save(tmp_path / "outputs" / "pipeline")
     code = (
         f"{block}\nassert images.shape == (10, 1, 16, 16) and 0 <= images.min() and images.max() <= 1\nprint('drawn')"
     )

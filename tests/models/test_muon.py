@@ -11,6 +11,7 @@ from torch import nn
 
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
+from models.optimization import muon
 from models.optimization.muon import MuonWithAdamW, hidden_matrices, orthogonalize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,24 @@ def step(modules, optimizers, seed):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
     for optimizer in optimizers:
         optimizer.step()
+
+
+def test_products_of_small_matrices_take_one_thread(monkeypatch):
+    threads, real, before = {}, muon._newton_schulz, torch.get_num_threads()
+
+    def watched(gram):
+        threads[gram.shape[1]] = torch.get_num_threads()
+        return real(gram)
+
+    monkeypatch.setattr(muon, "_newton_schulz", watched)
+    torch.set_num_threads(2)
+    try:
+        for rows in (8, 64, 65):
+            orthogonalize([torch.randn(rows, 70)])
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {8: 1, 64: 1, 65: 2}
 
 
 def test_equals_torch_on_matrices(monkeypatch):

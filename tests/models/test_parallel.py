@@ -61,3 +61,18 @@ def test_workers_draw_the_images_of_one_thread(exported, two_threads: None) -> N
     torch.set_num_threads(1)
     alone = pipeline.sample(seeds, labels, Sampling("ddpm", 5, guidance_scale=1.5))
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_functions_run_at_once_and_return_in_their_order(two_threads: None) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def waiting(name: str) -> str:
+        together.wait()
+        return f"{name} {torch.get_num_threads()}"
+
+    assert parallel.at_once([lambda: waiting("first"), lambda: waiting("second")]) == ["first 1", "second 1"]
+    assert parallel.at_once([]) == []
+
+
+def test_a_single_function_keeps_all_threads(two_threads: None) -> None:
+    assert parallel.at_once([lambda: (threading.get_ident(), torch.get_num_threads())]) == [(threading.get_ident(), 2)]

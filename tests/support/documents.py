@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -17,14 +18,28 @@ from tasks import params
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
-_BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
+_BLOCK = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^ *```$", re.S | re.M)
+"""Indentation, kind, attributes such as `{.slow}`, and content of a fenced block."""
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )?(?:{PROGRAMS}) [^`]+)`")
-_NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", ".venv/bin/pre-commit")
+_NOT_CHECKED = ("cd", "cp", "source", "git", "docker", "prefect", "mlflow", "curl", ".venv/bin/pre-commit")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """Kind and content of each fenced block."""
-    return _BLOCK.findall(text)
+    return [(kind, content) for kind, _, content in marked_blocks(text)]
+
+
+def marked_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Kind, attributes and content of each fenced block, also of those inside lists."""
+    found = _BLOCK.findall(text)
+    return [
+        (kind, marks.strip(), re.sub(f"^{indent}", "", content, flags=re.M)) for indent, kind, marks, content in found
+    ]
+
+
+def without_blocks(text: str) -> str:
+    """The text between the fenced blocks."""
+    return _BLOCK.sub("", text)
 
 
 def commands(text: str) -> list[str]:
@@ -57,7 +72,11 @@ def require_form(command: str, folder: Path) -> None:
             _compose(words[3:], folder)
         elif program == "python":
             assert words[1] == "-m", command
-            assert words[2].startswith("afterimage_bundle") or _is_module(words[2]), command
+            if words[2].startswith("afterimage_bundle"):
+                continue
+            assert _is_module(words[2]), command
+            for option in (word for word in words[3:] if word.startswith("--")):
+                assert re.search(rf"{option}\b", _help(words[2])), f"{words[2]} has no option {option}"
         else:
             assert words[0] in _NOT_CHECKED, command
 
@@ -76,6 +95,14 @@ def _is_module(name: str) -> bool:
     """Whether `name` is a module or a package; a folder without `__init__.py` is neither."""
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
+
+
+@functools.cache
+def _help(module: str) -> str:
+    """What a command of the project prints for --help."""
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _require_tests(arguments: list[str]) -> None:

@@ -538,6 +538,27 @@ def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
     assert scorer.near_copies(scorer.held_out.pixels)["near_copies"] <= 0.02
 
 
+def test_images_that_are_scored_again_are_not_computed_again(tree, pipeline, judge):
+    images = tree / "data" / "images"
+    scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
+    pixels, labels = scorer.train.pixels[:60].copy(), scorer.train.labels[:60].tolist()
+
+    def scores():
+        return scorer.distances(pixels) | scorer.inception_style_score(pixels) | scorer.fit_to_labels(pixels, labels)
+
+    first = scores()
+    with pytest.MonkeyPatch.context() as patch:
+        for network in ("features", "class_logits", "clip_image_embeds"):
+            patch.setattr(type(judge), network, None)
+        assert scores() == first
+    scorer.distances(pixels).clear()
+    number = id(pixels)
+    del pixels
+    others = [scorer.train.pixels[60:120].copy() for _ in range(100)]  # one of which takes the place of the first
+    pixels = next((each for each in others if id(each) == number), others[0])
+    assert scorer.distances(pixels)["frechet_distance"] != first["frechet_distance"]
+
+
 def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
     with PIL.Image.open(evaluated / "evaluation" / "grid_guided.png") as grid:
         assert grid.width == 3 * 80 + 2 * 2

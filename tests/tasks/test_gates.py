@@ -26,6 +26,14 @@ JUDGED = gates.Judged("f", "frechet_distance", 20.0, 1.0, 10.0, 0.96, 1.5)
         ({"headline": "cmmd", "distance": 0.4, "floor": 0.1}, "cmmd 0.4 (unguided) is 4.00 times its floor 0.1"),
         ({"label_accuracy": 0.95}, None),
         ({"label_accuracy": 0.949}, "label_accuracy 0.949 (guidance 1.5) is under"),
+        ({"clip": 70.0, "clip_real": 100.0}, None),
+        ({"clip": 69.0, "clip_real": 100.0}, "clip_score 69 is under 70, register.min_clip_over_real 0.7 times"),
+        ({"near_copies": 0.2}, None),
+        ({"near_copies": 0.25}, "25.0% of the samples are near copies of training images, over"),
+        ({"near_copies": float("nan")}, "near copies"),
+        ({"onnx_psnr_db": 50.0}, None),
+        ({"onnx_psnr_db": 31.0}, "images of the ONNX bundle agree with PyTorch's to 31 dB, under register.min_onnx"),
+        ({"seed_blocks": 2}, "2 seed blocks give no interval; measure with at least 3"),
         ({"label_accuracy": 0.949, "guided_kind": "auto"}, "label_accuracy 0.949 (guidance 1.5, auto) is under"),
     ],
 )
@@ -41,8 +49,8 @@ def test_label_accuracy_is_not_a_gate_without_labels():
 @pytest.mark.parametrize(
     ("distance", "spread", "champions_spread", "wins"),
     [
-        (18.9, 1.0, 1.0, True),
-        (19.0, 1.0, 1.0, False),
+        (18.2, 1.0, 1.0, True),
+        (18.3, 1.0, 1.0, False),
         (18.9, 0.1, 1.5, False),
         (18.9, 1.5, 0.1, False),
         (20.0, 0.0, 0.0, False),
@@ -50,10 +58,26 @@ def test_label_accuracy_is_not_a_gate_without_labels():
         (float("nan"), 0.0, 0.0, False),
     ],
 )
-def test_a_challenger_must_win_by_more_than_the_larger_spread(distance, spread, champions_spread, wins):
+def test_a_challenger_must_win_by_more_than_chance_explains(distance, spread, champions_spread, wins):
     challenger = replace(JUDGED, distance=distance, spread=spread)
     champion = replace(JUDGED, spread=champions_spread)
     assert (gates.not_better(challenger, champion) is None) == wins
+
+
+@pytest.mark.parametrize(
+    ("spreads", "blocks"), [((1.0, 1.0), (3, 3)), ((2.0, 0.5), (4, 6)), ((0.0, 1.0), (3, 5)), ((1.0, 1.0), (20, 20))]
+)
+def test_the_interval_is_that_of_welchs_test(spreads, blocks):
+    """The difference at which SciPy's one-sided test gives p = 0.05; the degrees of freedom are rounded down."""
+    from scipy import stats
+
+    width = gates.interval(spreads, blocks)
+    means = (0.0, width)
+    p = stats.ttest_ind_from_stats(
+        means[0], spreads[0], blocks[0], means[1], spreads[1], blocks[1], equal_var=False, alternative="less"
+    ).pvalue
+    assert 0.035 < p < 0.0505
+    assert gates.interval((0.0, 0.0), (3, 3)) == 0
 
 
 def test_numbers_with_different_fingerprints_are_never_compared():
@@ -78,6 +102,8 @@ def test_judged_numbers_survive_the_tags_and_earlier_tags_are_ignored():
     auto = replace(JUDGED, guided_kind="auto")
     assert gates.from_tags(auto.tags(), "frechet_distance") == auto
     assert gates.from_tags(JUDGED.tags(), "cmmd") is None, "another headline"
+    full = replace(JUDGED, clip=30.0, clip_real=33.0, near_copies=0.01, onnx_psnr_db=61.0, seed_blocks=5)
+    assert gates.from_tags(full.tags(), "frechet_distance") == full
     unconditional = replace(JUDGED, label_accuracy=None, guided_scale=None)
     assert gates.from_tags(unconditional.tags(), "frechet_distance") == unconditional
     earlier = {"fingerprint": "f", "frechet_distance": "20.0", "frechet_distance_floor": "10.0"}

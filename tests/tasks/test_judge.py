@@ -1,13 +1,15 @@
 """What measures: which networks are trained on which data, how good they are, and that they stay the same."""
 
+import functools
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from models.judges import clip, selfsupervised
+from models.judges import classifier, clip, selfsupervised
 from models.judges.classifier import Backbone, shift_and_flip
 from models.judges.fit import Recipe
 from models.judges.judge import load_judge
@@ -60,6 +62,28 @@ def test_a_rerun_gives_the_same_bytes_and_another_seed_others(judged, tmp_path):
         "clip.safetensors",
         "judge.json",
     }
+
+
+def test_networks_that_are_trained_at_once_are_those_trained_one_after_the_other(judged, tmp_path, monkeypatch):
+    """Each is trained by one thread, as on a machine with a single one."""
+    (tmp_path / "data").symlink_to(judged / "data")
+    both, fits = threading.Barrier(2, timeout=60), []
+
+    def waiting(real, *arguments):
+        both.wait()
+        fits.append(torch.get_num_threads())
+        return real(*arguments)
+
+    for module in (classifier, clip):
+        monkeypatch.setattr(module, "fit", functools.partial(waiting, module.fit))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        at_once = contents(judge_inputs.run_judge(tmp_path))
+    finally:
+        torch.set_num_threads(before)
+    assert fits == [1, 1]
+    assert at_once == contents(judged / "judge")
 
 
 def test_training_does_not_disturb_torchs_random_state(judged, tmp_path):

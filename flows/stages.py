@@ -1,0 +1,127 @@
+"""The one task that runs a stage, used by every flow, and the tasks that are no stage: a command, a push."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows import dvc, repro
+from flows.place import Place
+from tasks.params.redaction import redacted
+from tasks.runtime.errors import StageError
+
+NETWORK_RETRY_SECONDS = (10, 60)
+CACHED, NOT_REACHED = "Cached", "not reached"
+LEVELS = ((re.compile(r"[\w-]+: error: |ERROR: "), logging.ERROR), (re.compile(r"[\w-]+: warning: "), logging.WARNING))
+"""How a line of a stage's output begins -> the level at which it is logged; all others are INFO."""
+
+
+@dataclass
+class Stages:
+    """What became of a list of stages: the rows of their table, and the first failure."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    failure: str | None = None
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage ran or was up to date."""
+        return any(row["stage"] == stage and row["result"] in ("Completed", CACHED) for row in self.rows)
+
+    @property
+    def ran(self) -> list[str]:
+        """Names of the stages that were not cached."""
+        return [row["stage"] for row in self.rows if row["result"] != CACHED]
+
+
+def run_all(
+    names: Iterable[str], place: Place, after: Callable[[str], None] = lambda _: None, force: tuple[str, ...] = ()
+) -> Stages:
+    """Run stages in the given order, up to the first that fails.
+
+    Args:
+        names: Stages in an order in which each comes after all it depends on.
+        place: Where they run.
+        after: Called with the name of each stage that succeeded.
+        force: Stages that run even if DVC has their results.
+    """
+    done = Stages()
+    for stage in names:
+        if done.failure:
+            done.rows.append({"stage": stage, "result": NOT_REACHED, "seconds": ""})
+            continue
+        began = time.monotonic()
+        # A network may be unreachable for a minute. Every other stage is deterministic and would fail again.
+        retries = list(NETWORK_RETRY_SECONDS) if stage == "download" else []
+        configured = run_stage.with_options(retries=len(retries), retry_delay_seconds=retries or None)
+        state = configured(stage, place, force=stage in force, return_state=True)
+        done.rows.append({"stage": stage, "result": state.name, "seconds": f"{time.monotonic() - began:.1f}"})
+        if state.is_completed():
+            after(stage)
+        else:
+            done.failure = state.message or f"{stage}: {state.name}"
+    return done
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+def run_stage(stage: str, place: Place, force: bool = False) -> State[None]:
+    """Bring one stage up to date; the state is Completed, Cached or Failed, with one sentence."""
+    try:
+        ran = repro.repro(
+            stage,
+            place.folder,
+            place.environment,
+            run_log(),
+            held=place.held,
+            wait_seconds=place.wait_seconds,
+            force=force,
+        )
+    except StageError as error:
+        return Failed(message=redacted(str(error)))
+    return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")
+
+
+@task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+def run_command(name: str, command: list[str], place: Place) -> State[None]:
+    """Run a command on the leash; the state is Completed with its last line, or Failed with its error."""
+    log = run_log()
+    kept: list[str] = []
+    with dvc.leashed(command, place.environment, folder=place.folder, held=[place.held]) as running:
+        for line in repro.lines(running.output):
+            kept.append(line)
+            log(line)
+        code = running.process.wait()
+    if code:
+        errors = [line for line in kept if line.startswith(f"{name}: error: ")]
+        return Failed(message=redacted(errors[-1] if errors else f"{name}: {dvc.error(kept)}"))
+    return Completed(message=kept[-1] if kept else f"{name} ended")
+
+
+def push(place: Place) -> str | None:
+    """Push all results and the run-cache to the default DVC remote; returns the reason if that fails.
+
+    Does nothing without a remote. A network may be unreachable for a minute, so that the push is tried three times.
+    """
+    if repro.remote(place.folder) is None:
+        return None
+    retries = list(NETWORK_RETRY_SECONDS)
+    configured = run_command.with_options(retries=len(retries), retry_delay_seconds=retries)
+    state = configured("push", dvc.command("push", "--quiet", "--run-cache"), place, return_state=True)
+    return None if state.is_completed() else f"the results were not pushed: {state.message}"
+
+
+def run_log() -> Callable[[str], None]:
+    """A function that logs a line of output in the run of the calling task, at the level of its beginning."""
+    logger = get_run_logger()
+
+    def log(line: str) -> None:
+        level = next((level for beginning, level in LEVELS if beginning.match(line)), logging.INFO)
+        logger.log(level, line)
+
+    return log

@@ -1,0 +1,2 @@
+-- PostgreSQL creates the database `mlflow` itself (POSTGRES_DB).
+CREATE DATABASE prefect;

@@ -1,0 +1,261 @@
+"""The shared stack as files: Dockerfiles, compose.yaml and Kubernetes manifests, checked without a container engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from infra import buckets
+from tests.support import s3_site
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTAINERS, KUBERNETES = ROOT / "infra" / "containers", ROOT / "infra" / "kubernetes"
+DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")
+REQUIRED = re.compile(r"\$\{\w+:\?[^}]+\}")
+SECRET = re.compile(r"password|secret|access_key|auth_string|login", re.I)
+SERVICE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["image", "restart", "healthcheck"],
+    "properties": {
+        "image": {"type": "string", "pattern": "^(afterimage(-cuda)?|[a-z0-9/]+:[0-9][0-9.]*(-[a-z]+)?)$"},
+        "build": {"type": "object", "required": ["context", "dockerfile"]},
+        "command": {"type": "array", "items": {"type": "string"}},
+        "entrypoint": {"type": "array", "items": {"type": "string"}},
+        "environment": {"type": "object", "additionalProperties": {"type": "string"}},
+        "ports": {"type": "array", "items": {"type": "string", "pattern": r"^127\.0\.0\.1:\d+:\d+$"}},
+        "volumes": {"type": "array", "items": {"type": "string", "pattern": r"^[\w./-]+:/[\w./-]+(:ro)?$"}},
+        "restart": {"enum": ["unless-stopped", "on-failure"]},
+        "healthcheck": {"type": "object", "anyOf": [{"required": ["test"]}, {"required": ["disable"]}]},
+        "depends_on": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["condition"],
+                "properties": {"condition": {"enum": ["service_healthy", "service_completed_successfully"]}},
+            },
+        },
+        "security_opt": {"const": ["no-new-privileges:true"]},
+        "cap_drop": {"const": ["ALL"]},
+        "stop_grace_period": {"type": "string"},
+        "profiles": {"type": "array"},
+        "shm_size": {"type": "string"},
+        "deploy": {"type": "object"},
+    },
+}
+"""The part of the Compose specification that compose.yaml may use, with the project's own rules."""
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n", " ", (ROOT / "infra" / name).read_text(encoding="utf-8"))
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    return [(first, rest) for first, rest in lines]
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_images_come_from_the_lock_run_as_a_user_and_have_a_health_check(name):
+    found = instructions(name)
+    runs = [value for kind, value in found if kind == "RUN"]
+    assert any("-r /tmp/requirements.lock" in value for value in runs)
+    assert [value for kind, value in found if kind == "USER"][-1] == "1000"
+    assert any(kind == "HEALTHCHECK" for kind, _ in found)
+    assert not any("latest" in value for kind, value in found if kind == "FROM")
+    for kind, value in found:
+        if kind == "COPY" and "--from" not in value and "." not in value.split()[1:2]:
+            for source in value.replace("--chown=afterimage", "").split()[:-1]:
+                assert (ROOT / source).exists(), source
+
+
+def test_the_image_for_gpus_has_a_compiler_and_the_tensorrt_of_the_project():
+    text = (ROOT / "infra" / "Dockerfile.cuda").read_text(encoding="utf-8")
+    assert "build-essential" in text and "python3.12-dev" in text
+    program = re.search(r"sed -n '(s/.*/p)'", text)[1]
+    command = ["sed", "-n", program, str(ROOT / "pyproject.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"tensorrt-cu\d+==[\d.]+\n", done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_hadolint_accepts(name):
+    subprocess.run(["hadolint", str(ROOT / "infra" / name)], check=True)
+
+
+def test_compose_has_only_known_keys_loopback_ports_and_pinned_images(compose):
+    for name, service in compose["services"].items():
+        try:
+            jsonschema.validate(service, SERVICE)
+        except jsonschema.ValidationError as error:
+            raise AssertionError(f"{name}: {error.message}") from None
+    named = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
+    assert {name for name in named if "/" not in name} == set(compose["volumes"])
+    for name in named:
+        assert "/" not in name or (ROOT / name).is_file(), name
+    for service in compose["services"].values():
+        assert set(service.get("depends_on", {})) <= set(compose["services"])
+        if "build" in service:
+            assert (ROOT / service["build"]["dockerfile"]).is_file()
+
+
+def test_compose_has_no_secret_and_no_default_password(compose):
+    wanted = set()
+    for name, service in compose["services"].items():
+        for variable, value in service.get("environment", {}).items():
+            if SECRET.search(variable) or ("://" in value and "@" in value):
+                assert REQUIRED.search(value), f"{name}: {variable}"
+            wanted |= set(re.findall(r"\$\{(\w+)", value))
+    example = (CONTAINERS / "env.example").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(\w+)=$", example, re.M)) == wanted
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert "/.env" in ignored and ".env" in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+
+
+def test_commands_of_the_stack_exist(compose):
+    """Options that the installed MLflow and Prefect do not know would end the servers at their start."""
+    texts = {}
+    for name, words in (("mlflow", ["mlflow", "server"]), ("worker", ["prefect", "worker", "start"])):
+        command = compose["services"][name]["command"]
+        assert command[: len(words)] == words
+        texts[name] = subprocess.run(
+            [sys.executable, "-m", *words, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for option in re.findall(r"--[\w-]+", " ".join(command)):
+            assert option in texts[name], option
+    for variable in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"):
+        assert variable in texts["mlflow"] or variable in compose["services"]["mlflow"]["environment"]
+
+
+def test_prefect_knows_the_variables_of_the_stack(compose):
+    variables = [
+        name
+        for service in compose["services"].values()
+        for name in service.get("environment", {})
+        if name.startswith("PREFECT_")
+    ]
+    program = "import sys, prefect.settings as known; [getattr(known, name) for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", program, *variables], check=True)
+
+
+def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(KUBERNETES.glob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            yield path.name, document
+
+
+def templates() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for name, document in manifests():
+        if "template" in document.get("spec", {}):
+            yield name, document, document["spec"]["template"]
+
+
+def test_the_kustomization_lists_its_manifests():
+    kustomization = dict(manifests())["kustomization.yaml"]
+    listed = set(kustomization["resources"])
+    assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml"}
+    for name in ("databases.sql", "storage.sh"):  # kustomize reads no file outside of its folder
+        assert (KUBERNETES / name).read_text() == (CONTAINERS / name).read_text()
+    generated = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
+    assert generated == {"databases": ["databases.sql"], "storage": ["storage.sh"]}
+
+
+def test_workloads_are_restricted_limited_and_select_their_own_pods():
+    services = {
+        document["metadata"]["name"]: document["spec"] for _, document in manifests() if document["kind"] == "Service"
+    }
+    names = set()
+    for name, document, template in templates():
+        spec, labels = template["spec"], template["metadata"]["labels"]
+        names.add(document["metadata"]["name"])
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        if "selector" in document["spec"]:
+            assert document["spec"]["selector"]["matchLabels"] == labels
+        volumes = {volume["name"] for volume in spec.get("volumes", [])}
+        volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert {"requests", "limits"} <= set(container["resources"])
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
+            for variable in container.get("env", []):
+                if SECRET.search(variable["name"]):
+                    assert variable["valueFrom"]["secretKeyRef"]["name"] == "afterimage", variable
+    assert set(services) <= names
+    for name, spec in services.items():
+        assert spec["selector"] == {"app": name}
+
+
+def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_path):
+    job = next(document for name, document in manifests() if document["kind"] == "Job")
+    environment = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NODES"])
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "accelerate").write_text('#!/bin/sh\ncat "$3"\necho "$@"\n')
+    (fake / "python").write_text(
+        f'#!/bin/sh\nif [ "$1" = -m ]; then cat "$AFTERIMAGE_ACCELERATE"; echo "$@"; else {sys.executable} "$@"; fi\n'
+    )
+    for program in fake.iterdir():
+        program.chmod(0o755)
+    said = {}
+    for rank in ("0", "1"):
+        variables = {**os.environ, **environment, "JOB_COMPLETION_INDEX": rank, "TMPDIR": str(tmp_path)}
+        variables["PATH"] = f"{fake}{os.pathsep}{os.environ['PATH']}"
+        command = [str(CONTAINERS / "train-node.sh")]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+        *lines, said[rank] = done.stdout.strip().splitlines()
+        settings = yaml.safe_load("\n".join(lines))
+        assert (settings["num_processes"], settings["num_machines"]) == (8, 2)
+        assert (settings["machine_rank"], settings["main_process_ip"]) == (int(rank), "training-0.training")
+    assert said["0"] == "-m dvc repro --single-item train"
+    assert said["1"].endswith(
+        "-m tasks.train data/latents outputs/codec data/accepted.json outputs/prior "
+        "outputs/pipeline outputs/averages reports/train"
+    )
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_accepts_the_scripts():
+    subprocess.run(["shellcheck", *map(str, CONTAINERS.glob("*.sh"))], check=True)
+
+
+def test_the_store_gets_one_identity_from_the_environment(tmp_path):
+    (tmp_path / "weed").write_text("#!/bin/sh\ncat /tmp/s3.json\n".replace("/tmp", str(tmp_path)))
+    (tmp_path / "weed").chmod(0o755)
+    script = (CONTAINERS / "storage.sh").read_text().replace("/tmp/", f"{tmp_path}/")
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "S3_ACCESS_KEY": "key", "S3_SECRET_KEY": "word"}
+    done = subprocess.run(["sh", "-c", script], env=variables, capture_output=True, text=True, check=True)
+    (identity,) = json.loads(done.stdout)["identities"]
+    assert identity["credentials"] == [{"accessKey": "key", "secretKey": "word"}]
+    assert (tmp_path / "s3.json").stat().st_mode & 0o077 == 0
+    del variables["S3_SECRET_KEY"]
+    assert subprocess.run(["sh", "-c", script], env=variables, capture_output=True).returncode
+
+
+def test_missing_buckets_are_created_once(monkeypatch, tmp_path, capsys):
+    with s3_site.serving() as address:
+        client = s3_site.client(address, monkeypatch, tmp_path)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        client.create_bucket(Bucket="dvc")
+        buckets.create(["mlflow", "dvc"])
+        assert capsys.readouterr().out == "buckets: created mlflow\n"
+        buckets.create(["mlflow", "dvc"])
+        assert capsys.readouterr().out == ""
+        assert {bucket["Name"] for bucket in client.list_buckets()["Buckets"]} == {"mlflow", "dvc"}
