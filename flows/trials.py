@@ -77,7 +77,7 @@ class Shared:
     client: MlflowClient
     parent: Run
     stop: threading.Event
-    """Set when the flow is interrupted."""
+    """Set when the flow is interrupted or cancelled: no further trial starts."""
     upstream: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     """`identity.upstream_key` -> checksums of the outputs of these stages."""
     code: dict[str, str] = field(default_factory=dict)
@@ -102,18 +102,18 @@ def sweep(name: Name, jobs: int = JOBS, retries: int = RETRIES, overrides: list[
     """
     with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
         try:
-            state = _sweep(name, max(1, jobs), retries, overrides or [])
+            state = _sweep(name, max(1, jobs), retries, overrides or [], cancelled)
         except (StageError, SweepError) as error:
             state = Failed(message=redacted(str(error)))
     return Cancelled(message="ended by the run itself") if cancelled.is_set() else state
 
 
-def _sweep(name: str, jobs: int, retries: int, overrides: list[str]) -> State[None]:
+def _sweep(name: str, jobs: int, retries: int, overrides: list[str], stop: threading.Event) -> State[None]:
     description = spec.load(name)
     plan.validate(description, overrides)
     log, root = get_run_logger().info, places.root()
     with clone.only_run(root / clone.CLONES / f"sweep-{name}", f"flow run {flow_run.name}", 0, log):
-        shared = _shared(root, name, description, jobs, overrides)
+        shared = _shared(root, name, description, jobs, overrides, stop)
         try:
             if description.search is None:
                 todo = plan.trials(description, overrides)
@@ -128,7 +128,9 @@ def _sweep(name: str, jobs: int, retries: int, overrides: list[str]) -> State[No
             raise
 
 
-def _shared(root: Path, name: str, description: Spec, jobs: int, overrides: Sequence[str]) -> Shared:
+def _shared(
+    root: Path, name: str, description: Spec, jobs: int, overrides: Sequence[str], stop: threading.Event
+) -> Shared:
     client = tracking.connect()
     variables = environment()
     # Trials share the cores; more threads than cores would slow all of them down.
@@ -139,7 +141,7 @@ def _shared(root: Path, name: str, description: Spec, jobs: int, overrides: Sequ
     parent = records.parent(client, sweep, name, description, overrides)
     parts = identity.stages(root, repro.graph(root))
     code = identity.code_ids(root, parts)
-    return Shared(root, sweep, description, parts, variables, client, parent, threading.Event(), code=code)
+    return Shared(root, sweep, description, parts, variables, client, parent, stop, code=code)
 
 
 def _prepare_all(shared: Shared, trials: Sequence[Trial]) -> None:

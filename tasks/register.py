@@ -66,14 +66,15 @@ def register(
     export: Path,
     edits: Path,
     editing: Path,
+    figures: Path,
     page: Path,
     params: RegisterParams,
 ) -> None:
     """Find or create runs and model version in MLflow, set `challenger`, and let the gates decide on `champion`.
 
-    `training`, `evaluation` (with its `timing`), `export`, `edits` with `editing`, and `page` are the reports of those
-    stages and of `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have another
-    fingerprint is measured again, with `judge` and `data` (images).
+    `training`, `evaluation` (with its `timing`), `export`, `edits` with `editing`, and `page` with `figures` are the
+    reports of those stages and of `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have
+    another fingerprint is measured again, with `judge` and `data` (images).
     """
     from tasks.registration import adapter
     from tasks.registration import edits as edit_results
@@ -86,7 +87,7 @@ def register(
         version = _model_version(client, params.model_name, model, judged, trained, read_index(data).sha256)
         evaluated = _evaluation_run(client, training, evaluation, (timing, export), trained, version)
         edit_results.log(client, evaluated, edits, editing)
-        _describe(client, (trained, evaluated), measured, page)
+        _describe(client, (trained, evaluated), measured, page, figures)
         registered = client.get_registered_model(params.model_name)
         champion = champions.current(registered)
         if str(registered.aliases.get(CHALLENGER)) != str(version.version):
@@ -137,7 +138,7 @@ def _training_run(client: MlflowClient, report: Path, measured: Measurements) ->
     return run
 
 
-def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurements, page: Path) -> None:
+def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurements, page: Path, figures: Path) -> None:
     """Log the report with the second of `runs`, the evaluation, and describe both with its numbers and a link."""
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
@@ -145,6 +146,7 @@ def _describe(client: MlflowClient, runs: tuple[Run, Run], measured: Measurement
     digest = file_sha256(page)
     if evaluated.data.tags.get(REPORT_SHA256) != digest:
         client.log_artifact(evaluated.info.run_id, str(page), REPORT)
+        client.log_artifacts(evaluated.info.run_id, str(figures), f"{REPORT}/{figures.name}")
         client.set_tag(evaluated.info.run_id, REPORT_SHA256, digest)
     run = f"#/experiments/{evaluated.info.experiment_id}/runs/{evaluated.info.run_id}"
     note = run_labels.description(measured, f"{run}/artifacts/{REPORT}/{page.name}")

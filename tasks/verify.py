@@ -80,7 +80,7 @@ def _print(result: Check, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"passed": result.passed, **result.to_json()}, indent=2, ensure_ascii=False))
         return
-    for line in lines(result, sys.stdout.encoding or "ascii"):
+    for line in lines(result, sys.stdout.encoding or "utf-8"):
         print(redacted(line))
     failed = sum(1 for _ in result.failures())
     print(f"verify: {f'{failed} checks failed' if failed else 'every check passed'}")

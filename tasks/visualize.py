@@ -11,9 +11,11 @@ from tasks.params import ImageParams, VisualizeParams
 from tasks.runtime import atomic, integrity, measures, stage
 
 if TYPE_CHECKING:
+    from models.json_files import JsonObject
     from models.pipeline import Pipeline
-    from tasks.report.charts import Chart
-    from tasks.report.page import Tiles
+    from tasks.report.animations import Animation
+    from tasks.report.page import Figure, Tiles
+    from tasks.report.plotting import Chart
     from tasks.report.process import Drawn
     from tasks.runtime.measures import Measurements
 
@@ -33,21 +35,28 @@ def visualize(
     training: Path,
     evaluation: Path,
     editing: Path,
+    timing: Path,
     figures: Path,
+    animations: Path,
     page: Path,
+    timed: Path,
     params: VisualizeParams,
 ) -> None:
     """Draw the pictures of a trained model and join them in one offline page.
 
-    Writes PNG files to the folder `figures` and the page to `page`. The pictures show samples by class and guidance,
-    forward and reverse process, noise schedules, an animation of the sampling, training curves, and the nearest
-    training images. The page adds the results of `validation`, the tables and grids of `evaluation`, and the tables and
-    pictures of `editing`, which are copied to `figures`.
+    Writes PNG files to the folder `figures`, WebP and MP4 files to `animations`, and the page to `page`. The pictures
+    show samples by class, guidance and prompt, forward and reverse process, samples between two others, attention,
+    noise schedules, training curves, quality against cost, and the nearest training images. The page adds the results
+    of `validation`, the tables and grids of `evaluation`, and the tables and pictures of `editing`, which are copied to
+    `figures`. Only the pictures in the folder `timed` depend on `timing`, so that a repeated evaluation gives the same
+    page.
     """
+    import pandas as pd
+
     from models.device import best_device
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
-    from tasks.report import control, edits, process, tables
+    from tasks.report import charts, control, edits, noise_analysis, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
@@ -55,6 +64,7 @@ def visualize(
         model = load_pipeline(pipeline, best_device())
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out = load_pixels(images, "test", image)
+    measured = measures.read(evaluation / measures.FILE)
     drawn = process.draw(model, params)
     tiles = {
         "samples": drawn.samples,
@@ -65,12 +75,17 @@ def visualize(
     neighbours = process.neighbours(images, image, held_out, drawn)
     if neighbours:
         tiles["neighbours"] = neighbours.tiles
-    schedules_chart, training_chart = _charts(model, training)
-    measured = measures.read(evaluation / measures.FILE)
+    schedules = noise_analysis.figure(model, process.known_paths(model), _trained(training), evaluation)
+    training_chart = charts.training(pd.read_csv(training / "history.csv"))
+    sampling = process.animation(model, drawn.trajectory, drawn.names)
+    further = _further_figures(model, drawn, params, training, evaluation, measured.headline)
     with atomic.writing_folder(figures) as folder:
-        _write_figures(folder, tiles, {"schedules": schedules_chart, "training": training_chart}, drawn)
+        pictured = further | {"schedules": schedules}
+        _write_figures(folder, tiles, {"training": training_chart}, sampling, pictured)
         _copy_edits(editing, folder)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
+    _write_animations(animations, sampling, further)
+    _write_timed(timed, evaluation, timing, measured.headline)
     sampler = tables.sampler_name(params.sampler, params.steps)
     report = Report(
         title=_title(model),
@@ -87,7 +102,7 @@ def visualize(
         forward=tiles["forward"],
         forward_by_schedule=tiles["forward_by_schedule"],
         reverse=tiles["reverse"],
-        schedules_svg=schedules_chart.svg,
+        schedules=schedules,
         training_svg=training_chart.svg,
         progress=tables.progress(training / "samples"),
         data=tables.data(validation),
@@ -97,6 +112,7 @@ def visualize(
         measures=tables.measures(measured),
         tables=[*control.tables(measured), *tables.tables(evaluation, measured.headline)],
         evaluation_grids=tables.grids(evaluation, measured),
+        figures=further,
         experiments=[section for section in (edits.section(editing),) if section],
         provenance=_provenance(model, measured),
     )
@@ -104,28 +120,61 @@ def visualize(
     print(f"visualize: {page} shows {len(list(figures.iterdir()))} figures, also in {figures}")
 
 
-def _charts(model: Pipeline, training: Path) -> tuple[Chart, Chart]:
-    """Return the charts of the noise schedules and of the training curves."""
-    import pandas as pd
+def _further_figures(
+    model: Pipeline, drawn: Drawn, params: VisualizeParams, training: Path, evaluation: Path, distance: str
+) -> dict[str, Figure]:
+    """Return the figures that have the same form in page and folder, by the name of their file."""
+    from tasks.report import attention, cost, interpolation, prompts, timelapse
 
-    from tasks.report import charts
-    from tasks.report.process import known_paths
+    return {
+        **prompts.figures(model, params),
+        **interpolation.figures(model, drawn, params),
+        **attention.figures(model, drawn),
+        **timelapse.figures(training),
+        "quality_by_cost": cost.by_steps(evaluation, distance),
+        "quality_by_guidance": cost.by_guidance(evaluation, distance),
+    }
 
-    curves = {name: charts.path_curves(path) for name, path in known_paths(model).items()}
-    return charts.schedules(curves, model.info.schedule), charts.training(pd.read_csv(training / "history.csv"))
 
+def _write_figures(
+    folder: Path,
+    tiles: dict[str, Tiles],
+    charts: dict[str, Chart],
+    sampling: Animation,
+    further: dict[str, Figure],
+) -> None:
+    from models.images.pictures import save_png
+    from tasks.report.process import save_tiles
 
-def _write_figures(folder: Path, tiles: dict[str, Tiles], charts: dict[str, Chart], drawn: Drawn) -> None:
-    from models.images.pictures import save_animation, save_png
-    from tasks.report.process import animation, save_tiles
-
-    for name, table in tiles.items():
+    for name, table in (tiles | {name: figure.tiles for name, figure in further.items() if figure.tiles}).items():
         save_tiles(table, folder / f"{name}.png")
-    for name, chart in charts.items():
+    for name, chart in (charts | {name: figure.chart for name, figure in further.items() if figure.chart}).items():
         (folder / f"{name}.png").write_bytes(chart.png)
-    frames = animation(drawn.trajectory, drawn.names)
-    save_animation(frames, folder / "denoising.png")
-    save_png(frames[-1], folder / "denoised.png")
+    (folder / "denoising.png").write_bytes(sampling.png())
+    save_png(sampling.still, folder / "denoised.png")
+
+
+def _write_animations(animations: Path, sampling: Animation, further: dict[str, Figure]) -> None:
+    """Write every animation as WebP and, if OpenCV has the encoder, as MP4."""
+    from tasks.report.animations import save_mp4, save_webp
+
+    moving = {"denoising": sampling} | {name: each.animation for name, each in further.items() if each.animation}
+    with atomic.writing_folder(animations) as folder:
+        for name, animation in moving.items():
+            save_webp(animation, folder / f"{name}.webp")
+        encoded = [save_mp4(animation, folder / f"{name}.mp4") for name, animation in moving.items()]
+    if not all(encoded):
+        print("visualize: this build of OpenCV has no MPEG-4 encoder, so there are no MP4 files beside the WebP ones")
+
+
+def _write_timed(timed: Path, evaluation: Path, timing: Path, distance: str) -> None:
+    """Write the pictures that depend on measured durations."""
+    from tasks.report import cost
+
+    chart = cost.by_seconds(evaluation, timing, distance)
+    with atomic.writing_folder(timed) as folder:
+        if chart:
+            atomic.write_bytes(folder / "quality_by_seconds.png", chart)
 
 
 def _copy_edits(editing: Path, folder: Path) -> None:
@@ -161,8 +210,13 @@ def _facts(model: Pipeline, sampler: str) -> list[tuple[str, str]]:
     ]
 
 
+def _trained(training: Path) -> JsonObject:
+    """Return the parameters of the training run, by names such as "diffusion.schedule"."""
+    return json.loads((training / "run.json").read_text(encoding="utf-8"))["params"]
+
+
 def _min_snr_gamma(training: Path) -> float | None:
-    trained = json.loads((training / "run.json").read_text(encoding="utf-8"))["params"]
+    trained = _trained(training)
     return float(trained["diffusion.min_snr_gamma"]) if trained["diffusion.loss_weighting"] == "min_snr" else None
 
 

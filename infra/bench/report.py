@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from matplotlib.figure import Figure
 
-from tasks.report.charts import COLOURS
+from tasks.report.plotting import COLOURS
 from tasks.runtime import atomic
 
 if TYPE_CHECKING:

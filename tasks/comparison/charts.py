@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tasks.report.charts import COLOURS, DASHES, SERIES, Chart, render
+from tasks.report.plotting import COLOURS, DASHES, SERIES, Chart, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -283,6 +283,11 @@ class Params(Section):
                 "to 'none'"
             )
         evaluate, visualize = self.evaluate, self.visualize
+        if visualize.prompts and self.codec.conditioning != "text":
+            raise ValueError(
+                f"visualize.prompts needs a model that takes prompts, but codec.conditioning is "
+                f"'{self.codec.conditioning}'; set it to [], or codec.conditioning to 'text'"
+            )
         for name, kind in (("evaluate", evaluate.guidance), ("visualize", visualize.guidance)):
             if kind == "auto" and not self.train.guide_step:
                 raise ValueError(

@@ -171,6 +171,9 @@ class VisualizeParams(Section):
     """Noise levels at which guidance is applied; null is all."""
     columns: PositiveInt = 10
     """Samples in a row."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """Prompts of the pictures by guidance scale, seed and number of steps; empty takes four of the data's. Only for
+    models that take prompts."""
     seed: Seed = 7
     """First seed of the samples."""
 

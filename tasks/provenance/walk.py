@@ -34,7 +34,8 @@ IMAGES = "data/images"
 
 def verify(client: MlflowClient, version: ModelVersion, places: Places) -> Check:
     """Return the tree of checks of `version`; each failed one says what differs."""
-    top = Check(f"models:/{version.name}/{version.version}", True, version.tags.get(tracking.PROMOTION, "registered"))
+    decision = version.tags.get(tracking.PROMOTION, "no decision on it")
+    top = Check(f"models:/{version.name}/{version.version}", True, f"registered; gates: {decision}")
     with tempfile.TemporaryDirectory(prefix="afterimage-verify-") as scratch:
         model, clone = Path(scratch) / "model", Path(scratch) / "clone"
         top.below += [

@@ -7,17 +7,21 @@ content security policy forbids everything else.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 
-from models.images.pictures import shrunk, tile_png
+from models.images.pictures import png_bytes, shrunk, tile_png
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
+
+    from tasks.report.animations import Animation
+    from tasks.report.plotting import Chart
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TILE_CSS_PIXELS, NARROW_TILE = 64, 32
@@ -37,6 +41,26 @@ class Tiles:
     column_notes: Sequence[str] = ()
     """A second line under each column's title."""
     emphasised_row: int | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A titled picture of one kind: a table of images, a chart, or neither, which leaves a sentence in its place."""
+
+    title: str
+    text: Sequence[str]
+    """Paragraphs."""
+    tiles: Tiles | None = None
+    label: str = ""
+    """What it shows, for readers who cannot see it."""
+    chart: Chart | None = None
+    animation: Animation | None = None
+    """Shown below the table of images."""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a picture."""
+        return self.tiles is not None or self.chart is not None
 
 
 @dataclass(frozen=True)
@@ -142,8 +166,11 @@ class Report:
     tables: Sequence[Table]
     evaluation_grids: Sequence[Picture]
     experiments: Sequence[Experiment]
+    figures: Mapping[str, Figure]
+    """Further pictures by name, see `visualize`."""
     forward: Tiles
-    schedules_svg: str
+    schedules: Figure
+    """With a chart."""
     forward_by_schedule: Tiles
     reverse: Tiles
     training_svg: str
@@ -165,12 +192,16 @@ def render(report: Report) -> str:
 def environment() -> Environment:
     """Return the settings and filters of the template; `tasks/comparison/page.py` renders with them, too."""
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.filters.update(png=_png_address, tile=_tile_address, tile_style=_tile_style)
+    found.filters.update(png=_png_address, picture=_picture_address, tile=_tile_address, tile_style=_tile_style)
     return found
 
 
 def _png_address(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _picture_address(image: Image.Image) -> str:
+    return _png_address(png_bytes(image))
 
 
 def _tile_address(image: np.ndarray) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from models.images import pictures
 from models.images.pixels import to_uint8
@@ -20,13 +21,13 @@ from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Callback, SeededNoise
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
+from tasks.report.animations import FONT, Animation, captioned
 from tasks.report.page import Neighbours, Tiles
 from tasks.runtime.measures import guidance_name
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from models.noise.paths import Level
     from models.noise.paths import Path as NoisePath
     from models.pipeline import Pipeline
     from tasks.params import ImageParams, VisualizeParams
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
 STRIP_COLUMNS = 9
 FORWARD_ROWS, REVERSE_SAMPLES, UNCONDITIONAL_ROWS = 3, 2, 3
 ANIMATION_FRAMES = 48
+FRAME_MS = 80
 ANIMATION_PIXELS = 10 * 32 * 32
 """Pixels of a row of the animation before enlargement: ten images of 32 x 32, fewer of larger ones."""
+NOTE_SIZE, NOTE_GAP = 12, 2
+"""Pixels: the text of a column's note, and the gap between two tiles."""
 TILE_PIXELS = 64
 """Side of a tile in the PNG files, roughly."""
 SEARCH_BYTES = 1 << 29
@@ -57,12 +61,15 @@ class Trajectory:
     decode: Callable[[torch.Tensor], torch.Tensor]
     """See `Pipeline.decode`."""
     times: list[float] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
+    """x_t before each kept step, as the network receives it."""
     noisy: list[np.ndarray] = field(default_factory=list)
     predicted: list[np.ndarray] = field(default_factory=list)
 
     def __call__(self, i: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
         if i in self.kept:
             self.times.append(t)
+            self.states.append(self.x)
             for images, values in ((self.noisy, self.x), (self.predicted, x0)):
                 images.append(to_uint8(self.decode(values).float().cpu().numpy()))
         self.x = x
@@ -76,6 +83,10 @@ class Drawn:
     trajectory: Trajectory
     names: list[str]
     """Class of each column; empty strings for an unconditional model."""
+    labels: list[int] | None
+    """The same as numbers; None for an unconditional model."""
+    scale: float
+    """Guidance scale of the row that the trajectory follows."""
 
 
 def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
@@ -101,7 +112,7 @@ def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
             rows.append(model.sample(seeds, labels, params.sampling(scale), batch_size=len(seeds), callback=callback))
             paths.append(path)
     titles = [f"w = {guidance_name(scale, params.guidance)}" if guided else "" for scale in scales]
-    return Drawn(Tiles(to_uint8(np.stack(rows)), titles, names), paths[followed], names)
+    return Drawn(Tiles(to_uint8(np.stack(rows)), titles, names), paths[followed], names, labels, scales[followed])
 
 
 def _both(callback: Callback, tick: Callable[[], object]) -> Callback:
@@ -223,16 +234,26 @@ def nearest_images(queries: np.ndarray, candidates: np.ndarray) -> tuple[np.ndar
     return index, np.sqrt((differences**2).mean(axis=(1, 2, 3))) / 255
 
 
-def animation(trajectory: Trajectory, names: Sequence[str]) -> list[Image.Image]:
-    """Return one picture per kept step: noisy images above, predicted clean ones below."""
+def animation(model: Pipeline, trajectory: Trajectory, names: Sequence[str]) -> Animation:
+    """Return the sampling: in each frame the noisy images above the predicted clean ones, with t and log-SNR."""
     largest = 2 * TILE_PIXELS
     count = min(len(names), max(1, ANIMATION_PIXELS // min(trajectory.noisy[0].shape[-1], largest) ** 2))
     titles = names[:count] if any(names) else None
     frames = []
-    for t, noisy, predicted in zip(trajectory.times, trajectory.noisy, trajectory.predicted, strict=True):
+    for noisy, predicted in zip(trajectory.noisy, trajectory.predicted, strict=True):
         both = pictures.shrunk(np.concatenate([noisy[:count], predicted[:count]]), largest)
-        frames.append(pictures.grid(both, count, tile_scale(both), [f"t = {t:.0f}", "predicted"], titles))
-    return frames
+        frames.append(pictures.grid(both, count, tile_scale(both), ["noisy", "predicted"], titles))
+    captions = [f"t = {t:.0f}, {snr_note(model.path.level(t))}" for t in trajectory.times]
+    return Animation(
+        captioned(frames, captions),
+        FRAME_MS,
+        "Animation of the sampling: noisy images above, predicted clean images below.",
+    )
+
+
+def snr_note(level: Level) -> str:
+    """Return the log-SNR of a noise level as text, such as "log SNR −0.3"."""
+    return f"log SNR {level.log_snr:.2g}".replace("-inf", "−∞").replace("-", "−")
 
 
 def tile_scale(images: np.ndarray) -> int:
@@ -241,9 +262,24 @@ def tile_scale(images: np.ndarray) -> int:
 
 
 def save_tiles(tiles: Tiles, file: Path) -> None:
-    """Write a table of images as one PNG file, without titles if all are empty."""
+    """Write a table of images as one PNG file, without titles if all are empty; notes go above the titles."""
     rows, columns = tiles.images.shape[:2]
     flat = tiles.images.reshape(rows * columns, *tiles.images.shape[2:])
     row_titles = tiles.row_titles if any(tiles.row_titles) else None
     column_titles = tiles.column_titles if any(tiles.column_titles) else None
-    pictures.save_png(pictures.grid(flat, columns, tile_scale(flat), row_titles, column_titles), file)
+    table = pictures.grid(flat, columns, tile_scale(flat), row_titles, column_titles)
+    side = tile_scale(flat) * flat.shape[-1]
+    pictures.save_png(_noted(table, tiles.column_notes, side) if any(tiles.column_notes) else table, file)
+
+
+def _noted(table: Image.Image, notes: Sequence[str], side: int) -> Image.Image:
+    """Add a line with the columns' notes above a table of tiles with this side; notes that are too wide shrink."""
+    canvas = Image.new("RGBA", (table.width, table.height + NOTE_SIZE + 2 * pictures.TITLE_GAP))
+    canvas.paste(table, (0, canvas.height - table.height))
+    draw, step = ImageDraw.Draw(canvas), side + NOTE_GAP
+    for number, note in enumerate(reversed(notes)):
+        font = ImageFont.truetype(str(FONT), NOTE_SIZE)
+        font = font.font_variant(size=min(NOTE_SIZE, int(NOTE_SIZE * side / max(font.getlength(note), 1))))
+        middle = table.width - number * step - side / 2
+        draw.text((middle, NOTE_SIZE + pictures.TITLE_GAP), note, pictures.TITLE_COLOUR, font, anchor="ms")
+    return canvas

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,7 +24,10 @@ def keep(run: Run) -> None:
 def keep_average(run: Run, name: str) -> None:
     """Copy the average for the pipeline as the companion `name`."""
     average = run.averages[run.params.pipeline_ema]
-    run.companions[name] = {key: value.detach().cpu().clone() for key, value in average.state_dict().items()}
+    run.companions[name] = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)  # which files of weights need
+        for key, value in average.state_dict().items()
+    }
 
 
 def groups(run: Run) -> dict[str, dict[str, Tensor]]:

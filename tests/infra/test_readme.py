@@ -60,6 +60,7 @@ NOT_HERE = {
     "python -m tasks.rollback": "needs two champions; tests/tasks/test_champions.py runs it",
     "make run PRESET=digits ARGS=train.steps=9": SERVERS,
     "make sweep NAME=timesteps": LONG,
+    "python -m tasks.compare": "tests/tasks/test_compare.py runs it",
     "python -m tasks.preset NAME [key=value ...]": "names its parts only",
     "python -m tasks.preset folder download.path=~/pictures && make repro": DATA,
     "python -m tasks.preset folder download.url=s3://bucket/pictures/ && make repro": DATA,

@@ -151,6 +151,8 @@ def write_reports(root: Path, distance: float = 20.0, learning_rate: float = 2e-
     pictures.save_png(grid, editing / "fills.png")
     atomic.write_json(root / "reports" / "edits.json", {"images": 4, "inpainting": {"half": {"known_error": 0}}})
     atomic.write_text(root / "reports" / "index.html", "<title>the report</title>")
+    (root / "reports" / "figures").mkdir(exist_ok=True)
+    pictures.save_png(grid, root / "reports" / "figures" / "samples.png")
     atomic.write_json(root / "reports" / "timing" / "evaluate.json", {"seconds_per_image": {}})
     _write_index(root / "data" / "images")
 

@@ -56,7 +56,7 @@ class Workspace:
         outputs, reports = self.root / "outputs", self.root / "reports"
         inputs = [outputs / "model", outputs / "judge", self.root / "data" / "images", reports / "train"]
         evaluation = [reports / "evaluation", reports / "timing" / "evaluate.json"]
-        after = [reports / "export.json", reports / "edits.json", reports / "editing", reports / "index.html"]
+        after = [reports / name for name in ("export.json", "edits.json", "editing", "figures", "index.html")]
         return [*inputs, *evaluation, *after]
 
     @property

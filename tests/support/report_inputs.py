@@ -105,8 +105,11 @@ class Inputs:
             reports / "train",
             reports / "evaluation",
             reports / "editing",
+            reports / "timing" / "evaluate.json",
             figures,
+            self.root / into / "animations",
             page,
+            self.root / into / "timed",
             params,
         )
         return figures, page
@@ -204,7 +207,7 @@ def _write_training(folder: Path, pixels: np.ndarray, held_out_loss: bool, weigh
         lines.append(f"{step},{1 / step:.6f},{held_out},{1e-3 * step / 200:.6f},0.5")
     (folder / "history.csv").write_text("\n".join(lines) + "\n")
     for step in range(20, 201, 20):
-        pictures.save_png(pictures.grid(pixels[:6], 3, scale=2), folder / "samples" / f"step-{step:06d}.png")
+        pictures.save_png(pictures.grid(pixels[:20], 10, scale=2), folder / "samples" / f"step-{step:06d}.png")
     if weighting == "min_snr":
         (folder / "codec").mkdir()
         quality = {"autoencoder_psnr": 23.456, "text_retrieval_accuracy": 0.8, "text_retrieval_chance": 0.1}

@@ -55,6 +55,8 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
         "evaluation/protocol.json",
     }
     assert tracking.logged_images(work.client, nested.info.run_id) == {("grid_guided", 100), ("edit_fills", 0)}
+    figures = work.client.list_artifacts(nested.info.run_id, "report/figures")
+    assert [file.path for file in figures] == ["report/figures/samples.png"]
     assert nested.data.metrics["edit/inpainting_half_known_error"] == 0
     assert [file.path for file in work.client.list_artifacts(nested.info.run_id, "editing")] == ["editing/fills.png"]
     (logged,) = work.client.search_logged_models([tracking.experiment_id(work.client)])

@@ -19,7 +19,7 @@ from models.noise.samplers import Sampling
 from models.pipeline import load_pipeline
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
-from tasks.report import charts, tables
+from tasks.report import charts, plotting, tables
 from tasks.report.process import nearest_images
 from tasks.runtime.errors import StageError
 from tests.support import report_inputs
@@ -35,7 +35,11 @@ FIGURES = {
     "training.png",
     "denoising.png",
     "denoised.png",
+    "between_noises.png",
+    "attention_self.png",
+    "timelapse.png",
 }
+OF_LABELS = {"between_conditions.png"}
 EDITS = {"edits.png", "edits_fills.png", "edits_strengths.png"}
 
 
@@ -112,7 +116,7 @@ def held_out(inputs: report_inputs.Inputs, channels: int = 1) -> np.ndarray:
 
 
 def test_every_figure_is_a_picture(drawn: tuple[Path, Path]) -> None:
-    assert {path.name for path in drawn[0].iterdir()} == FIGURES | EDITS
+    assert {path.name for path in drawn[0].iterdir()} == FIGURES | OF_LABELS | EDITS
     for path in drawn[0].iterdir():
         with Image.open(path) as image:
             image.load()
@@ -400,12 +404,12 @@ def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
     curves = {name: charts.path_curves(schedules.path_of(name, 50)) for name in (*schedules.SCHEDULES, RECTIFIED_FLOW)}
     assert np.allclose(curves["cosine"]["beta"], schedules.betas("cosine", 50))
     assert np.allclose(curves["rectified_flow"]["signal"][[24, 49]], [0.5, 0])
-    chart = charts.schedules(curves, "sigmoid")
+    chart = plotting.render(charts.schedule_panels(curves, "sigmoid"), (3, 3, 3), "x")
     assert "sigmoid (this model)" in chart.svg
     assert "cosine (this model)" not in chart.svg
-    assert chart == charts.schedules(curves, "sigmoid")
-    assert chart != charts.schedules(curves, "linear")
-    for name, colour in charts.COLOURS.items():
+    assert chart == plotting.render(charts.schedule_panels(curves, "sigmoid"), (3, 3, 3), "x")
+    assert chart != plotting.render(charts.schedule_panels(curves, "linear"), (3, 3, 3), "x")
+    for name, colour in plotting.COLOURS.items():
         assert f"var(--{name})" in chart.svg
         assert colour not in chart.svg
     assert not re.search(r"\d{4}-\d{2}-\d{2}", chart.svg), "a date would change the bytes every day"
