@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.precision import in_precision
 from tasks.evaluation.control import measure_control
 from tasks.evaluation.draws import Draw, draw_blocks
 from tasks.evaluation.scorer import Scorer
-from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements
+from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements, PrecisionMeasured
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
@@ -29,6 +30,7 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) 
         NotComparableError: if pipeline, images or judge do not fit the protocol.
     """
     scorer = Scorer(images, judge, protocol)
+    pipeline = in_precision(pipeline, protocol.precision)
     controlled = measure_control(pipeline, scorer, protocol)
     control = controlled.measured if controlled else None
     return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control)
@@ -40,10 +42,11 @@ def summarise(
     scorer: Scorer,
     protocol: Protocol,
     control: ControlMeasured | None = None,
+    parity: PrecisionMeasured | None = None,
 ) -> Measurements:
     """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images.
 
-    `control` is the agreement with control maps, which `measure_control` measured.
+    `control` is the agreement with control maps, which `measure_control` measured, and `parity` that with float32.
     """
     measurement, sampling = protocol.measurement, protocol.unguided
     blocks = [
@@ -83,6 +86,8 @@ def summarise(
         guidance_interval=(interval[0], interval[1]) if interval else None,
         guided_scale=asked.guidance_scale if asked else None,
         guided_kind=asked.guidance if asked else None,
+        precision=protocol.precision if protocol.precision != "no" else None,
+        precision_parity=parity,
         seed_blocks=measurement.seed_blocks,
         extractor=measurement.extractor,
         n_samples=measurement.n_distance,

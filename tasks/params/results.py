@@ -137,6 +137,9 @@ class EvaluateParams(Section):
     """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
     batch_size: PositiveInt = 256
     """Images that are drawn at a time."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the network that draws: `no` is float32. Not part of the fingerprint; how far a lower precision is
+    from float32 is measured over a few images."""
     seed: Seed = 1000
     """First seed of the samples."""
 
