@@ -77,13 +77,12 @@ def evaluate(
     from models.device import best_device
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
+    from models.networks.precision import in_precision
     from models.pipeline import load_pipeline
-    from models.precision import in_precision
     from tasks.evaluation import draws, protocol
     from tasks.evaluation.control import measure_control
-    from tasks.evaluation.parity import measure_parity
     from tasks.evaluation.scorer import Scorer
-    from tasks.evaluation.summary import summarise
+    from tasks.evaluation.summary import measure_parity, summarise
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)

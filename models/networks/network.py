@@ -14,7 +14,6 @@ from models.networks.text_dit import TextDiT, TextDiTConfig
 from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.transformer import Transformer, TransformerConfig
 from models.networks.unet import UNet, UNetConfig
-from models.precision import autocast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,23 +103,18 @@ def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
     return {name: weights[owner] if name == owner else weights[owner].clone() for name, owner in owners.items()}
 
 
-def predictor(
-    network: nn.Module, context: Tensor | None = None, control: Tensor | None = None, precision: str = "no"
-) -> Predict:
+def predictor(network: nn.Module, context: Tensor | None = None, control: Tensor | None = None) -> Predict:
     """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch.
 
     An int becomes int64 [B], as on a diffusion path, and a float float32 [B], as on a rectified flow. `context` [B, M,
     H, W] is appended to the channels of every x, as the input of an inpainting U-Net requires. `control` are the maps
-    [B, 3, H, W] that a ControlNet reads, with and without the condition. The network computes in `precision`, see
-    `models/precision.py`; x and the output keep their dtype.
+    [B, 3, H, W] that a ControlNet reads, with and without the condition.
     """
     maps = () if control is None else (control,)
 
     def predict(x: Tensor, t: float, condition: Tensor | None) -> Tensor:
         x = x if context is None else torch.cat([x, context], dim=1)
         dtype = torch.int64 if isinstance(t, int) else torch.float32
-        with autocast(precision, x.device):
-            output: Tensor = network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), condition, *maps)
-        return output.to(x.dtype)
+        return network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), condition, *maps)
 
     return predict

@@ -115,7 +115,7 @@ class Protocol:
     """For label accuracy and CLIP score; None for a model without guidance."""
     batch_size: int
     precision: str = "no"
-    """What the network that draws computes in, see `models/precision.py`; the file names it if it is not float32."""
+    """Precision of the network that draws, see `models/networks/precision.py`; written unless it is "no"."""
 
     @property
     def fingerprint(self) -> str:

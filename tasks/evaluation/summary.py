@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.precision import in_precision
+from models.images.pictures import decibel, squared_errors
+from models.networks.precision import in_precision
 from tasks.evaluation.control import measure_control
-from tasks.evaluation.draws import Draw, draw_blocks
+from tasks.evaluation.draws import Draw, balanced_labels, draw_blocks
 from tasks.evaluation.scorer import Scorer
 from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements, PrecisionMeasured
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from models.pipeline import Pipeline
     from tasks.evaluation.protocol import Protocol
 
+PARITY_IMAGES = 8
+"""Images that are drawn in a lower precision and in float32."""
 CLIP_IS_CONDITION = "taken with the weights that condition the model, so it flatters"
 
 
@@ -34,6 +37,26 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) 
     controlled = measure_control(pipeline, scorer, protocol)
     control = controlled.measured if controlled else None
     return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control)
+
+
+def measure_parity(in_float32: Pipeline, lower: Pipeline, protocol: Protocol) -> PrecisionMeasured | None:
+    """Compare a network in a lower precision with float32; None if there is only float32.
+
+    Both draw the first images of the first seed block, with the protocol's guidance if it has any.
+    """
+    if lower.precision == "no":
+        return None
+    measurement = protocol.measurement
+    seeds = range(measurement.seed, measurement.seed + PARITY_IMAGES)
+    labels = None if measurement.labels is None else balanced_labels(PARITY_IMAGES, len(measurement.labels))
+    sampling = protocol.guided or protocol.unguided
+    drawn, expected = (
+        pipeline.sample(seeds, labels, sampling, batch_size=protocol.batch_size) for pipeline in (lower, in_float32)
+    )
+    errors = squared_errors(drawn.clip(-1, 1), expected.clip(-1, 1))
+    return PrecisionMeasured(
+        n=PARITY_IMAGES, psnr_db=round(decibel(float(np.mean(errors))), 2), worst_psnr_db=round(decibel(max(errors)), 2)
+    )
 
 
 def summarise(

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from models import guidance
-from models.guidance import Joined
-from models.images.psnr import psnr_db
+from models.images.pictures import decibel, squared_errors
+from models.networks import guidance
+from models.networks.guidance import Joined
 from models.networks.network import predictor
+from models.networks.precision import in_precision
 from models.networks.unet import UNet, UNetConfig
 from models.noise.samplers import Sampling, SchedulerConfig, SeededNoise
 from models.noise.schedules import path_of
-from models.noise_ahead import NoiseAhead
+from models.parallel import NoiseAhead
 from models.pipeline import Pipeline, PipelineInfo
-from models.precision import in_precision
 from tests.support.networks import randomised
 
 CLASSES = ["a", "b"]
@@ -52,7 +52,7 @@ def test_a_lower_precision_draws_nearly_the_same_images(pipeline, precision):
     lower = in_precision(pipeline, precision)
     drawn, expected = (each.sample(range(4), [0, 1, 0, 1], GUIDED) for each in (lower, pipeline))
     assert drawn.dtype == np.float32 and not np.array_equal(drawn, expected)
-    assert min(psnr_db(drawn, expected)) > 25
+    assert decibel(max(squared_errors(drawn, expected))) > 25
     stored = {name: weights.dtype for name, weights in lower.network.named_parameters()}
     assert stored["conv_in.weight"] != torch.float32 == stored["conv_norm_out.weight"]
     assert next(lower.companions["guide"].parameters()).dtype != torch.float32
@@ -84,7 +84,7 @@ def test_guidance_takes_two_calls_after_the_memory_did_not_suffice(pipeline, mon
 
 def test_context_and_maps_are_given_to_both_halves_of_a_joined_call():
     class Summed(torch.nn.Module):
-        def forward(self, x, t, condition, maps):
+        def forward(self, x, _, condition, maps):
             return x.sum(dim=1, keepdim=True) + maps + condition[:, None, None, None]
 
     x, context, maps = torch.randn(2, 1, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)

@@ -204,7 +204,7 @@ def test_a_lower_precision_is_a_column_and_is_compared_with_float32(tree, evalua
 
 def test_fp16_needs_a_gpu(tree, tmp_path, monkeypatch):
     monkeypatch.setattr("models.device.best_device", lambda: "cpu")
-    with pytest.raises(StageError, match="evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'"):
+    with pytest.raises(StageError, match="'fp16' needs a GPU; use 'bf16' or 'no'"):
         run(tree, tmp_path, PARAMS.model_copy(update={"precision": "fp16"}))
 
 

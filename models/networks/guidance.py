@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.networks.network import predictor
+from models.networks.precision import predictor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

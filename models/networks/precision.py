@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from models.networks.network import predictor as network_predictor
 
 if TYPE_CHECKING:
+    from models.networks.network import Predict
     from models.pipeline import Pipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,11 +23,18 @@ LAYERS = (nn.Linear, nn.Conv2d)
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a network computes in `precision`; it does nothing for "no"."""
+def predictor(network: nn.Module, context: Tensor | None, control: Tensor | None, precision: str) -> Predict:
+    """Return the `predict` of `network.predictor` for a network that computes in `precision`; its output is float32."""
+    predict = network_predictor(network, context, control)
     if precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+        return predict
+
+    def lower(x: Tensor, t: float, condition: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, DTYPES[precision]):
+            output = predict(x, t, condition)
+        return output.float()
+
+    return lower
 
 
 def lowered(network: AnyNetwork, precision: str) -> AnyNetwork:
