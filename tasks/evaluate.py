@@ -324,7 +324,7 @@ def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
 
     rows, distances = scorer.nearest_training(drawn.pixels)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
-    both = np.concatenate([drawn.pixels[chosen], scorer.train.pixels[rows[chosen]]])
+    both = np.concatenate([drawn.pixels[chosen], scorer.train.at(rows[chosen])])
     titles = [f"{distance:.2g}" for distance in distances[chosen]]
     return grid(*_shown(both, len(chosen)), ["drawn", "training"], titles)
 
