@@ -198,7 +198,8 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=26)] = 20
     """ONNX Runtime does not load later opsets."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest difference between the outputs of the ONNX and the PyTorch network."""
+    """Largest difference between the outputs of the ONNX and the PyTorch network, both in full float32; where an output
+    is larger than 1, as a share of the largest."""
     min_psnr: PositiveInt = 50
     """Least PSNR in dB between images of the ONNX and the PyTorch sampler from the same noise."""
     latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)
