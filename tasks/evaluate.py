@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Row: TypeAlias = Mapping[str, "float | int | str"]
 """A row of a CSV file by column; columns that it lacks stay empty."""
 
-COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
-COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
+COMPARED = {"ddim": (10, 50), "dpm_solver_pp_2m": (5, 10, 20)}
+COMPARED_FLOW = {"euler": (5, 20), "heun": (5, 10), "dpm_solver_pp_2m": (5, 10, 20)}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
 TEACHER = "teacher"
 """Companion with the weights before consistency tuning."""
@@ -148,10 +148,13 @@ def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) ->
             if weights or sampling != protocol.unguided:
                 yield draw(model, protocol, params.n_compare, sampling, weights=weights)
         return
-    for sampler, steps in (COMPARED_FLOW if flow else COMPARED).items():
-        if (sampler, 0.0) != (params.sampler, params.eta):
+    known = {protocol.unguided}
+    for sampler, counts in (COMPARED_FLOW if flow else COMPARED).items():
+        for steps in counts:
             sampling = replace(protocol.unguided, sampler=sampler, steps=min(steps, timesteps), eta=0.0)
-            yield draw(model, protocol, params.n_compare, sampling)
+            if sampling not in known:
+                known.add(sampling)
+                yield draw(model, protocol, params.n_compare, sampling)
     sampler, steps = SLOWEST_FLOW if flow else ("ddpm", timesteps)
     yield draw(model, protocol, params.n_slowest, replace(protocol.unguided, sampler=sampler, steps=steps, eta=0.0))
 
