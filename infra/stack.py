@@ -1,8 +1,8 @@
 """`make stack`: start the shared stack on this machine without containers, in the background, on 127.0.0.1.
 
-MLflow's server with proxied artifacts, an S3-compatible server, Prefect's server, the deployments and a worker that
-reports to that MLflow. Processes that run already are kept. `make stack-down` ends all of them. `compose.yaml` is the
-stack for more than one person: with PostgreSQL, logins, and an S3 server that keeps its objects.
+PostgreSQL if it is installed, MLflow's server with proxied artifacts, an S3-compatible server, Prefect's server, the
+deployments and a worker that reports to that MLflow. Processes that run already are kept. `make stack-down` ends all of
+them. `compose.yaml` is the stack for more than one person: with logins, and an S3 server that keeps its objects.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flows import serve, server
 from flows.stop import stop
+from infra import stack_database
 from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
@@ -59,9 +60,17 @@ def start(root: Path, port: int | None, mlflow_port: int, storage_port: int) -> 
     up = server.running(root)
     if server.WORKER in up and MLFLOW not in up:
         raise StageError("a worker of make serve runs, which reports to another MLflow; end it first: make stop")
-    print("stack: MLflow's database is SQLite; compose.yaml runs PostgreSQL", flush=True)
-    storage = _started(root, STORAGE, storage_port) if importlib.util.find_spec("moto") else None
-    mlflow = _started(root, MLFLOW, mlflow_port)
+    (root / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
+    database, reason = stack_database.choose(root / FOLDER)
+    print(f"stack: MLflow's database is {f'SQLite: {reason}' if reason else 'PostgreSQL'}", flush=True)
+    if reason is None and stack_database.POSTGRES not in up:
+        variables = _variables(root, 0, database)
+        process = server.start(root, stack_database.POSTGRES, variables, PROCFILE)
+        stack_database.wait(root, root / FOLDER, process, variables)
+    storage = (
+        _started(root, STORAGE, _variables(root, storage_port, database)) if importlib.util.find_spec("moto") else None
+    )
+    mlflow = _started(root, MLFLOW, _variables(root, mlflow_port, database))
     os.environ["MLFLOW_TRACKING_URI"] = mlflow  # the worker inherits it
     serve.serve(root, port)
     print(f"stack: MLflow {mlflow}; for commands in this shell:\n  export MLFLOW_TRACKING_URI={mlflow}")
@@ -70,16 +79,15 @@ def start(root: Path, port: int | None, mlflow_port: int, storage_port: int) -> 
         print(f"  export AWS_ENDPOINT_URL={storage} AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any")
 
 
-def _started(root: Path, name: str, port: int) -> str:
+def _started(root: Path, name: str, variables: dict[str, str]) -> str:
     """Start a line of the process file if it does not run; returns the address of its server when it answers."""
-    process = server.running(root).get(name)
+    process, port = server.running(root).get(name), int(variables["PORT"])
     if process is None:
         with socket.socket() as probe:
             if probe.connect_ex((server.HOST, port)) == 0:
                 raise StageError(f"port {port} is in use; name another: --{name}-port {port + 1}")
         print(f"stack: starting {name}", flush=True)
-        (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        process = server.start(root, name, _variables(root, port), PROCFILE)
+        process = server.start(root, name, variables, PROCFILE)
     address = server.url(process.port)
     deadline = time.monotonic() + START_SECONDS
     while not _answers(address):
@@ -90,11 +98,12 @@ def _started(root: Path, name: str, port: int) -> str:
     return address
 
 
-def _variables(root: Path, port: int) -> dict[str, str]:
+def _variables(root: Path, port: int, database: str) -> dict[str, str]:
     return {
         **server.environment(root, None),
         "PORT": str(port),
-        "STACK_DATABASE": f"sqlite:///{root / FOLDER / 'mlflow.db'}",
+        "STACK_DATABASE": database,
+        "STACK_FOLDER": str(root / FOLDER),
         "STACK_ARTIFACTS": str(root / FOLDER / "artifacts"),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # without it 2 processes instead of 15
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows import server
-from infra import stack
+from infra import stack, stack_database
 from tests.support import tiny
 
 SLEEPERS = "server: sleep 600\nworker: sleep 600\n"
@@ -37,6 +38,8 @@ def tree(tmp_path) -> Path:
     (tmp_path / "infra").mkdir()
     (tmp_path / server.PROCFILE).write_text(SLEEPERS)
     (tmp_path / stack.PROCFILE).write_text("storage: sleep 600\nmlflow: sleep 600\n")
+    (tmp_path / stack.FOLDER).mkdir(parents=True)
+    (tmp_path / stack.FOLDER / "mlflow.db").touch()  # so that no PostgreSQL is created
     return tmp_path
 
 
@@ -56,7 +59,7 @@ def test_a_worker_of_another_mlflow_is_refused_and_down_ends_everything(tree):
     done = command(tree)
     assert done.returncode == 1
     assert done.stderr.startswith("stack: error: a worker of make serve runs") and done.stderr.count("\n") == 1
-    mlflow = server.start(tree, stack.MLFLOW, stack._variables(tree, free_port()), stack.PROCFILE)
+    mlflow = server.start(tree, stack.MLFLOW, stack._variables(tree, free_port(), "sqlite:///x"), stack.PROCFILE)
     assert command(tree, "--down").returncode == 0
     assert not server.alive(worker) and not server.alive(mlflow)
     assert server.running(tree) == {}
@@ -67,6 +70,25 @@ def test_a_server_that_ends_at_once_is_one_sentence(tree):
     done = command(tree, "--storage-port", str(free_port()))
     assert done.returncode == 1
     assert done.stderr == f"stack: error: storage did not start; {tree / server.LOGS / 'storage.log'} says why\n"
+
+
+def test_the_database_is_postgresql_only_where_it_can_be(tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    sqlite = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert stack_database.choose(tmp_path) == (sqlite, "PostgreSQL's programs are not on the PATH")
+    initdb = programs / "initdb"
+    initdb.write_text("#!/bin/sh\necho 'initdb: error: cannot be run as root' >&2\nexit 1\n")
+    initdb.chmod(0o755)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install psycopg2-binary" in str(stack_database.choose(tmp_path)[1])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert stack_database.choose(tmp_path) == (sqlite, "initdb: error: cannot be run as root")
+    initdb.write_text("#!/bin/sh\nexit 0\n")
+    assert stack_database.choose(tmp_path) == (f"postgresql://afterimage@/mlflow?host={tmp_path}", None)
+    (tmp_path / "mlflow.db").touch()
+    assert stack_database.choose(tmp_path) == (sqlite, "it exists already")
 
 
 @pytest.mark.slow
