@@ -41,16 +41,20 @@ _SET_SEQUENCE = "SELECT setval(pg_get_serial_sequence(:table, :column), (SELECT 
 class Move:
     """A folder of artifacts that is copied to another one; rows name its files by absolute paths."""
 
-    old: Path
+    old: str
+    """Absolute path in the rows of the source; that of an earlier place if its work tree was moved."""
+    files: Path
+    """The folder now."""
     new: Path
     root: str
-    """What rows of the target name instead of the folder `old`: the folder `new`, or an address that serves it."""
+    """What rows of the target name instead of `old`: the folder `new`, or an address that serves it."""
 
     def renamed(self, value: object) -> object:
-        """Return a path below `old` as one below `root`; any other value unchanged."""
-        old = str(self.old)
-        if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
-            return self.root.rstrip("/") + value[len(old) :]
+        """Return a path below `old`, also with file://, as one below `root`; any other value unchanged."""
+        if isinstance(value, str):
+            path = value.removeprefix("file://")
+            if path == self.old or path.startswith(f"{self.old}/"):
+                return self.root.rstrip("/") + path[len(self.old) :]
         return value
 
 
@@ -104,7 +108,7 @@ def migrate(source: str, target: str, artifacts: Path | None = None, artifact_ro
     for uri in (source, target):
         store.require_usable(uri)
     with tempfile.TemporaryDirectory() as folder, _snapshot(source, Path(folder)) as (snapshot, address):
-        move = _move(snapshot, target, artifacts, artifact_root)
+        move = _move(snapshot, source, target, artifacts, artifact_root)
         if move and move.new.exists() and any(move.new.iterdir()):
             raise StageError(f"{move.new} is not empty; name a new folder: --artifacts FOLDER")
         with _opened(_absolute(target)) as into:
@@ -159,12 +163,16 @@ def _snapshot(source: str, folder: Path) -> Iterator[tuple[Engine, str]]:
         yield engine, address
 
 
-def _move(snapshot: Engine, target: str, artifacts: Path | None, root: str | None) -> Move | None:
+def _move(snapshot: Engine, source: str, target: str, artifacts: Path | None, root: str | None) -> Move | None:
     """Find the folder of the source's artifacts, and where it goes; None if the artifacts stay where they are."""
     with snapshot.connect() as connection:
         query = sqlalchemy.text("SELECT artifact_location FROM experiments ORDER BY experiment_id LIMIT 1")
         location = str(connection.execute(query).scalar() or "").removeprefix("file://")
-    folder = Path(location.removesuffix("/0"))
+    old = location.removesuffix("/0")
+    folder = Path(old)
+    if source.startswith(store.SQLITE) and folder.name == store.ARTIFACTS:  # as in a work tree, which may have moved
+        beside = _path(source).parent / store.ARTIFACTS
+        folder = beside if beside.is_dir() else folder
     if artifacts is None and target.startswith(store.SQLITE):
         artifacts = _path(target).parent / store.ARTIFACTS
     if artifacts is None or not location.startswith("/") or not folder.is_dir():
@@ -174,7 +182,7 @@ def _move(snapshot: Engine, target: str, artifacts: Path | None, root: str | Non
     new = artifacts.resolve()
     if new == folder or folder in new.parents:
         raise StageError(f"{new} is the source's own folder of artifacts; name another one: --artifacts FOLDER")
-    return Move(folder, new, root or str(new))
+    return Move(old, folder, new, root or str(new))
 
 
 def _copy_all(snapshot: Engine, address: str, into: Engine, target: str, move: Move | None) -> Moved:
@@ -301,10 +309,10 @@ def _canonical(value: object) -> object:
 
 def _copy_files(move: Move) -> tuple[int, int]:
     """Copy the folder of artifacts; returns the number of files and their bytes. Raises `StageError` if one differs."""
-    shutil.copytree(move.old, move.new, dirs_exist_ok=True)
-    files = [path for path in sorted(move.old.rglob("*")) if path.is_file()]
+    shutil.copytree(move.files, move.new, dirs_exist_ok=True)
+    files = [path for path in sorted(move.files.rglob("*")) if path.is_file()]
     for path in files:
-        copy = move.new / path.relative_to(move.old)
+        copy = move.new / path.relative_to(move.files)
         if file_sha256(copy) != file_sha256(path):
             raise StageError(f"{copy} differs from {path}; repeat the command when no run writes artifacts")
     return len(files), sum(path.stat().st_size for path in files)

@@ -103,6 +103,7 @@ def test_everything_arrives_in_another_file_and_a_full_target_is_refused(filled,
     assert digest(tmp_path / "away" / "mlflow.db") == before, "the source is not written"
     assert client.create_model_version(NAME, source=place).version in ("3", 3)
 
+    # The source has moved, and its rows still name the earlier place.
     again = call(migrate_store.main, f"sqlite:///{tmp_path / 'away' / 'mlflow.db'}", target, "--artifacts", "x")
     assert again.returncode == 1
     assert again.stderr == f"migrate_store: error: {target} is not empty; name a new database\n"
