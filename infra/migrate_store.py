@@ -17,13 +17,13 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy
-from sqlalchemy import Engine, MetaData, Table
+from sqlalchemy import Engine, MetaData, RowMapping, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.hashing import file_sha256
@@ -268,7 +268,7 @@ def _batches(engine: Engine, table: Table, names: list[str], move: Move | None) 
             yield [_row(found, places, move) for found in batch]
 
 
-def _row(found: Mapping[object, object], places: set[str], move: Move | None) -> dict[str, object]:
+def _row(found: RowMapping, places: set[str], move: Move | None) -> dict[str, object]:
     row = {str(name): value for name, value in found.items()}
     return row | {name: move.renamed(row[name]) for name in places} if move else row
 
