@@ -17,7 +17,7 @@ from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from pydantic import SecretStr
 
-from tasks.runtime import announce
+from tasks.runtime import workspace
 
 BLOCK = "afterimage-webhook"
 PREFIX = "afterimage: notify of "
@@ -50,9 +50,9 @@ def set_up(limits: Limits | None = None) -> str | None:
     Raises:
         StageError: if the address is not one of the web.
     """
-    if announce.VARIABLE not in os.environ:
+    if workspace.WEBHOOK not in os.environ:
         return None
-    address = announce.address()
+    address = workspace.webhook()
     wanted = list(_automations(_block(address), limits or Limits())) if address else []
     with get_client(sync_client=True) as client:
         known = {found.name: found.id for found in client.read_automations() if found.name.startswith(PREFIX)}
@@ -64,8 +64,8 @@ def set_up(limits: Limits | None = None) -> str | None:
         for identity in known.values():
             client.delete_automation(identity)
     if not address:
-        return f"{announce.VARIABLE} is empty: notifications are off"
-    return f"failed, late and stuck runs are reported to the webhook of {announce.VARIABLE}"
+        return f"{workspace.WEBHOOK} is empty: notifications are off"
+    return f"failed, late and stuck runs are reported to the webhook of {workspace.WEBHOOK}"
 
 
 def _block(address: str) -> UUID:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flows import on_demand, server
 from tasks.params.redaction import redacted
-from tasks.runtime import announce, locks, loopback, workspace
+from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
 
 START_SECONDS = 180.0
@@ -48,7 +48,7 @@ def serve(root: Path, port: int | None) -> None:
     Raises `StageError` if the port is taken, the server does not start, or Prefect refuses a deployment.
     """
     server.lines(root)
-    announce.address()  # refused before anything starts
+    workspace.webhook()  # refused before anything starts
     up = server.running(root)
     port = _port(up.get(server.SERVER), port)
     variables = server.environment(root, port)

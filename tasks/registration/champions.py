@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tasks.runtime import announce
+from tasks.registration import announce
 from tasks.runtime.tracking import CHAMPION, PROMOTION
 
 if TYPE_CHECKING:

@@ -13,23 +13,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
 
-VARIABLE = "AFTERIMAGE_WEBHOOK_URL"
 SECONDS = 10.0
-
-
-def address() -> str | None:
-    """Return the address of the webhook; None if there is none.
-
-    Raises:
-        StageError: if it is no address of the web.
-    """
-    found = os.environ.get(VARIABLE, "").strip()
-    parts = urllib.parse.urlsplit(found)
-    if found and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise StageError(f"{VARIABLE} must be an address that starts with http:// or https://; correct or unset it")
-    return found or None
 
 
 def champion(name: str, version: int, reason: str, *, before: int | None, rolled_back: bool) -> None:
@@ -60,7 +47,7 @@ def champion(name: str, version: int, reason: str, *, before: int | None, rolled
 
 
 def _post(body: dict[str, object]) -> None:
-    url = address()
+    url = workspace.webhook()
     if url is None:
         return
     data = json.dumps(body).encode()
@@ -73,5 +60,5 @@ def _cause(error: Exception) -> str:
     """Return what failed without the address; other exceptions may quote it."""
     if isinstance(error, StageError):
         return str(error)
-    host = urllib.parse.urlsplit(os.environ[VARIABLE].strip()).hostname
+    host = urllib.parse.urlsplit(os.environ[workspace.WEBHOOK].strip()).hostname
     return f"{host}: {f'status {error.code}' if isinstance(error, urllib.error.HTTPError) else type(error).__name__}"
