@@ -36,7 +36,11 @@ class Prefect:
         self.flow = self._post("/flows/", name="afterimage-test")["id"]
 
     def _post(self, path: str, **body: object) -> dict[str, str]:
-        return self.api.post(path, json=body).raise_for_status().json()
+        answer = self.api.post(path, json=body)
+        while answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:  # its SQLite file is busy
+            time.sleep(1)
+            answer = self.api.post(path, json=body)
+        return answer.raise_for_status().json()
 
     def run_through(self, name: str, *states: dict[str, str]) -> str:
         """Return the id of a new run that went through the states."""
