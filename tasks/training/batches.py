@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MEMORY_SHARE = 0.3
 """Share of the free memory that the data set may take under `data_on_device: auto`; the rest is for training."""
 
+BLOCK_BYTES = 4 * 2**20
+"""Size of the blocks in which a data set is copied to the device."""
+
 
 def seed_for(*parts: int | str) -> int:
     """Return a 63-bit seed that differs whenever a part does."""
@@ -94,12 +97,26 @@ class Resident:
     where = "on the device"
 
     def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
-        self.columns = {
-            name: latents.as_tensor(np.concatenate([shard[name] for shard in shards])).to(device) for name in shards[0]
-        }
         self.device = device
         self.count = sum(len(next(iter(shard.values()))) for shard in shards)
         self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
+        self.columns = {name: self._filled([shard[name] for shard in shards]) for name in shards[0]}
+
+    def _filled(self, parts: Sequence[np.ndarray]) -> Tensor:
+        """Copy the parts of a column to the device through one small buffer, so host memory holds no second copy."""
+        empty = latents.as_tensor(parts[0][:0])
+        stored = torch.empty((self.count, *parts[0].shape[1:]), dtype=empty.dtype, device=self.device)
+        bits = torch.int16 if empty.dtype == torch.bfloat16 else empty.dtype  # as NumPy reads bfloat16
+        column, filled = stored.view(bits), 0
+        rows = max(1, BLOCK_BYTES // max(1, parts[0][:1].nbytes))
+        buffer = torch.empty((rows, *column.shape[1:]), dtype=bits, pin_memory=self.device.type == "cuda")
+        for part in parts:
+            for start in range(0, len(part), rows):
+                block = part[start : start + rows]
+                np.copyto(buffer[: len(block)].numpy(), block)
+                column[filled : filled + len(block)].copy_(buffer[: len(block)])
+                filled += len(block)
+        return stored
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         del following

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tasks.training import batches
-from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
+from tasks.training.batches import Batches, DrawConfig, Resident, open_conditioning, open_store
 from tests.support.train_inputs import uniform, write_inputs
 
 
@@ -78,6 +80,30 @@ def test_streamed_shards_draw_the_same_bits(tmp_path, conditioning):
         for name in ("x0", "eps", "t", "condition"):
             ours, theirs = getattr(a, name), getattr(b, name)
             assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
+
+
+def test_a_data_set_is_in_memory_once(tmp_path, monkeypatch):
+    """The memory of the process after each block; the mapped file is not counted."""
+    size = 64 * 2**20
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (size // 1024, 1024))[:] = 7
+    copyto, memory = np.copyto, []
+
+    def copied(target, block):
+        copyto(target, block)
+        memory.append(anonymous_bytes())
+
+    monkeypatch.setattr(np, "copyto", copied)
+    before = anonymous_bytes()
+    store = Resident([{"x": np.load(tmp_path / "x.npy", mmap_mode="r")}], torch.device("cpu"))
+    assert len(memory) == size // batches.BLOCK_BYTES
+    assert max(memory) - before < 1.1 * size
+    assert store.columns["x"].shape == (size // 1024, 1024) and bool((store.columns["x"] == 7).all())
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def test_what_does_not_fit_is_streamed(tmp_path, monkeypatch):
