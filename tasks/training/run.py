@@ -81,6 +81,7 @@ class Run:
     params: TrainParams
     folder: Path
     """Where the checkpoints lie."""
+    checkpoints: checkpoint.Writer
     tally: Tally
     autoencoder: Autoencoder | None = None
     """Decodes drawn latents for previews; None if the network draws pixels."""
@@ -185,6 +186,7 @@ def assemble(
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
+    folder = training_key.folder_of(workspace.scratch(), facts)
     # torch.compile is declared for functions; for a module it returns a module.
     wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
     return Run(
@@ -201,7 +203,8 @@ def assemble(
         timesteps=timesteps,
         diffusion=diffusion,
         params=params,
-        folder=training_key.folder_of(workspace.scratch(), facts),
+        folder=folder,
+        checkpoints=checkpoint.Writer(folder),
         tally=Tally(diffusion.timesteps, accelerator.device),
         initial=initial,
     )
@@ -346,20 +349,21 @@ def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
     scaler = run.accelerator.scaler
     last = run.history[-1] if run.history else None
     measured = last.held_out_loss.get(run.params.pipeline_ema) if last and last.step == run.step else None
-    frozen = _frozen(run)
+    frozen, copies = _frozen(run), checkpoint.host_copies
     return checkpoint.Checkpoint(
         step=run.step,
         network=architecture(run.network.config),
         held_out_loss=measured,
         tensors={
-            "model": _copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
-            OPTIMIZER: _copies(optimizer.state_of(run.network, run.optimizer)),
-            "tally": _copies({"sums": tallies}),
-            **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
+            "model": copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
+            OPTIMIZER: copies(optimizer.state_of(run.network, run.optimizer)),
+            "tally": copies({"sums": tallies}),
+            **{name: copies(average.state_dict()) for name, average in run.averages.items()},
             **companions.groups(run),
         },
         history=[row.to_json() for row in run.history],
         scaler=scaler.state_dict() if scaler else None,
+        copied=checkpoint.copy_finished(run.accelerator.device),
     )
 
 
@@ -367,10 +371,6 @@ def _frozen(run: Run) -> set[str]:
     """Return the names of the parameters that are never trained: base weights, which a checkpoint need not copy."""
     trained = run.averages[run.params.pipeline_ema].names
     return {name for name, _ in run.network.named_parameters()}.difference(trained)
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(run: Run, found: checkpoint.Checkpoint) -> None:
