@@ -11,13 +11,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from tasks.runtime.errors import StageError
-from tasks.training.checkpoint import Writer
+
+if TYPE_CHECKING:
+    from tasks.training.checkpoint import Writer
 
 TIMESTEP_RANGES = 4
 """Equal ranges of timesteps whose losses are averaged separately; the first is nearly clean, the last nearly noise."""

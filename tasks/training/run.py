@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from models import tuned_text
 from models.json_files import JsonObject
@@ -32,13 +32,14 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, control, machine, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, compiling, control, machine, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
-from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
+from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
 from tasks.training.prior_mix import PriorMix, Subject, open_mix
+from tasks.training.stores import open_store
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -187,8 +188,9 @@ def assemble(
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
-    # torch.compile is declared for functions; for a module it returns a module.
-    wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
+    wrapped = module
+    if compiling.wanted(params):
+        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")))
     return Run(
         accelerator=accelerator,
         network=network,
@@ -215,6 +217,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
         mixed_precision=params.precision,
         gradient_accumulation_steps=params.gradient_accumulation,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise machine.sharded(accelerator.distributed_type.value)
@@ -222,7 +225,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
             torch.set_num_threads(threads)  # accelerate may set another number for several processes
-    torch.backends.cudnn.benchmark = True  # shapes do not change, so the fastest convolution is searched once
+    machine.choose_kernels(params.deterministic)
     return accelerator
 
 
