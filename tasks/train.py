@@ -81,6 +81,7 @@ def train(
         stack.enter_context(explain_out_of_memory(params))
         mixed = Subject(prior, codec if params.text_encoder else None) if subject else None
         run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed)
+        stack.callback(run.checkpoints.close)  # also after an error, before the lock is released
         if main and index.autoencoder:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))
         live = None
@@ -118,7 +119,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from tasks.training import averages, checkpoint, companions, control, log, previews, tuning
+    from tasks.training import averages, companions, control, log, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -171,7 +172,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         if run.step % params.log_every == 0 or sample_due:
             row = _next_row(run)
             run.tally.clear()
-            log.refuse_divergence(tuning.rows_of_phase([*run.history, row], params), run.folder)
+            log.refuse_divergence(tuning.rows_of_phase([*run.history, row], params), run.checkpoints)
             if live and meter:
                 speed = meter.read()
                 if sample_due:
@@ -186,16 +187,18 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         leaving = stop_requested()
         if leaving or sample_due or run.step % params.checkpoint_every == 0 or run.step == until:
             if accelerator.scaler is None:  # the fp16 scaler skips steps whose gradient overflowed
-                log.refuse_bad_gradient(gradient_norm.item(), run.step, run.folder)
+                log.refuse_bad_gradient(gradient_norm.item(), run.step, run.checkpoints)
             tallies = gather_tallies(run)
             if live:
-                checkpoint.save(run.folder, snapshot(run, tallies))
+                run.checkpoints.save(snapshot(run, tallies))
         if leaving:
             bar.close()
+            run.checkpoints.wait()
             accelerator.wait_for_everyone()
             accelerator.end_training()
             raise KeyboardInterrupt if signal.SIGINT in signals else Preempted
     bar.close()
+    run.checkpoints.wait()
 
 
 def _next_row(run: Run) -> HistoryRow:

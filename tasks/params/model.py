@@ -252,8 +252,11 @@ class TrainParams(Section):
     channels_last: bool = False
     """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
     float32 on a CPU."""
-    compile: bool = False
-    """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU."""
+    compile: bool | Literal["gpu"] = False
+    """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU. 'gpu' compiles
+    where there is one, and not on a CPU."""
+    deterministic: bool = False
+    """Use only kernels whose results do not vary, so that a run on a GPU gives the same bytes again, but slower."""
     data_on_device: Literal["auto", "device", "stream"] = "auto"
     """Keep the data set on the device, or read each batch from memory-mapped shards; the batches are equal."""
     init_from: str = NO_PATH

@@ -32,7 +32,7 @@ def workers_for(model: ModelParams, params: TrainParams, processes: int) -> int:
     A batch is not split on a GPU, between processes, with dropout (whose random numbers would depend on the order of
     the threads), in a compiled network, or with gradient checkpointing.
     """
-    whole = model.dropout > 0 or params.compile or params.gradient_checkpointing or params.precision == "fp16"
+    whole = model.dropout > 0 or params.compile is True or params.gradient_checkpointing or params.precision == "fp16"
     if torch.cuda.is_available() or processes > 1 or whole:
         return 1
     return parallel.workers_for(params.batch_size // params.gradient_accumulation)

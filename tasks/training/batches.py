@@ -1,4 +1,4 @@
-"""Batches drawn on the device, from a data set that lies there as it is stored, or from memory-mapped shards.
+"""Batches drawn on the device, from the stores of `tasks/training/stores.py`.
 
 Every random choice of step s is a function of (seed, s, process) and of nothing before it. A resumed run therefore
 needs no generator states: it draws the same batches, noise and dropout from its step. Both stores return the same rows.
@@ -7,15 +7,10 @@ needs no generator states: it draws the same batches, noise and dropout from its
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,13 +19,10 @@ from models.networks.control_maps import as_input
 from models.networks.text_encoder import with_sizes
 from models.optimization.diffusion import drop_condition
 from tasks.formats import latents
-from tasks.formats.latents import SQUARE
+from tasks.training.stores import Store, fitting
 
 if TYPE_CHECKING:
     from models.optimization.timesteps import Timesteps
-
-MEMORY_SHARE = 0.3
-"""Share of the free memory that the data set may take under `data_on_device: auto`; the rest is for training."""
 
 
 def seed_for(*parts: int | str) -> int:
@@ -69,109 +61,6 @@ class Batch:
         return (self.condition,) if self.control is None else (self.condition, self.control)
 
 
-class Store(Protocol):
-    """One split as it is stored, or all caption embeddings.
-
-    The columns of a split are `pixels` uint8 [N, C, H, W], or `mean` and `std` bfloat16 [N, V, C, H, W], and `labels`
-    int64 [N], or `captions` int32 [N, K] with `sizes` int32 [N, 6] under SDXL conditioning, and `control` uint8
-    [N, 1 or 3, h, w] for a ControlNet. The captions have one column, `embeddings` bfloat16 [U, L, D].
-    """
-
-    count: int
-    where: str
-    """Where the data lies, for the progress line."""
-    shapes: dict[str, tuple[int, ...]]
-    """Shape of one row of each column."""
-
-    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        """Return the rows int64 [B] of every column, on the device; `following` predicts the rows of the next call."""
-        ...
-
-
-class Resident:
-    """The whole split on the device; a batch is one gather there."""
-
-    where = "on the device"
-
-    def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
-        self.columns = {
-            name: latents.as_tensor(np.concatenate([shard[name] for shard in shards])).to(device) for name in shards[0]
-        }
-        self.device = device
-        self.count = sum(len(next(iter(shard.values()))) for shard in shards)
-        self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
-
-    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        del following
-        rows = rows.to(self.device, non_blocking=True)
-        return {name: column[rows] for name, column in self.columns.items()}
-
-
-class Streamed:
-    """Memory-mapped shards; the next batch is read from the disk while the device works on the current one."""
-
-    where = "streamed"
-
-    def __init__(self, shards: Sequence[dict[str, np.ndarray]], device: torch.device) -> None:
-        self.shards, self.device = shards, device
-        self.starts = np.cumsum([0, *(len(next(iter(shard.values()))) for shard in shards)])
-        self.count = int(self.starts[-1])
-        self.shapes = {name: column.shape[1:] for name, column in shards[0].items()}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[list[int], Future[dict[str, Tensor]]] | None = None
-
-    def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        ahead, self._ahead, rows = self._ahead, None, rows.cpu()
-        columns = ahead[1].result() if ahead and ahead[0] == rows.tolist() else self._read(rows)
-        if following is not None:
-            predicted = following()
-            self._ahead = predicted.tolist(), self._reader.submit(self._read, predicted)
-        return {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
-
-    def _read(self, rows: Tensor) -> dict[str, Tensor]:
-        wanted = rows.numpy()
-        shard_of = np.searchsorted(self.starts, wanted, "right") - 1
-        columns = {
-            name: np.empty((len(wanted), *self.shapes[name]), column.dtype) for name, column in self.shards[0].items()
-        }
-        for number in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == number)
-            for name, column in columns.items():
-                column[places] = self.shards[number][name][wanted[places] - self.starts[number]]
-        tensors = {name: latents.as_tensor(column) for name, column in columns.items()}
-        return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
-
-
-def open_store(data: Path, split: str, where: str, device: torch.device, bucket: int = SQUARE) -> Store:
-    """Open one bucket of a split.
-
-    Args:
-        data: the folder of the latents.
-        split: "train" or "test".
-        where: "device", "stream", or "auto", which decides by the free memory.
-        device: where batches are drawn.
-        bucket: index of the bucket.
-    """
-    return _store(latents.open_shards(data, split, bucket), where, device)
-
-
-def _store(shards: Sequence[dict[str, np.ndarray]], where: str, device: torch.device) -> Store:
-    size = sum(column.nbytes for shard in shards for column in shard.values())
-    fits = where == "device" or (where == "auto" and size <= MEMORY_SHARE * free_memory(device))
-    return Resident(shards, device) if fits else Streamed(shards, device)
-
-
-def free_memory(device: torch.device) -> float:
-    """Measure the bytes that are free for this process's tensors on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container may have less than its host
-        free = min(free, max(0, int(most) - int(used.read_text())))
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 @dataclass(frozen=True)
 class Conditioning:
     """What the model is conditioned on, for all splits and buckets of a data set."""
@@ -193,7 +82,7 @@ def open_conditioning(data: Path, where: str, device: torch.device) -> Condition
     index, prompts, shards = latents.read_index(data), latents.load_prompts(data), latents.open_texts(data)
     return Conditioning(
         classes=len(index.classes),
-        texts=_store(shards, where, device) if shards else None,
+        texts=fitting(shards, where, device) if shards else None,
         null_text=None if prompts is None else prompts[-1].float(),
         pooled=index.text.pooled if index.text else None,
         control_factor=index.image.size // index.size if index.control else None,
@@ -247,11 +136,12 @@ class Batches:
         generator = torch.Generator(self.device).manual_seed(seed_for(config.seed, "batch", step, part, config.process))
         following = (step, part + 1) if part + 1 < config.parts else (step + 1, 0)
         columns = self.store.gather(self.rows(step, part), lambda: self.rows(*following))
+        texts = self._texts(step, part, following)
         flipped = self._flipped(len(next(iter(columns.values()))), generator)
         x0 = self._images(columns, flipped, generator)
         t = config.timesteps_at(step).draw(len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
-        condition = self._condition(columns, generator)
+        condition = self._condition(columns, texts, generator)
         return Batch(x0, eps, t, condition, self._control(columns, flipped, generator))
 
     def _flipped(self, count: int, generator: torch.Generator) -> Tensor:
@@ -289,8 +179,9 @@ class Batches:
     def conditions(self, count: int) -> Tensor | None:
         """Return conditions for `count` sample images: the classes in turn, or the captions of the first images."""
         if self.texts is not None:
-            columns = self.store.gather(torch.arange(count) % self.store.count, None)
-            return self._with_sizes(self._embeddings(self.texts, columns["captions"][:, 0]), columns)
+            rows = torch.arange(count) % self.store.count
+            first = torch.from_numpy(self.store.on_host("captions", rows)[:, 0]).long()
+            return self._with_sizes(_embeddings(self.texts.gather(first, None)), self.store.gather(rows, None))
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.conditioning.classes
         return None
@@ -317,12 +208,24 @@ class Batches:
         dropped = torch.rand(len(maps), generator=generator, device=self.device) < self.config.control_dropout
         return drop_condition(maps, maps.new_zeros(()), dropped)
 
-    def _condition(self, columns: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
-        if self.texts is not None:  # one of the image's captions, at random
-            captions = columns["captions"]
-            draw = torch.rand(len(captions), generator=generator, device=self.device)
-            pick = (draw * (captions >= 0).sum(1)).long()
-            condition = self._embeddings(self.texts, captions.gather(1, pick[:, None])[:, 0])
+    def captions(self, step: int, part: int = 0) -> Tensor:
+        """Return rows of the texts int64 [B], on the CPU: one of each image's captions, at random."""
+        generator = torch.Generator().manual_seed(
+            seed_for(self.config.seed, "captions", step, part, self.config.process)
+        )
+        captions = torch.from_numpy(self.store.on_host("captions", self.rows(step, part)))
+        pick = (torch.rand(len(captions), generator=generator) * (captions >= 0).sum(1)).long()
+        return captions.gather(1, pick[:, None])[:, 0].long()
+
+    def _texts(self, step: int, part: int, following: tuple[int, int]) -> Tensor | None:
+        """Return the embeddings float32 [B, L, D] of the chosen captions, or their token ids int64 [B, L]."""
+        if self.texts is None:
+            return None
+        return _embeddings(self.texts.gather(self.captions(step, part), lambda: self.captions(*following)))
+
+    def _condition(self, columns: dict[str, Tensor], texts: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        if texts is not None:
+            condition = texts
         elif "labels" in columns:
             condition = columns["labels"]
         else:
@@ -330,12 +233,12 @@ class Batches:
         dropped = torch.rand(len(condition), generator=generator, device=self.device) < self.config.condition_dropout
         return self._with_sizes(drop_condition(condition, self.null, dropped), columns)
 
-    def _embeddings(self, texts: Store, rows: Tensor) -> Tensor:
-        """Return the embeddings float32 [B, L, D] of captions int [B], or their token ids int64 [B, L]."""
-        columns = texts.gather(rows.long(), None)
-        return columns["ids"] if "ids" in columns else columns["embeddings"].float()
-
     def _with_sizes(self, condition: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Add the images' sizes to a condition, the null condition as well, under SDXL conditioning."""
         pooled = self.conditioning.pooled
         return condition if pooled is None else with_sizes(condition, pooled, columns["sizes"])
+
+
+def _embeddings(texts: dict[str, Tensor]) -> Tensor:
+    """Return the embeddings float32 [B, L, D] of captions, or their token ids int64 [B, L]."""
+    return texts["ids"] if "ids" in texts else texts["embeddings"].float()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +52,10 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """Group -> name -> tensor; the groups are the model, the optimizer, the tally and each weight average."""
+    """Group -> name -> tensor; the groups are the model, the optimizer, the tally and each weight average.
+
+    They are on the CPU once `copied` has happened.
+    """
     history: list[dict[str, float]]
     """Rows of the history, as `HistoryRow.to_json` returns them."""
     network: JsonObject
@@ -59,6 +64,64 @@ class Checkpoint:
     """State of the fp16 loss scaler."""
     held_out_loss: float | None = None
     """The loss at this step, if it was measured."""
+    copied: torch.cuda.Event | None = None
+    """Recorded after the copies from a GPU, which the host has not waited for; None if they are complete."""
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while the training continues.
+
+    An error of the thread is raised by the next call.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write a checkpoint, whose tensors nobody changes any more, after the one before is complete."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, checkpoint)
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what writing the last checkpoint raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest_before(self, step: int) -> Path | None:
+        """Return the newest checkpoint from before `step`, also if it is still being written, or None."""
+        self.wait()
+        return next((path for path in reversed(_folders(self.folder)) if step_of(path) < step), None)
+
+    def close(self) -> None:
+        """Complete the checkpoint that is being written, after an error elsewhere, and end the thread."""
+        self._thread.shutdown()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.copied is not None:
+            checkpoint.copied.synchronize()
+        save(self.folder, checkpoint)
+
+
+def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous; from a GPU to pinned memory, without waiting for it (`copy_finished`)."""
+    copies = {}
+    for name, tensor in tensors.items():
+        pinned = tensor.device.type == "cuda"
+        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        copies[name].copy_(tensor.detach(), non_blocking=pinned)
+    return copies
+
+
+def copy_finished(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event that happens after all copies begun so far; None on a CPU, which copies at once."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -121,11 +184,6 @@ def best_of(folder: Path) -> Path | None:
     manifests = [(_manifest(path), path) for path in _folders(folder)]
     measured = [(found.held_out_loss, path) for found, path in manifests if found and found.held_out_loss is not None]
     return min(measured)[1] if measured else None
-
-
-def newest_before(folder: Path, step: int) -> Path | None:
-    """Return the newest checkpoint from before `step`, or None."""
-    return next((path for path in reversed(_folders(folder)) if step_of(path) < step), None)
 
 
 def step_of(folder: Path) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tasks.training import tuning
+from tasks.training import compiling, tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,8 @@ def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
         torch._foreach_copy_(parameters, average.weights)
     network.eval()
     try:
-        yield
+        with compiling.without(network):
+            yield
     finally:
         network.train()
         with torch.no_grad():

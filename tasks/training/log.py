@@ -11,14 +11,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint
+
+if TYPE_CHECKING:
+    from tasks.training.checkpoint import Writer
 
 TIMESTEP_RANGES = 4
 """Equal ranges of timesteps whose losses are averaged separately; the first is nearly clean, the last nearly noise."""
@@ -130,29 +131,29 @@ def columns(timesteps: int, averages: Sequence[str], chosen: str, muon: bool = F
     return ["step", "loss", "held_out_loss", *rates, "grad_norm", *timestep_range_names(timesteps), *others]
 
 
-def refuse_divergence(history: Sequence[HistoryRow], folder: Path) -> None:
+def refuse_divergence(history: Sequence[HistoryRow], checkpoints: Writer) -> None:
     """Raise `StageError` if the newest loss is not finite, or the newest losses are far above those before them."""
     loss, step = history[-1].loss, history[-1].step
     if not math.isfinite(loss):
-        raise diverged(f"the loss is {loss} at step {step}", step, folder)
+        raise diverged(f"the loss is {loss} at step {step}", step, checkpoints)
     newest, baseline = history[-EXPLOSION_ROWS:], history[-EXPLOSION_ROWS - BASELINE_ROWS : -EXPLOSION_ROWS]
     if not baseline:
         return
     usual = statistics.median(row.loss for row in baseline)
     if all(row.loss > EXPLOSION_FACTOR * usual for row in newest):
         what = f"the loss has exploded: {loss:.4g} at step {step}, {loss / usual:.0f} times what it was"
-        raise diverged(what, baseline[-1].step + 1, folder)
+        raise diverged(what, baseline[-1].step + 1, checkpoints)
 
 
-def refuse_bad_gradient(norm: float, step: int, folder: Path) -> None:
+def refuse_bad_gradient(norm: float, step: int, checkpoints: Writer) -> None:
     """Raise `StageError` if the gradient norm is not finite, before the weights of that step are saved."""
     if not math.isfinite(norm):
-        raise diverged(f"the gradient's norm is {norm} at step {step}", step, folder)
+        raise diverged(f"the gradient's norm is {norm} at step {step}", step, checkpoints)
 
 
-def diverged(what: str, step: int, folder: Path) -> StageError:
+def diverged(what: str, step: int, checkpoints: Writer) -> StageError:
     """Build the error of a run that diverged at `step` or later; it names the last checkpoint before."""
-    good = checkpoint.newest_before(folder, step)
+    good = checkpoints.newest_before(step)
     kept = f"the last good checkpoint is {good}" if good else "no checkpoint is older than that"
     return StageError(
         f"{what}; lower train.learning_rate (with Muon also train.muon_learning_rate) or train.clip_norm, lengthen "

@@ -10,12 +10,16 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from tasks.runtime.errors import StageError
+from tasks.training import compiling
 
 if TYPE_CHECKING:
     from tasks.params import TrainParams
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+"""Environment variable with the work space of cuBLAS; of a fixed size, its results are reproducible."""
 
 
 def check_fits(params: TrainParams) -> None:
@@ -31,10 +35,26 @@ def check_fits(params: TrainParams) -> None:
     for name in SHARDING:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise sharded(name)
-    if params.compile and not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
+    if compiling.wanted(params) and not any(
+        shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")
+    ):
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Set which kernels PyTorch takes: the fastest ones, or those that give the same bits in every run on a GPU.
+
+    Call it before the first matrix product, which reads the environment variable.
+    """
+    torch.backends.cudnn.benchmark = not deterministic  # shapes do not change: the fastest is searched once
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)  # its backward pass adds in any order
+    if deterministic:
+        os.environ[CUBLAS] = ":4096:8"
 
 
 def sharded(kind: str) -> StageError:

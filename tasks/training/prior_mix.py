@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from tasks.formats import latents
 from tasks.formats.prior import CLASS, LATENTS, SUBJECT, TOKENS
-from tasks.training.batches import Batch, Batches, Conditioning, Resident, open_conditioning, open_store, seed_for
+from tasks.training.batches import Batch, Batches, Conditioning, open_conditioning, seed_for
+from tasks.training.stores import Resident, open_store
 
 if TYPE_CHECKING:
     from torch import Tensor

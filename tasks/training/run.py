@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from models import tuned_text
 from models.json_files import JsonObject
@@ -32,13 +32,14 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, control, machine, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, compiling, control, machine, memory, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
-from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, open_store, seed_for
+from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, seed_for
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
 from tasks.training.prior_mix import PriorMix, Subject, open_mix
+from tasks.training.stores import open_store
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -81,6 +82,7 @@ class Run:
     params: TrainParams
     folder: Path
     """Where the checkpoints lie."""
+    checkpoints: checkpoint.Writer
     tally: Tally
     autoencoder: Autoencoder | None = None
     """Decodes drawn latents for previews; None if the network draws pixels."""
@@ -185,8 +187,10 @@ def assemble(
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
-    # torch.compile is declared for functions; for a module it returns a module.
-    wrapped: nn.Module = torch.compile(module) if params.compile else module  # type: ignore[assignment]
+    folder = training_key.folder_of(workspace.scratch(), facts)
+    wrapped = module
+    if compiling.wanted(params):
+        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")))
     return Run(
         accelerator=accelerator,
         network=network,
@@ -201,7 +205,8 @@ def assemble(
         timesteps=timesteps,
         diffusion=diffusion,
         params=params,
-        folder=training_key.folder_of(workspace.scratch(), facts),
+        folder=folder,
+        checkpoints=checkpoint.Writer(folder),
         tally=Tally(diffusion.timesteps, accelerator.device),
         initial=initial,
     )
@@ -212,6 +217,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
         mixed_precision=params.precision,
         gradient_accumulation_steps=params.gradient_accumulation,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise machine.sharded(accelerator.distributed_type.value)
@@ -219,7 +225,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
             torch.set_num_threads(threads)  # accelerate may set another number for several processes
-    torch.backends.cudnn.benchmark = True  # shapes do not change, so the fastest convolution is searched once
+    machine.choose_kernels(params.deterministic)
     return accelerator
 
 
@@ -346,20 +352,21 @@ def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
     scaler = run.accelerator.scaler
     last = run.history[-1] if run.history else None
     measured = last.held_out_loss.get(run.params.pipeline_ema) if last and last.step == run.step else None
-    frozen = _frozen(run)
+    frozen, copies = _frozen(run), checkpoint.host_copies
     return checkpoint.Checkpoint(
         step=run.step,
         network=architecture(run.network.config),
         held_out_loss=measured,
         tensors={
-            "model": _copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
-            OPTIMIZER: _copies(optimizer.state_of(run.network, run.optimizer)),
-            "tally": _copies({"sums": tallies}),
-            **{name: _copies(average.state_dict()) for name, average in run.averages.items()},
+            "model": copies({name: value for name, value in run.network.state_dict().items() if name not in frozen}),
+            OPTIMIZER: copies(optimizer.state_of(run.network, run.optimizer)),
+            "tally": copies({"sums": tallies}),
+            **{name: copies(average.state_dict()) for name, average in run.averages.items()},
             **companions.groups(run),
         },
         history=[row.to_json() for row in run.history],
         scaler=scaler.state_dict() if scaler else None,
+        copied=checkpoint.copy_finished(run.accelerator.device),
     )
 
 
@@ -367,10 +374,6 @@ def _frozen(run: Run) -> set[str]:
     """Return the names of the parameters that are never trained: base weights, which a checkpoint need not copy."""
     trained = run.averages[run.params.pipeline_ema].names
     return {name for name, _ in run.network.named_parameters()}.difference(trained)
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(run: Run, found: checkpoint.Checkpoint) -> None:

@@ -36,13 +36,15 @@ class StopRequest:
 
     The exchange between processes takes time, so it happens about once a second, and at least every `ASK_STEPS` steps
     so that slow steps do not delay a signal. All processes see the same sums, so they agree on the step of the next
-    exchange.
+    exchange. They exchange through the network of their hosts (gloo): a GPU would have to finish its queue first.
     """
 
     def __init__(self, run: Run, received: list[int]) -> None:
         self.run, self.received = run, received
         self.steps, self.began = 1, time.monotonic()
         self.next = run.step + self.steps
+        several = run.accelerator.num_processes > 1
+        self.hosts = torch.distributed.new_group(backend="gloo") if several else None
 
     def __call__(self) -> bool:
         accelerator = self.run.accelerator
@@ -51,8 +53,9 @@ class StopRequest:
         if self.run.step < self.next:
             return False
         milliseconds = round((time.monotonic() - self.began) * 1000)
-        own = torch.tensor([len(self.received), milliseconds], device=accelerator.device)
-        signals, total = accelerator.reduce(own, "sum").tolist()
+        sums = torch.tensor([len(self.received), milliseconds])
+        torch.distributed.all_reduce(sums, group=self.hosts)
+        signals, total = sums.tolist()
         seconds_per_step = max(1, total) / accelerator.num_processes / self.steps / 1000
         self.steps, self.began = min(max(1, int(ASK_SECONDS / seconds_per_step)), ASK_STEPS), time.monotonic()
         self.next = self.run.step + self.steps

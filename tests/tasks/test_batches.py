@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from tasks.training import batches
-from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
+from tasks.training import stores
+from tasks.training.batches import Batches, DrawConfig, open_conditioning
+from tasks.training.stores import Resident, Streamed, open_store
 from tests.support.train_inputs import uniform, write_inputs
 
 
@@ -80,12 +84,53 @@ def test_streamed_shards_draw_the_same_bits(tmp_path, conditioning):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
 
 
+def test_streamed_captions_are_read_ahead(tmp_path, monkeypatch):
+    """In order, every batch but the first is read before it is asked for, in a thread."""
+    write_inputs(tmp_path, "text", shard_size=17)
+    streamed, threads = opened(tmp_path, "stream", "text", parts=2), []
+    read = Streamed._read
+
+    def counted(store, rows):
+        threads.append((store is streamed.texts, threading.current_thread() is threading.main_thread()))
+        return read(store, rows)
+
+    monkeypatch.setattr(Streamed, "_read", counted)
+    for step in range(4):
+        for part in range(2):
+            streamed.draw(step, part)
+    assert threads.count((True, True)) == threads.count((False, True)) == 1
+
+
+def test_a_data_set_is_in_memory_once(tmp_path, monkeypatch):
+    """The memory of the process after each block; the mapped file is not counted."""
+    size = 64 * 2**20
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (size // 1024, 1024))[:] = 7
+    copyto, memory = np.copyto, []
+
+    def copied(target, block):
+        copyto(target, block)
+        memory.append(anonymous_bytes())
+
+    monkeypatch.setattr(np, "copyto", copied)
+    before = anonymous_bytes()
+    store = Resident([{"x": np.load(tmp_path / "x.npy", mmap_mode="r")}], torch.device("cpu"))
+    assert len(memory) == size // stores.BLOCK_BYTES
+    assert max(memory) - before < 1.1 * size
+    assert store.columns["x"].shape == (size // 1024, 1024) and bool((store.columns["x"] == 7).all())
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
 def test_what_does_not_fit_is_streamed(tmp_path, monkeypatch):
     write_inputs(tmp_path)
     size = 96 * (64 + 8)
     for free, where in (
-        (size / batches.MEMORY_SHARE - 1, "streamed"),
-        (size / batches.MEMORY_SHARE + 1, "on the device"),
+        (size / stores.MEMORY_SHARE - 1, "streamed"),
+        (size / stores.MEMORY_SHARE + 1, "on the device"),
     ):
-        monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(stores, "free_memory", lambda device, free=free: free)
         assert opened(tmp_path).store.where == where

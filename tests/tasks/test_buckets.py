@@ -18,8 +18,9 @@ from tasks.ingest import ingest
 from tasks.params import AutoencoderParams, CodecParams, EncodeParams, ImageParams
 from tasks.pictures import decoding, images
 from tasks.runtime import atomic
-from tasks.training.batches import Batches, Conditioning, DrawConfig, Resident
+from tasks.training.batches import Batches, Conditioning, DrawConfig
 from tasks.training.bucketed import Bucketed
+from tasks.training.stores import Resident
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
 from tests.support.train_inputs import checkpoints, copy_of, results, train_here, uniform, write_inputs, write_params
 

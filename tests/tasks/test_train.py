@@ -242,6 +242,7 @@ class TestRefused:
             trained(learning_rate=0.99, clip_norm=1e30, warmup_steps=0, weight_decay=1e30)
 
     def test_a_loss_that_explodes(self, tmp_path):
+        from tasks.training.checkpoint import Writer
         from tasks.training.log import HistoryRow, refuse_divergence
 
         def row(step, loss):
@@ -249,14 +250,15 @@ class TestRefused:
 
         for step in (30, 60):
             (tmp_path / f"step-{step:08d}").mkdir()
+        saved = Writer(tmp_path)
         usual = [row(10 * n, 0.1 + 0.02 * (n % 2)) for n in range(1, 6)]
         one_bad_row = [*usual, row(60, 5.0), row(70, 0.1)]
         for end in range(1, len(one_bad_row) + 1):
-            refuse_divergence(one_bad_row[:end], tmp_path)
+            refuse_divergence(one_bad_row[:end], saved)
         exploded = [*usual, *(row(step, 5.0) for step in (60, 70, 80))]
-        refuse_divergence(exploded[:-1], tmp_path)
+        refuse_divergence(exploded[:-1], saved)
         with pytest.raises(StageError, match=r"exploded: 5 at step 80, 42 times .*checkpoint is \S+step-00000030\)"):
-            refuse_divergence(exploded, tmp_path)
+            refuse_divergence(exploded, saved)
 
 
 @pytest.mark.gpu
