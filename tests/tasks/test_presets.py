@@ -240,7 +240,7 @@ def test_what_was_edited_by_hand_is_kept_beside_it(tmp_path):
     edited = target.read_text()
     done = run("digits", "train.seed=5", "--params", str(target)).stdout.splitlines()
     assert done[0] == f"preset: {target} had been edited; the old one is kept as {target}.bak"
-    assert {"preset: train.steps: 600 -> 500", "preset: train.seed: 0 -> 5"} < set(done)
+    assert {"preset: train.steps: 600 -> 400", "preset: train.seed: 0 -> 5"} < set(done)
     assert sum(" -> " in line for line in done) == 3
     assert Path(f"{target}.bak").read_text() == edited
     # as written by a preset, so nothing is lost with it
