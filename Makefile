@@ -21,10 +21,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down run stop lock clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
 install: ## create .venv from requirements.lock (PYTHON=python3.12 picks a Python, EXTRA=demo, docs or tensorrt adds an extra)
 	@$(PYTHON) infra/install.py $(if $(EXTRA),--extra $(EXTRA))
@@ -86,6 +86,12 @@ ui: install ## MLflow UI of this work tree on http://127.0.0.1:5000 (PORT=... pi
 
 serve: install ## Prefect server, worker and deployments, in the background, on http://127.0.0.1:4200 (PORT=...)
 	@python -m flows.serve $(if $(PORT),--port $(PORT))
+
+stack: install ## the whole stack without containers: MLflow, Prefect, worker, S3 for development (ARGS="--mlflow-port 5001")
+	@python -m infra.stack $(if $(PORT),--port $(PORT)) $(ARGS)
+
+stack-down: ## end what `make stack` started
+	@test ! -x .venv/bin/python || python -m infra.stack --down
 
 run: install ## have the worker of `make serve` run a preset now (PRESET=digits, ARGS="train.steps=1000")
 	@python -m flows.on_demand $(PRESET) $(ARGS)

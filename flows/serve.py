@@ -48,6 +48,7 @@ def serve(root: Path, port: int | None) -> None:
     Raises `StageError` if the port is taken, the server does not start, or Prefect refuses a deployment.
     """
     server.lines(root)
+    workspace.webhook()  # refused before anything starts
     up = server.running(root)
     port = _port(up.get(server.SERVER), port)
     variables = server.environment(root, port)
@@ -93,17 +94,21 @@ def _wait_until_healthy(root: Path, process: server.Process) -> None:
 
 
 def _set_up(variables: dict[str, str]) -> None:
-    """Create or update the work pool, the automation for runs without heartbeat, and the deployments."""
+    """Create or update the work pool, the automations and the deployments."""
     os.environ.update(variables)  # Prefect reads its settings when it is imported
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
+
+    from flows import notifications
 
     with get_client(sync_client=True) as client:
         with suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=server.POOL, type="process"))
         paused = [deployment.id for deployment in client.read_deployments() if deployment.paused]
     _watch_silent_flows()
+    if sentence := notifications.set_up():
+        print(f"serve: {sentence}")
     print("serve: deploying prefect.yaml", flush=True)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -37,6 +37,8 @@ PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
 RECORD_FORMAT = 1
 LOGS = Path(".prefect") / "logs"
+DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
+"""Beginnings of the variables that name the database of Prefect's server, and its password."""
 HEARTBEAT_SECONDS = 30
 """Seconds between two heartbeats of a flow run; Prefect's minimum."""
 GRACE_SECONDS = 30.0
@@ -79,7 +81,7 @@ def _opener(address: str) -> urllib.request.OpenerDirector:
 
 def environment(root: Path, port: int | None) -> dict[str, str]:
     """Environment for Prefect in the work tree `root`: its server at `port`, or None for a temporary server."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    inherited = {name: value for name, value in os.environ.items() if _is_passed_on(name)}
     home = root / ".prefect" / "home"
     home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
     settings = {
@@ -100,6 +102,11 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     variables = inherited | settings
     loopback.exempt(variables)
     return variables
+
+
+def _is_passed_on(name: str) -> bool:
+    """Whether a variable of the caller applies here; of Prefect's only those of the server's database."""
+    return not name.startswith("PREFECT_") or name.startswith(DATABASE)
 
 
 def client_settings(root: Path, port: int) -> dict[str, str]:
@@ -150,9 +157,9 @@ def _recorded(root: Path) -> list[Process]:
     return [Process(**entry) for entry in record["processes"]]
 
 
-def start(root: Path, name: str, variables: Mapping[str, str]) -> Process:
+def start(root: Path, name: str, variables: Mapping[str, str], procfile: Path = PROCFILE) -> Process:
     """Start the line `name` of the process file in the background and record it."""
-    command = [Template(word).substitute(variables) for word in shlex.split(lines(root)[name])]
+    command = [Template(word).substitute(variables) for word in shlex.split(lines(root, procfile)[name])]
     # Prefect's worker ends its runs with SIGINT, which a background process of a shell ignores, and so do its children;
     # with a handler in this process, the children get the default action.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,12 +180,12 @@ def start(root: Path, name: str, variables: Mapping[str, str]) -> Process:
     return process
 
 
-def lines(root: Path) -> dict[str, str]:
+def lines(root: Path, procfile: Path = PROCFILE) -> dict[str, str]:
     """The process file: name -> command, in the order of starting. Raises `StageError` if there is none."""
     try:
-        text = (root / PROCFILE).read_text(encoding="utf-8")
+        text = (root / procfile).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise StageError(f"{root} has no {PROCFILE}; run this in the top folder of the work tree") from None
+        raise StageError(f"{root} has no {procfile}; run this in the top folder of the work tree") from None
     kept = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     return {name.strip(): command.strip() for name, _, command in (line.partition(":") for line in kept)}
 

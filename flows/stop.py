@@ -1,6 +1,6 @@
-"""`make stop`: end the processes that `make serve` started in this work tree, and no others.
+"""`make stop`: end the processes that `make serve` and `make stack` started in this work tree, and no others.
 
-The server ends last, so that a run of the worker can still report its final state.
+The worker ends first, so that its run can still report its final state to the servers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main() -> None:
 
 
 def stop(root: Path) -> None:
-    """End the worker and the server of the work tree `root`, and print what was ended."""
+    """End the worker and the servers of the work tree `root`, and print what was ended."""
     up = server.running(root)
     if original := server.elsewhere(root):
         print(f"stop: {server.RECORD} was copied from {original}, whose processes continue; end them there: make stop")
     elif not up:
         print("stop: no server or worker of this work tree runs")
-    for process in sorted(up.values(), key=lambda process: process.name == server.SERVER):
+    for process in sorted(up.values(), key=lambda process: process.name != server.WORKER):
         print(f"stop: {process.name} (process {process.pid})", flush=True)
         server.stop(root, process)
 

@@ -25,12 +25,13 @@ from models.hashing import file_sha256, files_sha256
 from models.images.pixels import from_uint8
 from models.json_files import Description, read_json, write_json
 from models.networks import autoencoder as autoencoders
-from models.networks import controlnet, published
+from models.networks import controlnet, guidance, published
 from models.networks.config import DIFFUSERS_VERSION
 from models.networks.control_maps import ControlSpec, as_input, given
 from models.networks.controlnet import with_control
 from models.networks.model_index import model_index
-from models.networks.network import config_of, folder_name, load_network, predictor
+from models.networks.network import config_of, folder_name, load_network
+from models.networks.precision import predictor
 from models.networks.text_encoder import load_text_encoder, with_sizes
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
@@ -125,6 +126,8 @@ class Pipeline:
     """The prompt whose embedding is the null condition of a text-conditional model."""
     control: ControlNetModel | None = None
     """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
+    precision: str = "no"
+    """What `network`, companions and ControlNet compute in, see `models.networks.precision.in_precision`."""
 
     @property
     def path(self) -> paths.Path:
@@ -209,11 +212,13 @@ class Pipeline:
         if (context is None) != (self.context_channels == 0):
             raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
-        guide = predictor(self.companions["guide"], context) if "guide" in self.companions else None
+        weaker = self.companions.get("guide")
+        guide = None if weaker is None else predictor(weaker, context, None, self.precision)
         network = self.network if control is None else with_control(self.network, self.control, control_scale)
         maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
-        predict = predictor(network, context, maps)
-        return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide)
+        predict = predictor(network, context, maps, self.precision)
+        both = guidance.Joined(network, context, maps, self.precision) if guidance.joins(self.device) else None
+        return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide, both)
 
     def sample(
         self,
@@ -269,11 +274,8 @@ class Pipeline:
         start: Start | None,
     ) -> np.ndarray:
         draw = samplers.SeededNoise(seeds, self.info.input_shape)
-
-        def noise() -> torch.Tensor:
-            return torch.from_numpy(draw()).to(self.device)
-
-        with torch.inference_mode():
+        ahead = self.device != "cpu" and (start is not None or sampling.adds_noise)
+        with torch.inference_mode(), parallel.NoiseAhead(draw, self.device, ahead) as noise:
             images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback, start))
         return images.float().cpu().numpy()
 

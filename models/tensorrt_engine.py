@@ -7,11 +7,14 @@ model.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from models.hashing import file_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +37,27 @@ def identity() -> str:
     import tensorrt
 
     return f"tensorrt {tensorrt.__version__} on {torch.cuda.get_device_name()}"
+
+
+def cache_key(graph: Path) -> str:
+    """Return the name under which the engine of an ONNX file is kept: a hash of all that it depends on.
+
+    That is the content of the graph and of its external weights, the batch sizes, the version of TensorRT and the GPU.
+    """
+    digest = hashlib.sha256(f"{identity()} {BATCHES}".encode())
+    for file in sorted(graph.parent.glob(f"{graph.name}*")):
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def require_batch(images: int) -> None:
+    """Check that a batch is one that engines are built for.
+
+    Raises:
+        ValueError: if it is larger, in one sentence.
+    """
+    if images > BATCHES[-1]:
+        raise ValueError(f"the TensorRT engine takes at most {BATCHES[-1]} images at a time, not {images}; draw fewer")
 
 
 def build(graph: Path) -> bytes:
@@ -76,7 +100,12 @@ class Engine:
         self._context = self._engine.create_execution_context()
 
     def predict(self, x: np.ndarray, t: float, label: np.ndarray | None = None) -> np.ndarray:
-        """Evaluate the network at one timestep: x float32 [N, C, H, W], label int64 [N] -> float32 [N, C, H, W]."""
+        """Evaluate the network at one timestep: x float32 [N, C, H, W], label int64 [N] -> float32 [N, C, H, W].
+
+        Raises:
+            ValueError: for more images than the profile of the engine has.
+        """
+        require_batch(len(x))
         feed = {
             "sample": torch.from_numpy(x),
             "timestep": torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32),

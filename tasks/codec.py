@@ -10,6 +10,7 @@ outputs/codec/reconstructions.png          held-out images, each above its recon
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.formats import codec_info
 from tasks.formats.codec_info import CodecInfo
@@ -18,6 +19,11 @@ from tasks.params import CodecParams, ImageParams
 from tasks.pictures.index import read_index
 from tasks.runtime import atomic, integrity, stage
 from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tasks.pictures.images import Samples
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:
@@ -28,7 +34,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     """
     require_accepted(accepted)
 
-    from tasks.pictures.images import enlarged, load_pixels
+    from tasks.pictures.images import enlarged
 
     classes = read_index(images).classes
     if warning := enlarged(_smaller(images, image.resolution), image.resolution):
@@ -40,7 +46,7 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
             from tasks.codecs.autoencoder import make_autoencoder
             from tasks.codecs.text import make_text_encoder, sample_prompts
 
-            train, held_out = (load_pixels(images, split, image) for split in ("train", "test"))
+            train, held_out = _samples(images, params, image)
             if params.kind == "autoencoder":
                 autoencoder, measured = make_autoencoder(train, held_out, folder, params, RECONSTRUCTIONS)
                 quality |= measured
@@ -64,6 +70,29 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
     shape = f"{image.channels}x{image.resolution}x{image.resolution}"
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     print(f"codec: {params.kind} on {shape}, conditioning {params.conditioning}{'; ' if numbers else ''}{numbers}")
+
+
+def _samples(images: Path, params: CodecParams, image: ImageParams) -> tuple[Samples, Samples]:
+    """Read the training and the held-out split; where nothing is trained, only the pixels that are measured on."""
+    import numpy as np
+
+    from tasks.codecs.autoencoder import QUALITY_IMAGES, scaling_rows
+    from tasks.pictures.images import load_pixels
+
+    of_images = params.kind == "autoencoder"
+    trains_text = params.conditioning == "text" and params.text.weights is None
+    trains = trains_text or (of_images and params.autoencoder.weights is None)
+
+    def train_rows(labels: np.ndarray) -> np.ndarray:
+        return scaling_rows(len(labels) if of_images else 0)
+
+    def held_out_rows(labels: np.ndarray) -> np.ndarray:
+        return np.arange(min(QUALITY_IMAGES, len(labels)) if of_images else 0)
+
+    return (
+        load_pixels(images, "train", image, None if trains else train_rows),
+        load_pixels(images, "test", image, None if trains_text else held_out_rows),
+    )
 
 
 def _smaller(images: Path, resolution: int) -> int:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Row: TypeAlias = Mapping[str, "float | int | str"]
 """A row of a CSV file by column; columns that it lacks stay empty."""
 
-COMPARED = {"ddim": 50, "dpm_solver_pp_2m": 20}
-COMPARED_FLOW = {"euler": 50, "heun": 10, "dpm_solver_pp_2m": 20}
+COMPARED = {"ddim": (10, 50), "dpm_solver_pp_2m": (5, 10, 20)}
+COMPARED_FLOW = {"euler": (5, 20), "heun": (5, 10), "dpm_solver_pp_2m": (5, 10, 20)}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
 TEACHER = "teacher"
 """Companion with the weights before consistency tuning."""
@@ -77,20 +77,24 @@ def evaluate(
     from models.device import best_device
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
+    from models.networks.precision import in_precision
     from models.pipeline import load_pipeline
     from tasks.evaluation import draws, protocol
     from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
-    from tasks.evaluation.summary import summarise
+    from tasks.evaluation.summary import measure_parity, summarise
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     device = best_device()
+    if params.precision == "fp16" and device == "cpu":
+        raise StageError("evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
     with integrity.loading(pipeline, "afterimage.json", "train"):
-        model = load_pipeline(pipeline, device)
+        in_float32 = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
     described = Prior.load(prior)
+    model = in_precision(in_float32, params.precision)
     declared = protocol.declare(model, images, scoring, params)
     scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()
@@ -101,17 +105,21 @@ def evaluate(
         )
     unguided, guided = draws.draw_blocks(model, declared)
     controlled = measure_control(model, scorer, declared)
-    measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None)
+    parity = measure_parity(in_float32, model, declared)
+    measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None, parity)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
-    learned = subjects.measure(model, averages, prior, described, scoring, params.batch_size) if described else None
+    learned = (
+        subjects.measure(in_float32, averages, prior, described, scoring, params.batch_size) if described else None
+    )
     grids = {"grid_unguided": unguided[0], "grid_slowest": others[-1]} | ({"grid_guided": guided[0]} if guided else {})
     with atomic.writing_folder(report) as folder:
         declared.write(folder / protocol.FILE)
         measured.write(folder / measures.FILE)
         rows = _rows(unguided, guided, others, scorer, params)
-        atomic.write_text(folder / "samplers.csv", _csv(COLUMNS, rows))
-        atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(model, scorer, params)))
+        columns = COLUMNS if params.precision == "no" else [*COLUMNS[:-1], "network_precision", COLUMNS[-1]]
+        atomic.write_text(folder / "samplers.csv", _csv(columns, rows))
+        atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(in_float32, scorer, params)))
         if swept:
             sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
             atomic.write_text(folder / "guidance.csv", _csv(SWEEP_COLUMNS, sweep_rows))
@@ -148,10 +156,13 @@ def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) ->
             if weights or sampling != protocol.unguided:
                 yield draw(model, protocol, params.n_compare, sampling, weights=weights)
         return
-    for sampler, steps in (COMPARED_FLOW if flow else COMPARED).items():
-        if (sampler, 0.0) != (params.sampler, params.eta):
+    known = {protocol.unguided}
+    for sampler, counts in (COMPARED_FLOW if flow else COMPARED).items():
+        for steps in counts:
             sampling = replace(protocol.unguided, sampler=sampler, steps=min(steps, timesteps), eta=0.0)
-            yield draw(model, protocol, params.n_compare, sampling)
+            if sampling not in known:
+                known.add(sampling)
+                yield draw(model, protocol, params.n_compare, sampling)
     sampler, steps = SLOWEST_FLOW if flow else ("ddpm", timesteps)
     yield draw(model, protocol, params.n_slowest, replace(protocol.unguided, sampler=sampler, steps=steps, eta=0.0))
 
@@ -239,7 +250,8 @@ def _rows(
     """Yield the protocol's sampler over all seed blocks, then its first images beside the other samplers'."""
     for blocks in (unguided, guided, *([drawn] for drawn in (unguided[0].first(params.n_compare), *others))):
         if blocks:
-            yield _row(blocks, scorer, params.allow_small_n)
+            row = _row(blocks, scorer, params.allow_small_n)
+            yield row if params.precision == "no" else {**row, "network_precision": params.precision}
 
 
 def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
@@ -315,7 +327,7 @@ def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
 
     rows, distances = scorer.nearest_training(drawn.pixels)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
-    both = np.concatenate([drawn.pixels[chosen], scorer.train.pixels[rows[chosen]]])
+    both = np.concatenate([drawn.pixels[chosen], scorer.train.at(rows[chosen])])
     titles = [f"{distance:.2g}" for distance in distances[chosen]]
     return grid(*_shown(both, len(chosen)), ["drawn", "training"], titles)
 
@@ -334,6 +346,11 @@ def _print(measured: Measurements) -> None:
         note = f"; {measured.clip_score_note}" if name == measures.CLIP_SCORE and measured.clip_score_note else ""
         mean = f"{measure.value:.4g} +- {measure.spread:.2g}"
         print(f"evaluate: {name} ({measure.condition}) {mean} ({measure.reference or 'no reference'}){few}{note}")
+    if parity := measured.precision_parity:
+        print(
+            f"evaluate: precision {measured.precision} agrees with float32 to {parity.psnr_db:.1f} dB over {parity.n} "
+            f"images of the same seeds (worst {parity.worst_psnr_db:.1f} dB)"
+        )
     if control := measured.control:
         print(
             f"evaluate: agreement with control maps ({control.kind}) {control.value:.3f} +- {control.spread:.2g} (with "

@@ -18,6 +18,8 @@ TITLE_COLOUR = (118, 122, 130, 255)
 """Contrast about 4:1 against white and against near-black."""
 TITLE_GAP = 6
 LAST_FRAME_MS = 2400
+EQUAL_DB = 200.0
+"""PSNR in dB of equal images, and the largest value."""
 
 
 def grid(
@@ -136,3 +138,14 @@ def _bare(image: Image.Image) -> Image.Image:
     bare = image.copy()
     bare.info = {}
     return bare
+
+
+def squared_errors(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Return the mean squared error of each pair of images, float [N, C, H, W] in [-1, 1]."""
+    errors: list[float] = ((first.astype(np.float64) - second) ** 2).mean(axis=(1, 2, 3)).tolist()
+    return errors
+
+
+def decibel(error: float) -> float:
+    """Return the PSNR in dB of a mean squared error of values in [-1, 1], a range of 2; NaN stays NaN."""
+    return EQUAL_DB if error == 0 else min(10 * math.log10(4 / error), EQUAL_DB)

@@ -28,6 +28,8 @@ from .spacing import timesteps_for
 Batch: TypeAlias = Any  # a torch tensor or a NumPy array; the two have no common type
 Predict: TypeAlias = Callable[[Batch, float, Batch], Batch]
 """`predict(x, t, condition)` returns the raw network output for one timestep."""
+PredictBoth: TypeAlias = Callable[[Batch, float, Batch, Batch], tuple[Batch, Batch]]
+"""`both(x, t, condition, null_condition)` returns the raw network outputs for the two conditions."""
 Denoise: TypeAlias = Callable[[Batch, Level], Batch]
 Noise: TypeAlias = Callable[[], Batch]
 Callback: TypeAlias = Callable[[int, float, Batch, Batch], object]
@@ -77,6 +79,11 @@ class Sampling:
         interval = self.guidance_interval
         if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
             raise ValueError(f"guidance interval {list(interval)} is not two noise levels, the lower one first")
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the sampler draws noise after the first."""
+        return self.sampler in ("ddpm", "euler_ancestral", "consistency") or self.eta > 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ def denoiser(
     condition: Batch = None,
     null_condition: Batch = None,
     guide: Predict | None = None,
+    both: PredictBoth | None = None,
 ) -> Denoise:
     """Wrap a network as `denoise(x, level) -> x0`, with guidance and clipping.
 
@@ -143,7 +151,8 @@ def denoiser(
 
     With a guidance interval (low, high) this applies only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024);
     other steps need one network evaluation. x0 is clipped before the samplers derive the noise from it, so that both
-    stay consistent. Without `sampling` there is no guidance.
+    stay consistent. Without `sampling` there is no guidance. `both` takes the place of the two calls of
+    classifier-free guidance.
 
     Raises:
         ValueError: for classifier-free guidance without a condition, or autoguidance without a guide.
@@ -158,9 +167,13 @@ def denoiser(
         raise ValueError("classifier-free guidance needs a conditional model; use guidance scale 1")
 
     def denoise(x: Batch, level: Level) -> Batch:
-        output = predict(x, level.t, condition)
-        if scale != 1.0 and (interval is None or interval[0] < level.relative_noise <= interval[1]):
-            weaker = reference(x, level.t, reference_condition)
+        guided = scale != 1.0 and (interval is None or interval[0] < level.relative_noise <= interval[1])
+        if guided and both is not None and reference is predict:
+            output, weaker = both(x, level.t, condition, null_condition)
+        else:
+            output = predict(x, level.t, condition)
+            weaker = reference(x, level.t, reference_condition) if guided else output
+        if guided:
             output = weaker + scale * (output - weaker)
         x0 = to_x0(scheduler.prediction_type, output, x, level)
         return x0.clip(-1, 1) if scheduler.clip_sample else x0

@@ -31,6 +31,14 @@ SHOWN_IMAGES, SHOWN_SIDE, MAX_SIDE = 10, 64, 256
 """Images in `reconstructions.png`, and the side in pixels to which small ones are enlarged and large ones reduced."""
 
 
+def scaling_rows(count: int) -> np.ndarray:
+    """Return the training images, of `count`, over which the latents are measured, int64 [at most 1024].
+
+    They are evenly spaced, so that a data set sorted by class is measured over all classes.
+    """
+    return np.arange(0, count, max(1, count // SCALING_IMAGES))[:SCALING_IMAGES]
+
+
 def make_autoencoder(
     train: Samples, held_out: Samples, folder: Path, params: CodecParams, picture: str
 ) -> tuple[AutoencoderInfo, dict[str, float]]:
@@ -44,15 +52,14 @@ def make_autoencoder(
     """
     network = _train(train, params) if params.autoencoder.weights is None else _download(params.autoencoder)
     _require_fits(network, train, params.autoencoder)
-    # Evenly spaced, so that a data set sorted by class is measured over all classes.
-    subset = train.pixels[:: max(1, len(train.pixels) // SCALING_IMAGES)][:SCALING_IMAGES]
+    subset = train.at(scaling_rows(len(train.keys)))
     mean, std = training.measure_scaling(network, subset)
     if params.autoencoder.scaling == "measured":
         try:
             training.fold_scaling(network, mean, std)
         except ValueError as error:
             raise StageError(f"{error}; set codec.autoencoder.scaling to 'published'") from None
-    images = held_out.pixels[:QUALITY_IMAGES]
+    images = held_out.at(np.arange(min(QUALITY_IMAGES, len(held_out.keys))))
     reconstructed = autoencoder.reconstruct(network, images)
     quality = {f"autoencoder_{name}": rounded(value) for name, value in training.quality(images, reconstructed).items()}
     _save_comparison(images, reconstructed, folder / picture)

@@ -59,7 +59,11 @@ def choose(images: Path, model: Pipeline, params: EditParams) -> Subjects:
         StageError: if there are too few held-out images with the condition that the model needs.
     """
     shape = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
-    held_out, train = load_pixels(images, "test", shape), load_pixels(images, "train", shape)
+
+    def kept(labels: np.ndarray) -> np.ndarray:
+        return np.sort(np.random.default_rng(params.seed).permutation(len(labels))[:TRAINING_IMAGES])
+
+    held_out, train = load_pixels(images, "test", shape), load_pixels(images, "train", shape, kept)
     known = held_out.with_condition(model.info.conditioning)
     count = min(params.n_images, len(known) // 2)
     if count < 2:
@@ -70,8 +74,7 @@ def choose(images: Path, model: Pipeline, params: EditParams) -> Subjects:
     rows = known[np.linspace(0, len(known) - 1, count).round().astype(int)]
     own, asked, titles = _conditions(held_out, rows, model)
     others = np.setdiff1d(np.arange(len(held_out.keys)), rows)
-    kept = np.sort(np.random.default_rng(params.seed).permutation(len(train.keys))[:TRAINING_IMAGES])
-    return Subjects(held_out.pixels[rows], own, asked, titles, held_out.pixels[others], train.pixels[kept])
+    return Subjects(held_out.pixels[rows], own, asked, titles, held_out.pixels[others], train.pixels)
 
 
 def _conditions(samples: Samples, rows: np.ndarray, model: Pipeline) -> tuple[Condition, Condition, list[str]]:

@@ -2,8 +2,8 @@
 
 `evaluate` declares a protocol and stores it as `protocol.json`; `register` measures a champion by the same one. A
 `Measurement` holds what two numbers must have in common to be comparable, and its SHA-256 is the fingerprint. Sampler,
-steps, eta, and kind and scale of the guidance are not part of it: numbers drawn with different settings may be
-compared.
+steps, eta, kind and scale of the guidance, and precision are not part of it: numbers drawn with different settings may
+be compared.
 """
 
 from __future__ import annotations
@@ -114,6 +114,8 @@ class Protocol:
     guided: Sampling | None
     """For label accuracy and CLIP score; None for a model without guidance."""
     batch_size: int
+    precision: str = "no"
+    """Precision of the network that draws, see `models/networks/precision.py`; written unless it is "no"."""
 
     @property
     def fingerprint(self) -> str:
@@ -140,6 +142,7 @@ class Protocol:
             "guidance_interval": interval and list(interval),
             "guidance": self.guided.guidance if self.guided else None,
             "batch_size": self.batch_size,
+            **({"precision": self.precision} if self.precision != "no" else {}),
         }
 
     @classmethod
@@ -160,6 +163,7 @@ class Protocol:
             if scales["guided"] is None
             else replace(unguided, guidance_scale=scales["guided"], guidance=values["guidance"]),
             batch_size=values["batch_size"],
+            precision=values.get("precision", "no"),
         )
 
     def write(self, file: Path) -> None:
@@ -208,6 +212,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         unguided=replace(params.sampling, guidance_scale=UNGUIDED, guidance=DEFAULT_SAMPLING.guidance),
         guided=params.sampling if conditional or params.guidance_scale != UNGUIDED else None,
         batch_size=params.batch_size,
+        precision=params.precision,
     )
 
 

@@ -68,7 +68,7 @@ class Scorer:
         self._known: dict[tuple[str, int], tuple[weakref.ref[np.ndarray], Any]] = {}
         self.measurement = measurement
         self.held_out = load_pixels(images, "test", shape)
-        self.train = load_pixels(images, "train", shape)
+        self.train = load_pixels(images, "train", shape, self._needed)
         self.reference = judge.features(self.held_out.pixels)
         prompts = measurement.prompts
         self.prompts = judge.clip_text_embeds(prompts) if judge.reads_captions and prompts else None
@@ -111,11 +111,23 @@ class Scorer:
             found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
         return found
 
+    def _needed(self, labels: np.ndarray) -> np.ndarray:
+        """Return the training images that are compared with, as rows; of a small split that is all of them."""
+        measurement = self.measurement
+        classes = measurement.labels or []
+        most = -(-measurement.n_distance // max(1, len(classes))) * measurement.seed_blocks
+        of_classes = [np.flatnonzero(labels == label)[:most] for label in range(len(classes))]
+        blocks = [self._stand_in_rows(block, labels) for block in range(measurement.seed_blocks)]
+        return np.concatenate([self._searched_rows(len(labels)), *blocks, *of_classes])
+
+    def _searched_rows(self, count: int) -> np.ndarray:
+        """Return the rows that are searched of `count`, int64, ascending."""
+        return np.sort(np.random.default_rng(self.measurement.seed).permutation(count)[:SEARCHED])
+
     @functools.cached_property
     def searched(self) -> Neighbourhood:
         """The training images among which near copies are searched for."""
-        count = len(self.train.pixels)
-        rows = np.sort(np.random.default_rng(self.measurement.seed).permutation(count)[:SEARCHED])
+        rows = self._searched_rows(len(self.train.keys))
         features = self._training_features(rows)
         distances = metrics.nearest(self.reference, features)[1]
         return Neighbourhood(rows, features, float(np.quantile(distances, COPY_QUANTILE)))
@@ -123,7 +135,7 @@ class Scorer:
     def _training_features(self, rows: np.ndarray) -> np.ndarray:
         """Return the features of training images, float32 [n, D], computed in parts to bound the memory."""
         parts = (rows[start : start + FEATURE_BATCH] for start in range(0, len(rows), FEATURE_BATCH))
-        return np.concatenate([self.judge.features(self.train.pixels[part]) for part in parts])
+        return np.concatenate([self.judge.features(self.train.at(part)) for part in parts])
 
     def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the training image nearest to each image by features: index int64 [N], distance float64 [N]."""
@@ -150,14 +162,16 @@ class Scorer:
 
         There are fewer if the training split has fewer.
         """
+        return self.train.at(self._stand_in_rows(block, self.train.labels))
+
+    def _stand_in_rows(self, block: int, train_labels: np.ndarray) -> np.ndarray:
         count, classes = self.measurement.n_distance, self.measurement.labels
-        order = np.random.default_rng((self.measurement.seed, block)).permutation(len(self.train.pixels))
-        if classes is None or (self.train.labels < 0).all():
-            return self.train.pixels[order[:count]]
-        labels = self.train.labels[order]
+        order = np.random.default_rng((self.measurement.seed, block)).permutation(len(train_labels))
+        if classes is None or (train_labels < 0).all():
+            return order[:count]
+        labels = train_labels[order]
         wanted = np.bincount(balanced_labels(count, len(classes)), minlength=len(classes))
-        rows = [order[labels == label][:number] for label, number in enumerate(wanted)]
-        return self.train.pixels[np.concatenate(rows)]
+        return np.concatenate([order[labels == label][:number] for label, number in enumerate(wanted)])
 
     @property
     def has_labels(self) -> bool:
@@ -210,7 +224,7 @@ class Scorer:
         KID is the only distance that is reliable for so few images.
         """
         reference = self.reference[self.held_out.labels == label]
-        stand_ins = self.train.pixels[np.flatnonzero(self.train.labels == label)[: len(pixels)]]
+        stand_ins = self.train.at(np.flatnonzero(self.train.labels == label)[: len(pixels)])
         if min(len(reference), len(pixels), len(stand_ins)) < 2:
             return {}
         return {

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.images.pictures import decibel, squared_errors
+from models.networks.precision import in_precision
 from tasks.evaluation.control import measure_control
-from tasks.evaluation.draws import Draw, draw_blocks
+from tasks.evaluation.draws import Draw, balanced_labels, draw_blocks
 from tasks.evaluation.scorer import Scorer
-from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements
+from tasks.runtime.measures import ControlMeasured, Drawn, Measure, Measurements, PrecisionMeasured
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from models.pipeline import Pipeline
     from tasks.evaluation.protocol import Protocol
 
+PARITY_IMAGES = 8
+"""Images that are drawn in a lower precision and in float32."""
 CLIP_IS_CONDITION = "taken with the weights that condition the model, so it flatters"
 
 
@@ -29,9 +33,30 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) 
         NotComparableError: if pipeline, images or judge do not fit the protocol.
     """
     scorer = Scorer(images, judge, protocol)
+    pipeline = in_precision(pipeline, protocol.precision)
     controlled = measure_control(pipeline, scorer, protocol)
     control = controlled.measured if controlled else None
     return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control)
+
+
+def measure_parity(in_float32: Pipeline, lower: Pipeline, protocol: Protocol) -> PrecisionMeasured | None:
+    """Compare a network in a lower precision with float32; None if there is only float32.
+
+    Both draw the first images of the first seed block, with the protocol's guidance if it has any.
+    """
+    if lower.precision == "no":
+        return None
+    measurement = protocol.measurement
+    seeds = range(measurement.seed, measurement.seed + PARITY_IMAGES)
+    labels = None if measurement.labels is None else balanced_labels(PARITY_IMAGES, len(measurement.labels))
+    sampling = protocol.guided or protocol.unguided
+    drawn, expected = (
+        pipeline.sample(seeds, labels, sampling, batch_size=protocol.batch_size) for pipeline in (lower, in_float32)
+    )
+    errors = squared_errors(drawn.clip(-1, 1), expected.clip(-1, 1))
+    return PrecisionMeasured(
+        n=PARITY_IMAGES, psnr_db=round(decibel(float(np.mean(errors))), 2), worst_psnr_db=round(decibel(max(errors)), 2)
+    )
 
 
 def summarise(
@@ -40,10 +65,11 @@ def summarise(
     scorer: Scorer,
     protocol: Protocol,
     control: ControlMeasured | None = None,
+    parity: PrecisionMeasured | None = None,
 ) -> Measurements:
     """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images.
 
-    `control` is the agreement with control maps, which `measure_control` measured.
+    `control` is the agreement with control maps, which `measure_control` measured, and `parity` that with float32.
     """
     measurement, sampling = protocol.measurement, protocol.unguided
     blocks = [
@@ -83,6 +109,8 @@ def summarise(
         guidance_interval=(interval[0], interval[1]) if interval else None,
         guided_scale=asked.guidance_scale if asked else None,
         guided_kind=asked.guidance if asked else None,
+        precision=protocol.precision if protocol.precision != "no" else None,
+        precision_parity=parity,
         seed_blocks=measurement.seed_blocks,
         extractor=measurement.extractor,
         n_samples=measurement.n_distance,

@@ -137,6 +137,9 @@ class EvaluateParams(Section):
     """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
     batch_size: PositiveInt = 256
     """Images that are drawn at a time."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the network that draws: `no` is float32. Not part of the fingerprint; how far a lower precision is
+    from float32 is measured over a few images."""
     seed: Seed = 1000
     """First seed of the samples."""
 
@@ -195,7 +198,8 @@ class ExportParams(Section):
     opset: Annotated[int, Field(ge=18, le=26)] = 20
     """ONNX Runtime does not load later opsets."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest difference between the outputs of the ONNX and the PyTorch network."""
+    """Largest difference between the outputs of the ONNX and the PyTorch network, both in full float32; where an output
+    is larger than 1, as a share of the largest."""
     min_psnr: PositiveInt = 50
     """Least PSNR in dB between images of the ONNX and the PyTorch sampler from the same noise."""
     latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +83,21 @@ class Samples:
     """int64 [N]; -1 for unlabelled images"""
     captions: list[list[str]]
     keys: list[str]
+    rows: np.ndarray | None = None
+    """int64 [n], ascending: the rows of the split whose pixels were read, `pixels` then being [n, ...]; None is all."""
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the pixels of rows of the split, uint8 [len(rows), channels, resolution, resolution].
+
+        Raises:
+            ValueError: if the pixels of one of them were not read.
+        """
+        if self.rows is None:
+            return self.pixels[rows]
+        places = np.searchsorted(self.rows, rows)
+        if len(rows) and (places.max() >= len(self.rows) or (self.rows[places] != rows).any()):
+            raise ValueError("pixels are asked for that were not read")
+        return self.pixels[places]
 
     def with_condition(self, conditioning: str) -> np.ndarray:
         """Return the rows that have what a model of this conditioning is conditioned on, int64 [at most N]."""
@@ -301,37 +316,37 @@ def schema_of(shard: Path) -> pa.Schema:
     return pq.read_schema(shard)
 
 
-def load_pixels(images: Path, split: str, image: ImageParams) -> Samples:
+def load_pixels(
+    images: Path, split: str, image: ImageParams, chosen: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Samples:
     """Decode one split of an images folder -> pixels, labels and captions, sorted by key.
 
     Images are turned upright, converted to grey or RGB, cropped to the centre square and resized (bilinear,
     antialiased) to `image.resolution`, by the same `decoding.decode_resized` as in `encode`.
+    With `chosen` only the rows that it returns for the labels of the split are decoded, see `Samples.rows`.
     Raises `StageError` if the pixels exceed `IN_MEMORY_BYTES` and the disk has no space for them.
     """
-    table = read_columns(images, ["key", "split"])
-    keys = sorted(table.filter(pc.equal(table["split"], split))["key"].to_pylist())
-    position = {key: row for row, key in enumerate(keys)}
-    pixels = _allocate((len(keys), image.channels, image.resolution, image.resolution))
-    labels = np.full(len(keys), -1, np.int64)
-    captions: list[list[str]] = [[] for _ in keys]
+    table = read_columns(images, ["key", "split", "label", "captions"])
+    table = table.filter(pc.equal(table["split"], split)).sort_by("key")
+    keys, captions = table["key"].to_pylist(), table["captions"].to_pylist()
+    labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
+    rows = None if chosen is None else np.unique(chosen(labels))
+    position = {keys[row]: place for place, row in enumerate(range(len(keys)) if rows is None else rows.tolist())}
+    pixels = _allocate((len(position), image.channels, image.resolution, image.resolution))
 
     def take(row: dict[str, Any]) -> None:  # the columns have several types
-        place = position[row["key"]]
-        pixels[place] = decoding.decode_resized(
+        pixels[position[row["key"]]] = decoding.decode_resized(
             row["image"]["bytes"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
-        if row["label"] is not None:
-            labels[place] = row["label"]
-        captions[place] = row["captions"]
 
     with (
-        progress(desc=f"read {split}", total=len(keys), unit="img", delay=2) as bar,
+        progress(desc=f"read {split}", total=len(position), unit="img", delay=2) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding releases the global interpreter lock
     ):
-        for rows in _rows(images, split):
-            for _ in pool.map(take, rows):
+        for batch in _encoded_rows(images, position):
+            for _ in pool.map(take, batch):
                 bar.update()
-    return Samples(pixels, labels, captions, keys)
+    return Samples(pixels, labels, captions, keys, rows)
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:
@@ -372,9 +387,13 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 
 
-def _rows(images: Path, split: str) -> Iterator[list[dict[str, Any]]]:  # as `take` reads them
-    """Yield the rows of a split in batches."""
-    columns = ["key", PICTURE, "width", "height", "label", "captions", "split"]
+def _encoded_rows(images: Path, keys: Container[str]) -> Iterator[list[dict[str, Any]]]:  # as `take` reads them
+    """Yield the encoded images of these keys in batches; row groups without any of them are skipped."""
     for shard in shards(images):
-        for batch in pq.ParquetFile(shard).iter_batches(256, columns=columns):
-            yield [row for row in batch.to_pylist() if row["split"] == split]
+        file = pq.ParquetFile(shard)
+        for group in range(file.num_row_groups):
+            found = file.read_row_group(group, columns=["key"]).column(0).to_pylist()
+            if any(key in keys for key in found):
+                for batch in file.iter_batches(256, row_groups=[group], columns=["key", PICTURE, "width", "height"]):
+                    mask = pa.array([key in keys for key in batch.column(0).to_pylist()], pa.bool_())
+                    yield batch.filter(mask).to_pylist()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from tasks.registration import announce
 from tasks.runtime.tracking import CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def previous(reigns: Sequence[Reign]) -> int | None:
 def set_champion(
     client: MlflowClient, version: ModelVersion, reason: str, *, rolled_back: bool = False, now: str | None = None
 ) -> None:
-    """Make `version` the champion and record it, also as the reason on the version; the caller holds the lock.
+    """Make `version` the champion, record it, also as the reason on the version, and announce it to the webhook.
 
-    `now` is the time to record, by default the present.
+    The caller holds the lock. `now` is the time to record, by default the present.
     """
     model = client.get_registered_model(version.name)
     reigns = history(model.tags)
@@ -95,6 +96,8 @@ def set_champion(
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
     if version.tags.get(PROMOTION) != reason:
         client.set_model_version_tag(version.name, version.version, PROMOTION, reason)
+    if holder != int(version.version):
+        announce.champion(version.name, int(version.version), reason, before=holder, rolled_back=rolled_back)
 
 
 def _record(client: MlflowClient, name: str, number: int, reign: Reign) -> Reign:

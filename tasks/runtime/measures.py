@@ -126,6 +126,19 @@ class ControlMeasured(BaseModel):
         return float(f"{self.value - max(self.shuffled, self.base):.6g}")
 
 
+class PrecisionMeasured(BaseModel):
+    """How far images drawn in a lower precision are from those drawn in float32 from the same seeds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int
+    """Images compared."""
+    psnr_db: float
+    """PSNR over all of them, in dB."""
+    worst_psnr_db: float
+    """PSNR of the image that differs most."""
+
+
 class Measurements(BaseModel):
     """The content of `measurements.json`."""
 
@@ -144,6 +157,10 @@ class Measurements(BaseModel):
     """Guidance scale of the guided samples; None if none were drawn."""
     guided_kind: str | None = None
     """Their kind of guidance, of `samplers.GUIDANCES`."""
+    precision: str | None = None
+    """What the network that draws computed in; None for float32."""
+    precision_parity: PrecisionMeasured | None = None
+    """How near its images are to those of float32; None for float32, and where it was not measured."""
     seed_blocks: int
     extractor: str
     n_samples: int

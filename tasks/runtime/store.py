@@ -37,7 +37,7 @@ _DRIVERS = {
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _OWN = "unset MLFLOW_TRACKING_URI to use the database in the work tree"
 # Columns in which MLflow stores absolute paths of artifacts.
-_PLACES = (
+PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -115,7 +115,7 @@ def update_artifact_paths(path: Path) -> int:
             return 0
         changed = 0
         with database:
-            for table, column in _PLACES:
+            for table, column in PLACES:
                 done = database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - names from above
                     f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",

@@ -1,9 +1,15 @@
-"""Places of the work tree: its root, the scratch folder, and the address of MLflow."""
+"""Places of the work tree: its root, the scratch folder, and the addresses of MLflow and of the webhook."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from tasks.runtime.errors import StageError
+
+WEBHOOK = "AFTERIMAGE_WEBHOOK_URL"
+"""Variable with the address that gets notifications."""
 
 
 def root() -> Path:
@@ -24,3 +30,16 @@ def scratch() -> Path:
 def tracking_uri() -> str:
     """Return the address of MLflow; `MLFLOW_TRACKING_URI` overrides the SQLite file in the work tree."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def webhook() -> str | None:
+    """Return the address that gets notifications; None if there is none.
+
+    Raises:
+        StageError: if it is no address of the web.
+    """
+    found = os.environ.get(WEBHOOK, "").strip()
+    parts = urlsplit(found)
+    if found and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise StageError(f"{WEBHOOK} must be an address that starts with http:// or https://; correct or unset it")
+    return found or None

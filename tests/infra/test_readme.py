@@ -54,6 +54,8 @@ NOT_HERE = {
     "make ui": SERVERS,
     "make serve": SERVERS,
     "make serve PORT=4300": SERVERS,
+    "make stack": "starts servers that stay; tests/infra/test_local_stack.py does",
+    "python -m infra.migrate_store": "tests/infra/test_migrate_store.py runs it",
     "make stop": SERVERS,
     "make verify": "the tiny model of this test is refused; tests/flows/test_verify.py runs it",
     "make reproduce VERSION=1": "tests/flows/test_verify.py runs it",

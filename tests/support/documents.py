@@ -75,8 +75,9 @@ def require_form(command: str, folder: Path) -> None:
             if words[2].startswith("afterimage_bundle"):
                 continue
             assert _is_module(words[2]), command
+            named = [word for word in words[3:4] if re.search(rf"^    {re.escape(word)}\b", _help(words[2]), re.M)]
             for option in (word for word in words[3:] if word.startswith("--")):
-                assert re.search(rf"{option}\b", _help(words[2])), f"{words[2]} has no option {option}"
+                assert re.search(rf"{option}\b", _help(words[2], *named)), f"{words[2]} has no option {option}"
         else:
             assert words[0] in _NOT_CHECKED, command
 
@@ -98,9 +99,9 @@ def _is_module(name: str) -> bool:
 
 
 @functools.cache
-def _help(module: str) -> str:
-    """What a command of the project prints for --help."""
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+def _help(module: str, *named: str) -> str:
+    """What a command of the project, or the part of it that is `named`, prints for --help."""
+    done = subprocess.run([sys.executable, "-m", module, *named, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

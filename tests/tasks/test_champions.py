@@ -16,6 +16,7 @@ from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.commands import call
 from tests.support.registry import NAME, PARAMS, write_digits
+from tests.support.webhook import receiving
 
 
 @pytest.fixture
@@ -138,3 +139,22 @@ def test_a_check_measures_both_versions_once_and_promotes_the_better(work, capsy
     assert work.aliases == {"challenger": 2, "champion": 2}
     again = champion_check.check(images, folder, params, evaluate)
     assert not again.promoted and again.sentence.startswith("version 2 is champion and challenger; ")
+
+
+def test_a_new_champion_is_announced_and_an_unreachable_webhook_fails_nothing(store, monkeypatch, capsys):
+    with receiving() as receiver:
+        monkeypatch.setenv("AFTERIMAGE_WEBHOOK_URL", receiver.address)
+        promote(store, 1, "2026-11-01T00:00:00Z")
+        promote(store, 1, "2026-11-02T00:00:00Z")  # nothing changes
+        promote(store, 2, "2026-11-03T00:00:00Z")
+        rollback.rollback(NAME, reason="blurry")
+        events = [(body["event"], body["version"], body["replaces"]) for body in receiver.received]
+        assert events == [("promoted", 1, None), ("promoted", 2, 1), ("rolled-back", 1, 2)]
+        assert receiver.received[-1]["text"].endswith("in place of version 2: restored by a rollback: blurry")
+        receiver.status = 500
+        promote(store, 3, "2026-11-04T00:00:00Z")
+    promote(store, 4, "2026-11-05T00:00:00Z")
+    assert rollback.reigns(NAME)[1] == 4
+    said = capsys.readouterr().out
+    assert "the webhook was not called: 127.0.0.1: status 500" in said
+    assert "the webhook was not called: 127.0.0.1: URLError" in said and "a-secret-path" not in said

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from infra import browser
 from models.images import pictures
 from tasks import compare, findings
 from tasks.comparison import finding, lookup, subject
@@ -15,7 +16,7 @@ from tasks.comparison import page as pages
 from tasks.runtime import tracking
 from tasks.runtime.errors import StageError
 from tasks.sweeps import plan, records
-from tests.support import sweep_runs
+from tests.support import page_checks, sweep_runs
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,16 @@ def test_the_page_shows_what_differs_and_whether_it_exceeds_the_spread(swept, tm
     assert "worse by more than the spread" in html, "the leaderboard"
     assert html.count('alt="A, 1"') == 2, "unguided and guided samples of seed 1"
     assert "sweep rates: the first seed of every combination" in html
+
+
+@pytest.mark.skipif(browser.find() is None, reason="no Chromium here")
+def test_the_page_is_legible_on_a_phone_and_on_a_screen(swept, tmp_path):
+    _, parent, board = swept
+    compare.compare([row.runs[0] for row in board.rows], tmp_path / "page.html", parent.info.run_id)
+    with browser.browse(browser.find()) as page:
+        for theme, width in (("light", 390), ("dark", 390), ("light", 1280), ("dark", 1920)):
+            page_checks.check(page, (tmp_path / "page.html").as_uri(), theme, width)
+        assert page.evaluate("document.images.length") >= 6
 
 
 def test_different_fingerprints_are_refused_in_words(store, tmp_path):

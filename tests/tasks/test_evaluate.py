@@ -178,6 +178,36 @@ def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tre
     assert len(Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
 
 
+# Precision
+
+
+def test_a_lower_precision_is_a_column_and_is_compared_with_float32(tree, evaluated, tmp_path, capsys):
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"precision": "bf16"}))
+    lower, full = measured_in(out), measured_in(evaluated)
+    assert lower.fingerprint == full.fingerprint
+    assert lower.precision == "bf16" and full.precision is full.precision_parity is None
+    parity = lower.precision_parity
+    assert parity.n == 8 and 20 < parity.worst_psnr_db <= parity.psnr_db < 100
+    assert f"precision bf16 agrees with float32 to {parity.psnr_db:.1f} dB" in capsys.readouterr().out
+    for name in ("frechet_distance", "label_accuracy"):
+        assert lower.measures[name].value == pytest.approx(full.measures[name].value, rel=0.1)
+        assert lower.measures[name].value != full.measures[name].value or name == "label_accuracy"
+    rows, plain = table(out / "evaluation" / "samplers.csv"), table(evaluated / "evaluation" / "samplers.csv")
+    assert {row["network_precision"] for row in rows} == {"bf16"} and "network_precision" not in plain[0]
+    declared = Protocol.read(out / "evaluation" / "protocol.json")
+    assert declared.precision == "bf16" and "precision" not in read(evaluated / "evaluation" / "protocol.json")
+    again = measure(
+        load_pipeline(tree / "outputs" / "pipeline"), tree / "data" / "images", load_judge(tree / "judge"), declared
+    )
+    assert again.measures == lower.measures, "what draws by the protocol draws in its precision"
+
+
+def test_fp16_needs_a_gpu(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.device.best_device", lambda: "cpu")
+    with pytest.raises(StageError, match="'fp16' needs a GPU; use 'bf16' or 'no'"):
+        run(tree, tmp_path, PARAMS.model_copy(update={"precision": "fp16"}))
+
+
 # What may be compared
 
 
@@ -187,7 +217,7 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
         return declare(pipeline, tree / "data" / "images", judge, params).fingerprint
 
     same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_slowest": 2}
-    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True}
+    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True, "precision": "bf16"}
     assert {of(**{name: value}) for name, value in same.items()} == {of()}
     other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
     assert len({of(), *(of(**{name: value}) for name, value in other.items())}) == 1 + len(other)
@@ -359,7 +389,9 @@ def test_the_table_compares_samplers_at_equal_numbers_and_leaves_out_what_mislea
         ("dpm_solver_pp_2m", "3", "1.0", "150", "3"),
         ("dpm_solver_pp_2m", "3", "2.0", "60", "3"),
         ("dpm_solver_pp_2m", "3", "1.0", "80", "1"),
-        ("ddim", "30", "1.0", "80", "1"),
+        ("ddim", "10", "1.0", "80", "1"),
+        ("ddim", "30", "1.0", "80", "1"),  # as many as there are timesteps
+        *(("dpm_solver_pp_2m", steps, "1.0", "80", "1") for steps in ("5", "10", "20")),
         ("ddpm", "30", "1.0", "7", "1"),
     ]
     found = measured_in(evaluated).measures
@@ -376,13 +408,9 @@ def test_ddim_with_added_noise_stands_beside_ddim_without(tree, tmp_path):
     few = {"n_distance": 81, "n_accuracy": 4}
     out = run(tree, tmp_path, PARAMS.model_copy(update=noisy | few))
     rows = table(out / "evaluation" / "samplers.csv")
-    compared = [row for row in rows if row["n"] == "80"]
-    assert [(row["sampler"], row["eta"]) for row in compared] == [
-        ("ddim", "0.5"),
-        ("ddim", ""),
-        ("dpm_solver_pp_2m", ""),
-    ]
-    assert compared[0]["frechet_distance"] != compared[1]["frechet_distance"]
+    compared = {(row["sampler"], row["steps"], row["eta"]): row for row in rows if row["n"] == "80"}
+    noisy_row, plain = compared["ddim", "30", "0.5"], compared["ddim", "30", ""]
+    assert noisy_row["frechet_distance"] != plain["frechet_distance"]
     assert {"ddim (eta 0.5), 30 steps, guidance 1", "ddim, 30 steps, guidance 1"} < set(
         read(out / "timing" / "evaluate.json")["seconds_per_image"]
     )

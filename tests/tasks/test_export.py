@@ -23,6 +23,7 @@ from models.images.pixels import to_uint8
 from models.noise.samplers import OF_DIFFUSION, Sampling
 from models.pipeline import load_pipeline
 from models.request import label_of
+from tasks import export as stage_export
 from tasks.runtime.errors import StageError
 from tests.support import model_outputs
 from tests.support.model_outputs import PARAMS, SIZE, TIMESTEPS
@@ -220,6 +221,63 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
         model_outputs.run_export(tmp_path, PARAMS.model_copy(update={"max_abs_difference": 1.0, "min_psnr": 100}))
     assert not (tmp_path / "outputs" / "onnx").exists()
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_large_network_is_compared_at_fewer_points(tree, tmp_path, monkeypatch):
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    bundle = Bundle(tree / "outputs" / "onnx", threads=1)
+    monkeypatch.setattr(stage_export, "LARGE_PARAMETERS", 1000)
+    found = stage_export._parity(trained, bundle, PARAMS)
+    assert {key.rsplit(",", 1)[0] for key in found.abs_difference if "guide" not in key} == {"batch 1", "batch 3"}
+    assert len(found.abs_difference) == 2 * 2 * 2 and len(found.psnr_db) == 2 + 1
+
+
+def test_the_limit_is_relative_where_outputs_are_large(tree, monkeypatch):
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    bundle = Bundle(tree / "outputs" / "onnx", threads=1)
+    for largest, allowed in ((0.5, False), (1.0, False), (3.0, True)):
+        monkeypatch.setattr(stage_export, "_difference", lambda *_, at=largest: (2 * PARAMS.max_abs_difference, at))
+        if allowed:
+            stage_export._parity(trained, bundle, PARAMS)
+        else:
+            with pytest.raises(StageError, match=r"differs from PyTorch's by 2\.0e-04 \(.*; the largest output is"):
+                stage_export._parity(trained, bundle, PARAMS)
+
+
+def test_the_reference_runs_on_the_gpu_and_the_trace_on_the_cpu(tmp_path, monkeypatch):
+    opened = []
+
+    def opening(folder, device="cpu"):
+        opened.append(device)
+        return load_pipeline(folder)
+
+    monkeypatch.setattr("models.pipeline.load_pipeline", opening)
+    monkeypatch.setattr("models.device.best_device", lambda: "cuda")
+    model_outputs.exported(tmp_path)
+    assert opened == ["cpu", "cuda"]
+
+
+def test_a_batch_beyond_the_profile_of_tensorrt_is_refused():
+    engine = tensorrt_engine.Engine.__new__(tensorrt_engine.Engine)  # without a GPU
+    with pytest.raises(ValueError, match="the TensorRT engine takes at most 256 images at a time, not 257; draw fewer"):
+        engine.predict(np.zeros((257, 1, 2, 2), np.float32), 3)
+
+
+def test_an_engine_is_found_again_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 10 on a GPU")
+    graph = tmp_path / "unet.onnx"
+    graph.write_bytes(b"graph")
+    keys = [tensorrt_engine.cache_key(graph)]
+    assert tensorrt_engine.cache_key(graph) == keys[0]
+    (tmp_path / "unet.onnx.data").write_bytes(b"weights")
+    keys.append(tensorrt_engine.cache_key(graph))
+    graph.write_bytes(b"another graph")
+    keys.append(tensorrt_engine.cache_key(graph))
+    monkeypatch.setattr(tensorrt_engine, "BATCHES", (1, 8, 64))
+    keys.append(tensorrt_engine.cache_key(graph))
+    monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 11 on a GPU")
+    keys.append(tensorrt_engine.cache_key(graph))
+    assert len(set(keys)) == len(keys)
 
 
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):

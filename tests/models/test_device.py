@@ -1,0 +1,41 @@
+"""Arithmetic of a GPU: float32 in full, as on the other side of a comparison with ONNX Runtime."""
+
+import pytest
+import torch
+
+from models import device
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What PyTorch begins with, restored after the test."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+def found() -> tuple[bool, bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+
+
+def test_float32_is_full_on_a_gpu(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.best_device() == "cuda"
+    assert found() == (False, False, True)
+
+
+def test_a_cpu_changes_no_setting(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.best_device() == "cpu"
+    assert found() == (True, False, False)
+
+
+def test_onnx_runtime_has_the_same_setting(monkeypatch):
+    import onnxruntime
+
+    from models import bundle
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [bundle.CUDA, bundle.CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(bundle, "_has_gpu", lambda: True)
+    assert bundle.usable_providers() == [(bundle.CUDA, {"use_tf32": 0}), bundle.CPU]
