@@ -254,7 +254,7 @@ class TrainParams(Section):
     float32 on a CPU."""
     compile: bool | Literal["gpu"] = False
     """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU. 'gpu' compiles
-    where there is one, and not on a CPU."""
+    on a GPU, and not on a CPU."""
     deterministic: bool = False
     """Use only kernels whose results do not vary, so that a run on a GPU gives the same bytes again, but slower."""
     data_on_device: Literal["auto", "device", "stream"] = "auto"

@@ -77,9 +77,7 @@ def test_the_blocks_of_each_network_are_found():
     assert len(compiling.repeated_blocks(build(DEEP))) == 6
     flat = compiling.repeated_blocks(build(FLAT))
     assert {type(block).__name__ for block in flat} == {"ResnetBlock", "Attention"}
-    text = TextUNet(
-        TextUNetConfig(8, 1, 8, (8, 8), (True, True), layers_per_block=1, norm_num_groups=4)
-    )
+    text = TextUNet(TextUNetConfig(8, 1, 8, (8, 8), (True, True), layers_per_block=1, norm_num_groups=4))
     assert {type(block).__name__ for block in compiling.repeated_blocks(text)} == {
         "ResnetBlock2D",
         "BasicTransformerBlock",
