@@ -145,7 +145,7 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
     points = [(batch, t) for batch in batches for t in trained.path.spread(times)]
     guide = _guide_of(trained)
     for batch, t in progress(points, desc="parity", unit="batch"):
-        compared = {f"batch {batch}, t {t}": (trained, bundle.predict)}
+        compared: dict[str, tuple[Pipeline, Predict]] = {f"batch {batch}, t {t}": (trained, bundle.predict)}
         if guide and bundle.guide:
             compared[f"guide, batch {batch}, t {t}"] = guide, bundle.guide
         for where, (network, predict) in compared.items():

@@ -228,7 +228,7 @@ class EncodedOnline:
             "the data set has captions and latents"
         )
         self.autoencoder, self.pixels, self.count = encoders.autoencoder, pixels, own.count
-        self.captions = latents.as_tensor(own.captions).to(encoders.device)
+        self.listed, self.captions = own.captions, latents.as_tensor(own.captions).to(encoders.device)
         columns = {"mean": own.mean, "std": own.std, "captions": own.captions}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(column.shape[1:]) for name, column in columns.items()}  # type: ignore[attr-defined]
 
@@ -237,6 +237,11 @@ class EncodedOnline:
         del following
         mean, std = encode_pixels(self.autoencoder, self.pixels(rows))
         return {"mean": mean[:, None], "std": std[:, None], "captions": self.captions[rows]}
+
+    def on_host(self, name: str, rows: Tensor) -> np.ndarray:
+        """Read the captions of `rows`; latents exist on the device only."""
+        assert name == "captions", name
+        return np.asarray(self.listed[rows.cpu().numpy()])
 
 
 class EmbeddedOnline:
@@ -254,6 +259,10 @@ class EmbeddedOnline:
         del following
         with torch.inference_mode():
             return {"embeddings": self.model(self.tokens(rows).to(self.device)).last_hidden_state}
+
+    def on_host(self, name: str, rows: Tensor) -> np.ndarray:
+        """Encode the captions of `rows`, copied to the CPU."""
+        return self.gather(rows, None)[name].float().cpu().numpy()
 
 
 class PixelSource(Protocol):
