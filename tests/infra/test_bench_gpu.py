@@ -131,7 +131,8 @@ class TestParts:
 
         monkeypatch.setattr(runner, "GRACE", 0.0)
         rows = list(runner._part(Plan(tmp_path, "cpu"), "training", 0.0))
-        assert rows[-1].failed == "ended after 0 s; raise --seconds or --minutes"
+        # On an idle machine the part may notice by itself that no time is left.
+        assert (rows[-1].failed or rows[-1].skipped).endswith("raise --seconds or --minutes")
         servers = psutil.Process().children()
         assert servers and not [part for server in servers for part in server.children()]
 

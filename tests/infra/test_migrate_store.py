@@ -121,7 +121,8 @@ def test_a_damaged_copy_is_noticed_and_nothing_stays(filled, tmp_path, monkeypat
 
     monkeypatch.setattr(migrate_store, "_copy_rows", spoiled)
     done = call(migrate_store.main, f"sqlite:///{filled}", f"sqlite:///{target}")
-    assert done.stderr == "migrate_store: error: table params differs after the copy: 3 and 3 rows; nothing was kept\n"
+    complaint = "migrate_store: error: table params differs after the copy: 3 and 3 rows; nothing was kept"
+    assert done.stderr.splitlines()[-1] == complaint, "MLflow may have logged how it creates its tables"
     assert list(target.parent.iterdir()) == []
 
 

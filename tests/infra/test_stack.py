@@ -217,7 +217,9 @@ def test_the_kustomization_lists_its_manifests():
 
 def test_workloads_are_restricted_limited_and_select_their_own_pods():
     services = {
-        document["metadata"]["name"]: document["spec"] for _, document in manifests() if document["kind"] == "Service"
+        document["metadata"]["name"]: document["spec"]
+        for _, document in manifests()
+        if document.get("kind") == "Service"
     }
     names = set()
     for name, document, template in templates():
@@ -244,7 +246,7 @@ def test_workloads_are_restricted_limited_and_select_their_own_pods():
 
 
 def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_path):
-    job = next(document for name, document in manifests() if document["kind"] == "Job")
+    job = next(document for name, document in manifests() if document.get("kind") == "Job")
     environment = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NODES"])
     fake = tmp_path / "bin"

@@ -7,15 +7,22 @@ from models import device
 
 
 @pytest.fixture
-def settings(monkeypatch):
+def settings():
     """What PyTorch begins with, restored after the test."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = found()
+    put(True, False, False)
+    yield
+    put(*before)
 
 
 def found() -> tuple[bool, bool, bool]:
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+
+
+def put(convolutions: bool, products: bool, benchmark: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch.backends.cudnn.benchmark = benchmark
 
 
 def test_float32_is_full_on_a_gpu(settings, monkeypatch):

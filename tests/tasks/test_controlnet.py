@@ -84,7 +84,8 @@ def test_other_maps_are_another_data_set_and_known_ones_are_not_made_again(tree,
 
 
 def test_a_batch_has_maps_mirrored_with_their_images_and_dropped_at_random(tree):
-    from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning
+    from tasks.training.stores import open_store
     from tests.support.train_inputs import uniform
 
     device = torch.device("cpu")

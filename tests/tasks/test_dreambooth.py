@@ -237,7 +237,9 @@ def test_adapters_are_drawn_at_each_pair_of_weights(root, tmp_path):
 
     lora = text_inputs.MODEL.model_copy(update={"lora_rank": 2})
     for seed in (0, 1):
-        text_inputs.run_train(root, f"adapted-{seed}", lora, init_from="base", prior="prior", seed=seed)
+        text_inputs.run_train(
+            root, f"adapted-{seed}", lora, init_from="base", prior="prior", seed=seed, learning_rate=0.02
+        )
     places = [root / f"adapted-{seed}" for seed in (0, 1)]
     asked, sampling = "a photo of sks thing", Sampling(steps=3, guidance_scale=2.0)
     images = sweep(*load(root / "base", places), [0.0, 1.0], asked, [3, 4], sampling)

@@ -605,7 +605,8 @@ def test_a_rerun_gives_the_same_bytes_and_only_timing_holds_times(tree, evaluate
     assert {name for name in first if first[name] != second[name]} <= {"timing/evaluate.json"}
     seconds = read(again / "timing" / "evaluate.json")["seconds_per_image"]
     assert set(seconds) == {
-        "dpm_solver_pp_2m, 3 steps, guidance 1",
+        "ddim, 10 steps, guidance 1",
+        *(f"dpm_solver_pp_2m, {steps} steps, guidance 1" for steps in (3, 5, 10, 20)),
         "dpm_solver_pp_2m, 3 steps, guidance 2",
         "dpm_solver_pp_2m, 3 steps, guidance 4",
         "ddim, 30 steps, guidance 1",

@@ -44,7 +44,7 @@ def test_defaults_are_valid_and_frozen():
         ({"train__horizontal_flip": 1}, "parameter 'train.horizontal_flip' is 1"),
         ({"train__precision": False}, "parameter 'train.precision' is False"),
         ({"train__steps": 0}, "parameter 'train.steps' is 0"),
-        ({"train__warmup_steps": 500}, "train.warmup_steps 500 leaves nothing of train.steps 500"),
+        ({"train__warmup_steps": 500}, "train.warmup_steps 500 leaves nothing of train.steps 400"),
         ({"train__gradient_accumulation": 3}, "train.gradient_accumulation must divide train.batch_size"),
         ({"train__condition_dropout": 0.0}, "set train.condition_dropout above 0"),
         ({"train__condition_dropout": 1.0}, "train.condition_dropout 1 never shows the network its condition"),
@@ -80,7 +80,7 @@ def test_defaults_are_valid_and_frozen():
             "evaluate.sampler 'ddim' does not sample diffusion.schedule 'rectified_flow'; us",
         ),
         ({"visualize__sampler": "ddpm"}, "use one of: euler, heun, dpm_solver_pp_2m"),
-        ({"train__guide_step": 500}, "train.guide_step 500 is not before the end, train.steps 500; lower it"),
+        ({"train__guide_step": 500}, "train.guide_step 500 is not before the end, train.steps 400; lower it"),
         ({"codec__conditioning": "none"}, "guidance needs a condition"),
         (
             {"evaluate__guidance": "auto"},

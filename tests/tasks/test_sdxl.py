@@ -60,7 +60,8 @@ def test_the_embeddings_are_those_of_diffusers(tree):
 
 
 def test_sizes_and_crop_are_stored_with_each_image_and_reach_the_network(tree):
-    from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning
+    from tasks.training.stores import open_store
 
     inputs = latents.open_shards(tree / "latents", "train")
     # 24 x 16 pixels, cropped to the central square: 4 columns are cut off on the left.

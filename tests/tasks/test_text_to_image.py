@@ -124,7 +124,8 @@ def test_the_bundle_draws_by_prompt_what_the_pipeline_draws(tree):
 
 
 def test_training_draws_another_caption_and_mirror_each_epoch(tree):
-    from tasks.training.batches import Batches, DrawConfig, open_conditioning, open_store
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning
+    from tasks.training.stores import open_store
 
     device = torch.device("cpu")
     conditioning = open_conditioning(tree / "latents", "device", device)
