@@ -14,7 +14,9 @@ import torch
 
 from infra.bench import clock, paired, peer
 from infra.bench.ours import Ours
-from models.networks.unet import UNet, UNetConfig
+from models.networks.dit import DiTConfig
+from models.networks.network import build
+from models.networks.unet import UNetConfig
 from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
 from tasks.params import Params, parse
@@ -123,7 +125,7 @@ def _turn(run: Run, steps: int, params: Params) -> Block:
 
 def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
     own, config = params.diffusion, run.config
-    assert isinstance(config, UNetConfig)
+    assert isinstance(config, UNetConfig | DiTConfig)
     named = (own.schedule, own.timesteps, own.zero_terminal_snr)
     schedule = named if side == "ours" else (peer.SCHEDULE, peer.TIMESTEPS, False)
     conditional = config.conditions > 0
@@ -141,4 +143,4 @@ def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
     noise = saved_noise(*schedule, own.shift)
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
     with writing_folder(folder) as temporary:
-        save_pipeline(temporary, UNet(config), weights, noise, info)
+        save_pipeline(temporary, build(config), weights, noise, info)

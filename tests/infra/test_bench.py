@@ -25,6 +25,7 @@ TINY = [
     "judge.classifier_steps=20",
 ]
 ROOT = Path(__file__).resolve().parents[2]
+DIT = "model.architecture=dit model.dit.width=16 model.dit.depth=1 model.dit.heads=2"
 FEW = ["--samples", "64", "--sampler-steps", "2"]
 
 
@@ -289,10 +290,10 @@ def test_the_other_parts(work, prepared, tmp_path, monkeypatch):
     short = ["--set", *TINY, "train.steps=7"]
     run(work, tmp_path, monkeypatch, "sampling", "--samples", "64", *short)
     run(work, tmp_path, monkeypatch, "startup", "--repeats", "1", *short)
-    only = ["--steps", "7", "--seeds", "2", "--only", "train.learning_rate=0.001"]
+    only = ["--steps", "7", "--seeds", "2", "--only", "train.learning_rate=0.001", DIT]
     found = run(work, tmp_path, monkeypatch, "levers", *only, *FEW, "--set", *TINY)
     assert {row["sampler"] for row in found["sampling"]["rows"]} == {"euler", "heun", "dpm_solver_pp_2m"}
     assert 0 < found["startup"]["help_seconds"] < found["startup"]["first_step_seconds"]
-    assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001"]
+    assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001", DIT]
     assert all((tmp_path / "bench" / row["picture"]).stat().st_size for row in found["levers"]["rows"])
     assert (tmp_path / "bench" / "sampling.png").exists() and (tmp_path / "bench" / "sampling.csv").exists()
