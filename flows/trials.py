@@ -123,7 +123,7 @@ def _sweep(name: str, jobs: int, retries: int, overrides: list[str], stop: threa
             else:
                 evaluations = _search(shared, overrides, jobs, retries)
             return _conclude(shared, name, evaluations)
-        except BaseException:
+        except BaseException:  # also a cancelled flow or Ctrl-C: the parent run must not stay RUNNING
             shared.client.set_terminated(shared.parent.info.run_id, "FAILED")
             raise
 

@@ -116,7 +116,7 @@ def migrate(source: str, target: str, artifacts: Path | None = None, artifact_ro
                 raise StageError(f"{redacted(target)} is not empty; name a new database")
             try:
                 return _copy_all(snapshot, address, into, target, move)
-            except BaseException:
+            except BaseException:  # also Ctrl-C: half a copy must not stay behind
                 _discard(into, target)
                 if move:
                     shutil.rmtree(move.new, ignore_errors=True)

@@ -19,7 +19,11 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length",
 
 
 class Faults(ThreadingHTTPServer):
-    """Forwards requests to `upstream`; the fate of the n-th request depends on the seed alone."""
+    """Forwards requests to `upstream`.
+
+    The fate of the n-th request for the same thing depends on that and the seed alone, and not on the order in which
+    the threads of a client ask.
+    """
 
     def __init__(self, upstream: str, rate: float, seed: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -29,12 +33,14 @@ class Faults(ThreadingHTTPServer):
         self.injected: Counter[str] = Counter()
         """Kind -> number; `forwarded` counts the requests without a fault."""
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self._random = random.Random(seed)
+        self._seed, self._asked = seed, Counter[str]()
         self._lock = threading.Lock()
 
-    def fate(self) -> str:
+    def fate(self, request: str) -> str:
         with self._lock:
-            kind = self._random.choice(KINDS) if self._random.random() < self.rate else "forwarded"
+            self._asked[request] += 1
+            drawn = random.Random(f"{self._seed} {request} {self._asked[request]}")
+            kind = drawn.choice(KINDS) if drawn.random() < self.rate else "forwarded"
             self.injected[kind] += 1
             return kind
 
@@ -48,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fate = self.server.fate()
+        fate = self.server.fate(f"{self.command} {self.path} {self.headers.get('Range')}")
         if fate in ("500", "503"):
             self._refuse(int(fate), {"500": "InternalError", "503": "SlowDown"}[fate])
         elif fate == "reset-before":

@@ -31,3 +31,14 @@ def client(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     return boto3.client("s3", endpoint_url=address)
+
+
+@contextmanager
+def bucket(client: Any, name: str) -> Iterator[Any]:
+    """Create an empty bucket; yields the client, and deletes the bucket with its objects at the end."""
+    client.create_bucket(Bucket=name)
+    yield client
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+        for stored in page.get("Contents", ()):
+            client.delete_object(Bucket=name, Key=stored["Key"])
+    client.delete_bucket(Bucket=name)

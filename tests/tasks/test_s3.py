@@ -32,13 +32,8 @@ def server():
 def bucket(server, monkeypatch, tmp_path):
     """An empty bucket, and credentials for it in the environment."""
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.01)
-    client = s3_site.client(server, monkeypatch, tmp_path)
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
-        for stored in page.get("Contents", ()):
-            client.delete_object(Bucket=BUCKET, Key=stored["Key"])
-    client.delete_bucket(Bucket=BUCKET)
+    with s3_site.bucket(s3_site.client(server, monkeypatch, tmp_path), BUCKET) as client:
+        yield client
 
 
 def params(server, key="", sha256=None, **others):

@@ -30,12 +30,8 @@ def upstream():
 @pytest.fixture
 def bucket(upstream, monkeypatch, tmp_path):
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.01)
-    client = s3_site.client(upstream, monkeypatch, tmp_path)
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    for stored in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
-        client.delete_object(Bucket=BUCKET, Key=stored["Key"])
-    client.delete_bucket(Bucket=BUCKET)
+    with s3_site.bucket(s3_site.client(upstream, monkeypatch, tmp_path), BUCKET) as client:
+        yield client
 
 
 def params(address: str, key: str, pin: str | None = None) -> DownloadParams:
