@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Workers = PositiveInt | Literal["auto"]
+"""A number of threads or processes; `auto` is one for each core that this process may use."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
@@ -26,6 +29,14 @@ class Section(BaseModel):
     """A frozen section; it refuses unknown keys, infinities, NaN and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def worker_count(workers: Workers) -> int:
+    """Return the number of threads or processes that `workers` stands for."""
+    if workers != "auto":
+        return workers
+    usable = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def require_pin(where: str, weights: str | None, pin: str | None) -> None:
