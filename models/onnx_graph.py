@@ -167,8 +167,11 @@ def _in_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _sort(graph: onnx.GraphProto) -> None:
-    """Put every node after those whose output it reads, as the format demands; the conversion appends its casts."""
-    nodes = list(graph.node)
+    """Put every node after those whose output it reads, and keep one of equal ones, as the format demands.
+
+    The conversion appends its casts, and repeats the cast of a value for every node that reads it.
+    """
+    nodes = list({tuple(node.output): node for node in graph.node}.values())
     makers = {name: number for number, node in enumerate(nodes) for name in node.output}
     needs = {number: [makers[name] for name in node.input if name in makers] for number, node in enumerate(nodes)}
     order = TopologicalSorter(needs).static_order()

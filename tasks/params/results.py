@@ -196,7 +196,7 @@ class ExportParams(Section):
     """The ONNX bundle and its comparison with PyTorch."""
 
     opset: Annotated[int, Field(ge=18, le=26)] = 20
-    """ONNX Runtime does not load later opsets."""
+    """ONNX Runtime does not load opsets after 26. 20 is the fastest on a CPU, see `docs/evaluation.md`."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Precision of the network in the ONNX bundle, whose inputs and output stay in float32. `fp16` halves its file, and
     is faster on a GPU; autoencoder and text encoders stay in float32."""

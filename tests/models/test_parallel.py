@@ -206,3 +206,18 @@ def test_a_whole_pipeline_is_copied(pipeline: Pipeline) -> None:
     networks = [copied.network, *copied.companions.values()]
     assert {weights.device.type for network in networks for weights in network.parameters()} == {"meta"}
     assert copied.device == "meta" and pipeline.on("cpu") is pipeline
+
+
+@pytest.mark.gpu
+def test_all_gpus_draw_and_measure_the_bytes_of_one(pipeline: Pipeline, monkeypatch) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # its search could choose differently
+    seeds, labels, sampling = range(40), [i % 3 for i in range(40)], Sampling("ddpm", 5, guidance_scale=1.5)
+    every, one = (pipeline.on(name).sample(seeds, labels, sampling, batch_size=8) for name in ("cuda", "cuda:0"))
+    assert every.tobytes() == one.tobytes()
+    network = randomised(classifier.Classifier(1, 8, 3)).cuda()
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 1, 8, 8), dtype=np.uint8)
+    info = JudgeInfo(["a", "b", "c"], None, {"channels": 1, "size": 8}, 0)
+    found = [Judge(info, network, device=name).features(pixels).tobytes() for name in ("cuda", "cuda:0")]
+    assert found[0] == found[1]
