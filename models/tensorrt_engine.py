@@ -80,11 +80,11 @@ def require_batch(images: int, largest: int) -> None:
         raise ValueError(f"the TensorRT engine takes at most {largest} images at a time, not {images}; draw fewer")
 
 
-def build(graph: Path) -> bytes:
+def build(graph: Path, tf32: bool = False) -> bytes:
     """Build a serialised engine from an ONNX file, for the batch sizes `batches_of`.
 
-    The engine is strongly typed: every layer computes in the type that the graph says, float32 in full without TF32,
-    and float16 for a bundle of `export.precision` fp16.
+    The engine is strongly typed: every layer computes in the type that the graph says, float16 for a bundle of
+    `export.precision` fp16, and float32 in full unless `tf32` allows products of TF32.
 
     Raises:
         RuntimeError: with TensorRT's first error, if it cannot parse the graph or build the engine.
@@ -103,7 +103,8 @@ def build(graph: Path) -> bytes:
         rest = tuple(value.shape)[1:]
         profile.set_shape(value.name, *((batch, *rest) for batch in batches_of(graph)))
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
+    if not tf32:  # TensorRT's own setting allows it
+        config.clear_flag(trt.BuilderFlag.TF32)
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:

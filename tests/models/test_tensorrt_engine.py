@@ -179,4 +179,7 @@ def test_an_engine_is_strongly_typed_without_tf32_and_has_a_profile_of_every_inp
         expected = [(name, tuple((batch, *shape[1:]) for batch in batches)) for name, shape in shapes.items()]
         assert asked[1:4] == expected
         assert asked[4] == ("clear", Flag.TF32)
+        asked.clear()
+        tensorrt_engine.build(graph, tf32=True)
+        assert ("clear", Flag.TF32) not in asked
         monkeypatch.setattr(tensorrt_engine, "LARGE_BYTES", 4)  # then this graph is large

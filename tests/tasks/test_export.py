@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from PIL import Image
 
 from models import masks, onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
+from models.bundle_session import Session
 from models.editing import edit
 from models.images.pixels import to_uint8
 from models.noise.samplers import OF_DIFFUSION, Sampling
@@ -177,6 +179,17 @@ def test_the_bundles_command_repaints_what_is_white_in_a_mask(tree, tmp_path):
     assert run.returncode == 2 and "a mask changes an image; give one" in run.stderr
 
 
+def test_inputs_that_stay_in_a_devices_memory_give_the_same_pixels(tree):
+    """Here the memory is that of the CPU; on a GPU the bundle does so by itself."""
+    folder, options = tree / "outputs" / "onnx", onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    copied, bound = Bundle(folder, threads=1), Bundle(folder, threads=1)
+    bound.session = Session(folder / "unet.onnx", options, [CPU], bound="cpu")
+    for sampling in (Sampling("ddpm", 4, guidance_scale=2.0), Sampling("dpm_solver_pp_2m", 3)):
+        assert np.array_equal(*(each.sample(range(5), LABELS, sampling) for each in (copied, bound)))
+    assert len(bound.session._places) == 1
+
+
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
     sampling = Sampling("ddpm", TIMESTEPS, guidance_scale=1.5)
     together = bundle.sample([7, 8, 9], [0, 1, 2], sampling)
@@ -302,6 +315,17 @@ def test_an_engine_is_found_again_by_its_content(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 11 on a GPU")
     keys.append(tensorrt_engine.cache_key(graph))
     assert len(set(keys)) == len(keys)
+
+
+def test_latencies_beyond_the_profile_of_tensorrt_are_refused_before_an_engine_is_built(tree, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine, "unavailable_because", lambda: None)
+    params, graph = PARAMS.model_copy(update={"latency_batches": (1, 257)}), tree / "outputs" / "onnx" / "unet.onnx"
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    with pytest.raises(StageError, match=r"takes at most 256 images at a time; lower export\.latency_batches"):
+        stage_export._tensorrt(trained, graph, params)
+    monkeypatch.setattr(tensorrt_engine, "LARGE_BYTES", 10)
+    with pytest.raises(StageError, match="takes at most 16 images at a time"):
+        stage_export._tensorrt(trained, graph, PARAMS.model_copy(update={"latency_batches": (32,)}))
 
 
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
