@@ -134,10 +134,11 @@ class Encoder:
         own = threading.local()
 
         def encode(decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
-            if not hasattr(own, "network"):  # the first chunk of this thread, which takes one of the GPUs
-                name = names.get()
-                enter(name)
-                own.network = placed(self.network, name)
+            if not hasattr(own, "name"):  # the first chunk of this thread, which takes one of the GPUs
+                own.name = names.get()
+                enter(own.name)
+            if not hasattr(own, "network"):
+                own.network = placed(self.network, own.name)
             return self._encode(own.network, decoded)
 
         decoded = _in_order(self.pool, self._decode, chunks, 2 * self.workers)

@@ -87,9 +87,11 @@ def test_an_error_of_a_gpu_is_raised(network, gpus, monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(encoder, "encode_pixels", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        latents(network, chunks(3))
+    for step in ("encode_pixels", "placed"):
+        with monkeypatch.context() as patched:
+            patched.setattr(encoder, step, fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                latents(network, chunks(5))
 
 
 def test_a_batch_and_a_chunk_are_as_large_as_the_memory_allows(network, gpus, monkeypatch):

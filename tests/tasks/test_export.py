@@ -237,7 +237,7 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
 
 
 def test_a_network_in_float16_draws_nearly_the_same_images(tree, tmp_path):
-    trained = load_pipeline(tree / "outputs" / "pipeline")
+    trained = dataclasses.replace(load_pipeline(tree / "outputs" / "pipeline"), companions={})
     folder = shutil.copytree(tree / "outputs" / "onnx", tmp_path / "onnx")
     (folder / "guide.onnx").unlink()
     onnx_graph.write(onnx_graph.to_onnx(trained, PARAMS.opset, "fp16"), folder / "unet.onnx")
