@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.params.control import ControlParams
-from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers
+from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers, require_workers
 
 FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 """Refers to the environment variable that contains an address, so that the address is not written to params.yaml."""
@@ -189,6 +189,11 @@ class IngestParams(Section):
     workers: Workers = 2
     """Processes that decode, `auto` is one per core; the output does not depend on their number."""
 
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _check_workers(cls, value: object) -> Workers:
+        return require_workers("ingest.workers", value)
+
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
         for template in self.caption_templates:
@@ -270,3 +275,8 @@ class EncodeParams(Section):
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     control: ControlParams | None = None
     """Control maps for a ControlNet; null makes none."""
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _check_workers(cls, value: object) -> Workers:
+        return require_workers("encode.workers", value)

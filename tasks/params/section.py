@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Workers = PositiveInt | Literal["auto"]
-"""A number of threads or processes; `auto` is one for each core that this process may use."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Workers = int | Literal["auto"]
+"""A number of threads or processes, see `require_workers`; `auto` is one for each core that this process may use."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
 Guidance = Literal["classifier_free", "auto"]
@@ -29,6 +29,15 @@ class Section(BaseModel):
     """A frozen section; it refuses unknown keys, infinities, NaN and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def require_workers(where: str, value: object) -> Workers:
+    """Return the value of the parameter `where`, or raise `ValueError` unless it is a number of workers or `auto`."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError(f"parameter '{where}' is {value!r}: input should be a number of at least 1, or 'auto'")
 
 
 def worker_count(workers: Workers) -> int:
