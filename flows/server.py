@@ -52,8 +52,8 @@ class Process:
     name: str
     pid: int
     started: float
-    """Start in seconds after the machine's, which no change of the clock moves (since 1970 where the system does not
-    tell it); another process with the same id has another start."""
+    """Start in seconds after that of the machine, which setting the clock does not change (since 1970 on systems other
+    than Linux); another process with the same id has another start."""
     port: int
     """Port of the server, also for the worker."""
 
