@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from flows import server
-from tests.flows.test_two_pipelines import hashes, start
+from tests.flows.test_two_pipelines import start
 from tests.support import tiny
+from tests.support.stage_drill import hashes
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Chain

@@ -27,10 +27,9 @@ import pytest
 
 from flows import server
 from tests.flows.test_prefect_server import FINAL, Served
-from tests.flows.test_two_pipelines import hashes
 from tests.infra.test_local_stack import command, free_port
 from tests.support import tiny
-from tests.support.stage_drill import environment
+from tests.support.stage_drill import environment, hashes
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Chain

@@ -11,10 +11,9 @@ from sqlite3 import connect
 from typing import TYPE_CHECKING
 
 import pytest
-import yaml
 
 from tests.support import tiny
-from tests.support.stage_drill import TIMES, environment
+from tests.support.stage_drill import environment, hashes
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Chain
@@ -32,13 +31,6 @@ def start(tree: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def hashes(tree: Path) -> dict[str, str]:
-    """Path -> hash of every output whose bytes do not depend on the time."""
-    stages = yaml.safe_load((tree / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return {out["path"]: out["md5"] for out in outs if not out["path"].startswith(TIMES)}
 
 
 @pytest.mark.timeout(3600)

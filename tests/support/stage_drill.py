@@ -44,6 +44,13 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
 
 
+def hashes(tree: Path) -> dict[str, str]:
+    """Path -> hash of everything that the chain wrote, as DVC recorded it, without what differs from run to run."""
+    lock = yaml.safe_load((tree / "dvc.lock").read_text(encoding="utf-8"))
+    outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+    return {out["path"]: out["md5"] for out in outs if not out["path"].startswith(TIMES)}
+
+
 class Repro:
     """A running `dvc repro --single-item`, in a process group of its own.
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.warm_packages"])
 
 
 def start(arguments: list[str], folder: Path, environment: dict[str, str], log: Path) -> BaseProcess:
     """Start `dvc` with `arguments` in `folder`, in a session of its own; what it prints goes to the file `log`."""
+    # Not on import: the server is that of the whole process, and tests/support/warm.py needs fewer packages.
+    _CONTEXT.set_forkserver_preload(["tests.support.warm_packages"])
     process = _CONTEXT.Process(target=_dvc, args=(arguments, folder, environment, log))
     process.start()
     return process
