@@ -12,6 +12,8 @@ PRESET ?=
 NAME ?=
 MODEL ?=
 VERSION ?= champion
+ROUNDS ?=
+SEED ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -71,8 +73,9 @@ coverage: install ## the tests of `make test` with the lines and branches they r
 	@mkdir -p .scratch/coverage
 	@$(TESTS) --cov --cov-report=term --cov-report=xml $(ARGS)
 
-drills: install ## the long tests: kills, resumes, races (up to an hour)
-	@python -m pytest -m slow
+drills: install ## the long tests: kills, full disks, races (hours; ROUNDS=1000 kills more often, SEED=1 at other moments)
+	@$(if $(ROUNDS),AFTERIMAGE_DRILL_ROUNDS=$(ROUNDS)) $(if $(SEED),AFTERIMAGE_DRILL_SEED=$(SEED)) \
+		python -m pytest -m slow $(ARGS)
 
 docs: EXTRA = docs
 docs: install ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)

@@ -12,7 +12,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import deployment, flow_run
 
-from flows import clone
+from flows import clone, recover
 from tasks.runtime import workspace as places
 from tasks.runtime.errors import StageError
 
@@ -49,6 +49,8 @@ def opened(workspace: str | None, preset: str | None, overrides: list[str], wait
     with clone.only_run(folder, f"flow run {flow_run.name}", wait_seconds, log) as held:
         if workspace:
             clone.update(root, folder, preset, overrides, log)
+        for repair in recover.recover(folder):
+            log(repair)
         yield Place(folder, environment(), held, wait_seconds)
 
 
