@@ -15,6 +15,7 @@ from uuid import UUID
 from prefect.automations import AutomationCore, CallWebhook, EventTrigger, Posture
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
+from prefect.types import SecretDict
 from pydantic import SecretStr
 
 from tasks.runtime import workspace
@@ -70,7 +71,9 @@ def set_up(limits: Limits | None = None) -> str | None:
 
 def _block(address: str) -> UUID:
     """Store the address in the webhook block of this project, and return the block's id."""
-    return Webhook(url=SecretStr(address)).save(BLOCK, overwrite=True, _sync=True)
+    # Prefect sends the payload of an automation as text, without a type of its own.
+    headers = SecretDict({"Content-Type": "application/json"})
+    return Webhook(url=SecretStr(address), headers=headers).save(BLOCK, overwrite=True, _sync=True)
 
 
 def _automations(block: UUID, limits: Limits) -> Iterator[AutomationCore]:

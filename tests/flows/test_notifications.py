@@ -69,7 +69,7 @@ def prefect(tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind((server.HOST, 0))
         port = probe.getsockname()[1]
-    variables = server.environment(tmp_path, port)
+    variables = server.environment(tmp_path, port) | {"PYTHONPATH": str(tiny.ROOT)}
     process = server.start(tmp_path, server.SERVER, variables)
     try:
         api = f"{server.url(port)}/api"
