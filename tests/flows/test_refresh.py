@@ -53,7 +53,7 @@ def prefect():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
         loopback.exempt(os.environ)
-        with prefect_test_harness(server_startup_timeout=180):
+        with prefect_test_harness(server_startup_timeout=600):
             yield
 
 

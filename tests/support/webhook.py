@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,11 +24,15 @@ class Receiver(ThreadingHTTPServer):
 
     def wait_for(self, event: str, seconds: float) -> dict[str, Any]:
         """Return the first notification of a kind."""
+        return self.wait_until(lambda received: [body for body in received if body["event"] == event], seconds)[0]
+
+    def wait_until(self, condition: Callable[[list[dict[str, Any]]], Any], seconds: float) -> Any:
+        """Return the value of `condition` of the notifications, once it is true."""
         deadline = time.monotonic() + seconds
-        while not (found := [body for body in self.received if body["event"] == event]):
-            assert time.monotonic() < deadline, f"no {event} in {self.received}; refused: {self.refused}"
+        while not (value := condition(self.received)):
+            assert time.monotonic() < deadline, f"received: {self.received}; refused: {self.refused}"
             time.sleep(0.1)
-        return found[0]
+        return value
 
 
 class _Handler(BaseHTTPRequestHandler):
