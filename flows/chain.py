@@ -72,7 +72,8 @@ def pipeline(
     """
     with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
         try:
-            with opened(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
+            chosen = None if preset == COMMITTED else preset
+            with opened(workspace, chosen, overrides or [], wait_seconds, cancelled) as place:
                 state = _chain(place, jobs)
         except (StageError, ParamsError) as error:
             state = Failed(message=redacted(str(error)))

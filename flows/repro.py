@@ -64,10 +64,10 @@ def upstream(workspace: Path, stage: str) -> dict[str, list[str]]:
     return {name: above for name, above in stages_of.items() if name in needed}
 
 
-def alone(workspace: Path) -> set[str]:
-    """Stages beside which no other may run: those with `meta: {alone: true}` in `dvc.yaml`."""
+def marked(workspace: Path, mark: str) -> set[str]:
+    """Stages with `meta: {MARK: true}` in `dvc.yaml`: `alone`, beside which no other may run, and `gpu`."""
     chain = yaml.safe_load((workspace / "dvc.yaml").read_text(encoding="utf-8"))
-    return {name for name, stage in chain["stages"].items() if stage.get("meta", {}).get("alone")}
+    return {name for name, stage in chain["stages"].items() if stage.get("meta", {}).get(mark)}
 
 
 def remote(workspace: Path) -> str | None:

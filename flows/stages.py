@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import cancelling, dvc, repro, schedule
+from flows import cancelling, devices, dvc, repro, schedule
 from flows.place import Place
 from tasks.params.redaction import redacted
 from tasks.runtime.errors import StageError
@@ -79,6 +80,11 @@ def run_all(
         force: Stages that run even if DVC has their results.
     """
     done = Stages(tuple(graph))
+    alone, gpu = (repro.marked(place.folder, mark) for mark in ("alone", "gpu"))
+
+    def interrupt() -> None:
+        place.stop.set()
+        cancelling.end_stages()
 
     def work(stage: str) -> bool:
         began = time.monotonic()
@@ -86,31 +92,33 @@ def run_all(
         # A network may be unreachable for a minute. Every other stage is deterministic and would fail again.
         retries = list(NETWORK_RETRY_SECONDS) if stage == "download" else []
         configured = run_stage.with_options(retries=len(retries), retry_delay_seconds=retries or None)
-        state = configured(stage, place, force=stage in force, return_state=True)
+        state = configured(stage, place, force=stage in force, gpu=stage in gpu, return_state=True)
         done.states[stage], done.seconds[stage] = state, time.monotonic() - began
         if state.is_completed():
             after(stage)
         return state.is_completed()
 
     with dvc.ordered_lock_file(place.folder, list(graph)):
-        alone = repro.alone(place.folder)
-        schedule.run(graph, work, jobs=jobs, alone=alone, interrupt=cancelling.end_stages)
+        schedule.run(graph, work, jobs=jobs, alone=alone, interrupt=interrupt)
     return done
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: str, place: Place, force: bool = False) -> State[None]:
-    """Bring one stage up to date; the state is Completed, Cached or Failed, with one sentence."""
+def run_stage(stage: str, place: Place, force: bool = False, gpu: bool = False) -> State[None]:
+    """Bring one stage up to date, on a GPU of its own if `gpu`; the state is Completed, Cached or Failed."""
+    log = run_log()
     try:
-        ran = repro.repro(
-            stage,
-            place.folder,
-            place.environment,
-            run_log(),
-            held=place.held,
-            wait_seconds=place.wait_seconds,
-            force=force,
-        )
+        lent = devices.lent(place.environment, log, place.stop) if gpu else nullcontext(place.environment)
+        with lent as variables:
+            ran = repro.repro(
+                stage,
+                place.folder,
+                variables,
+                log,
+                held=place.held,
+                wait_seconds=place.wait_seconds,
+                force=force,
+            )
     except StageError as error:
         return Failed(message=redacted(str(error)))
     return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")

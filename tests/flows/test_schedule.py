@@ -91,8 +91,10 @@ def test_an_exception_interrupts_the_other_stages() -> None:
     assert interrupted.is_set()
 
 
-def test_the_stages_of_the_chain_that_measure_durations() -> None:
-    assert repro.alone(tiny.ROOT) == {"evaluate", "export"}
+def test_stages_that_measure_durations_or_use_a_gpu() -> None:
+    assert repro.marked(tiny.ROOT, "alone") == {"evaluate", "export"}
+    without = {"download", "ingest", "validate", "package", "register"}
+    assert repro.marked(tiny.ROOT, "gpu") == set(repro.graph(tiny.ROOT)) - without
 
 
 LOCK = "schema: '2.0'\nstages:\n  {}:\n    cmd: a\n    outs:\n    - path: x\n  {}:\n    cmd: b\n  {}:\n    cmd: c\n"
