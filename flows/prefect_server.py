@@ -40,7 +40,7 @@ async def begin_immediately(
 
 def main() -> None:
     """Run `prefect server start` with the arguments of this process."""
-    AioSqliteConfiguration.begin_transaction = begin_immediately  # type: ignore[method-assign]
+    AioSqliteConfiguration.begin_transaction = begin_immediately
     sys.argv[1:1] = ["server", "start"]
     app()
 
