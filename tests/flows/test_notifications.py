@@ -69,8 +69,9 @@ class Prefect:
 
 
 @pytest.fixture
-def prefect(tmp_path, monkeypatch):
+def prefect(tmp_path, monkeypatch, migrated_prefect):
     database = tmp_path / "elsewhere.db"
+    shutil.copy(migrated_prefect, database)
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{database}")
     monkeypatch.setenv("PREFECT_API_KEY", "somebody's")
     (tmp_path / server.PROCFILE).parent.mkdir()

@@ -115,7 +115,7 @@ class Toy(Served):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Toy]:
+def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, migrated_prefect: Path) -> Iterator[Toy]:
     outside = tmp_path_factory.mktemp("survival")
     root = tiny.tree(outside / "tree")
     (root / "dvc.yaml").write_text(TOY.format(outside=outside))
@@ -126,6 +126,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> It
     tiny.git(root, "commit", "--quiet", "-m", "a toy chain")
     tiny.git(outside, "clone", "--quiet", "--bare", str(root), "origin.git")
     shutil.copy(migrated_database, root / "mlflow.db")
+    (root / ".prefect" / "home").mkdir(parents=True)
+    shutil.copy(migrated_prefect, root / ".prefect" / "home")
     (outside / "source.txt").write_text("first")
     (outside / "go").touch()
     port = free_port()
