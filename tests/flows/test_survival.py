@@ -24,9 +24,9 @@ from flows import dvc, server
 from tests.flows.test_prefect_server import FINAL, Served, command, free_port
 from tests.support import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a server of its own, which is away for minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a server of its own, which is away for minutes
 
-START = 300.0
+START = 600.0
 """Seconds for the start of a run on a busy machine."""
 TOY = """\
 stages:
