@@ -124,7 +124,7 @@ def _require_pool(root: Path, name: str, kind: str | None, limit: int | None) ->
             client.read_work_pool(name)
         except ObjectNotFound:
             if kind is None:
-                raise StageError(f"there is no work pool {name}; create it with --type process") from None
+                raise StageError(f"there is no work pool {name}; name its --type, which creates it") from None
             file = TEMPLATES[kind]
             template = json.loads((root / file).read_text(encoding="utf-8")) if file else {}
             client.create_work_pool(

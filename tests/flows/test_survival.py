@@ -102,6 +102,9 @@ class Toy(Served):
     def post_event(self, event: dict[str, object]) -> int:
         return self._api.post("/events", json=[event]).status_code
 
+    def pool(self, name: str) -> dict[str, object]:
+        return self._api.get(f"/work_pools/{name}").raise_for_status().json()
+
     def waiting(self, deployment: str) -> int:
         """Runs of a schedule that are due and have not started."""
         now = datetime.now(UTC).isoformat()
@@ -215,6 +218,21 @@ def test_missed_runs_do_not_pile_up(toy: Toy) -> None:
     toy.wait(lambda: toy.waiting("watch") == 0, START, "the start of the newest")
     toy.wait(lambda: not {"Pending", "Running"} & set(toy.states("watch")), START, "its end")
     assert len([run for run in toy.runs("watch") if run["auto_scheduled"]]) == 1, before
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_the_server_accepts_deployments_on_a_pool_with_our_job_template(toy: Toy, kind: str) -> None:
+    pool, repository = f"afterimage-{kind}", "https://git.example.org/afterimage.git"
+    unknown = command(toy.root, "flows.deploy", pool, "--repository", repository)
+    assert unknown.stderr == f"deploy: error: there is no work pool {pool}; name its --type, which creates it\n"
+    done = command(toy.root, "flows.deploy", pool, "--type", kind, "--limit", "2", "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    found = toy.pool(pool)
+    assert (found["type"], found["concurrency_limit"]) == (kind, 2)
+    assert "gpu" in str(found["base_job_template"])
+    nightly = toy.deployment(f"nightly-{kind}")
+    assert nightly["work_pool_name"] == pool and "git_clone" in str(nightly["pull_steps"])
+    assert toy.deployment(f"data-refresh-{kind}")["parameters"] == {"pipeline": f"afterimage/on-demand-{kind}"}
 
 
 def test_a_worker_on_another_machine_fetches_code_and_data_and_pushes_its_results(toy: Toy, tmp_path: Path) -> None:
