@@ -20,7 +20,8 @@ from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
 
-START_SECONDS = 180.0
+START_SECONDS = 600.0
+"""The server starts in ten seconds, on a busy machine in minutes."""
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def free_port() -> int:
 def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=root, env=kept, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", module, *arguments], cwd=root, env=kept, capture_output=True, text=True, timeout=900
     )
 
 
