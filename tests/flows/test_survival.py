@@ -7,6 +7,7 @@ this file use one server, in their order.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from tests.support import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a server of its own, which is away for minutes
 
+OPERATIONS = tiny.ROOT / "docs" / "operations.md"
 START = 600.0
 """Seconds for the start of a run on a busy machine."""
 TOY = """\
@@ -99,9 +101,6 @@ class Toy(Served):
         for one in [process, *process.children(recursive=True)]:
             one.kill()
 
-    def post_event(self, event: dict[str, object]) -> int:
-        return self._api.post("/events", json=[event]).status_code
-
     def pool(self, name: str) -> dict[str, object]:
         return self._api.get(f"/work_pools/{name}").raise_for_status().json()
 
@@ -146,9 +145,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, migra
 
 
 def test_an_event_of_the_source_refreshes_the_data_and_starts_the_chain(toy: Toy) -> None:
-    """What a webhook of the source posts."""
-    event = {"event": "afterimage.source.changed", "resource": {"prefect.resource.id": "afterimage.source"}}
-    assert toy.post_event(event) == httpx.codes.NO_CONTENT
+    """By the command that the documentation gives for a webhook of the source."""
+    found = re.search(r"^(curl -X POST \S+/api/events.*?)^```", OPERATIONS.read_text(), re.M | re.S)
+    assert found
+    posted = ["bash", "-ec", found[1].replace("http://127.0.0.1:4200", server.url(toy.port)).replace("curl", "curl -f")]
+    subprocess.run(posted, check=True)
     toy.wait(lambda: toy.states("data-refresh") == ["Completed"], START, "the end of the refresh")
     toy.wait(lambda: toy.states("on-demand") == ["Completed"], START, "the end of the chain")
     run = toy.runs("data-refresh")[0]
