@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -111,3 +115,78 @@ def test_new_entries_of_the_lock_file_are_in_the_order_of_the_chain(tmp_path: Pa
     with dvc.ordered_lock_file(tmp_path, ["a", "b", "c"]):
         pass
     assert file.read_text() == LOCK.format("z", "c", "a"), "a file that others ordered stays as it is"
+
+
+TOY = """\
+stages:
+  first: {cmd: echo 1 > first.txt, outs: [first.txt]}
+  left: {cmd: python slow.py left 3, deps: [first.txt], outs: [left.txt]}
+  right: {cmd: python slow.py right 1, deps: [first.txt], outs: [right.txt]}
+  last: {cmd: "cat left.txt right.txt > last.txt", deps: [left.txt, right.txt], outs: [last.txt]}
+"""
+SLOW = """\
+import pathlib, sys, time
+name, seconds = sys.argv[1:]
+beside = {"left": "right", "right": "left"}[name]
+pathlib.Path(f"{name}.begun").touch()
+deadline = time.monotonic() + float(pathlib.Path("patience").read_text())
+while not pathlib.Path(f"{beside}.begun").exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+print("beside" if pathlib.Path(f"{beside}.begun").exists() else "alone", flush=True)
+time.sleep(float(seconds))
+pathlib.Path(f"{name}.txt").write_text(name)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    tiny.git(tmp_path, "init", "--quiet")
+    subprocess.run(dvc.command("init", "--quiet"), cwd=tmp_path, check=True)
+    (tmp_path / "dvc.yaml").write_text(TOY)
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "held").touch()
+    return tmp_path
+
+
+def bring(toy: Path, jobs: int, patience: float) -> dict[str, list[str]]:
+    """Run the toy chain; stage -> its output. `left` and `right` wait for each other for `patience` seconds."""
+    for begun in toy.glob("*.begun"):
+        begun.unlink()
+    (toy / "patience").write_text(str(patience))
+    said: dict[str, list[str]] = {}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    graph = repro.graph(toy)
+    with (toy / "held").open() as held:
+
+        def work(stage: str) -> bool:
+            log = said.setdefault(stage, []).append
+            return repro.repro(stage, toy, environment, log, held=held.fileno(), wait_seconds=0)
+
+        with dvc.ordered_lock_file(toy, list(graph)):
+            schedule.run(graph, work, jobs=jobs)
+    return said
+
+
+@pytest.mark.slow  # eleven processes of DVC
+def test_dvc_runs_independent_stages_at_the_same_time_and_its_lock_file_is_the_same(toy: Path) -> None:
+    said = bring(toy, 2, 120)
+    assert "beside" in said["left"] and "beside" in said["right"]
+    together = (toy / "dvc.lock").read_bytes()
+    assert together.index(b"left:") < together.index(b"right:"), "although right ended first"
+    (toy / "dvc.lock").unlink()
+    shutil.rmtree(toy / ".dvc" / "cache")
+    assert "alone" in bring(toy, 1, 0)["left"]
+    assert (toy / "dvc.lock").read_bytes() == together
+
+
+@pytest.mark.slow
+def test_the_result_of_a_stage_waits_for_another_dvc_command(toy: Path) -> None:
+    """DVC gives up after 3 s by default, after the stage has run."""
+    program = (
+        "import pathlib, sys, time, zc.lockfile\n"
+        "while not pathlib.Path('left.begun').exists(): time.sleep(0.05)\n"
+        "time.sleep(1); lock = zc.lockfile.LockFile('.dvc/tmp/lock'); print('locked', flush=True); time.sleep(9)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=toy, stdout=subprocess.PIPE) as other:
+        assert set(bring(toy, 1, 0)) == {"first", "left", "right", "last"}
+        assert other.stdout is not None and other.stdout.read() == b"locked\n"
