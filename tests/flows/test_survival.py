@@ -168,6 +168,9 @@ def test_a_long_stage_survives_a_server_that_is_away_for_longer_than_the_silence
     time.sleep(server.SILENCE_SECONDS + 20)
     toy.start()
     time.sleep(server.SILENCE_SECONDS)
+    crashed = {"type": "CRASHED", "message": f"{server.SILENT} 90 s"}  # what a server does that was away for less long
+    toy.post(f"/flow_runs/{identity}/set_state", state=crashed, force=True)
+    toy.wait(lambda: toy.run(identity)["state_type"] == "RUNNING", 120, "the correction of the state")
     (toy.outside / "go").touch()
     state = toy.ended(identity)
     assert state["type"] == "COMPLETED", state
