@@ -10,6 +10,7 @@ EXTRA ?=
 PORT ?=
 PRESET ?=
 NAME ?=
+POOL ?=
 MODEL ?=
 VERSION ?= champion
 ROUNDS ?=
@@ -23,7 +24,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down deploy run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -95,6 +96,9 @@ stack: install ## the whole stack without containers: MLflow, Prefect, worker, S
 
 stack-down: ## end what `make stack` started
 	@test ! -x .venv/bin/python || python -m infra.stack --down
+
+deploy: install ## the flows for workers on other machines (POOL=name, ARGS="--type process"; kubernetes, docker)
+	@python -m flows.deploy $(POOL) $(ARGS)
 
 run: install ## have the worker of `make serve` run a preset now (PRESET=digits, ARGS="train.steps=1000")
 	@python -m flows.on_demand $(PRESET) $(ARGS)

@@ -41,6 +41,10 @@ DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 """Beginnings of the variables that name the database of Prefect's server, and its password."""
 HEARTBEAT_SECONDS = 30
 """Seconds between two heartbeats of a flow run; Prefect's minimum."""
+SILENCE_SECONDS = 90
+"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
+SILENT = "No heartbeat for"
+"""Beginning of the message of such a run."""
 GRACE_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
 
