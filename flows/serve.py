@@ -50,7 +50,7 @@ def serve(root: Path, port: int | None) -> None:
     server.lines(root)
     workspace.webhook()  # refused before anything starts
     up = server.running(root)
-    port = _port(up.get(server.SERVER), port)
+    port = port_of(up.get(server.SERVER), port)
     variables = server.environment(root, port)
     restarted = None
     if server.SERVER not in up:
@@ -65,7 +65,7 @@ def serve(root: Path, port: int | None) -> None:
     print(on_demand.advice(root, port))
 
 
-def _port(process: server.Process | None, requested: int | None) -> int:
+def port_of(process: server.Process | None, requested: int | None) -> int:
     """The port to use. Raises `StageError` if it is taken, or differs from that of the running server."""
     if process is not None:
         if requested not in (None, process.port):

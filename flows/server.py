@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import pwd
 import shlex
 import signal
 import subprocess
@@ -37,8 +38,12 @@ PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
 RECORD_FORMAT = 1
 LOGS = Path(".prefect") / "logs"
+STACK = Path(".prefect") / "stack"
+"""Files of the servers of `make stack`; PostgreSQL works in a folder there."""
 DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 """Beginnings of the variables that name the database of Prefect's server, and its password."""
+LOGIN = "PREFECT_API_AUTH_STRING"
+"""Variable with the login NAME:PASSWORD that clients send, and that a server started with it demands."""
 HEARTBEAT_SECONDS = 30
 """Seconds between two heartbeats of a flow run; Prefect's minimum."""
 GRACE_SECONDS = 30.0
@@ -99,14 +104,17 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     }
     if port is not None:
         settings |= {**client_settings(root, port), "PORT": str(port)}
+        settings["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = url(port)  # by default pages of any site may call the API
+    if LOGIN in inherited:
+        settings["PREFECT_SERVER_API_AUTH_STRING"] = inherited[LOGIN]
     variables = inherited | settings
     loopback.exempt(variables)
     return variables
 
 
 def _is_passed_on(name: str) -> bool:
-    """Whether a variable of the caller applies here; of Prefect's only those of the server's database."""
-    return not name.startswith("PREFECT_") or name.startswith(DATABASE)
+    """Whether a variable of the caller applies here; of Prefect's only the login and those of the server's database."""
+    return not name.startswith("PREFECT_") or name.startswith(DATABASE) or name == LOGIN
 
 
 def client_settings(root: Path, port: int) -> dict[str, str]:
@@ -139,11 +147,12 @@ def elsewhere(root: Path) -> Path | None:
 
 
 def _folder_of(process: Process) -> Path | None:
-    """Working directory of a recorded process; None if it does not run."""
+    """Work tree of a recorded process, from its working directory; None if it does not run."""
     try:
-        return Path(psutil.Process(process.pid).cwd()).resolve() if alive(process) else None
+        folder = psutil.Process(process.pid).cwd() if alive(process) else None
     except psutil.Error:
         return None
+    return Path(folder.partition(f"/{STACK}/")[0]).resolve() if folder else None
 
 
 def _recorded(root: Path) -> list[Process]:
@@ -157,8 +166,14 @@ def _recorded(root: Path) -> list[Process]:
     return [Process(**entry) for entry in record["processes"]]
 
 
-def start(root: Path, name: str, variables: Mapping[str, str], procfile: Path = PROCFILE) -> Process:
-    """Start the line `name` of the process file in the background and record it."""
+def start(
+    root: Path,
+    name: str,
+    variables: Mapping[str, str],
+    procfile: Path = PROCFILE,
+    user: pwd.struct_passwd | None = None,
+) -> Process:
+    """Start the line `name` of the process file in the background, as `user` if it is given, and record it."""
     command = [Template(word).substitute(variables) for word in shlex.split(lines(root, procfile)[name])]
     # Prefect's worker ends its runs with SIGINT, which a background process of a shell ignores, and so do its children;
     # with a handler in this process, the children get the default action.
@@ -174,6 +189,9 @@ def start(root: Path, name: str, variables: Mapping[str, str], procfile: Path = 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            user=user.pw_uid if user else None,
+            group=user.pw_gid if user else None,
+            extra_groups=[] if user else None,
         )
     process = Process(name, child.pid, psutil.Process(child.pid).create_time(), int(variables["PORT"]))
     _record(root, {**running(root), name: process})
