@@ -13,7 +13,6 @@ from flows import server
 from tasks.runtime import locks, workspace
 from tasks.runtime.errors import StageError
 
-
 ORDER = {server.WORKER: 0, "storage": 2, "postgres": 2}
 """Name of a process -> its turn; the others have the turn 1."""
 

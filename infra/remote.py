@@ -48,7 +48,7 @@ def main() -> None:
         prog="python -m infra.remote", description="Set up the DVC remote of this work tree on S3."
     )
     parser.add_argument("url", metavar="s3://BUCKET/PREFIX")
-    parser.add_argument("--endpoint", metavar="URL", help="of a compatible server (default: AWS_ENDPOINT_URL, else AWS)")
+    parser.add_argument("--endpoint", metavar="URL", help="of a compatible server; default: AWS_ENDPOINT_URL, or AWS")
     parser.add_argument("--region", help="default: AWS_DEFAULT_REGION, or that of the AWS profile")
     parser.add_argument("--name", default="storage", help="name of the remote (default storage)")
     parser.add_argument("--create", action="store_true", help="create the bucket if it is missing")
@@ -73,7 +73,8 @@ def set_up(root: Path, remote: Remote, *, create: bool) -> None:
     for address in (remote.url, remote.endpoint or ""):
         if holds_credentials(address):
             raise StageError(
-                f"{address} holds credentials, which would be committed; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"{address} holds credentials, which would be committed; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY instead"
             )
     if remote.endpoint and urlsplit(remote.endpoint).scheme not in ("http", "https"):
         raise StageError(f"the endpoint {remote.endpoint} must start with http:// or https://")

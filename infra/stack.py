@@ -26,7 +26,6 @@ from pathlib import Path
 from flows import serve, server
 from flows.stop import stop
 from infra import mlflow_server, private_file, stack_database, stack_storage
-from infra.stack_storage import Identity
 from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
@@ -60,7 +59,7 @@ def main() -> None:
         "--storage-port",
         type=int,
         default=9000,
-        help=f"of the S3-compatible server, which uses the {stack_storage.PORTS - 1} ports after it, too (default 9000)",
+        help=f"first of the {stack_storage.PORTS} ports of the S3-compatible server (default 9000)",
     )
     given = parser.parse_args()
     loopback.exempt(os.environ)
@@ -131,7 +130,7 @@ def _start_database(root: Path, folder: Path, up: dict[str, server.Process]) -> 
     return chosen.mlflow()
 
 
-def _of_mlflow(identity: Identity, storage: int, database: str) -> dict[str, str]:
+def _of_mlflow(identity: stack_storage.Identity, storage: int, database: str) -> dict[str, str]:
     return {
         **identity.variables(storage),
         "AWS_PROFILE": "",

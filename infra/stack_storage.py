@@ -1,4 +1,4 @@
-"""The S3-compatible server of `make stack`: SeaweedFS, on 127.0.0.1, with one identity that is made at the first start."""
+"""The S3-compatible server of `make stack`: SeaweedFS on 127.0.0.1, with credentials that the first start makes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import pytest
 
 from flows import server
 from tests.flows.test_prefect_server import FINAL, Served
-from tests.infra.test_local_stack import command, free_port
+from tests.infra.test_local_stack import command, free_port, free_ports
 from tests.support import tiny
 
 if TYPE_CHECKING:
@@ -39,13 +39,14 @@ class Stack:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.ports = {name: str(free_port()) for name in ("--port", "--mlflow-port", "--storage-port")}
+        self.ports = {name: str(free_port()) for name in ("--port", "--mlflow-port")}
+        self.ports["--storage-port"] = str(free_ports())
         self.mlflow = ""
 
     def start(self) -> None:
         done = command(self.root, *(word for pair in self.ports.items() for word in pair))
         assert done.returncode == 0, done.stderr
-        found = re.search(r"export MLFLOW_TRACKING_URI=(\S+)", done.stdout)
+        found = re.search(r"stack: MLflow (\S+)", done.stdout)
         assert found
         self.mlflow = found[1]
 
