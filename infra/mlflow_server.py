@@ -55,9 +55,7 @@ def prepare(host: str, port: int, allowed_hosts: str | None, folder: Path) -> tu
     login = _login(variables)
     if login is None:
         if not _is_loopback(host):
-            raise StageError(
-                f"MLflow on {host} needs a login, because other machines reach it; set {NAME} and {PASSWORD}"
-            )
+            raise StageError(f"other machines reach MLflow on {host}, so it needs a login; set {NAME} and {PASSWORD}")
         return command, variables
     if importlib.util.find_spec("flask_wtf") is None:
         raise StageError("a login for MLflow needs the package Flask-WTF; install it: make install EXTRA=stack")

@@ -25,7 +25,7 @@ import pytest
 from flows import server
 from infra import stack_database, stack_storage
 from tests.infra.test_local_stack import command, free_port, free_ports
-from tests.support import tiny
+from tests.support import postgres, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -111,21 +111,19 @@ def answer(address: str, login: str = "", body: object = None, **headers: str) -
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory) -> Iterator[Stack]:
+def stack() -> Iterator[Stack]:
     if stack_database._programs(None) is None:
         pytest.skip("needs PostgreSQL")
-    folder = tmp_path_factory.mktemp("s")
-    for above in (folder, *folder.parents[:2]):  # PostgreSQL's own user, if this is root, enters it
-        above.chmod(above.stat().st_mode | 0o011)
-    root = tiny.tree(folder / "tree")
-    ports = {"--port": str(free_port()), "--mlflow-port": str(free_port()), "--storage-port": str(free_ports())}
-    running = Stack(root, ports)
-    try:
-        running.start()
-        yield running
-    finally:
-        done = command(root, "--down")
-    assert done.returncode == 0 and server.running(root) == {}
+    with postgres.open_folder() as folder:
+        root = tiny.tree(folder / "tree")
+        ports = {"--port": str(free_port()), "--mlflow-port": str(free_port()), "--storage-port": str(free_ports())}
+        running = Stack(root, ports)
+        try:
+            running.start()
+            yield running
+        finally:
+            done = command(root, "--down")
+        assert done.returncode == 0 and server.running(root) == {}
 
 
 def test_databases_are_in_postgresql_and_artifacts_in_s3(stack):
