@@ -90,7 +90,7 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     home = root / ".prefect" / "home"
     home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
     settings = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PATH": search_path(),
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Leases of concurrency slots are kept in files. A killed server would lose leases in memory (the default) and
@@ -110,6 +110,11 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     variables = inherited | settings
     loopback.exempt(variables)
     return variables
+
+
+def search_path() -> str:
+    """Folders in which programs are looked for: those of this environment first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _is_passed_on(name: str) -> bool:

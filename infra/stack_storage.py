@@ -68,7 +68,7 @@ def identity(folder: Path) -> Identity:
 
     Raises `StageError` if SeaweedFS is not installed.
     """
-    if shutil.which(PROGRAM) is None:
+    if shutil.which(PROGRAM, path=server.search_path()) is None:
         raise StageError("SeaweedFS, the S3-compatible server, is not installed; install it: make install EXTRA=stack")
     file = folder / "s3.json"
     if not file.exists():

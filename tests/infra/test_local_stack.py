@@ -113,7 +113,7 @@ def test_a_server_that_ends_at_once_is_one_sentence(tree):
 
 
 def test_a_missing_s3_server_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(server, "search_path", lambda: str(tmp_path))
     with pytest.raises(StageError, match="make install EXTRA=stack"):
         stack_storage.identity(tmp_path)
 

@@ -6,9 +6,11 @@ The tests share one stack and run in their order.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -112,8 +114,9 @@ def answer(address: str, login: str = "", body: object = None, **headers: str) -
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    if stack_database._programs(None) is None:
-        pytest.skip("needs PostgreSQL")
+    found = (stack_database._programs(None), shutil.which(stack_storage.PROGRAM, path=server.search_path()))
+    if None in found or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs PostgreSQL and the extra stack")
     with postgres.open_folder() as folder:
         root = tiny.tree(folder / "tree")
         ports = {"--port": str(free_port()), "--mlflow-port": str(free_port()), "--storage-port": str(free_ports())}
