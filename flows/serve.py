@@ -57,6 +57,7 @@ def serve(root: Path, port: int | None) -> None:
         print("serve: starting the server (about 10 s)", flush=True)
         restarted = datetime.now(UTC)
         _wait_until_healthy(root, server.start(root, server.SERVER, variables))
+    server.require_login(f"{server.url(port)}/api")
     _set_up(variables)
     _repair(restarted)
     if server.WORKER not in up:

@@ -6,6 +6,7 @@ reads its settings when it is imported; this module is used before that and does
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -76,6 +77,22 @@ def answers(api: str) -> bool:
         return True
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def require_login(api: str) -> None:
+    """Raise `StageError` if the server asks for a login that the environment does not have."""
+    request = urllib.request.Request(f"{api}/admin/version")  # noqa: S310 - an address of this machine
+    if login := os.environ.get(LOGIN):
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        _opener(api).open(request, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise StageError(
+                f"Prefect's server asks for a login; set {LOGIN} to it (after make stack: source {STACK}/env)"
+            ) from None
+    except (OSError, http.client.HTTPException):
+        return  # what asks next says what is wrong
 
 
 def _opener(address: str) -> urllib.request.OpenerDirector:

@@ -179,6 +179,14 @@ def test_clients_without_the_login_are_refused(stack):
         stack.variables["MLFLOW_TRACKING_PASSWORD"] = PLANTED["MLFLOW_TRACKING_PASSWORD"]
 
 
+def test_our_commands_without_the_login_say_so_in_one_sentence(stack):
+    for module in ("infra.stack", "flows.on_demand"):
+        arguments = [word for pair in stack.ports.items() for word in pair] if module == "infra.stack" else []
+        done = command(stack.root, *arguments, module=module)
+        assert done.returncode == 1 and "asks for a login; set PREFECT_API_AUTH_STRING" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_the_chain_runs_on_the_worker_and_pushes_its_results(stack):
     done = stack.python("-m", "infra.remote", "s3://dvc/afterimage")
     assert done.returncode == 0, done.stderr
