@@ -133,8 +133,6 @@ def _start_database(root: Path, folder: Path, up: dict[str, server.Process]) -> 
 def _of_mlflow(identity: stack_storage.Identity, storage: int, database: str) -> dict[str, str]:
     return {
         **identity.variables(storage),
-        "AWS_PROFILE": "",
-        "AWS_SESSION_TOKEN": "",
         mlflow_server.DATABASE: database,
         "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{stack_storage.ARTIFACTS}",
     }
@@ -155,7 +153,9 @@ def _start(root: Path, name: str, port: int, more: dict[str, str], ready: Callab
 
 
 def _variables(root: Path, port: int, more: dict[str, str]) -> dict[str, str]:
-    return {**server.environment(root, None), "PORT": str(port)} | more
+    """Environment of a server of the stack, without the user's own access to S3."""
+    kept = {name: value for name, value in server.environment(root, None).items() if not name.startswith("AWS_")}
+    return {**kept, "PORT": str(port), **more}
 
 
 def _answers(address: str) -> bool:

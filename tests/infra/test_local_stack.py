@@ -124,6 +124,13 @@ def test_the_credentials_of_the_store_are_made_once(tree):
     assert stack_storage.identity(folder) == made and len(made.secret) >= 32
 
 
+def test_the_servers_do_not_get_the_users_own_access_to_s3(tree, monkeypatch):
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "mine")
+    made = stack._of_mlflow(stack_storage.identity(tree / server.STACK), 9000, "sqlite:///x")
+    assert "mine" not in stack._variables(tree, 5000, made).values()
+
+
 def test_postgresql_ends_after_what_uses_it(tree, capsys):
     (tree / stack.PROCFILE).write_text("postgres: sleep 600\nstorage: sleep 600\nmlflow: sleep 600\n")
     for name in ("postgres", "storage", "mlflow"):

@@ -179,6 +179,49 @@ def test_clients_without_the_login_are_refused(stack):
         stack.variables["MLFLOW_TRACKING_PASSWORD"] = PLANTED["MLFLOW_TRACKING_PASSWORD"]
 
 
+def _peak(process: int) -> int:
+    """Bytes of memory that a process and its children had at most."""
+    import psutil
+
+    every = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
+    status = (Path(f"/proc/{pid}/status").read_text() for pid in every)
+    return sum(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) << 10 for text in status)
+
+
+def test_a_model_of_3_gb_goes_through_in_parts(stack):
+    """The client sends parts to S3 itself, at addresses that the server signs."""
+    file = stack.root.parent / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.truncate(LARGE)
+        sparse.seek(LARGE // 2)
+        sparse.write(b"middle")
+    client = (
+        "from tasks.runtime import tracking; c = tracking.connect(); r = c.create_run(tracking.experiment_id(c)).info"
+    )
+    then = (
+        f"c.log_artifact(r.run_id, {str(file)!r}, 'model'); print(r.run_id); "
+        "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    started = time.monotonic()
+    done = stack.python("-c", f"{client}; {then}", timeout=1800)
+    seconds = time.monotonic() - started
+    file.unlink()
+    assert done.returncode == 0, done.stderr
+    run, megabytes = done.stdout.split()
+    peak = _peak(server.running(stack.root)["mlflow"].pid) >> 20
+    print(f"3 GiB up: {seconds:.0f} s; most memory of the client {megabytes} MiB, of the server {peak} MiB")
+    (stored,) = (
+        one
+        for one in stack.s3().list_objects_v2(Bucket=stack_storage.ARTIFACTS)["Contents"]
+        if one["Key"].endswith(f"{run}/artifacts/model/{file.name}")
+    )
+    assert stored["Size"] == LARGE and "-" in stored["ETag"], "in several parts"
+    middle = {"Bucket": stack_storage.ARTIFACTS, "Key": stored["Key"], "Range": f"bytes={LARGE // 2}-{LARGE // 2 + 5}"}
+    assert stack.s3().get_object(**middle)["Body"].read() == b"middle"
+    assert int(megabytes) < 1500 and peak < 1500
+    stack.s3().delete_object(Bucket=stack_storage.ARTIFACTS, Key=stored["Key"])
+
+
 def test_our_commands_without_the_login_say_so_in_one_sentence(stack):
     for module in ("infra.stack", "flows.on_demand"):
         arguments = [word for pair in stack.ports.items() for word in pair] if module == "infra.stack" else []
@@ -238,49 +281,6 @@ def _everything(stack: Stack) -> Iterator[tuple[str, bytes]]:
     yield "pg_dumpall", dump.stdout.encode()
     command = ["git", "cat-file", "--batch-all-objects", "--batch"]
     yield "git", subprocess.run(command, cwd=stack.root, capture_output=True, check=True).stdout
-
-
-def _peak(process: int) -> int:
-    """Bytes of memory that a process and its children had at most."""
-    import psutil
-
-    every = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
-    status = (Path(f"/proc/{pid}/status").read_text() for pid in every)
-    return sum(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) << 10 for text in status)
-
-
-def test_a_model_of_3_gb_goes_through_in_parts(stack):
-    """The client sends parts to S3 itself, at addresses that the server signs."""
-    file = stack.root.parent / "model.safetensors"
-    with file.open("wb") as sparse:
-        sparse.truncate(LARGE)
-        sparse.seek(LARGE // 2)
-        sparse.write(b"middle")
-    client = (
-        "from tasks.runtime import tracking; c = tracking.connect(); r = c.create_run(tracking.experiment_id(c)).info"
-    )
-    then = (
-        f"c.log_artifact(r.run_id, {str(file)!r}, 'model'); print(r.run_id); "
-        "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
-    )
-    started = time.monotonic()
-    done = stack.python("-c", f"{client}; {then}", timeout=1800)
-    seconds = time.monotonic() - started
-    file.unlink()
-    assert done.returncode == 0, done.stderr
-    run, megabytes = done.stdout.split()
-    peak = _peak(server.running(stack.root)["mlflow"].pid) >> 20
-    print(f"3 GiB up: {seconds:.0f} s; most memory of the client {megabytes} MiB, of the server {peak} MiB")
-    (stored,) = (
-        one
-        for one in stack.s3().list_objects_v2(Bucket=stack_storage.ARTIFACTS)["Contents"]
-        if one["Key"].endswith(f"{run}/artifacts/model/{file.name}")
-    )
-    assert stored["Size"] == LARGE and "-" in stored["ETag"], "in several parts"
-    middle = {"Bucket": stack_storage.ARTIFACTS, "Key": stored["Key"], "Range": f"bytes={LARGE // 2}-{LARGE // 2 + 5}"}
-    assert stack.s3().get_object(**middle)["Body"].read() == b"middle"
-    assert int(megabytes) < 1500 and peak < 1500
-    stack.s3().delete_object(Bucket=stack_storage.ARTIFACTS, Key=stored["Key"])
 
 
 def test_a_restart_keeps_everything(stack):
