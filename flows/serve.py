@@ -49,13 +49,14 @@ def serve(root: Path, port: int | None) -> None:
     server.lines(root)
     workspace.webhook()  # refused before anything starts
     up = server.running(root)
-    port = _port(up.get(server.SERVER), port)
+    port = port_of(up.get(server.SERVER), port)
     variables = server.environment(root, port)
     restarted = None
     if server.SERVER not in up:
         print("serve: starting the server (about 10 s)", flush=True)
         restarted = datetime.now(UTC)
         _wait_until_healthy(root, server.start(root, server.SERVER, variables))
+    server.require_login(f"{server.url(port)}/api")
     _set_up(variables)
     _repair(restarted, works=server.WORKER in up)
     if server.WORKER not in up:
@@ -64,7 +65,7 @@ def serve(root: Path, port: int | None) -> None:
     print(on_demand.advice(root, port))
 
 
-def _port(process: server.Process | None, requested: int | None) -> int:
+def port_of(process: server.Process | None, requested: int | None) -> int:
     """The port to use. Raises `StageError` if it is taken, or differs from that of the running server."""
     if process is not None:
         if requested not in (None, process.port):

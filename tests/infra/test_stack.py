@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from flows import deploy
-from infra import buckets
+from infra import buckets, mlflow_server
 from tests.support import s3_site
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,18 +131,26 @@ def test_compose_has_no_secret_and_no_default_password(compose):
 
 
 def test_commands_of_the_stack_exist(compose):
-    """Options that the installed MLflow and Prefect do not know would end the servers at their start."""
-    texts = {}
-    for name, words in (("mlflow", ["mlflow", "server"]), ("worker", ["prefect", "worker", "start"])):
+    """Options that the installed Prefect and our own commands do not know would end the servers at their start."""
+    commands = {"mlflow": ["python", "-m", "infra.mlflow_server"], "worker": ["prefect", "worker", "start"]}
+    for name, words in commands.items():
         command = compose["services"][name]["command"]
         assert command[: len(words)] == words
-        texts[name] = subprocess.run(
-            [sys.executable, "-m", *words, "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        call = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", *words]), "--help"]
+        text = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for option in re.findall(r"--[\w-]+", " ".join(command)):
-            assert option in texts[name], option
-    for variable in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"):
-        assert variable in texts["mlflow"] or variable in compose["services"]["mlflow"]["environment"]
+            assert option in text, option
+
+
+def test_mlflow_asks_for_a_login_in_containers_and_its_clients_have_it(compose):
+    names = {mlflow_server.NAME, mlflow_server.PASSWORD}
+    for service in ("mlflow", "worker", "worker-gpu", "deploy"):
+        assert names <= compose["services"][service]["environment"].keys(), service
+    for name, document, template in templates():
+        for container in template["spec"]["containers"]:
+            variables = {variable["name"] for variable in container.get("env", [])}
+            if {"MLFLOW_TRACKING_URI", mlflow_server.DATABASE} & variables:
+                assert names <= variables, (name, document["metadata"]["name"])
 
 
 def test_prefect_knows_the_variables_of_the_stack(compose):
@@ -248,9 +257,28 @@ def test_workloads_are_restricted_limited_and_select_their_own_pods():
         assert spec["selector"] == {"app": name}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="needs the extra containers")
+def test_manifests_follow_the_schemas_of_kubernetes():
+    import kubernetes_validate
+
+    checked = 0
+    for _, document in manifests():
+        if document.get("apiVersion", "").startswith("kustomize") or "kind" not in document:
+            continue
+        kubernetes_validate.validate(document, "1.34", strict=True)
+        checked += 1
+        if template := document["spec"].get("template") if "spec" in document else None:
+            broken = json.loads(json.dumps(document))
+            broken["spec"]["template"]["spec"]["containers"][0]["imagee"] = template["spec"]["containers"][0]["image"]
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(broken, "1.34", strict=True)
+    assert checked >= 12
+
+
 def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_path):
     job = next(document for name, document in manifests() if document.get("kind") == "Job")
-    environment = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    listed = job["spec"]["template"]["spec"]["containers"][0]["env"]
+    environment = {one["name"]: one["value"] for one in listed if "value" in one}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NODES"])
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -279,7 +307,8 @@ def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_p
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_accepts_the_scripts():
-    subprocess.run(["shellcheck", *map(str, CONTAINERS.glob("*.sh"))], check=True)
+    scripts = [*CONTAINERS.glob("*.sh"), *KUBERNETES.glob("*.sh"), *(ROOT / ".ci").iterdir()]
+    subprocess.run(["shellcheck", *map(str, scripts)], check=True)
 
 
 def test_the_store_gets_one_identity_from_the_environment(tmp_path):
