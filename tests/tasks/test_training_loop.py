@@ -40,6 +40,36 @@ class TestAverages:
         width = math.sqrt((weights * (np.arange(1, steps + 1) / steps - centre) ** 2).sum())
         assert width == pytest.approx(math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), rel=0.01)
 
+    @pytest.mark.parametrize("profile", ["decay-0.99", "decay-0.9", "std-0.10", "gamma-3"])
+    def test_an_update_every_few_steps_has_the_decay_of_all_of_them(self, profile):
+        from models.optimization.ema import decay_at
+
+        for last in (8, 80, 800):
+            alone = math.prod(decay_at(step, profile) for step in range(last - 7, last + 1))
+            assert decay_at(last, profile, 8) == pytest.approx(alone, rel=1e-9, abs=1e-15)
+
+    @pytest.mark.parametrize(("profile", "limit"), [("decay-0.99", 0.05), ("std-0.10", 0.06)])
+    def test_the_error_of_rare_updates(self, profile, limit):
+        """Weights that drift and jitter, averaged every 8 steps: relative to the distance of average and weights."""
+        import torch
+
+        from models.optimization.ema import EMA
+
+        torch.manual_seed(0)
+        module = torch.nn.Linear(100, 100, bias=False)
+        often, rarely = EMA(module, profile), EMA(module, profile)
+        direction = torch.randn(100, 100)
+        for step in range(1, 801):
+            with torch.no_grad():
+                module.weight += 0.01 * direction + 0.1 * torch.randn(100, 100)
+            often.update(step)
+            if step % 8 == 0:
+                rarely.update(step, 8)
+        distance = (often.weights[0] - module.weight).norm()
+        error = ((often.weights[0] - rarely.weights[0]).norm() / distance).item()
+        print(f"{profile}: {error:.3f}")
+        assert 0 < error < limit
+
     def test_names_without_a_meaning(self):
         from models.optimization.ema import decay_at
 
@@ -130,6 +160,29 @@ def test_the_loop_is_the_one_of_the_textbook(prepared):
     # AdamW divides the rounding error of a gradient near zero by itself, so the mean is compared, not the maximum.
     assert (own(run.network.parameters()) - own(plain.parameters())).abs().mean() < 2e-5
     assert (own(run.averages["decay-0.5"].weights) - own(average)).abs().mean() < 2e-5
+
+
+def test_averages_every_few_steps(prepared):
+    """The average changes at these steps alone, and a run continues between them."""
+    import torch
+
+    from tasks import train
+    from tasks.training import checkpoint
+    from tasks.training.run import gather_tallies, snapshot
+
+    options = {"ema": ["std-0.10"], "pipeline_ema": "std-0.10", "ema_every": 4, **RARELY}
+    run, states = prepared(**options), {}
+    for step in range(1, 9):
+        train.fit(run, None, [], until=step)
+        states[step] = snapshot(run, gather_tallies(run))
+    averages = {step: state.tensors["std-0.10"]["conv_in.weight"] for step, state in states.items()}
+    changed = [step for step in range(2, 9) if not torch.equal(averages[step], averages[step - 1])]
+    assert changed == [4, 8]
+    checkpoint.save(run.folder, states[6])
+    continued = prepared(**options)
+    assert continued.step == 6
+    train.fit(continued, None, [], until=8)
+    assert torch.equal(continued.averages["std-0.10"].state_dict()["conv_in.weight"], averages[8])
 
 
 @pytest.mark.parametrize(

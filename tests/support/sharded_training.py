@@ -1,0 +1,71 @@
+"""`python -m tests.support.sharded_training PORT STEPS FOLDER...`: train what each folder holds, sharded by FSDP2.
+
+Two processes on the CPU train each folder for STEPS steps, and once more from the checkpoint of half of them. The first
+process writes to each folder `whole.safetensors` and `continued.safetensors`, the state after both, by
+`<group>|<name>`, and `share.txt`, the share of the weights that it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import multiprocessing
+
+PROCESSES = 2
+FSDP = {
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+def flat(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return groups of tensors as one group."""
+    return {f"{group}|{name}": value for group, named in tensors.items() for name, value in named.items()}
+
+
+def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):
+    """Build the run of a folder, which must continue at step `start`, and train it up to step `until`."""
+    from tasks import train
+    from tasks.training.run import gather_tallies, snapshot
+    from tests.support.train_inputs import prepare_here
+
+    run = prepare_here(folder, patch, folder / "mlflow.db")
+    assert run.sharded and run.step == start
+    train.fit(run, None, [], until=until)
+    return run, snapshot(run, gather_tallies(run))
+
+
+def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
+    from tasks.training import checkpoint
+
+    torch.set_num_threads(1)
+    distributed = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    os.environ |= distributed | FSDP | {"LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders:
+            run, whole = _trained(folder, patch, 0, steps)
+            held = sum(parameter.to_local().numel() for parameter in run.network.parameters())
+            share = held / sum(parameter.numel() for parameter in run.network.parameters())
+            run, half = _trained(folder, patch, 0, steps // 2)
+            if rank == 0:
+                checkpoint.save(run.folder, half)
+            torch.distributed.barrier()
+            _, continued = _trained(folder, patch, steps // 2, steps)
+            if rank == 0:
+                save_file(flat(whole.tensors), folder / "whole.safetensors")
+                save_file(flat(continued.tensors), folder / "continued.safetensors")
+                (folder / "share.txt").write_text(str(share))
+            torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    multiprocessing.spawn(_process, (sys.argv[1], int(sys.argv[2]), [*map(Path, sys.argv[3:])]), PROCESSES)
