@@ -249,8 +249,9 @@ class TrainParams(Section):
     """`no` is float32; `bf16` and `fp16` are automatic mixed precision."""
     gradient_accumulation: PositiveInt = 1
     """Parts that a batch is divided into, to save memory."""
-    gradient_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute the activations of each block in the backward pass: less memory, a third more time. 'auto' does so if
+    the free memory of the device cannot hold them."""
     channels_last: bool = False
     """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
     float32 on a CPU."""

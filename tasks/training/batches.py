@@ -55,6 +55,11 @@ class Batch:
         parts = [absent if column is None else column.split(size) for column in columns]
         return [Batch(*part) for part in zip(*parts, strict=True)]
 
+    def repeated(self, count: int) -> Batch:
+        """Return `count` times the first sample."""
+        columns = (self.x0, self.eps, self.t, self.condition, self.control, self.weight)
+        return Batch(*(None if column is None else torch.cat([column[:1]] * count) for column in columns))
+
     @property
     def conditions(self) -> tuple[Tensor | None, ...]:
         """Return what a network is called with after x and t."""

@@ -34,6 +34,7 @@ from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
 from tasks.training import (
+    activations,
     checkpoint,
     companions,
     compiling,
@@ -205,16 +206,15 @@ def assemble(
         # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
         network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     module, prepared = accelerator.prepare(network, optimizer.build(network, params))
-    if params.gradient_checkpointing:
-        network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
     wrapped = module
     if compiling.wanted(params):
-        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")))
-    return Run(
+        large = 0 if options else compiling.LARGE  # FSDP2 gathers weights between the blocks
+        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")), large=large)
+    run = Run(
         accelerator=accelerator,
         network=network,
         module=wrapped,
@@ -233,6 +233,9 @@ def assemble(
         tally=Tally(diffusion.timesteps, accelerator.device),
         initial=initial,
     )
+    if activations.recomputed(run):
+        network.checkpoint_gradients()
+    return run
 
 
 def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedDataParallelPlugin | None) -> Accelerator:

@@ -1,14 +1,15 @@
 """`python -m tests.support.sharded_training PORT STEPS FOLDER...`: train what each folder holds, sharded by FSDP2.
 
-Two processes on the CPU train each folder for STEPS steps, and once more from the checkpoint of half of them. The first
-process writes to each folder `whole.safetensors` and `continued.safetensors`, the state after both, by
-`<group>|<name>`, and `share.txt`, the share of the weights that it holds.
+Two processes, on two GPUs or on the CPU, train each folder for STEPS steps, and once more from the checkpoint of half
+of them. The first process writes to each folder `whole.safetensors` and `continued.safetensors`, the states after both,
+named `<group>|<name>`, and `share.txt`, the share of the weights that it holds.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from torch import multiprocessing
 
 PROCESSES = 2
 FSDP = {
-    "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -43,13 +43,17 @@ def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):
 
 
 def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
-    from tasks.training import checkpoint
+    from tasks.training import checkpoint, compiling
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     distributed = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= distributed | FSDP | {"LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():  # where code for a CPU would take a minute to compile
+            patch.setattr(compiling, "compiled", partial(compiling.compiled, backend="eager"))
         for folder in folders:
             run, whole = _trained(folder, patch, 0, steps)
             held = sum(parameter.to_local().numel() for parameter in run.network.parameters())

@@ -338,3 +338,31 @@ def test_the_scale_of_a_loss_in_fp16_is_restored(prepared):
     assert other.accelerator.scaler.state_dict() == run.accelerator.scaler.state_dict()
     assert other.accelerator.scaler.state_dict()["scale"] == 2**17
     assert other.accelerator.scaler.state_dict()["_growth_tracker"] == 1
+
+
+@pytest.mark.parametrize(("free", "stored"), [(1e9, True), (1e5, False)])
+def test_activations_are_stored_where_memory_allows(prepared, monkeypatch, capsys, free, stored):
+    from tasks.training import stores
+
+    monkeypatch.setattr(stores, "free_memory", lambda device: free)
+    run = prepared(gradient_checkpointing="auto", data_on_device="device", **RARELY)
+    assert run.network.down_blocks[0].recompute is not stored
+    assert ("they are stored" in capsys.readouterr().out) is stored
+
+
+def test_what_a_forward_pass_stores_is_counted():
+    """The input of a linear layer, and under autocast also copies of its weight and of its input."""
+    import torch
+
+    from tasks.training.activations import stored_bytes
+    from tasks.training.batches import Batch
+
+    network = torch.nn.Linear(64, 32, bias=False)
+    batch = Batch(torch.randn(4, 64).requires_grad_(), torch.randn(4, 64), torch.arange(4), None)
+    assert stored_bytes(lambda batch: network(batch.x0), network, batch) == (0, 64 * 4)
+
+    def lower(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(batch.x0)
+
+    assert stored_bytes(lower, network, batch) == (64 * 32 * 2, 64 * 2)
