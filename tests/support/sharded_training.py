@@ -1,12 +1,14 @@
 """`python -m tests.support.sharded_training PORT STEPS FOLDER...`: train what each folder holds, sharded by FSDP2.
 
 Two processes, on two GPUs or on the CPU, train each folder for STEPS steps, and once more from the checkpoint of half
-of them. The first process writes to each folder `whole.safetensors` and `continued.safetensors`, the states after both,
-named `<group>|<name>`, and `share.txt`, the share of the weights that it holds.
+of them. The first process writes to each folder `whole.safetensors` and `continued.safetensors`, the states after both
+by `<group>|<name>`, and `counts.json`: the share of the weights that it holds, and how often the host waited in a call of
+`fit` with one step and with three.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import partial
@@ -16,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import multiprocessing
+
+from tests.support.waits import Waits
 
 PROCESSES = 2
 FSDP = {
@@ -42,6 +46,18 @@ def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):
     return run, snapshot(run, gather_tallies(run))
 
 
+def _waits(folder: Path, patch: pytest.MonkeyPatch, start: int) -> list[int]:
+    """Count the waits of the host in a call of `fit` with one step, and in one with three."""
+    from tasks import train
+    from tasks.training import stopping
+
+    patch.setattr(stopping, "ASK_SECONDS", 1e9)  # signals are exchanged once per call, through the hosts
+    run, _ = _trained(folder, patch, start // 2, start // 2)
+    waits = Waits()
+    few = waits.during(lambda: train.fit(run, None, [], until=run.step + 1))
+    return [few, waits.during(lambda: train.fit(run, None, [], until=run.step + 3))]
+
+
 def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
     from tasks.training import checkpoint, compiling
 
@@ -63,10 +79,11 @@ def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
                 checkpoint.save(run.folder, half)
             torch.distributed.barrier()
             _, continued = _trained(folder, patch, steps // 2, steps)
+            waits = _waits(folder, patch, steps)
             if rank == 0:
                 save_file(flat(whole.tensors), folder / "whole.safetensors")
                 save_file(flat(continued.tensors), folder / "continued.safetensors")
-                (folder / "share.txt").write_text(str(share))
+                (folder / "counts.json").write_text(json.dumps({"share": share, "waits": waits}))
             torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """A network that FSDP2 shards between two processes: trained as in one, and continued in the same bytes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -112,7 +113,9 @@ def compare(cases: dict, tmp_path: Path, monkeypatch, database: Path) -> None:
         assert whole.keys() == continued.keys()
         if not on_gpus:
             assert all(torch.equal(value, continued[key]) for key, value in whole.items()), name
-        assert 0.4 < float((folder / "share.txt").read_text()) < 0.6
+        counts = json.loads((folder / "counts.json").read_text())
+        assert 0.4 < counts["share"] < 0.6
+        assert counts["waits"][0] == counts["waits"][1] > 0, "only signals and checkpoints wait, and no step"
         averages, first, alone = in_one_process(folder, monkeypatch, database)
         assert whole.keys() == alone.keys()
         for group in ("model", *averages):

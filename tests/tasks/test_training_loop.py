@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.waits import Waits
 
 RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
 
@@ -269,43 +269,13 @@ def test_learning_rates(schedule, last):
     assert rates == pytest.approx([0.0002, 0.001, 0.002, 0.002, (0.002 + last) / 2, last])
 
 
-class Waits(TorchFunctionMode):
-    """Count the calls that make the host wait for a GPU: reading a value, or copying to the host.
-
-    `numpy` is not among them: it refuses a tensor on a GPU.
-    """
-
-    CALLS = ("cpu", "tolist")
-    OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, outer = 0, self
-
-        class Operators(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                outer.count += func._schema.name in outer.OPERATORS
-                return func(*args, **kwargs or {})
-
-        self.operators = Operators()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") in self.CALLS
-        return func(*args, **kwargs or {})
-
-    def during(self, call) -> int:
-        before = self.count
-        with self, self.operators:
-            call()
-        return self.count - before
-
-
 @pytest.mark.parametrize(
     ("conditioning", "options"),
     [
         ("label", {"gradient_accumulation": 2, "precision": "bf16", "data_on_device": "device"}),
         ("text", {"data_on_device": "device"}),
         ("text", {"data_on_device": "stream"}),
+        ("none", {"optimizer": "muon", "ema_every": 2, "gradient_checkpointing": True}),
     ],
 )
 def test_a_step_never_waits_for_the_device(prepared, conditioning, options):
