@@ -2,8 +2,8 @@
 
 Two processes, on two GPUs or on the CPU, train each folder for STEPS steps, and once more from the checkpoint of half
 of them. The first process writes to each folder `whole.safetensors` and `continued.safetensors`, the state after both
-by `<group>|<name>`, and `counts.json`: the share of the weights that it holds, and how often the host waited in a call of
-`fit` with one step and with three.
+by `<group>|<name>`, and `counts.json`: the share of the weights that it holds, and how often the host waited in a call
+of `fit` with one step and with three.
 """
 
 from __future__ import annotations
