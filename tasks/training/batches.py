@@ -57,8 +57,14 @@ class Batch:
 
     def repeated(self, count: int) -> Batch:
         """Return `count` times the first sample."""
-        columns = (self.x0, self.eps, self.t, self.condition, self.control, self.weight)
-        return Batch(*(None if column is None else torch.cat([column[:1]] * count) for column in columns))
+
+        def again(column: Tensor) -> Tensor:
+            return torch.cat([column[:1]] * count)
+
+        others = (self.condition, self.control, self.weight)
+        return Batch(
+            again(self.x0), again(self.eps), again(self.t), *(None if each is None else again(each) for each in others)
+        )
 
     @property
     def conditions(self) -> tuple[Tensor | None, ...]:

@@ -73,8 +73,9 @@ def narrow_base(network: Network, params: TrainParams, device: torch.device) -> 
 
     They are those of the U-Net of a ControlNet or of a LoRA adapter.
     """
-    frozen = isinstance(network, TextUNet) and (network.config.control_widths or network.config.lora_rank)
-    if frozen and params.precision == "bf16" and device.type == "cuda":
+    if not isinstance(network, TextUNet) or not (network.config.control_widths or network.config.lora_rank):
+        return
+    if params.precision == "bf16" and device.type == "cuda":
         network.freeze_in(torch.bfloat16)
 
 
