@@ -34,6 +34,11 @@ def flat(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     return {f"{group}|{name}": value for group, named in tensors.items() for name, value in named.items()}
 
 
+def start_nowhere_at_zero(patch: pytest.MonkeyPatch) -> None:
+    """Draw the weights that start at zero: behind them, most gradients of a frozen or an untrained network are zero."""
+    patch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.normal_(tensor, std=0.05))
+
+
 def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):
     """Build the run of a folder, which must continue at step `start`, and train it up to step `until`."""
     from tasks import train
@@ -68,6 +73,7 @@ def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
     os.environ |= distributed | FSDP | {"LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
+        start_nowhere_at_zero(patch)
         if not torch.cuda.is_available():  # where code for a CPU would take a minute to compile
             patch.setattr(compiling, "compiled", partial(compiling.compiled, backend="eager"))
         for folder in folders:
