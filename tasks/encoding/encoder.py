@@ -81,10 +81,10 @@ def _encode_missing(
     network = load_autoencoder(vae, device)
     threads = torch.get_num_threads()
     # One arithmetic thread per worker, so that sums are divided in the same way on every machine.
-    with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        encoder = Encoder(pool, params.workers, network, channels, params.horizontal_flip, device)
+    with ThreadPoolExecutor(params.worker_count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        encoder = Encoder(pool, params.worker_count, network, channels, params.horizontal_flip, device)
         sample: list[Chunk] = []
-        sample_size = CEILING_CHUNKS * params.workers
+        sample_size = CEILING_CHUNKS * params.worker_count
         started, started_cpu = time.perf_counter(), time.process_time()
         with progress(total=len(missing), desc="encode", unit="img") as bar:
             for chunk, tensors in encoder.encoded(_chunks(images, missing)):
