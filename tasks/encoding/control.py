@@ -13,7 +13,6 @@ import torch
 
 from models.networks.control_maps import ControlSpec, maps_of
 from tasks.encoding.blocks import Blocks
-from tasks.params.section import worker_count
 from tasks.pictures import decoding
 from tasks.pictures.images import map_hashes, read_encoded, read_maps
 from tasks.runtime import closure, workspace
@@ -75,9 +74,7 @@ def make_controls(
     blocks.open()
     missing = [wanted[key] for key in blocks.missing(wanted)]
     print(f"encode: {len(missing)} control maps to make", flush=True)
-    with ThreadPoolExecutor(
-        worker_count(params.workers)
-    ) as pool:  # decoding and OpenCV release the global interpreter lock
+    with ThreadPoolExecutor(params.worker_count) as pool:  # decoding and OpenCV release the global interpreter lock
         pictures = _read_own(images, missing) if spec.kind == "own" else _read_images(images, missing)
         chunks = _chunks(pictures, resolutions)
         for resolution, chunk in progress(chunks, desc="encode: control maps", delay=2):

@@ -19,7 +19,6 @@ from models.device import best_device, devices_of, emulates_bf16, enter, memory_
 from models.networks.autoencoder import Autoencoder, images_at_once, load_autoencoder
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
-from tasks.params.section import worker_count
 from tasks.pictures.images import read_encoded
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
@@ -86,7 +85,7 @@ def _encode_missing(
     if params.precision == "bf16" and emulates_bf16(device):
         print("encode: this CPU emulates bfloat16, which is slow; encode.precision=no is faster", flush=True)
     network = load_autoencoder(vae, device)
-    workers, threads = worker_count(params.workers), torch.get_num_threads()
+    workers, threads = params.worker_count, torch.get_num_threads()
     # One arithmetic thread per worker, so that sums are divided in the same way on every machine.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         encoder = Encoder(pool, workers, network, channels, params.horizontal_flip, device, params.precision)

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Workers = int | Literal["auto"]
-"""A number of threads or processes, see `require_workers`; `auto` is one for each core that this process may use."""
+"""Number of threads or processes, see `require_workers`; "auto" is one for each core that this process may use."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
 Guidance = Literal["classifier_free", "auto"]
@@ -40,14 +40,6 @@ def require_workers(where: str, value: object) -> Workers:
     raise ValueError(f"parameter '{where}' is {value!r}: input should be a number of at least 1, or 'auto'")
 
 
-def worker_count(workers: Workers) -> int:
-    """Return the number of threads or processes that `workers` stands for."""
-    if workers != "auto":
-        return workers
-    usable = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(usable(0)) if usable else os.cpu_count() or 1
-
-
 def require_pin(where: str, weights: str | None, pin: str | None) -> None:
     """Raise `ValueError` unless `weights` and `pin` of the section `where` are both set or both null."""
     if pin is not None and weights is None:
@@ -57,3 +49,10 @@ def require_pin(where: str, weights: str | None, pin: str | None) -> None:
             f"{where}.weights needs {where}.pin, so that every run loads the same weights: the commit of a hub "
             "repository, or the sha256 of the weights' file in a folder or on S3"
         )
+
+
+def count_of(workers: Workers) -> int:
+    """Return the number of workers on this machine."""
+    if workers != "auto":
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
