@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from models import bundle_session
-from models.bundle_session import CPU, CUDA, GRAPH_ID, MOST_SHAPES, Session
+from models import bundle
+from models.bundle import CPU, CUDA, GRAPH_ID, MOST_SHAPES, Session
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_every_shape_has_a_cuda_graph_of_its_own_and_the_first_call_none(graph, 
     session = opened(graph, bound="cpu")
     session.captured = True  # the CPU ignores the option
     numbers = []
-    options = bundle_session._run_options
-    monkeypatch.setattr(bundle_session, "_run_options", lambda number: numbers.append(number) or options(number))
+    options = bundle._run_options
+    monkeypatch.setattr(bundle, "_run_options", lambda number: numbers.append(number) or options(number))
     for batch in (1, 1, 4, 4):
         session.run(feed(batch))
     assert numbers == ["-1", "1", "-1", "2"]

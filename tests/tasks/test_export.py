@@ -18,8 +18,7 @@ import pytest
 from PIL import Image
 
 from models import masks, onnx_graph, tensorrt_engine
-from models.bundle import CPU, Bundle
-from models.bundle_session import Session
+from models.bundle import CPU, Bundle, Session
 from models.editing import edit
 from models.images.pixels import to_uint8
 from models.noise.samplers import OF_DIFFUSION, Sampling
