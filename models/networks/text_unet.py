@@ -329,8 +329,10 @@ def adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     No scale is stored: diffusers then assumes alpha = rank, which holds here.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
-
     ending = f".{ADAPTER}.weight"
     lora = {f"unet.{name.replace(ending, '.weight')}": v for name, v in weights.items() if name.endswith(ending)}
-    return dict(convert_state_dict_to_diffusers(lora)) if lora else {}
+    if not lora:
+        return {}  # without loading diffusers, which takes seconds
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    return dict(convert_state_dict_to_diffusers(lora))

@@ -269,6 +269,8 @@ class EncodeParams(Section):
     """The sides of buckets are multiples of this number of pixels."""
     workers: Workers = "auto"
     """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     control: ControlParams | None = None

@@ -22,7 +22,7 @@ from tasks.training.held_out import averaged
 if TYPE_CHECKING:
     from tasks.training.run import Run
 
-STEPS, COLUMNS, ROWS = 20, 10, 4
+STEPS, COLUMNS, ROWS = 10, 10, 4
 CONSISTENCY = "consistency", 2
 """Sampler and steps of a network that is tuned for few steps."""
 LARGE_SAMPLE = 3 * 64 * 64

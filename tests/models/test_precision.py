@@ -78,9 +78,16 @@ def test_guidance_takes_two_calls_after_the_memory_did_not_suffice(pipeline, mon
     expected = pipeline.sample(range(3), [0, 1, 0], GUIDED)
     counted = Counted(pipeline.network, most=5)
     monkeypatch.setattr(guidance, "joins", lambda device: True)
-    drawn = replace(pipeline, network=counted).sample(range(3), [0, 1, 0], GUIDED)
+    full = replace(pipeline, network=counted)
+    drawn = full.sample(range(3), [0, 1, 0], GUIDED)
     assert counted.batches == [6, *[3] * 8]
     assert np.array_equal(drawn, expected)
+    counted.batches.clear()
+    full.sample(range(3), [0, 1, 0], GUIDED)
+    assert counted.batches == [3] * 8, "later batches do not try again"
+    counted.batches.clear()
+    full.sample(range(2), [0, 1], GUIDED)
+    assert counted.batches == [4] * 4, "a smaller batch fits"
 
 
 def test_context_and_maps_are_given_to_both_halves_of_a_joined_call():
@@ -90,7 +97,7 @@ def test_context_and_maps_are_given_to_both_halves_of_a_joined_call():
 
     x, context, maps = torch.randn(2, 1, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)
     condition, null = torch.tensor([1.0, 2.0]), torch.zeros(2)
-    found = Joined(Summed(), context, maps, "no")(x, 3, condition, null)
+    found = Joined(Summed(), context, maps, "no", Summed())(x, 3, condition, null)
     one = predictor(Summed(), context, maps)
     assert all(torch.equal(a, b) for a, b in zip(found, (one(x, 3, condition), one(x, 3, null)), strict=True))
 
