@@ -108,7 +108,8 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
 
     Args:
         run: The state of the training, which is advanced in place.
-        live: The run in MLflow; None in all processes but the first, which alone draws samples, logs and saves.
+        live: The run in MLflow; None in all processes but the first, which alone logs and saves. It also draws samples
+            alone, unless the network is sharded.
         signals: Numbers of the signals received so far.
         until: Number of the last step.
 

@@ -19,6 +19,7 @@ from torch import nn
 from models.json_files import read_json, write_json
 from models.networks import published
 from models.networks.config import DIFFUSERS_VERSION
+from models.networks.normalization import replace_group_norms
 from models.networks.text_unet import Attend, TextUNet, TextUNetConfig
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def from_unet(unet: TextUNet, widths: tuple[int, ...]) -> ControlNetModel:
 
     network = ControlNetModel.from_unet(unet.network, "rgb", widths, conditioning_channels=CHANNELS)
     network.set_attn_processor(Attend())
+    replace_group_norms(network)
     return network
 
 

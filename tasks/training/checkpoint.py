@@ -113,13 +113,13 @@ def host_copies(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tens
     copied.
     """
     copies = {}
-    for name, sharded in tensors.items():
-        tensor = sharding.whole(sharded)
+    for name, own in tensors.items():
+        tensor = sharding.whole(own.detach())
         if not keep:
             continue
         pinned = tensor.device.type == "cuda"
         copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        copies[name].copy_(tensor.detach(), non_blocking=pinned)
+        copies[name].copy_(tensor, non_blocking=pinned)
     return copies
 
 
