@@ -100,7 +100,11 @@ def _site(docs: Path) -> dict[str, object]:
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
         # The results show every expectation; separate pages for the suites would double the time.
         "site_section_builders": {"expectations": "None", "profiling": "None"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())},
+        "store_backend": {
+            "module_name": "tasks.validation.docs_store",
+            "class_name": "SortedFolder",
+            "base_directory": str(docs.resolve()),
+        },
     }
 
 
