@@ -21,7 +21,7 @@ from models.hashing import file_sha256
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.index import read_index
-from tasks.registration import champions, gates
+from tasks.registration import champions, gates, unchanged
 from tasks.registration.gates import Judged
 from tasks.runtime import lineage, locks, measures, run_labels, stage, tracking, workspace
 from tasks.runtime.codec_quality import RECONSTRUCTIONS, of_codec
@@ -74,8 +74,14 @@ def register(
 
     `training`, `evaluation` (with its `timing`), `export`, `edits` with `editing`, and `page` with `figures` are the
     reports of those stages and of `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have
-    another fingerprint is measured again, with `judge` and `data` (images).
+    another fingerprint is measured again, with `judge` and `data` (images). Nothing is done if nothing has changed
+    since the last registration (`tasks/registration/unchanged.py`).
     """
+    inputs = (model, judge, data, training, evaluation, timing, export, edits, editing, figures, page)
+    registration = unchanged.Registration(inputs, params)
+    if (printed := registration.recorded()) is not None:
+        print("\n".join(printed))
+        return
     from tasks.registration import adapter
     from tasks.registration import edits as edit_results
 
@@ -96,12 +102,15 @@ def register(
         reason = _reason_against(client, version, champion, judged, sources, params)
         standing = _set_champion(client, version, champion, reason)
         adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
-    print(f"register: {params.model_name} version {version.version}, {standing}")
-    if adapted:
-        print(f"register: {adapted}")
-    print(
-        f"register: run {trained.info.run_name} ({trained.info.run_id}), content {model_folder.content_key(model)[:12]}"
-    )
+        content = model_folder.content_key(model)[:12]
+        lines = [
+            f"register: {params.model_name} version {version.version}, {standing}",
+            *([f"register: {adapted}"] if adapted else []),
+            f"register: run {trained.info.run_name} ({trained.info.run_id}), content {content}",
+        ]
+        if not adapted:  # an adapter has artifacts of its own
+            registration.record([trained.info.artifact_uri, evaluated.info.artifact_uri, version.source], lines)
+    print("\n".join(lines))
 
 
 def _read(path: Path) -> JsonObject:

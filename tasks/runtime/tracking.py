@@ -91,6 +91,10 @@ def connect() -> MlflowClient:
                 f"{redacted(uri)} was made by another version of MLflow; run 'mlflow db upgrade {named}' after a "
                 "backup, or set MLFLOW_TRACKING_URI to a new database"
             ) from None
+        if getattr(error, "get_http_status_code", int)() == 401:
+            raise StageError(
+                f"MLflow at {redacted(uri)} asks for a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from None
         raise StageError(f"MLflow at {redacted(uri)} refuses: {redacted(str(error).splitlines()[0])}") from None
     return client
 

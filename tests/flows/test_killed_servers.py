@@ -12,13 +12,11 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +25,7 @@ import pytest
 
 from flows import server
 from tests.flows.test_prefect_server import FINAL, Served
-from tests.infra.test_local_stack import command, free_port
+from tests.infra.test_local_stack import command, free_port, free_ports
 from tests.support import tiny
 from tests.support.stage_drill import environment, hashes
 
@@ -48,7 +46,7 @@ class Stack:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.ports = {"--port": free_port(), "--mlflow-port": free_port(), "--storage-port": _free_ports(8)}
+        self.ports = {"--port": free_port(), "--mlflow-port": free_port(), "--storage-port": free_ports()}
         self.mlflow = ""
 
     def start(self) -> None:
@@ -72,16 +70,6 @@ class Stack:
         """The variables that a person sources to use the stack."""
         text = (self.root / server.STACK / "env").read_text(encoding="utf-8")
         return dict(re.findall(r"^export (\w+)='?(.*?)'?$", text, re.M))
-
-
-def _free_ports(number: int) -> int:
-    """The first of `number` free ports in a row."""
-    while True:
-        first = free_port()
-        with ExitStack() as bound, suppress(OSError):
-            for port in range(first, first + number):
-                bound.enter_context(socket.socket()).bind((server.HOST, port))
-            return first
 
 
 @pytest.fixture
