@@ -83,7 +83,7 @@ def _folder(base: BaseWeights) -> tuple[str, Path]:
 def _require_codec(name: str, folder: Path, codec: Path) -> None:
     """Raise `StageError` if the pipeline in `folder` has another autoencoder or text encoder than the codec."""
     for part in SHARED:
-        ours, theirs = ([*(root / part).glob("*.safetensors")] for root in (codec, folder))
+        ours, theirs = (sorted((root / part).glob("*.safetensors")) for root in (codec, folder))
         if ours and theirs and file_sha256(ours[0]) != file_sha256(theirs[0]):
             raise StageError(
                 f"{name} was trained with another {part} than {codec} holds; train the base on the same data with the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
+_OPEN: weakref.WeakSet[tqdm[object]] = weakref.WeakSet()
 
 
 def progress(
@@ -40,7 +42,7 @@ def progress(
     """
     from tqdm import tqdm  # its import takes 50 ms, which `--help` does not need
 
-    return tqdm(
+    bar = tqdm(
         iterable,
         desc=desc,
         total=total,
@@ -53,3 +55,11 @@ def progress(
         mininterval=1,
         dynamic_ncols=True,
     )
+    _OPEN.add(bar)
+    return bar
+
+
+def end_line() -> None:
+    """Close every bar, so that what is printed next begins a line of its own; an error leaves its bar open."""
+    for bar in list(_OPEN):
+        bar.close()

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from tasks.params import ParamsError, Section, load, names_of
 from tasks.params.redaction import redacted
-from tasks.runtime import consistency, loopback, parent
+from tasks.runtime import consistency, loopback, parent, progress
 from tasks.runtime.errors import Preempted, StageError
 
 __all__ = ["FAILED", "INTERRUPTED", "PREEMPTED", "main", "paths_of", "sections_of"]
@@ -110,6 +110,7 @@ def _is_section(hint: object) -> bool:
 
 
 def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
+    progress.end_line()
     if debug:
         print(redacted(traceback.format_exc()), file=sys.stderr, end="")
     print(f"{name}: error: {' '.join(redacted(sentence).split())}", file=sys.stderr, flush=True)

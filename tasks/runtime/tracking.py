@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -142,6 +143,8 @@ def _probe(uri: str) -> None:
 
 def _quieten() -> None:
     """Limit MLflow to error messages, short timeouts and no telemetry. Must be called before it is imported."""
+    # It prints the stack trace of each error of the database, such as a full disk, and raises the error as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     for name, value in {
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_DISABLE_TELEMETRY": "true",

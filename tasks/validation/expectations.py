@@ -95,12 +95,18 @@ def _require_distinct(table: Table) -> None:
 
 
 def _site(docs: Path) -> dict[str, object]:
+    from tasks.validation.docs_store import SortedFolder
+
     return {
         "class_name": "SiteBuilder",
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
         # The results show every expectation; separate pages for the suites would double the time.
         "site_section_builders": {"expectations": "None", "profiling": "None"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())},
+        "store_backend": {
+            "module_name": SortedFolder.__module__,
+            "class_name": SortedFolder.__name__,
+            "base_directory": str(docs.resolve()),
+        },
     }
 
 

@@ -128,9 +128,18 @@ def test_good_data_is_accepted_with_the_hash_of_the_data_and_the_docs_show_every
     assert any("aspect_ratio" in page for page in pages)
 
 
-def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged):
+def test_the_same_data_has_the_same_verdict_and_pages(tmp_path, judged, monkeypatch):
+    """Also on a file system that lists its folders in another order."""
     assert judged(CLASSED, docs=True) is None
     verdict, pages = (tmp_path / "accepted.json").read_bytes(), contents(tmp_path / "report")
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for parent, folders, files in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(os, "walk", backwards)
     assert judged(CLASSED, docs=True) is None
     assert (tmp_path / "accepted.json").read_bytes() == verdict
     assert contents(tmp_path / "report") == pages
