@@ -53,15 +53,16 @@ def visualize(
     """
     import pandas as pd
 
-    from models.device import best_device
+    from models.device import best_device, keep_freed
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
     from tasks.report import charts, control, edits, noise_analysis, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
+    keep_freed(device := best_device())
     with integrity.loading(pipeline, "afterimage.json", "train"):
-        model = load_pipeline(pipeline, best_device())
+        model = load_pipeline(pipeline, device)
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out = load_pixels(images, "test", image)
     measured = measures.read(evaluation / measures.FILE)

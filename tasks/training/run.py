@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from models import tuned_text
-from models.device import emulates_bf16
+from models.device import emulates_bf16, keep_freed
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -33,7 +33,7 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, compiling, control, machine, memory, optimizer, tuning, warm_start
+from tasks.training import checkpoint, companions, compiling, control, machine, optimizer, tuning, warm_start
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, seed_for
@@ -223,7 +223,7 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise machine.sharded(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
-        memory.keep_freed()
+        keep_freed("cpu")
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
             torch.set_num_threads(threads)  # accelerate may set another number for several processes
     machine.choose_kernels(params.deterministic)
