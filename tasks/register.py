@@ -281,7 +281,7 @@ def _model_version(
         **lineage.tags(facts),
     }
     tags |= {f"{TAG}{name}": value for name, value in judged.tags().items()}
-    return client.create_model_version(
+    made = client.create_model_version(
         name,
         source=logged.artifact_location,
         run_id=trained.info.run_id,
@@ -289,6 +289,21 @@ def _model_version(
         description=(model / model_folder.CARD).read_text(encoding="utf-8").split("---", 2)[2][:DESCRIPTION_CHARACTERS],
         model_id=logged.model_id,
     )
+    return _first_of(client, made, key)
+
+
+def _first_of(client: MlflowClient, made: ModelVersion, key: str) -> ModelVersion:
+    """Return the first version with this content; `made` is deleted if another machine made one meanwhile.
+
+    The lock of this stage excludes processes that share the scratch folder; MLflow numbers the versions of all.
+    """
+    same = client.search_model_versions(f"name = '{made.name}' and tags.`{CONTENT_KEY}` = '{key}'")
+    first = min([made, *same], key=lambda version: int(version.version))
+    if first.version == made.version:
+        return made
+    client.delete_model_version(made.name, made.version)
+    print(f"register: version {first.version} was registered elsewhere meanwhile, so version {made.version} is deleted")
+    return first
 
 
 def _log_model(model_id: str, name: str, model: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tasks import params
 from tasks.formats import model_folder
@@ -292,6 +293,29 @@ def test_several_registrations_at_once_make_one_version(work):
     name = "afterimage-digits"
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
     assert len(client.search_runs([tracking.experiment_id(client)])) == 2
+
+
+def blind_at_first(search):
+    """A search that finds nothing when it is asked for something the first time."""
+    asked = set()
+
+    def call(client, *arguments, **options):
+        seen = str(arguments) in asked
+        asked.add(str(arguments))
+        return search(client, *arguments, **options) if seen else []
+
+    return call
+
+
+def test_what_another_machine_registered_meanwhile_is_kept_and_not_repeated(work, monkeypatch):
+    """Its lock excludes nobody there: each search before a creation finds nothing."""
+    work.register()
+    before = everything(work)
+    for name in ("search_model_versions", "search_runs"):
+        monkeypatch.setattr(MlflowClient, name, blind_at_first(getattr(MlflowClient, name)))
+    work.again()
+    monkeypatch.undo()
+    assert everything(work) == before
 
 
 @pytest.mark.slow
