@@ -66,7 +66,7 @@ def edit(
 
 
 def _bench(pipeline: Path, images: Path, judge: Path, params: EditParams) -> Bench:
-    from models.device import best_device
+    from models.device import best_device, keep_freed
     from models.judges.judge import load_judge
     from models.pipeline import load_pipeline
     from tasks.editing import subjects
@@ -74,7 +74,7 @@ def _bench(pipeline: Path, images: Path, judge: Path, params: EditParams) -> Ben
     from tasks.editing.measuring import Bench
     from tasks.pictures.index import read_index
 
-    device = best_device()
+    keep_freed(device := best_device())
     with integrity.loading(pipeline, "afterimage.json", "train"):
         model = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):

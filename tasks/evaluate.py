@@ -74,7 +74,7 @@ def evaluate(
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.device import best_device, emulates_bf16
+    from models.device import best_device, emulates_bf16, keep_freed
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
     from models.networks.precision import in_precision
@@ -86,7 +86,7 @@ def evaluate(
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
-    device = best_device()
+    keep_freed(device := best_device())
     if params.precision == "fp16" and device == "cpu":
         raise StageError("evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
     if params.precision == "bf16" and emulates_bf16(device):

@@ -74,7 +74,7 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
     from torch import nn
 
-    from models.device import best_device
+    from models.device import best_device, keep_freed
     from models.judges.classifier import train_classifier
     from models.judges.clip import train_clip
     from models.judges.fit import Recipe
@@ -82,7 +82,7 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     from models.judges.selfsupervised import train_encoder
     from models.parallel import at_once
 
-    device = best_device()
+    keep_freed(device := best_device())
     flip = params.horizontal_flip
     clip_recipe = Recipe(params.clip_steps, params.batch_size, params.seed, flip, progress=_bar("CLIP"))
     recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))

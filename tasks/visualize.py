@@ -55,15 +55,16 @@ def visualize(
     """
     import pandas as pd
 
-    from models.device import best_device
+    from models.device import best_device, keep_freed
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
     from tasks.report import charts, control, edits, noise_analysis, process, tables
     from tasks.report.page import Report, render
 
     require_accepted(accepted)
+    keep_freed(device := best_device())
     with integrity.loading(pipeline, "afterimage.json", "train"):
-        model = load_pipeline(pipeline, best_device())
+        model = load_pipeline(pipeline, device)
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out = load_pixels(images, "test", image, process.held_out_rows)
     measured = measures.read(evaluation / measures.FILE)
@@ -81,10 +82,11 @@ def visualize(
     training_chart = charts.training(pd.read_csv(training / "history.csv"))
     sampling = process.animation(model, drawn.trajectory, drawn.names)
     further = _further_figures(model, drawn, params, training, evaluation, measured.headline)
+    edited = edits.chart_of(editing)
     with atomic.writing_folder(figures) as folder:
         pictured = further | {"schedules": schedules}
         _write_figures(folder, tiles, {"training": training_chart}, sampling, pictured)
-        _copy_edits(editing, folder)
+        _copy_edits(editing, edited, folder)
         animation, still = ((folder / name).read_bytes() for name in ("denoising.png", "denoised.png"))
     _write_animations(animations, sampling, further)
     _write_timed(timed, evaluation, timing, measured.headline)
@@ -115,7 +117,7 @@ def visualize(
         tables=[*control.tables(measured), *tables.tables(evaluation, measured.headline)],
         evaluation_grids=tables.grids(evaluation, measured),
         figures=further,
-        experiments=[section for section in (edits.section(editing),) if section],
+        experiments=[section for section in (edits.section(editing, edited),) if section],
         provenance=_provenance(model, measured),
     )
     atomic.write_text(page, render(report))
@@ -183,14 +185,12 @@ def _write_timed(timed: Path, evaluation: Path, timing: Path, distance: str) -> 
             atomic.write_bytes(folder / "quality_by_seconds.png", chart)
 
 
-def _copy_edits(editing: Path, folder: Path) -> None:
-    """Copy the pictures of `editing` and draw its chart, each with a name that begins with "edits"."""
-    from tasks.report import edits
-
+def _copy_edits(editing: Path, chart: Chart | None, folder: Path) -> None:
+    """Copy the pictures of `editing` and write its chart, each with a name that begins with "edits"."""
     for picture in sorted(editing.glob("*.png")):
         atomic.write_bytes(folder / f"edits_{picture.name}", picture.read_bytes())
-    if chart := edits.chart_png(editing):
-        atomic.write_bytes(folder / "edits.png", chart)
+    if chart:
+        atomic.write_bytes(folder / "edits.png", chart.png)
 
 
 def _title(model: Pipeline) -> str:

@@ -143,6 +143,16 @@ class Judge:
             raise ValueError("this judge has no classifier: its data had no labels")
         return self._apply(self.classifier, pixels)
 
+    def class_logits_of(self, features: np.ndarray) -> np.ndarray:
+        """Classify images by their `features`, [N, D], of a judge of the kind "classifier": logits [N, classes].
+
+        Equals `class_logits` up to rounding, without computing the features again.
+        """
+        assert self.kind == "classifier", "these are features of another network"
+        assert self.classifier is not None, "it is the classifier's"
+        with torch.inference_mode():
+            return self.classifier.head(torch.from_numpy(features).to(self.device)).float().cpu().numpy()
+
     def clip_image_embeds(self, pixels: np.ndarray) -> np.ndarray:
         """Embed images as unit vectors, float32 [N, E].
 

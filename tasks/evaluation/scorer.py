@@ -90,7 +90,10 @@ class Scorer:
         return self._once("features", self.judge.features, pixels)
 
     def _class_logits(self, pixels: np.ndarray) -> np.ndarray:
-        return self._once("class logits", self.judge.class_logits, pixels)
+        judge = self.judge
+        if judge.kind != "classifier":
+            return self._once("class logits", judge.class_logits, pixels)
+        return self._once("class logits", lambda images: judge.class_logits_of(self._features(images)), pixels)
 
     def distances(self, pixels: np.ndarray) -> dict[str, float]:
         """Return the distances of images to the held-out split, and the Inception score if the extractor has one."""

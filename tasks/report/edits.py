@@ -11,6 +11,8 @@ from tasks.report.page import Experiment, Picture, Table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tasks.report.plotting import Chart
+
 STRENGTHS, FILLS = "strengths", "fills"
 """Names of the tables and pictures in `reports/editing`."""
 STRENGTH_COLUMNS = {
@@ -49,17 +51,17 @@ FILL_TEXT = (
 BIAS = "Fréchet distances over so few images are too large by about as much in every row; compare rows, not reports."
 
 
-def section(editing: Path) -> Experiment | None:
-    """Return the section; None if nothing was edited."""
+def section(editing: Path, chart: Chart | None) -> Experiment | None:
+    """Return the section with the `chart` of the edits; None if nothing was edited."""
     strengths, fills = (_read(editing / f"{name}.csv") for name in (STRENGTHS, FILLS))
     if not strengths and not fills:
         return None
     tables, pictures = [], []
     if strengths:
-        chart, label = _chart(strengths)
+        label, svg = _label(strengths), chart.svg if chart else None
         columns, rows = _cells(strengths, STRENGTH_COLUMNS)
         notes = [("Fréchet distances", BIAS)]
-        tables.append(Table("Image-to-image", STRENGTH_TEXT, columns, rows, notes, chart, label))
+        tables.append(Table("Image-to-image", STRENGTH_TEXT, columns, rows, notes, svg, label))
         shown = ", ".join(f"{float(row['strength']):g}" for row in strengths)
         caption = f"Image-to-image: the given image, then its edits at strength {shown}"
         pictures.append(_picture(editing, STRENGTHS, caption, "Rows of a held-out image and its edits by strength"))
@@ -71,17 +73,17 @@ def section(editing: Path) -> Experiment | None:
     return Experiment("editing", "Editing images", "Held-out images as the start of sampling.", tables, pictures)
 
 
-def chart_png(editing: Path) -> bytes | None:
-    """Return the chart by strength as a PNG file; None without image-to-image."""
+def chart_of(editing: Path) -> Chart | None:
+    """Return the chart by strength; None without image-to-image."""
     rows = _read(editing / f"{STRENGTHS}.csv")
-    return charts.strengths(*_curves(rows)).png if rows else None
+    return charts.strengths(*_curves(rows)) if rows else None
 
 
-def _chart(rows: list[dict[str, str]]) -> tuple[str, str]:
+def _label(rows: list[dict[str, str]]) -> str:
     label = "Line charts over the strength: PSNR to the input, Fréchet distances to inputs and data"
     if any(row["asked_share"] for row in rows):
         label += ", and the share that becomes what was asked for"
-    return charts.strengths(*_curves(rows)).svg, f"{label}."
+    return f"{label}."
 
 
 def _curves(rows: list[dict[str, str]]) -> tuple[list[float], dict[str, dict[str, list[float]]]]:

@@ -44,7 +44,7 @@ NO_WEIGHT = {
     "tasks/training/averages.py": "copies the averages",
     "tasks/training/key.py": "makes this key",
     "tasks/training/launch.py": "starts the processes, whose number is in the key",
-    "tasks/training/memory.py": "returns freed memory to the system",
+    "tasks/training/memory.py": "explains how memory ran out",
     "tasks/training/meter.py": "measures speed and memory for MLflow",
     "tasks/training/previews.py": "draws previews",
     "tasks/training/stopping.py": "ends a run after a whole step when a signal arrives",

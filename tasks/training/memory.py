@@ -1,8 +1,7 @@
-"""The memory of a training process: freed memory stays with the process, and how to respond if it runs out."""
+"""How to respond if the memory of a training runs out."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,25 +12,6 @@ from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from tasks.params import TrainParams
-
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # <malloc.h>
-TOP_PAD_BYTES = 64 * 2**20
-
-
-def keep_freed() -> None:
-    """Make glibc keep freed memory for the next allocation instead of returning it to the kernel; idempotent.
-
-    PyTorch caches no memory on a CPU. Each step's activations would be mapped, zeroed page by page and unmapped
-    again: thousands of page faults, a tenth of the step's time. The process keeps its peak memory. Without glibc this
-    does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return
-    mallopt(MMAP_MAX, 0)
-    mallopt(TRIM_THRESHOLD, -1)
-    mallopt(TOP_PAD, TOP_PAD_BYTES)
 
 
 @contextmanager

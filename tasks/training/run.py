@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from models import tuned_text
-from models.device import emulates_bf16
+from models.device import emulates_bf16, keep_freed
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -41,7 +41,6 @@ from tasks.training import (
     compiling,
     control,
     machine,
-    memory,
     optimizer,
     sharded,
     tuning,
@@ -255,7 +254,7 @@ def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedData
     if accelerator.distributed_type not in kinds:
         raise machine.unsupported(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
-        memory.keep_freed()
+        keep_freed("cpu")
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
             torch.set_num_threads(threads)  # accelerate may set another number for several processes
     machine.choose_kernels(params.deterministic)

@@ -585,9 +585,10 @@ def test_images_that_are_scored_again_are_not_computed_again(tree, pipeline, jud
     def scores():
         return scorer.distances(pixels) | scorer.inception_style_score(pixels) | scorer.fit_to_labels(pixels, labels)
 
-    first = scores()
     with pytest.MonkeyPatch.context() as patch:
-        for network in ("features", "class_logits", "clip_image_embeds"):
+        patch.setattr(type(judge), "class_logits", None)  # they follow from the features
+        first = scores()
+        for network in ("features", "class_logits_of", "clip_image_embeds"):
             patch.setattr(type(judge), network, None)
         assert scores() == first
     scorer.distances(pixels).clear()

@@ -9,7 +9,7 @@ import pytest
 
 STEPS = """
 import ctypes, json, resource
-from tasks.training import memory
+from models.device import keep_freed
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -25,9 +25,11 @@ def faults():
             libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+keep_freed("cuda")
+faults()
 returned = faults()
-memory.keep_freed()
-memory.keep_freed()
+keep_freed("cpu")
+keep_freed("cpu")
 faults()
 print(json.dumps([returned, faults()]))
 """
