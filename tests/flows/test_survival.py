@@ -215,7 +215,8 @@ def test_missed_runs_do_not_pile_up(toy: Toy) -> None:
     toy.resume("watch")
     before = len(toy.states("watch"))
     start, end = ((datetime.now(UTC) - timedelta(hours=hours)).isoformat() for hours in (5, 0))
-    toy.post(f"/deployments/{toy.deployment('watch')['id']}/schedule", start_time=start, end_time=end)
+    plan = {"start_time": start, "end_time": end, "min_runs": 5, "max_runs": 5}
+    toy.post(f"/deployments/{toy.deployment('watch')['id']}/schedule", **plan)
     assert toy.waiting("watch") == 5
     said = toy.start()
     assert "serve: 4 missed run(s) of 'watch' are skipped; the newest starts" in said
