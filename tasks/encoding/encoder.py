@@ -1,12 +1,13 @@
-"""Latents of all images: found in the scratch folder, or decoded and encoded in threads."""
+"""Latents of all images: found in the scratch folder, or decoded and encoded in threads or on a Ray cluster."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +18,7 @@ from models.networks.autoencoder import Autoencoder, load_autoencoder
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
 from tasks.pictures.images import read_encoded
-from tasks.runtime import closure, workspace
+from tasks.runtime import closure, cluster, workspace
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def encode_images(
     missing = {sha256: wanted[sha256] for sha256 in blocks.missing(wanted)}
     print(f"encode: {len(missing)} images to encode, {len(wanted) - len(missing)} known", flush=True)
     if missing:
-        _encode_missing(images, folder / "vae", codec.channels, missing, blocks, params)
+        encode = _encode_on_cluster if params.distributor == "ray" else _encode_missing
+        encode(images, folder / "vae", codec.channels, missing, blocks, params)
     blocks.forget(wanted)
     return blocks
 
@@ -97,6 +99,33 @@ def _encode_missing(
         if len(sample) == sample_size:
             _print_ceilings(encoder, sample, rate, cpu_seconds)
     torch.set_num_threads(threads)
+
+
+def _encode_on_cluster(
+    images: Path, vae: Path, channels: int, missing: Mapping[str, Resolution], blocks: Blocks, params: EncodeParams
+) -> None:
+    """Decode and encode in the processes of a Ray cluster; each chunk is stored as soon as it arrives."""
+    with (
+        cluster.joined(params.ray_address, params.workers, "encode") as ray,
+        progress(total=len(missing), desc="encode", unit="img") as bar,
+    ):
+        workers = cluster.Actors(ray, params.workers, _on_worker, load_autoencoder(vae))
+        work = partial(_encode_chunk, channels=channels, mirrored=params.horizontal_flip)
+        for keys, tensors in _in_order(workers, work, _chunks(images, missing), 2 * params.workers):
+            blocks.add(keys, tensors)
+            bar.update(len(keys))
+
+
+def _on_worker(network: Autoencoder) -> Autoencoder:
+    torch.set_num_threads(1)  # as in `_encode_missing`, so that sums are divided in the same way
+    return network.to(best_device())
+
+
+def _encode_chunk(
+    network: Autoencoder, chunk: Chunk, channels: int, mirrored: bool
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Return the SHA-256 of the images of a chunk, and their latents."""
+    return [sha256 for sha256, _, _ in chunk.images], encode_pixels(network, decode_chunk(chunk, channels), mirrored)
 
 
 @dataclass(frozen=True)
@@ -154,7 +183,7 @@ def _chunks(images: Path, missing: Mapping[str, Resolution]) -> Iterator[Chunk]:
         yield Chunk(resolution, group)
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+def _in_order(pool: Executor, work: Callable[..., Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
     """Yield `work(item)` in the order of the items, with at most `ahead` of them in memory."""
     waiting: deque[Future[Out]] = deque()
     for item in items:

@@ -173,6 +173,14 @@ class DownloadParams(Section):
         return self
 
 
+Distributor = Literal["local", "ray"]
+
+
+def _check_cluster(section: str, distributor: Distributor, ray_address: str | None) -> None:
+    if ray_address is not None and distributor != "ray":
+        raise ValueError(f"{section}.ray_address is only read with {section}.distributor 'ray'; set it to null")
+
+
 class IngestParams(Section):
     """How images are brought into one format and split into `train` and `test`."""
 
@@ -188,12 +196,18 @@ class IngestParams(Section):
     """Largest image file in bytes; larger ones go to quarantine."""
     workers: PositiveInt = 2
     """Processes that decode; the output does not depend on their number."""
+    distributor: Distributor = "local"
+    """Where these processes run: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster, such as '10.0.0.5:6379'; null uses RAY_ADDRESS if it is set, else the stage
+    starts a cluster on this machine."""
 
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"ingest.caption_templates needs exactly one '{{}}' in each, not {template!r}")
+        _check_cluster("ingest", self.distributor, self.ray_address)
         return self
 
 
@@ -263,8 +277,18 @@ class EncodeParams(Section):
     bucket_multiple: PositiveInt = 64
     """The sides of buckets are multiples of this number of pixels."""
     workers: PositiveInt = 2
-    """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    """Threads that decode and, on a CPU, encode; with distributor 'ray' processes that do both. The output does not
+    depend on their number."""
+    distributor: Distributor = "local"
+    """Where images become latents: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
+    ray_address: str | None = None
+    """As `ingest.ray_address`."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     control: ControlParams | None = None
     """Control maps for a ControlNet; null makes none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EncodeParams:
+        _check_cluster("encode", self.distributor, self.ray_address)
+        return self

@@ -1,0 +1,127 @@
+"""Executors that run functions on a Ray cluster, for `distributor: ray` of a stage.
+
+A stage joins a running cluster, or starts one on its machine that ends with it. Arguments and results pass through
+Ray's object store, so the workers need no folder in common with the stage. A call whose worker dies runs again on
+another worker; the other calls are not affected.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tasks.runtime.errors import StageError
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = "RAY_ADDRESS"
+"""Variable with the address of a running cluster."""
+RETRIES = 3
+"""How often a call runs again after its worker died; a call that kills every worker must not run for ever."""
+STORE_BYTES = 512 << 20
+"""Object store of a cluster that a stage starts: more than the chunks that a stage has in flight."""
+
+
+@contextmanager
+def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  # the module ray, which has no types
+    """Join the cluster at `address`, or at `RAY_ADDRESS`, or start one of `workers` CPUs; yields the module `ray`.
+
+    `section` is that of the parameter `distributor`, for messages. A cluster that is started listens on the loopback
+    interface only.
+
+    Raises:
+        StageError: if Ray is not installed, if the cluster cannot be joined, or if the workers of a call die.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = _imported(section)
+    address = address or os.environ.get(ADDRESS)
+    try:
+        if address:
+            packages = [str(ROOT / name) for name in ("models", "tasks")]
+            environment = {"py_modules": packages, "excludes": ["__pycache__"]}
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        else:
+            environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
+            ray.init(
+                num_cpus=workers,
+                object_store_memory=STORE_BYTES,
+                include_dashboard=False,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StageError(
+            f"the Ray cluster {address or 'on this machine'} cannot be used ({error}); correct {section}.ray_address "
+            f"or {ADDRESS}, or set {section}.distributor to 'local'"
+        ) from None
+    try:
+        yield ray
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise StageError(
+            f"a worker of the Ray cluster died {RETRIES + 1} times in the same call, probably for lack of memory "
+            f"({type(error).__name__}); lower {section}.workers, or give the cluster more memory"
+        ) from None
+    finally:
+        ray.shutdown()
+
+
+def _imported(section: str) -> Any:  # the module ray, which has no types
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise StageError(
+            f"{section}.distributor 'ray' needs the package ray; run 'make install EXTRA=ray', or set it to 'local'"
+        ) from None
+    return ray
+
+
+class Tasks(Executor):
+    """Runs functions without state; each call takes one CPU of the cluster."""
+
+    def __init__(self, ray: Any) -> None:  # the module, which has no types
+        self._ray = ray
+        self._remote: dict[Callable[..., Any], Any] = {}  # Ray exports a function to the workers once
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        if fn not in self._remote:
+            self._remote[fn] = self._ray.remote(num_cpus=1, max_retries=RETRIES)(fn)
+        return self._remote[fn].remote(*args, **kwargs).future()
+
+
+class Actors(Executor):
+    """Runs functions of a state, such as a network, that each of `workers` processes builds once.
+
+    `make(*arguments)` returns the state, in each process; the processes take the calls in turn. If the cluster has
+    GPUs, each process takes one.
+    """
+
+    def __init__(self, ray: Any, workers: int, make: Callable[..., Any], *arguments: Any) -> None:  # as `make` says
+        resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+        actor = ray.remote(**resources, max_restarts=RETRIES, max_task_retries=RETRIES)(_Actor)
+        shared = [ray.put(argument) for argument in arguments]  # sent to each machine once
+        self._turns = cycle([actor.remote(make, *shared) for _ in range(workers)])
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        future: Future[Result] = next(self._turns).run.remote(fn, *args, **kwargs).future()
+        return future
+
+
+class _Actor:
+    """A process of `Actors`."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.state = make(*arguments)
+
+    def run(self, fn: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        return fn(self.state, *args, **kwargs)
