@@ -24,7 +24,7 @@ from tasks.runtime.progress import progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.encoding.rows import Row
+    from tasks.encoding.rows import Rows
     from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo
     from tasks.params import EncodeParams
@@ -45,7 +45,7 @@ def encode_images(
     folder: Path,
     codec: CodecInfo,
     resolutions: Sequence[Resolution],
-    splits: Mapping[str, Sequence[Row]],
+    splits: Mapping[str, Rows],
     params: EncodeParams,
 ) -> Blocks | None:
     """Encode the images that have no stored latent yet; returns the latents of all, or None for the identity codec.
@@ -62,7 +62,11 @@ def encode_images(
         "code of the transform": closure.digest("tasks/formats/buckets.py", "tasks/encoding/transform.py"),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
-    wanted = {row.sha256: resolutions[row.bucket] for rows in splits.values() for row in rows}
+    wanted = {
+        sha256: resolutions[bucket]
+        for rows in splits.values()
+        for sha256, bucket in zip(rows.strings("sha256"), rows.table["bucket"].to_pylist(), strict=True)
+    }
     if changed := blocks.changes():
         print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
     blocks.open()

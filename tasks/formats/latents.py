@@ -3,15 +3,16 @@
     train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, c, h, w];
                               labels int64 [n], or captions int32 [n, K]: rows of the texts, padded with -1;
                               control uint8 [n, 1 or 3, h, w]: control maps, if `encode.control` makes them
-    texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
+    texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order; or their
+                              token ids, ids int32 [n, L], if `encode.captions` is 'tokens'
     prompts.safetensors       embeddings bfloat16 [P + 1, L, D] of the sample prompts, then of the empty text
     index.json                counts, shards, buckets, codec, conditioning, scaling, digest
 
 A shard holds inputs of one bucket (`tasks/formats/buckets.py`). The identity codec stores pixels. An autoencoder stores
 the mean and standard deviation of its posterior, already scaled to the units of the model; V is 2 if the mirrored image
 is stored as well. Labels and captions are stored only if the model is conditioned on them. With two text encoders
-(SDXL) the embeddings have one more row for the pooled embedding, and each image has `sizes` int32 [n, 6]; see
-`models/networks/text_encoder.py`.
+(SDXL) the embeddings have one more row for the pooled embedding, token ids are int32 [n, 2, L], and each image has
+`sizes` int32 [n, 6]; see `models/networks/text_encoder.py`.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class LatentsIndex(StageFile):
     """Height and width of the inputs of each bucket."""
     splits: dict[str, Split]
     texts: list[Shard] | None
-    """Shards of the caption embeddings; None without text."""
+    """Shards of the captions; None without text."""
     prompts_sha256: str | None
     digest: str
     """Hash of everything else in the index, so of codec and content."""
@@ -162,7 +163,7 @@ class Latents:
     captions: np.ndarray | None = None
     """int32 [N, K]: rows of `texts`, padded with -1"""
     texts: torch.Tensor | None = None
-    """bfloat16 [U, L, D]: embeddings of the distinct captions"""
+    """bfloat16 [U, L, D]: embeddings of the distinct captions; None if their token ids are stored"""
     prompts: torch.Tensor | None = None
     """bfloat16 [P + 1, L, D]: embeddings of the sample prompts, then of the empty text (the null condition)"""
 
@@ -255,6 +256,7 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
     """
     index = read_index(path)
     parts, texts = open_shards(path, split, bucket), open_texts(path)
+    embedded = bool(texts) and "embeddings" in texts[0]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Latents(
         pixels=columns.get("pixels"),
@@ -262,7 +264,7 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
         std=as_tensor(columns["std"]) if "std" in columns else None,
         labels=columns.get("labels"),
         captions=columns.get("captions"),
-        texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if texts else None,
+        texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if embedded else None,
         prompts=load_prompts(path),
         classes=len(index.classes),
         keys_sha256=index.splits[split].keys_sha256,
@@ -279,7 +281,7 @@ def load_prompts(path: Path) -> torch.Tensor | None:
 
 
 def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
-    """Memory-map the shards of the caption embeddings, whose rows `captions` names; empty without text."""
+    """Memory-map the shards of the captions, whose rows the column `captions` names; empty without text."""
     return _opened(path, read_index(path).texts or [])
 
 

@@ -57,7 +57,8 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises `Exception` itself if its processes do not start in time
+        ray.shutdown()
         raise StageError(
             f"the Ray cluster {address or 'on this machine'} cannot be used ({error}); correct {section}.ray_address "
             f"or {ADDRESS}, or set {section}.distributor to 'local'"

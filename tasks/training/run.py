@@ -143,9 +143,10 @@ def prepare(
     params: TrainParams,
     initial: InitialWeights | None = None,
     subject: Subject | None = None,
+    codec: Path | None = None,
 ) -> Run:
     """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
-    run = assemble(data, index, facts, config, diffusion, params, initial, subject)
+    run = assemble(data, index, facts, config, diffusion, params, initial, subject, codec)
     if run.accelerator.is_main_process:
         _print_summary(run, index)
     _resume(run, facts)
@@ -161,11 +162,13 @@ def assemble(
     params: TrainParams,
     initial: InitialWeights | None = None,
     subject: Subject | None = None,
+    codec: Path | None = None,
 ) -> Run:
     """Build network, optimizer, averages and batches of a run before its first step.
 
     The network starts from the `initial` weights, or from random weights. With a `subject` it is trained on that and on
-    class images, and its text encoder if that is named.
+    class images, and its text encoder if that is named. Captions that are stored as token ids need the text encoder in
+    the folder `codec`.
     """
     accelerator = _accelerator(params, facts)
     torch.manual_seed(params.seed)
@@ -185,7 +188,7 @@ def assemble(
     if params.gradient_checkpointing:
         network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
-    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject, codec)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
     wrapped = module
@@ -258,13 +261,14 @@ def _batches(
     timesteps: Timesteps,
     params: TrainParams,
     subject: Subject | None,
+    codec: Path | None,
 ) -> tuple[Batches | Bucketed | PriorMix, list[Batch]]:
     """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
 
     Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
     """
     device, where = accelerator.device, params.data_on_device
-    conditioning = open_conditioning(data, where, device)
+    conditioning = open_conditioning(data, where, device, codec)
 
     def configured(seed: int) -> DrawConfig:
         return DrawConfig(

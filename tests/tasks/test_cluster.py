@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +39,9 @@ def test_a_wrong_address_is_one_sentence(monkeypatch):
 
         def init(self, **_):
             raise ConnectionError("no cluster")
+
+        def shutdown(self):
+            pass
 
     monkeypatch.setattr(cluster, "_imported", lambda section: Ray())
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
@@ -81,6 +83,25 @@ def raw(tmp_path):
     return tmp_path / "raw"
 
 
+@pytest.fixture(scope="module")
+def cluster_of_two(tmp_path_factory):
+    """Start a Ray cluster of two CPUs in another folder and process; yields its address."""
+    options = {"num_cpus": 2, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    command = [sys.executable, "-c", HOST, repr(options)]
+    folder = tmp_path_factory.mktemp("host")
+    host = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    yield host.stdout.readline().decode().strip()
+    host.stdin.close()
+    host.wait(60)
+
+
+HOST = """
+import ast, sys, ray
+print(ray.init(**ast.literal_eval(sys.argv[1])).address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
 def ingested(raw: Path, name: str, **params: object) -> dict[str, str]:
     ingest(raw, raw.parent / name, raw.parent / f"{name}-quarantine", ingest_params(shards=16, **params))
     return contents(raw.parent / name) | {f"q/{k}": v for k, v in contents(raw.parent / f"{name}-quarantine").items()}
@@ -88,17 +109,18 @@ def ingested(raw: Path, name: str, **params: object) -> dict[str, str]:
 
 @pytest.mark.slow
 @needs_ray
-def test_two_workers_give_the_bytes_of_one_process_also_if_one_is_killed(raw, monkeypatch):
+def test_two_workers_give_the_bytes_of_one_process_also_if_one_is_killed(raw, cluster_of_two):
     alone = ingested(raw, "alone", workers=1)
-    assert ingested(raw, "both", workers=2, distributor="ray") == alone
+    joined = {"workers": 2, "distributor": "ray", "ray_address": cluster_of_two}
+    assert ingested(raw, "both", **joined) == alone
     with killing(1) as killed:
-        assert ingested(raw, "killed", workers=2, distributor="ray") == alone
+        assert ingested(raw, "killed", **joined) == alone
     assert len(killed) == 1
 
 
 @pytest.mark.slow
 @needs_ray
-def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch):
+def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, cluster_of_two):
     import torch
     from diffusers import AutoencoderKL
 
@@ -118,7 +140,7 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch):
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     missing = dict.fromkeys(read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist(), (16, 16))
-    params = EncodeParams(workers=2, horizontal_flip=True)
+    params = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", ray_address=cluster_of_two)
     stored = {}
     for encode in (_encode_missing, _encode_on_cluster):
         blocks = Blocks(tmp_path / encode.__name__, {})
@@ -135,43 +157,15 @@ LEVELS = {
 
 @pytest.mark.slow
 @needs_ray
-def test_a_running_cluster_is_joined_by_its_address(raw, tmp_path):
-    """The workers import the code that the stage sends them, from any folder."""
-    import ray
-
-    options = {"num_cpus": 2, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST, repr(options)], cwd=tmp_path, stdout=subprocess.PIPE, stdin=subprocess.PIPE
-    )
-    try:
-        address = host.stdout.readline().decode().strip()
-        assert ingested(raw, "joined", workers=2, distributor="ray", ray_address=address) == ingested(raw, "alone")
-        assert not ray.is_initialized()
-    finally:
-        host.stdin.close()
-        host.wait(60)
-
-
-HOST = """
-import ast, sys, ray
-print(ray.init(**ast.literal_eval(sys.argv[1])).address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.slow
-@needs_ray
-def test_a_call_that_kills_every_worker_ends_the_stage(monkeypatch):
-    started = time.monotonic()
-    with pytest.raises(StageError, match="died 4 times"), cluster.joined(None, 2, "ingest") as ray:
+def test_a_call_that_kills_every_worker_ends_the_stage(cluster_of_two):
+    with pytest.raises(StageError, match="died 4 times"), cluster.joined(cluster_of_two, 2, "ingest") as ray:
         cluster.Tasks(ray).submit(os._exit, 1).result()
-    assert time.monotonic() - started < 300
 
 
 @pytest.mark.slow
 @needs_ray
-def test_an_error_of_a_worker_is_the_error_of_the_stage():
-    with pytest.raises(ValueError, match="invalid literal"), cluster.joined(None, 1, "ingest") as ray:
+def test_an_error_of_a_worker_is_the_error_of_the_stage(cluster_of_two):
+    with pytest.raises(ValueError, match="invalid literal"), cluster.joined(cluster_of_two, 1, "ingest") as ray:
         cluster.Tasks(ray).submit(int, "three").result()
 
 
