@@ -300,10 +300,19 @@ def open_shards(path: Path, split: str, bucket: int = SQUARE) -> list[dict[str, 
     Raises:
         StageError: if the split or the bucket has no images, or a shard is damaged.
     """
+    return _opened(path, shards_of(path, split, bucket))
+
+
+def shards_of(path: Path, split: str, bucket: int = SQUARE) -> list[BucketShard]:
+    """Return the entries of the shards of one bucket of a split.
+
+    Raises:
+        StageError: if the split or the bucket has no images.
+    """
     shards = [shard for shard in _shards(path, split) if shard.bucket == bucket]
     if not shards:
         raise StageError(f"split '{split}' of {path} has no image in bucket {bucket}; see encode.buckets")
-    return _opened(path, shards)
+    return shards
 
 
 def _opened(path: Path, shards: Sequence[Shard]) -> list[dict[str, np.ndarray]]:
@@ -322,15 +331,28 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
     """Memory-map the tensors of a safetensors file: 8 bytes with the header's length, a JSON header, the data."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        tensors = tensors_of(json.loads(stream.read(length)))
     return {
-        name: np.memmap(
-            file,
-            NUMPY_TYPES[entry["dtype"]],
-            "r",
-            8 + length + entry["data_offsets"][0],
-            tuple(entry["shape"]),
-        )
+        name: np.memmap(file, tensor.dtype, "r", 8 + length + tensor.start, tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file."""
+
+    dtype: str
+    """As NumPy reads it, see `NUMPY_TYPES`."""
+    start: int
+    """First byte after the header."""
+    shape: tuple[int, ...]
+
+
+def tensors_of(header: JsonObject) -> dict[str, StoredTensor]:
+    """Return the tensors that the header of a safetensors file lists, by name."""
+    return {
+        name: StoredTensor(NUMPY_TYPES[entry["dtype"]], entry["data_offsets"][0], tuple(entry["shape"]))
         for name, entry in header.items()
         if name != "__metadata__"
     }

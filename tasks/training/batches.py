@@ -19,11 +19,12 @@ from models.networks.control_maps import as_input
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder, with_sizes
 from models.optimization.diffusion import drop_condition
 from tasks.formats import latents
-from tasks.training.stores import Store, fitting
+from tasks.training.remote import Bucket, open_texts
 
 if TYPE_CHECKING:
     from models.networks.text_encoder import AnyEncoder
     from models.optimization.timesteps import Timesteps
+    from tasks.training.stores import Store
 
 
 def seed_for(*parts: int | str) -> int:
@@ -81,7 +82,9 @@ class Conditioning:
     """Side of an image relative to that of a sample, if there are control maps for a ControlNet; None without them."""
 
 
-def open_conditioning(data: Path, where: str, device: torch.device, codec: Path | None = None) -> Conditioning:
+def open_conditioning(
+    data: Path, where: str, device: torch.device, codec: Path | None = None, remote: Bucket | None = None
+) -> Conditioning:
     """Open the conditions of a data set.
 
     Args:
@@ -89,12 +92,17 @@ def open_conditioning(data: Path, where: str, device: torch.device, codec: Path 
         where: as for `open_store`.
         device: where conditions are made.
         codec: the folder with the text encoder, which captions that are stored as token ids need.
+        remote: where the shards of the captions lie, if not in `data`.
     """
-    index, prompts, shards = latents.read_index(data), latents.load_prompts(data), latents.open_texts(data)
-    tokens = bool(shards) and "ids" in shards[0]
+    index, prompts, texts = (
+        latents.read_index(data),
+        latents.load_prompts(data),
+        open_texts(data, where, device, remote),
+    )
+    tokens = texts is not None and "ids" in texts.shapes
     return Conditioning(
         classes=len(index.classes),
-        texts=fitting(shards, where, device) if shards else None,
+        texts=texts,
         text_encoder=_text_encoder(codec, device) if tokens else None,
         null_text=None if prompts is None else prompts[-1].float(),
         pooled=index.text.pooled if index.text else None,

@@ -39,7 +39,7 @@ from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
 from tasks.training.prior_mix import PriorMix, Subject, open_mix
-from tasks.training.stores import open_store
+from tasks.training.remote import bucket_of, open_store
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -267,8 +267,8 @@ def _batches(
 
     Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
     """
-    device, where = accelerator.device, params.data_on_device
-    conditioning = open_conditioning(data, where, device, codec)
+    device, where, remote = accelerator.device, params.data_on_device, bucket_of(params)
+    conditioning = open_conditioning(data, where, device, codec, remote)
 
     def configured(seed: int) -> DrawConfig:
         return DrawConfig(
@@ -286,7 +286,7 @@ def _batches(
         )
 
     def training(bucket: int, seed: int) -> Batches:
-        return Batches(open_store(data, "train", where, device, bucket), conditioning, configured(seed), device)
+        return Batches(open_store(data, "train", where, device, bucket, remote), conditioning, configured(seed), device)
 
     train: Batches | Bucketed | PriorMix
     filled = latents.buckets_of(data, "train")
@@ -300,7 +300,7 @@ def _batches(
     held_out, uniform = [], Timesteps(timesteps.path, device)
     total = index.splits["test"].count
     for bucket in latents.buckets_of(data, "test"):
-        store = open_store(data, "test", where, device, bucket)
+        store = open_store(data, "test", where, device, bucket, remote)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
         given = None if params.control_dropout is None else 0.0
         config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)
