@@ -125,7 +125,7 @@ def require_disk_space(
     if latent:
         bytes_per_cell = 2 * (1 + params.horizontal_flip) * latent.channels * BFLOAT16_BYTES
     captions = len(distinct_captions(splits)) if text else 0
-    bytes_per_caption = _bytes_per_caption(text, params.captions == "tokens") if text else 0
+    bytes_per_caption = caption_bytes(text, params.captions == "tokens") if text else 0
     line = f"encode: 100,000 images take {bytes_per_cell * area / max(1, sum(counts)) / 10:,.1f} MB"
     if text:
         line += f", 100,000 different captions {bytes_per_caption / 10:,.1f} MB"
@@ -139,7 +139,7 @@ def require_disk_space(
     require_space(folder, bytes_per_cell * area + bytes_per_caption * captions + cached)
 
 
-def _bytes_per_caption(text: TextInfo, tokens: bool) -> int:
+def caption_bytes(text: TextInfo, tokens: bool) -> int:
     """Bytes of a stored caption: its token ids for each tokenizer, or its embeddings."""
     if tokens:
         return (1 + bool(text.pooled)) * text.length * INT32_BYTES

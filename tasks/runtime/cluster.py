@@ -38,9 +38,9 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
     Raises:
         StageError: if Ray is not installed, if the cluster cannot be joined, or if the workers of a call die.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = _imported(section)
     address = address or os.environ.get(ADDRESS)
+    _prepare_environment(bool(address))
+    ray = _imported(section)
     try:
         if address:
             packages = [str(ROOT / name) for name in ("models", "tasks")]
@@ -55,7 +55,6 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
                 runtime_env=environment,
                 log_to_driver=False,
                 logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
             )
     except Exception as error:  # Ray raises `Exception` itself if its processes do not start in time
         ray.shutdown()
@@ -74,6 +73,19 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
         ) from None
     finally:
         ray.shutdown()
+
+
+def _prepare_environment(joins: bool) -> None:
+    """Set what Ray reads when it is imported: no telemetry, and the secret of a cluster that has one.
+
+    Ray protects every cluster that it starts by a token, but presents it to a running one only in this mode. A cluster
+    of this machine alone listens on the loopback interface; Ray does so only where it takes clusters to be impossible.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not joins:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    elif "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _imported(section: str) -> Any:  # the module ray, which has no types

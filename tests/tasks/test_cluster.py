@@ -77,7 +77,7 @@ def raw(tmp_path):
     """A downloaded source of many chunks, with files that cannot be read."""
     from tasks.download import download
 
-    files = {f"{'cat' if seed % 3 else 'dog'}/{seed:04d}.png": picture(seed, (96, 96)) for seed in range(1500)}
+    files = {f"{'cat' if seed % 3 else 'dog'}/{seed:04d}.png": picture(seed, (96, 96)) for seed in range(1100)}
     files |= {f"cat/bad{seed}.png": picture(seed)[:60] for seed in range(5)}
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
     return tmp_path / "raw"
@@ -86,10 +86,11 @@ def raw(tmp_path):
 @pytest.fixture(scope="module")
 def cluster_of_two(tmp_path_factory):
     """Start a Ray cluster of two CPUs in another folder and process; yields its address."""
-    options = {"num_cpus": 2, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    options = {"num_cpus": 2, "include_dashboard": False}
     command = [sys.executable, "-c", HOST, repr(options)]
     folder = tmp_path_factory.mktemp("host")
-    host = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on the loopback interface
+    host = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     yield host.stdout.readline().decode().strip()
     host.stdin.close()
     host.wait(60)
@@ -158,15 +159,21 @@ LEVELS = {
 @pytest.mark.slow
 @needs_ray
 def test_a_call_that_kills_every_worker_ends_the_stage(cluster_of_two):
+    def die() -> None:
+        os._exit(1)
+
     with pytest.raises(StageError, match="died 4 times"), cluster.joined(cluster_of_two, 2, "ingest") as ray:
-        cluster.Tasks(ray).submit(os._exit, 1).result()
+        cluster.Tasks(ray).submit(die).result()
 
 
 @pytest.mark.slow
 @needs_ray
 def test_an_error_of_a_worker_is_the_error_of_the_stage(cluster_of_two):
+    def parse(text: str) -> int:
+        return int(text)
+
     with pytest.raises(ValueError, match="invalid literal"), cluster.joined(cluster_of_two, 1, "ingest") as ray:
-        cluster.Tasks(ray).submit(int, "three").result()
+        cluster.Tasks(ray).submit(parse, "three").result()
 
 
 @pytest.mark.slow
