@@ -317,9 +317,12 @@ def shards(images: Path) -> list[Path]:
     return [images / name for name in index.shards]
 
 
-def read_columns(images: Path, columns: list[str]) -> pa.Table:
-    """Read columns of all rows, in the order of the shards; "image" becomes a binary column of the encoded images."""
-    files = shards(images)
+def read_columns(images: Path, columns: list[str], chosen: Collection[Path] | None = None) -> pa.Table:
+    """Read columns of all rows, in the order of the shards; "image" becomes a binary column of the encoded images.
+
+    With `chosen` only these shards are read.
+    """
+    files = [file for file in shards(images) if chosen is None or file in chosen]
     if "image" not in columns:
         tables = [pq.read_table(file, columns=columns) for file in files]
         return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from botocore.exceptions import BotoCoreError
-from urllib3.exceptions import HTTPError
 
 from tasks.formats import latents
 from tasks.params import LOCAL, S3Params
@@ -157,7 +156,7 @@ class Bucket:
                         Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=etag
                     )
                     data = bytes(answer["Body"].read())
-                except (BotoCoreError, HTTPError):
+                except (BotoCoreError, OSError):
                     if attempt == ATTEMPTS:
                         raise
                 else:

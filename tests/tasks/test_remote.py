@@ -66,6 +66,7 @@ def test_the_batches_are_those_of_local_shards(tmp_path, bucket, monkeypatch, co
         assert equal(*(batches.draw(2) for batches in several))
 
 
+@pytest.mark.slow
 def test_a_training_ends_in_the_same_weights(tmp_path, bucket, trained):
     local = trained(tmp_path / "local", "text")
     upload(local / "latents", ADDRESS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import resource
 import tracemalloc
 from pathlib import Path
@@ -18,11 +20,13 @@ from tasks.runtime.errors import StageError
 
 
 def row(number: int, data: bytes = b"x", **others: object) -> images.ImageRow:
-    sha256 = f"{number * 7919 % 2**64:064x}"
+    """A row of 2,000: ten files repeat another, and each pair has perceptual hashes that differ in one bit."""
+    sha256, pair = (hashlib.sha256(str(name).encode()).hexdigest() for name in (number % 1990, number // 2))
     return {
         "key": f"{number:06d}.png", "image": data, "width": 8 + number % 3 * 8, "height": 8, "mode": "L",
-        "label": None, "captions": [f"picture {number % 50}"] * (number % 3), "split": "test" if number % 5 == 0 else
-        "train", "sha256": sha256, "phash": sha256[:16], "safety": None, "licence": "x", "source": "x", **others,
+        "label": None, "captions": [f"picture {number % 50}"] * (number % 3), "sha256": sha256,
+        "split": "test" if number % 5 == 0 else "train", "phash": pair[:15] + "01"[number % 2], "safety": None,
+        "licence": "x", "source": "x", **others,
     }  # fmt: skip
 
 
@@ -101,6 +105,71 @@ def test_rows_are_sorted_by_bucket_and_key_and_read_in_parts(folder, monkeypatch
     assert distinct_captions(splits).to_pylist() == sorted(f"picture {number}" for number in range(50))
 
 
-def test_the_content_hash_of_a_small_data_set_is_as_before(folder):
-    """That of 2,000 rows, recorded when the content hash was kept in one dictionary."""
-    assert images.read_index(folder).sha256 == "1bf80c360f8412c4428781607e916eaf665108de315a686224dbf3aae0e9b366"
+def test_the_content_hash_covers_the_identities_in_the_order_of_their_keys(folder):
+    content = hashlib.sha256()
+    for number in range(2000):  # whose keys are in this order
+        one = row(number)
+        identity = [one["key"], one["sha256"], one["split"], one["label"], one["captions"]]
+        content.update(hashlib.sha256(json.dumps(identity).encode("utf-8")).digest())
+    assert images.read_index(folder).sha256 == content.hexdigest()
+
+
+def findings_of(folder: Path, parts: int, monkeypatch, **params: object) -> list:
+    from tasks.formats import quarantine as quarantines
+    from tasks.params import Demands, ValidateParams
+    from tasks.sources.entry import Entry, Problem
+    from tasks.validation import expectations, tables
+
+    refused = folder.parent / f"quarantine-{parts}"
+    refused.mkdir()
+    writer = quarantines.Writer(refused)
+    writer.add(Entry("bad.png", b"x", 1), Problem("truncated", "it ends early"))
+    writer.close()
+    limits = {
+        "min_images": 1,
+        "max_aspect_ratio": 1.5,
+        "min_images_per_class": 0,
+        "min_side": 8,
+        "max_quarantined_fraction": 0.1,
+        **params,
+    }
+    asked = {
+        "codec.conditioning": "text", "evaluate.allow_small_n": True, "image.resolution": 9,
+        "judge.extractor.kind": "in_domain", "train.batch_size": 4,
+    }  # fmt: skip
+    index = images.read_index(folder)
+    monkeypatch.setattr(tables, "PART_ROWS", -(-index.rows // parts))
+    monkeypatch.setattr(expectations, "write_docs", lambda *_: None)
+    built = tables.build(
+        folder, refused, index, {}, ValidateParams.model_validate(limits), Demands.model_validate(asked)
+    )
+    return expectations.judge(built, folder.parent / "docs")
+
+
+def test_gates_over_parts_are_those_over_all_rows(folder, monkeypatch):
+    """Duplicates lie in other parts, and shares are those of all rows.
+
+    Of equal files the first counts as no duplicate, and which one is first depends on the order of the rows.
+    """
+    (whole, parted) = (findings_of(folder, parts, monkeypatch) for parts in (1, 5))
+    assert [finding.gate for finding in whole] == [finding.gate for finding in parted]
+    for one, other in zip(whole, parted, strict=True):
+        assert one.success == other.success, one.gate
+        if one.gate.check in ("near_duplicates", "near_leaks"):
+            assert abs(one.unexpected - other.unexpected) <= 10
+        else:
+            assert (one.unexpected, one.observed) == (other.unexpected, other.observed), one.gate
+        assert len(one.offenders) <= len(other.offenders)
+    found = {finding.gate.check: finding for finding in parted}
+    assert found["duplicates"].unexpected + found["leaks"].unexpected >= 10 and found["duplicates"].success
+    assert found["near_duplicates"].unexpected > 1000 and not found["near_duplicates"].success
+    assert not found["aspect"].success and found["rows"].success and found["splits"].success
+
+
+def test_memory_is_that_of_one_part(folder, monkeypatch):
+    from tasks.validation import tables
+
+    monkeypatch.setattr(tables, "PART_ROWS", 300)
+    parts = tables._parts(folder, images.read_index(folder))
+    rows = [sum(pq.read_metadata(file).num_rows for file in part) for part in parts]
+    assert sum(rows) == 2000 and max(rows) <= 300 and len(rows) < 16

@@ -15,16 +15,18 @@ from pathlib import Path
 import yaml
 
 from infra.bench.results import machine
+from tasks.formats.verdict import Verdict
 from tasks.params import composition
 from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 
 JSON, TABLE = "bench_scale.json", "bench_scale.md"
-STAGES = ("ingest", "write", "validate", "codec", "encode", "hash")
+STAGES = ("ingest", "write", "validate", "encode", "hash")
 """Measurements in their order; those after `write` need its files."""
 LIMIT_BYTES = 1536 << 20
 """Memory that no stage may exceed."""
 HASHED_BYTES = 1 << 30
+CODEC_ROWS = 2000
 WRITER = "infra.bench.scale.simulated"
 
 
@@ -107,6 +109,8 @@ def _measured(folder: Path, name: str, plan: Plan, params: Path) -> Row:
         return _hash(folder)
     if name == "ingest":
         _wait(folder, [WRITER, "raw", str(folder), str(count)])
+    if name == "encode":
+        _make_codec(folder, params)
     print(f"bench: {name} on {count:,} rows", flush=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     peak = _wait(folder, _command(folder, name, count, params))
@@ -115,11 +119,19 @@ def _measured(folder: Path, name: str, plan: Plan, params: Path) -> Row:
     return Row(name, count, time.perf_counter() - began, cpu, peak)
 
 
+def _make_codec(folder: Path, params: Path) -> None:
+    """Train a text encoder on few rows; its quality does not matter."""
+    few = folder / "few"
+    _wait(folder, [WRITER, "images", str(few), str(CODEC_ROWS)])
+    Verdict().write(few / "accepted.json")
+    made = (few / "images", few / "accepted.json", folder / "codec")
+    _wait(folder, ["tasks.codec", *map(str, made), "--params", str(params)])
+
+
 def _command(folder: Path, name: str, count: int, params: Path) -> list[str]:
     paths = {
         "ingest": ("raw", "ingested", "ingested-quarantine"),
         "validate": ("images", "quarantine", "accepted.json", "validation"),
-        "codec": ("images", "accepted.json", "codec"),
         "encode": ("images", "accepted.json", "codec", "latents"),
     }
     if name == "write":
