@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "RAY_ADDRESS"
 """Variable with the address of a running cluster."""
+LOOPBACK = ("127.0.0.1", "localhost")
 RETRIES = 3
 """How often a call runs again after its worker died; a call that kills every worker must not run for ever."""
 STORE_BYTES = 512 << 20
@@ -39,23 +40,10 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
         StageError: if Ray is not installed, if the cluster cannot be joined, or if the workers of a call die.
     """
     address = address or os.environ.get(ADDRESS)
-    _prepare_environment(bool(address))
+    _prepare_environment(address)
     ray = _imported(section)
     try:
-        if address:
-            packages = [str(ROOT / name) for name in ("models", "tasks")]
-            environment = {"py_modules": packages, "excludes": ["__pycache__"]}
-            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-        else:
-            environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
-            ray.init(
-                num_cpus=workers,
-                object_store_memory=STORE_BYTES,
-                include_dashboard=False,
-                runtime_env=environment,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+        _begin(ray, address, workers)
     except Exception as error:  # Ray raises `Exception` itself if its processes do not start in time
         ray.shutdown()
         raise StageError(
@@ -75,16 +63,32 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
         ray.shutdown()
 
 
-def _prepare_environment(joins: bool) -> None:
-    """Set what Ray reads when it is imported: no telemetry, and the secret of a cluster that has one.
+def _begin(ray: Any, address: str | None, workers: int) -> None:  # the module, which has no types
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        packages = [str(ROOT / name) for name in ("models", "tasks")]
+        ray.init(address=address, runtime_env={"py_modules": packages, "excludes": ["__pycache__"]}, **quiet)
+        return
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=workers,
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        **quiet,
+    )
 
-    Ray protects every cluster that it starts by a token, but presents it to a running one only in this mode. A cluster
-    of this machine alone listens on the loopback interface; Ray does so only where it takes clusters to be impossible.
+
+def _prepare_environment(address: str | None) -> None:
+    """Set what Ray reads when it is imported: no telemetry, the loopback interface, and the secret of a cluster.
+
+    Ray protects every cluster that it starts by a token, but presents it to a running one only in the mode `token`. It
+    takes a loopback address for that of the machine in its network, unless it is told that there are no clusters.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if not joins:
+    if address is None or address.partition(":")[0] in LOOPBACK:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    elif "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file():
+    if address and ("RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
