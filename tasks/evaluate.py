@@ -74,7 +74,7 @@ def evaluate(
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.device import best_device
+    from models.device import best_device, emulates_bf16
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
     from models.networks.precision import in_precision
@@ -89,6 +89,8 @@ def evaluate(
     device = best_device()
     if params.precision == "fp16" and device == "cpu":
         raise StageError("evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+    if params.precision == "bf16" and emulates_bf16(device):
+        print("evaluate: this CPU emulates bfloat16, which is slow; evaluate.precision=no is faster", flush=True)
     with integrity.loading(pipeline, "afterimage.json", "train"):
         in_float32 = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from models import tuned_text
+from models.device import emulates_bf16
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -318,6 +319,8 @@ def _print_summary(run: Run, index: LatentsIndex) -> None:
         f"{images} {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
+    if run.params.precision == "bf16" and emulates_bf16(run.accelerator.device.type):
+        print("train: this CPU emulates bfloat16, which is slow; train.precision=no (float32) is faster", flush=True)
 
 
 def _resume(run: Run, facts: RunFacts) -> None:

@@ -46,3 +46,16 @@ def test_onnx_runtime_has_the_same_setting(monkeypatch):
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(bundle, "_has_gpu", lambda: True)
     assert bundle.usable_providers() == [(bundle.CUDA, {"use_tf32": 0}), bundle.CPU]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulated"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+    ],
+)
+def test_a_cpu_without_instructions_for_bfloat16_emulates_it(monkeypatch, capabilities, emulated):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert device.emulates_bf16("cpu") == emulated
+    assert not device.emulates_bf16("cuda")
