@@ -125,7 +125,8 @@ def main() -> None:
         for field in fields(kind):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default)
     given = parser.parse_args()
-    rates, prices = (kind(**{f.name: getattr(given, f.name) for f in fields(kind)}) for kind in (Rates, Prices))
+    rates = Rates(**{field.name: getattr(given, field.name) for field in fields(Rates)})
+    prices = Prices(**{field.name: getattr(given, field.name) for field in fields(Prices)})
     params = Params.model_validate(compose(given.preset, given.set))
     print(table(lines(params, given.images, given.image_bytes, rates, prices)))
 

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -30,9 +30,9 @@ class ContentHash:
     _pending: dict[bytes, bytes] = field(default_factory=dict)
     _runs: list[IO[bytes]] = field(default_factory=list)
 
-    def add(self, key: str, identity: list[object]) -> None:
+    def add(self, key: str, identity: Sequence[object]) -> None:
         """Add the image `key`, which is added once."""
-        self._pending[key.encode("utf-8")] = hashlib.sha256(json.dumps(identity).encode("utf-8")).digest()
+        self._pending[key.encode("utf-8")] = hashlib.sha256(json.dumps(list(identity)).encode("utf-8")).digest()
         if len(self._pending) >= RUN_ROWS:
             self._spill()
 

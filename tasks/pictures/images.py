@@ -412,8 +412,9 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
                 continue
             columns = ["sha256", PICTURE, "width", "height"]
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    if row["sha256"] in left:
+                mask = pa.array([sha256 in left for sha256 in batch.column("sha256").to_pylist()], pa.bool_())
+                for row in batch.filter(mask).to_pylist():
+                    if row["sha256"] in left:  # equal images of a batch
                         left.remove(row["sha256"])
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 

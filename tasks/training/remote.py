@@ -174,7 +174,8 @@ class Remote(Streamed):
     where = "streamed from S3"
 
     def __init__(self, bucket: Bucket, shards: Sequence[RemoteShard], device: torch.device) -> None:
-        super().__init__(shards, device)  # type: ignore[arg-type] - of the arrays it only reads length and shape
+        # It reads the length and the shapes of the columns.
+        super().__init__(shards, device)  # type: ignore[arg-type]
         self.bucket, self.remote = bucket, shards
         self.starts = np.cumsum([0, *(len(next(iter(shard.values()))) for shard in shards)])
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -140,18 +140,20 @@ def _rows(images: Path, parts: Sequence[Sequence[Path]], params: ValidateParams)
         names = _keys_of(images, parts, np.unique(np.concatenate(list(twins.values()))))
     for part in parts:
         frame = _metadata(images, part, rated, params)
+        last = first + len(frame)
         if twins is None:
             keys = frame["key"].to_numpy()
             own = _twins(*_hashes(frame["sha256"], frame["phash"], frame["split"]), params.near_duplicate_bits)
-            shown = {name: np.where(rows >= 0, keys[rows], None) for name, rows in own.items()}
+            shown: dict[str, NDArray[Any]] = {name: np.where(rows >= 0, keys[rows], None) for name, rows in own.items()}
         else:
-            last = first + len(frame)
-            shown = {
-                name: np.array([names.get(row) for row in rows[first:last].tolist()], object)
-                for name, rows in twins.items()
-            }
-            first = last
+            shown = {name: _named(rows[first:last], names) for name, rows in twins.items()}
+        first = last
         yield frame.assign(**shown)
+
+
+def _named(rows: Rows, names: Mapping[int, str]) -> NDArray[np.object_]:
+    """Return the keys of rows, None for those that have none."""
+    return np.array([names.get(row) for row in rows.tolist()], object)
 
 
 def _metadata(images: Path, part: Collection[Path], rated: bool, params: ValidateParams) -> pd.DataFrame:

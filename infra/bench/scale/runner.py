@@ -116,7 +116,9 @@ def _measured(folder: Path, name: str, plan: Plan, params: Path) -> Row:
     peak = _wait(folder, _command(folder, name, count, params))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Row(name, count, time.perf_counter() - began, cpu, peak)
+    row = Row(name, count, time.perf_counter() - began, cpu, peak)
+    print(row.cells, flush=True)
+    return row
 
 
 def _make_codec(folder: Path, params: Path) -> None:
