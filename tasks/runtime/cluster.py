@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "RAY_ADDRESS"
 """Variable with the address of a running cluster."""
 LOOPBACK = ("127.0.0.1", "localhost")
+STARTS = 3
 RETRIES = 3
 """How often a call runs again after its worker died; a call that kills every worker must not run for ever."""
 STORE_BYTES = 512 << 20
@@ -42,14 +43,7 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
     address = address or os.environ.get(ADDRESS)
     _prepare_environment(address)
     ray = _imported(section)
-    try:
-        _begin(ray, address, workers)
-    except Exception as error:  # Ray raises `Exception` itself if its processes do not start in time
-        ray.shutdown()
-        raise StageError(
-            f"the Ray cluster {address or 'on this machine'} cannot be used ({error}); correct {section}.ray_address "
-            f"or {ADDRESS}, or set {section}.distributor to 'local'"
-        ) from None
+    _begin(ray, address, workers, section)
     try:
         yield ray
     except ray.exceptions.RayTaskError as error:
@@ -63,7 +57,23 @@ def joined(address: str | None, workers: int, section: str) -> Iterator[Any]:  #
         ray.shutdown()
 
 
-def _begin(ray: Any, address: str | None, workers: int) -> None:  # the module, which has no types
+def _begin(ray: Any, address: str | None, workers: int, section: str) -> None:  # the module, which has no types
+    """Join the cluster at `address`, or start one; on a busy machine Ray gives up after 30 s, so it has `STARTS`."""
+    for start in range(1, STARTS + 1):
+        try:
+            _initialise(ray, address, workers)
+        except Exception as error:  # Ray raises `Exception` itself if its processes do not start in time
+            ray.shutdown()
+            if address or start == STARTS:
+                raise StageError(
+                    f"the Ray cluster {address or 'on this machine'} cannot be used ({error}); correct "
+                    f"{section}.ray_address or {ADDRESS}, or set {section}.distributor to 'local'"
+                ) from None
+        else:
+            return
+
+
+def _initialise(ray: Any, address: str | None, workers: int) -> None:  # the module, which has no types
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         packages = [str(ROOT / name) for name in ("models", "tasks")]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -144,11 +144,18 @@ def _rows(images: Path, parts: Sequence[Sequence[Path]], params: ValidateParams)
         if twins is None:
             keys = frame["key"].to_numpy()
             own = _twins(*_hashes(frame["sha256"], frame["phash"], frame["split"]), params.near_duplicate_bits)
-            shown: dict[str, NDArray[Any]] = {name: np.where(rows >= 0, keys[rows], None) for name, rows in own.items()}
+            shown = {name: _taken(keys, rows) for name, rows in own.items()}
         else:
             shown = {name: _named(rows[first:last], names) for name, rows in twins.items()}
         first = last
         yield frame.assign(**shown)
+
+
+def _taken(keys: NDArray[np.object_], rows: Rows) -> NDArray[np.object_]:
+    """Return the keys of rows, None for negative ones."""
+    taken = keys[rows].astype(object)
+    taken[rows < 0] = None
+    return taken
 
 
 def _named(rows: Rows, names: Mapping[int, str]) -> NDArray[np.object_]:
