@@ -29,7 +29,7 @@ PARTS = 2
 class Rates:
     """Images per second and CPU core (measured), or per GPU (estimated)."""
 
-    ingest: float = 1_600.0
+    ingest: float = 3_200.0
     """Images of 8x8 pixels; images of 512x512 pixels are limited by their decoding, see `decode`."""
     decode: float = 90.0
     """JPEG files of 512x512 pixels per core (estimate)."""

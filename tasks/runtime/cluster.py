@@ -93,7 +93,7 @@ def _prepare_environment(address: str | None) -> None:
     """Set what Ray reads when it is imported: no telemetry, the loopback interface, and the secret of a cluster.
 
     Ray protects every cluster that it starts by a token, but presents it to a running one only in the mode `token`. It
-    takes a loopback address for that of the machine in its network, unless it is told that there are no clusters.
+    replaces a loopback address by that of the machine in its network, except where it takes clusters to be impossible.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None or address.partition(":")[0] in LOOPBACK:

@@ -189,7 +189,10 @@ def _hashes(files: pd.Series, perceptual: pd.Series, splits: pd.Series) -> Hashe
 
 
 def _all_hashes_of(images: Path, parts: Sequence[Sequence[Path]]) -> Hashes:
-    """Return the hashes of all rows, in the order of the parts; files are told apart by 64 bits of their SHA-256."""
+    """Return the hashes of all rows, in the order of the parts.
+
+    Files count as equal if their SHA-256 begin with the same 64 bits.
+    """
     files, perceptual, splits = [], [], []
     for part in parts:
         frame = read_columns(images, ["key", "sha256", "phash", "split"], part).sort_by("key").to_pandas()
