@@ -40,6 +40,7 @@ def _environment(root: Path) -> dict[str, str]:
     up = server.running(root).get(server.SERVER)
     if up is None:
         raise StageError("no Prefect server of this work tree runs; start it: make serve")
+    server.require_login(f"{server.url(up.port)}/api")
     return server.environment(root, up.port)
 
 

@@ -20,9 +20,8 @@ from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
 
-START_SECONDS = 180.0
-SILENCE_SECONDS = 90
-"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
+START_SECONDS = 600.0
+"""The server starts in ten seconds, on a busy machine in minutes."""
 
 
 def main() -> None:
@@ -50,22 +49,23 @@ def serve(root: Path, port: int | None) -> None:
     server.lines(root)
     workspace.webhook()  # refused before anything starts
     up = server.running(root)
-    port = _port(up.get(server.SERVER), port)
+    port = port_of(up.get(server.SERVER), port)
     variables = server.environment(root, port)
     restarted = None
     if server.SERVER not in up:
         print("serve: starting the server (about 10 s)", flush=True)
         restarted = datetime.now(UTC)
         _wait_until_healthy(root, server.start(root, server.SERVER, variables))
+    server.require_login(f"{server.url(port)}/api")
     _set_up(variables)
-    _repair(restarted)
+    _repair(restarted, works=server.WORKER in up)
     if server.WORKER not in up:
         server.start(root, server.WORKER, variables)
     print(f"serve: {server.url(port)} (make stop ends it; logs in {server.LOGS}/)")
     print(on_demand.advice(root, port))
 
 
-def _port(process: server.Process | None, requested: int | None) -> int:
+def port_of(process: server.Process | None, requested: int | None) -> int:
     """The port to use. Raises `StageError` if it is taken, or differs from that of the running server."""
     if process is not None:
         if requested not in (None, process.port):
@@ -119,8 +119,13 @@ def _set_up(variables: dict[str, str]) -> None:
             client.pause_deployment(deployment)
 
 
-def _repair(restarted: datetime | None) -> None:
-    """Repair runs and slots after a kill of the server or worker; `restarted`: start of the server, if now."""
+def _repair(restarted: datetime | None, works: bool) -> None:
+    """Repair runs and slots after a kill of the server or worker, and skip runs that were missed without a worker.
+
+    Args:
+        restarted: Start of the server, if it was now.
+        works: Whether a worker runs.
+    """
     from prefect.client.orchestration import get_client
 
     from flows import slots
@@ -130,6 +135,9 @@ def _repair(restarted: datetime | None) -> None:
             print(f"serve: repaired: {sentence}")
         for sentence in slots.late(client):
             print(f"serve: warning: {sentence}", file=sys.stderr)
+        if not works:
+            for sentence in slots.skip_missed(client):
+                print(f"serve: {sentence}")
 
 
 def _watch_silent_flows() -> None:
@@ -147,10 +155,10 @@ def _watch_silent_flows() -> None:
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=timedelta(seconds=SILENCE_SECONDS),
+        within=timedelta(seconds=server.SILENCE_SECONDS),
     )
     action = ChangeFlowRunState(
-        state=StateType.CRASHED, name="Crashed", message=f"No heartbeat for {SILENCE_SECONDS} s"
+        state=StateType.CRASHED, name="Crashed", message=f"{server.SILENT} {server.SILENCE_SECONDS} s"
     )
     with get_client(sync_client=True) as client:
         if not client.read_automations_by_name(name):

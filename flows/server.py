@@ -6,10 +6,12 @@ reads its settings when it is imported; this module is used before that and does
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
 import os
+import pwd
 import shlex
 import signal
 import subprocess
@@ -35,12 +37,20 @@ SERVER, WORKER = "server", "worker"
 """Names of the lines of the process file."""
 PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 LOGS = Path(".prefect") / "logs"
+STACK = Path(".prefect") / "stack"
+"""Files of the servers of `make stack`; PostgreSQL works in a folder there."""
 DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 """Beginnings of the variables that name the database of Prefect's server, and its password."""
+LOGIN = "PREFECT_API_AUTH_STRING"
+"""Variable with the login NAME:PASSWORD that clients send, and that a server started with it demands."""
 HEARTBEAT_SECONDS = 30
 """Seconds between two heartbeats of a flow run; Prefect's minimum."""
+SILENCE_SECONDS = 90
+"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
+SILENT = "No heartbeat for"
+"""Beginning of the message of such a run."""
 GRACE_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
 
@@ -52,7 +62,8 @@ class Process:
     name: str
     pid: int
     started: float
-    """Start in seconds since 1970, from the kernel; another process with the same id has another start."""
+    """Start in seconds after that of the machine, which setting the clock does not change (since 1970 on systems other
+    than Linux); another process with the same id has another start."""
     port: int
     """Port of the server, also for the worker."""
 
@@ -73,6 +84,22 @@ def answers(api: str) -> bool:
         return False
 
 
+def require_login(api: str) -> None:
+    """Raise `StageError` if the server asks for a login that the environment does not have."""
+    request = urllib.request.Request(f"{api}/admin/version")  # noqa: S310 - an address of this machine
+    if login := os.environ.get(LOGIN):
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        _opener(api).open(request, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise StageError(
+                f"Prefect's server asks for a login; set {LOGIN} to it (after make stack: source {STACK}/env)"
+            ) from None
+    except (OSError, http.client.HTTPException):
+        return  # what asks next says what is wrong
+
+
 def _opener(address: str) -> urllib.request.OpenerDirector:
     """Opener for `address`; without a proxy if it is on this machine."""
     here = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
@@ -85,7 +112,7 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     home = root / ".prefect" / "home"
     home.mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder
     settings = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PATH": search_path(),
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Leases of concurrency slots are kept in files. A killed server would lose leases in memory (the default) and
@@ -99,14 +126,22 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
     }
     if port is not None:
         settings |= {**client_settings(root, port), "PORT": str(port)}
+        settings["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = url(port)  # by default pages of any site may call the API
+    if LOGIN in inherited:
+        settings["PREFECT_SERVER_API_AUTH_STRING"] = inherited[LOGIN]
     variables = inherited | settings
     loopback.exempt(variables)
     return variables
 
 
+def search_path() -> str:
+    """Folders in which programs are looked for: those of this environment first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def _is_passed_on(name: str) -> bool:
-    """Whether a variable of the caller applies here; of Prefect's only those of the server's database."""
-    return not name.startswith("PREFECT_") or name.startswith(DATABASE)
+    """Whether a variable of the caller applies here; of Prefect's only the login and those of the server's database."""
+    return not name.startswith("PREFECT_") or name.startswith(DATABASE) or name == LOGIN
 
 
 def client_settings(root: Path, port: int) -> dict[str, str]:
@@ -118,9 +153,21 @@ def alive(process: Process) -> bool:
     """Whether this process still runs; False for another process that got the same id."""
     try:
         found = psutil.Process(process.pid)
-        return _works(found) and abs(found.create_time() - process.started) < 1.0
+        return _works(found) and abs(_started(found) - process.started) < 1.0
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    """Start of a process, on the scale of `Process.started`. Raises `psutil.NoSuchProcess` if it has ended."""
+    if sys.platform != "linux":
+        return process.create_time()
+    try:
+        text = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    # Field 22. psutil's `create_time` adds the time of boot, which the kernel moves when the clock is set.
+    return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def running(root: Path) -> dict[str, Process]:
@@ -139,11 +186,12 @@ def elsewhere(root: Path) -> Path | None:
 
 
 def _folder_of(process: Process) -> Path | None:
-    """Working directory of a recorded process; None if it does not run."""
+    """Work tree of a recorded process, from its working directory; None if it does not run."""
     try:
-        return Path(psutil.Process(process.pid).cwd()).resolve() if alive(process) else None
+        folder = psutil.Process(process.pid).cwd() if alive(process) else None
     except psutil.Error:
         return None
+    return Path(folder.partition(f"/{STACK}/")[0]).resolve() if folder else None
 
 
 def _recorded(root: Path) -> list[Process]:
@@ -157,8 +205,14 @@ def _recorded(root: Path) -> list[Process]:
     return [Process(**entry) for entry in record["processes"]]
 
 
-def start(root: Path, name: str, variables: Mapping[str, str], procfile: Path = PROCFILE) -> Process:
-    """Start the line `name` of the process file in the background and record it."""
+def start(
+    root: Path,
+    name: str,
+    variables: Mapping[str, str],
+    procfile: Path = PROCFILE,
+    user: pwd.struct_passwd | None = None,
+) -> Process:
+    """Start the line `name` of the process file in the background, as `user` if it is given, and record it."""
     command = [Template(word).substitute(variables) for word in shlex.split(lines(root, procfile)[name])]
     # Prefect's worker ends its runs with SIGINT, which a background process of a shell ignores, and so do its children;
     # with a handler in this process, the children get the default action.
@@ -174,8 +228,11 @@ def start(root: Path, name: str, variables: Mapping[str, str], procfile: Path = 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            user=user.pw_uid if user else None,
+            group=user.pw_gid if user else None,
+            extra_groups=[] if user else None,
         )
-    process = Process(name, child.pid, psutil.Process(child.pid).create_time(), int(variables["PORT"]))
+    process = Process(name, child.pid, _started(psutil.Process(child.pid)), int(variables["PORT"]))
     _record(root, {**running(root), name: process})
     return process
 

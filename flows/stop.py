@@ -1,6 +1,6 @@
 """`make stop`: end the processes that `make serve` and `make stack` started in this work tree, and no others.
 
-The worker ends first, so that its run can still report its final state to the servers.
+The worker ends first, so that its run can still report its final state to the servers, and the databases end last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 from flows import server
 from tasks.runtime import locks, workspace
 from tasks.runtime.errors import StageError
+
+ORDER = {server.WORKER: 0, "storage": 2, "postgres": 2}
+"""Name of a process -> its turn; the others have the turn 1."""
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def stop(root: Path) -> None:
         print(f"stop: {server.RECORD} was copied from {original}, whose processes continue; end them there: make stop")
     elif not up:
         print("stop: no server or worker of this work tree runs")
-    for process in sorted(up.values(), key=lambda process: process.name != server.WORKER):
+    for process in sorted(up.values(), key=lambda process: ORDER.get(process.name, 1)):
         print(f"stop: {process.name} (process {process.pid})", flush=True)
         server.stop(root, process)
 

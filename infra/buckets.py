@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from tasks.params.redaction import redacted
 
@@ -26,13 +27,19 @@ def create(names: list[str]) -> None:
 
     client = boto3.client("s3")
     try:
-        present = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-        for name in names:
-            if name not in present:
-                client.create_bucket(Bucket=name)
-                print(f"buckets: created {name}")
+        for name in create_missing(client, names):
+            print(f"buckets: created {name}")
     except (BotoCoreError, ClientError) as error:
         sys.exit(f"buckets: error: {client.meta.endpoint_url} refuses: {redacted(str(error))}")
+
+
+def create_missing(client: Any, names: list[str]) -> list[str]:  # the types of boto3's clients are made at run time
+    """Create the buckets that the server of an S3 client does not have; returns their names."""
+    present = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    missing = [name for name in names if name not in present]
+    for name in missing:
+        client.create_bucket(Bucket=name)
+    return missing
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`make lock`: pin the dependencies of pyproject.toml for every supported Python and platform.
 
-Writes `requirements.lock` (exact pins with markers), `infra/demo.lock`, `infra/docs.lock` and `infra/ray.lock` (what
-these extras need beside it), `infra/download-sizes.json` (bytes per package, which `infra/install.py` prints before it
-starts), and the locks of img2dataset's environments, which are separate from the project's. The resolver is uv, in a
-temporary environment: pip needs over ten minutes for this set, uv a few seconds.
+Writes `requirements.lock` (exact pins with markers), `infra/EXTRA.lock` for each extra (what it needs beside it),
+`infra/download-sizes.json` (bytes per package, which `infra/install.py` prints before it starts), and the
+locks of img2dataset's environments, which are separate from the project's. The resolver is uv, in a temporary
+environment: pip needs over ten minutes for this set, uv a few seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-EXTRAS = {extra: ROOT / "infra" / f"{extra}.lock" for extra in ("demo", "docs", "ray")}
+EXTRAS = {extra: ROOT / "infra" / f"{extra}.lock" for extra in ("containers", "demo", "docs", "ray", "stack")}
 """The lock of each extra that is pinned."""
 SIZES = ROOT / "infra" / "download-sizes.json"
 SEPARATE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")

@@ -319,9 +319,9 @@ def _copy_files(move: Move) -> tuple[int, int]:
 
 
 def _discard(into: Engine, target: str) -> None:
-    """Leave an empty database behind after a failure."""
+    """Leave an empty database behind after a failure, also of the connection."""
+    into.dispose()
     if target.startswith(store.SQLITE):
-        into.dispose()
         _path(target).unlink(missing_ok=True)
         return
     tables = MetaData()

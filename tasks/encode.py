@@ -36,7 +36,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
         encoded = encode_images(images, codec, info, resolutions, rows, params)
         tokens = params.captions == "tokens"
-        captions = Captions(codec, info, rows, tokens) if info.conditioning == "text" else None
+        captions = Captions(codec, info, rows, tokens, params.precision) if info.conditioning == "text" else None
         controls = make_controls(images, resolutions, rows, params)
         writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size, controls)
         splits = {split: writer.write(folder, split, in_split) for split, in_split in rows.items()}

@@ -193,7 +193,7 @@ def _examined(
         if len(sample) < CEILING_CHUNKS:
             sample.append(data)
         waiting.append((chunk, problems, pool.submit(examine, data, params.max_pixels)))
-        if len(waiting) >= 3 * params.workers:
+        if len(waiting) >= 3 * params.worker_count:
             yield from _joined(*waiting.popleft())
     while waiting:
         yield from _joined(*waiting.popleft())
@@ -243,10 +243,10 @@ def _speed(count: int, seconds: float, pool: Executor, sample: list[list[bytes]]
     if len(sample) < CEILING_CHUNKS:
         return None
     spent = sum(pool.map(seconds_of, sample, [params.max_pixels] * len(sample)))
-    ceiling = params.workers * sum(map(len, sample)) / spent
+    ceiling = params.worker_count * sum(map(len, sample)) / spent
     return (
         f"ingest: {count / seconds:,.0f} img/s, {count / seconds / ceiling:.0%} of the ceiling of {ceiling:,.0f} img/s "
-        f"({params.workers} workers that only decode and hash)"
+        f"({params.worker_count} workers that only decode and hash)"
     )
 
 

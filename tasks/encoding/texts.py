@@ -5,8 +5,9 @@ Embeddings are found in the scratch folder or computed. Token ids are computed a
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ import pyarrow.compute as pc
 import torch
 
 from models.device import best_device
-from models.networks.text_encoder import load_text_encoder
+from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
+from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.rows import distinct_captions
 from tasks.formats.latents import Shard, write_prompts, write_shards
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 """Captions that are embedded and stored at a time."""
+PART = 4 * APPLY_BATCH
+"""Captions that a GPU embeds before it takes the next ones."""
 
 
 class Captions:
@@ -36,8 +40,10 @@ class Captions:
     With `tokens` the captions are stored as token ids, which training encodes, and else as embeddings.
     """
 
-    def __init__(self, folder: Path, codec: CodecInfo, splits: Mapping[str, Rows], tokens: bool) -> None:
-        """Embed what is to be embedded and is new; the text encoder in `folder` is loaded only for that."""
+    def __init__(
+        self, folder: Path, codec: CodecInfo, splits: Mapping[str, Rows], tokens: bool = False, precision: str = "no"
+    ) -> None:
+        """Embed in `precision` what is new; the text encoder in `folder` is loaded only for that."""
         assert codec.text is not None and codec.prompts is not None, "the codec has a text encoder"
         self.folder, self.tokens = folder, tokens
         self.prompts = [*codec.prompts, ""]
@@ -47,7 +53,9 @@ class Captions:
         recipe = {
             "text encoder": codec.text.sha256,
             "code of the text encoder": closure.digest("models/networks/text_encoder.py"),
+            **({} if precision == "no" else {"precision": precision}),
         }
+        self.precision = precision
         self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
         self._embed([*([] if tokens else self.captions.to_pylist()), *self.prompts])
 
@@ -59,11 +67,18 @@ class Captions:
             )
         self.blocks.open()
         if missing := self.blocks.missing(wanted):
-            encoder = load_text_encoder(self.folder, best_device())
+            device = best_device()
+            encoder = load_text_encoder(self.folder, device)
+
+            def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
+                return functools.partial(encoder.on(name).encode, precision=self.precision)
+
             starts = range(0, len(missing), BLOCK)
             for start in progress(starts, desc="encode: captions", delay=2):
                 keys = missing[start : start + BLOCK]
-                embedded = encoder.encode([wanted[key] for key in keys])
+                texts = [wanted[key] for key in keys]
+                parts = [texts[first : first + PART] for first in range(0, len(texts), PART)]
+                embedded = torch.cat(shared_out(worker, parts, device))
                 self.blocks.add(keys, {"embeddings": embedded.to(torch.bfloat16)})
         self.blocks.forget(wanted)
 

@@ -44,12 +44,12 @@ Finding: TypeAlias = "Decoded | Problem"
 
 @contextmanager
 def decoders(params: IngestParams) -> Iterator[Executor]:
-    """A pool of `params.workers` decoding processes: small images mostly need Python time, which threads cannot share.
+    """A pool of `ingest.workers` processes: small images mostly need Python time, which threads cannot share.
 
     They run on this machine or on a Ray cluster, as `params.distributor` says.
     """
     if params.distributor == "ray":
-        with cluster.joined(params.ray_address, params.workers, "ingest") as ray:
+        with cluster.joined(params.ray_address, params.worker_count, "ingest") as ray:
             yield cluster.Tasks(ray)
         return
     with _processes(params) as pool:
@@ -63,7 +63,7 @@ def _processes(params: IngestParams) -> Iterator[Executor]:
     The processes are forked if that is safe (Linux), and end with the stage even if that is killed.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(params.workers, context, _begin_decoder)
+    pool = ProcessPoolExecutor(params.worker_count, context, _begin_decoder)
     try:
         yield pool
     except BrokenProcessPool:

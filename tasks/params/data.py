@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tasks.params.control import ControlParams
-from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section
+from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers, count_of
 
 FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 """Refers to the environment variable that contains an address, so that the address is not written to params.yaml."""
@@ -195,13 +195,18 @@ class IngestParams(Section):
     """Largest number of pixels of an image; larger ones go to quarantine."""
     max_image_bytes: PositiveInt = 50_000_000
     """Largest image file in bytes; larger ones go to quarantine."""
-    workers: PositiveInt = 2
+    workers: Workers = "auto"
     """Processes that decode; the output does not depend on their number."""
     distributor: Distributor = "local"
     """Where these processes run: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
     ray_address: str | None = None
     """Address of a running Ray cluster, such as '10.0.0.5:6379'; null uses RAY_ADDRESS if it is set, else the stage
     starts a cluster on this machine."""
+
+    @property
+    def worker_count(self) -> int:
+        """The number of workers on this machine."""
+        return count_of(self.workers)
 
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
@@ -277,13 +282,15 @@ class EncodeParams(Section):
     `image.resolution` squared; an empty list crops every image to the square."""
     bucket_multiple: PositiveInt = 64
     """The sides of buckets are multiples of this number of pixels."""
-    workers: PositiveInt = 2
+    workers: Workers = "auto"
     """Threads that decode and, on a CPU, encode; with distributor 'ray' processes that do both. The output does not
     depend on their number."""
     distributor: Distributor = "local"
     """Where images become latents: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
     ray_address: str | None = None
     """As `ingest.ray_address`."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     captions: Literal["embeddings", "tokens"] = "embeddings"
@@ -291,6 +298,11 @@ class EncodeParams(Section):
     Tokens take a few hundred bytes a caption, embeddings of Stable Diffusion 118,000."""
     control: ControlParams | None = None
     """Control maps for a ControlNet; null makes none."""
+
+    @property
+    def worker_count(self) -> int:
+        """The number of workers on this machine."""
+        return count_of(self.workers)
 
     @model_validator(mode="after")
     def _check(self) -> EncodeParams:

@@ -205,7 +205,7 @@ def test_lock_meets_what_pyproject_asks_for():
     assert_meets(PINS, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]], "requirements.lock")
 
 
-@pytest.mark.parametrize("extra", ["demo", "docs"])
+@pytest.mark.parametrize("extra", ["containers", "demo", "docs", "stack"])
 def test_the_lock_of_an_extra_meets_what_it_asks_for(extra):
     lines = (ROOT / "infra" / f"{extra}.lock").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]

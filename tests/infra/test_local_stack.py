@@ -1,20 +1,26 @@
-"""`make stack`: MLflow with proxied artifacts, S3 and Prefect on this machine, and their end."""
+"""`make stack`: what it refuses, each in one sentence. tests/infra/test_stack_runs.py starts it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
+import pwd
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from flows import server
-from infra import stack, stack_database
+from flows.stop import stop
+from infra import stack, stack_database, stack_storage
+from tasks.runtime.errors import StageError
 from tests.support import tiny
+from tests.support.commands import call
 
 SLEEPERS = "server: sleep 600\nworker: sleep 600\n"
 
@@ -25,110 +31,175 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(root: Path, *arguments: str, module: str = "infra.stack") -> subprocess.CompletedProcess[str]:
+def free_ports() -> int:
+    """The first of the free ports in a row that SeaweedFS uses."""
+    while True:
+        first = free_port()
+        try:
+            with ExitStack() as held:
+                for port in range(first, first + stack_storage.PORTS):
+                    held.enter_context(socket.socket()).bind((server.HOST, port))
+        except OSError:
+            continue
+        return first
+
+
+def command(
+    root: Path, *arguments: str, module: str = "infra.stack", more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
-    kept["PYTHONPATH"] = str(tiny.ROOT)
+    kept |= {"PYTHONPATH": str(tiny.ROOT), **(more or {})}
     call = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(call, cwd=root, env=kept, capture_output=True, text=True, timeout=500)
+    return subprocess.run(call, cwd=root, env=kept, capture_output=True, text=True, timeout=900)
+
+
+def refused(*arguments: object) -> str:
+    """What the command prints in the present folder before it exits with 1: one sentence."""
+    done = call(stack.main, *map(str, arguments))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
 
 
 @pytest.fixture
-def tree(tmp_path) -> Path:
+def tree(tmp_path, monkeypatch) -> Path:
     """A folder with process files whose servers only sleep."""
     (tmp_path / "infra").mkdir()
     (tmp_path / server.PROCFILE).write_text(SLEEPERS)
     (tmp_path / stack.PROCFILE).write_text("storage: sleep 600\nmlflow: sleep 600\n")
-    (tmp_path / stack.FOLDER).mkdir(parents=True)
-    (tmp_path / stack.FOLDER / "mlflow.db").touch()  # so that no PostgreSQL is created
+    (tmp_path / server.STACK).mkdir(parents=True)
+    (tmp_path / server.STACK / "mlflow.db").touch()  # so that no PostgreSQL is created
+    program(tmp_path / "bin" / stack_storage.PROGRAM, "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_port_in_use_is_one_sentence_and_nothing_starts(tree):
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("server_of", ["mlflow", "storage", "prefect"])
+def test_a_port_in_use_is_one_sentence_and_nothing_starts(tree, server_of):
     with socket.socket() as taken:
         taken.bind((server.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = command(tree, "--storage-port", str(port))
-    assert done.returncode == 1
-    assert done.stderr == f"stack: error: port {port} is in use; name another: --storage-port {port + 1}\n"
+        first = port - 2 if server_of == "storage" else free_ports()  # SeaweedFS uses the ports after that of S3, too
+        mlflow, prefect = (port if name == server_of else free_port() for name in ("mlflow", "prefect"))
+        said = refused("--storage-port", first, "--mlflow-port", mlflow, "--port", prefect)
+    assert said.startswith("stack: error: port ") and " is in use; name another: " in said
     assert server.running(tree) == {}
 
 
 def test_a_worker_of_another_mlflow_is_refused_and_down_ends_everything(tree):
     worker = server.start(tree, server.WORKER, server.environment(tree, free_port()))
-    done = command(tree)
-    assert done.returncode == 1
-    assert done.stderr.startswith("stack: error: a worker of make serve runs") and done.stderr.count("\n") == 1
-    mlflow = server.start(tree, stack.MLFLOW, stack._variables(tree, free_port(), "sqlite:///x"), stack.PROCFILE)
-    assert command(tree, "--down").returncode == 0
+    assert refused().startswith("stack: error: a worker of make serve runs")
+    mlflow = server.start(tree, stack.MLFLOW, stack._variables(tree, free_port(), {}), stack.PROCFILE)
+    assert call(stack.main, "--down").returncode == 0
     assert not server.alive(worker) and not server.alive(mlflow)
     assert server.running(tree) == {}
 
 
 def test_a_server_that_ends_at_once_is_one_sentence(tree):
     (tree / stack.PROCFILE).write_text("storage: false\nmlflow: false\n")
-    done = command(tree, "--storage-port", str(free_port()))
+    done = call(stack.main, "--storage-port", str(free_ports()), "--mlflow-port", str(free_port()))
     assert done.returncode == 1
     assert done.stderr == f"stack: error: storage did not start; {tree / server.LOGS / 'storage.log'} says why\n"
+    assert "the databases are SQLite files, because" in done.stdout
+    for name in ("s3.json", "storage"):
+        assert (tree / server.STACK / name).stat().st_mode & 0o077 == 0, name
+
+
+def test_a_missing_s3_server_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "search_path", lambda: str(tmp_path))
+    with pytest.raises(StageError, match="make install EXTRA=stack"):
+        stack_storage.identity(tmp_path)
+
+
+def test_the_credentials_of_the_store_are_made_once(tree):
+    folder = tree / server.STACK
+    made = stack_storage.identity(folder)
+    assert stack_storage.identity(folder) == made and len(made.secret) >= 32
+
+
+def test_the_servers_do_not_get_the_users_own_access_to_s3(tree, monkeypatch):
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "mine")
+    made = stack._of_mlflow(stack_storage.identity(tree / server.STACK), 9000, "sqlite:///x")
+    assert "mine" not in stack._variables(tree, 5000, made).values()
+
+
+def test_postgresql_ends_after_what_uses_it(tree, capsys):
+    (tree / stack.PROCFILE).write_text("postgres: sleep 600\nstorage: sleep 600\nmlflow: sleep 600\n")
+    for name in ("postgres", "storage", "mlflow"):
+        server.start(tree, name, stack._variables(tree, free_port(), {}), stack.PROCFILE)
+    server.start(tree, server.WORKER, server.environment(tree, free_port()))
+    stop(tree)
+    ended = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert ended[0] == "worker" and set(ended[2:]) == {"postgres", "storage"}
+
+
+def test_a_server_in_a_folder_of_the_stack_belongs_to_the_work_tree(tree):
+    """PostgreSQL's working directory is that of its files."""
+    (tree / server.STACK / "postgres").mkdir()
+    script = tree / "bin" / "moves"
+    program(script, f"cd {tree / server.STACK / 'postgres'} && exec sleep 600")
+    (tree / stack.PROCFILE).write_text(f"postgres: {script}\n")
+    process = server.start(tree, "postgres", stack._variables(tree, 0, {}), stack.PROCFILE)
+    try:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{process.pid}/cwd").readlink() == tree:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.running(tree) == {"postgres": process} and server.elsewhere(tree) is None
+    finally:
+        server.stop(tree, process)
 
 
 def test_the_database_is_postgresql_only_where_it_can_be(tmp_path, monkeypatch):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    monkeypatch.setenv("PATH", str(programs))
-    sqlite = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    assert stack_database.choose(tmp_path) == (sqlite, "PostgreSQL's programs are not on the PATH")
-    initdb = programs / "initdb"
-    initdb.write_text("#!/bin/sh\necho 'initdb: error: cannot be run as root' >&2\nexit 1\n")
-    initdb.chmod(0o755)
+    folder, programs = tmp_path / "stack", tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(stack_database, "DEBIAN", tmp_path)
+    monkeypatch.setattr(stack_database, "_programs", lambda _: None)
+    assert "PostgreSQL is not installed" in str(stack_database.choose(folder))
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    for name, script in (("postgres", "echo postgres \\(PostgreSQL\\) 15.1"), ("createdb", ""), ("initdb", "exit 1")):
+        program(programs / name, script)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "pip install psycopg2-binary" in str(stack_database.choose(tmp_path)[1])
+    assert "make install EXTRA=stack" in str(stack_database.choose(folder))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    assert stack_database.choose(tmp_path) == (sqlite, "initdb: error: cannot be run as root")
-    initdb.write_text("#!/bin/sh\nexit 0\n")
-    assert stack_database.choose(tmp_path) == (f"postgresql://afterimage@/mlflow?host={tmp_path}", None)
-    (tmp_path / "mlflow.db").touch()
-    assert stack_database.choose(tmp_path) == (sqlite, "it exists already")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert stack_database.choose(folder) == "initdb failed"
+    program(programs / "initdb", 'echo 15 > "$2/PG_VERSION"')
+    cluster = stack_database.choose(folder)
+    assert isinstance(cluster, stack_database.Postgres) and cluster.mlflow().endswith(f"?host={folder / 'postgres'}")
+    assert stack_database.choose(folder) == cluster, "it is kept"
+    (folder / "postgres" / "PG_VERSION").write_text("9\n")
+    monkeypatch.setattr(stack_database, "DEBIAN", tmp_path / "none")
+    with pytest.raises(StageError, match="PostgreSQL 9, which is not installed"):
+        stack_database.choose(folder)
+    (folder / "mlflow.db").touch()
+    assert "exists already" in str(stack_database.choose(folder))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_stack_keeps_artifacts_and_objects_and_ends(tmp_path, monkeypatch):
-    import boto3
-
-    root = tiny.tree(tmp_path / "tree")
-    ports = {name: str(free_port()) for name in ("--port", "--mlflow-port", "--storage-port")}
-    try:
-        done = command(root, *(word for pair in ports.items() for word in pair))
-        assert done.returncode == 0, done.stderr
-        mlflow = re.search(r"export MLFLOW_TRACKING_URI=(\S+)", done.stdout)
-        storage = re.search(r"export AWS_ENDPOINT_URL=(\S+)", done.stdout)
-        assert mlflow and storage and f"http://127.0.0.1:{ports['--port']}" in done.stdout
-        assert set(server.running(root)) == {"storage", "mlflow", "server", "worker"}
-        worker = Path(f"/proc/{server.running(root)['worker'].pid}/environ").read_bytes()
-        assert f"MLFLOW_TRACKING_URI={mlflow[1]}\0".encode() in worker, "its runs go to this MLflow"
-        _use(mlflow[1], monkeypatch)
-        client = boto3.client(
-            "s3", endpoint_url=storage[1], aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1"
-        )
-        client.create_bucket(Bucket="ours")
-        client.put_object(Bucket="ours", Key="a", Body=b"words")
-        assert client.get_object(Bucket="ours", Key="a")["Body"].read() == b"words"
-        before = server.running(root)
-        assert command(root).returncode == 0
-        assert server.running(root) == before, "what runs is kept"
-    finally:
-        done = command(root, "--down")
-    assert done.returncode == 0 and server.running(root) == {}
-    assert list((root / stack.FOLDER / "artifacts").rglob("notes.txt"))
-
-
-def _use(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.runtime import tracking
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    client = tracking.connect()
-    run = client.create_run(tracking.experiment_id(client)).info
-    client.log_text(run.run_id, "words", "notes.txt")
-    assert client.get_run(run.run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
-    assert [file.path for file in client.list_artifacts(run.run_id)] == ["notes.txt"]
+def test_root_runs_postgresql_as_another_user_who_must_be_able_to_enter(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    folder = tmp_path / "closed" / "stack"
+    folder.mkdir(parents=True)
+    nobody = pwd.struct_passwd(("postgres", "", 64321, 64321, "", "", ""))
+    monkeypatch.setattr(pwd, "getpwnam", {"postgres": nobody}.__getitem__)
+    for above in (*reversed(tmp_path.parents), tmp_path):
+        if above.stat().st_uid == os.getuid() and above != Path("/"):
+            above.chmod(above.stat().st_mode | 0o001)
+    (tmp_path / "closed").chmod(0o700)
+    said = stack_database._create(tmp_path / "bin", folder / "postgres")
+    assert said == f"root may not run it, and the user postgres may not enter {tmp_path / 'closed'}"
+    monkeypatch.setattr(pwd, "getpwnam", {}.__getitem__)
+    said = stack_database._create(tmp_path / "bin", folder / "postgres")
+    assert said == "root may not run it, and there is no user postgres"
+    assert not (folder / "postgres").exists()

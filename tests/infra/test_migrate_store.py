@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-import os
 import shutil
 import socket
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra import migrate_store
+from infra import migrate_store, stack_database
 from tasks.runtime import tracking
 from tests.support.commands import call
+from tests.support.postgres import open_folder
 
 NAME = "afterimage-test"
 LOSS = "train/loss"
@@ -171,31 +170,32 @@ def test_a_store_of_an_older_schema_is_upgraded_in_a_copy(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def postgres(tmp_path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a new database of PostgreSQL on a free port; its server refuses to run as root."""
-    program = shutil.which("initdb") or "/usr/lib/postgresql/15/bin/initdb"
-    if not Path(program).exists() or importlib.util.find_spec("psycopg2") is None:
+    programs = stack_database._programs(None)
+    if programs is None or importlib.util.find_spec("psycopg2") is None:
         pytest.skip("needs PostgreSQL and psycopg2")
-    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
-    folder = Path(tmp_path.parent.parent) / f"postgres-{os.getpid()}"
-    folder.mkdir()
-    if user:
-        for above in (folder.parent, folder.parent.parent):
-            above.chmod(0o711)
-        shutil.chown(folder, "postgres", "postgres")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/", **user}
-    control = str(Path(program).with_name("pg_ctl"))
-    subprocess.run([program, "-D", folder, "-U", "mlflow", "-A", "trust", "-N"], **quiet)
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    subprocess.run([control, "-D", folder, "-o", options, "-l", folder / "log", "-w", "start"], **quiet)
-    try:
-        yield f"postgresql://mlflow:secret-word@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([control, "-D", folder, "-m", "immediate", "stop"], **quiet)
-        shutil.rmtree(folder)
+    with open_folder() as above:
+        folder = above / "postgres"
+        folder.mkdir()
+        if owner := stack_database.user():
+            shutil.chown(folder, owner.pw_uid, owner.pw_gid)
+
+        def run(*command: str) -> None:
+            done = stack_database._run(programs, [*command])
+            assert done.returncode == 0, done.stderr
+
+        run("initdb", "-D", str(folder), "-U", "mlflow", "-A", "trust", "-N")
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        # Its output would stay open in the server.
+        run("pg_ctl", "-D", str(folder), "-o", options, "-l", str(folder / "log"), "-w", "start")
+        try:
+            yield f"postgresql://mlflow:secret-word@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "-D", str(folder), "-m", "immediate", "stop")
 
 
 @pytest.mark.slow
@@ -211,3 +211,46 @@ def test_everything_arrives_in_postgresql_and_new_rows_get_new_numbers(filled, t
     assert contents(client) == expected
     assert int(client.create_experiment("another")) > int(tracking.experiment_id(client))
     assert call(migrate_store.main, f"sqlite:///{tmp_path / 'away' / 'mlflow.db'}", postgres).returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_interrupted_move_leaves_an_empty_database_that_can_be_used_again(filled, tmp_path, postgres, monkeypatch):
+    """Ctrl-C, and a kill of the database's connection, in the middle of the rows."""
+    import sqlalchemy
+
+    source, files = f"sqlite:///{filled}", tmp_path / "files"
+    whole = migrate_store._batches
+
+    def interrupted(engine, table, names, move):
+        if table.name == "metrics":
+            raise KeyboardInterrupt
+        yield from whole(engine, table, names, move)
+
+    monkeypatch.setattr(migrate_store, "_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        migrate_store.migrate(source, postgres, files)
+    engine = sqlalchemy.create_engine(postgres)
+    assert sqlalchemy.inspect(engine).get_table_names() == [] and not files.exists()
+
+    def cut(engine_of, table, names, move):
+        if table.name == "metrics" and engine_of.dialect.name == "sqlite":
+            with engine.connect() as other:
+                query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                other.execute(sqlalchemy.text(query))
+        yield from whole(engine_of, table, names, move)
+
+    monkeypatch.setattr(migrate_store, "_batches", cut)
+    done = call(migrate_store.main, source, postgres, "--artifacts", str(files))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("migrate_store: error: ")
+    assert sqlalchemy.inspect(engine).get_table_names() == [] and not files.exists()
+    monkeypatch.undo()
+
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE mine (word text)"))
+    done = call(migrate_store.main, source, postgres, "--artifacts", str(files))
+    assert done.returncode == 1 and done.stderr.endswith("is not empty; name a new database\n")
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE mine"))
+    engine.dispose()
+    assert call(migrate_store.main, source, postgres, "--artifacts", str(files)).returncode == 0

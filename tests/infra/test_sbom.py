@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -60,9 +63,20 @@ def test_a_line_that_is_no_pin_is_refused_and_another_version_gives_another_numb
         sbom.bill(tmp_path)
 
 
-def test_the_audit_is_skipped_with_a_message_where_its_data_cannot_be_reached():
-    environment = {**os.environ, "AUDIT_URL": "http://127.0.0.1:9/", "no_proxy": "127.0.0.1"}
-    done = subprocess.run([ROOT / ".ci" / "audit"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "audit: skipped, because http://127.0.0.1:9/ cannot be reached\n"
+def audit(address: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "AUDIT_URL": address, "no_proxy": "127.0.0.1"}
+    return subprocess.run([ROOT / ".ci" / "audit"], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_audit_is_skipped_with_a_message_where_its_data_cannot_be_reached(tmp_path):
+    """A mirror without advisories would otherwise report that no package has a vulnerability."""
+    (tmp_path / "json").write_text('{"info": {"name": "jinja2"}}')
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as mirror:
+        threading.Thread(target=mirror.serve_forever, args=(0.05,), daemon=True).start()
+        for address in ("http://127.0.0.1:9/", f"http://127.0.0.1:{mirror.server_port}/json"):
+            done = audit(address)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == f"audit: skipped, because {address} holds no advisories or cannot be reached\n"
+        mirror.shutdown()
     assert ".ci/audit" in (ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,17 +17,15 @@ import jsonschema
 import pytest
 import yaml
 
-from infra import buckets
+from flows import deploy
+from infra import buckets, mlflow_server
 from tests.support import s3_site
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS, KUBERNETES = ROOT / "infra" / "containers", ROOT / "infra" / "kubernetes"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")
-POOLS = {
-    "afterimage-kubernetes": KUBERNETES / "pool.json",
-    "afterimage-docker": CONTAINERS / "docker-pool.json",
-}
-"""Work pool -> the template of its jobs."""
+POOLS = {name: ROOT / file for name, file in deploy.TEMPLATES.items() if file}
+"""Type of a work pool -> the template of its jobs."""
 REQUIRED = re.compile(r"\$\{\w+:\?[^}]+\}")
 SECRET = re.compile(r"password|secret|access_key|auth_string|login", re.I)
 SERVICE = {
@@ -132,18 +131,26 @@ def test_compose_has_no_secret_and_no_default_password(compose):
 
 
 def test_commands_of_the_stack_exist(compose):
-    """Options that the installed MLflow and Prefect do not know would end the servers at their start."""
-    texts = {}
-    for name, words in (("mlflow", ["mlflow", "server"]), ("worker", ["prefect", "worker", "start"])):
+    """Options that the installed Prefect and our own commands do not know would end the servers at their start."""
+    commands = {"mlflow": ["python", "-m", "infra.mlflow_server"], "worker": ["prefect", "worker", "start"]}
+    for name, words in commands.items():
         command = compose["services"][name]["command"]
         assert command[: len(words)] == words
-        texts[name] = subprocess.run(
-            [sys.executable, "-m", *words, "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        call = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", *words]), "--help"]
+        text = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for option in re.findall(r"--[\w-]+", " ".join(command)):
-            assert option in texts[name], option
-    for variable in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"):
-        assert variable in texts["mlflow"] or variable in compose["services"]["mlflow"]["environment"]
+            assert option in text, option
+
+
+def test_mlflow_asks_for_a_login_in_containers_and_its_clients_have_it(compose):
+    names = {mlflow_server.NAME, mlflow_server.PASSWORD}
+    for service in ("mlflow", "worker", "worker-gpu", "deploy"):
+        assert names <= compose["services"][service]["environment"].keys(), service
+    for name, document, template in templates():
+        for container in template["spec"]["containers"]:
+            variables = {variable["name"] for variable in container.get("env", [])}
+            if {"MLFLOW_TRACKING_URI", mlflow_server.DATABASE} & variables:
+                assert names <= variables, (name, document["metadata"]["name"])
 
 
 def test_prefect_knows_the_variables_of_the_stack(compose):
@@ -169,20 +176,25 @@ def templates() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield name, document, document["spec"]["template"]
 
 
-def test_remote_deployments_pull_code_and_data_and_name_a_pool_and_a_flow():
-    document = dict(manifests())["deployments.yaml"]
+def test_remote_deployments_pull_code_and_data_and_name_a_flow():
+    document = deploy.compose(ROOT, "afterimage-kubernetes", "https://git.example.org/afterimage.git", "main")
     clone, pull = (next(iter(step.items())) for step in document["pull"])
-    assert clone[0].endswith(".git_clone") and not SECRET.search(clone[1]["repository"])
+    assert clone[0].endswith(".git_clone") and clone[1]["branch"] == "main"
     assert pull[0].endswith(".run_shell_script") and pull[1]["script"].startswith("dvc pull ")
     assert pull[1]["directory"] == f"{{{{ {clone[1]['id']}.directory }}}}"
+    names = {deployment["name"] for deployment in document["deployments"]}
+    assert names == {
+        f"{name}-kubernetes" for name in ("nightly", "on-demand", "sweep", "champion-check", "data-refresh")
+    }
     for deployment in document["deployments"]:
         file, _, flow = deployment["entrypoint"].partition(":")
         assert re.search(rf"^def {flow}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
-        template = json.loads(POOLS[deployment["work_pool"]["name"]].read_text(encoding="utf-8"))
-        assert deployment["work_pool"].get("job_variables", {}).keys() <= template["variables"]["properties"].keys()
+        assert deployment["work_pool"] == {"name": "afterimage-kubernetes"}
+        started = deployment.get("parameters", {}).get("pipeline", "afterimage/nightly-kubernetes")
+        assert started.partition("/")[2] in names
 
 
-@pytest.mark.parametrize("name", ["afterimage-kubernetes", "afterimage-docker"])
+@pytest.mark.parametrize("name", ["kubernetes", "docker"])
 def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(name):
     from prefect.server.schemas.actions import validate_base_job_template
 
@@ -193,7 +205,7 @@ def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(n
     for values in template["variables"]["properties"].values():
         if "default" in values:
             jsonschema.validate(values["default"], values)
-    if name.endswith("docker"):
+    if name == "docker":
         created = template["variables"]["properties"]["container_create_kwargs"]["default"]
         assert created["device_requests"][0]["Capabilities"] == [["gpu"]]
         assert (created["user"], created["cap_drop"]) == ("1000", ["ALL"])
@@ -208,7 +220,7 @@ def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(n
 def test_the_kustomization_lists_its_manifests():
     kustomization = dict(manifests())["kustomization.yaml"]
     listed = set(kustomization["resources"])
-    assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml", "deployments.yaml"}
+    assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml"}
     for name in ("databases.sql", "storage.sh"):  # kustomize reads no file outside of its folder
         assert (KUBERNETES / name).read_text() == (CONTAINERS / name).read_text()
     generated = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
@@ -245,9 +257,28 @@ def test_workloads_are_restricted_limited_and_select_their_own_pods():
         assert spec["selector"] == {"app": name}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="needs the extra containers")
+def test_manifests_follow_the_schemas_of_kubernetes():
+    import kubernetes_validate
+
+    checked = 0
+    for _, document in manifests():
+        if document.get("apiVersion", "").startswith("kustomize") or "kind" not in document:
+            continue
+        kubernetes_validate.validate(document, "1.34", strict=True)
+        checked += 1
+        if template := document["spec"].get("template") if "spec" in document else None:
+            broken = json.loads(json.dumps(document))
+            broken["spec"]["template"]["spec"]["containers"][0]["imagee"] = template["spec"]["containers"][0]["image"]
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(broken, "1.34", strict=True)
+    assert checked >= 12
+
+
 def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_path):
     job = next(document for name, document in manifests() if document.get("kind") == "Job")
-    environment = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    listed = job["spec"]["template"]["spec"]["containers"][0]["env"]
+    environment = {one["name"]: one["value"] for one in listed if "value" in one}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NODES"])
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -276,7 +307,8 @@ def test_the_nodes_of_a_job_agree_and_the_first_runs_the_stage_through_dvc(tmp_p
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_accepts_the_scripts():
-    subprocess.run(["shellcheck", *map(str, CONTAINERS.glob("*.sh"))], check=True)
+    scripts = [*CONTAINERS.glob("*.sh"), *KUBERNETES.glob("*.sh"), *(ROOT / ".ci").iterdir()]
+    subprocess.run(["shellcheck", *map(str, scripts)], check=True)
 
 
 def test_the_store_gets_one_identity_from_the_environment(tmp_path):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import resource
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tasks.params import DownloadParams
 from tasks.runtime.errors import StageError
@@ -90,10 +95,10 @@ def test_twenty_downloads_give_no_corrupted_archive(bucket, upstream, tmp_path):
     assert outcomes["corrupted"] == 0 and outcomes["equal"] >= 10
 
 
-def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def dvc(folder: Path, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def work_tree(folder: Path, address: str) -> Path:
@@ -145,3 +150,69 @@ def _until_done(outcomes: Counter[str], command: str, folder: Path) -> None:
         if done.returncode == 0:
             return
     pytest.fail(f"{command} never succeeded: {done.stderr[-2000:]}")
+
+
+FILES, RUNS = 2000, 200
+MAKE = "import yaml; open('made.txt', 'w').write('made of %d' % yaml.safe_load(open('params.yaml'))['number'])"
+LIMIT_SECONDS = 600
+"""Of processor time for a push or a pull; measured here: below 100."""
+
+
+def _fill_run_cache(folder: Path) -> None:
+    """Have DVC's run-cache hold RUNS runs: one that ran, and others that differ in a parameter and an output."""
+    from dvc.stage.cache import _get_cache_hash
+
+    stage = {"cmd": f'python -c "{MAKE}"', "params": ["number"], "outs": ["made.txt"]}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
+    (folder / "params.yaml").write_text("number: 0\n")
+    assert dvc(folder, "repro").returncode == 0
+    (file,) = (path for path in (folder / ".dvc" / "cache" / "runs").rglob("*") if path.is_file())
+    ran = yaml.safe_load(file.read_text())
+    for number in range(1, RUNS):
+        made = f"made of {number}".encode()
+        run, md5 = copy.deepcopy(ran), hashlib.md5(made, usedforsecurity=False).hexdigest()
+        run["params"]["params.yaml"]["number"] = number
+        run["outs"][0] |= {"md5": md5, "size": len(made)}
+        stored = folder / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+        key = _get_cache_hash(copy.deepcopy(run), key=True)
+        entry = folder / ".dvc" / "cache" / "runs" / key[:2] / key / _get_cache_hash(copy.deepcopy(run))
+        for path, body in ((stored, made), (entry, yaml.safe_dump(run).encode())):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+
+
+def _timed(folder: Path, *arguments: str) -> float:
+    """Run DVC; returns the seconds of processor time of it and its children, which other processes do not change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    done = dvc(folder, *arguments, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"dvc {' '.join(arguments)}: {time.monotonic() - started:.0f} s, {used:.0f} s of processor time")
+    return used
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_files_and_runs_are_pushed_and_pulled_in_bounded_time(bucket, upstream, tmp_path):
+    here = work_tree(tmp_path / "here", upstream)
+    (here / "data").mkdir()
+    for number in range(FILES):
+        (here / "data" / f"{number}.bin").write_bytes(np.random.default_rng(number).bytes(2000))
+    assert dvc(here, "add", "--quiet", "data").returncode == 0
+    _fill_run_cache(here)
+    assert _timed(here, "push", "--run-cache") < LIMIT_SECONDS
+    assert _timed(here, "push", "--run-cache") < LIMIT_SECONDS, "a push of nothing new"
+    there = work_tree(tmp_path / "there", upstream)
+    for name in ("data.dvc", "dvc.yaml", "dvc.lock"):
+        shutil.copy(here / name, there / name)
+    (there / "params.yaml").write_text("number: 0\n")
+    assert _timed(there, "pull", "--run-cache") < LIMIT_SECONDS
+    assert hashes(there) == hashes(here)
+    runs = [path for path in (there / ".dvc" / "cache" / "runs").rglob("*") if path.is_file()]
+    assert len(runs) == RUNS
+    (there / "params.yaml").write_text(f"number: {RUNS // 2}\n")
+    done = dvc(there, "repro")
+    assert "is cached - skipping run" in done.stdout, done.stdout + done.stderr
+    assert (there / "made.txt").read_text() == f"made of {RUNS // 2}"

@@ -1,0 +1,301 @@
+"""`make stack` for real: PostgreSQL, SeaweedFS, MLflow and Prefect with logins, a run of the chain, and a restart.
+
+The tests share one stack and run in their order.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from flows import server
+from infra import stack_database, stack_storage
+from tests.infra.test_local_stack import command, free_port, free_ports
+from tests.support import postgres, tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+PLANTED = {
+    "MLFLOW_TRACKING_USERNAME": "somebody",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password-7d1c",
+    "PREFECT_API_AUTH_STRING": "somebody:planted-prefect-password-93ab",
+    "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789abcdef",
+    "AFTERIMAGE_WEBHOOK_URL": "http://127.0.0.1:9/hooks/planted-webhook-token-55e0",
+}
+"""Variables with secrets, which the stack and its runs have."""
+SECRET = ("MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING", "HF_TOKEN", "AFTERIMAGE_WEBHOOK_URL")
+PRIVATE = {".prefect/stack/env", ".prefect/stack/s3.json", ".prefect/mlflow-login.ini"}
+"""Files for secrets, which only their owner may read."""
+LARGE = 3 << 30
+"""Bytes of a large model."""
+
+
+@dataclass
+class Stack:
+    """A work tree whose stack runs."""
+
+    root: Path
+    ports: dict[str, str]
+    output: str = ""
+    variables: dict[str, str] = field(default_factory=dict)
+    """What `source .prefect/stack/env` sets."""
+
+    def start(self) -> str:
+        done = command(self.root, *(word for pair in self.ports.items() for word in pair), more=PLANTED)
+        assert done.returncode == 0, done.stderr + self.logs()
+        found = re.findall(r"^export (\w+)='?(.*?)'?$", (self.root / server.STACK / "env").read_text(), re.M)
+        self.variables = dict(found)
+        self.output = done.stdout
+        return done.stdout
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-1500:] for path in sorted((self.root / server.LOGS).glob("*.log")))
+
+    def python(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Python in the work tree, in a shell that has sourced the file of the stack."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_"))
+        }
+        kept |= self.variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        call = [sys.executable, *arguments]
+        return subprocess.run(call, cwd=self.root, env=kept, capture_output=True, text=True, timeout=timeout)
+
+    def s3(self) -> Any:
+        return boto3.client(
+            "s3",
+            endpoint_url=self.variables["AWS_ENDPOINT_URL"],
+            aws_access_key_id=self.variables["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.variables["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
+    def prefect(self, path: str, body: object = None) -> Any:
+        return json.loads(
+            answer(f"{self.variables['PREFECT_API_URL']}/{path}", PLANTED["PREFECT_API_AUTH_STRING"], body)[1]
+        )
+
+    def query(self, database: str, text: str) -> list[str]:
+        programs = stack_database._programs(None)
+        call = ["psql", f"--host={self.root / server.STACK / 'postgres'}", "-U", stack_database.USER, "-At", "-c", text]
+        done = stack_database._run(programs, [*call, database])
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+
+def answer(address: str, login: str = "", body: object = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers of an answer."""
+    data = None if body is None else json.dumps(body).encode()
+    headers |= {"Content-Type": "application/json"} if data else {}
+    request = urllib.request.Request(address, data, headers)  # noqa: S310 - on this machine
+    if login:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as got:  # noqa: S310
+            return got.status, got.read(), dict(got.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), dict(error.headers)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    found = (stack_database._programs(None), shutil.which(stack_storage.PROGRAM, path=server.search_path()))
+    if None in found or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs PostgreSQL and the extra stack")
+    with postgres.open_folder() as folder:
+        root = tiny.tree(folder / "tree")
+        ports = {"--port": str(free_port()), "--mlflow-port": str(free_port()), "--storage-port": str(free_ports())}
+        running = Stack(root, ports)
+        try:
+            running.start()
+            yield running
+        finally:
+            done = command(root, "--down")
+        assert done.returncode == 0 and server.running(root) == {}
+
+
+def test_databases_are_in_postgresql_and_artifacts_in_s3(stack):
+    assert set(server.running(stack.root)) == {"postgres", "storage", "mlflow", "server", "worker"}
+    for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"):
+        assert stack.variables[name] in stack.output
+    client = (
+        "from tasks.runtime import tracking; c = tracking.connect(); r = c.create_run(tracking.experiment_id(c)).info"
+    )
+    done = stack.python("-c", f"{client}; c.log_text(r.run_id, 'words', 'notes.txt'); print(r.run_id, r.artifact_uri)")
+    assert done.returncode == 0, done.stderr
+    run, uri = done.stdout.split()
+    assert uri.startswith("mlflow-artifacts:/")
+    assert run in stack.query("mlflow", "SELECT run_uuid FROM runs")
+    assert stack.query("prefect", "SELECT name FROM work_pool") == [server.POOL]
+    stored = [one["Key"] for one in stack.s3().list_objects_v2(Bucket=stack_storage.ARTIFACTS)["Contents"]]
+    assert any(key.endswith(f"{run}/artifacts/notes.txt") for key in stored)
+    assert not list(stack.root.glob("mlflow.db*")) and not list((stack.root / ".prefect" / "home").glob("*.db"))
+
+
+def test_a_second_start_says_so_and_keeps_the_processes(stack):
+    before = server.running(stack.root)
+    assert "stack: all of it runs already\n" in stack.start()
+    assert server.running(stack.root) == before
+
+
+def test_clients_without_the_login_are_refused(stack):
+    experiments = f"{stack.variables['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1"
+    login = f"{PLANTED['MLFLOW_TRACKING_USERNAME']}:{PLANTED['MLFLOW_TRACKING_PASSWORD']}"
+    assert answer(experiments, login)[0] == 200
+    for wrong in ("", "somebody:wrong-password-1", "admin:password1234"):
+        assert answer(experiments, wrong)[0] == 401, wrong
+    assert answer(experiments, login, Host="evil.example")[0] == 403
+    flows = f"{stack.variables['PREFECT_API_URL']}/flows/count"
+    assert answer(flows, PLANTED["PREFECT_API_AUTH_STRING"], {})[0] == 200
+    for wrong in ("", "somebody:wrong", "admin:admin"):
+        assert answer(flows, wrong, {})[0] == 401, wrong
+    page = answer(flows, PLANTED["PREFECT_API_AUTH_STRING"], {}, Origin="http://evil.example")[2]
+    assert "evil" not in page.get("access-control-allow-origin", "") and page.get("access-control-allow-origin") != "*"
+    bad = boto3.client(
+        "s3", endpoint_url=stack.variables["AWS_ENDPOINT_URL"], aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    with pytest.raises(Exception, match="InvalidAccessKeyId"):
+        bad.list_buckets()
+    del stack.variables["MLFLOW_TRACKING_PASSWORD"]
+    try:
+        done = stack.python("-c", "from tasks.runtime import tracking; tracking.connect()")
+        assert "MLFLOW_TRACKING_USERNAME" in done.stderr.splitlines()[-1]
+    finally:
+        stack.variables["MLFLOW_TRACKING_PASSWORD"] = PLANTED["MLFLOW_TRACKING_PASSWORD"]
+
+
+def _peak(process: int) -> int:
+    """Bytes of memory that a process and its children had at most."""
+    import psutil
+
+    every = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
+    status = (Path(f"/proc/{pid}/status").read_text() for pid in every)
+    return sum(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) << 10 for text in status)
+
+
+def test_a_model_of_3_gb_goes_through_in_parts(stack):
+    """The client sends parts to S3 itself, at addresses that the server signs."""
+    file = stack.root.parent / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.truncate(LARGE)
+        sparse.seek(LARGE // 2)
+        sparse.write(b"middle")
+    client = (
+        "from tasks.runtime import tracking; c = tracking.connect(); r = c.create_run(tracking.experiment_id(c)).info"
+    )
+    then = (
+        f"c.log_artifact(r.run_id, {str(file)!r}, 'model'); print(r.run_id); "
+        "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    started = time.monotonic()
+    done = stack.python("-c", f"{client}; {then}", timeout=1800)
+    seconds = time.monotonic() - started
+    file.unlink()
+    assert done.returncode == 0, done.stderr
+    run, megabytes = done.stdout.split()
+    peak = _peak(server.running(stack.root)["mlflow"].pid) >> 20
+    print(f"3 GiB up: {seconds:.0f} s; most memory of the client {megabytes} MiB, of the server {peak} MiB")
+    (stored,) = (
+        one
+        for one in stack.s3().list_objects_v2(Bucket=stack_storage.ARTIFACTS)["Contents"]
+        if one["Key"].endswith(f"{run}/artifacts/model/{file.name}")
+    )
+    assert stored["Size"] == LARGE and "-" in stored["ETag"], "in several parts"
+    middle = {"Bucket": stack_storage.ARTIFACTS, "Key": stored["Key"], "Range": f"bytes={LARGE // 2}-{LARGE // 2 + 5}"}
+    assert stack.s3().get_object(**middle)["Body"].read() == b"middle"
+    assert int(megabytes) < 1500 and peak < 1500
+    stack.s3().delete_object(Bucket=stack_storage.ARTIFACTS, Key=stored["Key"])
+
+
+def test_our_commands_without_the_login_say_so_in_one_sentence(stack):
+    for module in ("infra.stack", "flows.on_demand"):
+        arguments = [word for pair in stack.ports.items() for word in pair] if module == "infra.stack" else []
+        done = command(stack.root, *arguments, module=module)
+        assert done.returncode == 1 and "asks for a login; set PREFECT_API_AUTH_STRING" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_chain_runs_on_the_worker_and_pushes_its_results(stack):
+    done = stack.python("-m", "infra.remote", "s3://dvc/afterimage")
+    assert done.returncode == 0, done.stderr
+    tiny.git(stack.root, "commit", "--quiet", "--all", "-m", "a remote")
+    started = time.monotonic()
+    done = stack.python("-m", "flows.on_demand")
+    assert done.returncode == 0, done.stderr
+    identity = re.search(r"flow-run/(\S+)", done.stdout)[1]
+    while (run := stack.prefect(f"flow_runs/{identity}"))["state_type"] not in FINAL:
+        assert time.monotonic() < started + 2400, stack.logs()
+        time.sleep(2)
+    print(f"the chain on the stack: {time.monotonic() - started:.0f} s")
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert stack.query("mlflow", "SELECT count(*) FROM model_versions") == ["1"]
+    pages = stack.s3().get_paginator("list_objects_v2").paginate(Bucket="dvc", Prefix="afterimage/")
+    keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
+    assert any("/files/md5/" in key for key in keys) and any("/runs/" in key for key in keys)
+
+
+def test_no_store_holds_a_planted_secret(stack):
+    secrets = [PLANTED[name] for name in SECRET] + [stack.variables["AWS_SECRET_ACCESS_KEY"]]
+    secrets += [secret.partition(":")[2] for secret in secrets if ":" in secret and "://" not in secret]
+    secrets += ["planted-webhook-token-55e0"]
+    for login in ("somebody:" + PLANTED["MLFLOW_TRACKING_PASSWORD"], PLANTED["PREFECT_API_AUTH_STRING"]):
+        secrets.append(base64.b64encode(login.encode()).decode())
+    looked, found = 0, []
+    for place, body in _everything(stack):
+        looked += 1
+        found += [f"{place}: {secret[:12]}..." for secret in secrets if secret.encode() in body]
+    print(f"{looked} files, objects and dumps without a secret")
+    assert looked > 100 and found == []
+    for name in PRIVATE:
+        assert (stack.root / name).stat().st_mode & 0o077 == 0, name
+
+
+def _everything(stack: Stack) -> Iterator[tuple[str, bytes]]:
+    """What any process of the stack has written: files, objects of S3, databases, and the history of Git."""
+    for path in sorted(stack.root.rglob("*")):
+        name = str(path.relative_to(stack.root))
+        if path.is_file() and not path.is_symlink() and name not in PRIVATE and not name.endswith(".pyc"):
+            yield name, path.read_bytes()
+    for bucket in (stack_storage.ARTIFACTS, stack_storage.DVC):
+        for page in stack.s3().get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for one in page.get("Contents", ()):
+                yield f"s3://{bucket}/{one['Key']}", stack.s3().get_object(Bucket=bucket, Key=one["Key"])["Body"].read()
+    call = ["pg_dumpall", f"--host={stack.root / server.STACK / 'postgres'}", "-U", stack_database.USER]
+    dump = stack_database._run(stack_database._programs(None), call)
+    assert dump.returncode == 0 and "COPY public.model_versions" in dump.stdout, dump.stderr
+    yield "pg_dumpall", dump.stdout.encode()
+    command = ["git", "cat-file", "--batch-all-objects", "--batch"]
+    yield "git", subprocess.run(command, cwd=stack.root, capture_output=True, check=True).stdout
+
+
+def test_a_restart_keeps_everything(stack):
+    def contents() -> tuple[object, ...]:
+        runs = stack.query("mlflow", "SELECT run_uuid, status FROM runs ORDER BY 1")
+        flow_runs = stack.query(
+            "prefect", "SELECT id, state_type FROM flow_run WHERE state_type = 'COMPLETED' ORDER BY 1"
+        )
+        pages = stack.s3().get_paginator("list_objects_v2").paginate(Bucket="dvc")
+        return runs, flow_runs, [one["Key"] for page in pages for one in page.get("Contents", ())]
+
+    before = contents()
+    done = command(stack.root, "--down")
+    assert done.returncode == 0 and server.running(stack.root) == {}
+    log = (stack.root / server.LOGS / "postgres.log").read_text()
+    assert log.rstrip().endswith("database system is shut down"), "a regular end"
+    stack.start()
+    assert contents() == before
