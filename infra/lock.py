@@ -23,7 +23,7 @@ from typing import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-EXTRAS = {extra: ROOT / "infra" / f"{extra}.lock" for extra in ("containers", "demo", "docs", "stack")}
+EXTRAS = {extra: ROOT / "infra" / f"{extra}.lock" for extra in ("containers", "demo", "docs", "ray", "stack")}
 """The lock of each extra that is pinned."""
 SIZES = ROOT / "infra" / "download-sizes.json"
 SEPARATE = ("tasks/transfer/img2dataset.in", "tasks/transfer/img2dataset-cluster.in")

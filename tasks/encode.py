@@ -12,7 +12,7 @@ from tasks.runtime import atomic, locks, stage, workspace
 
 
 def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: EncodeParams) -> None:
-    """Write the model's inputs: pixels or latents, with labels or caption embeddings, and control maps.
+    """Write the model's inputs: pixels or latents, with labels or captions, and control maps.
 
     Latents, embeddings and control maps are cached in the scratch folder by the content that they are computed from:
     a later run encodes only what is new, and a killed run continues where it stopped. Prints a line if a change of the
@@ -30,12 +30,13 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     from tasks.encoding.control import make_controls, spec_of
     from tasks.encoding.encoder import encode_images
     from tasks.encoding.splits import SplitWriter
-    from tasks.encoding.texts import CaptionEmbeddings
+    from tasks.encoding.texts import Captions
     from tasks.formats.latents import write_index
 
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
         encoded = encode_images(images, codec, info, resolutions, rows, params)
-        captions = CaptionEmbeddings(codec, info, rows, params.precision) if info.conditioning == "text" else None
+        tokens = params.captions == "tokens"
+        captions = Captions(codec, info, rows, tokens, params.precision) if info.conditioning == "text" else None
         controls = make_controls(images, resolutions, rows, params)
         writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size, controls)
         splits = {split: writer.write(folder, split, in_split) for split, in_split in rows.items()}

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import multiprocessing
-import signal
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from tasks.params import IngestParams
-from tasks.runtime import atomic, integrity, parent, stage
+from tasks.runtime import atomic, integrity, stage
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
-from tasks.sources.entry import Entry, Manifest, Problem, Source, read_manifest
+from tasks.sources.entry import Entry, Manifest, Problem, Source, is_control, read_manifest
 
 if TYPE_CHECKING:
+    from tasks.ingestion.examining import Decoded, Finding
     from tasks.pictures.images import ImageRow, MapWriter
 
 CHUNK_ENTRIES = 256
 CHUNK_BYTES = 16 << 20
 CEILING_CHUNKS = 16
 """Chunks that are decoded twice to measure the decoding speed; smaller sources are not measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Columns of the dataset that follow from the bytes of an image."""
-
-    width: int
-    height: int
-    mode: str
-    sha256: str
-    phash: str
-    profile: str
-    """How the colour profile is handled, see `colours.Profile`."""
-
-
-Finding: TypeAlias = "Decoded | Problem"
 
 
 def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> None:
@@ -59,6 +39,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     is common; they do not count towards validate.max_quarantined_fraction.
     """
     from tasks.formats import quarantine as quarantines
+    from tasks.ingestion.examining import decoders
     from tasks.pictures import colours
     from tasks.pictures.images import MapWriter, Writer
     from tasks.pictures.index import FILE
@@ -71,7 +52,7 @@ def ingest(raw: Path, images: Path, quarantine: Path, params: IngestParams) -> N
     with (
         atomic.writing_folder(images) as image_folder,
         atomic.writing_folder(quarantine) as quarantine_folder,
-        _decoders(params) as pool,
+        decoders(params) as pool,
         _without_garbage_collection(),
     ):
         writer, maps = Writer(image_folder, params.shards, source.classes), MapWriter(image_folder)
@@ -183,24 +164,6 @@ def _row(
 
 
 @contextmanager
-def _decoders(params: IngestParams) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `ingest.workers` decoding processes: small images mostly need Python time, which threads cannot share.
-
-    The processes are forked if that is safe (Linux), and end with the stage even if that is killed.
-    """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(params.worker_count, context, _begin_decoder)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise StageError(
-            "a decoding process was killed, probably for lack of memory; lower ingest.workers or ingest.max_pixels"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Disable the cyclic garbage collector: rows have no reference cycles, and searching them takes 20% of the time."""
     gc.disable()
@@ -210,18 +173,10 @@ def _without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _begin_decoder() -> None:
-    """Initialise a decoding process: the stage handles signals, and Linux kills the process if the stage dies."""
-    gc.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent.end_with_parent(signal.SIGKILL)
-
-
 def _examined(
     entries: Iterator[Entry],
     classes: int,
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     params: IngestParams,
     sample: list[list[bytes]],
 ) -> Iterator[tuple[Entry, Finding]]:
@@ -229,13 +184,15 @@ def _examined(
 
     The bytes of the first chunks are added to `sample`.
     """
+    from tasks.ingestion.examining import examine
+
     waiting: deque[tuple[list[Entry], list[Problem | None], Future[list[Finding]]]] = deque()
     for chunk in _chunks(entries):
         problems = [_problem(entry, classes) for entry in chunk]
         data = [entry.data for entry, problem in zip(chunk, problems, strict=True) if entry.data and not problem]
         if len(sample) < CEILING_CHUNKS:
             sample.append(data)
-        waiting.append((chunk, problems, pool.submit(_examine, data, params.max_pixels)))
+        waiting.append((chunk, problems, pool.submit(examine, data, params.max_pixels)))
         if len(waiting) >= 3 * params.worker_count:
             yield from _joined(*waiting.popleft())
     while waiting:
@@ -252,8 +209,6 @@ def _joined(
 
 def _problem(entry: Entry, classes: int) -> Problem | None:
     """Problem of an entry that is known before the image is decoded."""
-    from tasks.validation.writing_systems import is_control
-
     if entry.problem:
         return entry.problem
     if entry.data is None:
@@ -281,46 +236,18 @@ def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _examine(images: list[bytes], max_pixels: int) -> list[Finding]:
-    """Decode images -> their metadata or problems."""
-    import numpy as np
-
-    from tasks.pictures import colours, decoding
-
-    findings: list[Finding] = []
-    thumbnails = []
-    for data in images:
-        try:
-            image = decoding.open_image(data, max_pixels)
-            thumbnails.append(decoding.thumbnail(image))
-        except decoding.UnreadableError as unreadable:
-            findings.append(Problem(unreadable.reason, unreadable.detail))
-            continue
-        height, width = decoding.upright_size(image)
-        digest = hashlib.sha256(data).hexdigest()
-        findings.append(Decoded(width, height, image.mode, digest, "", colours.profile(image)))
-    hashes = iter(decoding.perceptual_hashes(np.stack(thumbnails)) if thumbnails else [])
-    return [found if isinstance(found, Problem) else replace(found, phash=next(hashes)) for found in findings]
-
-
-def _speed(
-    count: int, seconds: float, pool: ProcessPoolExecutor, sample: list[list[bytes]], params: IngestParams
-) -> str | None:
+def _speed(count: int, seconds: float, pool: Executor, sample: list[list[bytes]], params: IngestParams) -> str | None:
     """Message about the speed of the stage, relative to workers that only decode and hash; None for small sources."""
+    from tasks.ingestion.examining import seconds_of
+
     if len(sample) < CEILING_CHUNKS:
         return None
-    spent = sum(pool.map(_seconds_of, sample, [params.max_pixels] * len(sample)))
+    spent = sum(pool.map(seconds_of, sample, [params.max_pixels] * len(sample)))
     ceiling = params.worker_count * sum(map(len, sample)) / spent
     return (
         f"ingest: {count / seconds:,.0f} img/s, {count / seconds / ceiling:.0%} of the ceiling of {ceiling:,.0f} img/s "
         f"({params.worker_count} workers that only decode and hash)"
     )
-
-
-def _seconds_of(images: list[bytes], max_pixels: int) -> float:
-    started = time.perf_counter()
-    _examine(images, max_pixels)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

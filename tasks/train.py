@@ -80,7 +80,7 @@ def train(
             tracking.prepare()
         stack.enter_context(explain_out_of_memory(params))
         mixed = Subject(prior, codec if params.text_encoder else None) if subject else None
-        run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed)
+        run = training_run.prepare(data, index, facts, network, diffusion, params, initial, mixed, codec)
         stack.callback(run.checkpoints.close)  # also after an error, before the lock is released
         if main and index.autoencoder:
             run.autoencoder = load_autoencoder(codec / "vae", str(run.accelerator.device))

@@ -37,7 +37,7 @@ def validate(
     print(f"validate: {index.rows} rows, loading Great Expectations", flush=True)
     counts = tables.label_counts(images, index.classes)
     with atomic.writing_folder(reports) as folder:
-        built = list(tables.build(images, quarantine, index, counts, params, asked))
+        built = tables.build(images, quarantine, index, counts, params, asked)
         findings = expectations.judge(built, folder / page.DATA_DOCS, params.warn_only)
         page.write(folder, Findings(findings, read_quarantine_index(quarantine).quarantined))
     for note in dict.fromkeys(finding.gate.note for finding in findings if finding.gate.note):

@@ -51,7 +51,7 @@ def main() -> None:
         sys.exit(f"bench: error: {redacted(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\nbench: interrupted; the same command continues with the parts that are not measured yet")
-    written = "bench_gpu" if arguments.run is _gpu else "bench"
+    written = {_gpu: "bench_gpu", _scale: "bench_scale"}.get(arguments.run, "bench")
     print(f"bench: {arguments.reports / f'{written}.md'}, {arguments.reports / f'{written}.json'}")
 
 
@@ -150,6 +150,13 @@ def _gpu(given: argparse.Namespace, results: Results) -> None:
     runner.run(plan, results.folder)
 
 
+def _scale(given: argparse.Namespace, results: Results) -> None:
+    from infra.bench.scale import runner
+
+    only = tuple(name for name in runner.STAGES if not given.only or name in given.only)
+    runner.run(runner.Plan(given.work, given.rows, given.ingest_rows, only), results.folder)
+
+
 def _all(given: argparse.Namespace, results: Results) -> None:
     """Run every part with its defaults, the short ones first; a rehearsal writes no reports."""
     from infra.bench.results import Results
@@ -220,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--skip", nargs="+", default=[], choices=gpu_plan.PARTS, metavar="NAME", help=", ".join(gpu_plan.PARTS)
     )
+
+    chosen = part("scale", _scale, "memory and rate of the data's stages on simulated rows", with_overrides=False)
+    chosen.add_argument("--rows", type=int, default=1_000_000, help="rows of all stages but ingest")
+    chosen.add_argument("--ingest-rows", type=int, default=100_000, help="rows that ingest decodes")
+    chosen.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="ingest write validate encode hash")
 
     def turns(chosen: argparse.ArgumentParser) -> None:
         chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")

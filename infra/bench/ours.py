@@ -30,7 +30,9 @@ class Ours:
         sections = (params.model, params.diffusion, params.train)
         facts = training_key.run_facts(index, inputs.codec, verdict, *sections)
         network = training_run.network_config(index.input_spec, params.model)
-        self.run = training_run.prepare(inputs.latents, index, facts, network, params.diffusion, params.train)
+        self.run = training_run.prepare(
+            inputs.latents, index, facts, network, params.diffusion, params.train, codec=inputs.codec
+        )
         self.config = self.run.network.config
 
     def advance(self, steps: int) -> tuple[float, float]:

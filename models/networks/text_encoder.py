@@ -84,10 +84,13 @@ class TextEncoder:
         for start in range(0, len(captions), APPLY_BATCH):
             batch = list(captions[start : start + APPLY_BATCH])
             ids = self.token_ids(batch + [""] * (APPLY_BATCH - len(batch)))
-            with torch.inference_mode(), _lower(self.model.device, precision):
-                hidden = self.model(ids.to(self.model.device)).last_hidden_state
-            parts.append(hidden[: len(batch)].float().cpu())
+            parts.append(self.encode_ids(ids, precision)[: len(batch)].cpu())
         return torch.cat(parts)
+
+    def encode_ids(self, ids: Tensor, precision: str = "no") -> Tensor:
+        """Encode token ids int64 [B, L] to float32 [B, L, D] on the encoder's device, as `encode` does in one batch."""
+        with torch.inference_mode(), _lower(self.model.device, precision):
+            return self.model(ids.to(self.model.device)).last_hidden_state.float()
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ class PairedEncoder:
         """P: width of the pooled embedding."""
         return int(self.second.model.config.projection_dim)
 
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        """Tokenise captions to int64 [U, 2, L], by both tokenizers."""
+        return torch.stack([tower.token_ids(captions)[:, : self.length] for tower in self.towers], dim=1)
+
     def encode(self, captions: Sequence[str], precision: str = "no") -> Tensor:
         """Encode captions to float32 [U, L + 1, D] as in a Stable Diffusion XL pipeline; the sizes are left 0.
 
@@ -137,13 +144,22 @@ class PairedEncoder:
         parts = []
         for start in range(0, len(captions), APPLY_BATCH):
             batch = list(captions[start : start + APPLY_BATCH])
-            padded = batch + [""] * (APPLY_BATCH - len(batch))  # see TextEncoder.encode
-            ids = [tower.token_ids(padded).to(tower.model.device) for tower in self.towers]
-            with torch.inference_mode(), _lower(self.first.model.device, precision):
-                packed = pack(self.first.model, self.second.model, *ids)
+            ids = self.token_ids(batch + [""] * (APPLY_BATCH - len(batch)))  # see TextEncoder.encode
+            packed = self._packed(ids, precision)
             empty = torch.tensor([not caption for caption in batch], device=packed.device)
-            parts.append(packed[: len(batch)].float().masked_fill(empty[:, None, None], 0).cpu())
+            parts.append(packed[: len(batch)].masked_fill(empty[:, None, None], 0).cpu())
         return torch.cat(parts)
+
+    def encode_ids(self, ids: Tensor, precision: str = "no") -> Tensor:
+        """Encode token ids int64 [B, 2, L] to float32 [B, L + 1, D]; captions without a token count as ""."""
+        empty = (ids == self.token_ids([""]).to(ids.device)).all(2).all(1)
+        packed = self._packed(ids, precision)
+        return packed.masked_fill(empty.to(packed.device)[:, None, None], 0)
+
+    def _packed(self, ids: Tensor, precision: str) -> Tensor:
+        ids = ids.to(self.first.model.device)
+        with torch.inference_mode(), _lower(self.first.model.device, precision):
+            return pack(self.first.model, self.second.model, ids[:, 0], ids[:, 1]).float()
 
 
 def _lower(device: torch.device, precision: str) -> torch.autocast:

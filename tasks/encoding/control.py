@@ -20,7 +20,7 @@ from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from tasks.encoding.rows import Row
+    from tasks.encoding.rows import Row, Rows
     from tasks.formats.buckets import Resolution
     from tasks.params import EncodeParams
 
@@ -51,7 +51,7 @@ def _key(sha256: str, resolution: Resolution) -> str:
 
 
 def make_controls(
-    images: Path, resolutions: Sequence[Resolution], splits: Mapping[str, Sequence[Row]], params: EncodeParams
+    images: Path, resolutions: Sequence[Resolution], splits: Mapping[str, Rows], params: EncodeParams
 ) -> Controls | None:
     """Make the control maps that are not stored yet; returns those of all images, or None without `encode.control`.
 

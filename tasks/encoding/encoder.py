@@ -1,4 +1,4 @@
-"""Latents of all images: found in the scratch folder, or decoded and encoded in threads."""
+"""Latents of all images: found in the scratch folder, or decoded and encoded in threads or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,13 +20,13 @@ from models.networks.autoencoder import Autoencoder, images_at_once, load_autoen
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
 from tasks.pictures.images import read_encoded
-from tasks.runtime import closure, workspace
+from tasks.runtime import closure, cluster, workspace
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.encoding.rows import Row
+    from tasks.encoding.rows import Rows
     from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo
     from tasks.params import EncodeParams
@@ -47,7 +47,7 @@ def encode_images(
     folder: Path,
     codec: CodecInfo,
     resolutions: Sequence[Resolution],
-    splits: Mapping[str, Sequence[Row]],
+    splits: Mapping[str, Rows],
     params: EncodeParams,
 ) -> Blocks | None:
     """Encode the images that have no stored latent yet; returns the latents of all, or None for the identity codec.
@@ -65,14 +65,19 @@ def encode_images(
         **({} if params.precision == "no" else {"precision": params.precision}),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
-    wanted = {row.sha256: resolutions[row.bucket] for rows in splits.values() for row in rows}
+    wanted = {
+        sha256: resolutions[bucket]
+        for rows in splits.values()
+        for sha256, bucket in zip(rows.strings("sha256"), rows.table["bucket"].to_pylist(), strict=True)
+    }
     if changed := blocks.changes():
         print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
     blocks.open()
     missing = {sha256: wanted[sha256] for sha256 in blocks.missing(wanted)}
     print(f"encode: {len(missing)} images to encode, {len(wanted) - len(missing)} known", flush=True)
     if missing:
-        _encode_missing(images, folder / "vae", codec.channels, missing, blocks, params)
+        encode = _encode_on_cluster if params.distributor == "ray" else _encode_missing
+        encode(images, folder / "vae", codec.channels, missing, blocks, params)
     blocks.forget(wanted)
     return blocks
 
@@ -103,6 +108,38 @@ def _encode_missing(
         if len(sample) == sample_size:
             _print_ceilings(encoder, sample, rate, cpu_seconds)
     torch.set_num_threads(threads)
+
+
+def _encode_on_cluster(
+    images: Path, vae: Path, channels: int, missing: Mapping[str, Resolution], blocks: Blocks, params: EncodeParams
+) -> None:
+    """Decode and encode in the processes of a Ray cluster; each chunk is stored as soon as it arrives."""
+    with (
+        cluster.joined(params.ray_address, params.worker_count, "encode") as ray,
+        progress(total=len(missing), desc="encode", unit="img") as bar,
+    ):
+        workers = cluster.Actors(ray, params.worker_count, _on_worker, load_autoencoder(vae))
+        work = functools.partial(
+            _encode_chunk, channels=channels, mirrored=params.horizontal_flip, precision=params.precision
+        )
+        for keys, tensors in _in_order(
+            workers, work, _chunks(images, missing, lambda _: CHUNK), 2 * params.worker_count
+        ):
+            blocks.add(keys, tensors)
+            bar.update(len(keys))
+
+
+def _on_worker(network: Autoencoder) -> Autoencoder:
+    torch.set_num_threads(1)  # as in `_encode_missing`, so that sums are divided in the same way
+    return network.to(best_device())
+
+
+def _encode_chunk(
+    network: Autoencoder, chunk: Chunk, channels: int, mirrored: bool, precision: str
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Return the SHA-256 of the images of a chunk, and their latents."""
+    pixels = decode_chunk(chunk, channels)
+    return [sha256 for sha256, _, _ in chunk.images], encode_pixels(network, pixels, mirrored, precision)
 
 
 @dataclass(frozen=True)
@@ -189,7 +226,7 @@ def _chunks(
         yield Chunk(resolution, group)
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+def _in_order(pool: Executor, work: Callable[..., Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
     """Yield `work(item)` in the order of the items, with at most `ahead` of them in memory."""
     waiting: deque[Future[Out]] = deque()
     for item in items:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
-from tasks.pictures.images import read_encoded
+from tasks.pictures.images import allocate, read_encoded
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from tasks.encoding.blocks import Blocks
     from tasks.encoding.control import Controls
-    from tasks.encoding.rows import Row
-    from tasks.encoding.texts import CaptionEmbeddings
+    from tasks.encoding.rows import Rows
+    from tasks.encoding.texts import Captions
     from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo
     from tasks.formats.latents import Columns
@@ -36,26 +36,27 @@ class SplitWriter:
     """Image resolution of each bucket."""
     latents: Blocks | None
     """None for the identity codec."""
-    captions: CaptionEmbeddings | None
+    captions: Captions | None
     """None without text conditioning."""
     shard_size: int
     controls: Controls | None = None
     """Control maps; None without them."""
 
-    def write(self, folder: Path, split: str, rows: Sequence[Row]) -> Split:
+    def write(self, folder: Path, split: str, rows: Rows) -> Split:
         """Write the shards of a split to `folder`; returns its entry for the index."""
         shards: list[BucketShard] = []
         for bucket, resolution in enumerate(self.resolutions):
-            in_bucket = [row for row in rows if row.bucket == bucket]
+            in_bucket = rows.in_bucket(bucket)
             name = split if len(self.resolutions) == 1 else f"{split}-{resolution[0]}x{resolution[1]}"
             tensors = self._tensors(in_bucket, name, resolution)
             written = write_shards(folder, name, len(in_bucket), tensors, self.shard_size)
             shards += [BucketShard(file=shard.file, sha256=shard.sha256, bucket=bucket) for shard in written]
-        return Split(count=len(rows), keys_sha256=keys_hash([row.key for row in rows]), shards=shards)
+        return Split(count=len(rows), keys_sha256=keys_hash(rows.strings("key")), shards=shards)
 
-    def _tensors(self, rows: Sequence[Row], name: str, resolution: Resolution) -> Callable[[slice], Columns]:
+    def _tensors(self, rows: Rows, name: str, resolution: Resolution) -> Callable[[slice], Columns]:
         """Return the function that makes the tensors of a part of `rows`, all of one bucket."""
         pixels = None if self.latents else self._pixels(rows, name, resolution)
+        captions = self.captions.positions(rows) if self.captions else None
 
         def tensors(part: slice) -> Columns:
             selected = rows[part]
@@ -66,8 +67,8 @@ class SplitWriter:
                 columns["pixels"] = pixels[part]
             if self.codec.conditioning == "label":
                 columns["labels"] = np.array([row.label for row in selected], np.int64)
-            if self.captions:
-                columns["captions"] = self.captions.positions(selected)
+            if captions is not None:
+                columns["captions"] = captions[part]
             if self.controls:
                 columns |= self.controls.take(selected, resolution)
             if self.codec.text and self.codec.text.pooled:
@@ -77,16 +78,19 @@ class SplitWriter:
 
         return tensors
 
-    def _pixels(self, rows: Sequence[Row], name: str, resolution: Resolution) -> np.ndarray:
-        """Decode the images of `rows` to uint8 [len(rows), C, *resolution]."""
-        places: dict[str, list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault(row.sha256, []).append(place)
+    def _pixels(self, rows: Rows, name: str, resolution: Resolution) -> np.ndarray:
+        """Decode the images of `rows` to uint8 [len(rows), C, *resolution], in a file if they need much memory."""
         channels = self.codec.channels
-        pixels = np.empty((len(rows), channels, *resolution), np.uint8)
-        files = read_encoded(self.images, places)
-        for sha256, data, count in progress(files, desc=f"read {name}", total=len(places), unit="img", delay=2):
-            pixels[places[sha256]] = decoding.decode_resized(data, count, resolution, channels)
+        pixels = allocate((len(rows), channels, *resolution))
+        hashes = rows.strings("sha256")
+        first = dict(zip(reversed(hashes), range(len(hashes) - 1, -1, -1), strict=True))
+        files = read_encoded(self.images, first)
+        for sha256, data, count in progress(files, desc=f"read {name}", total=len(first), unit="img", delay=2):
+            pixels[first[sha256]] = decoding.decode_resized(data, count, resolution, channels)
+        if len(first) < len(hashes):
+            for place, sha256 in enumerate(hashes):
+                if first[sha256] != place:
+                    pixels[place] = pixels[first[sha256]]
         return pixels
 
 

@@ -1,4 +1,7 @@
-"""Embeddings of the captions, each distinct caption once, found in the scratch folder or computed."""
+"""The distinct captions, each once, as embeddings or as token ids, and the embeddings of the sample prompts.
+
+Embeddings are found in the scratch folder or computed. Token ids are computed again, in a fraction of the time.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from models.device import best_device
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
 from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
+from tasks.encoding.rows import distinct_captions
 from tasks.formats.latents import Shard, write_prompts, write_shards
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from tasks.encoding.rows import Row
+    from tasks.encoding.rows import Rows
     from tasks.formats.codec_info import CodecInfo
 
 BLOCK = 4096
@@ -29,19 +34,22 @@ PART = 4 * APPLY_BATCH
 """Captions that a GPU embeds before it takes the next ones."""
 
 
-class CaptionEmbeddings:
-    """Every distinct caption in alphabetical order with its embedding, and those of the sample prompts."""
+class Captions:
+    """Every distinct caption in alphabetical order, and the sample prompts.
+
+    With `tokens` the captions are stored as token ids, which training encodes, and else as embeddings.
+    """
 
     def __init__(
-        self, folder: Path, codec: CodecInfo, splits: Mapping[str, Sequence[Row]], precision: str = "no"
+        self, folder: Path, codec: CodecInfo, splits: Mapping[str, Rows], tokens: bool = False, precision: str = "no"
     ) -> None:
-        """Load the text encoder in `folder` if a caption is new, and embed what is new in `precision`."""
+        """Embed in `precision` what is new; the text encoder in `folder` is loaded only for that."""
         assert codec.text is not None and codec.prompts is not None, "the codec has a text encoder"
-        rows = [row for split in splits.values() for row in split]
+        self.folder, self.tokens = folder, tokens
         self.prompts = [*codec.prompts, ""]
-        self.captions = sorted({caption for row in rows for caption in row.captions})
-        self.position = {caption: number for number, caption in enumerate(self.captions)}
-        self.most_captions = max((len(row.captions) for row in rows), default=0)
+        self.captions = distinct_captions(splits)
+        most = [pc.max(pc.list_value_length(rows.table["captions"])).as_py() or 0 for rows in splits.values()]
+        self.most_captions = max(most, default=0)
         recipe = {
             "text encoder": codec.text.sha256,
             "code of the text encoder": closure.digest("models/networks/text_encoder.py"),
@@ -49,10 +57,10 @@ class CaptionEmbeddings:
         }
         self.precision = precision
         self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
-        self._compute(folder)
+        self._embed([*([] if tokens else self.captions.to_pylist()), *self.prompts])
 
-    def _compute(self, folder: Path) -> None:
-        wanted = {_text_hash(text): text for text in [*self.captions, *self.prompts]}
+    def _embed(self, texts: Sequence[str]) -> None:
+        wanted = {_text_hash(text): text for text in texts}
         if changed := self.blocks.changes():
             print(
                 f"encode: changed since the last time: {', '.join(changed)}; all captions are embedded anew", flush=True
@@ -60,7 +68,7 @@ class CaptionEmbeddings:
         self.blocks.open()
         if missing := self.blocks.missing(wanted):
             device = best_device()
-            encoder = load_text_encoder(folder, device)
+            encoder = load_text_encoder(self.folder, device)
 
             def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
                 return functools.partial(encoder.on(name).encode, precision=self.precision)
@@ -77,20 +85,33 @@ class CaptionEmbeddings:
     def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
         return self.blocks.take([_text_hash(text) for text in texts])["embeddings"]
 
-    def positions(self, rows: Sequence[Row]) -> np.ndarray:
-        """Return the captions of each image as int32 [n, K], rows of the embeddings, padded with -1."""
+    def positions(self, rows: Rows) -> np.ndarray:
+        """Return the captions of each image as int32 [n, K], numbers of the distinct ones, padded with -1."""
+        captions = rows.table["captions"]
+        counts = pc.list_value_length(captions).to_numpy()
         positions = np.full((len(rows), self.most_captions), -1, np.int32)
-        for padded, row in zip(positions, rows, strict=True):
-            padded[: len(row.captions)] = [self.position[caption] for caption in row.captions]
+        # The mask is read row by row, as the flat list of captions is.
+        positions[np.arange(self.most_captions) < counts[:, None]] = pc.index_in(
+            pc.list_flatten(captions), value_set=self.captions
+        ).to_numpy()
         return positions
 
     def write(self, folder: Path, shard_size: int) -> list[Shard]:
-        """Write the embeddings as shards; returns their entries for the index."""
+        """Write the embeddings or token ids as shards; returns their entries for the index."""
+        if self.tokens:
+            encoder = load_text_encoder(self.folder)
 
-        def rows(part: slice) -> dict[str, torch.Tensor]:
-            return {"embeddings": self._embeddings(self.captions[part])}
+            def rows(part: slice) -> dict[str, torch.Tensor]:
+                return {"ids": encoder.token_ids(self._texts(part)).to(torch.int32)}
+        else:
+
+            def rows(part: slice) -> dict[str, torch.Tensor]:
+                return {"embeddings": self._embeddings(self._texts(part))}
 
         return write_shards(folder, "texts", len(self.captions), rows, shard_size)
+
+    def _texts(self, part: slice) -> list[str]:
+        return list(self.captions[part].to_pylist())
 
     def write_prompts(self, folder: Path) -> str:
         """Write the embeddings of the sample prompts and the empty text; returns the file's SHA-256."""

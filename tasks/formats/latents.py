@@ -3,15 +3,16 @@
     train-00000.safetensors   pixels uint8 [n, C, H, W], or mean and std bfloat16 [n, V, c, h, w];
                               labels int64 [n], or captions int32 [n, K]: rows of the texts, padded with -1;
                               control uint8 [n, 1 or 3, h, w]: control maps, if `encode.control` makes them
-    texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order
+    texts-00000.safetensors   embeddings bfloat16 [n, L, D] of the distinct captions, in alphabetical order; or their
+                              token ids, ids int32 [n, L], if `encode.captions` is 'tokens'
     prompts.safetensors       embeddings bfloat16 [P + 1, L, D] of the sample prompts, then of the empty text
     index.json                counts, shards, buckets, codec, conditioning, scaling, digest
 
 A shard holds inputs of one bucket (`tasks/formats/buckets.py`). The identity codec stores pixels. An autoencoder stores
 the mean and standard deviation of its posterior, already scaled to the units of the model; V is 2 if the mirrored image
 is stored as well. Labels and captions are stored only if the model is conditioned on them. With two text encoders
-(SDXL) the embeddings have one more row for the pooled embedding, and each image has `sizes` int32 [n, 6]; see
-`models/networks/text_encoder.py`.
+(SDXL) the embeddings have one more row for the pooled embedding, token ids are int32 [n, 2, L], and each image has
+`sizes` int32 [n, 6]; see `models/networks/text_encoder.py`.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class LatentsIndex(StageFile):
     """Height and width of the inputs of each bucket."""
     splits: dict[str, Split]
     texts: list[Shard] | None
-    """Shards of the caption embeddings; None without text."""
+    """Shards of the captions; None without text."""
     prompts_sha256: str | None
     digest: str
     """Hash of everything else in the index, so of codec and content."""
@@ -162,7 +163,7 @@ class Latents:
     captions: np.ndarray | None = None
     """int32 [N, K]: rows of `texts`, padded with -1"""
     texts: torch.Tensor | None = None
-    """bfloat16 [U, L, D]: embeddings of the distinct captions"""
+    """bfloat16 [U, L, D]: embeddings of the distinct captions; None if their token ids are stored"""
     prompts: torch.Tensor | None = None
     """bfloat16 [P + 1, L, D]: embeddings of the sample prompts, then of the empty text (the null condition)"""
 
@@ -255,6 +256,7 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
     """
     index = read_index(path)
     parts, texts = open_shards(path, split, bucket), open_texts(path)
+    embedded = bool(texts) and "embeddings" in texts[0]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Latents(
         pixels=columns.get("pixels"),
@@ -262,7 +264,7 @@ def load_latents(path: Path, split: str, bucket: int = SQUARE) -> Latents:
         std=as_tensor(columns["std"]) if "std" in columns else None,
         labels=columns.get("labels"),
         captions=columns.get("captions"),
-        texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if texts else None,
+        texts=as_tensor(np.concatenate([part["embeddings"] for part in texts])) if embedded else None,
         prompts=load_prompts(path),
         classes=len(index.classes),
         keys_sha256=index.splits[split].keys_sha256,
@@ -279,7 +281,7 @@ def load_prompts(path: Path) -> torch.Tensor | None:
 
 
 def open_texts(path: Path) -> list[dict[str, np.ndarray]]:
-    """Memory-map the shards of the caption embeddings, whose rows `captions` names; empty without text."""
+    """Memory-map the shards of the captions, whose rows the column `captions` names; empty without text."""
     return _opened(path, read_index(path).texts or [])
 
 
@@ -298,10 +300,19 @@ def open_shards(path: Path, split: str, bucket: int = SQUARE) -> list[dict[str, 
     Raises:
         StageError: if the split or the bucket has no images, or a shard is damaged.
     """
+    return _opened(path, shards_of(path, split, bucket))
+
+
+def shards_of(path: Path, split: str, bucket: int = SQUARE) -> list[BucketShard]:
+    """Return the entries of the shards of one bucket of a split.
+
+    Raises:
+        StageError: if the split or the bucket has no images.
+    """
     shards = [shard for shard in _shards(path, split) if shard.bucket == bucket]
     if not shards:
         raise StageError(f"split '{split}' of {path} has no image in bucket {bucket}; see encode.buckets")
-    return _opened(path, shards)
+    return shards
 
 
 def _opened(path: Path, shards: Sequence[Shard]) -> list[dict[str, np.ndarray]]:
@@ -320,15 +331,28 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
     """Memory-map the tensors of a safetensors file: 8 bytes with the header's length, a JSON header, the data."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        tensors = tensors_of(json.loads(stream.read(length)))
     return {
-        name: np.memmap(
-            file,
-            NUMPY_TYPES[entry["dtype"]],
-            "r",
-            8 + length + entry["data_offsets"][0],
-            tuple(entry["shape"]),
-        )
+        name: np.memmap(file, tensor.dtype, "r", 8 + length + tensor.start, tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file."""
+
+    dtype: str
+    """As NumPy reads it, see `NUMPY_TYPES`."""
+    start: int
+    """First byte after the header."""
+    shape: tuple[int, ...]
+
+
+def tensors_of(header: JsonObject) -> dict[str, StoredTensor]:
+    """Return the tensors that the header of a safetensors file lists, by name."""
+    return {
+        name: StoredTensor(NUMPY_TYPES[entry["dtype"]], entry["data_offsets"][0], tuple(entry["shape"]))
         for name, entry in header.items()
         if name != "__metadata__"
     }

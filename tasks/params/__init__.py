@@ -43,10 +43,10 @@ from tasks.params.results import (
     ScoringClipParams,
     VisualizeParams,
 )
-from tasks.params.section import NO_PATH, ParamsError, Section
+from tasks.params.section import LOCAL, NO_PATH, ParamsError, Section
 
 __all__ = [
-    "IMAGES_PER_DIMENSION", "NO_PATH", "AutoencoderParams", "BaseWeights", "CodecParams", "ColumnsParams",
+    "IMAGES_PER_DIMENSION", "LOCAL", "NO_PATH", "AutoencoderParams", "BaseWeights", "CodecParams", "ColumnsParams",
     "ControlParams", "Demands", "DiffusionParams", "DistilParams", "DitParams", "DownloadParams", "EditParams",
     "EncodeParams", "EvaluateParams", "ExportParams", "ExtractorParams", "Headline", "HubParams", "ImageParams",
     "IngestParams", "JudgeParams", "LaionParams", "ModelParams", "Params", "ParamsError", "PriorParams",

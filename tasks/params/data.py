@@ -173,11 +173,20 @@ class DownloadParams(Section):
         return self
 
 
+Distributor = Literal["local", "ray"]
+
+
+def _check_cluster(section: str, distributor: Distributor, ray_address: str | None) -> None:
+    if ray_address is not None and distributor != "ray":
+        raise ValueError(f"{section}.ray_address is only read with {section}.distributor 'ray'; set it to null")
+
+
 class IngestParams(Section):
     """How images are brought into one format and split into `train` and `test`."""
 
-    shards: Literal[1, 16, 256]
-    """Number of Parquet shards; an image's shard is given by the first digits of its key's hash."""
+    shards: Literal[1, 16, 256, 4096]
+    """Number of Parquet shards; an image's shard is given by the first digits of its key's hash. With 4096 the stage
+    needs 0.5 GB more, and every shard holds 1 in 4096 images; for tens of millions of images."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Fraction of images assigned to `test` by the hash of their key, if the source publishes no split."""
     caption_templates: tuple[str, ...] = Field(default=(), strict=False)
@@ -188,6 +197,11 @@ class IngestParams(Section):
     """Largest image file in bytes; larger ones go to quarantine."""
     workers: Workers = "auto"
     """Processes that decode; the output does not depend on their number."""
+    distributor: Distributor = "local"
+    """Where these processes run: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster, such as '10.0.0.5:6379'; null uses RAY_ADDRESS if it is set, else the stage
+    starts a cluster on this machine."""
 
     @property
     def worker_count(self) -> int:
@@ -204,6 +218,7 @@ class IngestParams(Section):
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"ingest.caption_templates needs exactly one '{{}}' in each, not {template!r}")
+        _check_cluster("ingest", self.distributor, self.ray_address)
         return self
 
 
@@ -273,11 +288,19 @@ class EncodeParams(Section):
     bucket_multiple: PositiveInt = 64
     """The sides of buckets are multiples of this number of pixels."""
     workers: Workers = "auto"
-    """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    """Threads that decode and, on a CPU, encode; with distributor 'ray' processes that do both. The output does not
+    depend on their number."""
+    distributor: Distributor = "local"
+    """Where images become latents: on this machine, or on a Ray cluster (`make install EXTRA=ray`)."""
+    ray_address: str | None = None
+    """As `ingest.ray_address`."""
     precision: Literal["no", "bf16"] = "no"
     """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
+    captions: Literal["embeddings", "tokens"] = "embeddings"
+    """How captions are stored: their embeddings, or their token ids, which training encodes again in each batch.
+    Tokens take a few hundred bytes a caption, embeddings of Stable Diffusion 118,000."""
     control: ControlParams | None = None
     """Control maps for a ControlNet; null makes none."""
 
@@ -290,3 +313,8 @@ class EncodeParams(Section):
     @classmethod
     def _check_workers(cls, value: object) -> Workers:
         return require_workers("encode.workers", value)
+
+    @model_validator(mode="after")
+    def _check(self) -> EncodeParams:
+        _check_cluster("encode", self.distributor, self.ray_address)
+        return self

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tasks.params.distil import DistilParams
-from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Seed, require_pin
+from tasks.params.section import LOCAL, NO_PATH, Fraction, PositiveInt, Section, Seed, require_pin
 
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 """Averaging profile -> exclusive upper bound of its number in `train.ema`."""
@@ -262,6 +262,11 @@ class TrainParams(Section):
     """Use only kernels whose results do not vary, so that a run on a GPU gives the same bytes again, but slower."""
     data_on_device: Literal["auto", "device", "stream"] = "auto"
     """Keep the data set on the device, or read each batch from memory-mapped shards; the batches are equal."""
+    data: str = LOCAL
+    """`local` reads the shards in data/latents; s3://bucket/prefix reads those that `python -m infra.upload_latents`
+    put there, by ranges. The batches are equal."""
+    data_cache_bytes: PositiveInt = 1 << 30
+    """Most bytes of S3 shards that are kept in memory."""
     init_from: str = NO_PATH
     """Folder of a trained pipeline whose weights initialize the network; a DVC dependency."""
     weights: str | None = None
@@ -304,6 +309,14 @@ class TrainParams(Section):
     def learning_rate_factor(self, step: int) -> float:
         """Return the factor of the peak learning rate at 0-based `step`."""
         return self.distil.learning_rate_factor if self.distil and step >= self.distil.after else 1.0
+
+    @model_validator(mode="after")
+    def _check_data(self) -> TrainParams:
+        if self.data != LOCAL and not re.fullmatch(r"s3://[^/]+(/.*)?", self.data):
+            raise ValueError(f"train.data {self.data!r} is neither 'local' nor s3://bucket/prefix; correct it")
+        if self.data != LOCAL and self.data_on_device == "device":
+            raise ValueError("train.data is read from S3, so train.data_on_device must be 'auto' or 'stream'")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> TrainParams:

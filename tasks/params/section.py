@@ -19,6 +19,8 @@ NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Fi
 
 NO_PATH = "tasks/presets/none"
 """Value of a path parameter that names no file; DVC requires every dependency to exist."""
+LOCAL = "local"
+"""Value of `train.data` that names data/latents."""
 
 
 class ParamsError(ValueError):

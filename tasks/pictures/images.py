@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import tempfile
 from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 
 from models.hashing import file_sha256
 from tasks.pictures import decoding
+from tasks.pictures.content import ContentHash
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
 from tasks.runtime.errors import StageError
@@ -38,6 +40,11 @@ PICTURE = "image.bytes"
 """Column of the encoded images: a struct of bytes and path, like the feature `Image` of Hugging Face `datasets`."""
 ROW_GROUP_ROWS = 1024
 WRITE_BUFFER_BYTES = 128 << 20
+LEAST_GROUP_BYTES = 128 << 10
+DIGITS = {1: 0, 16: 1, 256: 2, 4096: 3}
+"""Number of shards -> digits of the hash of a key that choose the shard."""
+SPARE_FILES = 128
+"""Files that a stage has open beside the shards, at most."""
 MAPS, MAP_ROWS = "conditioning/maps.parquet", 64
 MAP_SCHEMA = pa.schema(
     [
@@ -153,10 +160,10 @@ def split_of(key: str, held_out_fraction: float) -> str:
 
 @dataclass
 class Writer:
-    """Writes rows into `shards` Parquet files (1, 16 or 256) in `folder`.
+    """Writes rows into `shards` Parquet files (1, 16, 256 or 4096) in `folder`.
 
     A shard keeps the order in which rows were added. Memory is bounded: the rows of a shard are flushed as one row
-    group at `ROW_GROUP_ROWS` rows or at their part of `WRITE_BUFFER_BYTES`.
+    group at `ROW_GROUP_ROWS` rows or at their part of `WRITE_BUFFER_BYTES`, which is at least `LEAST_GROUP_BYTES`.
     """
 
     folder: Path
@@ -169,19 +176,24 @@ class Writer:
     _pending: dict[str, list[ImageRow]] = field(default_factory=dict)
     _bytes: dict[str, int] = field(default_factory=dict)
     _files: dict[str, pq.ParquetWriter] = field(default_factory=dict)
-    _content: dict[str, bytes] = field(default_factory=dict)
+    _content: ContentHash = field(init=False)
+
+    def __post_init__(self) -> None:
+        allow_open_files(self.shards)
+        self._content = ContentHash(self.folder)
 
     def add(self, row: ImageRow) -> None:
         """Add one row."""
-        shard = key_hash(row["key"])[: {1: 0, 16: 1, 256: 2}[self.shards]] or "0"
+        shard = key_hash(row["key"])[: DIGITS[self.shards]] or "0"
         self._pending.setdefault(shard, []).append(row)
         self._bytes[shard] = self._bytes.get(shard, 0) + len(row["image"])
         self.rows += 1
         self.splits[row["split"]] = self.splits.get(row["split"], 0) + 1
         self.captions += len(row["captions"])
         identity = [row["key"], row["sha256"], row["split"], row["label"], row["captions"]]
-        self._content[row["key"]] = hashlib.sha256(json.dumps(identity).encode("utf-8")).digest()
-        if len(self._pending[shard]) >= ROW_GROUP_ROWS or self._bytes[shard] >= WRITE_BUFFER_BYTES // self.shards:
+        self._content.add(row["key"], identity)
+        buffer = max(WRITE_BUFFER_BYTES // self.shards, LEAST_GROUP_BYTES)
+        if len(self._pending[shard]) >= ROW_GROUP_ROWS or self._bytes[shard] >= buffer:
             self._flush(shard)
 
     def _flush(self, shard: str) -> None:
@@ -211,18 +223,30 @@ class Writer:
             self._flush(shard)
         for file in self._files.values():
             file.close()
-        content = hashlib.sha256()
-        for key in sorted(self._content):
-            content.update(self._content[key])
         return ImageIndex(
             shards=[f"shard-{shard}.parquet" for shard in sorted(self._files)],
             files=integrity.checksums(self.folder, "shard-*.parquet"),
             rows=self.rows,
             splits=dict(sorted(self.splits.items())),
             caption_count=self.captions,
-            sha256=content.hexdigest(),
+            sha256=self._content.hexdigest(),
             classes=self.classes,
         )
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the limit of open files of this process to `count` and some more.
+
+    Raises:
+        StageError: if the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise StageError(f"{count} shards need {wanted} open files, and {hard} are allowed; lower ingest.shards")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass
@@ -293,9 +317,12 @@ def shards(images: Path) -> list[Path]:
     return [images / name for name in index.shards]
 
 
-def read_columns(images: Path, columns: list[str]) -> pa.Table:
-    """Read columns of all rows, in the order of the shards; "image" becomes a binary column of the encoded images."""
-    files = shards(images)
+def read_columns(images: Path, columns: list[str], chosen: Collection[Path] | None = None) -> pa.Table:
+    """Read columns of all rows, in the order of the shards; "image" becomes a binary column of the encoded images.
+
+    With `chosen` only these shards are read.
+    """
+    files = [file for file in shards(images) if chosen is None or file in chosen]
     if "image" not in columns:
         tables = [pq.read_table(file, columns=columns) for file in files]
         return pa.concat_tables(tables) if tables else schema().empty_table().select(columns)
@@ -332,7 +359,7 @@ def load_pixels(
     labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
     rows = None if chosen is None else np.unique(chosen(labels))
     position = {keys[row]: place for place, row in enumerate(range(len(keys)) if rows is None else rows.tolist())}
-    pixels = _allocate((len(position), image.channels, image.resolution, image.resolution))
+    pixels = allocate((len(position), image.channels, image.resolution, image.resolution))
 
     def take(row: dict[str, Any]) -> None:  # the columns have several types
         pixels[position[row["key"]]] = decoding.decode_resized(
@@ -349,8 +376,12 @@ def load_pixels(
     return Samples(pixels, labels, captions, keys, rows)
 
 
-def _allocate(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised uint8 array, in memory or memory-mapped from an unnamed file."""
+def allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised uint8 array, in memory or memory-mapped from an unnamed file.
+
+    Raises:
+        StageError: if it exceeds `IN_MEMORY_BYTES` and the disk has no space for it.
+    """
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return np.empty(shape, np.uint8)
@@ -381,8 +412,9 @@ def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, b
                 continue
             columns = ["sha256", PICTURE, "width", "height"]
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    if row["sha256"] in left:
+                mask = pa.array([sha256 in left for sha256 in batch.column("sha256").to_pylist()], pa.bool_())
+                for row in batch.filter(mask).to_pylist():
+                    if row["sha256"] in left:  # equal images of a batch
                         left.remove(row["sha256"])
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 

@@ -102,7 +102,7 @@ def assemble(data: Path, codec: Path, accepted: Path, report: Path, pipeline: Pi
         raise StageError(f"params.yaml or the data changed since the training ({changed}); run 'dvc repro train'")
     # Precision and compilation serve the speed of training; here losses are compared.
     plain = params.train.model_copy(update={"precision": "no", "compile": False})
-    return training_run.assemble(data, index, facts, pipeline.network.config, params.diffusion, plain)
+    return training_run.assemble(data, index, facts, pipeline.network.config, params.diffusion, plain, codec=codec)
 
 
 def sweep(run: Run, pipeline: Pipeline, scorer: Scorer, protocol: Protocol, blocks: int) -> Sweep:

@@ -33,6 +33,7 @@ PLUMBING = {
     "tasks/params",
     "tasks/runtime/atomic.py",
     "tasks/runtime/closure.py",
+    "tasks/runtime/cluster.py",
     "tasks/formats/verdict.py",
     "tasks/runtime/codec_quality.py",
     "tasks/runtime/consistency.py",

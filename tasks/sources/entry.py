@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,19 @@ SPLITS = {
     "dev": "val",
 }
 """Published name of a split -> its name here."""
+WHITE_SPACE = "\t\n\v\f\r\x85"
+"""Control codes with the Unicode property White_Space."""
+
+
+def is_control(character: str) -> bool:
+    """Whether a character is not text: a control code other than white space, a surrogate or a noncharacter.
+
+    Code points that are unassigned in the Unicode version of Python are text: newer versions may have assigned them.
+    """
+    category = unicodedata.category(character)
+    if category == "Cn":
+        return ord(character) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(character) <= 0xFDEF
+    return category in ("Cc", "Cs") and character not in WHITE_SPACE
 
 
 @dataclass(frozen=True, slots=True)

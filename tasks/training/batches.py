@@ -16,13 +16,15 @@ from torch import Tensor
 
 from models.images.pixels import from_uint8
 from models.networks.control_maps import as_input
-from models.networks.text_encoder import with_sizes
+from models.networks.text_encoder import APPLY_BATCH, load_text_encoder, with_sizes
 from models.optimization.diffusion import drop_condition
 from tasks.formats import latents
-from tasks.training.stores import Store, fitting
+from tasks.training.remote import Bucket, open_texts
 
 if TYPE_CHECKING:
+    from models.networks.text_encoder import AnyEncoder
     from models.optimization.timesteps import Timesteps
+    from tasks.training.stores import Store
 
 
 def seed_for(*parts: int | str) -> int:
@@ -79,7 +81,10 @@ class Conditioning:
     classes: int = 0
     """Number of labels, which is also the null label."""
     texts: Store | None = None
-    """Caption embeddings; None without text."""
+    """Embeddings or token ids of the captions; None without text."""
+    text_encoder: AnyEncoder | None = None
+    """Encodes token ids before they condition the network; None if captions are stored as embeddings, or if the
+    network encodes them (DreamBooth)."""
     null_text: Tensor | None = None
     """float32 [L, D]: embedding of the empty text, the null condition."""
     pooled: int | None = None
@@ -88,16 +93,37 @@ class Conditioning:
     """Side of an image relative to that of a sample, if there are control maps for a ControlNet; None without them."""
 
 
-def open_conditioning(data: Path, where: str, device: torch.device) -> Conditioning:
-    """Open the conditions of a data set; the arguments are those of `open_store`."""
-    index, prompts, shards = latents.read_index(data), latents.load_prompts(data), latents.open_texts(data)
+def open_conditioning(
+    data: Path, where: str, device: torch.device, codec: Path | None = None, remote: Bucket | None = None
+) -> Conditioning:
+    """Open the conditions of a data set.
+
+    Args:
+        data: the folder of the latents.
+        where: as for `open_store`.
+        device: where conditions are made.
+        codec: the folder with the text encoder, which captions that are stored as token ids need.
+        remote: where the shards of the captions lie, if not in `data`.
+    """
+    index, prompts, texts = (
+        latents.read_index(data),
+        latents.load_prompts(data),
+        open_texts(data, where, device, remote),
+    )
+    tokens = texts is not None and "ids" in texts.shapes
     return Conditioning(
         classes=len(index.classes),
-        texts=fitting(shards, where, device) if shards else None,
+        texts=texts,
+        text_encoder=_text_encoder(codec, device) if tokens else None,
         null_text=None if prompts is None else prompts[-1].float(),
         pooled=index.text.pooled if index.text else None,
         control_factor=index.image.size // index.size if index.control else None,
     )
+
+
+def _text_encoder(codec: Path | None, device: torch.device) -> AnyEncoder:
+    assert codec is not None, "captions that are stored as token ids need the text encoder"
+    return load_text_encoder(codec, str(device))
 
 
 @dataclass(frozen=True)
@@ -192,7 +218,7 @@ class Batches:
         if self.texts is not None:
             rows = torch.arange(count) % self.store.count
             first = torch.from_numpy(self.store.on_host("captions", rows)[:, 0]).long()
-            return self._with_sizes(_embeddings(self.texts.gather(first, None)), self.store.gather(rows, None))
+            return self._with_sizes(self._encoded(self.texts.gather(first, None)), self.store.gather(rows, None))
         if "labels" in self.store.shapes:
             return torch.arange(count, device=self.device) % self.conditioning.classes
         return None
@@ -232,7 +258,7 @@ class Batches:
         """Return the embeddings float32 [B, L, D] of the chosen captions, or their token ids int64 [B, L]."""
         if self.texts is None:
             return None
-        return _embeddings(self.texts.gather(self.captions(step, part), lambda: self.captions(*following)))
+        return self._encoded(self.texts.gather(self.captions(step, part), lambda: self.captions(*following)))
 
     def _condition(self, columns: dict[str, Tensor], texts: Tensor | None, generator: torch.Generator) -> Tensor | None:
         if texts is not None:
@@ -249,7 +275,14 @@ class Batches:
         pooled = self.conditioning.pooled
         return condition if pooled is None else with_sizes(condition, pooled, columns["sizes"])
 
+    def _encoded(self, texts: dict[str, Tensor]) -> Tensor:
+        """Return the embeddings float32 [B, L, D] of captions, or their token ids int64 [B, L] if the network has them.
 
-def _embeddings(texts: dict[str, Tensor]) -> Tensor:
-    """Return the embeddings float32 [B, L, D] of captions, or their token ids int64 [B, L]."""
-    return texts["ids"] if "ids" in texts else texts["embeddings"].float()
+        Embeddings are rounded to bfloat16 as stored ones are.
+        """
+        if "ids" not in texts:
+            return texts["embeddings"].float()
+        ids, encoder = texts["ids"].long(), self.conditioning.text_encoder
+        if encoder is None:
+            return ids
+        return torch.cat([encoder.encode_ids(part).to(torch.bfloat16) for part in ids.split(APPLY_BATCH)]).float()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tasks.formats.training_record import Scalar
     from tasks.formats.verdict import Verdict
 
-FREE = {"log_every", "checkpoint_every", "sample_every", "data_on_device", "init_from", "weights"}
+STORAGE = {"data", "data_cache_bytes", "data_on_device"}
+FREE = {"log_every", "checkpoint_every", "sample_every", "init_from", "weights"} | STORAGE
 """Parameters of the section train that change no weight: a checkpoint made with another value is still valid."""
 NO_WEIGHT = {
     "models/networks/autoencoder.py": "decodes previews; `encode` made the latents, whose digest is in the key",
@@ -49,7 +50,7 @@ NO_WEIGHT = {
     "tasks/training/previews.py": "draws previews",
     "tasks/training/stopping.py": "ends a run after a whole step when a signal arrives",
     "tasks/training/tracked.py": "logs to MLflow",
-    "tasks/transfer/objects.py": "downloads first weights, whose sha256 is in the key",
+    "tasks/transfer/objects.py": "downloads first weights, whose sha256 is in the key, and connects to S3",
 }
 """Files that `train` imports although they cannot change a weight or the history, with the reason.
 

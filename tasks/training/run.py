@@ -52,7 +52,7 @@ from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning
 from tasks.training.bucketed import Bucketed
 from tasks.training.log import HistoryRow, Tally
 from tasks.training.prior_mix import PriorMix, Subject, open_mix
-from tasks.training.stores import open_store
+from tasks.training.remote import bucket_of, open_store
 
 if TYPE_CHECKING:
     from accelerate import FullyShardedDataParallelPlugin
@@ -162,9 +162,10 @@ def prepare(
     params: TrainParams,
     initial: InitialWeights | None = None,
     subject: Subject | None = None,
+    codec: Path | None = None,
 ) -> Run:
     """Assemble a run and restore the newest checkpoint of its trajectory, if there is one."""
-    run = assemble(data, index, facts, config, diffusion, params, initial, subject)
+    run = assemble(data, index, facts, config, diffusion, params, initial, subject, codec)
     if run.accelerator.is_main_process:
         _print_summary(run, index)
     _resume(run, facts)
@@ -180,11 +181,13 @@ def assemble(
     params: TrainParams,
     initial: InitialWeights | None = None,
     subject: Subject | None = None,
+    codec: Path | None = None,
 ) -> Run:
     """Build network, optimizer, averages and batches of a run before its first step.
 
     The network starts from the `initial` weights, or from random weights. With a `subject` it is trained on that and on
-    class images, and its text encoder if that is named.
+    class images, and its text encoder if that is named. Captions that are stored as token ids need the text encoder in
+    the folder `codec`.
     """
     options = sharded.plugin(params)
     accelerator = _accelerator(params, facts, options)
@@ -207,7 +210,7 @@ def assemble(
         network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     module, prepared = accelerator.prepare(network, optimizer.build(network, params))
     timesteps = timesteps_of(diffusion, accelerator.device)
-    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
+    batches, held_out = _batches(data, index, accelerator, timesteps, params, subject, codec)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
     wrapped = module
@@ -293,13 +296,14 @@ def _batches(
     timesteps: Timesteps,
     params: TrainParams,
     subject: Subject | None,
+    codec: Path | None,
 ) -> tuple[Batches | Bucketed | PriorMix, list[Batch]]:
     """Return the training batches, and one fixed held-out draw in parts of a training batch's size.
 
     Held-out timesteps are uniform whatever the training density, so that losses of runs with different ones compare.
     """
-    device, where = accelerator.device, params.data_on_device
-    conditioning = open_conditioning(data, where, device)
+    device, where, remote = accelerator.device, params.data_on_device, bucket_of(params)
+    conditioning = open_conditioning(data, where, device, codec, remote)
 
     def configured(seed: int) -> DrawConfig:
         return DrawConfig(
@@ -317,7 +321,7 @@ def _batches(
         )
 
     def training(bucket: int, seed: int) -> Batches:
-        return Batches(open_store(data, "train", where, device, bucket), conditioning, configured(seed), device)
+        return Batches(open_store(data, "train", where, device, bucket, remote), conditioning, configured(seed), device)
 
     train: Batches | Bucketed | PriorMix
     filled = latents.buckets_of(data, "train")
@@ -331,7 +335,7 @@ def _batches(
     held_out, uniform = [], Timesteps(timesteps.path, device)
     total = index.splits["test"].count
     for bucket in latents.buckets_of(data, "test"):
-        store = open_store(data, "test", where, device, bucket)
+        store = open_store(data, "test", where, device, bucket, remote)
         share = -(-min(HELD_OUT_SAMPLES, total) * store.count // total)  # rounded up
         given = None if params.control_dropout is None else 0.0
         config = DrawConfig(batch_size=share, timesteps=uniform, seed=bucket, control_dropout=given)

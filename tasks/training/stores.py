@@ -84,7 +84,7 @@ class Resident:
         return {name: column[rows] for name, column in self.columns.items()}
 
     def on_host(self, name: str, rows: Tensor) -> np.ndarray:
-        return _rows_of([shard[name] for shard in self.shards], rows.numpy())
+        return rows_of([shard[name] for shard in self.shards], rows.numpy())
 
 
 class Streamed:
@@ -113,16 +113,18 @@ class Streamed:
         return {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
 
     def on_host(self, name: str, rows: Tensor) -> np.ndarray:
-        return _rows_of([shard[name] for shard in self.shards], rows.numpy())
+        return rows_of([shard[name] for shard in self.shards], rows.numpy())
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
         wanted = rows.numpy()
-        columns = {name: _rows_of([shard[name] for shard in self.shards], wanted) for name in self.shapes}
-        tensors = {name: latents.as_tensor(column) for name, column in columns.items()}
+        tensors = {name: latents.as_tensor(column) for name, column in self._arrays(wanted).items()}
         return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
+    def _arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: rows_of([shard[name] for shard in self.shards], rows) for name in self.shapes}
 
-def _rows_of(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+
+def rows_of(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
     """Return rows int64 [B] of a column that lies in several parts."""
     starts = np.cumsum([0, *(len(part) for part in parts)])
     part_of = np.searchsorted(starts, rows, "right") - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.pictures import decoding
@@ -31,10 +32,20 @@ def column_gates() -> list[Gate]:
     ]
 
 
-def row_gates(index: ImageIndex, rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
+@dataclass(frozen=True)
+class Extremes:
+    """What the gates say about all images."""
+
+    shorter_side: int
+    """The smallest of all images."""
+    aspect_ratio: float
+    """The largest of all images."""
+
+
+def row_gates(index: ImageIndex, extremes: Extremes, params: ValidateParams) -> list[Gate]:
     """Gates for the table of images."""
     return [
-        *_picture_gates(index, rows, params),
+        *_picture_gates(index, extremes, params),
         *_origin_gates(),
         *_twin_gates(params),
         *(_caption_gates(params) if index.caption_count else ()),
@@ -42,7 +53,7 @@ def row_gates(index: ImageIndex, rows: pd.DataFrame, params: ValidateParams) -> 
     ]
 
 
-def _picture_gates(index: ImageIndex, rows: pd.DataFrame, params: ValidateParams) -> list[Gate]:
+def _picture_gates(index: ImageIndex, extremes: Extremes, params: ValidateParams) -> list[Gate]:
     between, one_of = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
     matches, damaged = "ExpectColumnValuesToMatchRegex", "hashes are damaged; run 'dvc repro -f ingest'"
     return [
@@ -58,14 +69,14 @@ def _picture_gates(index: ImageIndex, rows: pd.DataFrame, params: ValidateParams
             between,
             {"column": "shorter_side", "min_value": params.min_side},
             f"images are smaller than validate.min_side {params.min_side}; remove them, or set it to "
-            f"{rows['shorter_side'].min()} to enlarge all of them",
+            f"{extremes.shorter_side} to enlarge all of them",
         ),
         Gate(
             "aspect",
             between,
             {"column": "aspect_ratio", "max_value": params.max_aspect_ratio},
             f"images are longer than validate.max_aspect_ratio {params.max_aspect_ratio}; crop or remove them, or set "
-            f"it to {math.ceil(rows['aspect_ratio'].max())} to train on their centre",
+            f"it to {math.ceil(extremes.aspect_ratio)} to train on their centre",
         ),
         Gate("mode", one_of, {"column": "mode", "value_set": list(decoding.MODES)}, "modes are unknown; convert them"),
         Gate("splits", one_of, {"column": "split", "value_set": SPLITS}, "splits are unknown; use train, test and val"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tasks.validation.report.findings import Finding, Gate
 
@@ -33,16 +33,24 @@ class Table:
     name: str
     frame: pd.DataFrame
     gates: list[Gate]
+    part: int | None = None
+    """Number of the part, if the table is judged in parts that follow each other; all have the same gates."""
+
+    @property
+    def title(self) -> str:
+        """Name in the Data Docs."""
+        return self.name if self.part is None else f"{self.name}, part {self.part}"
 
 
-def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> list[Finding]:
+def judge(tables: Iterable[Table], docs: Path, warn_only: Collection[str] = ()) -> list[Finding]:
     """Run every gate on its table and write the Data Docs site into the folder `docs` (start page `index.html`).
+
+    One table at a time is in memory if `tables` makes them one after the other. Parts of a table give one finding for
+    each gate, see `_joined`.
 
     Checks in `warn_only` get the severity "warning", in the findings as in the pages; the others are critical.
     The gates of a table must differ in type or arguments: Great Expectations merges equal expectations of a suite.
     """
-    for table in tables:
-        _require_distinct(table)
     os.environ["GX_ANALYTICS_ENABLED"] = "False"
     # Great Expectations reads the variable when it is imported, and takes seconds.
     import great_expectations as gx
@@ -52,9 +60,10 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     source = context.data_sources.add_pandas("data")
-    findings = []
+    results: dict[str, list[tuple[Gate, list[Any]]]] = {}  # Great Expectations is not typed
     for table in tables:
-        batches = source.add_dataframe_asset(table.name).add_batch_definition_whole_dataframe("all")
+        _require_distinct(table)
+        batches = source.add_dataframe_asset(table.title).add_batch_definition_whole_dataframe("all")
         # All at once: `suite.add_expectation` stores the whole suite again for each expectation.
         expected = [
             getattr(gx.expectations, gate.type)(
@@ -64,19 +73,24 @@ def judge(tables: list[Table], docs: Path, warn_only: Collection[str] = ()) -> l
             )
             for gate in table.gates
         ]
-        suite = context.suites.add(gx.ExpectationSuite(name=table.name, expectations=expected))
-        definition = gx.ValidationDefinition(name=table.name, data=batches, suite=suite)
+        suite = context.suites.add(gx.ExpectationSuite(name=table.title, expectations=expected))
+        definition = gx.ValidationDefinition(name=table.title, data=batches, suite=suite)
         outcome = context.validation_definitions.add(definition).run(
             batch_parameters={"dataframe": table.frame},
             run_id=RunIdentifier(run_name="validate", run_time=NO_TIME),
             result_format={"result_format": "SUMMARY", "unexpected_index_column_names": ["key"]},
         )
-        findings += [
-            _finding(gate, result, gate.check in warn_only)
-            for gate, result in zip(table.gates, outcome.results, strict=True)
-        ]
+        known = results.setdefault(table.name, [(gate, []) for gate in table.gates])
+        for (_, parts), result in zip(known, outcome.results, strict=True):
+            parts.append(result)
     write_docs(context, docs)
-    return findings
+    return [
+        _finding(gate, parts[0], gate.check in warn_only)
+        if len(parts) == 1
+        else _joined(gate, parts, gate.check in warn_only)
+        for gates in results.values()
+        for gate, parts in gates
+    ]
 
 
 def write_docs(context: Any, docs: Path) -> None:  # Great Expectations is not typed
@@ -122,9 +136,8 @@ def _reproducible(page: str, path: Path) -> str:
 
 
 def _finding(gate: Gate, result: Any, is_warning: bool) -> Finding:  # Great Expectations is not typed
+    _require_run(gate, result)
     found = result.result
-    if result.exception_info.get("raised_exception"):
-        raise RuntimeError(f"{gate.type} could not be run: {result.exception_info['exception_message']}")
     rows = found.get("partial_unexpected_index_list") or []
     return Finding(
         gate,
@@ -134,6 +147,35 @@ def _finding(gate: Gate, result: Any, is_warning: bool) -> Finding:  # Great Exp
         _observed(found),
         "warning" if is_warning else "failure",
     )
+
+
+def _joined(gate: Gate, parts: Sequence[Any], is_warning: bool) -> Finding:
+    """Return the finding of a gate over all parts of a table: what holds for their rows together."""
+    for part in parts:
+        _require_run(gate, part)
+    found = [part.result for part in parts]
+    unexpected, offenders = 0, list[str]()
+    if "unexpected_count" in found[0]:
+        unexpected = sum(part["unexpected_count"] for part in found)
+        total = sum(part["element_count"] for part in found)
+        mostly = gate.arguments.get("mostly", 1.0)
+        assert isinstance(mostly, float), "a share"
+        success = not unexpected or (total - unexpected) / total >= mostly
+        offenders = [str(row["key"]) for part in found for row in part.get("partial_unexpected_index_list") or []]
+        observed = f"{unexpected} of {total} rows"
+    elif gate.type == "ExpectTableRowCountToBeBetween":
+        count = sum(part["observed_value"] for part in found)
+        success, observed = count >= cast("int", gate.arguments["min_value"]), str(count)
+    else:
+        assert gate.type == "ExpectColumnDistinctValuesToContainSet", f"no rule joins the parts of {gate.type}"
+        missing = set.intersection(*(set(part["partial_missing_list"]) for part in found))
+        success, observed = not missing, str(found[0]["observed_value"])
+    return Finding(gate, success, unexpected, offenders, observed, "warning" if is_warning else "failure")
+
+
+def _require_run(gate: Gate, result: Any) -> None:  # Great Expectations is not typed
+    if result.exception_info.get("raised_exception"):
+        raise RuntimeError(f"{gate.type} could not be run: {result.exception_info['exception_message']}")
 
 
 def _observed(found: Mapping[str, object]) -> str:

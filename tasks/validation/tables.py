@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tasks.formats.quarantine import FILE as QUARANTINE_FILE
 from tasks.pictures import colours
 from tasks.pictures.images import enlarged, read_columns, schema, schema_of
+from tasks.pictures.index import read_index
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tasks.pictures.index import ImageIndex
 
 Rows: TypeAlias = NDArray[np.int64]
+PART_ROWS = 500_000
+"""Images that are judged at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ def build(
     yield Table("columns", columns, checks.column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    rows = _rows(images, params)
-    notes = {
-        "size": enlarged(int((rows["shorter_side"] < asked.resolution).sum()), asked.resolution),
-        "mode": "; ".join(colours.sentences(index.profiles)),
-    }
-    gates = demands.row_gates(index, asked, checks.row_gates(index, rows, params))
-    yield Table("images", rows, [replace(gate, note=notes.get(gate.check, "")) for gate in gates])
-    yield Table("inputs", _inputs(images, quarantine), checks.input_gates(params))
+    parts = _parts(images, index)
+    extremes, small = _extremes(images, asked.resolution)
+    notes = {"size": enlarged(small, asked.resolution), "mode": "; ".join(colours.sentences(index.profiles))}
+    gates = demands.row_gates(index, asked, checks.row_gates(index, extremes, params))
+    gates = [replace(gate, note=notes.get(gate.check, "")) for gate in gates]
+    numbers: Iterable[int | None] = [None] if len(parts) == 1 else range(1, len(parts) + 1)
+    for number, rows in zip(numbers, _rows(images, parts, params), strict=True):
+        yield Table("images", rows, gates, number)
+    for number, inputs in zip(numbers, _inputs(images, parts, quarantine), strict=True):
+        yield Table("inputs", inputs, checks.input_gates(params), number)
     if index.caption_files:
         files = pd.DataFrame([asdict(file) for file in index.caption_files])
         yield Table("caption files", files, checks.caption_file_gates())
@@ -102,10 +107,66 @@ def _type(field: pa.Field) -> str:
     return f"list of {field.type.value_type}" if pa.types.is_list(field.type) else str(field.type)
 
 
-def _rows(images: Path, params: ValidateParams) -> pd.DataFrame:
-    """One row per image: metadata and derived columns."""
+def _parts(images: Path, index: ImageIndex) -> list[list[Path]]:
+    """Divide the shards into parts of at most `PART_ROWS` rows, or of one shard; a key is in one shard only."""
+    parts: list[list[Path]] = [[]]
+    rows = 0
+    for shard in index.shards:
+        count = pq.read_metadata(images / shard).num_rows
+        if parts[-1] and rows + count > PART_ROWS:
+            parts.append([])
+            rows = 0
+        parts[-1].append(images / shard)
+        rows += count
+    return parts
+
+
+def _extremes(images: Path, resolution: int) -> tuple[checks.Extremes, int]:
+    """Return the extremes of all images, and how many are smaller than `resolution`."""
+    sides = np.stack([read_columns(images, [name])[name].to_numpy() for name in ("width", "height")])
+    shorter = sides.min(axis=0)
+    if not len(shorter):
+        return checks.Extremes(0, 1.0), 0
+    extremes = checks.Extremes(int(shorter.min()), float((sides.max(axis=0) / shorter).max()))
+    return extremes, int((shorter < resolution).sum())
+
+
+def _rows(images: Path, parts: Sequence[Sequence[Path]], params: ValidateParams) -> Iterator[pd.DataFrame]:
+    """Yield one row per image, part by part: metadata and derived columns."""
+    rated = read_columns(images, ["safety"])["safety"].null_count < read_index(images).rows
+    first, twins, names = 0, None, dict[int, str]()
+    if len(parts) > 1:
+        twins = _twins(*_all_hashes_of(images, parts), params.near_duplicate_bits)
+        names = _keys_of(images, parts, np.unique(np.concatenate(list(twins.values()))))
+    for part in parts:
+        frame = _metadata(images, part, rated, params)
+        last = first + len(frame)
+        if twins is None:
+            keys = frame["key"].to_numpy()
+            own = _twins(*_hashes(frame["sha256"], frame["phash"], frame["split"]), params.near_duplicate_bits)
+            shown = {name: _taken(keys, rows) for name, rows in own.items()}
+        else:
+            shown = {name: _named(rows[first:last], names) for name, rows in twins.items()}
+        first = last
+        yield frame.assign(**shown)
+
+
+def _taken(keys: NDArray[np.object_], rows: Rows) -> NDArray[np.object_]:
+    """Return the keys of rows, None for negative ones."""
+    taken = keys[rows].astype(object)
+    taken[rows < 0] = None
+    return taken
+
+
+def _named(rows: Rows, names: Mapping[int, str]) -> NDArray[np.object_]:
+    """Return the keys of rows, None for those that have none."""
+    return np.array([names.get(row) for row in rows.tolist()], object)
+
+
+def _metadata(images: Path, part: Collection[Path], rated: bool, params: ValidateParams) -> pd.DataFrame:
+    """Return the rows of some shards, sorted by key; a source that rates any image must rate every image."""
     columns = ["width", "height", "mode", "label", "split", "sha256", "phash", "licence", "source", "safety"]
-    table = read_columns(images, ["key", *columns, "captions"]).sort_by("key")
+    table = read_columns(images, ["key", *columns, "captions"], part).sort_by("key")
     frame = table.select(["key", *columns]).to_pandas()
     sides = frame[["width", "height"]]
     frame = frame.drop(columns=sides.columns)  # Great Expectations hashes every column
@@ -113,23 +174,60 @@ def _rows(images: Path, params: ValidateParams) -> pd.DataFrame:
     frame["aspect_ratio"] = sides.max(axis=1) / frame["shorter_side"]
     for name, values in _captions(table["captions"], params).items():
         frame[name] = values
-    if frame["safety"].notna().any():  # a source that rates any image must rate every image
+    if rated:
         frame["safety"] = frame["safety"].fillna("unknown")
-    keys, twins = frame["key"].to_numpy(), _twins(frame, params.near_duplicate_bits)
-    for name, rows in twins.items():
-        frame[name] = np.where(rows >= 0, keys[rows], None)
     return frame
 
 
-def _twins(frame: pd.DataFrame, bits: int) -> dict[str, Rows]:
+Hashes: TypeAlias = "tuple[NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.str_]]"
+"""A number for each file, uint64 [N]; perceptual hashes, uint64 [N], or None if one is damaged; splits [N]."""
+
+
+def _hashes(files: pd.Series, perceptual: pd.Series, splits: pd.Series) -> Hashes:
+    numbers = duplicates.to_numbers(perceptual.tolist()) if _all_hashes(perceptual) else None
+    return files.factorize()[0].astype(np.uint64), numbers, splits.to_numpy(str)
+
+
+def _all_hashes_of(images: Path, parts: Sequence[Sequence[Path]]) -> Hashes:
+    """Return the hashes of all rows, in the order of the parts.
+
+    Files count as equal if their SHA-256 begin with the same 64 bits.
+    """
+    files, perceptual, splits = [], [], []
+    for part in parts:
+        frame = read_columns(images, ["key", "sha256", "phash", "split"], part).sort_by("key").to_pandas()
+        starts = frame["sha256"].str.slice(0, 16)
+        files.append(duplicates.to_numbers(starts.tolist()) if _all_hashes(starts) else None)
+        perceptual.append(duplicates.to_numbers(frame["phash"].tolist()) if _all_hashes(frame["phash"]) else None)
+        splits.append(frame["split"].to_numpy("U5"))
+    count = sum(map(len, splits))
+    known = [numbers for numbers in files if numbers is not None]
+    # With damaged hashes, which fail a gate of their own, no files are equal.
+    codes = np.concatenate(known) if len(known) == len(files) else np.arange(count, dtype=np.uint64)
+    seen = [numbers for numbers in perceptual if numbers is not None]
+    return codes, np.concatenate(seen) if len(seen) == len(perceptual) else None, np.concatenate(splits)
+
+
+def _keys_of(images: Path, parts: Sequence[Sequence[Path]], rows: Rows) -> dict[int, str]:
+    """Return row -> key of some rows, numbered in the order of the parts; negative ones have none."""
+    found: dict[int, str] = {}
+    first = 0
+    for part in parts:
+        keys = read_columns(images, ["key"], part).sort_by("key")["key"]
+        own = rows[(rows >= first) & (rows < first + len(keys))]
+        found.update(zip(own.tolist(), keys.take(own - first).to_pylist(), strict=True))
+        first += len(keys)
+    return found
+
+
+def _twins(
+    codes: NDArray[np.uint64], hashes: NDArray[np.uint64] | None, splits: NDArray[np.str_], bits: int
+) -> dict[str, Rows]:
     """For each row the first exact or near duplicate in the same or in the training split: int64 [N], -1 for none.
 
     A near duplicate is not the same file. Of a pair across splits, the held-out image is reported.
     """
-    codes = frame["sha256"].factorize()[0].astype(np.uint64)
-    splits = frame["split"].to_numpy(str)
-    hashes = duplicates.to_numbers(frame["phash"].tolist()) if _all_hashes(frame["phash"]) else None
-    found = {name: np.full(len(frame), -1) for name in ("repeats", "leaks", "nearly_repeats", "nearly_leaks")}
+    found = {name: np.full(len(codes), -1) for name in ("repeats", "leaks", "nearly_repeats", "nearly_leaks")}
     train = np.flatnonzero(splits == "train")
     for split in progress(np.unique(splits), desc="compare", unit="split", delay=2):
         rows = np.flatnonzero(splits == split)
@@ -173,13 +271,18 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, Ro
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _inputs(images: Path, quarantine: Path) -> pd.DataFrame:
-    """One row per image and per quarantined input, with the reason; without files that are known not to be images."""
-    rows = read_columns(images, ["key"]).to_pandas()
+def _inputs(images: Path, parts: Sequence[Sequence[Path]], quarantine: Path) -> Iterator[pd.DataFrame]:
+    """Yield one row per image and per quarantined input, with the reason; the last part has the quarantined ones.
+
+    Files that are known not to be images are left out.
+    """
     refused = pq.read_table(quarantine / QUARANTINE_FILE, columns=["key", "reason", "detail"]).to_pandas()
-    table = pd.concat([rows, refused[refused["reason"] != NO_IMAGE_FILE]], ignore_index=True)
-    table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
-    return table
+    refused = refused[refused["reason"] != NO_IMAGE_FILE]
+    for number, part in enumerate(parts, 1):
+        rows = read_columns(images, ["key"], part).to_pandas()
+        table = pd.concat([rows, refused if number == len(parts) else refused.iloc[:0]], ignore_index=True)
+        table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
+        yield table
 
 
 def _classes(counts: dict[str, int]) -> pd.DataFrame:

@@ -9,25 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.sources.entry import is_control
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLICE = 1 << 16
 """Number of texts per batch; limits the memory."""
-WHITE_SPACE = "\t\n\v\f\r\x85"
-"""Control codes with the Unicode property White_Space."""
 NEUTRAL, EXPECTED, FOREIGN, CONTROL, UNKNOWN = range(5)
-
-
-def is_control(character: str) -> bool:
-    """Whether a character is not text: a control code other than white space, a surrogate or a noncharacter.
-
-    Code points that are unassigned in the Unicode version of Python are text: newer versions may have assigned them.
-    """
-    category = unicodedata.category(character)
-    if category == "Cn":
-        return ord(character) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(character) <= 0xFDEF
-    return category in ("Cc", "Cs") and character not in WHITE_SPACE
 
 
 class Reader:

@@ -117,9 +117,11 @@ def test_captions_are_divided_among_gpus_and_embedded_in_the_precision_of_encode
     def written(precision: str, folder: str) -> torch.Tensor:
         (out / folder).mkdir()
         calls.clear()
-        embeddings = texts.CaptionEmbeddings(out / "codec", CodecInfo.load(out / "codec"), rows, precision)
+        embeddings = texts.Captions(out / "codec", CodecInfo.load(out / "codec"), rows, precision=precision)
         embeddings.write(out / folder, 1000)
-        return embeddings.blocks.take([texts._text_hash(text) for text in embeddings.captions])["embeddings"]
+        return embeddings.blocks.take([texts._text_hash(text) for text in embeddings.captions.to_pylist()])[
+            "embeddings"
+        ]
 
     known = written("no", "again")
     assert not calls, "nothing is new"

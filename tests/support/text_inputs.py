@@ -6,6 +6,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -33,7 +34,10 @@ from tasks.params import (
 from tasks.params.composition import compose
 from tasks.train import train
 from tests.support.data_inputs import folder_params, ingest_params, picture, write_tree
-from tests.support.train_inputs import small_grids
+from tests.support.train_inputs import small_grids, uniform
+
+if TYPE_CHECKING:
+    from tasks.training.batches import Batches
 
 LINES = [f'{seed:02d}.png,"{"bright" if seed % 2 else "dark"} picture of thing {seed % 5}"' for seed in range(48)]
 MODEL = ModelParams(
@@ -133,6 +137,30 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "p
             DIFFUSION,
             train_params(**others),
         )
+
+
+def with_tokens(tree: Path, root: Path) -> Path:
+    """Encode the images of `tree` again with captions as token ids below `root`, and return `root`."""
+    for name in ("images", "codec", "accepted.json", "prior", "tasks"):
+        (root / name).symlink_to(tree / name)
+    shutil.copy(tree / "mlflow.db", root)
+    with pytest.MonkeyPatch.context() as patch:
+        at_home(root, patch)
+        patch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))  # which has the latents of the images
+        params = EncodeParams(shard_size=20, horizontal_flip=True, captions="tokens")
+        encode(root / "images", root / "accepted.json", root / "codec", root / "latents", params)
+    return root
+
+
+def batches_of(root: Path, **config: object) -> Batches:
+    """Open the training batches of 16 images."""
+    from tasks.training.batches import Batches, DrawConfig, open_conditioning
+    from tasks.training.stores import open_store
+
+    device = torch.device("cpu")
+    conditioning = open_conditioning(root / "latents", "device", device, root / "codec")
+    store = open_store(root / "latents", "train", "device", device)
+    return Batches(store, conditioning, DrawConfig(batch_size=16, timesteps=uniform(20), seed=0, **config), device)
 
 
 def drawn_by_both(

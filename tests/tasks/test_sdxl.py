@@ -87,6 +87,15 @@ def test_sizes_and_crop_are_stored_with_each_image_and_reach_the_network(tree):
             assert not torch.equal(unet(x, t, plain), unet(x, t, changed))
 
 
+def test_captions_stored_as_tokens_give_the_same_conditions(tree, tmp_path):
+    stored, online = text_inputs.batches_of(tree), text_inputs.batches_of(text_inputs.with_tokens(tree, tmp_path))
+    assert online.texts.shapes == {"ids": (2, 8)}
+    assert torch.allclose(stored.draw(0).condition, online.draw(0).condition, rtol=2**-7, atol=1e-5)
+    encoder, captions = load_text_encoder(tree / "codec"), ["a thing", "", "bright picture"]
+    online = encoder.encode_ids(encoder.token_ids(captions))
+    assert torch.allclose(online, encoder.encode(captions), atol=1e-5) and not online[1].any()
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_diffusers_loads_it_whole_and_draws_the_same(tree, scale):
     theirs, ours = text_inputs.drawn_by_both(tree / "pipeline", "StableDiffusionXLPipeline", scale)

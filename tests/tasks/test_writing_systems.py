@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from tasks.validation.writing_systems import Reader, is_control
+from tasks.sources.entry import is_control
+from tasks.validation.writing_systems import Reader
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""The stages on a Ray cluster: the bytes of one process, with workers that die, and without Ray installed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.ingest import ingest
+from tasks.params import IngestParams
+from tasks.runtime import cluster
+from tasks.runtime.errors import StageError
+from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 1800
+"""A cluster starts in half a minute, on a busy machine in several."""
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (make install EXTRA=ray)")
+
+
+def test_a_missing_package_is_one_sentence_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(StageError, match="make install EXTRA=ray") as raised, cluster.joined(None, 2, "ingest"):
+        pass
+    assert "ingest.distributor" in str(raised.value)
+
+
+def test_a_wrong_address_is_one_sentence(monkeypatch):
+    """A stand-in for Ray, whose import and search for a cluster take long."""
+
+    class Ray:
+        exceptions = None
+
+        def init(self, **_):
+            raise ConnectionError("no cluster")
+
+        def shutdown(self):
+            pass
+
+    monkeypatch.setattr(cluster, "_imported", lambda section: Ray())
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    refused = pytest.raises(StageError, match=r"127\.0\.0\.1:9 cannot be used .*encode\.ray_address or RAY_ADDRESS")
+    with refused, cluster.joined(None, 2, "encode"):
+        pass
+
+
+@contextmanager
+def killing(count: int):
+    """Kill `count` busy workers of Ray, one after the other, for the length of the block; yields their process ids."""
+    killed, finished = [], threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.02) and len(killed) < count:
+            for process in psutil.process_iter(["cmdline"]):
+                if "ray::examine" in " ".join(process.info["cmdline"] or []) and process.pid not in killed:
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    break
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        finished.set()
+        watcher.join()
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A downloaded source of many chunks, with files that cannot be read."""
+    from tasks.download import download
+
+    files = {f"{'cat' if seed % 3 else 'dog'}/{seed:04d}.png": picture(seed, (64, 64)) for seed in range(700)}
+    files |= {f"cat/bad{seed}.png": picture(seed)[:60] for seed in range(5)}
+    download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
+    return tmp_path / "raw"
+
+
+@pytest.fixture(scope="module")
+def cluster_of_two(tmp_path_factory):
+    """Start a Ray cluster of two CPUs in another folder and process; yields its address."""
+    options = {"num_cpus": 2, "include_dashboard": False}
+    command = [sys.executable, "-c", HOST, repr(options)]
+    folder = tmp_path_factory.mktemp("host")
+    environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on the loopback interface
+    host = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    yield host.stdout.readline().decode().strip()
+    host.stdin.close()
+    host.wait(60)
+
+
+HOST = """
+import ast, sys, ray
+print(ray.init(**ast.literal_eval(sys.argv[1])).address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+def ingested(raw: Path, name: str, **params: object) -> dict[str, str]:
+    ingest(raw, raw.parent / name, raw.parent / f"{name}-quarantine", ingest_params(shards=16, **params))
+    return contents(raw.parent / name) | {f"q/{k}": v for k, v in contents(raw.parent / f"{name}-quarantine").items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_two_workers_give_the_bytes_of_one_process(raw, cluster_of_two):
+    joined = ingested(raw, "joined", workers=2, distributor="ray", ray_address=cluster_of_two)
+    assert joined == ingested(raw, "alone", workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_a_killed_worker_loses_only_its_chunk(raw):
+    """The other chunks are computed once; here in a cluster that the stage starts."""
+    with killing(1) as killed:
+        found = ingested(raw, "killed", workers=2, distributor="ray")
+    assert len(killed) == 1
+    assert found == ingested(raw, "alone", workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, cluster_of_two):
+    import torch
+    from diffusers import AutoencoderKL
+
+    from tasks.encoding.blocks import Blocks
+    from tasks.encoding.encoder import _encode_missing, _encode_on_cluster
+    from tasks.params import EncodeParams
+    from tasks.pictures.images import read_columns
+
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2, **LEVELS).save_pretrained(
+        tmp_path / "vae"
+    )
+    from tasks.download import download
+
+    files = {f"{seed:03d}.png": picture(seed, (20, 16)) for seed in range(200)}
+    download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
+    ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
+    missing = dict.fromkeys(read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist(), (16, 16))
+    params = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", ray_address=cluster_of_two)
+    stored = {}
+    for encode in (_encode_missing, _encode_on_cluster):
+        blocks = Blocks(tmp_path / encode.__name__, {})
+        encode(tmp_path / "images", tmp_path / "vae", 3, missing, blocks, params)
+        stored[encode] = contents(tmp_path / encode.__name__)
+    assert stored[_encode_missing] == stored[_encode_on_cluster] and len(stored[_encode_missing]) == 4
+
+
+LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_a_call_that_kills_every_worker_ends_the_stage(cluster_of_two):
+    def die() -> None:
+        os._exit(1)
+
+    with pytest.raises(StageError, match="died 4 times"), cluster.joined(cluster_of_two, 2, "ingest") as ray:
+        cluster.Tasks(ray).submit(die).result()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_an_error_of_a_worker_is_the_error_of_the_stage(cluster_of_two):
+    def parse(text: str) -> int:
+        return int(text)
+
+    with pytest.raises(ValueError, match="invalid literal"), cluster.joined(cluster_of_two, 1, "ingest") as ray:
+        cluster.Tasks(ray).submit(parse, "three").result()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_the_cluster_ends_with_a_killed_stage(raw):
+    command = [sys.executable, "-c", STAGE, str(raw), str(raw.parent / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in member.name() for member in family)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [member.cmdline() for member in alive]
+
+
+STAGE = """
+from tasks.runtime import cluster
+import time
+with cluster.joined(None, 2, "ingest") as ray:
+    print("started", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_only_a_known_distributor_is_accepted():
+    with pytest.raises(ValueError, match="distributor"):
+        IngestParams.model_validate({"shards": 1, "held_out_fraction": 0.2, "distributor": "spark"})

@@ -1,0 +1,175 @@
+"""What a data set of many rows needs: bounded memory, many shards, and the same bytes as a small one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import tracemalloc
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.encoding.rows import distinct_captions, read_rows
+from tasks.pictures import content, images
+from tasks.pictures.content import ContentHash
+from tasks.pictures.images import Writer
+from tasks.pictures.index import FILE
+from tasks.runtime.errors import StageError
+
+
+def row(number: int, data: bytes = b"x", **others: object) -> images.ImageRow:
+    """A row of 2,000: ten files repeat another, and each pair has perceptual hashes that differ in one bit."""
+    sha256, pair = (hashlib.sha256(str(name).encode()).hexdigest() for name in (number % 1990, number // 2))
+    return {
+        "key": f"{number:06d}.png", "image": data, "width": 8 + number % 3 * 8, "height": 8, "mode": "L",
+        "label": None, "captions": [f"picture {number % 50}"] * (number % 3), "sha256": sha256,
+        "split": "test" if number % 5 == 0 else "train", "phash": pair[:15] + "01"[number % 2], "safety": None,
+        "licence": "x", "source": "x", **others,
+    }  # fmt: skip
+
+
+def test_the_content_hash_is_that_of_one_run(tmp_path, monkeypatch):
+    numbers = [number * 37 % 1000 for number in range(1000)]
+    found = []
+    for rows in (1 << 18, 70, 1000):
+        monkeypatch.setattr(content, "RUN_ROWS", rows)
+        collected = ContentHash(tmp_path)
+        for number in numbers:
+            collected.add(f"ключ {number}", [number])
+        found.append(collected.hexdigest())
+    assert len(set(found)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_of_the_content_hash_does_not_grow(tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "RUN_ROWS", 2000)
+    collected = ContentHash(tmp_path)
+    tracemalloc.start()
+    for number in range(20_000):
+        collected.add(f"{number}", [number])
+        if number == 4000:
+            tracemalloc.reset_peak()
+            early = tracemalloc.get_traced_memory()[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    collected.hexdigest()
+    assert peak < early + 2000 * 400  # a run, and the list of its keys while it is sorted
+
+
+def test_four_thousand_shards_hold_what_one_holds(tmp_path):
+    written = {}
+    for shards in (1, 4096):
+        (tmp_path / str(shards)).mkdir()
+        writer = Writer(tmp_path / str(shards), shards)
+        for number in range(300):
+            writer.add(row(number))
+        index = writer.close()
+        tables = [pq.read_table(tmp_path / str(shards) / name).to_pylist() for name in index.shards]
+        written[shards] = index.sha256, sorted((found for table in tables for found in table), key=lambda r: r["key"])
+        assert index.rows == 300
+    assert written[1] == written[4096]
+    assert len(index.shards) > 250 and all(len(name) == len("shard-000.parquet") for name in index.shards)
+
+
+def test_too_few_open_files_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    with pytest.raises(
+        StageError, match=r"4096 shards need 4224 open files, and 1024 are allowed; lower ingest\.shards"
+    ):
+        images.allow_open_files(4096)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    writer = Writer(tmp_path / "images", 16)
+    for number in range(2000):
+        writer.add(row(number))
+    writer.close().write(tmp_path / "images" / FILE)
+    return tmp_path / "images"
+
+
+def test_rows_are_sorted_by_bucket_and_key_and_read_in_parts(folder, monkeypatch):
+    resolutions = [(8, 8), (8, 16)]
+    splits = read_rows(folder, resolutions)
+    assert list(splits) == ["test", "train"] and [len(rows) for rows in splits.values()] == [400, 1600]
+    for rows in splits.values():
+        listed = list(rows)
+        assert listed == sorted(listed, key=lambda one: (one.bucket, one.key))
+        assert [one.bucket for one in listed] == [int(one.width > 11) for one in listed]
+        assert rows[390:410] == listed[390:410] and rows.strings("key") == [one.key for one in listed]
+        assert list(rows.in_bucket(1)) == [one for one in listed if one.bucket == 1]
+        assert all(one.label == -1 and len(one.captions) == int(one.key[:6]) % 3 for one in listed)
+    assert distinct_captions(splits).to_pylist() == sorted(f"picture {number}" for number in range(50))
+
+
+def test_the_content_hash_covers_the_identities_in_the_order_of_their_keys(folder):
+    content = hashlib.sha256()
+    for number in range(2000):  # whose keys are in this order
+        one = row(number)
+        identity = [one["key"], one["sha256"], one["split"], one["label"], one["captions"]]
+        content.update(hashlib.sha256(json.dumps(identity).encode("utf-8")).digest())
+    assert images.read_index(folder).sha256 == content.hexdigest()
+
+
+def findings_of(folder: Path, parts: int, monkeypatch, **params: object) -> list:
+    from tasks.formats import quarantine as quarantines
+    from tasks.params import Demands, ValidateParams
+    from tasks.sources.entry import Entry, Problem
+    from tasks.validation import expectations, tables
+
+    refused = folder.parent / f"quarantine-{parts}"
+    refused.mkdir()
+    writer = quarantines.Writer(refused)
+    writer.add(Entry("bad.png", b"x", 1), Problem("truncated", "it ends early"))
+    writer.close()
+    limits = {
+        "min_images": 1,
+        "max_aspect_ratio": 1.5,
+        "min_images_per_class": 0,
+        "min_side": 8,
+        "max_quarantined_fraction": 0.1,
+        **params,
+    }
+    asked = {
+        "codec.conditioning": "text", "evaluate.allow_small_n": True, "image.resolution": 9,
+        "judge.extractor.kind": "in_domain", "train.batch_size": 4,
+    }  # fmt: skip
+    index = images.read_index(folder)
+    monkeypatch.setattr(tables, "PART_ROWS", -(-index.rows // parts))
+    monkeypatch.setattr(expectations, "write_docs", lambda *_: None)
+    built = tables.build(
+        folder, refused, index, {}, ValidateParams.model_validate(limits), Demands.model_validate(asked)
+    )
+    return expectations.judge(built, folder.parent / "docs")
+
+
+def test_gates_over_parts_are_those_over_all_rows(folder, monkeypatch):
+    """Duplicates lie in other parts, and shares are those of all rows.
+
+    Of equal files the first counts as no duplicate, and which one is first depends on the order of the rows.
+    """
+    (whole, parted) = (findings_of(folder, parts, monkeypatch) for parts in (1, 5))
+    assert [finding.gate for finding in whole] == [finding.gate for finding in parted]
+    for one, other in zip(whole, parted, strict=True):
+        assert one.success == other.success, one.gate
+        if one.gate.check in ("near_duplicates", "near_leaks"):
+            assert abs(one.unexpected - other.unexpected) <= 10
+        else:
+            assert (one.unexpected, one.observed) == (other.unexpected, other.observed), one.gate
+        assert len(one.offenders) <= len(other.offenders)
+    found = {finding.gate.check: finding for finding in parted}
+    assert found["duplicates"].unexpected + found["leaks"].unexpected >= 10 and found["duplicates"].success
+    assert found["near_duplicates"].unexpected > 1000 and not found["near_duplicates"].success
+    assert not found["aspect"].success and found["rows"].success and found["splits"].success
+
+
+def test_memory_is_that_of_one_part(folder, monkeypatch):
+    from tasks.validation import tables
+
+    monkeypatch.setattr(tables, "PART_ROWS", 300)
+    parts = tables._parts(folder, images.read_index(folder))
+    rows = [sum(pq.read_metadata(file).num_rows for file in part) for part in parts]
+    assert sum(rows) == 2000 and max(rows) <= 300 and len(rows) < 16
