@@ -10,8 +10,11 @@ EXTRA ?=
 PORT ?=
 PRESET ?=
 NAME ?=
+POOL ?=
 MODEL ?=
 VERSION ?= champion
+ROUNDS ?=
+SEED ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -21,7 +24,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down run stop lock clean
+.PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down deploy run stop lock clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -71,8 +74,9 @@ coverage: install ## the tests of `make test` with the lines and branches they r
 	@mkdir -p .scratch/coverage
 	@$(TESTS) --cov --cov-report=term --cov-report=xml $(ARGS)
 
-drills: install ## the long tests: kills, resumes, races (up to an hour)
-	@python -m pytest -m slow
+drills: install ## the long tests: kills, full disks, races (hours; ROUNDS=1000 kills more often, SEED=1 at other moments)
+	@$(if $(ROUNDS),AFTERIMAGE_DRILL_ROUNDS=$(ROUNDS)) $(if $(SEED),AFTERIMAGE_DRILL_SEED=$(SEED)) \
+		python -m pytest -m slow $(ARGS)
 
 docs: EXTRA = docs
 docs: install ## build the documentation in site/, offline and strict (ARGS=... goes to mkdocs build)
@@ -93,6 +97,9 @@ stack: install ## the whole stack without containers: PostgreSQL, S3, MLflow, Pr
 
 stack-down: ## end what `make stack` started; its files stay
 	@test ! -x .venv/bin/python || python -m infra.stack --down
+
+deploy: install ## the flows for workers on other machines (POOL=name, ARGS="--type process"; kubernetes, docker)
+	@python -m flows.deploy $(POOL) $(ARGS)
 
 run: install ## have the worker of `make serve` run a preset now (PRESET=digits, ARGS="train.steps=1000")
 	@python -m flows.on_demand $(PRESET) $(ARGS)

@@ -1,8 +1,11 @@
-"""Cancel a flow run whose cancellation Prefect's worker no longer notices.
+"""A flow run that polls its own state: it notices a cancellation, and corrects a server that takes it for crashed.
 
 After 40 s without the server, the worker of Prefect 3.8.8 stops watching for cancellations and does not resume when the
 server is back. With PREFECT_RUNNER_CRASH_ON_CANCELLATION_FAILURE=true it kills the run, but that kill ends in a
-NoEventLoopError, so the setting is not used. Instead the run itself polls its state.
+NoEventLoopError, so the setting is not used.
+
+A server that was away for longer than `server.SILENCE_SECONDS` finds no heartbeats of that time, and marks runs as
+crashed whose processes work. Their tasks would then be refused.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
+from prefect.states import Running
 
+from flows.server import SILENT
 from tasks.runtime import leash
 
 POLL_SECONDS = 10.0
@@ -30,8 +35,9 @@ WORKER_SECONDS = 20.0
 def obeyed(run: UUID) -> Iterator[threading.Event]:
     """End the stage that runs in the block when the flow run is being cancelled and the worker does not end it.
 
-    Yields an event that is set in that case. The stage is on the leash of `tasks/runtime/leash.py`, so training saves a
-    checkpoint first.
+    In the block, the run also sets its state back to Running if the server takes it for crashed.
+    Yields an event that is set if this function ended the stage. The stage is on the leash of `tasks/runtime/leash.py`,
+    so training saves a checkpoint first.
     """
     over, cancelled = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(run, over, cancelled), name="cancellation", daemon=True).start()
@@ -44,7 +50,7 @@ def obeyed(run: UUID) -> Iterator[threading.Event]:
 def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None:
     since: float | None = None
     while not over.wait(POLL_SECONDS):
-        if not _is_cancelling(run):
+        if revive(run) != StateType.CANCELLING:
             since = None
             continue
         since = since or time.monotonic()
@@ -64,11 +70,18 @@ def end_stages() -> None:
                 child.terminate()
 
 
-def _is_cancelling(run: UUID) -> bool:
-    """Whether the server has the run in the state Cancelling; False if it does not answer."""
+def revive(run: UUID) -> StateType | None:
+    """The state of the flow run of this process, after correcting it if the server has missed its heartbeats.
+
+    None if the server does not answer.
+    """
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run).state
+            if state and state.type == StateType.CRASHED and (state.message or "").startswith(SILENT):
+                message = "The server was away and missed the heartbeats; the run continues"
+                client.set_flow_run_state(run, Running(message=message), force=True)
+                return StateType.RUNNING
     except (PrefectException, httpx.HTTPError):
-        return False
-    return state is not None and state.type == StateType.CANCELLING
+        return None
+    return state.type if state else None

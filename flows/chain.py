@@ -1,14 +1,15 @@
-"""The chain as a Prefect flow: every stage of `dvc.yaml` in its order, through DVC, as one generic task.
+"""The chain as a Prefect flow: every stage of `dvc.yaml`, through DVC, as one generic task.
 
 `python -m flows.pipeline` runs it once; `make serve` runs it on the schedules of `prefect.yaml`.
 
-Stage tasks are called directly, not submitted: the main thread of the flow then waits for the stage, so that a
-cancelled flow ends it at once.
+Independent stages can run at the same time, each in a thread (`flows/schedule.py`); any other stage is called directly
+by the main thread of the flow.
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from prefect import flow
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows import artifacts, cancelling, clone, repro, stages
+from flows import artifacts, cancelling, clone, repro, schedule, stages
 from flows.place import Place, opened
 from tasks.params import ParamsError
 from tasks.params import composition as presets
@@ -57,6 +58,7 @@ def pipeline(
     preset: Preset = COMMITTED,
     overrides: list[str] | None = None,
     wait_seconds: float = 3600.0,
+    jobs: int = schedule.JOBS,
 ) -> State[None]:
     """Bring the whole chain up to date.
 
@@ -66,20 +68,23 @@ def pipeline(
         preset: Preset to run; `params.yaml` is the committed file.
         overrides: Parameters that differ from the preset, one `section.key=value` each, such as `train.steps=1000`.
         wait_seconds: Seconds to wait for another run in the same workspace before this one fails.
+        jobs: Independent stages that run at the same time. Their results are the same; with a GPU, both need memory.
     """
     with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
         try:
-            with opened(workspace, None if preset == COMMITTED else preset, overrides or [], wait_seconds) as place:
-                state = _chain(place)
+            chosen = None if preset == COMMITTED else preset
+            with opened(workspace, chosen, overrides or [], wait_seconds, cancelled) as place:
+                state = _chain(place, jobs)
         except (StageError, ParamsError) as error:
             state = Failed(message=redacted(str(error)))
     return Cancelled(message="ended by the run itself") if cancelled.is_set() else state
 
 
-def _chain(place: Place) -> State[None]:
-    """Run every stage in its order, up to the first that fails; then push what was computed, and keep its record."""
+def _chain(place: Place, jobs: int) -> State[None]:
+    """Run every stage, up to the first that fails; then push what was computed, and keep its record."""
     local_source.require_hashable(place.folder)
-    done = stages.run_all(repro.stages(place.folder), place, after=lambda stage: artifacts.publish(stage, place.folder))
+    publish = partial(artifacts.publish, folder=place.folder)
+    done = stages.run_all(repro.graph(place.folder), place, jobs=jobs, after=publish)
     artifacts.publish_stages(done.rows)
     unpushed = stages.push(place)
     artifacts.keep_record(place.folder, str(flow_run.id), trained=done.finished("train"))

@@ -30,7 +30,7 @@ def champion_check(workspace: str | None = None, wait_seconds: float = 3600.0) -
     """
     with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
         try:
-            with opened(workspace, None, [], wait_seconds) as place:
+            with opened(workspace, None, [], wait_seconds, cancelled) as place:
                 state = _check(place)
         except (StageError, ParamsError) as error:
             state = Failed(message=redacted(str(error)))

@@ -40,7 +40,7 @@ def data_refresh(
     """
     with cancelling.obeyed(UUID(flow_run.id)) as cancelled:
         try:
-            with opened(workspace, None, [], wait_seconds) as place:
+            with opened(workspace, None, [], wait_seconds, cancelled) as place:
                 state = _refresh(place, pipeline)
         except (StageError, ParamsError) as error:
             state = Failed(message=redacted(str(error)))

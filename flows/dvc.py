@@ -1,4 +1,4 @@
-"""DVC as a process: its command line, a leash that ends it and its stages, and what its output says of each stage."""
+"""DVC as a process: its command line, a leash that ends it and its stages, what its output says, and its lock file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
-from tasks.runtime import leash
+from tasks.runtime import atomic, leash
 
 
 class Outcome(StrEnum):
@@ -48,6 +48,37 @@ def error(output: Sequence[str]) -> str:
     """The last error in lines of DVC's output, or else the last line."""
     errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
     return errors[-1] if errors else (output[-1] if output else "no reason given")
+
+
+_ENTRIES = re.compile(r"(?<=^stages:\n)(?: .*\n)+", re.MULTILINE)
+_ENTRY = re.compile(r"^  (\S.*):\n(?:    .*\n)+", re.MULTILINE)
+
+
+@contextmanager
+def ordered_lock_file(folder: Path, stages: Sequence[str]) -> Iterator[None]:
+    """Keep the order of the entries in `dvc.lock` while stages run in the block.
+
+    DVC appends the entry of a new stage when the stage ends. At the end of the block, entries that were there before
+    come first, in their order, and new ones follow in the order of `stages`, so that the file does not depend on which
+    of two stages ended first. No DVC command may run at that time.
+    """
+    file = folder / "dvc.lock"
+    known = list(_entries(file)[1])
+    try:
+        yield
+    finally:
+        text, entries = _entries(file)
+        rank = {name: number for number, name in enumerate(dict.fromkeys([*known, *stages, *entries]))}
+        ordered = "".join(entries[name] for name in sorted(entries, key=rank.__getitem__))
+        if (old := "".join(entries.values())) != ordered:
+            atomic.write_text(file, text.replace(old, ordered))
+
+
+def _entries(file: Path) -> tuple[str, dict[str, str]]:
+    """Text of a `dvc.lock`, and stage -> the lines of its entry; both empty if there is no file."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = _ENTRIES.search(text)
+    return text, {entry[1]: entry[0] for entry in _ENTRY.finditer(found[0])} if found else {}
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,31 @@
-"""Prefect automations that call a webhook when a flow run fails, crashes, is late or is stuck.
+"""Prefect automations that call a webhook or another service when a flow run fails, crashes, is late or is stuck.
 
-The address comes from `AFTERIMAGE_WEBHOOK_URL` and is stored in an encrypted block of Prefect, never in an automation.
-Without the variable nothing changes; an empty value removes the automations.
+The address of the webhook comes from `AFTERIMAGE_WEBHOOK_URL` and is stored in an encrypted block of Prefect, never in
+an automation. `AFTERIMAGE_NOTIFICATION_BLOCK` names a block of Prefect for Slack, e-mail and other services. Without
+the variables nothing changes; empty values remove the automations.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from prefect.automations import AutomationCore, CallWebhook, EventTrigger, Posture
+from prefect.automations import AutomationCore, CallWebhook, EventTrigger, Posture, SendNotification
 from prefect.blocks.webhook import Webhook
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.actions import ActionTypes
+from prefect.exceptions import ObjectNotFound
+from prefect.types import SecretDict
 from pydantic import SecretStr
 
 from tasks.runtime import workspace
+from tasks.runtime.errors import StageError
 
+SERVICE = "AFTERIMAGE_NOTIFICATION_BLOCK"
+"""Variable with a notification block of Prefect, as TYPE/NAME: slack-webhook/team, sendgrid-email/team."""
 BLOCK = "afterimage-webhook"
 PREFIX = "afterimage: notify of "
 RUN = "prefect.flow-run."
@@ -34,6 +41,13 @@ class Limits:
     running: float = 24 * 3600.0
 
 
+Notify = Callable[[str, str], ActionTypes]
+"""Makes the action for a kind of event and its clause."""
+
+TEXT = """{{ flow_run.name }}: %s{{ (": " ~ flow_run.state.message) if flow_run.state.message else "" }}
+{{ flow_run | ui_url or "" }}"""
+"""A notification for people: a Jinja template with the clause of the event."""
+
 PAYLOAD = """{"event": "%s",
  "text": {{ (flow_run.name ~ ": %s" ~ ((": " ~ flow_run.state.message) if flow_run.state.message else "")) | tojson }},
  "flow": {{ (flow.name or "") | tojson }},
@@ -48,13 +62,13 @@ def set_up(limits: Limits | None = None) -> str | None:
     """Create, update or remove the automations; returns a sentence for the user, or None if nothing is configured.
 
     Raises:
-        StageError: if the address is not one of the web.
+        StageError: if the address is not one of the web, or there is no such block.
     """
-    if workspace.WEBHOOK not in os.environ:
+    if not {workspace.WEBHOOK, SERVICE} & os.environ.keys():
         return None
-    address = workspace.webhook()
-    wanted = list(_automations(_block(address), limits or Limits())) if address else []
     with get_client(sync_client=True) as client:
+        ways = dict(_ways(client))
+        wanted = list(_automations(list(ways.values()), limits or Limits())) if ways else []
         known = {found.name: found.id for found in client.read_automations() if found.name.startswith(PREFIX)}
         for automation in wanted:
             if identity := known.pop(automation.name, None):
@@ -63,17 +77,50 @@ def set_up(limits: Limits | None = None) -> str | None:
                 client.create_automation(automation)
         for identity in known.values():
             client.delete_automation(identity)
-    if not address:
-        return f"{workspace.WEBHOOK} is empty: notifications are off"
-    return f"failed, late and stuck runs are reported to the webhook of {workspace.WEBHOOK}"
+    if not ways:
+        return f"{workspace.WEBHOOK} and {SERVICE} are empty: notifications are off"
+    return f"failed, crashed, late and stuck runs are reported to the {' and the '.join(ways)}"
+
+
+def _ways(client: SyncPrefectClient) -> Iterator[tuple[str, Notify]]:
+    """The configured receivers, in words, and how to reach each."""
+    if address := workspace.webhook():
+        webhook = _block(address)
+        yield (
+            f"webhook of {workspace.WEBHOOK}",
+            lambda kind, clause: CallWebhook(block_document_id=webhook, payload=PAYLOAD % (kind, clause)),
+        )
+    if place := os.environ.get(SERVICE, "").strip():
+        service = _service(client, place)
+        yield (
+            f"block {place}",
+            lambda kind, clause: SendNotification(
+                block_document_id=service, subject=f"Afterimage: {kind} run", body=TEXT % clause
+            ),
+        )
+
+
+def _service(client: SyncPrefectClient, place: str) -> UUID:
+    """Id of the notification block TYPE/NAME; raises `StageError` if there is none."""
+    kind, _, name = place.partition("/")
+    remedy = f"create it on the page Blocks, and set {SERVICE} to TYPE/NAME, such as slack-webhook/team"
+    try:
+        found = client.read_block_document_by_name(name, kind)
+    except ObjectNotFound:
+        raise StageError(f"Prefect has no block {place}; {remedy}") from None
+    if found.block_schema is None or "notify" not in found.block_schema.capabilities:
+        raise StageError(f"the block {place} sends no notifications; {remedy}")
+    return found.id
 
 
 def _block(address: str) -> UUID:
     """Store the address in the webhook block of this project, and return the block's id."""
-    return Webhook(url=SecretStr(address)).save(BLOCK, overwrite=True, _sync=True)
+    # Prefect sends the payload of an automation as text, without a type of its own.
+    headers = SecretDict({"Content-Type": "application/json"})
+    return Webhook(url=SecretStr(address), headers=headers).save(BLOCK, overwrite=True, _sync=True)
 
 
-def _automations(block: UUID, limits: Limits) -> Iterator[AutomationCore]:
+def _automations(ways: list[Notify], limits: Limits) -> Iterator[AutomationCore]:
     ended = {f"{RUN}{state}" for state in ("Failed", "TimedOut")}
     started = {f"{RUN}Running", *ENDS}
     kinds = {
@@ -84,8 +131,8 @@ def _automations(block: UUID, limits: Limits) -> Iterator[AutomationCore]:
         "stuck-running": ("runs unusually long", _silent("Running", set(ENDS), limits.running)),
     }
     for kind, (clause, trigger) in kinds.items():
-        action = CallWebhook(block_document_id=block, payload=PAYLOAD % (kind, clause))
-        yield AutomationCore(name=f"{PREFIX}{kind} runs", trigger=trigger, actions=[action])
+        actions = [notify(kind, clause) for notify in ways]
+        yield AutomationCore(name=f"{PREFIX}{kind} runs", trigger=trigger, actions=actions)
 
 
 def _reactive(expected: set[str]) -> EventTrigger:

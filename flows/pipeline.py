@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 
-from flows import server
+from flows import schedule, server
 from tasks.params import composition as preset
 from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, store, workspace
@@ -40,6 +40,7 @@ def main() -> None:
             preset=arguments.preset or COMMITTED,
             overrides=arguments.overrides,
             wait_seconds=arguments.wait,
+            jobs=arguments.jobs,
             return_state=True,
         )
     except KeyboardInterrupt:
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--wait", type=float, default=3600.0, metavar="S", help="seconds to wait for another run (3600)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=schedule.JOBS, metavar="N", help="independent stages at the same time"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --preset: parameters to change")
     return parser

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import get_run_logger
 from prefect.runtime import deployment, flow_run
 
-from flows import clone
+from flows import clone, recover
 from tasks.runtime import workspace as places
 from tasks.runtime.errors import StageError
 
@@ -26,10 +27,14 @@ class Place:
     held: int
     """Descriptor of the workspace's lock."""
     wait_seconds: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the flow run is being cancelled."""
 
 
 @contextmanager
-def opened(workspace: str | None, preset: str | None, overrides: list[str], wait_seconds: float) -> Iterator[Place]:
+def opened(
+    workspace: str | None, preset: str | None, overrides: list[str], wait_seconds: float, stop: threading.Event
+) -> Iterator[Place]:
     """Yield the work tree or an updated clone of it, locked against other runs.
 
     Args:
@@ -37,6 +42,7 @@ def opened(workspace: str | None, preset: str | None, overrides: list[str], wait
         preset: Preset to compose in the clone; None uses the committed `params.yaml`.
         overrides: Parameters that differ from the preset, `section.key=value`.
         wait_seconds: Limit of the waiting for another run.
+        stop: Set when the flow run is being cancelled.
     """
     log = get_run_logger().info
     root = places.root()
@@ -49,7 +55,9 @@ def opened(workspace: str | None, preset: str | None, overrides: list[str], wait
     with clone.only_run(folder, f"flow run {flow_run.name}", wait_seconds, log) as held:
         if workspace:
             clone.update(root, folder, preset, overrides, log)
-        yield Place(folder, environment(), held, wait_seconds)
+        for repair in recover.recover(folder):
+            log(repair)
+        yield Place(folder, environment(), held, wait_seconds, stop)
 
 
 def environment() -> dict[str, str]:

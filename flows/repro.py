@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import yaml
+
 from flows import dvc
 from tasks.params.redaction import redacted
 from tasks.runtime.errors import StageError
@@ -52,14 +54,20 @@ def graph(workspace: Path) -> dict[str, list[str]]:
     return {name: sorted(upstream[name]) for name in order.static_order()}
 
 
-def upstream(workspace: Path, stage: str) -> list[str]:
-    """`stage` and all stages that it depends on, in their order."""
+def upstream(workspace: Path, stage: str) -> dict[str, list[str]]:
+    """The part of `graph` that ends in `stage`: it and all stages that it depends on."""
     stages_of = graph(workspace)
     needed = {stage}
     for name in reversed(stages_of):  # each stage comes after all it depends on
         if name in needed:
             needed.update(stages_of[name])
-    return [name for name in stages_of if name in needed]
+    return {name: above for name, above in stages_of.items() if name in needed}
+
+
+def marked(workspace: Path, mark: str) -> set[str]:
+    """Stages with `meta: {MARK: true}` in `dvc.yaml`: `alone`, beside which no other may run, and `gpu`."""
+    chain = yaml.safe_load((workspace / "dvc.yaml").read_text(encoding="utf-8"))
+    return {name for name, stage in chain["stages"].items() if stage.get("meta", {}).get(mark)}
 
 
 def remote(workspace: Path) -> str | None:
@@ -123,7 +131,8 @@ def _repro(
     wait_seconds: float,
 ) -> set[str]:
     """Run `dvc repro` with `options`, the last of which is a stage; returns the stages that ran."""
-    command = dvc.command("repro", *options)
+    # Without the option, a stage whose command ended while another DVC command had the lock for 3 s would be lost.
+    command = dvc.command("--wait-for-lock", "repro", *options)
     deadline = time.monotonic() + wait_seconds
     stage = options[-1]
     while True:

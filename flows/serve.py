@@ -20,9 +20,8 @@ from tasks.params.redaction import redacted
 from tasks.runtime import locks, loopback, workspace
 from tasks.runtime.errors import StageError
 
-START_SECONDS = 180.0
-SILENCE_SECONDS = 90
-"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
+START_SECONDS = 600.0
+"""The server starts in ten seconds, on a busy machine in minutes."""
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def serve(root: Path, port: int | None) -> None:
         _wait_until_healthy(root, server.start(root, server.SERVER, variables))
     server.require_login(f"{server.url(port)}/api")
     _set_up(variables)
-    _repair(restarted)
+    _repair(restarted, works=server.WORKER in up)
     if server.WORKER not in up:
         server.start(root, server.WORKER, variables)
     print(f"serve: {server.url(port)} (make stop ends it; logs in {server.LOGS}/)")
@@ -120,8 +119,13 @@ def _set_up(variables: dict[str, str]) -> None:
             client.pause_deployment(deployment)
 
 
-def _repair(restarted: datetime | None) -> None:
-    """Repair runs and slots after a kill of the server or worker; `restarted`: start of the server, if now."""
+def _repair(restarted: datetime | None, works: bool) -> None:
+    """Repair runs and slots after a kill of the server or worker, and skip runs that were missed without a worker.
+
+    Args:
+        restarted: Start of the server, if it was now.
+        works: Whether a worker runs.
+    """
     from prefect.client.orchestration import get_client
 
     from flows import slots
@@ -131,6 +135,9 @@ def _repair(restarted: datetime | None) -> None:
             print(f"serve: repaired: {sentence}")
         for sentence in slots.late(client):
             print(f"serve: warning: {sentence}", file=sys.stderr)
+        if not works:
+            for sentence in slots.skip_missed(client):
+                print(f"serve: {sentence}")
 
 
 def _watch_silent_flows() -> None:
@@ -148,10 +155,10 @@ def _watch_silent_flows() -> None:
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=timedelta(seconds=SILENCE_SECONDS),
+        within=timedelta(seconds=server.SILENCE_SECONDS),
     )
     action = ChangeFlowRunState(
-        state=StateType.CRASHED, name="Crashed", message=f"No heartbeat for {SILENCE_SECONDS} s"
+        state=StateType.CRASHED, name="Crashed", message=f"{server.SILENT} {server.SILENCE_SECONDS} s"
     )
     with get_client(sync_client=True) as client:
         if not client.read_automations_by_name(name):

@@ -37,7 +37,7 @@ SERVER, WORKER = "server", "worker"
 """Names of the lines of the process file."""
 PROCFILE = Path("infra") / "serve.procfile"
 RECORD = Path(".prefect") / "processes.json"
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 LOGS = Path(".prefect") / "logs"
 STACK = Path(".prefect") / "stack"
 """Files of the servers of `make stack`; PostgreSQL works in a folder there."""
@@ -47,6 +47,10 @@ LOGIN = "PREFECT_API_AUTH_STRING"
 """Variable with the login NAME:PASSWORD that clients send, and that a server started with it demands."""
 HEARTBEAT_SECONDS = 30
 """Seconds between two heartbeats of a flow run; Prefect's minimum."""
+SILENCE_SECONDS = 90
+"""A flow run without a heartbeat for this long is marked as crashed: three missed heartbeats."""
+SILENT = "No heartbeat for"
+"""Beginning of the message of such a run."""
 GRACE_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
 
@@ -58,7 +62,8 @@ class Process:
     name: str
     pid: int
     started: float
-    """Start in seconds since 1970, from the kernel; another process with the same id has another start."""
+    """Start in seconds after that of the machine, which setting the clock does not change (since 1970 on systems other
+    than Linux); another process with the same id has another start."""
     port: int
     """Port of the server, also for the worker."""
 
@@ -148,9 +153,21 @@ def alive(process: Process) -> bool:
     """Whether this process still runs; False for another process that got the same id."""
     try:
         found = psutil.Process(process.pid)
-        return _works(found) and abs(found.create_time() - process.started) < 1.0
+        return _works(found) and abs(_started(found) - process.started) < 1.0
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    """Start of a process, on the scale of `Process.started`. Raises `psutil.NoSuchProcess` if it has ended."""
+    if sys.platform != "linux":
+        return process.create_time()
+    try:
+        text = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    # Field 22. psutil's `create_time` adds the time of boot, which the kernel moves when the clock is set.
+    return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def running(root: Path) -> dict[str, Process]:
@@ -215,7 +232,7 @@ def start(
             group=user.pw_gid if user else None,
             extra_groups=[] if user else None,
         )
-    process = Process(name, child.pid, psutil.Process(child.pid).create_time(), int(variables["PORT"]))
+    process = Process(name, child.pid, _started(psutil.Process(child.pid)), int(variables["PORT"]))
     _record(root, {**running(root), name: process})
     return process
 

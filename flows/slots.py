@@ -1,4 +1,4 @@
-"""Compare deployments with their runs: end runs without a process, free slots without a run, find late schedules.
+"""Compare deployments with their runs: end runs without a process, free slots, skip missed runs, find late schedules.
 
 A deployment with a concurrency limit counts its runs in `active_slots`. If the server is killed while a run is pending,
 the run can stay pending for ever or its slot can stay taken; the strategy CANCEL_NEW then cancels every later run.
@@ -30,6 +30,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed
 
+from flows.server import POOL
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.responses import DeploymentResponse
@@ -47,8 +49,8 @@ RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 def repair(client: SyncPrefectClient, taken_before: datetime | None = None) -> list[str]:
     """Mark runs without a process as crashed and free slots without a run; returns one sentence for each.
 
-    Only runs that have been in their state since before `taken_before` (default: `START_SECONDS` ago) are examined. All
-    workers are on this machine, because the server listens on 127.0.0.1 only.
+    Only runs of this work tree's worker that have been in their state since before `taken_before` (default:
+    `START_SECONDS` ago) are examined; those of other work pools have their processes elsewhere.
     """
     taken_before = taken_before or datetime.now(UTC) - timedelta(seconds=START_SECONDS)
     runs = client.read_flow_runs(flow_run_filter=_in_states(HOLDING))
@@ -56,7 +58,7 @@ def repair(client: SyncPrefectClient, taken_before: datetime | None = None) -> l
     gone = [
         run
         for run in runs
-        if run.deployment_id and run.state and run.state.timestamp < taken_before and run.id not in alive
+        if run.work_pool_name == POOL and run.state and run.state.timestamp < taken_before and run.id not in alive
     ]
     return [_end(client, run) for run in gone] + list(_free_slots(client))
 
@@ -125,6 +127,37 @@ def _is(deployment: DeploymentResponse) -> DeploymentFilter:
     return DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
 
 
+def skip_missed(client: SyncPrefectClient) -> list[str]:
+    """Cancel all but the newest of the scheduled runs that no worker started in time; one sentence per deployment.
+
+    To be called before a worker starts: it would run all of them, those of a week without a worker as well.
+    """
+    return [sentence for deployment in client.read_deployments() if (sentence := _skip(client, deployment))]
+
+
+def _skip(client: SyncPrefectClient, deployment: DeploymentResponse) -> str | None:
+    """Cancel the missed runs of one deployment, a page of the server at a time."""
+    waiting = _in_states([StateType.SCHEDULED])
+    waiting.expected_start_time = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
+    state = Cancelled(message="Missed: no worker ran at that time, and a newer run of the schedule is due")
+    skipped = 0
+    while missed := _auto_scheduled(client, deployment, waiting)[1:]:
+        for run in missed:
+            client.set_flow_run_state(run.id, state, force=True)
+        skipped += len(missed)
+    return (
+        f"{skipped} missed run(s) of deployment '{deployment.name}' are skipped; the newest starts" if skipped else None
+    )
+
+
+def _auto_scheduled(client: SyncPrefectClient, deployment: DeploymentResponse, which: FlowRunFilter) -> list[FlowRun]:
+    """Runs of a schedule, newest first, at most a page of the server."""
+    runs = client.read_flow_runs(
+        deployment_filter=_is(deployment), flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC
+    )
+    return [run for run in runs if run.auto_scheduled]
+
+
 def late(client: SyncPrefectClient) -> list[str]:
     """One sentence for each deployment whose scheduled runs do not start or are not planned."""
     sentences = (_late(client, deployment) for deployment in client.read_deployments() if _is_scheduled(deployment))
@@ -138,13 +171,8 @@ def _is_scheduled(deployment: DeploymentResponse) -> bool:
 def _late(client: SyncPrefectClient, deployment: DeploymentResponse) -> str | None:
     """The fault of a schedule: a due run was not started, two in a row did not begin, or none is planned."""
     now = datetime.now(UTC)
-    due = client.read_flow_runs(
-        deployment_filter=_is(deployment),
-        flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=now - LATE)),
-        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=10,
-    )
-    due = [run for run in due if run.auto_scheduled][:2]
+    before = FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=now - LATE))
+    due = _auto_scheduled(client, deployment, before)[:2]
     if due and due[0].state_type == StateType.SCHEDULED:
         return f"the run of '{deployment.name}' due at {_when(due[0])} has not started"
     if len(due) == 2 and not any(run.start_time for run in due) and not _began_since(client, deployment, due[-1]):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import dvc, repro
+from flows import cancelling, devices, dvc, repro, schedule
 from flows.place import Place
 from tasks.params.redaction import redacted
 from tasks.runtime.errors import StageError
@@ -25,63 +28,97 @@ LEVELS = ((re.compile(r"[\w-]+: error: |ERROR: "), logging.ERROR), (re.compile(r
 
 @dataclass
 class Stages:
-    """What became of a list of stages: the rows of their table, and the first failure."""
+    """What became of the stages of a flow run."""
 
-    rows: list[dict[str, str]] = field(default_factory=list)
-    failure: str | None = None
+    names: tuple[str, ...]
+    """In the order in which they are listed."""
+    states: dict[str, State[None]] = field(default_factory=dict)
+    """Of those that were reached."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The table of stages: stage, result and seconds."""
+        return [
+            {"stage": name, "result": str(self.states[name].name), "seconds": f"{self.seconds[name]:.1f}"}
+            if name in self.states
+            else {"stage": name, "result": NOT_REACHED, "seconds": ""}
+            for name in self.names
+        ]
+
+    @property
+    def failure(self) -> str | None:
+        """The sentences of the stages that failed; several stages can run at the same time."""
+        failed = {name: self.states[name] for name in self.names if not self.finished(name) and name in self.states}
+        return "; ".join(state.message or f"{name}: {state.name}" for name, state in failed.items()) or None
 
     def finished(self, stage: str) -> bool:
         """Whether a stage ran or was up to date."""
-        return any(row["stage"] == stage and row["result"] in ("Completed", CACHED) for row in self.rows)
+        return stage in self.states and self.states[stage].is_completed()
 
     @property
     def ran(self) -> list[str]:
         """Names of the stages that were not cached."""
-        return [row["stage"] for row in self.rows if row["result"] != CACHED]
+        return [name for name in self.names if name in self.states and self.states[name].name != CACHED]
 
 
 def run_all(
-    names: Iterable[str], place: Place, after: Callable[[str], None] = lambda _: None, force: tuple[str, ...] = ()
+    graph: Mapping[str, Sequence[str]],
+    place: Place,
+    *,
+    jobs: int = 1,
+    after: Callable[[str], None] = lambda _: None,
+    force: tuple[str, ...] = (),
 ) -> Stages:
-    """Run stages in the given order, up to the first that fails.
+    """Run stages in the order of their dependencies, up to the first that fails.
 
     Args:
-        names: Stages in an order in which each comes after all it depends on.
+        graph: Stage -> the stages that it depends on.
         place: Where they run.
+        jobs: Stages that run at the same time, at most; stages that measure durations run alone.
         after: Called with the name of each stage that succeeded.
         force: Stages that run even if DVC has their results.
     """
-    done = Stages()
-    for stage in names:
-        if done.failure:
-            done.rows.append({"stage": stage, "result": NOT_REACHED, "seconds": ""})
-            continue
+    done = Stages(tuple(graph))
+    alone, gpu = (repro.marked(place.folder, mark) for mark in ("alone", "gpu"))
+
+    def interrupt() -> None:
+        place.stop.set()
+        cancelling.end_stages()
+
+    def work(stage: str) -> bool:
         began = time.monotonic()
+        cancelling.revive(UUID(flow_run.id))
         # A network may be unreachable for a minute. Every other stage is deterministic and would fail again.
         retries = list(NETWORK_RETRY_SECONDS) if stage == "download" else []
         configured = run_stage.with_options(retries=len(retries), retry_delay_seconds=retries or None)
-        state = configured(stage, place, force=stage in force, return_state=True)
-        done.rows.append({"stage": stage, "result": state.name, "seconds": f"{time.monotonic() - began:.1f}"})
+        state = configured(stage, place, force=stage in force, gpu=stage in gpu, return_state=True)
+        done.states[stage], done.seconds[stage] = state, time.monotonic() - began
         if state.is_completed():
             after(stage)
-        else:
-            done.failure = state.message or f"{stage}: {state.name}"
+        return state.is_completed()
+
+    with dvc.ordered_lock_file(place.folder, list(graph)):
+        schedule.run(graph, work, jobs=jobs, alone=alone, interrupt=interrupt)
     return done
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: str, place: Place, force: bool = False) -> State[None]:
-    """Bring one stage up to date; the state is Completed, Cached or Failed, with one sentence."""
+def run_stage(stage: str, place: Place, force: bool = False, gpu: bool = False) -> State[None]:
+    """Bring one stage up to date, on a GPU of its own if `gpu`; the state is Completed, Cached or Failed."""
+    log = run_log()
     try:
-        ran = repro.repro(
-            stage,
-            place.folder,
-            place.environment,
-            run_log(),
-            held=place.held,
-            wait_seconds=place.wait_seconds,
-            force=force,
-        )
+        lent = devices.lent(place.environment, log, place.stop) if gpu else nullcontext(place.environment)
+        with lent as variables:
+            ran = repro.repro(
+                stage,
+                place.folder,
+                variables,
+                log,
+                held=place.held,
+                wait_seconds=place.wait_seconds,
+                force=force,
+            )
     except StageError as error:
         return Failed(message=redacted(str(error)))
     return Completed(message=f"{stage} ran") if ran else Completed(name=CACHED, message=f"{stage} is up to date")

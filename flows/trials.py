@@ -30,7 +30,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import cancelling, clone, experiments, repro, stages
+from flows import cancelling, clone, devices, experiments, repro, stages
 from flows.place import Place, environment
 from tasks.params.redaction import redacted
 from tasks.runtime import tracking
@@ -96,7 +96,7 @@ def sweep(name: Name, jobs: int = JOBS, retries: int = RETRIES, overrides: list[
 
     Args:
         name: The sweep.
-        jobs: Trials that run at the same time; on a GPU 1.
+        jobs: Trials that run at the same time; with GPUs, as many as there are GPUs, at most.
         retries: How often a trial that failed or was killed is started again.
         overrides: Parameters of all trials that differ from the file, one `section.key=value` each.
     """
@@ -165,9 +165,10 @@ def _prepare(shared: Shared, evaluation: Evaluation, key: str, log: Log) -> str:
     folder = clone.folder(shared.root, f"sweep-{key[:16]}-upstream")
     with clone.only_run(folder, f"flow run {flow_run.name}", WAIT_SECONDS, log) as held:
         clone.update(shared.root, folder, shared.spec.preset, evaluation.overrides, log)
-        ran = repro.repro_with_upstream(
-            shared.stages.upstream, folder, shared.environment, log, held=held, wait_seconds=WAIT_SECONDS
-        )
+        with devices.lent(shared.environment, log, shared.stop) as variables:
+            ran = repro.repro_with_upstream(
+                shared.stages.upstream, folder, variables, log, held=held, wait_seconds=WAIT_SECONDS
+            )
         shared.upstream[key] = identity.outputs(folder / "dvc.lock", shared.stages)
         shutil.rmtree(folder)
     return f"ran {', '.join(sorted(ran)) or 'nothing, all stages cached'}"
@@ -287,9 +288,10 @@ def _evaluate(shared: Shared, evaluation: Evaluation, place: Place, log: Log) ->
     began = time.monotonic()
     name = f"{shared.sweep}-{evaluation.slug}"
     try:
-        repro.repro_with_upstream(
-            [identity.TARGET], place.folder, place.environment, log, held=place.held, wait_seconds=place.wait_seconds
-        )
+        with devices.lent(place.environment, log, shared.stop) as variables:
+            repro.repro_with_upstream(
+                [identity.TARGET], place.folder, variables, log, held=place.held, wait_seconds=place.wait_seconds
+            )
         experiments.save(shared.root, place.folder, name, identity.TARGET, place.environment)
         records.finish(shared.client, run, place.folder, name, time.monotonic() - began)
     except BaseException as error:

@@ -28,7 +28,7 @@ from typing import IO
 import psutil
 import yaml
 
-from flows import dvc
+from flows import dvc, recover
 from tasks.params import ParamsError
 from tasks.params.redaction import redacted
 from tasks.runtime import local_source, loopback, measures, store, workspace
@@ -120,6 +120,8 @@ def main() -> int:
     require_repository()
     check_source(given)
     try:
+        for repair in recover.recover(Path()):
+            print(f"repro: {repair}", flush=True)
         store.require_usable(workspace.tracking_uri())
     except StageError as error:
         sys.exit(f"repro: error: {redacted(str(error))}")

@@ -134,7 +134,7 @@ def _run(programs: Path, command: list[str]) -> subprocess.CompletedProcess[str]
     """Run a program of PostgreSQL as the user that its server runs as."""
     owner = user()
     ids = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if owner else {}
-    return subprocess.run(  # type: ignore[call-overload] # the three are arguments of Popen
+    return subprocess.run(  # type: ignore[call-overload]  # the three are arguments of Popen
         [str(programs / command[0]), *command[1:]], cwd="/", capture_output=True, text=True, check=False, **ids
     )
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from .bundle_info import BundleInfo, BundleText
+from .bundle_session import CPU, CUDA, Provider, Session
 from .images.pixels import from_uint8, to_uint8
 from .masks import FEATHER, at_resolution, composite, for_images, require_images
 from .noise.editing import Start
@@ -38,12 +39,8 @@ from .noise.samplers import (
 from .request import Drawing, Request, draw
 
 if TYPE_CHECKING:
-    import onnxruntime
     from tokenizers import Tokenizer
 
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
-Provider: TypeAlias = str | tuple[str, dict[str, Any]]  # ONNX Runtime's options have values of several types
 Condition: TypeAlias = "np.ndarray | None"
 
 
@@ -64,14 +61,14 @@ class Bundle:
         options.intra_op_num_threads = threads
         use = list(providers or usable_providers())
 
-        def optional(name: str) -> onnxruntime.InferenceSession | None:
+        def optional(name: str, captured: bool = False) -> Session | None:
             file = folder / f"{name}.onnx"
-            return onnxruntime.InferenceSession(str(file), options, providers=use) if file.exists() else None
+            return Session(file, options, use, captured) if file.exists() else None
 
-        self.session = onnxruntime.InferenceSession(str(folder / "unet.onnx"), options, providers=use)
+        self.session = Session(folder / "unet.onnx", options, use, captured=True)
         self.decoder, self.text_encoder = optional("decoder"), optional("text_encoder")
         self.encoder = optional("encoder")
-        guide = optional("guide")
+        guide = optional("guide", captured=True)
         self.guide: Predict | None = functools.partial(self._evaluate, guide) if guide else None
         """`predict` with the weights of the guide; None if the model has none."""
         self.tokenizers = _load_tokenizers(folder, self.info.text) if self.info.text else []
@@ -79,7 +76,7 @@ class Bundle:
     @property
     def providers(self) -> list[str]:
         """The execution providers that ONNX Runtime uses, in order of priority."""
-        return list(self.session.get_providers())
+        return self.session.providers
 
     def predict(self, x: np.ndarray, t: float, condition: Condition = None) -> np.ndarray:
         """Evaluate the network at one timestep.
@@ -89,13 +86,11 @@ class Bundle:
         """
         return self._evaluate(self.session, x, t, condition)
 
-    def _evaluate(
-        self, session: onnxruntime.InferenceSession, x: np.ndarray, t: float, condition: Condition
-    ) -> np.ndarray:
+    def _evaluate(self, session: Session, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
         feed = {"sample": x, "timestep": np.full(len(x), t, np.float32 if self.info.flow else np.int64)}
         if condition is not None:
             feed[self.info.conditioning] = condition
-        return np.asarray(session.run(["output"], feed)[0])
+        return session.run(feed)
 
     def sample(
         self,
@@ -149,7 +144,7 @@ class Bundle:
         if chosen is not None and not chosen.any():
             return from_uint8(images)
         given = from_uint8(images)
-        x0 = np.asarray(self.encoder.run(["output"], {"image": given})[0]) if self.encoder else given
+        x0 = self.encoder.run({"image": given}) if self.encoder else given
         at_input = None if chosen is None else at_resolution(chosen, *x0.shape[2:])
         condition = self._condition(labels, prompts, len(seeds), negative_prompt)
         start = Start(x0, strength, at_input, resampling, jump)
@@ -169,7 +164,7 @@ class Bundle:
         channels, size = info.latent or (info.channels, info.size)
         noise = SeededNoise(seeds, (channels, size, size))
         drawn = sample(denoise, noise, info.scheduler, sampling, callback, start)
-        return np.asarray(self.decoder.run(["output"], {"latent": drawn})[0] if self.decoder else drawn)
+        return self.decoder.run({"latent": drawn}) if self.decoder else np.asarray(drawn)
 
     def paint(self, drawing: Drawing, callback: Callback | None = None) -> np.ndarray:
         """Draw the images of a checked request, float32 [N, C, H, W] in [-1, 1]; see `models/request.py`.
@@ -205,7 +200,7 @@ class Bundle:
             name: np.array([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))], np.int64)
             for name, tokenizer in zip(("ids", "ids_2"), self.tokenizers, strict=False)
         }
-        embedded = np.asarray(self.text_encoder.run(["output"], feed)[0])
+        embedded = self.text_encoder.run(feed)
         if text.pooled is not None:
             embedded[[not prompt for prompt in prompts]] = 0  # the empty prompt is the null condition
             embedded[:, -1, text.pooled : text.pooled + len(text.sizes)] = text.sizes

@@ -1,8 +1,14 @@
-"""The device of everything except the diffusion training, whose device accelerate selects, and its arithmetic."""
+"""The devices of everything except the diffusion training, whose device accelerate selects, and their arithmetic."""
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
+from torch import nn
+
+Module = TypeVar("Module", bound="nn.Module | None")
 
 
 def best_device() -> str:
@@ -14,6 +20,42 @@ def best_device() -> str:
         return "cpu"
     set_arithmetic()
     return "cuda"
+
+
+def devices_of(device: str) -> tuple[str, ...]:
+    """Return the devices that work for `device`: for "cuda" every GPU of the machine, for other names that one alone.
+
+    GPUs of another model than the first one are left out, because their results may differ in the last bits.
+    `CUDA_VISIBLE_DEVICES` restricts the choice.
+    """
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return (device,)
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return tuple(f"cuda:{number}" for number, name in enumerate(names) if name == names[0])
+
+
+def memory_of(device: str) -> int:
+    """Return the memory of a GPU in bytes."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def enter(device: str) -> None:
+    """Make a GPU the current one of this thread; nothing for other devices."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def placed(network: Module, device: str) -> Module:
+    """Return `network` if it is on `device`, else a copy of it there, to evaluate and not to train; None stays None."""
+    target = torch.empty(0, device=device).device  # "cuda" is a certain GPU here
+    if network is None or all(weights.device == target for weights in network.state_dict().values()):
+        return network
+    copies: dict[int, object] = {}
+    for parameter in network.parameters():
+        copies[id(parameter)] = nn.Parameter(parameter.detach().to(target), requires_grad=False)
+    for buffer in network.buffers():
+        copies[id(buffer)] = buffer.to(target)
+    return copy.deepcopy(network, copies)
 
 
 def set_arithmetic() -> None:

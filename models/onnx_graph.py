@@ -1,12 +1,14 @@
-"""Export to ONNX: the network, the autoencoder and the text encoders, in float32 with a dynamic batch size.
+"""Export to ONNX: the network, the autoencoder and the text encoders, with a dynamic batch size.
 
-An export of the same model gives the same bytes. onnx is imported where it is used (0.5 s).
+Everything is in float32; the network can be in float16. An export of the same model gives the same bytes. onnx is
+imported where it is used (0.5 s).
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +30,14 @@ INPUTS = ("sample", "timestep", "label", "text")
 OUTPUT = "output"
 EXAMPLE_BATCH = 2
 """The exporter can treat a batch of 1 as a constant even if its dimension is declared dynamic."""
+FLOAT32 = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax")
+"""Operators that stay in float32 in a graph of float16, as with `evaluate.precision`."""
 MAX_EMBEDDED_BYTES = 2**31 - 2**26
 """Most bytes of weights inside a graph's file: protobuf messages are limited to 2 GiB, nodes included."""
 
 
-def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
-    """Export the network.
+def to_onnx(pipeline: Pipeline, opset: int, precision: str = "fp32") -> onnx.ModelProto:
+    """Export the network; in the precision "fp16" its layers are in float16, its inputs and output in float32.
 
     Inputs: `sample` float32 [batch, C, H, W], `timestep` int64 [batch] (float32 for a rectified flow) and, for a
     conditional model, `label` int64 [batch] or `text` float32 [batch, L, D]. Output: `output` float32 [batch, C, H, W].
@@ -48,7 +52,7 @@ def to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
     if pipeline.context_channels:
         raise ValueError("an inpainting U-Net cannot be exported to ONNX; export the model that it was made from")
     names = [*INPUTS[:2], *([conditioning] if conditioning != "none" else [])]
-    return _graph(pipeline.network, example_inputs(pipeline, EXAMPLE_BATCH), names, opset)
+    return _graph(pipeline.network, example_inputs(pipeline, EXAMPLE_BATCH), names, opset, precision)
 
 
 def decoder_to_onnx(pipeline: Pipeline, opset: int) -> onnx.ModelProto:
@@ -101,8 +105,12 @@ def example_inputs(pipeline: Pipeline, batch: int) -> tuple[torch.Tensor, ...]:
     return inputs if condition is None else (*inputs, torch.zeros_like(condition))
 
 
-def _graph(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int) -> onnx.ModelProto:
+def _graph(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: list[str], opset: int, precision: str = "fp32"
+) -> onnx.ModelProto:
     graph = _traced(module, inputs, names, opset)
+    if precision == "fp16":
+        graph = _in_float16(graph)
     for value in [*graph.graph.input, *graph.graph.output]:
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise RuntimeError(f"the exporter fixed the batch size of {value.name!r}")
@@ -129,6 +137,46 @@ def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: li
     if program is None:
         raise RuntimeError("torch.onnx.export returned no graph")
     return program.model_proto
+
+
+def _in_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Convert weights and operators to float16, except those of `FLOAT32` and what the embedding of t is made from.
+
+    The frequencies of the embedding times t exceed the digits of float16. The conversion needs the shapes and types
+    that the exporter inferred, because onnx infers those of graphs below 2 GiB only.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    kept: dict[str, onnx.NodeProto] = {}
+    waiting = [node for node in graph.graph.node if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in kept:
+            kept[node.name] = node
+            waiting += [makers[name] for name in node.input if name in makers]
+    converted = convert_float_to_float16(
+        graph,
+        keep_io_types=True,
+        disable_shape_infer=True,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32],
+        node_block_list=list(kept),
+    )
+    _sort(converted.graph)
+    return converted
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put every node after those whose output it reads, and keep one of equal ones, as the format demands.
+
+    The conversion appends its casts, and repeats the cast of a value for every node that reads it.
+    """
+    nodes = list({tuple(node.output): node for node in graph.node}.values())
+    makers = {name: number for number, node in enumerate(nodes) for name in node.output}
+    needs = {number: [makers[name] for name in node.input if name in makers] for number, node in enumerate(nodes)}
+    order = TopologicalSorter(needs).static_order()
+    del graph.node[:]
+    graph.node.extend(nodes[number] for number in order)
 
 
 def _strip(graph: onnx.ModelProto) -> None:

@@ -1,6 +1,9 @@
-"""Work on a CPU that several threads do at once, each without parallel operators: parts of a batch, or whole trainings.
+"""Work that several threads do at once: on the cores of a CPU, or on the GPUs of a machine.
 
-For a GPU, one thread draws the noise of the next step (`NoiseAhead`).
+On a CPU each thread computes a part of a batch, or a whole training, without parallel operators. With several GPUs each
+has a thread and a copy of the networks, and takes the next batch when it is done with the one before (`over_devices`);
+PyTorch releases the global interpreter lock within its operators. One more thread per GPU draws the noise of the next
+step (`NoiseAhead`).
 
 The operators of a small network are too short to gain from a second thread. Two halves of a batch, each computed by a
 single thread, take about 0.6 times as long as the whole batch with two threads.
@@ -8,6 +11,8 @@ single thread, take about 0.6 times as long as the whole batch with two threads.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,12 +20,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from models.device import devices_of, enter
+
 if TYPE_CHECKING:
     import numpy as np
 
 LEAST_IMAGES = 16
 """Images per worker; with fewer, Python's share of the time grows, which only one thread can spend at once."""
 
+Copy = TypeVar("Copy")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -44,13 +52,77 @@ def over_batches(function: Callable[[slice], Result], count: int, batch_size: in
         return threads.map(function, slices)
 
 
-def at_once(functions: Sequence[Callable[[], Result]], device: str = "cpu") -> list[Result]:
-    """Return the result of each function, in their order; on a CPU they run at once and share the threads of PyTorch.
+def over_devices(
+    function: Callable[[Copy, slice], Result],
+    copy: Callable[[str], Copy],
+    count: int,
+    batch_size: int,
+    device: str = "cpu",
+) -> list[Result]:
+    """Return `function(copy(name), part)` of the slices of `over_batches`, computed by all that `device` stands for.
 
-    A function must not depend on the global state of random number generators.
+    `copy(name)` returns what `function` needs on one of `devices_of(device)`, and is called at most once for each. The
+    slices are the same for any number of GPUs, and so are the results as far as two GPUs compute the same.
     """
-    with Workers(min(len(functions), torch.get_num_threads()) if device == "cpu" else 1) as threads:
-        return threads.map(lambda function: function(), functions)
+    if len(devices_of(device)) == 1:
+        return over_batches(functools.partial(function, copy(device)), count, batch_size, device)
+    slices = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    return shared_out(lambda name: functools.partial(function, copy(name)), slices, device)
+
+
+def on_devices(functions: Sequence[Callable[[str], Result]], device: str) -> list[Result]:
+    """Return the result of each function of a device's name, in their order; with several GPUs they run at once."""
+    return shared_out(lambda name: lambda function: function(name), functions, device)
+
+
+def shared_out(worker: Callable[[str], Callable[[Part], Result]], parts: Sequence[Part], device: str) -> list[Result]:
+    """Return `worker(name)(part)` of each part, in their order; with several GPUs they run at once.
+
+    Each GPU has a thread, which takes the next part when it is free. After an error no further part is begun.
+    """
+    names = devices_of(device)[: len(parts)]
+    if len(names) <= 1:
+        compute = worker(device)
+        return [compute(part) for part in parts]
+    results: dict[int, Result] = {}
+    waiting, lock, stop = iter(range(len(parts))), threading.Lock(), threading.Event()
+
+    def work(name: str) -> None:
+        enter(name)
+        compute = worker(name)
+        while not stop.is_set():
+            with lock:
+                number = next(waiting, None)
+            if number is None:
+                return
+            results[number] = compute(parts[number])
+
+    def ended(future: Future[None]) -> None:
+        if future.exception() is not None:
+            stop.set()
+
+    with ThreadPoolExecutor(len(names), thread_name_prefix="device") as pool:
+        futures = [pool.submit(work, name) for name in names]
+        try:
+            for future in futures:
+                future.add_done_callback(ended)
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()  # after an error or an interrupt the block waits for the parts that have begun
+    return [results[number] for number in range(len(parts))]
+
+
+def at_once(functions: Sequence[Callable[[str], Result]], device: str = "cpu") -> list[Result]:
+    """Return the result of each function of a device's name, in their order, several of them at once.
+
+    On a CPU they share the threads of PyTorch; of several GPUs each takes the next function when it is free. A function
+    must not depend on the global state of random number generators.
+    """
+    if device != "cpu":
+        return on_devices(functions, device)
+    with Workers(min(len(functions), torch.get_num_threads())) as threads:
+        return threads.map(lambda function: function(device), functions)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import parallel
+from models.device import placed
 from models.hashing import file_sha256, files_sha256
 from models.images.pixels import from_uint8
 from models.json_files import Description, read_json, write_json
@@ -117,7 +118,7 @@ class Pipeline:
     info: PipelineInfo
     """What the model draws."""
     device: str = "cpu"
-    """Name of the torch device that holds all networks."""
+    """Name of the torch device that holds all networks; "cuda" also draws with the machine's other GPUs."""
     autoencoder: autoencoders.Autoencoder | None = None
     text: AnyEncoder | None = None
     companions: Mapping[str, Network] = field(default_factory=dict)
@@ -185,6 +186,20 @@ class Pipeline:
         """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
         return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
 
+    def on(self, device: str) -> Pipeline:
+        """Return the pipeline with copies of its networks on another device, to draw with; see `device.placed`."""
+        if device == self.device:
+            return self
+        return replace(
+            self,
+            network=placed(self.network, device),
+            device=device,
+            autoencoder=placed(self.autoencoder, device),
+            text=None if self.text is None else self.text.on(device),
+            companions={name: placed(network, device) for name, network in self.companions.items()},
+            control=placed(self.control, device),
+        )
+
     @property
     def context_channels(self) -> int:
         """Channels of the network's input besides x: mask and masked image of an inpainting U-Net; 0 for the others."""
@@ -217,7 +232,8 @@ class Pipeline:
         network = self.network if control is None else with_control(self.network, self.control, control_scale)
         maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
         predict = predictor(network, context, maps, self.precision)
-        both = guidance.Joined(network, context, maps, self.precision) if guidance.joins(self.device) else None
+        joins = guidance.joins(self.device)
+        both = guidance.Joined(network, context, maps, self.precision, self.network) if joins else None
         return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide, both)
 
     def sample(
@@ -236,10 +252,11 @@ class Pipeline:
     ) -> np.ndarray:
         """Draw len(seeds) images, float32 [N, C, H, W], about [-1, 1].
 
-        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. After each step of
-        each batch `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. On a CPU several threads may
-        call it, each with the steps of its own part of a batch, from 32 images on. `start` and `context` are of all
-        images; `models/editing.py` makes them from an image and a mask.
+        Image i depends on seeds[i] and on labels[i], or for a text-conditional model prompts[i]. A pipeline on "cuda"
+        divides several batches among all GPUs, see `device.devices_of`. After each step of each batch
+        `callback(i, t, x, x0)` receives torch tensors of `info.input_shape`. Several threads may call it: on a CPU from
+        32 images on, each with the steps of its own part of a batch, and with several GPUs. `start` and `context` are
+        of all images; `models/editing.py` makes them from an image and a mask.
 
         `control` are maps for the ControlNet, uint8 [N or 1, 1 or 3, h, w]: one for each image, or one for all. Maps of
         another resolution are resized with a warning. `control_scale` is the weight of the ControlNet, which takes no
@@ -251,19 +268,19 @@ class Pipeline:
         """
         maps = None if control is None else given(control, len(seeds), self.info.size, self.info.control_spec)
 
-        def draw(part: slice) -> np.ndarray:
-            denoise = self.denoiser(
+        def draw(model: Pipeline, part: slice) -> np.ndarray:
+            denoise = model.denoiser(
                 None if labels is None else labels[part],
                 None if prompts is None else prompts[part],
                 sampling,
-                None if context is None else context[part],
+                None if context is None else context[part].to(model.device),
                 None if maps is None else maps[part],
                 control_scale,
             )
-            begun = None if start is None else start.rows(part)
-            return self._sample_batch(seeds[part], denoise, sampling, callback, begun)
+            begun = None if start is None else _on_device(start.rows(part), model.device)
+            return model._sample_batch(seeds[part], denoise, sampling, callback, begun)
 
-        return np.concatenate(parallel.over_batches(draw, len(seeds), batch_size, self.device))
+        return np.concatenate(parallel.over_devices(draw, self.on, len(seeds), batch_size, self.device))
 
     def _sample_batch(
         self,
@@ -278,6 +295,11 @@ class Pipeline:
         with torch.inference_mode(), parallel.NoiseAhead(draw, self.device, ahead) as noise:
             images = self.decode(samplers.sample(denoise, noise, self.scheduler, sampling, callback, start))
         return images.float().cpu().numpy()
+
+
+def _on_device(start: Start, device: str) -> Start:
+    mask = None if start.mask is None else start.mask.to(device)
+    return replace(start, x0=start.x0.to(device), mask=mask)
 
 
 def save_pipeline(

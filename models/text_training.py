@@ -166,7 +166,7 @@ def retrieval_accuracy(
     others = np.stack(
         [random.choice(np.setdiff1d(np.arange(len(distinct)), row), choices - 1, replace=False) for row in own]
     )
-    images = apply(pair.embed_images, pixels, str(encoder.model.device))
+    images = apply(lambda _: pair.embed_images, pixels, str(encoder.model.device))
     with torch.inference_mode():
         ids = encoder.token_ids(distinct).to(encoder.model.device)
         texts = torch.cat([pair.embed_text(batch) for batch in ids.split(APPLY_BATCH)]).cpu().numpy()

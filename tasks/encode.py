@@ -35,7 +35,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
 
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
         encoded = encode_images(images, codec, info, resolutions, rows, params)
-        captions = CaptionEmbeddings(codec, info, rows) if info.conditioning == "text" else None
+        captions = CaptionEmbeddings(codec, info, rows, params.precision) if info.conditioning == "text" else None
         controls = make_controls(images, resolutions, rows, params)
         writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size, controls)
         splits = {split: writer.write(folder, split, in_split) for split, in_split in rows.items()}

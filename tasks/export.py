@@ -99,9 +99,9 @@ def _write_bundle(folder: Path, trained: Pipeline, params: ExportParams) -> None
     from models.bundle_info import BundleInfo, BundleText
 
     try:
-        onnx_graph.write(onnx_graph.to_onnx(trained, params.opset), folder / "unet.onnx")
+        onnx_graph.write(onnx_graph.to_onnx(trained, params.opset, params.precision), folder / "unet.onnx")
         if guide := _guide_of(trained):
-            onnx_graph.write(onnx_graph.to_onnx(guide, params.opset), folder / "guide.onnx")
+            onnx_graph.write(onnx_graph.to_onnx(guide, params.opset, params.precision), folder / "guide.onnx")
     except ValueError as error:
         raise StageError(str(error)) from None
     text = None
@@ -150,7 +150,8 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
             compared[f"guide, batch {batch}, t {t}"] = guide, bundle.guide
         for where, (network, predict) in compared.items():
             differences[where], largest = _difference(network, predict, batch, t, params.seed)
-            if not differences[where] <= params.max_abs_difference * max(1.0, largest):
+            limit = params.max_abs_difference * max(1.0, largest)
+            if params.precision == "fp32" and not differences[where] <= limit:
                 raise StageError(
                     f"the ONNX network differs from PyTorch's by {differences[where]:.1e} ({where}; the largest output "
                     f"is {largest:.1e}), which exceeds export.max_abs_difference {params.max_abs_difference:.1e}; try "
@@ -163,9 +164,10 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
     decibel = _drawn_psnr(trained, bundle.sample, settings, params.seed)
     lowest = min(decibel, key=lambda name: decibel[name])
     if not decibel[lowest] > params.min_psnr:
+        other = "another export.opset" if params.precision == "fp32" else "export.precision 'fp32'"
         raise StageError(
             f"images drawn from the bundle with {lowest} agree with PyTorch's to {decibel[lowest]:.1f} dB, not "
-            f"over export.min_psnr {params.min_psnr}; try another export.opset, or lower the limit"
+            f"over export.min_psnr {params.min_psnr}; try {other}, or lower the limit"
         )
     return ExportReport(
         opset=params.opset,
@@ -175,6 +177,7 @@ def _parity(trained: Pipeline, bundle: Bundle, params: ExportParams) -> ExportRe
         psnr_db=decibel,
         providers=bundle.providers,
         tensorrt=TensorRTReport(built=False),
+        precision=None if params.precision == "fp32" else params.precision,
     )
 
 
@@ -231,49 +234,68 @@ def _drawn_settings(trained: Pipeline) -> dict[str, Sampling]:
 
 def _drawn_psnr(trained: Pipeline, sample: Sample, settings: dict[str, Sampling], seed: int) -> dict[str, float]:
     """Return for each of `settings` the PSNR in dB of its worst image against PyTorch's for the same noise."""
+    from models.parallel import on_devices
+
     seeds = range(seed, seed + DRAWN_IMAGES)
     conditional = trained.info.conditioning != "none"
     labels = [i % len(trained.info.classes) for i in range(DRAWN_IMAGES)] if conditional else None
-    return {
-        name: _psnr(sample(seeds, labels, settings[name]), trained.sample(seeds, labels, settings[name]))
-        for name in progress(settings, desc="draw", unit="sampler")
-    }
+
+    def compared(sampling: Sampling) -> float:
+        both: list[Callable[[str], np.ndarray]] = [
+            lambda _: sample(seeds, labels, sampling),
+            lambda device: trained.on(device).sample(seeds, labels, sampling),
+        ]
+        return _psnr(*on_devices(both, trained.device))  # with two GPUs at once
+
+    return {name: compared(settings[name]) for name in progress(settings, desc="draw", unit="sampler")}
 
 
 def _psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the PSNR in dB of the worst pair of images in [-1, 1]; equal images give 200."""
+    """Return the PSNR in dB of the worst pair of images in [-1, 1]; equal images give 200.
+
+    Images that are not finite, or of one value where the image of `second` has several, give 0: they could be near a
+    plain image, and show that a lower precision overflowed.
+    """
+    import numpy as np
+
     from models.images.pictures import decibel, squared_errors
 
+    flat = [np.ptp(image) == 0 and np.ptp(expected) > 0 for image, expected in zip(first, second, strict=True)]
+    if any(flat) or not np.isfinite(first).all():
+        return 0.0
     return decibel(max(squared_errors(first, second)))
 
 
 def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Engine | None, TensorRTReport]:
-    """Build the engine, or take it from the scratch folder, and compare its images with PyTorch's.
+    """Build the engines, or take them from the scratch folder, and compare their images with PyTorch's.
 
-    Returns no engine without GPU, without the package, and for models that engines are not built for.
+    There is one engine of the network, which is returned, and for latents one of the decoder. Returns none without GPU
+    and without the package.
 
     Raises:
-        StageError: if the images differ too much.
+        StageError: if the images differ too much, or `latency_batches` exceed the engine's.
     """
+    import torch
+
     from models import tensorrt_engine
     from models.noise.samplers import SeededNoise, denoiser, sample
 
-    reason = tensorrt_engine.unavailable_because()
-    if trained.info.conditioning == "text" or trained.autoencoder is not None:
-        reason = "engines are built only for models of pixels without text"
-    if reason:
+    if reason := tensorrt_engine.unavailable_because():
         return None, TensorRTReport(built=False, reason=reason)
-    path = workspace.scratch() / "tensorrt" / f"{tensorrt_engine.cache_key(graph)}.engine"
-    if not path.exists():
-        print("export: building the TensorRT engine (minutes)", flush=True)
-        atomic.write_bytes(path, tensorrt_engine.build(graph))
-    engine = tensorrt_engine.Engine(path.read_bytes())
+    largest = tensorrt_engine.batches_of(graph)[-1]
+    if max(params.latency_batches, default=0) > largest:
+        raise StageError(
+            f"the TensorRT engine takes at most {largest} images at a time; lower export.latency_batches to that, or "
+            "uninstall the extra 'tensorrt'"
+        )
+    engine = _engine_of(graph)
+    decoder = _engine_of(graph.with_name("decoder.onnx")) if trained.autoencoder is not None else None
 
     def draw(seeds: Sequence[int], labels: Sequence[int] | None, sampling: Sampling) -> np.ndarray:
         condition, null = (None if value is None else value.cpu().numpy() for value in trained.condition(labels))
         denoise = denoiser(engine.predict, trained.scheduler, sampling, condition, null)
-        images: np.ndarray = sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
-        return images
+        drawn: np.ndarray = sample(denoise, SeededNoise(seeds, trained.info.input_shape), trained.scheduler, sampling)
+        return decoder.run({"latent": torch.from_numpy(drawn)}).cpu().numpy() if decoder else drawn
 
     decibel = _drawn_psnr(trained, draw, _drawn_settings(trained), params.seed)
     lowest = min(decibel, key=lambda sampler: decibel[sampler])
@@ -285,10 +307,21 @@ def _tensorrt(trained: Pipeline, graph: Path, params: ExportParams) -> tuple[Eng
     return engine, TensorRTReport(
         built=True,
         identity=tensorrt_engine.identity(),
-        batches=list(tensorrt_engine.BATCHES),
+        batches=list(tensorrt_engine.batches_of(graph)),
         # TensorRT chooses its kernels by timing them, so the decimals differ from build to build.
         psnr_db={sampler: round(value) for sampler, value in decibel.items()},
     )
+
+
+def _engine_of(graph: Path) -> Engine:
+    """Build the engine of an ONNX file, or take it from the scratch folder."""
+    from models import tensorrt_engine
+
+    path = workspace.scratch() / "tensorrt" / f"{tensorrt_engine.cache_key(graph)}.engine"
+    if not path.exists():
+        print(f"export: building the TensorRT engine of {graph.name} (minutes)", flush=True)
+        atomic.write_bytes(path, tensorrt_engine.build(graph))
+    return tensorrt_engine.Engine(path.read_bytes())
 
 
 def _latencies(trained: Pipeline, bundle: Bundle, engine: Engine | None, params: ExportParams) -> dict[str, object]:

@@ -184,12 +184,12 @@ def _row(
 
 @contextmanager
 def _decoders(params: IngestParams) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `params.workers` decoding processes: small images mostly need Python time, which threads cannot share.
+    """A pool of `ingest.workers` decoding processes: small images mostly need Python time, which threads cannot share.
 
     The processes are forked if that is safe (Linux), and end with the stage even if that is killed.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(params.workers, context, _begin_decoder)
+    pool = ProcessPoolExecutor(params.worker_count, context, _begin_decoder)
     try:
         yield pool
     except BrokenProcessPool:
@@ -236,7 +236,7 @@ def _examined(
         if len(sample) < CEILING_CHUNKS:
             sample.append(data)
         waiting.append((chunk, problems, pool.submit(_examine, data, params.max_pixels)))
-        if len(waiting) >= 3 * params.workers:
+        if len(waiting) >= 3 * params.worker_count:
             yield from _joined(*waiting.popleft())
     while waiting:
         yield from _joined(*waiting.popleft())
@@ -310,10 +310,10 @@ def _speed(
     if len(sample) < CEILING_CHUNKS:
         return None
     spent = sum(pool.map(_seconds_of, sample, [params.max_pixels] * len(sample)))
-    ceiling = params.workers * sum(map(len, sample)) / spent
+    ceiling = params.worker_count * sum(map(len, sample)) / spent
     return (
         f"ingest: {count / seconds:,.0f} img/s, {count / seconds / ceiling:.0%} of the ceiling of {ceiling:,.0f} img/s "
-        f"({params.workers} workers that only decode and hash)"
+        f"({params.worker_count} workers that only decode and hash)"
     )
 
 

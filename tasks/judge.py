@@ -72,6 +72,8 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
+    from torch import nn
+
     from models.device import best_device
     from models.judges.classifier import train_classifier
     from models.judges.clip import train_clip
@@ -81,19 +83,19 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
     from models.parallel import at_once
 
     device = best_device()
-    clip_recipe = Recipe(
-        params.clip_steps, params.batch_size, params.seed, params.horizontal_flip, device, _bar("CLIP")
-    )
+    flip = params.horizontal_flip
+    clip_recipe = Recipe(params.clip_steps, params.batch_size, params.seed, flip, progress=_bar("CLIP"))
     recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))
 
-    def classifier() -> dict[str, Any]:  # fields of Judge
-        return {"classifier": train_classifier(train.pixels, train.labels, len(classes), recipe)}
+    def classifier(on: str) -> dict[str, Any]:  # fields of Judge
+        return {"classifier": train_classifier(train.pixels, train.labels, len(classes), replace(recipe, device=on))}
 
-    def clip() -> dict[str, Any]:
-        return dict(zip(("clip", "tokenizer"), train_clip(train.pixels, train.captions, clip_recipe), strict=True))
+    def clip(on: str) -> dict[str, Any]:
+        trained = train_clip(train.pixels, train.captions, replace(clip_recipe, device=on))
+        return dict(zip(("clip", "tokenizer"), trained, strict=True))
 
-    def encoder() -> dict[str, Any]:
-        return {"encoder": train_encoder(train.pixels, recipe)}
+    def encoder(on: str) -> dict[str, Any]:
+        return {"encoder": train_encoder(train.pixels, replace(recipe, device=on))}
 
     trainings = []
     if len(set(train.labels.tolist()) - {-1}) > 1:
@@ -104,7 +106,7 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
         trainings.append(encoder)
     trained: dict[str, Any] = {"classifier": None, "clip": None, "tokenizer": None, "encoder": None, "device": device}
     for fields in at_once(trainings, device):
-        trained |= fields
+        trained |= {name: each.to(device) if isinstance(each, nn.Module) else each for name, each in fields.items()}
     info = JudgeInfo(
         classes=classes,
         prompts=class_prompts(train, len(classes)),

@@ -21,7 +21,7 @@ from models.hashing import file_sha256
 from tasks.formats import model_folder
 from tasks.params import RegisterParams
 from tasks.pictures.index import read_index
-from tasks.registration import champions, gates
+from tasks.registration import champions, gates, unchanged
 from tasks.registration.gates import Judged
 from tasks.runtime import lineage, locks, measures, run_labels, stage, tracking, workspace
 from tasks.runtime.codec_quality import RECONSTRUCTIONS, of_codec
@@ -74,8 +74,14 @@ def register(
 
     `training`, `evaluation` (with its `timing`), `export`, `edits` with `editing`, and `page` with `figures` are the
     reports of those stages and of `visualize`; what MLflow lacks of them is logged again. A champion whose numbers have
-    another fingerprint is measured again, with `judge` and `data` (images).
+    another fingerprint is measured again, with `judge` and `data` (images). Nothing is done if nothing has changed
+    since the last registration (`tasks/registration/unchanged.py`).
     """
+    inputs = (model, judge, data, training, evaluation, timing, export, edits, editing, figures, page)
+    registration = unchanged.Registration(inputs, params)
+    if (printed := registration.recorded()) is not None:
+        print("\n".join(printed))
+        return
     from tasks.registration import adapter
     from tasks.registration import edits as edit_results
 
@@ -96,12 +102,15 @@ def register(
         reason = _reason_against(client, version, champion, judged, sources, params)
         standing = _set_champion(client, version, champion, reason)
         adapted = adapter.register(client, params.model_name, model / model_folder.PIPELINE, trained)
-    print(f"register: {params.model_name} version {version.version}, {standing}")
-    if adapted:
-        print(f"register: {adapted}")
-    print(
-        f"register: run {trained.info.run_name} ({trained.info.run_id}), content {model_folder.content_key(model)[:12]}"
-    )
+        content = model_folder.content_key(model)[:12]
+        lines = [
+            f"register: {params.model_name} version {version.version}, {standing}",
+            *([f"register: {adapted}"] if adapted else []),
+            f"register: run {trained.info.run_name} ({trained.info.run_id}), content {content}",
+        ]
+        if not adapted:  # an adapter has artifacts of its own
+            registration.record([trained.info.artifact_uri, evaluated.info.artifact_uri, version.source], lines)
+    print("\n".join(lines))
 
 
 def _read(path: Path) -> JsonObject:
@@ -272,7 +281,7 @@ def _model_version(
         **lineage.tags(facts),
     }
     tags |= {f"{TAG}{name}": value for name, value in judged.tags().items()}
-    return client.create_model_version(
+    made = client.create_model_version(
         name,
         source=logged.artifact_location,
         run_id=trained.info.run_id,
@@ -280,6 +289,21 @@ def _model_version(
         description=(model / model_folder.CARD).read_text(encoding="utf-8").split("---", 2)[2][:DESCRIPTION_CHARACTERS],
         model_id=logged.model_id,
     )
+    return _first_of(client, made, key)
+
+
+def _first_of(client: MlflowClient, made: ModelVersion, key: str) -> ModelVersion:
+    """Return the first version with this content; `made` is deleted if another machine made one meanwhile.
+
+    The lock of this stage excludes processes that share the scratch folder; MLflow numbers the versions of all.
+    """
+    same = client.search_model_versions(f"name = '{made.name}' and tags.`{CONTENT_KEY}` = '{key}'")
+    first = min([made, *same], key=lambda version: int(version.version))
+    if first.version == made.version:
+        return made
+    client.delete_model_version(made.name, made.version)
+    print(f"register: version {first.version} was registered elsewhere meanwhile, so version {made.version} is deleted")
+    return first
 
 
 def _log_model(model_id: str, name: str, model: Path) -> None:

@@ -55,7 +55,7 @@ def train(
     from tasks.formats import latents
     from tasks.formats.training_record import Dataset
     from tasks.training import averages as snapshots
-    from tasks.training import checkpoint, control, machine, outputs, tracked, warm_start
+    from tasks.training import checkpoint, control, machine, outputs, sharded, tracked, warm_start
     from tasks.training import key as training_key
     from tasks.training import run as training_run
     from tasks.training.memory import explain_out_of_memory
@@ -92,6 +92,7 @@ def train(
         signals = stack.enter_context(deferred_signals())
         fit(run, live, signals, params.steps)
         history = _complete_history(run, live)
+        sharded.collect(run)
         run.accelerator.end_training()
         if live is None:
             return
@@ -119,6 +120,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
+    from models.optimization import sharding
     from tasks.training import averages, companions, control, log, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
@@ -127,7 +129,8 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     from tasks.training.stopping import StopRequest
 
     params, accelerator = run.params, run.accelerator
-    meter = Meter(run) if live else None
+    taking_part = live is not None or run.sharded  # in what one process does, or all that share a sharded network
+    meter = Meter(run) if taking_part else None
     stop_requested = StopRequest(run, signals)
     bar = progress(desc="train", total=params.steps, initial=run.step, unit="step", disable=live is None)
     run.module.train()
@@ -152,6 +155,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, params, group["initial_lr"])
         gradient_norm = accelerator.clip_grad_norm_(run.module.parameters(), params.clip_norm)
+        gradient_norm = sharding.whole(gradient_norm)
         run.tally.add_gradient_norm(gradient_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -161,10 +165,11 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
             meter.count(params.batch_size)
 
         # average
-        for average in run.averages.values():
-            average.update(run.step - phase.start)
+        if (done := run.step - phase.start) % params.ema_every == 0:
+            for average in run.averages.values():
+                average.update(done, params.ema_every)
         companions.keep(run)
-        if live:
+        if taking_part:
             averages.keep(run)
 
         # log
@@ -173,13 +178,16 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
             row = _next_row(run)
             run.tally.clear()
             log.refuse_divergence(tuning.rows_of_phase([*run.history, row], params), run.checkpoints)
-            if live and meter:
+            if meter:
                 speed = meter.read()
                 if sample_due:
                     row = replace(row, held_out_loss=held_out_losses(run))
-                    live.image("samples", run.step, previews.sample_grid(run))
-                live.metrics(run.step, row.published(params.pipeline_ema) | speed)
-                bar.set_postfix(loss=f"{row.loss:.4f}", img_s=f"{speed['img_per_s']:.0f}", refresh=False)
+                    grid = previews.sample_grid(run)
+                    if live:
+                        live.image("samples", run.step, grid)
+                if live:
+                    live.metrics(run.step, row.published(params.pipeline_ema) | speed)
+                    bar.set_postfix(loss=f"{row.loss:.4f}", img_s=f"{speed['img_per_s']:.0f}", refresh=False)
                 meter.start()
             run.history.append(row)
 
@@ -189,8 +197,9 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
             if accelerator.scaler is None:  # the fp16 scaler skips steps whose gradient overflowed
                 log.refuse_bad_gradient(gradient_norm.item(), run.step, run.checkpoints)
             tallies = gather_tallies(run)
-            if live:
-                run.checkpoints.save(snapshot(run, tallies))
+            saved = snapshot(run, tallies) if taking_part else None
+            if live and saved:
+                run.checkpoints.save(saved)
         if leaving:
             bar.close()
             run.checkpoints.wait()
@@ -223,9 +232,12 @@ def _complete_history(run: Run, live: TrainingRun | None) -> list[HistoryRow]:
     history = list(run.history)
     if not history or history[-1].step != run.step:
         history.append(_next_row(run))
-    if live and run.step % run.params.sample_every:
+    if (live or run.sharded) and run.step % run.params.sample_every:
         history[-1] = replace(history[-1], held_out_loss=held_out_losses(run))
-        live.image("samples", run.step, previews.sample_grid(run))
+        grid = previews.sample_grid(run)
+        if live is None:
+            return history
+        live.image("samples", run.step, grid)
         live.metrics(run.step, history[-1].published(run.params.pipeline_ema))
     return history
 

@@ -11,6 +11,8 @@ from tasks.params import ImageParams, VisualizeParams
 from tasks.runtime import atomic, integrity, measures, stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from models.json_files import JsonObject
     from models.pipeline import Pipeline
     from tasks.report.animations import Animation
@@ -63,7 +65,7 @@ def visualize(
     with integrity.loading(pipeline, "afterimage.json", "train"):
         model = load_pipeline(pipeline, best_device())
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
-    held_out = load_pixels(images, "test", image)
+    held_out = load_pixels(images, "test", image, process.held_out_rows)
     measured = measures.read(evaluation / measures.FILE)
     drawn = process.draw(model, params)
     tiles = {
@@ -124,12 +126,16 @@ def _further_figures(
     model: Pipeline, drawn: Drawn, params: VisualizeParams, training: Path, evaluation: Path, distance: str
 ) -> dict[str, Figure]:
     """Return the figures that have the same form in page and folder, by the name of their file."""
+    from models.parallel import on_devices
     from tasks.report import attention, cost, interpolation, prompts, timelapse
 
+    drawing: list[Callable[[str], dict[str, Figure]]] = [
+        lambda device: prompts.figures(model.on(device), params),
+        lambda device: interpolation.figures(model.on(device), drawn, params),
+        lambda device: attention.figures(model.on(device), drawn),
+    ]
     return {
-        **prompts.figures(model, params),
-        **interpolation.figures(model, drawn, params),
-        **attention.figures(model, drawn),
+        **{name: figure for figures in on_devices(drawing, model.device) for name, figure in figures.items()},
         **timelapse.figures(training),
         "quality_by_cost": cost.by_steps(evaluation, distance),
         "quality_by_guidance": cost.by_guidance(evaluation, distance),

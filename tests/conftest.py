@@ -79,6 +79,21 @@ def _migrate(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def migrated_prefect(tmp_path_factory) -> Path:
+    """A migrated database of a Prefect server, to be copied and never opened: a migration takes half of its start."""
+    return made_once(tmp_path_factory, "prefect", _migrate_prefect) / "prefect.db"
+
+
+def _migrate_prefect(folder: Path) -> None:
+    variables = {"PREFECT_HOME": str(folder / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    variables["PREFECT_API_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(command, env=os.environ | variables, check=True, capture_output=True)
+    with closing(sqlite3.connect(folder / "prefect.db")) as database:  # one file, without its log
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
     """A work tree in which `export` has run on a class-conditional network; copy it before writing there."""
     from tests.support import model_outputs

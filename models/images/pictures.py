@@ -78,7 +78,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 def png_bytes(image: Image.Image) -> bytes:
     """Encode a PNG without metadata: the same pixels give the same bytes."""
     buffer = io.BytesIO()
-    _bare(image).save(buffer, format="PNG", optimize=True)
+    _bare(image).save(buffer, format="PNG")  # `optimize` makes grids 3% smaller, and takes 6 times as long
     return buffer.getvalue()
 
 
@@ -108,7 +108,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, frame_ms: int = 80
     """
     durations = [frame_ms] * (len(frames) - 1) + [LAST_FRAME_MS]
     first, *rest = (_bare(frame) for frame in frames)
-    first.save(path, format="PNG", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+    first.save(path, format="PNG", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _tiles(images: np.ndarray, scale: int) -> np.ndarray:

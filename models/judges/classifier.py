@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from models.images.pixels import from_uint8
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.judges.fit import Recipe, fit, seeded
-from models.parallel import over_batches
+from models.parallel import over_devices
 
 LABEL_SMOOTHING = 0.1  # spreads the features more evenly, so that distances depend less on single images
 APPLY_BATCH, APPLY_VALUES = 500, 1 << 24
@@ -113,17 +113,20 @@ def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recip
     return network
 
 
-def apply(function: Callable[[Tensor], Tensor], pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
+def apply(copy: Callable[[str], Callable[[Tensor], Tensor]], pixels: np.ndarray, device: str = "cpu") -> np.ndarray:
     """Apply a network in evaluation mode to uint8 images [N, C, H, W], N >= 1, in batches; returns float32 [N, D].
 
-    `function` receives float32 images in [-1, 1].
+    `copy(name)` returns the network on one of the devices that `device` stands for, see `parallel.over_devices`; it
+    receives float32 images in [-1, 1].
     """
 
     @torch.inference_mode()
-    def applied(part: slice) -> np.ndarray:
-        return function(to_input(pixels[part], device)).float().cpu().numpy()
+    def applied(placed: tuple[str, Callable[[Tensor], Tensor]], part: slice) -> np.ndarray:
+        name, function = placed
+        return function(to_input(pixels[part], name)).float().cpu().numpy()
 
-    return np.concatenate(over_batches(applied, len(pixels), apply_batch(pixels), device))
+    batches = over_devices(applied, lambda name: (name, copy(name)), len(pixels), apply_batch(pixels), device)
+    return np.concatenate(batches)
 
 
 def apply_batch(pixels: np.ndarray) -> int:

@@ -9,15 +9,16 @@ outputs/judge/{extractor,pretrained_clip}/  published networks that replace them
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from models.device import placed
 from models.hashing import files_sha256, folder_sha256
 from models.json_files import Description, JsonObject
 from models.judges.classifier import Classifier, apply
@@ -88,6 +89,7 @@ class Judge:
     tokenizer: Tokenizer | None = None
     encoder: Encoder | None = None
     device: str = "cpu"
+    """Name of the torch device that holds all networks; "cuda" measures with every GPU of the machine."""
     extractor: Extractor | None = None
     """Published; replaces the networks trained here as feature extractor."""
     pretrained_clip: PretrainedClip | None = None
@@ -149,7 +151,7 @@ class Judge:
         """
         if self.pretrained_clip is not None:
             return self.pretrained_clip.embed_images(pixels)
-        return self._apply(self._clip().embed_images, pixels)
+        return apply(lambda name: placed(self._clip(), name).embed_images, pixels, self.device)
 
     def clip_text_embeds(self, captions: Sequence[str]) -> np.ndarray:
         """Embed captions as unit vectors, float32 [N, E].
@@ -170,8 +172,8 @@ class Judge:
             raise ValueError("this judge has no CLIP: its data had no captions")
         return self.clip
 
-    def _apply(self, function: Callable[[Tensor], Tensor], pixels: np.ndarray) -> np.ndarray:
-        return apply(function, pixels, self.device)
+    def _apply(self, network: nn.Module, pixels: np.ndarray) -> np.ndarray:
+        return apply(lambda name: placed(network, name), pixels, self.device)
 
 
 def save_judge(folder: Path, judge: Judge) -> None:

@@ -7,6 +7,7 @@ transformers is imported where it is used, because every judge loads this file a
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.device import placed
 from models.json_files import read_json
 from models.judges import inception
+from models.parallel import shared_out
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +32,8 @@ INCEPTION_FILE = "inception.safetensors"
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Statistics of ImageNet, the default of image processors."""
-Preprocess: TypeAlias = Callable[[np.ndarray], Tensor]
-"""uint8 images [N, 1 or 3, S, S] -> the network's input, float32 [N, 3, side, side]."""
+Preprocess: TypeAlias = Callable[[np.ndarray, str], Tensor]
+"""uint8 images [N, 1 or 3, S, S] and a device -> the network's input there, float32 [N, 3, side, side]."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class PretrainedClip:
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
     preprocess: Preprocess
+    device: str = "cpu"
 
     def embed_images(self, pixels: np.ndarray) -> np.ndarray:
         """Embed uint8 images [N, 1 or 3, S, S] as float32 [N, E]."""
-        parts = [self.preprocess(batch) for batch in _batches(pixels)]
-        return _normalized([_embedding(self.model.get_image_features(pixel_values=part)) for part in parts])
+        return _normalized(_image_embeddings(self.model, _clip_features, self.preprocess, pixels, self.device))
 
     def embed_texts(self, captions: Sequence[str]) -> np.ndarray:
         """Embed captions as float32 [N, E]; they are truncated to the model's context length."""
@@ -85,14 +88,12 @@ def load_extractor(name: str, folder: Path, device: str = "cpu") -> Extractor:
     if name == "inception":
         return _inception(folder, device)
     model = _from_pretrained(folder, {"clip": "CLIPModel", "dinov2": "Dinov2Model"}[name], device)
-    preprocess = _preprocessing(folder, model, device)
+    preprocess = _preprocessing(folder, model)
     # DINOv2's pooled output is its class token after layer normalisation.
-    extract = model.get_image_features if name == "clip" else model
+    extract = _clip_features if name == "clip" else _pooled
 
     def features(pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            parts = [_embedding(extract(pixel_values=preprocess(batch))) for batch in _batches(pixels)]
-        return np.concatenate([part.float().cpu().numpy() for part in parts])
+        return torch.cat(_image_embeddings(model, extract, preprocess, pixels, device)).numpy()
 
     dimensions = model.config.projection_dim if name == "clip" else model.config.hidden_size
     return Extractor(name, dimensions, features)
@@ -111,7 +112,7 @@ def load_clip(folder: Path, device: str = "cpu") -> PretrainedClip:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no tokenizer ({_first_line(error)})") from None
-    return PretrainedClip(model, tokenizer, _preprocessing(folder, model, device))
+    return PretrainedClip(model, tokenizer, _preprocessing(folder, model), device)
 
 
 def read_inception(file: Path) -> dict[str, Tensor]:
@@ -148,7 +149,13 @@ def _inception(folder: Path, device: str) -> Extractor:
     return Extractor(
         "inception",
         inception.FEATURES,
-        lambda pixels: inception.extract(network, pixels, device),
+        lambda pixels: np.concatenate(
+            shared_out(
+                lambda name: functools.partial(inception.extract, placed(network, name), device=name),
+                _batches(pixels, inception.BATCH),
+                device,
+            )
+        ),
         lambda features: features @ head,  # the published Inception score leaves out the bias
     )
 
@@ -166,7 +173,7 @@ def _from_pretrained(folder: Path, kind: str, device: str) -> Any:  # an instanc
     return model.eval().requires_grad_(False).to(device)
 
 
-def _preprocessing(folder: Path, model: PreTrainedModel, device: str) -> Preprocess:
+def _preprocessing(folder: Path, model: PreTrainedModel) -> Preprocess:
     """Build the preprocessing that the folder's `preprocessor_config.json` describes.
 
     Images are resized to its side, bicubically with antialiasing, and normalised. There is no crop, because our images
@@ -178,7 +185,7 @@ def _preprocessing(folder: Path, model: PreTrainedModel, device: str) -> Preproc
     side = _side(config.get("crop_size") or config.get("size")) or vision.image_size
     mean, std = (torch.tensor(config.get(key, default)) for key, default in (("image_mean", MEAN), ("image_std", STD)))
 
-    def preprocess(pixels: np.ndarray) -> Tensor:
+    def preprocess(pixels: np.ndarray, device: str) -> Tensor:
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float().expand(-1, 3, -1, -1)
         if images.shape[-1] != side:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 255)
@@ -194,12 +201,41 @@ def _side(size: Any) -> int | None:  # JSON: an integer or one of several mappin
     return int(size) if size else None
 
 
+def _clip_features(model: Any, images: Tensor) -> Tensor:  # `CLIPModel`, whose call has no annotated result
+    return _embedding(model.get_image_features(pixel_values=images))
+
+
+def _pooled(model: Any, images: Tensor) -> Tensor:
+    return _embedding(model(pixel_values=images))
+
+
+def _image_embeddings(
+    model: PreTrainedModel,
+    extract: Callable[[Any, Tensor], Tensor],
+    preprocess: Preprocess,
+    pixels: np.ndarray,
+    device: str,
+) -> list[Tensor]:
+    """Return `extract` of batches of uint8 images [N, 1 or 3, S, S], float32 [n, D] each, on the CPU."""
+
+    def worker(name: str) -> Callable[[np.ndarray], Tensor]:
+        network = placed(model, name)
+
+        @torch.inference_mode()
+        def embedded(batch: np.ndarray) -> Tensor:
+            return extract(network, preprocess(batch, name)).float().cpu()
+
+        return embedded
+
+    return shared_out(worker, _batches(pixels), device)
+
+
 def _embedding(output: Any) -> Tensor:  # transformers 5 returns an output object, earlier versions a tensor
     return getattr(output, "pooler_output", output)
 
 
-def _batches(pixels: np.ndarray) -> list[np.ndarray]:
-    return [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
+def _batches(pixels: np.ndarray, size: int = BATCH) -> list[np.ndarray]:
+    return [pixels[start : start + size] for start in range(0, len(pixels), size)]
 
 
 def _normalized(parts: list[Tensor]) -> np.ndarray:

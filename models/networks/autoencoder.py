@@ -28,19 +28,35 @@ Rows = TypeVar("Rows", "np.ndarray", "Tensor")
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 APPLY_BATCH = 16
 CHUNK_PIXELS = 8 * 512 * 512
-"""Most pixels that pass through the autoencoder at once, whatever the batch size of the caller."""
+"""Most pixels that pass through the autoencoder at once, unless the caller says how many images."""
+ENCODE_MAPS = 8
+"""Feature maps of full resolution and of the first width that encoding holds at a time, at most."""
+MEMORY_SHARE = 0.4
+MOST_AT_ONCE = 256
+"""Limits of `images_at_once`: the share of a device's memory, and a number of images."""
 
 
-def encode(network: Autoencoder, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+def encode(
+    network: Autoencoder, pixels: np.ndarray, precision: str = "no", at_once: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Encode uint8 images [B, C, S, S] to the mean and standard deviation of their latents, float32 [B, k, s, s] each.
 
     Both are multiplied by the autoencoder's scaling factor, as the diffusion model sees them. An `AutoencoderTiny` has
     no standard deviation; it is 0.
+
+    Args:
+        network: the autoencoder.
+        pixels: the images.
+        precision: "no" is float32; "bf16" computes convolutions and matrix products in bfloat16, whose range is that of
+            float32, so that also the autoencoder of SDXL stays finite, which float16 overflows.
+        at_once: images that pass through the network at once; None takes at most `CHUNK_PIXELS`.
     """
     factor, parts = network.config.scaling_factor, []
-    for chunk in _chunks(pixels, pixels.shape[-1] * pixels.shape[-2]):
+    size = at_once or max(1, CHUNK_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
+    for chunk in _chunks(pixels, size):
         images = from_uint8(torch.from_numpy(np.ascontiguousarray(chunk)).to(network.device))
-        with torch.inference_mode():
+        lower = torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), lower:
             encoded = network.encode(images.to(network.dtype))
         if hasattr(encoded, "latents"):
             mean = encoded.latents.float() * factor
@@ -57,7 +73,8 @@ def decode(network: Autoencoder, latents: Tensor) -> Tensor:
     with torch.inference_mode():
         scaled = (latents / network.config.scaling_factor).to(network.device, network.dtype)
         pixels = downscale_factor(network) ** 2 * latents.shape[-1] * latents.shape[-2]
-        return _joined([network.decode(chunk).sample.to(latents.dtype) for chunk in _chunks(scaled, pixels)])
+        chunks = _chunks(scaled, max(1, CHUNK_PIXELS // pixels))
+        return _joined([network.decode(chunk).sample.to(latents.dtype) for chunk in chunks])
 
 
 def downscale_factor(network: Autoencoder) -> int:
@@ -66,9 +83,19 @@ def downscale_factor(network: Autoencoder) -> int:
     return int(2 ** (len(widths) - 1))
 
 
-def _chunks(batch: Rows, pixels: int) -> list[Rows]:
-    """Split a batch whose images have `pixels` pixels each into chunks of at most `CHUNK_PIXELS`."""
-    size = max(1, CHUNK_PIXELS // pixels)
+def images_at_once(network: Autoencoder, pixels: int, memory: int) -> int:
+    """Return how many images of `pixels` pixels each a device of `memory` bytes encodes at once: a power of two.
+
+    The estimate of `ENCODE_MAPS` feature maps in float32 may fill `MEMORY_SHARE` of the memory. It depends on the size
+    of the device and not on what is free, so that the same machine computes the same batches again.
+    """
+    widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
+    needed = ENCODE_MAPS * widths[0] * torch.float32.itemsize * pixels
+    fitting = max(1, min(MOST_AT_ONCE, int(MEMORY_SHARE * memory) // needed))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def _chunks(batch: Rows, size: int) -> list[Rows]:
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from models.networks.precision import predictor
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+_TOO_LARGE: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""Network -> the fewest values of x for which the memory did not suffice for twice the batch."""
 
 
 def joins(device: str) -> bool:
@@ -20,21 +26,23 @@ def joins(device: str) -> bool:
 class Joined:
     """`joined(x, t, condition, null)` returns the outputs with both conditions, from one call where memory allows it.
 
-    After a call for which the memory does not suffice, the outputs come from two calls. `context` and `control` are
-    those of `predictor`.
+    After a call for which the memory does not suffice, the outputs for as large an x come from two calls, as long as
+    `owner` exists: the network without its ControlNet. `context` and `control` are those of `predictor`.
     """
 
-    def __init__(self, network: nn.Module, context: Tensor | None, control: Tensor | None, precision: str) -> None:
+    def __init__(
+        self, network: nn.Module, context: Tensor | None, control: Tensor | None, precision: str, owner: nn.Module
+    ) -> None:
         self.at_once = predictor(network, _twice(context), _twice(control), precision)
         self.separate = predictor(network, context, control, precision)
-        self.fits = True
+        self.owner = owner
 
     def __call__(self, x: Tensor, t: float, condition: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-        if self.fits:
+        if x.numel() < _TOO_LARGE.get(self.owner, math.inf):
             try:
                 first, second = self.at_once(torch.cat([x, x]), t, torch.cat([condition, null])).chunk(2)
             except torch.OutOfMemoryError:
-                self.fits = False  # what the failed call holds is released at the end of this block
+                _TOO_LARGE[self.owner] = x.numel()  # what the failed call holds is released after this block
             else:
                 return first, second
         return self.separate(x, t, condition), self.separate(x, t, null)

@@ -16,15 +16,16 @@ Legend: U captions, L tokens of each (padded), D width of a token embedding (of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.device import placed
 from models.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class TextEncoder:
 
     pooled: ClassVar[None] = None
     """A single encoder gives no pooled embedding."""
+
+    def on(self, device: str) -> Self:
+        """Return the encoder with a copy of its network on another device."""
+        return replace(self, model=placed(self.model, device))
 
     @property
     def towers(self) -> tuple[TextEncoder, ...]:
@@ -69,16 +74,17 @@ class TextEncoder:
         )
         return torch.from_numpy(np.asarray(padded["input_ids"], np.int64))
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def encode(self, captions: Sequence[str], precision: str = "no") -> Tensor:
         """Encode captions to float32 [U, L, D] as in a Stable Diffusion pipeline; "" is the null condition.
 
-        Batches are padded to a constant size, so that an embedding does not depend on the other captions.
+        Batches are padded to a constant size, so that an embedding does not depend on the other captions. In the
+        `precision` "bf16" matrix products are computed in bfloat16; "no" is float32.
         """
         parts = []
         for start in range(0, len(captions), APPLY_BATCH):
             batch = list(captions[start : start + APPLY_BATCH])
             ids = self.token_ids(batch + [""] * (APPLY_BATCH - len(batch)))
-            with torch.inference_mode():
+            with torch.inference_mode(), _lower(self.model.device, precision):
                 hidden = self.model(ids.to(self.model.device)).last_hidden_state
             parts.append(hidden[: len(batch)].float().cpu())
         return torch.cat(parts)
@@ -97,6 +103,10 @@ class PairedEncoder:
 
     first: TextEncoder
     second: ProjectedEncoder
+
+    def on(self, device: str) -> PairedEncoder:
+        """Return the encoders with copies of their networks on another device."""
+        return PairedEncoder(self.first.on(device), self.second.on(device))
 
     @property
     def towers(self) -> tuple[TextEncoder, ...]:
@@ -118,21 +128,26 @@ class PairedEncoder:
         """P: width of the pooled embedding."""
         return int(self.second.model.config.projection_dim)
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def encode(self, captions: Sequence[str], precision: str = "no") -> Tensor:
         """Encode captions to float32 [U, L + 1, D] as in a Stable Diffusion XL pipeline; the sizes are left 0.
 
         The token embeddings are the penultimate hidden states of both encoders. "" gives zeros, the null condition.
+        `precision` is as for one encoder.
         """
         parts = []
         for start in range(0, len(captions), APPLY_BATCH):
             batch = list(captions[start : start + APPLY_BATCH])
             padded = batch + [""] * (APPLY_BATCH - len(batch))  # see TextEncoder.encode
             ids = [tower.token_ids(padded).to(tower.model.device) for tower in self.towers]
-            with torch.inference_mode():
+            with torch.inference_mode(), _lower(self.first.model.device, precision):
                 packed = pack(self.first.model, self.second.model, *ids)
             empty = torch.tensor([not caption for caption in batch], device=packed.device)
             parts.append(packed[: len(batch)].float().masked_fill(empty[:, None, None], 0).cpu())
         return torch.cat(parts)
+
+
+def _lower(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 AnyEncoder: TypeAlias = TextEncoder | PairedEncoder

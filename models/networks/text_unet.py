@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from models.networks.attention import attend
 from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
+from models.networks.normalization import replace_group_norms
 from models.networks.text_encoder import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
@@ -205,6 +207,7 @@ class TextUNet(nn.Module):
         nn.init.zeros_(network.conv_out.weight)  # as in `UNet`: the untrained network outputs 0
         nn.init.zeros_(network.conv_out.bias)
         network.set_attn_processor(Attend())
+        replace_group_norms(network)
         if config.lora_rank:
             _add_lora(network, config.lora_rank)
         # Its children are registered here and the network itself is not, so that weights keep diffusers' names.
@@ -234,16 +237,28 @@ class TextUNet(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_((".lora_" in name) == train)
 
+    def freeze_in(self, dtype: torch.dtype) -> None:
+        """Convert the frozen linear and convolutional layers to `dtype`; norms and the LoRA adapter keep float32.
+
+        Autocast computes these layers in that type anyway; stored in it, they take half of the memory and need no copy.
+        """
+        for module in self.modules():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            if isinstance(module, nn.Linear | nn.Conv2d) and frozen:
+                module.to(dtype)
+
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights under diffusers' names by the names that they have here, beside a LoRA adapter."""
+        wrapped = self.config.lora_rank is not None
+        return {_wrapped_name(n) if wrapped and _is_target(n) else n: value for n, value in weights.items()}
+
     def load_published(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights under diffusers' names; the LoRA adapter keeps its weights.
 
         Raises:
             RuntimeError: if a name or a shape differs.
         """
-        named = {
-            _wrapped_name(name) if self.config.lora_rank is not None and _is_target(name) else name: value
-            for name, value in weights.items()
-        }
+        named = self.own_names(weights)
         missing, unexpected = self.load_state_dict(named, strict=False)
         missing = [name for name in missing if ".lora_" not in name]
         if missing or unexpected:
@@ -314,8 +329,10 @@ def adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     No scale is stored: diffusers then assumes alpha = rank, which holds here.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
-
     ending = f".{ADAPTER}.weight"
     lora = {f"unet.{name.replace(ending, '.weight')}": v for name, v in weights.items() if name.endswith(ending)}
-    return dict(convert_state_dict_to_diffusers(lora)) if lora else {}
+    if not lora:
+        return {}  # without loading diffusers, which takes seconds
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    return dict(convert_state_dict_to_diffusers(lora))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.json_files import JsonObject
 from models.networks.attention import attend
 from models.networks.config import DIFFUSERS_VERSION, Supported, require_supported
+from models.networks.normalization import GroupNorm
 from models.networks.time_embedding import TimeEmbedding, timestep_embedding
 
 
@@ -143,10 +144,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, config: UNetConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
-        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.norm1 = GroupNorm(groups, inputs, eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps)
+        self.norm2 = GroupNorm(groups, outputs, eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
@@ -164,7 +165,7 @@ class Attention(nn.Module):
     def __init__(self, config: UNetConfig, width: int) -> None:
         super().__init__()
         self.heads = width // (config.attention_head_dim or width)
-        self.group_norm = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.group_norm = GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
@@ -305,7 +306,7 @@ class UNet(nn.Module):
                 below = width
             self.up_blocks.append(UpLevel(config, inputs, width, config.attention[level], level == 0))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
         self._start_as_identity()
 

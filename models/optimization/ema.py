@@ -10,28 +10,33 @@ A profile defines how fast an average forgets, and is named by its one number:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from models.optimization import sharding
 
 WIDEST_STD = 12**-0.5
 """The relative width of the plain mean of all weights so far (gamma = 0); no power law is wider."""
 
 
-def decay_at(step: int, profile: str) -> float:
-    """Return the decay of the update after `step` (1-based) for a named profile.
+def decay_at(step: int, profile: str, steps: int = 1) -> float:
+    """Return the decay of an update after `step` (1-based) for a named profile, `steps` after the update before.
 
-    `decay-b`: min(b, (1 + s) / (10 + s)). Power law: (1 - 1/s)^(gamma + 1) (Karras et al. 2024, eq. 2).
+    `decay-b`: min(b, (1 + s) / (10 + s)). Power law: (1 - 1/s)^(gamma + 1) (Karras et al. 2024, eq. 2). That of several
+    steps is the product of theirs, so that older weights count as much as if every step had an update.
 
     Raises:
         ValueError: for another name.
     """
     gamma = gamma_of(profile)
     if gamma is not None:
-        return power_law(step, gamma)
+        return power_law(step, gamma, steps)
     kind, _, number = profile.partition("-")
     if kind == "decay":
-        return min(float(number), (1 + step) / (10 + step))
+        return math.prod(min(float(number), (1 + s) / (10 + s)) for s in range(step - steps + 1, step + 1))
     raise ValueError(f"unknown average {profile!r}; known: decay-0.999, std-0.10, gamma-6.94")
 
 
@@ -43,9 +48,12 @@ def gamma_of(profile: str) -> float | None:
     return float(number) if kind == "gamma" else None
 
 
-def power_law(step: int, gamma: float) -> float:
-    """Return beta_gamma(t) = (1 - 1/t)^(gamma + 1) for t = `step` >= 1 (Karras et al. 2024, eq. 2)."""
-    return float((1 - 1 / step) ** (gamma + 1))
+def power_law(step: int, gamma: float, steps: int = 1) -> float:
+    """Return beta_gamma(t) = (1 - 1/t)^(gamma + 1) for t = `step` >= 1 (Karras et al. 2024, eq. 2).
+
+    The product of `steps` decays up to t is (1 - steps/t)^(gamma + 1).
+    """
+    return float((1 - steps / step) ** (gamma + 1))
 
 
 def gamma_of_std(std: float) -> float:
@@ -61,7 +69,8 @@ def gamma_of_std(std: float) -> float:
 class EMA:
     """Averages, float32, of the trainable parameters of a module, by one `profile`.
 
-    `followed` are the module's own parameters and `weights` their averages, in the order of `names`.
+    `followed` are the module's own parameters and `weights` their averages, in the order of `names`. Averages of
+    parameters that FSDP2 shards are sharded likewise.
     """
 
     def __init__(self, module: nn.Module, profile: str) -> None:
@@ -72,13 +81,26 @@ class EMA:
         self.weights = [parameter.detach().float().clone() for parameter in self.followed]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Set weights <- decay * weights + (1 - decay) * parameters after `step` (1-based), in one fused call."""
-        parameters = [parameter.float() for parameter in self.followed]
-        torch._foreach_lerp_(self.weights, parameters, 1 - decay_at(step, self.profile))
+    def update(self, step: int, steps: int = 1) -> None:
+        """Set weights <- decay * weights + (1 - decay) * parameters after `step` (1-based), in one fused call.
+
+        `steps` is the number of steps since the update before.
+        """
+        parameters = [parameter.float() for parameter in sharding.local(self.followed)]
+        torch._foreach_lerp_(sharding.local(self.weights), parameters, 1 - decay_at(step, self.profile, steps))
+
+    @torch.no_grad()
+    def copy_to_module(self) -> None:
+        """Replace the module's parameters by the averages."""
+        torch._foreach_copy_(sharding.local(self.followed), sharding.local(self.weights))
+
+    @torch.no_grad()
+    def start_anew(self) -> None:
+        """Replace the averages by the module's parameters."""
+        torch._foreach_copy_(sharding.local(self.weights), sharding.local(self.followed))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name."""
+        """Return the averages by parameter name; those of sharded parameters are sharded."""
         return dict(zip(self.names, self.weights, strict=True))
 
     @torch.no_grad()
@@ -89,4 +111,4 @@ class EMA:
             KeyError: if a name is missing.
         """
         for name, weight in zip(self.names, self.weights, strict=True):
-            weight.copy_(state[name])
+            weight.copy_(sharding.like(weight, state[name]))

@@ -18,9 +18,9 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
+from models.optimization import sharding
 from models.parallel import single_thread
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -138,10 +138,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        matrices = orthogonalize([_whole(update).flatten(1) for update in updates])
+        matrices = orthogonalize([sharding.whole(update).flatten(1) for update in updates])
         steps = [matrix * -(lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))) for matrix in matrices]
         torch._foreach_add_(
-            parameters, [_like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
+            parameters, [sharding.like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
         )
 
     def _adamw(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
@@ -170,18 +170,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if key not in self.state[parameter]:
                 self.state[parameter][key] = torch.zeros_like(parameter)
         return [self.state[parameter][key] for parameter in parameters]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that FSDP2 shards with all its rows, which orthogonalization needs; other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Shard `whole`, which every process has, as `parameter` is sharded."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole.contiguous(), parameter.device_mesh, parameter.placements)
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -74,7 +74,7 @@ def make_controls(
     blocks.open()
     missing = [wanted[key] for key in blocks.missing(wanted)]
     print(f"encode: {len(missing)} control maps to make", flush=True)
-    with ThreadPoolExecutor(params.workers) as pool:  # decoding and OpenCV release the global interpreter lock
+    with ThreadPoolExecutor(params.worker_count) as pool:  # decoding and OpenCV release the global interpreter lock
         pictures = _read_own(images, missing) if spec.kind == "own" else _read_images(images, missing)
         chunks = _chunks(pictures, resolutions)
         for resolution, chunk in progress(chunks, desc="encode: control maps", delay=2):

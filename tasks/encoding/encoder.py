@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from models.device import best_device
-from models.networks.autoencoder import Autoencoder, load_autoencoder
+from models.device import best_device, devices_of, emulates_bf16, enter, memory_of, placed
+from models.networks.autoencoder import Autoencoder, images_at_once, load_autoencoder
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
 from tasks.pictures.images import read_encoded
@@ -33,7 +36,7 @@ CHUNK = 4 * BATCH
 CEILING_CHUNKS = 2
 """Chunks per worker over which decoding alone and encoding alone are timed."""
 QUEUED_FOR_GPU = 3
-"""Chunks handed to the GPU's thread at a time: one in work, the others ready."""
+"""Chunks handed to each GPU's thread at a time: one in work, the others ready."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -59,6 +62,7 @@ def encode_images(
         "buckets": [list(resolution) for resolution in resolutions],
         "mirrored copies": params.horizontal_flip,
         "code of the transform": closure.digest("tasks/formats/buckets.py", "tasks/encoding/transform.py"),
+        **({} if params.precision == "no" else {"precision": params.precision}),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
     wanted = {row.sha256: resolutions[row.bucket] for rows in splits.values() for row in rows}
@@ -78,19 +82,21 @@ def _encode_missing(
 ) -> None:
     """Decode and encode in threads (both release the GIL); each chunk is stored as soon as it is done."""
     device = best_device()
+    if params.precision == "bf16" and emulates_bf16(device):
+        print("encode: this CPU emulates bfloat16, which is slow; encode.precision=no is faster", flush=True)
     network = load_autoencoder(vae, device)
-    threads = torch.get_num_threads()
+    workers, threads = params.worker_count, torch.get_num_threads()
     # One arithmetic thread per worker, so that sums are divided in the same way on every machine.
-    with ThreadPoolExecutor(params.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        encoder = Encoder(pool, params.workers, network, channels, params.horizontal_flip, device)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        encoder = Encoder(pool, workers, network, channels, params.horizontal_flip, device, params.precision)
         sample: list[Chunk] = []
-        sample_size = CEILING_CHUNKS * params.workers
+        sample_size = CEILING_CHUNKS * workers
         started, started_cpu = time.perf_counter(), time.process_time()
         with progress(total=len(missing), desc="encode", unit="img") as bar:
-            for chunk, tensors in encoder.encoded(_chunks(images, missing)):
+            for chunk, tensors in encoder.encoded(_chunks(images, missing, encoder.chunk_size)):
                 blocks.add([sha256 for sha256, _, _ in chunk.images], tensors)
                 bar.update(len(chunk))
-                if len(sample) < sample_size and len(chunk) == CHUNK:
+                if len(sample) < sample_size and len(chunk) == encoder.chunk_size(chunk.resolution):
                     sample.append(chunk)
         rate = len(missing) / (time.perf_counter() - started)
         cpu_seconds = (time.process_time() - started_cpu) / len(missing)
@@ -109,46 +115,74 @@ class Encoder:
     channels: int
     mirrored: bool
     device: str
+    precision: str = "no"
 
     def encoded(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, dict[str, torch.Tensor]]]:
         """Yield the chunks with their latents, in order.
 
-        On a CPU each worker decodes and encodes, so that no core waits for another. With a GPU the workers only decode,
-        and one more thread keeps the GPU busy.
+        On a CPU each worker decodes and encodes, so that no core waits for another. With GPUs the workers only decode,
+        and one more thread per GPU keeps it busy.
         """
         if self.device == "cpu":
-            yield from _in_order(self.pool, lambda chunk: self._encode(self._decode(chunk)), chunks, 2 * self.workers)
+            work = functools.partial(self._encode, self.network)
+            yield from _in_order(self.pool, lambda chunk: work(self._decode(chunk)), chunks, 2 * self.workers)
             return
+        names: SimpleQueue[str] = SimpleQueue()
+        for name in (gpus := devices_of(self.device)):
+            names.put(name)
+        own = threading.local()
+
+        def encode(decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
+            if not hasattr(own, "network"):  # the first chunk of this thread, which takes one of the GPUs
+                name = names.get()
+                enter(name)
+                own.network = placed(self.network, name)
+            return self._encode(own.network, decoded)
+
         decoded = _in_order(self.pool, self._decode, chunks, 2 * self.workers)
-        with ThreadPoolExecutor(1) as feeder:
-            yield from _in_order(feeder, self._encode, decoded, QUEUED_FOR_GPU)
+        with ThreadPoolExecutor(len(gpus), thread_name_prefix="device") as feeders:
+            yield from _in_order(feeders, encode, decoded, QUEUED_FOR_GPU * len(gpus))
+
+    def at_once(self, resolution: Resolution) -> int | None:
+        """Return the size of a batch on a GPU by its memory; None on a CPU, see `transform.encode_pixels`."""
+        if self.device == "cpu":
+            return None
+        return images_at_once(self.network, resolution[0] * resolution[1], memory_of(self.device))
+
+    def chunk_size(self, resolution: Resolution) -> int:
+        """Return the number of images per unit of work: `CHUNK`, or a batch where that is larger."""
+        return max(CHUNK, self.at_once(resolution) or 0)
 
     def _decode(self, chunk: Chunk) -> tuple[Chunk, np.ndarray]:
         return chunk, decode_chunk(chunk, self.channels)
 
-    def _encode(self, decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
+    def _encode(self, network: Autoencoder, decoded: tuple[Chunk, np.ndarray]) -> tuple[Chunk, dict[str, torch.Tensor]]:
         chunk, pixels = decoded
-        return chunk, encode_pixels(self.network, pixels, self.mirrored)
+        at_once = self.at_once(chunk.resolution)
+        return chunk, encode_pixels(network, pixels, self.mirrored, self.precision, at_once)
 
     def ceilings(self, sample: Sequence[Chunk]) -> tuple[float, float]:
-        """Measure the images per second of decoding alone and of encoding alone."""
+        """Measure the images per second of decoding alone and of encoding alone; several GPUs are taken to be equal."""
         started = time.perf_counter()
         decoded = list(self.pool.map(self._decode, sample))
         between = time.perf_counter()
-        list(self.pool.map(self._encode, decoded) if self.device == "cpu" else map(self._encode, decoded))
+        encode = functools.partial(self._encode, self.network)
+        list(self.pool.map(encode, decoded) if self.device == "cpu" else map(encode, decoded))
         ended = time.perf_counter()
         count = sum(map(len, sample))
-        return count / (between - started), count / (ended - between)
+        return count / (between - started), len(devices_of(self.device)) * count / (ended - between)
 
 
-def _chunks(images: Path, missing: Mapping[str, Resolution]) -> Iterator[Chunk]:
+def _chunks(
+    images: Path, missing: Mapping[str, Resolution], chunk_size: Callable[[Resolution], int]
+) -> Iterator[Chunk]:
     """Read the missing images (SHA-256 -> resolution), grouped by resolution."""
     begun: dict[Resolution, list[Encoded]] = {}
     for image in read_encoded(images, missing):
         resolution = missing[image[0]]
         group = begun.setdefault(resolution, [])
         group.append(image)
-        if len(group) == CHUNK:
+        if len(group) == chunk_size(resolution):
             yield Chunk(resolution, begun.pop(resolution))
     for resolution, group in sorted(begun.items()):
         yield Chunk(resolution, group)

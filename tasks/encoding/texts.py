@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from models.device import best_device
-from models.networks.text_encoder import load_text_encoder
+from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
+from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
 from tasks.formats.latents import Shard, write_prompts, write_shards
 from tasks.runtime import closure, workspace
@@ -23,13 +25,17 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 """Captions that are embedded and stored at a time."""
+PART = 4 * APPLY_BATCH
+"""Captions that a GPU embeds before it takes the next ones."""
 
 
 class CaptionEmbeddings:
     """Every distinct caption in alphabetical order with its embedding, and those of the sample prompts."""
 
-    def __init__(self, folder: Path, codec: CodecInfo, splits: Mapping[str, Sequence[Row]]) -> None:
-        """Load the text encoder in `folder` if a caption is new, and embed what is new."""
+    def __init__(
+        self, folder: Path, codec: CodecInfo, splits: Mapping[str, Sequence[Row]], precision: str = "no"
+    ) -> None:
+        """Load the text encoder in `folder` if a caption is new, and embed what is new in `precision`."""
         assert codec.text is not None and codec.prompts is not None, "the codec has a text encoder"
         rows = [row for split in splits.values() for row in split]
         self.prompts = [*codec.prompts, ""]
@@ -39,7 +45,9 @@ class CaptionEmbeddings:
         recipe = {
             "text encoder": codec.text.sha256,
             "code of the text encoder": closure.digest("models/networks/text_encoder.py"),
+            **({} if precision == "no" else {"precision": precision}),
         }
+        self.precision = precision
         self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
         self._compute(folder)
 
@@ -51,11 +59,18 @@ class CaptionEmbeddings:
             )
         self.blocks.open()
         if missing := self.blocks.missing(wanted):
-            encoder = load_text_encoder(folder, best_device())
+            device = best_device()
+            encoder = load_text_encoder(folder, device)
+
+            def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
+                return functools.partial(encoder.on(name).encode, precision=self.precision)
+
             starts = range(0, len(missing), BLOCK)
             for start in progress(starts, desc="encode: captions", delay=2):
                 keys = missing[start : start + BLOCK]
-                embedded = encoder.encode([wanted[key] for key in keys])
+                texts = [wanted[key] for key in keys]
+                parts = [texts[first : first + PART] for first in range(0, len(texts), PART)]
+                embedded = torch.cat(shared_out(worker, parts, device))
                 self.blocks.add(keys, {"embeddings": embedded.to(torch.bfloat16)})
         self.blocks.forget(wanted)
 

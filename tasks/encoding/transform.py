@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tasks.formats.buckets import Resolution
 
 BATCH = 16
-"""Images per batch of the autoencoder; fixed, because its rounding depends on the shape of a batch."""
+"""Images per batch of the autoencoder on a CPU; fixed, because its rounding depends on the shape of a batch."""
 
 Encoded: TypeAlias = "tuple[str, bytes, int]"
 """SHA-256, bytes and number of pixels of an image file."""
@@ -42,16 +42,25 @@ def decode_chunk(chunk: Chunk, channels: int) -> np.ndarray:
     )
 
 
-def encode_pixels(network: autoencoder.Autoencoder, pixels: np.ndarray, mirrored: bool) -> dict[str, torch.Tensor]:
+def encode_pixels(
+    network: autoencoder.Autoencoder,
+    pixels: np.ndarray,
+    mirrored: bool,
+    precision: str = "no",
+    at_once: int | None = None,
+) -> dict[str, torch.Tensor]:
     """Encode uint8 pixels [n, C, H, W] to `mean` and `std`, bfloat16 [n, V, c, h, w]; V is 2 if `mirrored`, else 1.
 
-    The last batch is padded, so an image's latent depends neither on its neighbours nor on their number.
+    The last batch is padded, so an image's latent depends neither on its neighbours nor on their number. `precision` is
+    that of `autoencoder.encode`, and `at_once` the size of a batch on a GPU; None is that of a CPU.
     """
     views = [pixels, pixels[..., ::-1]] if mirrored else [pixels]
+    size = at_once or BATCH
     means, deviations = [], []
     for view in views:
-        padded = np.concatenate([view, np.repeat(view[-1:], -len(view) % BATCH, axis=0)])
-        parts = [autoencoder.encode(network, padded[start : start + BATCH]) for start in range(0, len(padded), BATCH)]
+        padded = np.concatenate([view, np.repeat(view[-1:], -len(view) % size, axis=0)])
+        batches = [padded[start : start + size] for start in range(0, len(padded), size)]
+        parts = [autoencoder.encode(network, batch, precision, at_once) for batch in batches]
         mean, std = (torch.cat(tensors)[: len(view)].to(torch.bfloat16).cpu() for tensors in zip(*parts, strict=True))
         means.append(mean)
         deviations.append(std)

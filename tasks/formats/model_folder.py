@@ -59,6 +59,8 @@ class ExportReport:
     providers: list[str]
     """Execution providers of ONNX Runtime."""
     tensorrt: TensorRTReport
+    precision: str | None = None
+    """"fp16" if the network of the bundle computes in float16; None is float32."""
     control: str | None = None
     """Why the bundle draws without control maps although the model has a ControlNet."""
 
@@ -66,8 +68,8 @@ class ExportReport:
         """Write the report with its format number; equal reports give equal bytes."""
         values = asdict(self)
         values["tensorrt"] = {name: value for name, value in values["tensorrt"].items() if value is not None}
-        if self.control is None:
-            del values["control"]
+        for absent in (name for name in ("precision", "control") if values[name] is None):
+            del values[absent]
         atomic.write_json(file, {"format": self.FORMAT, **values})
 
     @classmethod

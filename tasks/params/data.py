@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tasks.params.control import ControlParams
-from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section
+from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers, count_of
 
 FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 """Refers to the environment variable that contains an address, so that the address is not written to params.yaml."""
@@ -186,8 +186,13 @@ class IngestParams(Section):
     """Largest number of pixels of an image; larger ones go to quarantine."""
     max_image_bytes: PositiveInt = 50_000_000
     """Largest image file in bytes; larger ones go to quarantine."""
-    workers: PositiveInt = 2
+    workers: Workers = "auto"
     """Processes that decode; the output does not depend on their number."""
+
+    @property
+    def worker_count(self) -> int:
+        """The number of workers on this machine."""
+        return count_of(self.workers)
 
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
@@ -262,9 +267,16 @@ class EncodeParams(Section):
     `image.resolution` squared; an empty list crops every image to the square."""
     bucket_multiple: PositiveInt = 64
     """The sides of buckets are multiples of this number of pixels."""
-    workers: PositiveInt = 2
+    workers: Workers = "auto"
     """Threads that decode and, on a CPU, encode; the output does not depend on their number."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     control: ControlParams | None = None
     """Control maps for a ControlNet; null makes none."""
+
+    @property
+    def worker_count(self) -> int:
+        """The number of workers on this machine."""
+        return count_of(self.workers)

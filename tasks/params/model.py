@@ -237,6 +237,8 @@ class TrainParams(Section):
     """Averages of the weights: exponential (decay-0.999) or power-law (std-0.10 or gamma-6.94)."""
     pipeline_ema: str
     """Average that is saved as the pipeline; choosing another one later needs no more training."""
+    ema_every: PositiveInt = 1
+    """Steps between two updates of the averages, each with the decay of all these steps; a divisor of `steps`."""
     ema_snapshots: Annotated[int, Field(ge=0)] = 0
     """Most snapshots of each power-law average that are kept over the run, for `tasks.reconstruct`; 0 keeps none."""
     condition_dropout: Fraction
@@ -247,8 +249,9 @@ class TrainParams(Section):
     """`no` is float32; `bf16` and `fp16` are automatic mixed precision."""
     gradient_accumulation: PositiveInt = 1
     """Parts that a batch is divided into, to save memory."""
-    gradient_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute the activations of each block in the backward pass: less memory, a third more time. 'auto' does so if
+    the free memory of the device cannot hold them."""
     channels_last: bool = False
     """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
     float32 on a CPU."""
@@ -327,6 +330,7 @@ class TrainParams(Section):
                 raise ValueError(
                     f"train.ema has {profile!r}; write decay-0.999 (below 1), std-0.10 (below 0.288) or gamma-6.94"
                 )
+        self._check_ema_every()
         if self.ema_snapshots and all(profile.startswith("decay-") for profile in self.ema):
             raise ValueError(
                 f"train.ema_snapshots {self.ema_snapshots} keeps power-law averages, and train.ema has none; add "
@@ -339,3 +343,30 @@ class TrainParams(Section):
                 f"train.pipeline_ema {self.pipeline_ema!r} is not in train.ema; choose from {', '.join(self.ema)}"
             )
         return self
+
+    def _check_ema_every(self) -> None:
+        """Averages are read at these steps, and must then include the last ones."""
+        read = {"train.steps": self.steps, "train.guide_step": self.guide_step}
+        if self.full_steps and self.control_dropout is not None:
+            read["train.full_steps"] = self.full_steps
+        if self.distil:
+            read["train.distil.after"] = self.distil.after
+        if self.ema_snapshots:
+            read["the distance of two snapshots,"] = snapshot_spacing(self.steps, self.ema_snapshots)
+        for name, step in read.items():
+            if step % self.ema_every:
+                raise ValueError(
+                    f"train.ema_every {self.ema_every} does not divide {name} {step}, where the averages are read; "
+                    "choose a divisor"
+                )
+
+
+def snapshot_spacing(steps: int, most: int) -> int:
+    """Return the steps between two snapshots of the averages: the smallest power of two that gives at most `most`.
+
+    A longer run needs no others of the steps of a shorter one, so it may continue from the checkpoints of that.
+    """
+    spacing = 1
+    while steps // spacing > most:
+        spacing *= 2
+    return spacing

@@ -196,10 +196,13 @@ class ExportParams(Section):
     """The ONNX bundle and its comparison with PyTorch."""
 
     opset: Annotated[int, Field(ge=18, le=26)] = 20
-    """ONNX Runtime does not load later opsets."""
+    """ONNX Runtime does not load opsets after 26. 20 is the fastest on a CPU, see `docs/evaluation.md`."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the network in the ONNX bundle, whose inputs and output stay in float32. `fp16` halves its file, and
+    is faster on a GPU; autoencoder and text encoders stay in float32."""
     max_abs_difference: Annotated[float, Field(gt=0)] = 1e-4
     """Largest difference between the outputs of the ONNX and the PyTorch network, both in full float32; where an output
-    is larger than 1, as a share of the largest."""
+    is larger than 1, as a share of the largest. Not a limit for `precision` fp16, which `min_psnr` limits."""
     min_psnr: PositiveInt = 50
     """Least PSNR in dB between images of the ONNX and the PyTorch sampler from the same noise."""
     latency_batches: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), strict=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Workers = PositiveInt | Literal["auto"]
+"""Number of threads or processes; "auto" is one for each core that this process may use."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
@@ -37,3 +40,10 @@ def require_pin(where: str, weights: str | None, pin: str | None) -> None:
             f"{where}.weights needs {where}.pin, so that every run loads the same weights: the commit of a hub "
             "repository, or the sha256 of the weights' file in a folder or on S3"
         )
+
+
+def count_of(workers: Workers) -> int:
+    """Return the number of workers on this machine."""
+    if workers != "auto":
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

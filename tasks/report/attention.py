@@ -75,8 +75,9 @@ def _recorded(model: Pipeline, drawn: Drawn, step: int, column: int) -> Recorder
     """Evaluate the network once, without guidance, at the state of one sample before `step`."""
     trajectory = drawn.trajectory
     condition, _ = model.condition([drawn.labels[column]] if drawn.labels is not None else None)
+    state = trajectory.states[step][column : column + 1].to(model.device)
     with torch.inference_mode(), recording(model.network) as recorder:
-        predictor(model.network)(trajectory.states[step][column : column + 1], trajectory.times[step], condition)
+        predictor(model.network)(state, trajectory.times[step], condition)
     return recorder
 
 

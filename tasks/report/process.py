@@ -5,6 +5,7 @@ Each function returns `Tiles`, the images of one table of the report, as uint8 [
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.images.pixels import to_uint8
 from models.noise import schedules
 from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Callback, SeededNoise
+from models.parallel import on_devices
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 from tasks.report.animations import FONT, Animation, captioned
@@ -102,15 +104,19 @@ def draw(model: Pipeline, params: VisualizeParams) -> Drawn:
     guided = conditional or set(params.guidance_scales) != {1.0}
     scales = params.guidance_scales if guided else (1.0,) * UNCONDITIONAL_ROWS
     followed = len(scales) // 2 if guided else 0
-    rows, paths = [], []
     with progress(desc="visualize", total=len(scales) * params.steps, unit="step", delay=2) as bar:
-        for row, scale in enumerate(scales):
+
+        def drawn(row: int, scale: float, device: str) -> tuple[np.ndarray, Trajectory]:
+            on = model.on(device)
             seeds = [params.seed + column + (0 if guided else row * params.columns) for column in columns]
-            start = torch.from_numpy(SeededNoise(seeds, model.info.input_shape)()).to(model.device)
-            path = Trajectory(start, spread(params.steps, ANIMATION_FRAMES) if row == followed else (), model.decode)
+            start = torch.from_numpy(SeededNoise(seeds, on.info.input_shape)()).to(device)
+            path = Trajectory(start, spread(params.steps, ANIMATION_FRAMES) if row == followed else (), on.decode)
             callback = _both(path, bar.update)
-            rows.append(model.sample(seeds, labels, params.sampling(scale), batch_size=len(seeds), callback=callback))
-            paths.append(path)
+            images = on.sample(seeds, labels, params.sampling(scale), batch_size=len(seeds), callback=callback)
+            return images, path
+
+        each = [functools.partial(drawn, row, scale) for row, scale in enumerate(scales)]
+        rows, paths = zip(*on_devices(each, model.device), strict=True)
     titles = [f"w = {guidance_name(scale, params.guidance)}" if guided else "" for scale in scales]
     return Drawn(Tiles(to_uint8(np.stack(rows)), titles, names), paths[followed], names, labels, scales[followed])
 
@@ -128,13 +134,18 @@ def spread(total: int, count: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, total - 1, min(total, count))})
 
 
-def _choose(held_out: Samples, count: int) -> list[int]:
-    """Return the indices of `count` held-out images, of evenly spread classes if they have labels."""
-    labels = sorted({int(label) for label in held_out.labels if label >= 0})
-    if not labels:
-        return spread(len(held_out.pixels), count)
-    wanted = [labels[index] for index in spread(len(labels), count)]
-    return [int((held_out.labels == label).argmax()) for label in wanted]
+def held_out_rows(labels: np.ndarray) -> np.ndarray:
+    """Return the held-out images that the pictures show or compare with, as rows of the split with these labels."""
+    return np.asarray([*_choose(labels, FORWARD_ROWS), *spread(len(labels), HELD_OUT_NEIGHBOURS)], np.int64)
+
+
+def _choose(labels: np.ndarray, count: int) -> list[int]:
+    """Return the rows of `count` held-out images, of evenly spread classes if they have labels."""
+    known = sorted({int(label) for label in labels if label >= 0})
+    if not known:
+        return spread(len(labels), count)
+    wanted = [known[index] for index in spread(len(known), count)]
+    return [int((labels == label).argmax()) for label in wanted]
 
 
 def _noised(model: Pipeline, pixels: np.ndarray, path: NoisePath, times: Sequence[int], seed: int) -> np.ndarray:
@@ -154,9 +165,10 @@ def _forward_times(model: Pipeline) -> list[int]:
 
 def forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
     """Show the forward process of a few held-out images."""
-    times, chosen = _forward_times(model), _choose(held_out, FORWARD_ROWS)
+    times, chosen = _forward_times(model), _choose(held_out.labels, FORWARD_ROWS)
     signal = [model.path.level(t).signal for t in times]
-    strips = [_noised(model, held_out.pixels[index], model.path, times, seed + row) for row, index in enumerate(chosen)]
+    pixels = held_out.at(np.asarray(chosen))
+    strips = [_noised(model, image, model.path, times, seed + row) for row, image in enumerate(pixels)]
     return Tiles(
         np.stack(strips),
         [_class_name(model, int(held_out.labels[index])) for index in chosen],
@@ -167,10 +179,11 @@ def forward(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
 
 def forward_by_schedule(model: Pipeline, held_out: Samples, seed: int) -> Tiles:
     """Show the forward process of one held-out image on each path."""
-    times, index = _forward_times(model), _choose(held_out, FORWARD_ROWS)[-1]
+    times, index = _forward_times(model), _choose(held_out.labels, FORWARD_ROWS)[-1]
+    (image,) = held_out.at(np.asarray([index]))
     known, own = known_paths(model), model.info.schedule
     names = list(known)
-    strips = [_noised(model, held_out.pixels[index], path, times, seed) for path in known.values()]
+    strips = [_noised(model, image, path, times, seed) for path in known.values()]
     columns = ["image", *(f"t = {t}" for t in times)]
     return Tiles(np.stack(strips), names, columns, emphasised_row=names.index(own) if own in names else None)
 
@@ -208,7 +221,8 @@ def neighbours(images: Path, image: ImageParams, held_out: Samples, drawn: Drawn
     train = load_pixels(images, "train", image).pixels
     samples = drawn.samples.images[0]
     nearest, distances = nearest_images(samples, train)
-    real = nearest_images(held_out.pixels[spread(len(held_out.pixels), HELD_OUT_NEIGHBOURS)], train)[1]
+    compared = held_out.at(np.asarray(spread(len(held_out.keys), HELD_OUT_NEIGHBOURS)))
+    real = nearest_images(compared, train)[1]
     tiles = Tiles(
         np.stack([samples, train[nearest]]), ["sample", "nearest"], drawn.names, [f"{d:.3f}" for d in distances]
     )

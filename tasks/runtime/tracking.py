@@ -253,13 +253,26 @@ def find_or_create_run(
             if parent:
                 tags[MLFLOW_PARENT_RUN_ID] = parent
             label = run_labels.label(kind, key, params)
-            run = client.create_run(experiment_id(client), tags=tags | label.tags, run_name=label.name)
+            made = client.create_run(experiment_id(client), tags=tags | label.tags, run_name=label.name)
+            run = _first_of(client, made, tag, key)
         missing = [Param(name, str(value)) for name, value in sorted(params.items()) if name not in run.data.params]
         for start in range(0, len(missing), 100):
             client.log_batch(run.info.run_id, params=missing[start : start + 100])
         if run.inputs is None or not run.inputs.dataset_inputs:
             client.log_inputs(run.info.run_id, [_dataset_input(dataset, context=kind)])
     return run
+
+
+def _first_of(client: MlflowClient, made: Run, tag: str, key: str) -> Run:
+    """Return the oldest run with this key; `made` is deleted if a process elsewhere made one meanwhile.
+
+    The lock excludes processes that share the scratch folder, such as the clones of one work tree.
+    """
+    same = client.search_runs([made.info.experiment_id], f"tags.`{tag}` = '{key}'")
+    first = min([made, *same], key=lambda run: (run.info.start_time, run.info.run_id))
+    if first.info.run_id != made.info.run_id:
+        client.delete_run(made.info.run_id)
+    return first
 
 
 def _user() -> str:

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.hashing import files_sha256
+from models.optimization import sharding
 from models.optimization.ema import EMA, gamma_of
 from tasks.formats.averages import FILE, REFERENCE, Averages, Snapshot
+from tasks.params.model import snapshot_spacing
 from tasks.runtime import atomic
 
 if TYPE_CHECKING:
@@ -30,25 +32,25 @@ moves them by as much as the narrow averages differ from each other (docs/traini
 
 
 def kept_steps(steps: int, most: int) -> list[int]:
-    """Return the steps of which a run of `steps` steps keeps snapshots, besides the last: at most `most`.
-
-    They are the multiples of a power of two. A longer run needs no others of the steps of a shorter one, so it may
-    continue from the checkpoints of that.
-    """
+    """Return the steps of which a run of `steps` steps keeps snapshots, besides the last: at most `most`."""
     if not most:
         return []
-    spacing = 1
-    while steps // spacing > most:
-        spacing *= 2
+    spacing = snapshot_spacing(steps, most)
     return [*range(spacing, steps + 1, spacing)]
 
 
 def keep(run: Run) -> None:
-    """Write the averages after this step beside the checkpoints, if it is one to keep."""
+    """Write the averages after this step beside the checkpoints, if it is one to keep.
+
+    The first process calls it, and every process of a sharded run, of which the first one writes.
+    """
     if run.step in kept_steps(run.params.steps, run.params.ema_snapshots):
         for profile, average in _power_laws(run).items():
+            tensors = _tensors(average)
+            if not run.accelerator.is_main_process:
+                continue
             with atomic.writing(run.folder / FOLDER / _name(run.step, profile)) as temporary:
-                save_file(_tensors(average), temporary)
+                save_file(tensors, temporary)
 
 
 def write(averages: Path, run: Run, train_key: str) -> None:
@@ -85,4 +87,4 @@ def _name(step: int, profile: str) -> str:
 
 def _tensors(average: EMA) -> dict[str, Tensor]:
     """Return the average as float32 on the CPU, by parameter name."""
-    return {name: value.cpu().contiguous() for name, value in average.state_dict().items()}
+    return {name: sharding.whole(value).cpu().contiguous() for name, value in average.state_dict().items()}

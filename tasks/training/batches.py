@@ -55,6 +55,17 @@ class Batch:
         parts = [absent if column is None else column.split(size) for column in columns]
         return [Batch(*part) for part in zip(*parts, strict=True)]
 
+    def repeated(self, count: int) -> Batch:
+        """Return `count` times the first sample."""
+
+        def again(column: Tensor) -> Tensor:
+            return torch.cat([column[:1]] * count)
+
+        others = (self.condition, self.control, self.weight)
+        return Batch(
+            again(self.x0), again(self.eps), again(self.t), *(None if each is None else again(each) for each in others)
+        )
+
     @property
     def conditions(self) -> tuple[Tensor | None, ...]:
         """Return what a network is called with after x and t."""

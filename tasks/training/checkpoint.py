@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from models.hashing import file_sha256
 from models.json_files import Description, JsonObject, read_json
+from models.optimization import sharding
 from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 from tasks.runtime.stage import is_disk_full
@@ -105,10 +106,17 @@ class Writer:
         save(self.folder, checkpoint)
 
 
-def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, contiguous; from a GPU to pinned memory, without waiting for it (`copy_finished`)."""
+def host_copies(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous; from a GPU to pinned memory, without waiting for it (`copy_finished`).
+
+    Sharded tensors are gathered one after the other, for which every process calls this; without `keep` nothing is
+    copied.
+    """
     copies = {}
-    for name, tensor in tensors.items():
+    for name, sharded in tensors.items():
+        tensor = sharding.whole(sharded)
+        if not keep:
+            continue
         pinned = tensor.device.type == "cuda"
         copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         copies[name].copy_(tensor.detach(), non_blocking=pinned)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.optimization import sharding
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,7 +27,9 @@ def keep_average(run: Run, name: str) -> None:
     """Copy the average for the pipeline as the companion `name`."""
     average = run.averages[run.params.pipeline_ema]
     run.companions[name] = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)  # which files of weights need
+        key: sharding.whole(value.detach())
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)  # which files of weights need
         for key, value in average.state_dict().items()
     }
 

@@ -55,7 +55,9 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """Return the outermost blocks of the classes `BLOCKS`, in the order of the network."""
     found: list[nn.Module] = []
     for child in network.children():
-        found += [child] if type(child).__name__ in BLOCKS else repeated_blocks(child)
+        # FSDP2 derives the class of a block that it shards from the original one.
+        known = any(kind.__name__ in BLOCKS for kind in type(child).__mro__)
+        found += [child] if known else repeated_blocks(child)
     return found
 
 

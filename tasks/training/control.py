@@ -12,6 +12,7 @@ import torch
 
 from models.networks.controlnet import FOLDER, PREFIX, ControlledUNet, load
 from models.networks.published import read_weights
+from models.networks.text_unet import TextUNet
 from tasks.runtime.errors import StageError
 from tasks.training import key as training_key
 
@@ -38,11 +39,10 @@ def begin(run: Run) -> None:
     if not isinstance(network, ControlledUNet) or not run.params.full_steps or run.step != run.params.full_steps:
         return
     trained = run.averages[run.params.pipeline_ema]
-    with torch.no_grad():
-        torch._foreach_copy_(trained.followed, trained.weights)
-        network.copy_encoder()
-        for average in run.averages.values():
-            torch._foreach_copy_(average.weights, [parameter.float() for parameter in average.followed])
+    trained.copy_to_module()
+    network.copy_encoder()
+    for average in run.averages.values():
+        average.start_anew()
     run.optimizer.state.clear()
 
 
@@ -69,8 +69,13 @@ def load_initial(network: Network, folder: Path) -> None:
 
 
 def narrow_base(network: Network, params: TrainParams, device: torch.device) -> None:
-    """Keep a U-Net that is never trained in bfloat16 on a GPU, in which `train.precision` 'bf16' computes anyway."""
-    if isinstance(network, ControlledUNet) and params.precision == "bf16" and device.type == "cuda":
+    """Keep weights that are never trained in bfloat16 on a GPU, in which `train.precision` 'bf16' computes anyway.
+
+    They are those of the U-Net of a ControlNet or of a LoRA adapter.
+    """
+    if not isinstance(network, TextUNet) or not (network.config.control_widths or network.config.lora_rank):
+        return
+    if params.precision == "bf16" and device.type == "cuda":
         network.freeze_in(torch.bfloat16)
 
 
@@ -79,5 +84,6 @@ def base_weights(run: Run) -> dict[str, Tensor]:
     weights = {name: parameter.detach() for name, parameter in run.network.named_parameters()}
     if run.initial and any(value.dtype != torch.float32 for value in weights.values()):
         published = read_weights(training_key.weights_file(run.initial.folder).parent)
-        weights |= {name: value for name, value in published.items() if not name.startswith(PREFIX)}
+        published = {name: value for name, value in published.items() if not name.startswith(PREFIX)}
+        weights |= run.network.own_names(published) if isinstance(run.network, TextUNet) else published
     return weights

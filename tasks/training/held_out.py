@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.optimization import sharding
 from tasks.training import compiling, tuning
 
 if TYPE_CHECKING:
@@ -35,15 +36,16 @@ def held_out_losses(run: Run) -> dict[str, float]:
 @contextmanager
 def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
     """Replace the weights by an average of them, and training mode by evaluation, within the block."""
-    parameters = average.followed
+    parameters = sharding.local(average.followed)
     trained = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average.weights)
+    sharding.reshard(network)
+    average.copy_to_module()
     network.eval()
     try:
         with compiling.without(network):
             yield
     finally:
         network.train()
+        sharding.reshard(network)
         with torch.no_grad():
             torch._foreach_copy_(parameters, trained)

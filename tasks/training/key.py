@@ -17,7 +17,7 @@ from models.json_files import JsonObject, read_json
 from tasks.formats.codec_info import FILE as CODEC_FILE
 from tasks.params import NO_PATH, DiffusionParams, ModelParams, TrainParams
 from tasks.runtime import atomic, closure
-from tasks.training import checkpoint
+from tasks.training import checkpoint, sharded
 from tasks.training.backward import workers_for
 
 if TYPE_CHECKING:
@@ -127,10 +127,12 @@ def code() -> list[str]:
 
 
 def _arithmetic(model: ModelParams, params: TrainParams, processes: int) -> JsonObject:
-    """Return what the order of summation depends on: the device, and on a CPU the threads and parts of a batch."""
+    """Return what the order of summation depends on: the device, FSDP, and on a CPU threads and parts of a batch."""
+    mode: JsonObject = {"sharded": True} if sharded.wanted() else {}
     if torch.cuda.is_available():
-        return {"device": "cuda"}
-    return {"device": "cpu", THREADS: torch.get_num_threads(), WORKERS: workers_for(model, params, processes)}
+        return {"device": "cuda", **mode}
+    threads = {THREADS: torch.get_num_threads(), WORKERS: workers_for(model, params, processes)}
+    return {"device": "cpu", **threads, **mode}
 
 
 def folder_of(scratch: Path, facts: RunFacts) -> Path:

@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from tasks.runtime.errors import StageError
-from tasks.training import compiling
+from tasks.training import compiling, sharded
 
 if TYPE_CHECKING:
     from tasks.params import TrainParams
 
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-"""Ways to shard weights, as in accelerate's variables ACCELERATE_USE_*; on a CPU accelerate ignores the first."""
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")
+"""Engines that accelerate can be configured for, as in its variables ACCELERATE_USE_*."""
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 """Environment variable with the work space of cuBLAS; of a fixed size, its results are reproducible."""
@@ -32,9 +32,11 @@ def check_fits(params: TrainParams) -> None:
             f"{params.gradient_accumulation} accumulated parts; make it a multiple of {parts}"
         )
     _check_devices(params, processes)
-    for name in SHARDING:
+    for name in UNSUPPORTED:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise sharded(name)
+            raise unsupported(name)
+    if sharded.wanted():
+        sharded.check(params, processes)
     if compiling.wanted(params) and not any(
         shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")
     ):
@@ -57,11 +59,11 @@ def choose_kernels(deterministic: bool) -> None:
         os.environ[CUBLAS] = ":4096:8"
 
 
-def sharded(kind: str) -> StageError:
-    """Return the error for a configuration of accelerate that shards the network."""
+def unsupported(kind: str) -> StageError:
+    """Return the error for a configuration of accelerate that training does not support."""
     return StageError(
-        f"accelerate is configured for {kind}, but training keeps the whole network in each process; use a "
-        "configuration like those in infra/accelerate"
+        f"accelerate is configured for {kind}, which training does not support; use a configuration like those in "
+        "infra/accelerate: infra/accelerate/fsdp.yaml shards a network that is too large for one device"
     )
 
 

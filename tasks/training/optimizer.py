@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.optimization import sharding
 from models.optimization.muon import MuonWithAdamW
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def restore(network: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]
         owner, key = name.rsplit("/", 1)
         parameter = parameters[owner]
         if value.shape == parameter.shape:  # in the parameter's memory format, as the fused step expects
+            value = sharding.like(parameter, value)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
         state.setdefault(indices[owner], {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -22,7 +22,7 @@ from tasks.training.held_out import averaged
 if TYPE_CHECKING:
     from tasks.training.run import Run
 
-STEPS, COLUMNS, ROWS = 20, 10, 4
+STEPS, COLUMNS, ROWS = 10, 10, 4
 CONSISTENCY = "consistency", 2
 """Sampler and steps of a network that is tuned for few steps."""
 LARGE_SAMPLE = 3 * 64 * 64
@@ -32,7 +32,12 @@ MAX_SIDE, MAX_SCALE = 128, 4
 
 
 def sample_grid(run: Run) -> Path:
-    """Draw sample images with the first weight average; returns the PNG, which lies beside the checkpoints."""
+    """Draw sample images with the first weight average; returns the PNG, which lies beside the checkpoints.
+
+    Every process of a sharded run draws them, and the first one writes the file.
+    """
+    # Processes that share a sharded network must call it in the same order, which several threads would not.
+    parallel = "none" if run.sharded else run.accelerator.device.type
     count = COLUMNS * (ROWS if math.prod(run.batches.shape) <= LARGE_SAMPLE else 1)
     condition, control = run.batches.conditions(count), run.batches.controls(count)
 
@@ -42,11 +47,12 @@ def sample_grid(run: Run) -> Path:
 
     with averaged(run.network, run.averages[run.params.ema[0]]):
         # In batches of the training batch's size, which fit in memory.
-        drawn = over_batches(draw, count, run.batches.size, run.accelerator.device.type)
+        drawn = over_batches(draw, count, run.batches.size, parallel)
     shown = pictures.shrunk(np.concatenate(drawn), MAX_SIDE)
     path = grid_path(run.folder, run.step)
     grid = pictures.grid(shown, COLUMNS, max(1, min(MAX_SCALE, MAX_SIDE // shown.shape[-1])))
-    atomic.write_bytes(path, pictures.png_bytes(grid))
+    if run.accelerator.is_main_process:
+        atomic.write_bytes(path, pictures.png_bytes(grid))
     return path
 
 

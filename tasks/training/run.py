@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from models import tuned_text
 from models.device import emulates_bf16
@@ -25,6 +25,7 @@ from models.networks.text_encoder import load_text_encoder
 from models.networks.text_unet import TextUNetConfig
 from models.networks.unet import UNetConfig
 from models.noise.schedules import path_of
+from models.optimization import sharding
 from models.optimization.diffusion import add_noise, squared_error, target
 from models.optimization.ema import EMA
 from models.optimization.timesteps import Density, Timesteps
@@ -33,7 +34,19 @@ from tasks.formats import latents
 from tasks.formats.latents import SQUARE, InputSpec, LatentsIndex
 from tasks.runtime import workspace
 from tasks.runtime.errors import StageError
-from tasks.training import checkpoint, companions, compiling, control, machine, memory, optimizer, tuning, warm_start
+from tasks.training import (
+    activations,
+    checkpoint,
+    companions,
+    compiling,
+    control,
+    machine,
+    memory,
+    optimizer,
+    sharded,
+    tuning,
+    warm_start,
+)
 from tasks.training import key as training_key
 from tasks.training.backward import Backward, SplitBatch, WholeBatch
 from tasks.training.batches import Batch, Batches, DrawConfig, open_conditioning, seed_for
@@ -43,6 +56,7 @@ from tasks.training.prior_mix import PriorMix, Subject, open_mix
 from tasks.training.stores import open_store
 
 if TYPE_CHECKING:
+    from accelerate import FullyShardedDataParallelPlugin
     from accelerate.optimizer import AcceleratedOptimizer
     from torch import Tensor, nn
 
@@ -94,6 +108,11 @@ class Run:
     """Earlier weights for the pipeline, see `tasks/training/companions.py`."""
     initial: InitialWeights | None = None
     """The weights that the training started from."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the network, so that every process must take part in what uses all of it."""
+        return self.accelerator.is_fsdp2
 
 
 def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights | None = None) -> NetworkConfig:
@@ -168,7 +187,8 @@ def assemble(
     The network starts from the `initial` weights, or from random weights. With a `subject` it is trained on that and on
     class images, and its text encoder if that is named.
     """
-    accelerator = _accelerator(params, facts)
+    options = sharded.plugin(params)
+    accelerator = _accelerator(params, facts, options)
     torch.manual_seed(params.seed)
     network = build(config)
     if initial:
@@ -179,24 +199,27 @@ def assemble(
         control.narrow_base(network, params, accelerator.device)
     if subject and subject.codec is not None:
         tuned_text.attach(network, load_text_encoder(subject.codec).towers[0].model)
-    memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
-    # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
-    network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
+    if options:
+        sharded.choose_units(network, options)
+        sharded.compute_in(network, accelerator.device, params)
+    else:  # FSDP2 moves the weights unit by unit, and shards contiguous ones only
+        memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
+        # torch declares no overload of `to` with a device and a memory format, which its documentation lists.
+        network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     module, prepared = accelerator.prepare(network, optimizer.build(network, params))
-    if params.gradient_checkpointing:
-        network.checkpoint_gradients()
     timesteps = timesteps_of(diffusion, accelerator.device)
     batches, held_out = _batches(data, index, accelerator, timesteps, params, subject)
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
     wrapped = module
     if compiling.wanted(params):
-        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")))
-    return Run(
+        large = 0 if options else compiling.LARGE  # FSDP2 gathers weights between the blocks
+        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")), large=large)
+    run = Run(
         accelerator=accelerator,
         network=network,
         module=wrapped,
-        objective=Objective(diffusion, timesteps),
+        objective=Objective(diffusion, timesteps, channels_last=params.channels_last and accelerator.is_fsdp2),
         backward=(SplitBatch(accelerator, wrapped, workers) if workers.count > 1 else WholeBatch(accelerator, wrapped)),
         workers=workers,
         optimizer=prepared,
@@ -211,17 +234,26 @@ def assemble(
         tally=Tally(diffusion.timesteps, accelerator.device),
         initial=initial,
     )
+    if activations.recomputed(run):
+        network.checkpoint_gradients()
+    return run
 
 
-def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
+def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedDataParallelPlugin | None) -> Accelerator:
+    # With FSDP a process never holds whole gradients: each part's are added to the shards at once.
+    parts = GradientAccumulationPlugin(params.gradient_accumulation, sync_each_batch=options is not None)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
         mixed_precision=params.precision,
-        gradient_accumulation_steps=params.gradient_accumulation,
+        gradient_accumulation_plugin=parts,
+        fsdp_plugin=options,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise machine.sharded(accelerator.distributed_type.value)
+    if options:
+        sharded.shard_on_cpu(accelerator, options)
+    kinds = DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP
+    if accelerator.distributed_type not in kinds:
+        raise machine.unsupported(accelerator.distributed_type.value)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
@@ -233,13 +265,16 @@ def _accelerator(params: TrainParams, facts: RunFacts) -> Accelerator:
 class Objective:
     """The training objective: (network, batch) -> the weighted loss of each sample, float32 [B]."""
 
-    def __init__(self, params: DiffusionParams, timesteps: Timesteps) -> None:
+    def __init__(self, params: DiffusionParams, timesteps: Timesteps, channels_last: bool = False) -> None:
         self.params, self.timesteps = params, timesteps
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        """Of the network's input, which decides that of the layers where the weights do not: FSDP2 shards no others."""
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         params = self.params
         alpha, sigma = (scale.float() for scale in self.timesteps.scales(batch.t))
-        output = network(add_noise(batch.x0, batch.eps, alpha, sigma), batch.t, *batch.conditions)
+        x = add_noise(batch.x0, batch.eps, alpha, sigma).contiguous(memory_format=self.memory_format)
+        output = network(x, batch.t, *batch.conditions)
         error = squared_error(output, target(params.prediction, batch.x0, batch.eps, alpha, sigma))
         weights = self.timesteps.weights(batch.t, params.loss_weighting, params.prediction, params.min_snr_gamma)
         return weights * error if batch.weight is None else batch.weight * weights * error
@@ -351,11 +386,18 @@ def gather_tallies(run: Run) -> Tensor:
 
 
 def snapshot(run: Run, tallies: Tensor) -> checkpoint.Checkpoint:
-    """Return everything that determines the rest of the run, with the `gather_tallies` of all processes."""
+    """Return everything that determines the rest of the run, with the `gather_tallies` of all processes.
+
+    Every process of a sharded run calls this; only the first one's has tensors.
+    """
     scaler = run.accelerator.scaler
     last = run.history[-1] if run.history else None
     measured = last.held_out_loss.get(run.params.pipeline_ema) if last and last.step == run.step else None
-    frozen, copies = _frozen(run), checkpoint.host_copies
+    frozen, keep = _frozen(run), run.accelerator.is_main_process
+
+    def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return checkpoint.host_copies(tensors, keep)
+
     return checkpoint.Checkpoint(
         step=run.step,
         network=architecture(run.network.config),
@@ -382,8 +424,10 @@ def _frozen(run: Run) -> set[str]:
 def restore(run: Run, found: checkpoint.Checkpoint) -> None:
     """Load a checkpoint into a run that was just built."""
     frozen = _frozen(run)
-    base = {name: value for name, value in run.network.state_dict().items() if name in frozen}
-    run.network.load_state_dict({**base, **found.tensors["model"]})
+    own = run.network.state_dict()
+    base = {name: value for name, value in own.items() if name in frozen}
+    trained = {name: sharding.like(own[name], value) for name, value in found.tensors["model"].items()}
+    run.network.load_state_dict({**base, **trained})
     for name, average in run.averages.items():
         average.load_state_dict(found.tensors[name])
     optimizer.restore(run.network, run.optimizer, found.tensors[OPTIMIZER])

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from models.optimization import consistency
 from models.optimization.timesteps import Timesteps
 from tasks.training import companions
@@ -42,8 +40,7 @@ def begin(run: Run) -> None:
         return
     companions.keep_average(run, TEACHER)
     teacher = run.averages[run.params.pipeline_ema]
-    with torch.no_grad():
-        torch._foreach_copy_(teacher.followed, teacher.weights)
+    teacher.copy_to_module()
     for average in run.averages.values():
         average.load_state_dict(teacher.state_dict())
     run.optimizer.state.clear()

@@ -70,7 +70,7 @@ def test_again_everything_is_skipped(tree):
     assert results(output) == dict.fromkeys(COMPUTING, "unchanged") | {ALWAYS: "ran"}
     assert "version 1" in output and "version 2" not in output
     work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert work < 15, "10 s on two idle cores, which is less than this much work"
+    assert work < 8, "3 s on two idle cores; loading MLflow alone would be as much again"
 
 
 def test_what_dvc_users_expect_works(tree):

@@ -18,8 +18,13 @@ from flows import server
 from tests.support import tiny
 from tests.support.webhook import Receiver, receiving
 
-SET_UP = """
+BLOCK = """
 import sys
+from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block
+Block(name="team", url=sys.argv[1], json_data={"event": "block", "text": "{{subject}}: {{body}}"}).save("team")
+"""
+"""A block as for Slack or e-mail, whose messages go to an address of the test."""
+SET_UP = """
 from flows import notifications
 for _ in range(2):
     print(notifications.set_up(notifications.Limits(pending=60, running=60)))
@@ -52,16 +57,21 @@ class Prefect:
     def automations(self) -> list[str]:
         return [found["name"] for found in self.api.post("/automations/filter", json={}).raise_for_status().json()]
 
-    def set_up(self, address: str) -> subprocess.CompletedProcess[str]:
+    def set_up(self, address: str, block: str = "") -> subprocess.CompletedProcess[str]:
         """Set the notifications up twice, as two calls of `make serve` do."""
-        variables = self.variables | {"AFTERIMAGE_WEBHOOK_URL": address}
-        command = [sys.executable, "-c", SET_UP]
+        return self.python(SET_UP, AFTERIMAGE_WEBHOOK_URL=address, AFTERIMAGE_NOTIFICATION_BLOCK=block)
+
+    def python(self, code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Python code in a process with the settings of this server."""
+        variables = self.variables | variables
+        command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, cwd=tiny.ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
-def prefect(tmp_path, monkeypatch):
+def prefect(tmp_path, monkeypatch, migrated_prefect):
     database = tmp_path / "elsewhere.db"
+    shutil.copy(migrated_prefect, database)
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{database}")
     monkeypatch.setenv("PREFECT_API_KEY", "somebody's")
     (tmp_path / server.PROCFILE).parent.mkdir()
@@ -69,11 +79,11 @@ def prefect(tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind((server.HOST, 0))
         port = probe.getsockname()[1]
-    variables = server.environment(tmp_path, port)
+    variables = server.environment(tmp_path, port) | {"PYTHONPATH": str(tiny.ROOT)}
     process = server.start(tmp_path, server.SERVER, variables)
     try:
         api = f"{server.url(port)}/api"
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 600
         while not server.answers(api):
             assert time.monotonic() < deadline and server.alive(process)
             time.sleep(0.2)
@@ -84,17 +94,25 @@ def prefect(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # a server of its own
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_failed_crashed_late_and_stuck_runs_reach_the_webhook(prefect):
     with receiving() as receiver:
-        done = prefect.set_up(receiver.address)
+        missing = prefect.set_up(receiver.address, "slack-webhook/team")
+        assert "StageError: Prefect has no block slack-webhook/team; create it on the page Blocks" in missing.stderr
+        made = prefect.python(BLOCK, receiver.address)
+        assert made.returncode == 0, made.stderr
+        done = prefect.set_up(receiver.address, "custom-webhook/team")
         assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == (
+            "failed, crashed, late and stuck runs are reported to the webhook of AFTERIMAGE_WEBHOOK_URL"
+            " and the block custom-webhook/team"
+        )
         assert "a-secret-path" not in done.stdout + done.stderr
         assert len(prefect.automations()) == len(set(prefect.automations())) == 5
         _go_through_all(prefect, receiver)
     with sqlite3.connect(prefect.root / "elsewhere.db") as store:  # the caller's database, and not the default
         stored = [row[0] for row in store.execute("select cast(data as text) from block_document")]
-    assert len(stored) == 1 and "a-secret-path" not in stored[0]
+    assert len(stored) == 2 and "a-secret-path" not in "".join(stored)
     assert not (prefect.root / ".prefect" / "home" / "prefect.db").exists()
     assert "a-secret-path" not in (prefect.root / server.LOGS / "server.log").read_text()
     assert "notifications are off" in prefect.set_up("").stdout
@@ -109,16 +127,24 @@ def _go_through_all(prefect: Prefect, receiver: Receiver) -> None:
     failed = prefect.run_through("crow", running, {"type": "FAILED", "message": 'train: error: "loss" <nan>'})
     prefect.run_through("bat", running, {"type": "CRASHED", "message": "No heartbeat"})
     prefect.run_through("snail", {"type": "SCHEDULED", "name": "Late"})
-    body = receiver.wait_for("failed", 120)
+    body = receiver.wait_for("failed", 300)
     assert body["text"] == 'crow: failed: train: error: "loss" <nan>'
     assert (body["flow"], body["flow_run"], body["state"]) == ("afterimage-test", failed, "Failed")
     assert failed in body["url"]
-    assert receiver.wait_for("crashed", 120)["text"] == "bat: crashed: No heartbeat"
-    assert receiver.wait_for("late", 120)["text"] == "snail: has not started in time"
-    assert receiver.wait_for("stuck-pending", 120)["flow_run"] == stuck
-    assert receiver.wait_for("stuck-running", 120)["flow_run"] == slow
-    assert good not in {body["flow_run"] for body in receiver.received}
-    assert len(receiver.received) == 5
+    assert receiver.wait_for("crashed", 300)["text"] == "bat: crashed: No heartbeat"
+    assert receiver.wait_for("late", 300)["text"] == "snail: has not started in time"
+    assert receiver.wait_for("stuck-pending", 300)["flow_run"] == stuck
+    assert receiver.wait_for("stuck-running", 300)["flow_run"] == slow
+    receiver.wait_until(lambda received: len({body["text"] for body in received}) == 10, 300)  # some may come twice
+    texts = sorted({body["text"] for body in receiver.received if body["event"] == "block"})
+    assert [text.splitlines()[0] for text in texts] == [
+        "Afterimage: crashed run: bat: crashed: No heartbeat",
+        'Afterimage: failed run: crow: failed: train: error: "loss" <nan>',
+        "Afterimage: late run: snail: has not started in time",
+        "Afterimage: stuck-pending run: owl: was taken by a worker and does not start",
+        "Afterimage: stuck-running run: tortoise: runs unusually long",
+    ]
+    assert good not in str(receiver.received)
 
 
 def test_only_the_variables_of_the_servers_database_are_passed_on(tmp_path, monkeypatch):

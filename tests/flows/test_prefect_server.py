@@ -129,16 +129,20 @@ def free_port() -> int:
 def command(root: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=root, env=kept, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", module, *arguments], cwd=root, env=kept, capture_output=True, text=True, timeout=900
     )
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, chain: Chain, migrated_database: Path) -> Iterator[Served]:
+def served(
+    tmp_path_factory: pytest.TempPathFactory, chain: Chain, migrated_database: Path, migrated_prefect: Path
+) -> Iterator[Served]:
     # Another time limit makes `download` run, which gives the same files; so what follows is in the cache.
     root = tiny.tree(tmp_path_factory.mktemp("served"), "download.timeout_seconds=1800")
     shutil.copytree(chain.cache, root / ".dvc" / "cache", dirs_exist_ok=True)
     shutil.copy(migrated_database, root / "mlflow.db")
+    (root / ".prefect" / "home").mkdir(parents=True)
+    shutil.copy(migrated_prefect, root / ".prefect" / "home")
     schedule = root / "prefect.yaml"
     text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 10\n", schedule.read_text())
     half_an_hour_away = f"{(datetime.now(UTC).minute + 30) % 60} * * * *"

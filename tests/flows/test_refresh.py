@@ -1,4 +1,4 @@
-"""The flows on a toy chain and a real Prefect API: refreshed data, pushed results, kept records."""
+"""The flows on a toy chain and a real Prefect API: parallel stages, refreshed data, pushed results, kept records."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def prefect():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
         loopback.exempt(os.environ)
-        with prefect_test_harness(server_startup_timeout=180):
+        with prefect_test_harness(server_startup_timeout=600):
             yield
 
 
@@ -80,6 +80,82 @@ def toy(prefect, tmp_path, migrated_database, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(root)
     return root
+
+
+DIAMOND = """\
+stages:
+  first: {cmd: cp ../source.txt first.txt, outs: [first.txt]}
+  left: {cmd: python slow.py left first.txt, deps: [first.txt], outs: [left.txt]}
+  right: {cmd: python slow.py right first.txt, deps: [first.txt], outs: [right.txt]}
+  timed: {cmd: python slow.py timed first.txt, deps: [first.txt], outs: [timed.txt], meta: {alone: true}}
+  last: {cmd: "cat left.txt right.txt > last.txt", deps: [left.txt, right.txt, timed.txt], outs: [last.txt]}
+"""
+SLOW = """\
+import pathlib, sys, time
+name, reads = sys.argv[1:]
+begin = time.time()
+text = pathlib.Path(reads).read_text()
+if text == "bad " + name:
+    sys.exit(f"{name}: error: it is bad")
+time.sleep({"left": 4, "right": 2, "timed": 1}[name])
+pathlib.Path(name + ".txt").write_text(text + name)
+pathlib.Path(name + ".span").write_text(f"{begin} {time.time()}")
+"""
+
+
+@pytest.fixture
+def diamond(toy: Path) -> Path:
+    """A toy chain with three independent stages, one of which must run alone."""
+    (toy / "dvc.yaml").write_text(DIAMOND)
+    (toy / "slow.py").write_text(SLOW)
+    return toy
+
+
+def span(root: Path, stage: str) -> tuple[float, float]:
+    begin, end = (root / f"{stage}.span").read_text().split()
+    return float(begin), float(end)
+
+
+def overlap(root: Path, one: str, other: str) -> bool:
+    (begin, end), (start, stop) = span(root, one), span(root, other)
+    return begin < stop and start < end
+
+
+def test_independent_stages_run_at_the_same_time_and_leave_the_same_lock_file(diamond):
+    from flows.chain import pipeline
+
+    state = pipeline(jobs=2, return_state=True)
+    assert state.is_completed(), state.message
+    assert state.message == "ran first, left, right, timed, last; 0 of 5 stages cached"
+    assert overlap(diamond, "left", "right")
+    assert not overlap(diamond, "left", "timed") and not overlap(diamond, "right", "timed")
+    together = (diamond / "dvc.lock").read_bytes()
+    again = pipeline(jobs=2, return_state=True)
+    assert again.message == "ran nothing; 5 of 5 stages cached"
+    assert (diamond / "dvc.lock").read_bytes() == together
+
+    (diamond / "dvc.lock").unlink()
+    shutil.rmtree(diamond / ".dvc" / "cache")
+    assert pipeline(jobs=1, return_state=True).is_completed()
+    assert not overlap(diamond, "left", "right")
+    assert (diamond / "dvc.lock").read_bytes() == together
+
+
+def test_a_failed_stage_stops_those_after_it_and_the_one_beside_it_ends(diamond):
+    from flows.chain import pipeline
+
+    (diamond.parent / "source.txt").write_text("bad right")
+    state = pipeline(jobs=2, return_state=True)
+    assert state.is_failed() and state.message == "right: error: it is bad"
+    results = {row["stage"]: row["result"] for row in json.loads(artifact("stages").data)}
+    assert results == {
+        "first": "Completed",
+        "left": "Completed",
+        "right": "Failed",
+        "timed": "not reached",
+        "last": "not reached",
+    }
+    assert "right.txt" not in (diamond / "dvc.lock").read_text() and "left.txt" in (diamond / "dvc.lock").read_text()
 
 
 def artifact(key: str):

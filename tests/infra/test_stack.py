@@ -17,17 +17,15 @@ import jsonschema
 import pytest
 import yaml
 
+from flows import deploy
 from infra import buckets, mlflow_server
 from tests.support import s3_site
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS, KUBERNETES = ROOT / "infra" / "containers", ROOT / "infra" / "kubernetes"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")
-POOLS = {
-    "afterimage-kubernetes": KUBERNETES / "pool.json",
-    "afterimage-docker": CONTAINERS / "docker-pool.json",
-}
-"""Work pool -> the template of its jobs."""
+POOLS = {name: ROOT / file for name, file in deploy.TEMPLATES.items() if file}
+"""Type of a work pool -> the template of its jobs."""
 REQUIRED = re.compile(r"\$\{\w+:\?[^}]+\}")
 SECRET = re.compile(r"password|secret|access_key|auth_string|login", re.I)
 SERVICE = {
@@ -178,20 +176,25 @@ def templates() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield name, document, document["spec"]["template"]
 
 
-def test_remote_deployments_pull_code_and_data_and_name_a_pool_and_a_flow():
-    document = dict(manifests())["deployments.yaml"]
+def test_remote_deployments_pull_code_and_data_and_name_a_flow():
+    document = deploy.compose(ROOT, "afterimage-kubernetes", "https://git.example.org/afterimage.git", "main")
     clone, pull = (next(iter(step.items())) for step in document["pull"])
-    assert clone[0].endswith(".git_clone") and not SECRET.search(clone[1]["repository"])
+    assert clone[0].endswith(".git_clone") and clone[1]["branch"] == "main"
     assert pull[0].endswith(".run_shell_script") and pull[1]["script"].startswith("dvc pull ")
     assert pull[1]["directory"] == f"{{{{ {clone[1]['id']}.directory }}}}"
+    names = {deployment["name"] for deployment in document["deployments"]}
+    assert names == {
+        f"{name}-kubernetes" for name in ("nightly", "on-demand", "sweep", "champion-check", "data-refresh")
+    }
     for deployment in document["deployments"]:
         file, _, flow = deployment["entrypoint"].partition(":")
         assert re.search(rf"^def {flow}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
-        template = json.loads(POOLS[deployment["work_pool"]["name"]].read_text(encoding="utf-8"))
-        assert deployment["work_pool"].get("job_variables", {}).keys() <= template["variables"]["properties"].keys()
+        assert deployment["work_pool"] == {"name": "afterimage-kubernetes"}
+        started = deployment.get("parameters", {}).get("pipeline", "afterimage/nightly-kubernetes")
+        assert started.partition("/")[2] in names
 
 
-@pytest.mark.parametrize("name", ["afterimage-kubernetes", "afterimage-docker"])
+@pytest.mark.parametrize("name", ["kubernetes", "docker"])
 def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(name):
     from prefect.server.schemas.actions import validate_base_job_template
 
@@ -202,7 +205,7 @@ def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(n
     for values in template["variables"]["properties"].values():
         if "default" in values:
             jsonschema.validate(values["default"], values)
-    if name.endswith("docker"):
+    if name == "docker":
         created = template["variables"]["properties"]["container_create_kwargs"]["default"]
         assert created["device_requests"][0]["Capabilities"] == [["gpu"]]
         assert (created["user"], created["cap_drop"]) == ("1000", ["ALL"])
@@ -217,7 +220,7 @@ def test_prefect_accepts_the_pools_and_their_jobs_have_a_gpu_and_no_privileges(n
 def test_the_kustomization_lists_its_manifests():
     kustomization = dict(manifests())["kustomization.yaml"]
     listed = set(kustomization["resources"])
-    assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml", "deployments.yaml"}
+    assert listed == {name for name, _ in manifests()} - {"kustomization.yaml", "gpu-job.yaml"}
     for name in ("databases.sql", "storage.sh"):  # kustomize reads no file outside of its folder
         assert (KUBERNETES / name).read_text() == (CONTAINERS / name).read_text()
     generated = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.lora import FILE, merge_adapters, read_adapter
-from models.networks.text_unet import TextUNet, TextUNetConfig
+from models.networks.text_unet import TextUNet, TextUNetConfig, adapter
 from tests.support.networks import randomised
 
 CONFIG = TextUNetConfig(8, 2, 32, (8, 16), (False, True), 1, 4, attention_head_dim=8)
@@ -102,3 +103,10 @@ def test_what_is_no_adapter_is_refused_in_one_sentence(tmp_path, content, compla
         save_file(content, tmp_path / FILE)
     with pytest.raises(ValueError, match=complaint):
         read_adapter(tmp_path)
+
+
+def test_weights_without_an_adapter_do_not_load_diffusers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.utils", None)  # its import raises
+    assert adapter({"conv_in.weight": torch.zeros(1)}) == {}
+    with pytest.raises(ImportError):
+        adapter({"mid_block.to_q.lora_A.default.weight": torch.zeros(1)})

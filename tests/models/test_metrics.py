@@ -8,6 +8,8 @@ import pytest
 import scipy.linalg
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from models.judges import metrics
@@ -103,6 +105,23 @@ def test_kernel_distance_equals_the_unbiased_estimate_by_hand():
     x, y = features(90, 10, 9), features(90, 10, 10, shift=0.3)  # of one size, so every subset is the whole
     assert metrics.kernel_distance(x, y) == pytest.approx(kernel_by_hand(x, y), rel=1e-9)
     assert metrics.squared_mmd(x, y[:40]) == pytest.approx(kernel_by_hand(x, y[:40]), rel=1e-9)
+
+
+@pytest.mark.parametrize("most", [metrics.MOST_IN_ONE_KERNEL, 100])
+@pytest.mark.parametrize(("n", "m", "size"), [(150, 90, 90), (90, 150, 90), (130, 140, 40)])
+def test_kernel_distance_equals_torchmetrics(n, m, size, most, monkeypatch):
+    """On the same subsets, whether one kernel matrix serves all of them or each has its own."""
+    monkeypatch.setattr(metrics, "KERNEL_SUBSET_SIZE", size)
+    monkeypatch.setattr(metrics, "MOST_IN_ONE_KERNEL", most)
+    x, y = features(n, 10, 17), features(m, 10, 18, shift=0.3)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(5)
+        metric = KernelInceptionDistance(Passthrough(10), subsets=metrics.KERNEL_SUBSETS, subset_size=size)
+        metric.update(torch.from_numpy(y), real=True)
+        metric.update(torch.from_numpy(x), real=False)
+        expected = float(metric.compute()[0])
+    assert metrics.kernel_distance(x, y, seed=5) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_of_unequal_sizes_takes_subsets_by_the_seed_and_leaves_torch_alone():
@@ -209,6 +228,16 @@ def test_inception_style_score_by_hand():
     p /= p.sum(1, keepdims=True)
     by_hand = math.exp((p * np.log(p / p.mean(0))).sum(1).mean())
     assert metrics.inception_style_score(logits) == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_inception_style_score_equals_torchmetrics():
+    logits = np.random.default_rng(19).normal(size=(70, 6)).astype(np.float32) * 9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric = InceptionScore(torch.nn.Identity(), splits=1)
+        metric.update(torch.from_numpy(logits.astype(np.float64)))
+        expected = float(metric.compute()[0])
+    assert metrics.inception_style_score(logits) == pytest.approx(expected, rel=1e-9)
 
 
 class Embedding:

@@ -12,6 +12,7 @@ from models.networks import guidance
 from models.networks.guidance import Joined
 from models.networks.network import predictor
 from models.networks.precision import in_precision
+from models.networks.text_unet import TextUNet, TextUNetConfig
 from models.networks.unet import UNet, UNetConfig
 from models.noise.samplers import Sampling, SchedulerConfig, SeededNoise
 from models.noise.schedules import path_of
@@ -77,9 +78,16 @@ def test_guidance_takes_two_calls_after_the_memory_did_not_suffice(pipeline, mon
     expected = pipeline.sample(range(3), [0, 1, 0], GUIDED)
     counted = Counted(pipeline.network, most=5)
     monkeypatch.setattr(guidance, "joins", lambda device: True)
-    drawn = replace(pipeline, network=counted).sample(range(3), [0, 1, 0], GUIDED)
+    full = replace(pipeline, network=counted)
+    drawn = full.sample(range(3), [0, 1, 0], GUIDED)
     assert counted.batches == [6, *[3] * 8]
     assert np.array_equal(drawn, expected)
+    counted.batches.clear()
+    full.sample(range(3), [0, 1, 0], GUIDED)
+    assert counted.batches == [3] * 8, "later batches do not try again"
+    counted.batches.clear()
+    full.sample(range(2), [0, 1], GUIDED)
+    assert counted.batches == [4] * 4, "a smaller batch fits"
 
 
 def test_context_and_maps_are_given_to_both_halves_of_a_joined_call():
@@ -89,7 +97,7 @@ def test_context_and_maps_are_given_to_both_halves_of_a_joined_call():
 
     x, context, maps = torch.randn(2, 1, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)
     condition, null = torch.tensor([1.0, 2.0]), torch.zeros(2)
-    found = Joined(Summed(), context, maps, "no")(x, 3, condition, null)
+    found = Joined(Summed(), context, maps, "no", Summed())(x, 3, condition, null)
     one = predictor(Summed(), context, maps)
     assert all(torch.equal(a, b) for a, b in zip(found, (one(x, 3, condition), one(x, 3, null)), strict=True))
 
@@ -153,3 +161,29 @@ def test_which_samplers_draw_noise_after_the_first(pipeline, sampling, adds):
     with torch.inference_mode():
         sample(pipeline.denoiser([0, 1]), noise, pipeline.scheduler, sampling)
     assert (len(count) > 1) == adds == sampling.adds_noise
+
+
+def test_the_frozen_base_of_an_adapter_in_bfloat16_trains_the_same_for_less_memory():
+    """Autocast converts the base to bfloat16 at every call, so storing it so changes neither loss nor gradient."""
+    config = TextUNetConfig(
+        size=8, channels=4, cross_attention_dim=32, block_out_channels=(16, 32), attention=(False, True),
+        layers_per_block=1, norm_num_groups=8, attention_head_dim=8, lora_rank=2,
+    )  # fmt: skip
+    network = randomised(TextUNet(config))
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 32)
+
+    def loss_and_gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = network(*inputs).float().square().mean()
+        return [loss, *torch.autograd.grad(loss, trained)]
+
+    def size():
+        return sum(parameter.nbytes for parameter in network.parameters())
+
+    wide, before = loss_and_gradients(), size()
+    network.freeze_in(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(wide, loss_and_gradients(), strict=True))
+    assert {parameter.dtype for parameter in trained} == {torch.float32} == {network.conv_norm_out.weight.dtype}
+    assert network.conv_in.weight.dtype == torch.bfloat16
+    assert size() < 0.55 * before

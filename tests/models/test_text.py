@@ -88,7 +88,44 @@ def test_an_embedding_does_not_depend_on_its_company(through):
 
     encoder = load_text_encoder(through() / "codec")
     many = [f"one cat here and {n} more" for n in range(70)]
-    assert torch.equal(encoder.encode(many)[69], encoder.encode(many[69:])[0])
+    embedded = encoder.encode(many)
+    assert torch.equal(embedded[69], encoder.encode(many[69:])[0])
+    lower = encoder.encode(many, "bf16")
+    assert lower.dtype == torch.float32
+    assert 1e-5 < (lower - embedded).square().mean().sqrt() / embedded.square().mean().sqrt() < 0.02
+    assert encoder.on("meta").model.device.type == "meta" and encoder.model.device.type == "cpu"
+
+
+def test_captions_are_divided_among_gpus_and_embedded_in_the_precision_of_encode(through, monkeypatch):
+    from models import parallel
+    from models.networks.text_encoder import TextEncoder
+    from tasks.encoding import texts
+    from tasks.encoding.rows import read_rows
+    from tasks.formats.codec_info import CodecInfo
+
+    out = through()
+    rows = read_rows(out / "images", [(8, 8)])
+    calls = []
+    encode_texts = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "on", lambda encoder, name: calls.append(name) or encoder)
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda *a, precision: calls.append(precision) or encode_texts(*a, precision)
+    )
+    monkeypatch.setattr(parallel, "devices_of", lambda device: ("cpu:0", "cpu:1"))
+    monkeypatch.setattr(texts, "PART", 2)
+
+    def written(precision: str, folder: str) -> torch.Tensor:
+        (out / folder).mkdir()
+        calls.clear()
+        embeddings = texts.CaptionEmbeddings(out / "codec", CodecInfo.load(out / "codec"), rows, precision)
+        embeddings.write(out / folder, 1000)
+        return embeddings.blocks.take([texts._text_hash(text) for text in embeddings.captions])["embeddings"]
+
+    known = written("no", "again")
+    assert not calls, "nothing is new"
+    lower = written("bf16", "lower")
+    assert set(calls) == {"cpu:0", "cpu:1", "bf16"} and calls.count("bf16") == 3
+    assert not torch.equal(known, lower) and torch.allclose(known.float(), lower.float(), atol=0.1)
 
 
 def test_the_same_again_gives_the_same_bytes(through):

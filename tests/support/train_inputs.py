@@ -140,6 +140,7 @@ def write_params(
     dropout: float = 0.0,
     architecture: str = "unet",
     control: bool = False,
+    lora_rank: int | None = None,
     **train,
 ) -> None:
     """Write parameters of 60 steps, whose rows, checkpoints and grids coincide at some steps and not at others."""
@@ -152,7 +153,7 @@ def write_params(
         document["edit"]["guidance_scale"] = 1.0
         document["visualize"]["guidance_scales"] = [1.0]
     document["model"] |= {"block_out_channels": [8, 16], "attention": [False, True], "norm_num_groups": 4}
-    document["model"]["dropout"] = dropout
+    document["model"] |= {"dropout": dropout, "lora_rank": lora_rank}
     if control:
         document["encode"]["control"] = {"kind": "colour", "colour_cells": 4}
         document["model"]["control_widths"] = [8]

@@ -202,6 +202,17 @@ def test_a_lower_precision_is_a_column_and_is_compared_with_float32(tree, evalua
     assert again.measures == lower.measures, "what draws by the protocol draws in its precision"
 
 
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_agrees_with_float32_and_repeats(tree, tmp_path):
+    """In NHWC there; on a machine without a GPU the same runs on its CPU."""
+    first, second = (
+        measured_in(run(tree, tmp_path / where, PARAMS.model_copy(update={"precision": "bf16"}))) for where in "ab"
+    )
+    assert 20 < first.precision_parity.worst_psnr_db < 100
+    for name, measure_ in first.measures.items():
+        assert second.measures[name].value == pytest.approx(measure_.value, rel=0.02), name
+
+
 def test_fp16_needs_a_gpu(tree, tmp_path, monkeypatch):
     monkeypatch.setattr("models.device.best_device", lambda: "cpu")
     with pytest.raises(StageError, match="'fp16' needs a GPU; use 'bf16' or 'no'"):

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from PIL import Image
 
 from models import masks, onnx_graph, tensorrt_engine
 from models.bundle import CPU, Bundle
+from models.bundle_session import Session
 from models.editing import edit
 from models.images.pixels import to_uint8
 from models.noise.samplers import OF_DIFFUSION, Sampling
@@ -177,6 +179,17 @@ def test_the_bundles_command_repaints_what_is_white_in_a_mask(tree, tmp_path):
     assert run.returncode == 2 and "a mask changes an image; give one" in run.stderr
 
 
+def test_inputs_that_stay_in_a_devices_memory_give_the_same_pixels(tree):
+    """Here the memory is that of the CPU; on a GPU the bundle does so by itself."""
+    folder, options = tree / "outputs" / "onnx", onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    copied, bound = Bundle(folder, threads=1), Bundle(folder, threads=1)
+    bound.session = Session(folder / "unet.onnx", options, [CPU], bound="cpu")
+    for sampling in (Sampling("ddpm", 4, guidance_scale=2.0), Sampling("dpm_solver_pp_2m", 3)):
+        assert np.array_equal(*(each.sample(range(5), LABELS, sampling) for each in (copied, bound)))
+    assert len(bound.session._places) == 1
+
+
 def test_an_image_depends_on_its_seed_and_label_alone(bundle):
     sampling = Sampling("ddpm", TIMESTEPS, guidance_scale=1.5)
     together = bundle.sample([7, 8, 9], [0, 1, 2], sampling)
@@ -211,16 +224,46 @@ def test_a_network_that_differs_fails_the_stage_and_leaves_nothing(tree, tmp_pat
     model_outputs.write_accepted(tmp_path / "data" / "accepted.json")
     own = onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
     right = iter([own, own])  # the second is the guide's graph
-    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: next(right))
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda *_: next(right))
     with pytest.raises(StageError, match=r"differs from PyTorch's by .* \(guide, batch .* export\.max_abs_difference"):
         model_outputs.run_export(tmp_path)
-    monkeypatch.setattr(onnx_graph, "to_onnx", lambda pipeline, opset: graph)
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda *_: graph)
     with pytest.raises(StageError, match=r"differs from PyTorch's by .* export\.max_abs_difference"):
         model_outputs.run_export(tmp_path)
     with pytest.raises(StageError, match=r"agree with PyTorch's to .* export\.min_psnr"):
         model_outputs.run_export(tmp_path, PARAMS.model_copy(update={"max_abs_difference": 1.0, "min_psnr": 100}))
     assert not (tmp_path / "outputs" / "onnx").exists()
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_network_in_float16_draws_nearly_the_same_images(tree, tmp_path):
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    folder = shutil.copytree(tree / "outputs" / "onnx", tmp_path / "onnx")
+    (folder / "guide.onnx").unlink()
+    onnx_graph.write(onnx_graph.to_onnx(trained, PARAMS.opset, "fp16"), folder / "unet.onnx")
+    graph, whole = onnx.load(folder / "unet.onnx"), onnx.load(tree / "outputs" / "onnx" / "unet.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert shapes(graph) == shapes(whole)
+    kinds = [value.type.tensor_type.elem_type for value in [*graph.graph.input, *graph.graph.output]]
+    assert kinds == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT]
+    halves = {weight.name for weight in graph.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
+    assert {"conv_in.weight", "conv_out.weight"} <= halves
+    params = PARAMS.model_copy(update={"precision": "fp16", "max_abs_difference": 1e-9})
+    found = stage_export._parity(trained, Bundle(folder, threads=1), params)
+    assert found.precision == "fp16"
+    assert 1e-5 < found.max_abs_difference < 1e-2, "its limit is that of the images"
+    assert PARAMS.min_psnr < found.min_psnr_db < 90
+    params = params.model_copy(update={"min_psnr": 90})
+    with pytest.raises(StageError, match=r"not over export\.min_psnr 90; try export\.precision 'fp32'"):
+        stage_export._parity(trained, Bundle(folder, threads=1), params)
+
+
+def test_images_that_overflowed_agree_with_none():
+    image = np.linspace(-0.01, 0.01, 16, dtype=np.float32).reshape(1, 1, 4, 4)
+    plain, unknown = np.zeros_like(image), np.full_like(image, np.nan)
+    assert stage_export._psnr(image, image) == 200
+    assert stage_export._psnr(plain, image) == stage_export._psnr(unknown, image) == 0
+    assert stage_export._psnr(plain, plain) == 200, "an image that is plain in PyTorch as well"
 
 
 def test_a_large_network_is_compared_at_fewer_points(tree, tmp_path, monkeypatch):
@@ -257,12 +300,6 @@ def test_the_reference_runs_on_the_gpu_and_the_trace_on_the_cpu(tmp_path, monkey
     assert opened == ["cpu", "cuda"]
 
 
-def test_a_batch_beyond_the_profile_of_tensorrt_is_refused():
-    engine = tensorrt_engine.Engine.__new__(tensorrt_engine.Engine)  # without a GPU
-    with pytest.raises(ValueError, match="the TensorRT engine takes at most 256 images at a time, not 257; draw fewer"):
-        engine.predict(np.zeros((257, 1, 2, 2), np.float32), 3)
-
-
 def test_an_engine_is_found_again_by_its_content(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 10 on a GPU")
     graph = tmp_path / "unet.onnx"
@@ -273,11 +310,22 @@ def test_an_engine_is_found_again_by_its_content(tmp_path, monkeypatch):
     keys.append(tensorrt_engine.cache_key(graph))
     graph.write_bytes(b"another graph")
     keys.append(tensorrt_engine.cache_key(graph))
-    monkeypatch.setattr(tensorrt_engine, "BATCHES", (1, 8, 64))
+    monkeypatch.setattr(tensorrt_engine, "LARGE_BYTES", 10)
     keys.append(tensorrt_engine.cache_key(graph))
     monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 11 on a GPU")
     keys.append(tensorrt_engine.cache_key(graph))
     assert len(set(keys)) == len(keys)
+
+
+def test_latencies_beyond_the_profile_of_tensorrt_are_refused_before_an_engine_is_built(tree, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine, "unavailable_because", lambda: None)
+    params, graph = PARAMS.model_copy(update={"latency_batches": (1, 257)}), tree / "outputs" / "onnx" / "unet.onnx"
+    trained = load_pipeline(tree / "outputs" / "pipeline")
+    with pytest.raises(StageError, match=r"takes at most 256 images at a time; lower export\.latency_batches"):
+        stage_export._tensorrt(trained, graph, params)
+    monkeypatch.setattr(tensorrt_engine, "LARGE_BYTES", 10)
+    with pytest.raises(StageError, match="takes at most 16 images at a time"):
+        stage_export._tensorrt(trained, graph, PARAMS.model_copy(update={"latency_batches": (32,)}))
 
 
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):

@@ -1,4 +1,4 @@
-"""A full disk while a checkpoint is written: one sentence, and the previous checkpoint is kept."""
+"""A full disk, in every stage and while a checkpoint is written: one sentence, and nothing half-written is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime import stage
+from tests.support.stage_drill import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_TWICE = """
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 import torch
 from tasks.runtime import stage
+from tests.support.stage_drill import STAGES
 from tasks.training import checkpoint
 def saved(folder: Path) -> None:
     for step in (1, 2):
@@ -28,14 +30,20 @@ stage.main(saved)
 """
 
 
-@pytest.mark.parametrize(("size", "extra"), [(100_000, 0), (1000, 2_000_000)], ids=["weights", "history"])
-def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tmp_path):
-    """On a file system of 600 KB, which any user can mount in an own namespace."""
-    disk = tmp_path / "disk"
+def mount_on(disk: Path) -> str:
+    """The command that mounts a small file system on the new folder `disk`; skips the test where that is refused."""
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=600k none {shlex.quote(str(disk))}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine does not allow users to mount a file system")
+    return mount
+
+
+@pytest.mark.parametrize(("size", "extra"), [(100_000, 0), (1000, 2_000_000)], ids=["weights", "history"])
+def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tmp_path):
+    """On a file system of 600 KB, which any user can mount in an own namespace."""
+    disk = tmp_path / "disk"
+    mount = mount_on(disk)
     script = SAVE_TWICE.replace("SIZE", str(size)).replace("EXTRA", str(extra))
     save = shlex.join([sys.executable, "-c", script, str(disk / "run")])
     done = subprocess.run(
@@ -47,6 +55,19 @@ def test_a_full_disk_while_a_checkpoint_is_saved_is_one_sentence(size, extra, tm
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("saved: error: ") and "no space left on the device" in done.stderr
     assert done.stdout.splitlines()[1:] == ["code 1", "step-00000001"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_stage_on_a_full_disk_is_one_sentence_and_a_rerun_completes_it(tmp_path, migrated_database, capsys):
+    """Twice each, with a random amount of free space that is too little for the stage, or for DVC's cache."""
+    disk = tmp_path / "disk"
+    mount_on(disk)
+    drill = [sys.executable, "-m", "tests.support.full_disk", str(disk), str(migrated_database)]
+    seed = os.environ.get("AFTERIMAGE_DRILL_SEED") or "0"
+    with capsys.disabled():
+        done = subprocess.run(["unshare", "-rm", *drill, str(2 * len(STAGES)), seed], cwd=ROOT)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.support import tiny
-
-STAGES = list(yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
-TIMES = "reports/timing/"  # the one folder whose bytes differ from run to run; no stage reads it
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AFTERIMAGE_"))}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
+from tests.support.stage_drill import STAGES, environment, hashes
 
 
 def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> dict[str, float]:
@@ -50,13 +42,6 @@ def repro(tree: Path, kill_in: str | None = None, after: float = 0.0) -> dict[st
     assert process.returncode == (-signal.SIGKILL if kill_in else 0), log.read_text(errors="replace")[-3000:]
     ends = [*list(began.values())[1:], time.monotonic()]
     return {stage: end - start for (stage, start), end in zip(began.items(), ends, strict=True)}
-
-
-def hashes(tree: Path) -> dict[str, str]:
-    """Path -> hash of everything that the chain wrote, as DVC recorded it."""
-    lock = yaml.safe_load((tree / "dvc.lock").read_text(encoding="utf-8"))
-    outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
-    return {out["path"]: out["md5"] for out in outs if not out["path"].startswith(TIMES)}
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from tests.support import commands
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
 OF_THE_README = {
-    "digits", "digits_ddpm", "digits_dit", "digits_ect", "cifar10_ddpm", "cifar10_ect", "cifar10_flow", "cifar10_tiny",
-    "imagenet_dit_b2", "folder", "hub",
+    "digits", "digits_ddpm", "digits_dit", "digits_ect", "cifar10_ddpm", "cifar10_ddpm_b512", "cifar10_ect",
+    "cifar10_flow", "cifar10_tiny", "imagenet_dit_b2", "folder", "hub",
 }  # fmt: skip
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 CONTROLLED = {"digits_control_tiny", "flickr_control_tiny", "sd15_control"}
@@ -255,6 +255,20 @@ def test_what_was_edited_by_hand_is_kept_beside_it(tmp_path):
 def test_the_kept_files_are_ignored_by_git(tmp_path):
     command = ["git", "check-ignore", "params.yaml.bak", "params.yaml.bak2"]
     assert len(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()) == 2
+
+
+def test_presets_for_a_gpu_compile_there():
+    folder = ROOT / "tasks" / "presets"
+    names = [path.stem for path in sorted(folder.glob("*.yaml")) if "For a GPU" in path.read_text(encoding="utf-8")]
+    assert len(names) > 10
+    assert {name: composed(name)["train"]["compile"] for name in names} == dict.fromkeys(names, "gpu")
+
+
+def test_larger_batches_see_as_many_images():
+    small, large = composed("cifar10_ddpm"), composed("cifar10_ddpm_b512")
+    for key in ("steps", "warmup_steps", "log_every", "checkpoint_every", "sample_every"):
+        assert small["train"][key] * small["train"]["batch_size"] == large["train"][key] * large["train"]["batch_size"]
+    assert large["train"]["learning_rate"] == 2 * small["train"]["learning_rate"]
 
 
 def test_of_many_changes_some_are_shown(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import os
 import shutil
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tasks import params
 from tasks.formats import model_folder
 from tasks.params import EvaluateParams, ImageParams, JudgeParams
+from tasks.register import register
+from tasks.registration import unchanged
 from tasks.runtime import measures, tracking
 from tasks.training import tracked
 from tests.support import model_outputs
@@ -75,8 +79,42 @@ def test_first_version_is_challenger_and_champion_with_all_that_belongs_to_it(wo
 def test_a_second_run_changes_nothing(work):
     work.register()
     before = everything(work)
+    (work.root / "scratch" / unchanged.FILE).unlink()  # otherwise it would not even look
     work.again()
     assert everything(work) == before
+
+
+def test_an_unchanged_registration_does_not_ask_mlflow(work, monkeypatch, capsys):
+    work.register()
+    printed = capsys.readouterr().out.splitlines()[-2:]
+    with monkeypatch.context() as patch:
+        patch.delattr(tracking, "connect")
+        register(*work.paths(), PARAMS)
+    assert capsys.readouterr().out.splitlines() == printed
+
+    registration = unchanged.Registration(work.paths(), PARAMS)
+    assert registration.recorded() == printed
+    assert unchanged.Registration(work.paths(), PARAMS.model_copy(update={"max_near_copies": 0.1})).recorded() is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "4.0.0")
+    assert registration.recorded() is None
+
+
+def test_a_registration_after_a_change_asks_mlflow(work, monkeypatch):
+    work.register()
+    registration, mlruns = unchanged.Registration(work.paths(), PARAMS), work.root / "mlruns"
+    changes = {
+        "an input": (work.root / "reports" / "figures" / "samples.png").touch,
+        "an artifact": lambda: next(mlruns.rglob("protocol.json")).unlink(),
+        "the model": lambda: next((mlruns / "models").rglob("MLmodel")).unlink(),
+        "the database": lambda: work.client.delete_registered_model_alias(NAME, "challenger"),
+        "the address": lambda: monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work.root / 'other.db'}"),
+    }
+    kept = json.loads((work.root / "scratch" / unchanged.FILE).read_text())["kept"]
+    for what, change in changes.items():
+        registration.record(kept, ["done"])
+        assert registration.recorded() == ["done"], what
+        change()
+        assert registration.recorded() is None, what
 
 
 def test_parameters_a_b_a(work):
@@ -255,6 +293,29 @@ def test_several_registrations_at_once_make_one_version(work):
     name = "afterimage-digits"
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
     assert len(client.search_runs([tracking.experiment_id(client)])) == 2
+
+
+def blind_at_first(search):
+    """A search that finds nothing when it is asked for something the first time."""
+    asked = set()
+
+    def call(client, *arguments, **options):
+        seen = str(arguments) in asked
+        asked.add(str(arguments))
+        return search(client, *arguments, **options) if seen else []
+
+    return call
+
+
+def test_what_another_machine_registered_meanwhile_is_kept_and_not_repeated(work, monkeypatch):
+    """Its lock excludes nobody there: each search before a creation finds nothing."""
+    work.register()
+    before = everything(work)
+    for name in ("search_model_versions", "search_runs"):
+        monkeypatch.setattr(MlflowClient, name, blind_at_first(getattr(MlflowClient, name)))
+    work.again()
+    monkeypatch.undo()
+    assert everything(work) == before
 
 
 @pytest.mark.slow

@@ -34,10 +34,12 @@ from tests.support.train_inputs import (
 )
 
 KILLED = -signal.SIGKILL
-ONE_PROCESS, TWO_PROCESSES = (
-    {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)} for name in ("cpu.yaml", "cpu_2proc.yaml")
+ONE_PROCESS, TWO_PROCESSES, SHARDED = (
+    {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)}
+    for name in ("cpu.yaml", "cpu_2proc.yaml", "cpu_fsdp.yaml")
 )
 TWO_PROCESSES |= {"ACCELERATE_USE_CPU": "true"}
+SHARDED |= {"ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +202,19 @@ def test_damaged_newest_checkpoint_falls_back(undisturbed, tmp_path, continued):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimizer):
-    """Started by `accelerate launch` with the configuration in infra/, on the CPU."""
+@pytest.mark.parametrize(
+    ("optimizer", "processes"),
+    [("adamw", TWO_PROCESSES), ("muon", TWO_PROCESSES), ("adamw", SHARDED), ("muon", SHARDED)],
+    ids=["adamw", "muon", "adamw-sharded", "muon-sharded"],
+)
+def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimizer, processes):
+    """Started by `accelerate launch` with the configurations in infra/, on the CPU: whole networks, or sharded ones."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         write_inputs(folder)
         write_params(folder, dropout=0.2, steps=60, optimizer=optimizer)
-    assert kill_at(killed, migrated_database, has_step(killed, 10), **TWO_PROCESSES) == KILLED
-    process = start(killed, migrated_database, **TWO_PROCESSES)
+    assert kill_at(killed, migrated_database, has_step(killed, 10), **processes) == KILLED
+    process = start(killed, migrated_database, **processes)
     workers = paused_at(process, has_step(killed, 20))
     process.send_signal(signal.SIGTERM)
     for worker in workers:
@@ -218,7 +224,7 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimiz
     assert "the same command continues" in output
     assert checkpoints(killed / "scratch")[-1].name < "step-00000060", "it ended before the last step"
     for folder in (whole, killed):
-        process = start(folder, migrated_database, **TWO_PROCESSES)
+        process = start(folder, migrated_database, **processes)
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     assert "continues at step" in output

@@ -206,10 +206,9 @@ class TestRefused:
         with pytest.raises(StageError, match=r"16 processes were started on a machine with \d+ GPUs; lower num_proc"):
             trained()
 
-    def test_weights_that_accelerate_would_shard(self, trained, monkeypatch):
-        """On a CPU accelerate itself ignores the setting, and each process would keep the whole network."""
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(StageError, match="accelerate is configured for FSDP, but training keeps the whole network"):
+    def test_an_engine_that_is_not_supported(self, trained, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(StageError, match="accelerate is configured for DEEPSPEED, which training does not support"):
             trained()
 
     def test_memory_that_ran_out(self, trained, monkeypatch):

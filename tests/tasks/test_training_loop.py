@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.waits import Waits
 
 RARELY = {"steps": 100, "log_every": 100, "checkpoint_every": 100, "sample_every": 100}
 
@@ -39,6 +39,36 @@ class TestAverages:
         centre = (weights * np.arange(1, steps + 1)).sum() / steps
         width = math.sqrt((weights * (np.arange(1, steps + 1) / steps - centre) ** 2).sum())
         assert width == pytest.approx(math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2), rel=0.01)
+
+    @pytest.mark.parametrize("profile", ["decay-0.99", "decay-0.9", "std-0.10", "gamma-3"])
+    def test_an_update_every_few_steps_has_the_decay_of_all_of_them(self, profile):
+        from models.optimization.ema import decay_at
+
+        for last in (8, 80, 800):
+            alone = math.prod(decay_at(step, profile) for step in range(last - 7, last + 1))
+            assert decay_at(last, profile, 8) == pytest.approx(alone, rel=1e-9, abs=1e-15)
+
+    @pytest.mark.parametrize(("profile", "limit"), [("decay-0.99", 0.05), ("std-0.10", 0.045)])
+    def test_the_error_of_rare_updates(self, profile, limit):
+        """Weights that drift and jitter, averaged every 8 steps: relative to the distance of average and weights."""
+        import torch
+
+        from models.optimization.ema import EMA
+
+        torch.manual_seed(0)
+        module = torch.nn.Linear(100, 100, bias=False)
+        often, rarely = EMA(module, profile), EMA(module, profile)
+        direction = torch.randn(100, 100)
+        for step in range(1, 801):
+            with torch.no_grad():
+                module.weight += 0.01 * direction + 0.1 * torch.randn(100, 100)
+            often.update(step)
+            if step % 8 == 0:
+                rarely.update(step, 8)
+        distance = (often.weights[0] - module.weight).norm()
+        error = ((often.weights[0] - rarely.weights[0]).norm() / distance).item()
+        print(f"{profile}: {error:.3f}")
+        assert 0 < error < limit
 
     def test_names_without_a_meaning(self):
         from models.optimization.ema import decay_at
@@ -132,6 +162,29 @@ def test_the_loop_is_the_one_of_the_textbook(prepared):
     assert (own(run.averages["decay-0.5"].weights) - own(average)).abs().mean() < 2e-5
 
 
+def test_averages_every_few_steps(prepared):
+    """The average changes at these steps alone, and a run continues between them."""
+    import torch
+
+    from tasks import train
+    from tasks.training import checkpoint
+    from tasks.training.run import gather_tallies, snapshot
+
+    options = {"ema": ["std-0.10"], "pipeline_ema": "std-0.10", "ema_every": 4, **RARELY}
+    run, states = prepared(**options), {}
+    for step in range(1, 9):
+        train.fit(run, None, [], until=step)
+        states[step] = snapshot(run, gather_tallies(run))
+    averages = {step: state.tensors["std-0.10"]["conv_in.weight"] for step, state in states.items()}
+    changed = [step for step in range(2, 9) if not torch.equal(averages[step], averages[step - 1])]
+    assert changed == [4, 8]
+    checkpoint.save(run.folder, states[6])
+    continued = prepared(**options)
+    assert continued.step == 6
+    train.fit(continued, None, [], until=8)
+    assert torch.equal(continued.averages["std-0.10"].state_dict()["conv_in.weight"], averages[8])
+
+
 @pytest.mark.parametrize(
     ("options", "conditioning"),
     [({}, "label"), ({"gradient_accumulation": 2, "precision": "bf16", "channels_last": True}, "text")],
@@ -216,43 +269,13 @@ def test_learning_rates(schedule, last):
     assert rates == pytest.approx([0.0002, 0.001, 0.002, 0.002, (0.002 + last) / 2, last])
 
 
-class Waits(TorchFunctionMode):
-    """Count the calls that make the host wait for a GPU: reading a value, or copying to the host.
-
-    `numpy` is not among them: it refuses a tensor on a GPU.
-    """
-
-    CALLS = ("cpu", "tolist")
-    OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, outer = 0, self
-
-        class Operators(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                outer.count += func._schema.name in outer.OPERATORS
-                return func(*args, **kwargs or {})
-
-        self.operators = Operators()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") in self.CALLS
-        return func(*args, **kwargs or {})
-
-    def during(self, call) -> int:
-        before = self.count
-        with self, self.operators:
-            call()
-        return self.count - before
-
-
 @pytest.mark.parametrize(
     ("conditioning", "options"),
     [
         ("label", {"gradient_accumulation": 2, "precision": "bf16", "data_on_device": "device"}),
         ("text", {"data_on_device": "device"}),
         ("text", {"data_on_device": "stream"}),
+        ("none", {"optimizer": "muon", "ema_every": 2, "gradient_checkpointing": True}),
     ],
 )
 def test_a_step_never_waits_for_the_device(prepared, conditioning, options):
@@ -285,3 +308,31 @@ def test_the_scale_of_a_loss_in_fp16_is_restored(prepared):
     assert other.accelerator.scaler.state_dict() == run.accelerator.scaler.state_dict()
     assert other.accelerator.scaler.state_dict()["scale"] == 2**17
     assert other.accelerator.scaler.state_dict()["_growth_tracker"] == 1
+
+
+@pytest.mark.parametrize(("free", "stored"), [(1e9, True), (1e5, False)])
+def test_activations_are_stored_where_memory_allows(prepared, monkeypatch, capsys, free, stored):
+    from tasks.training import stores
+
+    monkeypatch.setattr(stores, "free_memory", lambda device: free)
+    run = prepared(gradient_checkpointing="auto", data_on_device="device", **RARELY)
+    assert run.network.down_blocks[0].recompute is not stored
+    assert ("they are stored" in capsys.readouterr().out) is stored
+
+
+def test_what_a_forward_pass_stores_is_counted():
+    """The input of a linear layer, and under autocast also copies of its weight and of its input."""
+    import torch
+
+    from tasks.training.activations import stored_bytes
+    from tasks.training.batches import Batch
+
+    network = torch.nn.Linear(64, 32, bias=False)
+    batch = Batch(torch.randn(4, 64).requires_grad_(), torch.randn(4, 64), torch.arange(4), None)
+    assert stored_bytes(lambda batch: network(batch.x0), network, batch) == (0, 64 * 4)
+
+    def lower(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(batch.x0)
+
+    assert stored_bytes(lower, network, batch) == (64 * 32 * 2, 64 * 2)

@@ -152,5 +152,5 @@ def _tensorrt(network: UNet, graph: Path) -> Evaluate:
     """Build a TensorRT engine from the graph, which ONNX Runtime may have left."""
     if not graph.exists():
         _export(network, graph)
-    engine = tensorrt_engine.Engine(tensorrt_engine.build(graph))
+    engine = tensorrt_engine.Engine(tensorrt_engine.build(graph, tf32=True))
     return lambda x, t: engine.run({"sample": x, "timestep": t})
