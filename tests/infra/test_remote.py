@@ -37,7 +37,7 @@ def test_one_command_sets_up_a_remote_whose_objects_are_verified(tree, address):
         == "remote: s3://made/mine is the default DVC remote 'storage'; commit .dvc/config, then: dvc push\n"
     )
     config = (tree / ".dvc" / "config").read_text()
-    for line in ("remote = storage", "url = s3://made/mine", f"endpointurl = {address}", "verify = true"):
+    for line in ("remote = storage", "url = s3://made/mine", f"endpointurl = {address}", "verify = True"):
         assert line in config
     boto3.client("s3", endpoint_url=address).delete_bucket(Bucket="made")  # nothing is left in it
     assert "very-secret" not in config and not (tree / ".dvc" / "config.local").exists()

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -31,14 +32,15 @@ from tests.support import postgres, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+HOOK = secrets.token_hex(16)
 PLANTED = {
     "MLFLOW_TRACKING_USERNAME": "somebody",
-    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password-7d1c",
-    "PREFECT_API_AUTH_STRING": "somebody:planted-prefect-password-93ab",
-    "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789abcdef",
-    "AFTERIMAGE_WEBHOOK_URL": "http://127.0.0.1:9/hooks/planted-webhook-token-55e0",
+    "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(16),
+    "PREFECT_API_AUTH_STRING": f"somebody:{secrets.token_hex(16)}",
+    "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
+    "AFTERIMAGE_WEBHOOK_URL": f"http://127.0.0.1:9/hooks/{HOOK}",
 }
-"""Variables with secrets, which the stack and its runs have."""
+"""Variables with secrets, which the stack and its runs have; they are made anew, as the work tree holds this file."""
 SECRET = ("MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING", "HF_TOKEN", "AFTERIMAGE_WEBHOOK_URL")
 PRIVATE = {".prefect/stack/env", ".prefect/stack/s3.json", ".prefect/mlflow-login.ini"}
 """Files for secrets, which only their owner may read."""
@@ -250,17 +252,16 @@ def test_the_chain_runs_on_the_worker_and_pushes_its_results(stack):
 
 
 def test_no_store_holds_a_planted_secret(stack):
-    secrets = [PLANTED[name] for name in SECRET] + [stack.variables["AWS_SECRET_ACCESS_KEY"]]
-    secrets += [secret.partition(":")[2] for secret in secrets if ":" in secret and "://" not in secret]
-    secrets += ["planted-webhook-token-55e0"]
-    for login in ("somebody:" + PLANTED["MLFLOW_TRACKING_PASSWORD"], PLANTED["PREFECT_API_AUTH_STRING"]):
-        secrets.append(base64.b64encode(login.encode()).decode())
+    planted = {name: PLANTED[name] for name in SECRET} | {"hook": HOOK}
+    planted |= {"S3": stack.variables["AWS_SECRET_ACCESS_KEY"], "Prefect": PLANTED["PREFECT_API_AUTH_STRING"][9:]}
+    for name, login in (("MLflow", f"somebody:{PLANTED['MLFLOW_TRACKING_PASSWORD']}"), ("API", planted[SECRET[1]])):
+        planted[f"{name} in base64"] = base64.b64encode(login.encode()).decode()
     looked, found = 0, []
     for place, body in _everything(stack):
         looked += 1
-        found += [f"{place}: {secret[:12]}..." for secret in secrets if secret.encode() in body]
-    print(f"{looked} files, objects and dumps without a secret")
+        found += [f"{place}: {name}" for name, secret in planted.items() if secret.encode() in body]
     assert looked > 100 and found == []
+    print(f"{looked} files, objects and dumps without a secret")
     for name in PRIVATE:
         assert (stack.root / name).stat().st_mode & 0o077 == 0, name
 
