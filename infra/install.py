@@ -162,7 +162,8 @@ def install(extra: str | None) -> None:
     say(download_note(missing, build))
     if build.first:
         run_pip(build.first, total=1)
-    run_pip(["-r", str(LOCK)], total=len(missing))
+    if missing:
+        run_pip(["-r", str(LOCK)], total=len(missing))
     if extra:
         say(f"extra '{extra}'")
         run_pip(pins_of(extra), total=len(missing_packages(ROOT / "infra" / f"{extra}.lock")))
@@ -256,8 +257,12 @@ def download_note(names: list[str], build: Build) -> str:
 
 
 def run_pip(arguments: list[str], total: int) -> None:
-    """Run `pip install` with one line of progress; its output goes to `.venv/install.log`."""
-    command = [*PIP, "install", "--progress-bar", "off", *arguments]
+    """Run `pip install` with one line of progress; its output goes to `.venv/install.log`.
+
+    Python compiles a module when it is first imported. To compile all of them here would take a minute or two, and most
+    are never imported.
+    """
+    command = [*PIP, "install", "--no-compile", "--progress-bar", "off", *arguments]
     with LOG.open("w", encoding="utf-8") as log:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
