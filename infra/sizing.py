@@ -3,7 +3,8 @@
     python -m infra.sizing [--preset laion_sd] [--images 1000000] [--gpu-hour 3.00] [--set key=value ...]
 
 Bytes follow from the parameters. Rates of the CPU stages were measured (`python -m infra.bench scale`); those of a GPU
-are estimates to be replaced by your own. Prices are list prices as of `PRICED`; give those that you pay.
+are estimates to be replaced by your own. Prices are assumptions; give those that
+you pay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from tasks.formats.codec_info import TextInfo
 from tasks.params import Params
 from tasks.params.composition import compose
 
-PRICED = "2026-11"
 LATENT_DOWNSCALE = 8
 """Side of an image relative to its latent, of the published autoencoders."""
 ROW_BYTES = 100
@@ -44,7 +44,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars."""
+    """Dollars; assumptions of the size that clouds asked in 2026."""
 
     gpu_hour: float = 3.0
     cpu_hour: float = 0.04

@@ -155,7 +155,7 @@ def _until_done(outcomes: Counter[str], command: str, folder: Path) -> None:
 FILES, RUNS = 2000, 200
 MAKE = "import yaml; open('made.txt', 'w').write('made of %d' % yaml.safe_load(open('params.yaml'))['number'])"
 LIMIT_SECONDS = 600
-"""Of processor time for a push or a pull; measured here: below 100."""
+"""Of processor time for a push or a pull."""
 
 
 def _fill_run_cache(folder: Path) -> None:
