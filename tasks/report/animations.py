@@ -17,6 +17,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from models.images.pictures import LAST_FRAME_MS, TITLE_COLOUR, TITLE_GAP, save_animation
+from tasks.runtime.errors import StageError
 
 CAPTION_SIZE, CAPTION_SHARE = 15, 28
 """Least height of a caption in pixels, and the part of the frame's width that it has in wider frames: a telephone shows
@@ -85,19 +86,37 @@ def save_webp(animation: Animation, path: Path) -> None:
 
 
 def save_mp4(animation: Animation, path: Path) -> bool:
-    """Write an MP4; returns False, and writes nothing, if OpenCV has no encoder for `CODEC`."""
+    """Write an MP4; returns False, and writes nothing, if OpenCV has no encoder for `CODEC`.
+
+    Raises:
+        StageError: if the file has not every frame afterwards. OpenCV reports no error of the disk.
+    """
     pictures = [_opaque(frame) for frame in animation.frames]
     height, width = pictures[0].shape[:2]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), FRAMES_PER_SECOND, (width, height))
     if not writer.isOpened():
-        path.unlink(missing_ok=True)
+        path.write_bytes(bytes(height * width))  # a full disk ends the stage here
+        path.unlink()
         return False
+    written = 0
     for number, picture in enumerate(pictures):
         shown_ms = LAST_FRAME_MS if number == len(pictures) - 1 else animation.frame_ms
         for _ in range(max(1, round(shown_ms * FRAMES_PER_SECOND / 1000))):
             writer.write(picture)
+            written += 1
     writer.release()
+    if (readable := _frames_in(path)) != written:
+        raise StageError(f"{path.name} has {readable} of {written} frames; free space on the disk and run this again")
     return True
+
+
+def _frames_in(path: Path) -> int:
+    """Number of frames that can be decoded."""
+    video, count = cv2.VideoCapture(str(path)), 0
+    while video.grab():
+        count += 1
+    video.release()
+    return count
 
 
 def _opaque(frame: Image.Image) -> np.ndarray:

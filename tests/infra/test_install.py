@@ -124,7 +124,10 @@ def test_a_link_to_an_environment_is_used_and_never_deleted(house, tmp_path):
 
 def test_an_unknown_extra_is_refused(house):
     done = house.install("--extra", "games")
-    assert done.returncode == 1 and "has no extra 'games'; it has containers, demo, dev, docs, ray, stack, tensorrt" in done.stderr
+    assert (
+        done.returncode == 1
+        and "has no extra 'games'; it has containers, demo, dev, docs, ray, stack, tensorrt" in done.stderr
+    )
 
 
 def test_what_pip_cannot_find_ends_in_a_sentence_and_is_tried_again(house):

@@ -23,6 +23,7 @@ from models.pipeline import Pipeline, PipelineInfo
 from tasks.params import VisualizeParams
 from tasks.report import animations, attention, cost, interpolation, noise_analysis, process, prompts, timelapse
 from tasks.report.shortened import shortened
+from tasks.runtime.errors import StageError
 from tasks.training import previews
 from tests.support.networks import randomised
 
@@ -147,6 +148,28 @@ def test_without_an_encoder_there_is_no_video(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(animations, "CODEC", "zzzz")
     assert not animations.save_mp4(frames(), tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_the_disk_cut_off_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = animations.cv2.VideoWriter
+
+    class FullDisk:
+        """Loses what is written after three frames without an error, as OpenCV does."""
+
+        fourcc = real.fourcc
+
+        def __init__(self, *arguments: object) -> None:
+            self.writer, self.frames = real(*arguments), 0
+            self.isOpened, self.release = self.writer.isOpened, self.writer.release
+
+        def write(self, picture: np.ndarray) -> None:
+            self.frames += 1
+            if self.frames <= 3:
+                self.writer.write(picture)
+
+    monkeypatch.setattr(animations.cv2, "VideoWriter", FullDisk)
+    with pytest.raises(StageError, match=r"a\.mp4 has 3 of \d+ frames; free space on the disk"):
+        animations.save_mp4(frames(), tmp_path / "a.mp4")
 
 
 def test_captions_are_cut_between_words() -> None:
