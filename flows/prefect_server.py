@@ -11,15 +11,14 @@ concerned.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from prefect.cli import app
-from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
-
 if TYPE_CHECKING:
+    from prefect.server.database.configurations import AioSqliteConfiguration
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 
@@ -30,6 +29,8 @@ async def begin_immediately(
     with_for_update: bool = False,  # noqa: ARG001 - the signature of the method that it replaces
 ) -> AsyncGenerator[AsyncSessionTransaction, None]:
     """Begin a transaction that waits for others; replaces `AioSqliteConfiguration.begin_transaction`."""
+    from prefect.server.database.configurations import SQLITE_BEGIN_MODE
+
     token = SQLITE_BEGIN_MODE.set("IMMEDIATE")
     try:
         async with session.begin() as transaction:
@@ -40,6 +41,12 @@ async def begin_immediately(
 
 def main() -> None:
     """Run `prefect server start` with the arguments of this process."""
+    parser = argparse.ArgumentParser(prog="python -m flows.prefect_server", description=__doc__)
+    parser.epilog = "All options are those of `prefect server start`."
+    parser.parse_known_args()
+    from prefect.cli import app
+    from prefect.server.database.configurations import AioSqliteConfiguration
+
     AioSqliteConfiguration.begin_transaction = begin_immediately
     sys.argv[1:1] = ["server", "start"]
     app()

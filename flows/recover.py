@@ -7,6 +7,7 @@ if it is cut off. `make repro` and flows do this before they start DVC.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
@@ -28,6 +29,7 @@ GUARD = Path(".dvc") / "tmp" / "rwlock.lock"
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m flows.recover", description=__doc__).parse_args()
     try:
         done = recover(workspace.root())
     except StageError as error:

@@ -3,19 +3,18 @@
     python -m infra.sizing [--preset laion_sd] [--images 1000000] [--gpu-hour 3.00] [--set key=value ...]
 
 Bytes follow from the parameters. Rates of the CPU stages were measured (`python -m infra.bench scale`); those of a GPU
-are estimates to be replaced by your own. Prices are assumptions; give those that
-you pay.
+are estimates to be replaced by your own. Prices are assumptions; give those that you
+pay.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from tasks.encoding.rows import BFLOAT16_BYTES, caption_bytes
-from tasks.formats.codec_info import TextInfo
-from tasks.params import Params
-from tasks.params.composition import compose
+if TYPE_CHECKING:
+    from tasks.params import Params
 
 LATENT_DOWNSCALE = 8
 """Side of an image relative to its latent, of the published autoencoders."""
@@ -93,6 +92,9 @@ def lines(params: Params, images: int, image_bytes: int, rates: Rates, prices: P
 
 
 def _stored(params: Params, images: int, image_bytes: int) -> dict[str, float]:
+    from tasks.encoding.rows import BFLOAT16_BYTES, caption_bytes
+    from tasks.formats.codec_info import TextInfo
+
     side = params.image.resolution // LATENT_DOWNSCALE
     views = 1 + params.encode.horizontal_flip
     latent = 2 * views * params.codec.autoencoder.latent_channels * side * side * BFLOAT16_BYTES
@@ -125,6 +127,9 @@ def main() -> None:
         for field in fields(kind):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default)
     given = parser.parse_args()
+    from tasks.params import Params
+    from tasks.params.composition import compose
+
     rates = Rates(**{field.name: getattr(given, field.name) for field in fields(Rates)})
     prices = Prices(**{field.name: getattr(given, field.name) for field in fields(Prices)})
     params = Params.model_validate(compose(given.preset, given.set))

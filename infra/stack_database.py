@@ -100,14 +100,14 @@ def _create(programs: Path, cluster: Path) -> str | None:
     """Create the files of PostgreSQL; returns why that is not possible, or None."""
     if importlib.util.find_spec("psycopg2") is None:
         return "its driver is missing (make install EXTRA=stack)"
-    if len(str(cluster)) > LONGEST_SOCKET:
-        return "the path of the work tree is too long for its socket"
     try:
         owner = user()
     except KeyError:
         return f"root may not run it, and there is no user {POSTGRES}"
     if owner and (closed := _closed(cluster.parent, owner)):
         return f"root may not run it, and the user {POSTGRES} may not enter {closed}"
+    if len(str(cluster)) > LONGEST_SOCKET:
+        return "the path of the work tree is too long for its socket"
     cluster.mkdir(mode=0o700)
     if owner:
         cluster.parent.chmod(0o711)

@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from botocore.exceptions import ClientError
-
-from tasks.formats import latents
-from tasks.params import S3Params
-from tasks.runtime import integrity
 from tasks.runtime.errors import StageError
-from tasks.runtime.progress import progress
-from tasks.transfer import objects
+
+if TYPE_CHECKING:
+    from tasks.transfer import objects
 
 
 def main() -> None:
@@ -40,6 +37,12 @@ def upload(folder: Path, address: str) -> int:
     Raises:
         StageError: if the address is no bucket, a shard is damaged, or the server refuses.
     """
+    from tasks.formats import latents
+    from tasks.params import S3Params
+    from tasks.runtime import integrity
+    from tasks.runtime.progress import progress
+    from tasks.transfer import objects
+
     bucket, _, prefix = address.rstrip("/").removeprefix("s3://").partition("/")
     if not address.startswith("s3://") or not bucket:
         raise StageError(f"{address} is not s3://bucket/prefix; correct it")
@@ -58,6 +61,8 @@ def upload(folder: Path, address: str) -> int:
 
 def _stored(client: objects.Client, bucket: str, key: str) -> str | None:
     """Return the SHA-256 in the metadata of an object; None if there is no object."""
+    from botocore.exceptions import ClientError
+
     try:
         found: str | None = client.head_object(Bucket=bucket, Key=key)["Metadata"].get("sha256")
     except ClientError as error:

@@ -462,9 +462,9 @@ def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_process_that_got_the_number_of_ours_is_not_ours(tmp_path: Path) -> None:
     here = psutil.Process()
-    ours = server.Process("server", here.pid, here.create_time(), 4200)
+    ours = server.Process("server", here.pid, server._started(here), 4200)
     assert server.alive(ours)
-    assert not server.alive(server.Process("server", here.pid, here.create_time() - 1000, 4200))
+    assert not server.alive(server.Process("server", here.pid, server._started(here) - 1000, 4200))
 
 
 @pytest.mark.parametrize("module", ["flows.dag", "flows.on_demand", "flows.pipeline", "flows.serve", "flows.stop"])

@@ -178,8 +178,8 @@ def test_accelerate_reads_each_configuration(name):
 
     config = load_config_from_file(str(ROOT / "infra" / "accelerate" / f"{name}.yaml"))
     assert config.mixed_precision == "no", "train.precision decides"
-    assert config.use_cpu == name.startswith("cpu")
-    assert (config.num_processes > 1) == name.startswith(("multi", "cpu_2proc"))
+    assert config.use_cpu == (name in {"cpu", "cpu_2proc"}), "FSDP on a CPU is set by the project"
+    assert (config.num_processes > 1) == name.startswith(("multi", "cpu_2proc", "cpu_fsdp", "fsdp"))
 
 
 def test_two_processes_on_the_cpu_find_each_other(tmp_path):

@@ -8,8 +8,8 @@ Every row has its own key, caption and file: a number after the end of a PNG cha
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,8 +91,12 @@ def write_images(folder: Path, quarantine: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    what, target, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    if what == "raw":
-        write_raw(target / "raw", number)
+    parser = argparse.ArgumentParser(prog="python -m infra.bench.scale.simulated")
+    parser.add_argument("what", choices=["raw", "images"], help="before `ingest`, or after it")
+    parser.add_argument("target", type=Path, help="folder")
+    parser.add_argument("rows", type=int)
+    given = parser.parse_args()
+    if given.what == "raw":
+        write_raw(given.target / "raw", given.rows)
     else:
-        write_images(target / "images", target / "quarantine", number)
+        write_images(given.target / "images", given.target / "quarantine", given.rows)
