@@ -300,6 +300,7 @@ def test_a_slot_that_no_run_holds_is_freed(served: Served) -> None:
     assert served.slots("nightly") == 0
 
 
+@pytest.mark.slow
 def test_a_schedule_that_does_not_start_is_reported(served: Served) -> None:
     """By the scheduled check, and by `make serve`, which also starts the worker that was missing."""
     server.stop(served.root, server.running(served.root)["worker"])
@@ -328,6 +329,7 @@ def start_training(served: Served) -> tuple[str, psutil.Process]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_known_stages_show_as_cached_and_cancelling_ends_the_training(served: Served) -> None:
     identity, training = start_training(served)
     tasks = served.post("/task_runs/filter", flow_runs={"id": {"any_": [identity]}})

@@ -88,6 +88,7 @@ def test_every_case_of_throughput_is_a_valid_preset(case):
     assert inputs.parameters(preset, None, "conditioning=none").codec.conditioning == "none"
 
 
+@pytest.mark.slow
 def test_throughput_is_measured_once_and_tabulated(work, prepared, tmp_path, monkeypatch, capsys):
     arguments = ("throughput", "--cases", "digits:4", "--rounds", "2", "--block-seconds", "0.05", "--set", *TINY)
     first = run(work, tmp_path, monkeypatch, *arguments)
@@ -135,6 +136,7 @@ def test_every_part_can_be_rehearsed(tmp_path, monkeypatch, capsys):
     }
 
 
+@pytest.mark.slow
 def test_ours_stops_where_the_reference_ended(work, prepared, tmp_path, monkeypatch):
     arguments = ["quality", "--seeds", "1", "--steps", "4", "--points", "2", "--own-points", "10", *FEW]
     measured = run(work, tmp_path, monkeypatch, *arguments, "--set", *TINY, "train.steps=40")["quality_digits"]
@@ -186,6 +188,7 @@ SMALL_LATENTS = [
 ]
 
 
+@pytest.mark.slow
 def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
     """Both sides of the measurement train on the same samples, up to the rounding to bfloat16 of what is stored."""
     import torch

@@ -54,6 +54,7 @@ def measured(few, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 class TestTinyForm:
     def test_every_part_runs_with_five_packages(self, measured):
         rows = stored(measured)["rows"]
@@ -85,6 +86,7 @@ class TestTinyForm:
         assert "| runtimes" not in report and "skipped: package onnx is not installed" in report
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_rows_and_leaves_no_process(few, tmp_path):
     process = started(few, tmp_path, "--only", "training", "encoding")
     measured = []

@@ -125,6 +125,7 @@ def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrate
     assert "continues at step" in continued()[0]
 
 
+@pytest.mark.slow
 def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database):
     """The stage of dvc.yaml, killed together with DVC, which deletes the outputs before each run.
 
@@ -262,6 +263,7 @@ def handles(pid: int, number: int) -> bool:
     return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_launcher_is_killed(tmp_path, migrated_database):
     """They save a checkpoint, as on SIGTERM, and the same command continues."""
     write_inputs(tmp_path)

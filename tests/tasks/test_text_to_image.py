@@ -201,6 +201,7 @@ def registered_adapter_is_that_of(tree):
         assert torch.allclose(theirs, wanted(x, t, text), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_onnx(tree, monkeypatch):
     """Diffusers' `PixArtAlphaPipeline` has another text encoder, so it gets the embeddings."""
     import onnx

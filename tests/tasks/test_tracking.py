@@ -192,6 +192,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_during_training_is_one_sentence(tmp_path, migrated_database):
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     with socket.socket() as free:

@@ -43,6 +43,7 @@ def has_step(folder: Path, step: int):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_killed_at_and_after_the_switch_ends_in_the_same_bytes(
     undisturbed, tmp_path, monkeypatch, migrated_database, capsys
 ):
