@@ -133,6 +133,7 @@ def test_an_object_that_changes_during_the_training_is_refused(tmp_path, bucket)
 
 
 def test_a_broken_connection_is_tried_again(tmp_path, bucket, monkeypatch):
+    from botocore.response import StreamingBody
     from urllib3.exceptions import ProtocolError
 
     monkeypatch.setattr("tasks.training.remote.PAUSE_SECONDS", 0)
@@ -149,7 +150,7 @@ def test_a_broken_connection_is_tried_again(tmp_path, bucket, monkeypatch):
         with lock:
             breaks = len(failed) < 2
             failed.extend([request] * breaks)
-        return {"Body": Broken()} if breaks else get(**request)
+        return {"Body": StreamingBody(Broken(), None)} if breaks else get(**request)
 
     monkeypatch.setattr(remote.client, "get_object", unreliable)
     assert equal(batches.draw(0), drawn(tmp_path, None).draw(0))
