@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 
 import numpy as np
@@ -15,7 +16,7 @@ from tasks.runtime.errors import StageError
 from tasks.training.batches import Batches, DrawConfig, open_conditioning
 from tasks.training.remote import Bucket, Column, open_store
 from tests.support import s3_site
-from tests.support.train_inputs import results, uniform, write_inputs
+from tests.support.train_inputs import WEIGHTS, results, uniform, write_inputs
 
 NAME = "latents"
 ADDRESS = f"s3://{NAME}/of/digits/"
@@ -71,7 +72,13 @@ def test_a_training_ends_in_the_same_weights(tmp_path, bucket, trained):
     local = trained(tmp_path / "local", "text")
     upload(local / "latents", ADDRESS)
     remote = trained(tmp_path / "remote", "text", data=ADDRESS)
-    assert results(local) == results(remote)
+    here, there = results(local), results(remote)
+    assert WEIGHTS in here
+    del here["report/run.json"], there["report/run.json"]  # which has the parameters, and so the location of the data
+    assert here == there
+    recorded = [json.loads((folder / "report" / "run.json").read_text()) for folder in (local, remote)]
+    assert [record["params"].pop("train.data") for record in recorded] == ["local", ADDRESS]
+    assert recorded[0] == recorded[1]
 
 
 def test_a_block_is_read_once_if_it_fits_and_each_time_if_not(tmp_path, bucket):
