@@ -47,9 +47,10 @@ def memory_of(device: str) -> int:
 
 
 def enter(device: str) -> None:
-    """Make a GPU the current one of this thread; nothing for other devices."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
+    """Make a numbered GPU the current one of this thread; nothing for "cuda", the current one, and other devices."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:  # `set_device` refuses a GPU without a number
+        torch.cuda.set_device(chosen)
 
 
 def placed(network: Module, device: str) -> Module:

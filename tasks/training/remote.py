@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 CONNECTIONS = 16
 BLOCK_BYTES = 64 << 10
 """Least bytes of a request, if a row has fewer."""
-WHOLE_ROW_BYTES = 64
-"""Columns with at most this many bytes per row are read whole when a shard is opened."""
+WHOLE_ROW_BYTES = 32
+"""Columns with at most this many bytes per row are read whole when a shard is opened: labels, sizes, 8 captions."""
 HEADER_BYTES = 16 << 10
 """Bytes of a shard that are read first; the header is seldom longer."""
 ATTEMPTS, PAUSE_SECONDS = 4, 0.5

@@ -266,8 +266,8 @@ def test_neither_workers_nor_interruption_nor_history_change_a_byte(chain, tmp_p
     assert contents(chain.latents) == expected
 
 
-def test_with_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
-    """Both ways of sharing the work, on the CPU."""
+def test_with_a_gpu_the_workers_only_decode_and_no_latent_changes(chain, monkeypatch):
+    """Both ways of sharing the work, on the CPU, whose number makes it a device like a GPU."""
     from concurrent.futures import ThreadPoolExecutor
 
     from tasks.encoding.encoder import Encoder
@@ -276,9 +276,10 @@ def test_with_a_gpu_the_workers_only_decode_and_no_latent_changes(chain):
     chain.make_codec()
     chunks = [Chunk((16, 16), [("hash", picture(seed, (20, 16)), 320)] * 3) for seed in range(9)]
     network = autoencoder.load_autoencoder(chain.codec / "vae")
+    monkeypatch.setattr("tasks.encoding.encoder.memory_of", lambda _: 1 << 30)
     with ThreadPoolExecutor(2) as pool:
         shared, fed = (
-            list(Encoder(pool, 2, network, 3, False, device).encoded(iter(chunks))) for device in ("cpu", "cuda")
+            list(Encoder(pool, 2, network, 3, False, device).encoded(iter(chunks))) for device in ("cpu", "cpu:0")
         )
     assert [chunk for chunk, _ in shared] == [chunk for chunk, _ in fed] == chunks
     assert all(torch.equal(a["mean"], b["mean"]) for (_, a), (_, b) in zip(shared, fed, strict=True))

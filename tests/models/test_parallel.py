@@ -190,6 +190,15 @@ def test_all_gpus_of_the_first_ones_model_work(monkeypatch) -> None:
     assert device.devices_of("cuda") == ("cuda",)
 
 
+def test_only_a_numbered_gpu_is_made_the_current_one(monkeypatch) -> None:
+    """`torch.cuda.set_device` refuses "cuda", which a machine with one GPU has."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda", "cpu", "cuda:1"):
+        device.enter(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_a_network_is_copied_to_another_device_and_not_moved() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).requires_grad_(False)
     network.append(network[0])  # shared weights stay shared

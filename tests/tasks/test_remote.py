@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 
 import numpy as np
@@ -15,7 +16,7 @@ from tasks.runtime.errors import StageError
 from tasks.training.batches import Batches, DrawConfig, open_conditioning
 from tasks.training.remote import Bucket, Column, open_store
 from tests.support import s3_site
-from tests.support.train_inputs import results, uniform, write_inputs
+from tests.support.train_inputs import WEIGHTS, results, uniform, write_inputs
 
 NAME = "latents"
 ADDRESS = f"s3://{NAME}/of/digits/"
@@ -71,7 +72,13 @@ def test_a_training_ends_in_the_same_weights(tmp_path, bucket, trained):
     local = trained(tmp_path / "local", "text")
     upload(local / "latents", ADDRESS)
     remote = trained(tmp_path / "remote", "text", data=ADDRESS)
-    assert results(local) == results(remote)
+    here, there = results(local), results(remote)
+    assert WEIGHTS in here
+    del here["report/run.json"], there["report/run.json"]  # which has the parameters, and so the location of the data
+    assert here == there
+    recorded = [json.loads((folder / "report" / "run.json").read_text()) for folder in (local, remote)]
+    assert [record["params"].pop("train.data") for record in recorded] == ["local", ADDRESS]
+    assert recorded[0] == recorded[1]
 
 
 def test_a_block_is_read_once_if_it_fits_and_each_time_if_not(tmp_path, bucket):
@@ -133,6 +140,7 @@ def test_an_object_that_changes_during_the_training_is_refused(tmp_path, bucket)
 
 
 def test_a_broken_connection_is_tried_again(tmp_path, bucket, monkeypatch):
+    from botocore.response import StreamingBody
     from urllib3.exceptions import ProtocolError
 
     monkeypatch.setattr("tasks.training.remote.PAUSE_SECONDS", 0)
@@ -149,7 +157,7 @@ def test_a_broken_connection_is_tried_again(tmp_path, bucket, monkeypatch):
         with lock:
             breaks = len(failed) < 2
             failed.extend([request] * breaks)
-        return {"Body": Broken()} if breaks else get(**request)
+        return {"Body": StreamingBody(Broken(), None)} if breaks else get(**request)
 
     monkeypatch.setattr(remote.client, "get_object", unreliable)
     assert equal(batches.draw(0), drawn(tmp_path, None).draw(0))

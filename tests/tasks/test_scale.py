@@ -156,13 +156,15 @@ def test_gates_over_parts_are_those_over_all_rows(folder, monkeypatch):
     for one, other in zip(whole, parted, strict=True):
         assert one.success == other.success, one.gate
         if one.gate.check in ("near_duplicates", "near_leaks"):
-            assert abs(one.unexpected - other.unexpected) <= 10
+            assert abs(one.unexpected - other.unexpected) <= 3
         else:
             assert (one.unexpected, one.observed) == (other.unexpected, other.observed), one.gate
         assert len(one.offenders) <= len(other.offenders)
     found = {finding.gate.check: finding for finding in parted}
     assert found["duplicates"].unexpected + found["leaks"].unexpected >= 10 and found["duplicates"].success
-    assert found["near_duplicates"].unexpected > 1000 and not found["near_duplicates"].success
+    # Three of five pairs are in one split, and the second of a pair counts: 600, less those that repeat a file.
+    assert 594 <= found["near_duplicates"].unexpected <= 597 and not found["near_duplicates"].success
+    assert found["near_leaks"].unexpected == 400  # the other pairs
     assert not found["aspect"].success and found["rows"].success and found["splits"].success
 
 
