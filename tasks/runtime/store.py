@@ -85,7 +85,8 @@ def _require_answer(uri: str, scheme: str) -> None:
 def require_sound(path: Path) -> None:
     """Raise `StageError` if the SQLite file is damaged or cannot be opened."""
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
+        # For writing, if allowed: a killed writer leaves a journal, and only then can SQLite undo its transaction.
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=30)) as database:
             check = "quick_check(1)" if path.stat().st_size <= CHECKED_BYTES else "schema_version"
             result = database.execute(f"PRAGMA {check}").fetchone()[0]
     except sqlite3.OperationalError as error:

@@ -154,6 +154,24 @@ def test_a_damaged_database_is_one_sentence(damage, monkeypatch, tmp_path, migra
     assert f"the MLflow database {tmp_path / 'mlflow.db'} is damaged" in message and "move it away" in message
 
 
+def test_a_transaction_of_a_killed_process_is_undone(tmp_path):
+    path = tmp_path / "mlflow.db"
+    writer = (
+        "import os, sqlite3, sys\n"
+        "database = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "database.execute('CREATE TABLE numbers (text)')\n"
+        "database.execute('PRAGMA cache_size = 1')\n"
+        "database.execute('BEGIN')\n"
+        "database.executemany('INSERT INTO numbers VALUES (?)', [('x' * 4000,)] * 50)\n"
+        "os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", writer, str(path)], check=True)
+    assert path.with_name("mlflow.db-journal").stat().st_size > 0
+    store.require_sound(path)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM numbers").fetchone() == (0,)
+
+
 def test_an_old_schema_and_a_password_with_an_at_sign_are_one_sentence(monkeypatch, tmp_path, migrated_database):
     """The message contains no password: it names the environment variable instead of the address."""
     shutil.copy(migrated_database, tmp_path / "old.db")
