@@ -174,6 +174,7 @@ def stage_of(folder: Path, module: str) -> psutil.Process | None:
 
 
 @pytest.mark.timeout(500)
+@pytest.mark.slow
 def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served: Served) -> None:
     before = tiny.git(served.root, "status", "--porcelain")
     first = served.wait(lambda: next(iter(served.runs("nightly")), None), 90, "the start of a scheduled run")
@@ -256,6 +257,7 @@ def test_the_commands_that_serve_prints_start_a_run(served: Served, tmp_path: Pa
     assert identity and served.run(identity[1])["parameters"] == {"preset": "digits"}
 
 
+@pytest.mark.slow
 def test_make_run_needs_a_server_and_a_preset(served: Served, tmp_path: Path) -> None:
     unknown = command(served.root, "flows.on_demand", "digit")
     assert unknown.returncode and "'digits'" in unknown.stderr

@@ -206,6 +206,7 @@ class TestHiddenMatrices:
         assert not any("lora" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_network_that_fsdp2_shards_is_trained_as_in_one_process():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

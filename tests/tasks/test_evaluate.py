@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from models.device import emulates_bf16
 from models.images.pixels import from_uint8, to_uint8
 from models.judges.judge import load_judge
 from models.noise import schedules
@@ -181,6 +182,7 @@ def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tre
 # Precision
 
 
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
 def test_a_lower_precision_is_a_column_and_is_compared_with_float32(tree, evaluated, tmp_path, capsys):
     out = run(tree, tmp_path, PARAMS.model_copy(update={"precision": "bf16"}))
     lower, full = measured_in(out), measured_in(evaluated)

@@ -286,6 +286,7 @@ def test_the_limit_is_relative_where_outputs_are_large(tree, monkeypatch):
                 stage_export._parity(trained, bundle, PARAMS)
 
 
+@pytest.mark.slow
 def test_the_reference_runs_on_the_gpu_and_the_trace_on_the_cpu(tmp_path, monkeypatch):
     opened = []
 

@@ -84,6 +84,7 @@ def dvc_folder(folder: Path, cache: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_another_resolution_is_made_and_an_old_shared_cache_gives_nothing_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     old = dvc_folder(tmp_path / "old", tmp_path / "cache")

@@ -30,6 +30,9 @@ CODEC = CodecParams(
 POOLED, WIDTH = 64, 80
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, migrated_database):
     """Return the folder in which the stages from `download` to `export` have run, on images of 24 x 16."""

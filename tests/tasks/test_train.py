@@ -173,6 +173,7 @@ def test_every_way_to_save_memory_or_time_trains_the_same(trained, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}, {"gradient_accumulation": 4}])
+@pytest.mark.slow
 def test_resume_is_exact_in_other_modes(trained, tmp_path, options):
     """A run that lost its last checkpoint makes it again, bit for bit."""
     folder = trained(dropout=0.2, **options)
