@@ -55,6 +55,6 @@ def run(
                 order.done(*(stage for stage, good in results.items() if good))
                 failed = failed or not all(results.values())
                 ready = sorted([*ready, *order.get_ready()], key=position.__getitem__)
-        except BaseException:
+        except BaseException:  # also KeyboardInterrupt and the exceptions by which Prefect cancels a flow
             interrupt()
             raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tasks.params.control import ControlParams
-from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers, count_of, require_workers
+from tasks.params.section import NO_PATH, Fraction, PositiveInt, Section, Workers, count_of
 
 FROM_ENVIRONMENT = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 """Refers to the environment variable that contains an address, so that the address is not written to params.yaml."""
@@ -208,11 +208,6 @@ class IngestParams(Section):
         """The number of workers on this machine."""
         return count_of(self.workers)
 
-    @field_validator("workers", mode="plain")
-    @classmethod
-    def _check_workers(cls, value: object) -> Workers:
-        return require_workers("ingest.workers", value)
-
     @model_validator(mode="after")
     def _check(self) -> IngestParams:
         for template in self.caption_templates:
@@ -308,11 +303,6 @@ class EncodeParams(Section):
     def worker_count(self) -> int:
         """The number of workers on this machine."""
         return count_of(self.workers)
-
-    @field_validator("workers", mode="plain")
-    @classmethod
-    def _check_workers(cls, value: object) -> Workers:
-        return require_workers("encode.workers", value)
 
     @model_validator(mode="after")
     def _check(self) -> EncodeParams:

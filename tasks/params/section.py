@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Workers = int | Literal["auto"]
-"""Number of threads or processes, see `require_workers`; "auto" is one for each core that this process may use."""
+
+
+def _workers(value: object) -> int | Literal["auto"]:
+    """Refuse what is no number of workers in one message; a union of types would have one for each type."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise PydanticCustomError("workers", "Input should be a number of at least 1, or 'auto'")
+
+
+Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
+"""Number of threads or processes; "auto" is one for each core that this process may use."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
@@ -31,15 +43,6 @@ class Section(BaseModel):
     """A frozen section; it refuses unknown keys, infinities, NaN and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def require_workers(where: str, value: object) -> Workers:
-    """Return the value of the parameter `where`, or raise `ValueError` unless it is a number of workers or `auto`."""
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    raise ValueError(f"parameter '{where}' is {value!r}: input should be a number of at least 1, or 'auto'")
 
 
 def require_pin(where: str, weights: str | None, pin: str | None) -> None:

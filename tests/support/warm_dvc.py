@@ -80,7 +80,7 @@ def _run(command: list[str], folder: Path, environment: dict[str, str]) -> NoRet
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
+    except BaseException:  # Python prints and exits with 1 for KeyboardInterrupt, too
         traceback.print_exc()
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
