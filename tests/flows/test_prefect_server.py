@@ -44,6 +44,8 @@ class Served:
         self.port = port
         self.said = said
         """What `make serve` printed."""
+        self.status = tiny.git(root, "status", "--porcelain")
+        """What Git reported before the first run."""
         self._api = api
 
     def post(self, path: str, **body: Any) -> Any:
@@ -144,7 +146,8 @@ def served(
     (root / ".prefect" / "home").mkdir(parents=True)
     shutil.copy(migrated_prefect, root / ".prefect" / "home")
     schedule = root / "prefect.yaml"
-    text, count = re.subn(r"- cron: \"0 2 .*\n\s+timezone: .*\n", "- interval: 10\n", schedule.read_text())
+    often = r"    paused: true\n\1- interval: 10\n"  # the test that needs a scheduled run resumes it
+    text, count = re.subn(r"(    schedules:\n\s+)- cron: \"0 2 .*\n\s+timezone: .*\n", often, schedule.read_text())
     half_an_hour_away = f"{(datetime.now(UTC).minute + 30) % 60} * * * *"
     text, other = re.subn(r"30 \* \* \* \*", half_an_hour_away, text)
     assert count == other == 1
@@ -173,15 +176,21 @@ def stage_of(folder: Path, module: str) -> psutil.Process | None:
     return None
 
 
-@pytest.mark.timeout(500)
-@pytest.mark.slow
-def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served: Served) -> None:
-    before = tiny.git(served.root, "status", "--porcelain")
+@pytest.fixture(scope="module")
+def scheduled(served: Served) -> dict[str, Any]:
+    """A run that the schedule started, after its end."""
+    served.resume("nightly")
     first = served.wait(lambda: next(iter(served.runs("nightly")), None), 90, "the start of a scheduled run")
-    assert first["auto_scheduled"] is True
     served.pause("nightly")  # one is enough
     served.wait(lambda: served.run(first["id"])["state_type"] in FINAL, 420, "the end of the scheduled run")
-    run = served.run(first["id"])
+    return served.run(first["id"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served: Served, scheduled: dict) -> None:
+    run = scheduled
+    assert run["auto_scheduled"] is True
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert re.fullmatch(r"digits \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
     refused = (
@@ -197,7 +206,7 @@ def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served
     assert lineage["afterimage.prefect_flow_run"] == run["id"]
     assert lineage["afterimage.git_dirty"] == "false"
     assert versions == 1
-    assert tiny.git(served.root, "status", "--porcelain") == before, "a schedule writes no file of a person"
+    assert tiny.git(served.root, "status", "--porcelain") == served.status, "a schedule writes no file of a person"
     assert not (served.root / "outputs").exists()
     kept = {path.name for path in (served.root / "mlruns").rglob(f"flows/{run['id']}/*")}
     assert kept == {"dvc.lock", "params.yaml"}, "the next run in the clone overwrites them"
@@ -207,9 +216,11 @@ def test_a_scheduled_run_finishes_by_itself_and_its_metrics_are_in_mlflow(served
     assert "was refused" in artifacts["promotion"] and "frechet_distance" in artifacts["promotion"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here")
-def test_the_sample_grid_fits_its_page(served: Served) -> None:
-    grid = next(entry for entry in served.post("/artifacts/filter") if entry["key"] == "samples")
+def test_the_sample_grid_fits_its_page(served: Served, scheduled: dict) -> None:
+    of_run = {"flow_run_id": {"any_": [scheduled["id"]]}}
+    grid = next(entry for entry in served.post("/artifacts/filter", artifacts=of_run) if entry["key"] == "samples")
     with browser.browse(browser.find() or "") as page:
         page.size(1280, 900)
         page.visit(f"{server.url(served.port)}/artifacts/artifact/{grid['id']}", timeout=60)

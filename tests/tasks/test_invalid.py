@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,12 @@ import yaml
 from tasks.params import read
 from tasks.runtime import stage
 from tasks.train import train
-from tests.support import commands
+from tests.support import commands, cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "tests" / "invalid").glob("*.yaml"))
 SECONDS = 3
 """CPU seconds, which do not depend on other processes of the machine."""
-
-
-def children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def command_line(file: Path, folder: Path) -> list[str]:
@@ -55,9 +49,8 @@ def test_refused_at_load_in_one_sentence(file, tmp_path, monkeypatch):
 def test_refused_before_anything_large_is_imported(tmp_path):
     command = [sys.executable, "-m", "tasks.train", *command_line(FILES[0], tmp_path)]
     environment = os.environ | {"AFTERIMAGE_SCRATCH": str(tmp_path / "scratch")}
-    before = children_seconds()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert children_seconds() - before < SECONDS
+    with cpu.at_most(SECONDS):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     check(done, yaml.safe_load(FILES[0].read_text(encoding="utf-8"))["says"])
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
