@@ -96,13 +96,10 @@ def compose(root: Path, pool: str, repository: str, branch: str) -> dict[str, An
 
 
 def _choose_server(root: Path) -> None:
-    """Set the environment for the caller's server or that of this work tree."""
+    """Set the environment for the server at PREFECT_API_URL if it is set, else for that of this work tree."""
     if "PREFECT_API_URL" in os.environ:
         return
-    process = server.running(root).get(server.SERVER)
-    if process is None:
-        raise StageError("no Prefect server of this work tree runs; start it (make serve), or set PREFECT_API_URL")
-    os.environ.update(server.environment(root, process.port))
+    os.environ.update(server.environment_of_running(root))
 
 
 def _origin(root: Path) -> str:

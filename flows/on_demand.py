@@ -29,19 +29,11 @@ def main() -> None:
     given = parser.parse_args()
     parameters = {name: value for name, value in vars(given).items() if value}
     try:
-        variables = _environment(workspace.root())
+        variables = server.environment_of_running(workspace.root())
     except StageError as error:
         sys.exit(f"run: error: {error}")
     command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--params", json.dumps(parameters)]
     os.execve(sys.executable, command, variables)  # noqa: S606
-
-
-def _environment(root: Path) -> dict[str, str]:
-    up = server.running(root).get(server.SERVER)
-    if up is None:
-        raise StageError("no Prefect server of this work tree runs; start it: make serve")
-    server.require_login(f"{server.url(up.port)}/api")
-    return server.environment(root, up.port)
 
 
 def advice(root: Path, port: int) -> str:

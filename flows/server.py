@@ -100,6 +100,19 @@ def require_login(api: str) -> None:
         return  # what asks next says what is wrong
 
 
+def environment_of_running(root: Path) -> dict[str, str]:
+    """Environment for Prefect's clients of the server that runs in the work tree `root`.
+
+    Raises:
+        StageError: if none runs, or if it asks for a login that the environment does not have.
+    """
+    process = running(root).get(SERVER)
+    if process is None:
+        raise StageError("no Prefect server of this work tree runs; start it: make serve")
+    require_login(f"{url(process.port)}/api")
+    return environment(root, process.port)
+
+
 def _opener(address: str) -> urllib.request.OpenerDirector:
     """Opener for `address`; without a proxy if it is on this machine."""
     here = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")

@@ -43,7 +43,7 @@ def upload(folder: Path, address: str) -> int:
     from tasks.runtime.progress import progress
     from tasks.transfer import objects
 
-    bucket, _, prefix = address.rstrip("/").removeprefix("s3://").partition("/")
+    bucket, prefix = objects.split(address.rstrip("/"))
     if not address.startswith("s3://") or not bucket:
         raise StageError(f"{address} is not s3://bucket/prefix; correct it")
     index, client, sent = latents.read_index(folder), objects.client(S3Params()), 0

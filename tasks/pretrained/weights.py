@@ -141,7 +141,7 @@ def _cached(repository: str, commit: str, parts: tuple[str, ...]) -> Path | None
 
 def _from_s3(address: str, pin: str, parts: tuple[str, ...]) -> Path:
     """Download the files below an s3:// prefix to the scratch folder, once; AWS_ENDPOINT_URL selects another server."""
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    bucket, prefix = objects.split(address)
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     wanted = json.dumps([bucket, prefix, pin, parts])
     folder = workspace.scratch() / "weights" / hashlib.sha256(wanted.encode()).hexdigest()[:16]

@@ -40,7 +40,6 @@ WHOLE_ROW_BYTES = 32
 """Columns with at most this many bytes per row are read whole when a shard is opened: labels, sizes, 8 captions."""
 HEADER_BYTES = 16 << 10
 """Bytes of a shard that are read first; the header is seldom longer."""
-ATTEMPTS, PAUSE_SECONDS = 4, 0.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Bucket:
 
     def __init__(self, address: str, cache_bytes: int) -> None:
         self.address, self.cache_bytes = address.rstrip("/"), cache_bytes
-        self.bucket, _, self.prefix = self.address.removeprefix("s3://").partition("/")
+        self.bucket, self.prefix = objects.split(self.address)
         self.client = objects.client(S3Params(connections=CONNECTIONS))
         self.requests = 0
         """Ranges that were read."""
@@ -150,21 +149,21 @@ class Bucket:
     def _range(self, key: str, etag: str, start: int, end: int) -> bytes:
         """Read the bytes from `start` to before `end` of a version of an object; broken connections are tried again."""
         with objects.explained(f"s3://{self.bucket}/{key}"):
-            for attempt in range(1, ATTEMPTS + 1):
+            for attempt in range(1, objects.ATTEMPTS + 1):
                 try:
                     answer = self.client.get_object(
                         Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=etag
                     )
                     data = bytes(answer["Body"].read())
                 except (BotoCoreError, OSError):
-                    if attempt == ATTEMPTS:
+                    if attempt == objects.ATTEMPTS:
                         raise
                 else:
                     if len(data) == end - start:
                         with self._lock:
                             self.requests += 1
                         return data
-                time.sleep(PAUSE_SECONDS * attempt)
+                time.sleep(objects.PAUSE_SECONDS * attempt)
         raise StageError(f"s3://{self.bucket}/{key} ends early; run 'python -m infra.upload_latents {self.address}'")
 
 

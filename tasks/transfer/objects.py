@@ -114,6 +114,12 @@ def explained(url: str) -> Iterator[None]:
         raise StageError(f"{url} cannot be fetched ({error}); check the network and the endpoint") from None
 
 
+def split(url: str) -> tuple[str, str]:
+    """Split s3://bucket/key into the bucket and the key or prefix, which may be empty."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
 def head(client: Client, bucket: str, key: str) -> Stored:
     """Size and ETag of one object."""
     answer = client.head_object(Bucket=bucket, Key=key)

@@ -24,7 +24,7 @@ def copy(target: Path, params: DownloadParams) -> str:
     Raises `StageError` if it cannot be read, differs from `download.sha256`, or exceeds the limits.
     """
     url = str(params.url)
-    bucket, _, key = url.removeprefix("s3://").partition("/")
+    bucket, key = objects.split(url)
     client = objects.client(params.s3)
     fetch.require_allowed(client.meta.endpoint_url, params.allow_private_addresses)
     with objects.explained(url):

@@ -155,6 +155,7 @@ def test_a_changed_parameter_reruns_its_stages_and_no_other(tree):
     assert {name for name, result in results(output).items() if result == "ran"} == {"visualize", ALWAYS}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_results_of_before_come_from_the_cache(tree):
     """After A, B: A again. Nothing is computed, and a deleted result is back."""

@@ -257,6 +257,7 @@ def test_a_failed_run_says_why(served: Served) -> None:
     served.wait(logged, 30, "the line of the failed stage in the run's log")
 
 
+@pytest.mark.slow
 def test_the_commands_that_serve_prints_start_a_run(served: Served, tmp_path: Path) -> None:
     """In a shell that knows nothing, in any folder; an hour from now, as the preset itself takes minutes."""
     export, run = re.findall(r"^  (\S.*)$", served.said, re.M)

@@ -50,6 +50,7 @@ def run(work: Path, reports: Path, monkeypatch, *arguments: str) -> dict:
     return json.loads((reports / "bench.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_both_sides_train_on_the_same_pictures(params, prepared):
     from infra.bench.peer import ImageFiles
     from tasks.pictures.images import load_pixels
@@ -62,6 +63,7 @@ def test_both_sides_train_on_the_same_pictures(params, prepared):
     np.testing.assert_allclose(order(theirs), order(ours), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_our_loop_in_blocks_is_our_loop(params, prepared, tmp_path, monkeypatch):
     import torch
 
@@ -216,6 +218,7 @@ def test_encoding_online_draws_what_is_stored(work, tmp_path, monkeypatch):
     assert f"| {row['online_ms']} |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_small_stable_diffusion_keeps_the_proportions_of_the_large_one():
     """What encoding adds to a training step of Stable Diffusion 1.5 at 512 pixels, and of its small likeness."""
     shape = [

@@ -128,6 +128,7 @@ def test_the_time_is_shared_out_among_the_parts_that_are_left(tmp_path):
 class TestParts:
     """The processes of the parts."""
 
+    @pytest.mark.slow
     def test_one_that_hangs_is_ended(self, tmp_path, monkeypatch):
         from infra.bench.gpu import runner
 

@@ -119,6 +119,7 @@ def test_commands_in_their_order(tmp_path):
     assert "train.learning_rate" in done.stdout
 
 
+@pytest.mark.slow
 def test_sampler_runs_without_this_project(tmp_path):
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "UNet2DModel" in b)
     assert len(block.strip().splitlines()) <= 20

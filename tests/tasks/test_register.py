@@ -146,6 +146,7 @@ def test_a_better_version_takes_over_and_the_old_one_does_not_take_it_back(work)
     assert "does not beat" in work.promotion(1)
 
 
+@pytest.mark.slow
 def test_another_evaluation_of_the_same_weights_is_another_nested_run(work):
     work.register(distance=20.0)
     work.register(distance=20.5, n_samples=128)

@@ -117,6 +117,7 @@ def writes_a_checkpoint(folder: Path):
     return lambda: any((folder / "scratch" / "train").glob("*/.step-*.tmp"))
 
 
+@pytest.mark.slow
 def test_killed_five_times_ends_in_the_same_bytes(undisturbed, tmp_path, migrated_database, continued):
     copy_of(undisturbed, tmp_path)
     writes = writes_a_checkpoint(tmp_path)

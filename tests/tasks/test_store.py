@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, tuple[int, float]]:
     }
 
 
-@pytest.mark.parametrize("how", ["copied", "moved"])
+@pytest.mark.parametrize("how", [pytest.param("copied", marks=pytest.mark.slow), "moved"])
 def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(how, tmp_path, migrated_database):
     old = work_tree(tmp_path / "old" / "tree", migrated_database)
     first = run_in(old, "one")

@@ -121,6 +121,7 @@ with tracked.training_run("k1", {}, {"name": "digits", "digest": "ab"}) as run:
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_was_killed_ends(client):
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
@@ -277,6 +278,7 @@ def test_a_database_of_another_mlflow_is_reported_with_a_remedy(tmp_path, monkey
         tracking.connect()
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_fresh_database_are_made_while_training_prepares(tmp_path):
     path = tmp_path / "mlflow.db"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{path}", "AFTERIMAGE_SCRATCH": str(tmp_path)}

@@ -418,6 +418,7 @@ def test_no_later_stage_runs_on_refused_data(tmp_path):
     assert not where["codec"].exists()
 
 
+@pytest.mark.slow
 def test_dvc_trains_nothing_on_refused_data(tmp_path):
     """A later stage asked for by name in a clone: DVC stops at the failed gate."""
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
