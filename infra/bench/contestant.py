@@ -15,7 +15,7 @@ import torch
 from infra.bench import clock, paired, peer
 from infra.bench.ours import Ours
 from models.networks.dit import DiTConfig
-from models.networks.network import build
+from models.networks.network import build, under_all_names
 from models.networks.unet import UNetConfig
 from models.noise.schedules import saved_noise
 from models.pipeline import PipelineInfo, save_pipeline
@@ -142,5 +142,6 @@ def _save(run: Run, folder: Path, params: Params, side: Side) -> None:
     )
     noise = saved_noise(*schedule, own.shift)
     weights = {name: value.detach().cpu().contiguous() for name, value in run.averaged().items()}
+    network = build(config)
     with writing_folder(folder) as temporary:
-        save_pipeline(temporary, build(config), weights, noise, info)
+        save_pipeline(temporary, network, under_all_names(network, weights), noise, info)

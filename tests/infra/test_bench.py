@@ -25,7 +25,8 @@ TINY = [
     "judge.classifier_steps=20",
 ]
 ROOT = Path(__file__).resolve().parents[2]
-DIT = "model.architecture=dit model.dit.width=16 model.dit.depth=1 model.dit.heads=2"
+DIT = "model.architecture=dit model.dit.width=16 model.dit.depth=2 model.dit.heads=2"
+"""Two blocks, which share their embedding."""
 FEW = ["--samples", "64", "--sampler-steps", "2"]
 
 
