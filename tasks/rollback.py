@@ -85,7 +85,7 @@ def rollback(name: str, to: int | None = None, reason: str = "no reason given") 
 
 
 def reigns(name: str, moment: str | None = None) -> tuple[list[Reign], int | None]:
-    """Return the champions of a registered model, or only that at a moment, and the present alias.
+    """Return the champions of a registered model and the present alias, or only the champion at a moment, and None.
 
     Raises:
         StageError: if MLflow has no such model, or it had no champion at that moment, or that is no time.
@@ -98,7 +98,7 @@ def reigns(name: str, moment: str | None = None) -> tuple[list[Reign], int | Non
         one = champions.at(found, moment)
         if one is None:
             raise StageError(f"{name} had no champion at {moment}")
-        found = [one]
+        return [one], None
     return found, champions.current(model)
 
 

@@ -45,6 +45,9 @@ def test_history_after_three_promotions_and_two_rollbacks(store):
     assert champions.at(found, "2026-11-02T23:00:00Z").version == 2
     assert champions.at(found, "2026-10-31T00:00:00Z") is None
 
+    past = call(rollback.main, "--name", NAME, "--history", "--at", "2026-11-02T23:00:00Z")
+    assert past.stdout.splitlines()[1].split()[1] == "2" and past.stderr == "", "the present alias is another matter"
+
     assert rollback.rollback(NAME, reason="blurry") == f"version 2 of {NAME} is champion again, in place of version 4"
     assert rollback.rollback(NAME).startswith("version 1 "), "not the version that the first one replaced"
     with pytest.raises(StageError, match="has had no champion before"):
