@@ -284,7 +284,7 @@ def test_no_store_holds_a_planted_secret(stack):
     assert {".git", ".prefect/home", ".prefect/logs", ".prefect/workspaces", "command lines"} <= set(looked)
     assert marked["names in s3://dvc"] == 1 and marked["s3://dvc"] == 2, "one of them compressed and in base64"
     assert looked["tmpdir"] == 0, "nothing is left in the folder for temporary files"
-    assert {re.sub(r"-v[\d.]+", "", name) for name in at_home} <= {"fontlist.json"}, "no identifier for usage reports"
+    assert all(name.startswith("fontlist-") for name in at_home), "no identifier for usage reports"
     for name in PRIVATE:
         assert (stack.root / name).stat().st_mode & 0o077 == 0, name
 
