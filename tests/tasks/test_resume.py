@@ -34,6 +34,7 @@ from tests.support.train_inputs import (
 )
 
 KILLED = -signal.SIGKILL
+SEED = int(os.environ.get("AFTERIMAGE_DRILL_SEED") or 0)
 ONE_PROCESS, TWO_PROCESSES, SHARDED = (
     {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)}
     for name in ("cpu.yaml", "cpu_2proc.yaml", "cpu_fsdp.yaml")
@@ -231,6 +232,53 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimiz
         assert process.returncode == 0, output
     assert "continues at step" in output
     assert results(killed) == results(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_sharded_processes_killed_at_random_steps_end_in_the_same_bytes(tmp_path, migrated_database, victims):
+    """Processes are killed, and not their launcher, which ends with an error; the other process does not stay."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_inputs(folder)
+        write_params(folder, dropout=0.2, steps=60)
+    process = start(whole, migrated_database, **SHARDED)
+    seconds = seconds_between(process, has_step(whole, 10), has_step(whole, 30)) / 2
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    chance = random.Random(SEED + sum(victims))
+    for step in (10, 20, 40):
+        process = start(killed, migrated_database, **SHARDED)
+        workers = workers_at(process, has_step(killed, step))
+        time.sleep(chance.uniform(0, seconds))
+        for rank in victims:
+            workers[rank].kill()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode not in (0, 143), output
+        assert psutil.wait_procs(list(workers.values()), timeout=30)[1] == []
+    process = start(killed, migrated_database, **SHARDED)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "continues at step" in output
+    assert results(killed) == results(whole)
+
+
+def seconds_between(process: subprocess.Popen[str], first, second) -> float:
+    """Measure the time from one event of a training to another."""
+    moments = []
+    for happens in (first, second):
+        while not happens():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.002)
+        moments.append(time.monotonic())
+    return moments[1] - moments[0]
+
+
+def workers_at(process: subprocess.Popen[str], happens) -> dict[int, psutil.Process]:
+    """Wait until `happens()`; returns the processes of a training by rank."""
+    seconds_between(process, happens, happens)
+    return {int(worker.environ()["RANK"]): worker for worker in psutil.Process(process.pid).children()}
 
 
 def paused_at(process: subprocess.Popen[str], happens) -> list[psutil.Process]:
