@@ -26,11 +26,11 @@ CASES = {
 DRILLS = {
     "text": {"conditioning": "text", "precision": "bf16", "channels_last": True},
     "lora": {"conditioning": "text", "lora_rank": 2},
-    "control": {"conditioning": "text", "control": True, "control_dropout": 0.5},
+    "control": {"conditioning": "text", "control": True, "control_dropout": 0.5, "ema_snapshots": 0},
     "text_dit": {"conditioning": "text", "architecture": "dit", "optimizer": "muon"},
     "checkpointing": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
-    "distil": {"distil": {"after": 1}, "lr_schedule": "constant"},
+    "distil": {"distil": {"after": 1}, "lr_schedule": "constant", "ema_snapshots": 0},
 }
 
 
