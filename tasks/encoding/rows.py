@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.formats import buckets
+from tasks.pictures.digests import TYPE, Digests, digests
 from tasks.pictures.images import read_columns
 from tasks.pictures.index import class_index
 from tasks.runtime.disk import require_space
@@ -64,9 +65,47 @@ class Rows:
         """Return a column of strings."""
         return list(self.table[name].to_pylist())
 
+    def digests(self, name: str) -> np.ndarray:
+        """Return the digests of a column of strings, S16 [len(self)]."""
+        column = self.table[name]
+        starts = range(0, len(self), ROWS_AT_A_TIME)
+        parts = (digests(column.slice(start, ROWS_AT_A_TIME).to_pylist()) for start in starts)
+        return np.concatenate([np.empty(0, TYPE), *parts])
+
     def in_bucket(self, bucket: int) -> Rows:
         """Return the rows of one bucket."""
         return Rows(self.table.filter(pc.equal(self.table["bucket"], bucket)))
+
+
+class Missing:
+    """Images of which something is missing, by a string that names each, with their resolution."""
+
+    def __init__(self, names: np.ndarray, in_buckets: np.ndarray, resolutions: Sequence[Resolution]) -> None:
+        """`names` are digests of the strings, S16 [n], in which no string repeats, and `in_buckets` int16 [n]."""
+        self.names = Digests(names)
+        self._buckets, self._resolutions = in_buckets[np.argsort(names, kind="stable")], resolutions
+
+    @classmethod
+    def of(cls, resolutions: Mapping[str, Resolution]) -> Missing:
+        """Return the same for a mapping from names to resolutions."""
+        return cls(digests(resolutions), np.arange(len(resolutions)), list(resolutions.values()))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def resolution(self, name: str) -> Resolution:
+        """Return the resolution of an image, which must be one of these."""
+        return self._resolutions[self._buckets[self.names.numbers([name])[0]]]
+
+
+def digests_in(splits: Mapping[str, Rows], name: str) -> np.ndarray:
+    """Return the digests of a column of strings, S16 [n], of the images of all splits."""
+    return np.concatenate([np.empty(0, TYPE), *(rows.digests(name) for rows in splits.values())])
+
+
+def buckets_in(splits: Mapping[str, Rows]) -> np.ndarray:
+    """Return the buckets of the images of all splits, int16 [n]."""
+    return np.concatenate([np.empty(0, np.int16), *(rows.table["bucket"].to_numpy() for rows in splits.values())])
 
 
 def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequence[str] = ()) -> dict[str, Rows]:

@@ -138,6 +138,7 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, 
 
     from tasks.encoding.blocks import Blocks
     from tasks.encoding.encoder import _encode_missing, _encode_on_cluster
+    from tasks.encoding.rows import Missing
     from tasks.params import EncodeParams
     from tasks.pictures.images import read_columns
 
@@ -151,7 +152,8 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, 
     files = {f"{seed:03d}.png": picture(seed, (20, 16)) for seed in range(200)}
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
-    missing = dict.fromkeys(read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist(), (16, 16))
+    hashes = read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist()
+    missing = Missing.of(dict.fromkeys(hashes, (16, 16)))
     params = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", ray_address=cluster_of_two)
     stored = {}
     for encode in (_encode_missing, _encode_on_cluster):
