@@ -67,14 +67,19 @@ class Rows:
 
     def digests(self, name: str) -> np.ndarray:
         """Return the digests of a column of strings, S16 [len(self)]."""
-        column = self.table[name]
-        starts = range(0, len(self), ROWS_AT_A_TIME)
-        parts = (digests(column.slice(start, ROWS_AT_A_TIME).to_pylist()) for start in starts)
-        return np.concatenate([np.empty(0, TYPE), *parts])
+        return digests_of(self.table[name])
 
     def in_bucket(self, bucket: int) -> Rows:
-        """Return the rows of one bucket."""
-        return Rows(self.table.filter(pc.equal(self.table["bucket"], bucket)))
+        """Return the rows of one bucket, which lie together."""
+        start, stop = np.searchsorted(self.table["bucket"].to_numpy(), [bucket, bucket + 1]).tolist()
+        return Rows(self.table.slice(start, stop - start))
+
+
+def digests_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return the digests of a column of strings, S16 [n]."""
+    starts = range(0, len(column), ROWS_AT_A_TIME)
+    parts = (digests(column.slice(start, ROWS_AT_A_TIME).to_pylist()) for start in starts)
+    return np.concatenate([np.empty(0, TYPE), *parts])
 
 
 class Missing:
@@ -121,13 +126,12 @@ def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequen
     if hidden:
         table = table.filter(pc.invert(pc.is_in(labels, pa.array(hidden, pa.int64()))))
     table = table.append_column("bucket", pa.array(_buckets(table, resolutions)))
-    splits = sorted(pc.unique(table["split"]).to_pylist())
-    return {split: Rows(_sorted(table.filter(pc.equal(table["split"], split)))) for split in splits}
-
-
-def _sorted(table: pa.Table) -> pa.Table:
-    order = [("bucket", "ascending"), ("key", "ascending")]
-    return table.drop_columns(["split"]).sort_by(order).combine_chunks()
+    table = table.sort_by([("split", "ascending"), ("bucket", "ascending"), ("key", "ascending")])
+    table = table.combine_chunks()
+    pa.default_memory_pool().release_unused()  # the columns in their first order, which are as large
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(table["split"]).to_pylist()}
+    table, starts = table.drop_columns(["split"]), np.cumsum([0, *counts.values()]).tolist()
+    return {split: Rows(table.slice(start, counts[split])) for split, start in zip(counts, starts, strict=False)}
 
 
 def _buckets(table: pa.Table, resolutions: Sequence[Resolution]) -> np.ndarray:

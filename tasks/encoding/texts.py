@@ -20,9 +20,9 @@ from models.device import best_device
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
 from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
-from tasks.encoding.rows import distinct_captions
+from tasks.encoding.rows import digests_of, distinct_captions
 from tasks.formats.latents import Shard, write_prompts, write_shards
-from tasks.pictures.digests import digests
+from tasks.pictures.digests import digests, find
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
 
@@ -113,10 +113,18 @@ class Captions:
         counts = pc.list_value_length(captions).to_numpy()
         positions = np.full((len(rows), self.most_captions), -1, np.int32)
         # The mask is read row by row, as the flat list of captions is.
-        positions[np.arange(self.most_captions) < counts[:, None]] = pc.index_in(
-            pc.list_flatten(captions), value_set=self.captions
-        ).to_numpy()
+        ordered, place = self._by_digest
+        positions[np.arange(self.most_captions) < counts[:, None]] = place[
+            find(ordered, digests_of(pc.list_flatten(captions)))
+        ]
         return positions
+
+    @functools.cached_property
+    def _by_digest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Digests of the captions, ascending, and the place of each among the captions, int64."""
+        values = digests_of(self.captions)
+        place = np.argsort(values, kind="stable")
+        return values[place], place
 
     def write(self, folder: Path, shard_size: int) -> list[Shard]:
         """Write the embeddings or token ids as shards; returns their entries for the index."""

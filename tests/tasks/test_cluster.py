@@ -159,8 +159,10 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, 
     for encode in (_encode_missing, _encode_on_cluster):
         blocks = Blocks(tmp_path / encode.__name__, {})
         encode(tmp_path / "images", tmp_path / "vae", 3, missing, blocks, params)
-        stored[encode] = contents(tmp_path / encode.__name__)
-    assert stored[_encode_missing] == stored[_encode_on_cluster] and len(stored[_encode_missing]) == 4
+        assert len(contents(tmp_path / encode.__name__)) == 4
+        stored[encode] = blocks.take(hashes)
+    for name, tensor in stored[_encode_missing].items():
+        assert torch.equal(tensor, stored[_encode_on_cluster][name])
 
 
 LEVELS = {
@@ -201,7 +203,7 @@ def test_the_cluster_ends_with_a_killed_stage(raw):
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in member.name() for member in family)
     process.kill()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=300)  # two agents of Ray look for its other processes for a minute
     assert not alive, [member.cmdline() for member in alive]
 
 
