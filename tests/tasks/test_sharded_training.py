@@ -73,9 +73,10 @@ def in_one_process(folder: Path, monkeypatch, database: Path) -> tuple[list[str]
     """Train in one process; returns the names of the averages, the weights at first, and the state at the end."""
     from tasks import train
     from tasks.training.run import gather_tallies, snapshot
-    from tests.support.sharded_training import flat, start_nowhere_at_zero
+    from tests.support.sharded_training import compile_eagerly, flat, start_nowhere_at_zero
 
     start_nowhere_at_zero(monkeypatch)
+    compile_eagerly(monkeypatch)
     run = prepare_here(folder, monkeypatch, database)
     joined(run)
     first = {name: value.clone() for name, value in run.network.state_dict().items()}
