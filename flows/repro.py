@@ -23,6 +23,9 @@ PROGRESS_SECONDS = 5.0
 BUSY_SECONDS = 5.0
 MEMORY_LINES = 30
 
+PULL = "AFTERIMAGE_PULL"
+"""Variable in the environment of DVC: results that the cache lacks are taken from the default remote."""
+
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
 _SENTENCE = re.compile(r"[\w-]+: (?:error: |terminated; )")
@@ -132,7 +135,8 @@ def _repro(
 ) -> set[str]:
     """Run `dvc repro` with `options`, the last of which is a stage; returns the stages that ran."""
     # Without the option, a stage whose command ended while another DVC command had the lock for 3 s would be lost.
-    command = dvc.command("--wait-for-lock", "repro", *options)
+    pull = ["--pull"] if PULL in environment else []
+    command = dvc.command("--wait-for-lock", "repro", *pull, *options)
     deadline = time.monotonic() + wait_seconds
     stage = options[-1]
     while True:

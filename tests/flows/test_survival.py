@@ -145,11 +145,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, migra
 
 
 def test_an_event_of_the_source_refreshes_the_data_and_starts_the_chain(toy: Toy) -> None:
-    """By the command that the documentation gives for a webhook of the source."""
-    found = re.search(r"^(curl -X POST \S+/api/events.*?)^```", OPERATIONS.read_text(), re.M | re.S)
+    """By the command that the documentation gives for announcing new data."""
+    found = re.search(r"^PREFECT_API_URL=\S+ prefect event emit .*$", OPERATIONS.read_text(), re.M)
     assert found
-    posted = ["bash", "-ec", found[1].replace("http://127.0.0.1:4200", server.url(toy.port)).replace("curl", "curl -f")]
-    subprocess.run(posted, check=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    kept |= {"HOME": str(toy.outside), "PATH": server.search_path()}
+    announced = ["bash", "-ec", found[0].replace("http://127.0.0.1:4200", server.url(toy.port))]
+    subprocess.run(announced, env=kept, check=True)
     toy.wait(lambda: toy.states("data-refresh") == ["Completed"], START, "the end of the refresh")
     toy.wait(lambda: toy.states("on-demand") == ["Completed"], START, "the end of the chain")
     run = toy.runs("data-refresh")[0]

@@ -22,6 +22,8 @@ from tasks.runtime.errors import StageError
 from tests.support import tiny
 from tests.support.commands import call
 
+TESTS_OWN = ("AWS_", "CI", "DO_NOT_TRACK", "DVC_", "GX_", "HF_", "MLFLOW_", "ORT_", "PREFECT_", "PYTEST_")
+"""Beginnings of variables that no user has; some of them switch off the usage reports of packages."""
 SLEEPERS = "server: sleep 600\nworker: sleep 600\n"
 
 
@@ -47,7 +49,7 @@ def free_ports() -> int:
 def command(
     root: Path, *arguments: str, module: str = "infra.stack", more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(TESTS_OWN)}
     kept |= {"PYTHONPATH": str(tiny.ROOT), **(more or {})}
     call = [sys.executable, "-m", module, *arguments]
     return subprocess.run(call, cwd=root, env=kept, capture_output=True, text=True, timeout=900)
