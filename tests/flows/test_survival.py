@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -145,11 +146,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, migra
 
 
 def test_an_event_of_the_source_refreshes_the_data_and_starts_the_chain(toy: Toy) -> None:
-    """By the command that the documentation gives for a webhook of the source."""
-    found = re.search(r"^(curl -X POST \S+/api/events.*?)^```", OPERATIONS.read_text(), re.M | re.S)
+    """By the command that the documentation gives for a script that knows of new data."""
+    found = re.search(r"^PREFECT_API_URL=\S+ (prefect event emit .*)$", OPERATIONS.read_text(), re.M)
     assert found
-    posted = ["bash", "-ec", found[1].replace("http://127.0.0.1:4200", server.url(toy.port)).replace("curl", "curl -f")]
-    subprocess.run(posted, check=True)
+    variables = server.environment(toy.root, toy.port)
+    subprocess.run(shlex.split(found[1]), cwd=toy.root, env=variables, check=True, timeout=START)
     toy.wait(lambda: toy.states("data-refresh") == ["Completed"], START, "the end of the refresh")
     toy.wait(lambda: toy.states("on-demand") == ["Completed"], START, "the end of the chain")
     run = toy.runs("data-refresh")[0]
@@ -219,7 +220,7 @@ def test_missed_runs_do_not_pile_up(toy: Toy) -> None:
     toy.post(f"/deployments/{toy.deployment('watch')['id']}/schedule", **plan)
     assert toy.waiting("watch") == 5
     said = toy.start()
-    assert "serve: 4 missed run(s) of 'watch' are skipped; the newest starts" in said
+    assert "serve: 4 missed run(s) of deployment 'watch' are skipped; the newest starts" in said
     toy.wait(lambda: toy.waiting("watch") == 0, START, "the start of the newest")
     toy.wait(lambda: not {"Pending", "Running"} & set(toy.states("watch")), START, "its end")
     assert len([run for run in toy.runs("watch") if run["auto_scheduled"]]) == 1, before
