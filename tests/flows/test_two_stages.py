@@ -35,6 +35,14 @@ def tree_of(folder: Path, chain: Chain, database: Path) -> Path:
     return tree
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, chain: Chain, migrated_database: Path) -> dict[str, str]:
+    """What the chain writes with one stage after the other and without a signal: path -> hash."""
+    tree = tree_of(tmp_path_factory.mktemp("undisturbed") / "tree", chain, migrated_database)
+    tiny.run(tree, "infra.run")
+    return hashes(tree)
+
+
 def start(tree: Path, log: Path) -> subprocess.Popen[bytes]:
     """Start the flow with two jobs, as from a terminal: a process in the background ignores Ctrl-C."""
     with log.open("wb") as output:
@@ -62,7 +70,7 @@ def stages_of(processes: list[psutil.Process]) -> set[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_both_stages_end_and_the_next_run_gives_the_same(
-    tmp_path: Path, chain: Chain, migrated_database: Path, number: signal.Signals
+    tmp_path: Path, chain: Chain, migrated_database: Path, undisturbed: dict[str, str], number: signal.Signals
 ) -> None:
     tree, log = tree_of(tmp_path / "tree", chain, migrated_database), tmp_path / "log"
     flow = start(tree, log)
@@ -81,7 +89,4 @@ def test_both_stages_end_and_the_next_run_gives_the_same(
 
     again = start(tree, log)
     assert again.wait(START_SECONDS) == 0, log.read_text()[-3000:]
-    undisturbed = tree_of(tmp_path / "undisturbed", chain, migrated_database)
-    tiny.run(undisturbed, "infra.run")
-    assert hashes(tree) == hashes(undisturbed)
-    assert (tree / "dvc.lock").read_text().count("outs:") == (undisturbed / "dvc.lock").read_text().count("outs:")
+    assert hashes(tree) == undisturbed
