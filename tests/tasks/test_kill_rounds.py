@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from tabulate import tabulate
 
 from tests.support.stage_drill import POLL_SECONDS, STAGES, Drill, Repro, wait_until
 
@@ -61,9 +62,9 @@ class Outcomes:
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        head = f"{'stage':12}" + "".join(f"{name:>12}" for name in WRITTEN)
-        rows = (f"{stage:12}" + "".join(f"{self.table[stage, name]:12}" for name in WRITTEN) for stage in STAGES)
-        return "\n".join([head, *rows, f"{self.table.total()} rounds, {len(self.faults)} faults", *self.faults])
+        rows = [[stage, *(str(self.table[stage, name]) for name in WRITTEN)] for stage in STAGES]
+        table = tabulate(rows, ["stage", *WRITTEN], "plain", colalign=["left", *("right" for _ in WRITTEN)])
+        return "\n".join([table, f"{self.table.total()} rounds, {len(self.faults)} faults", *self.faults])
 
 
 def rounds(number: int, seed: int) -> Iterator[Round]:
