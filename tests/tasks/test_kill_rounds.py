@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from tabulate import tabulate
 
 from tests.support.stage_drill import POLL_SECONDS, STAGES, Drill, Repro, wait_until
 
@@ -29,9 +28,9 @@ FIRST_WRITING = 0.3
 LONGEST_WRITE = 0.3
 """Seconds from the first writing to the kill, at most."""
 ROUND_SECONDS = 300
-REPAIRED = "repaired by flows.recover"
+REPAIRED = "repaired"
 WRITTEN = ("nothing", "a part", "everything", "recorded", REPAIRED)
-"""What a stage had written when it was killed; the last: DVC's own files were cut off, and a command repaired them."""
+"""What a stage had written when it was killed; the last: DVC's own files were cut off, and `flows.recover` repaired them."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ class Outcomes:
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        rows = [[stage, *(str(self.table[stage, name]) for name in WRITTEN)] for stage in STAGES]
-        table = tabulate(rows, ["stage", *WRITTEN], "plain", colalign=["left", *("right" for _ in WRITTEN)])
-        return "\n".join([table, f"{self.table.total()} rounds, {len(self.faults)} faults", *self.faults])
+        head = f"{'stage':12}" + "".join(f"{name:>12}" for name in WRITTEN)
+        rows = (f"{stage:12}" + "".join(f"{self.table[stage, name]:12}" for name in WRITTEN) for stage in STAGES)
+        return "\n".join([head, *rows, f"{self.table.total()} rounds, {len(self.faults)} faults", *self.faults])
 
 
 def rounds(number: int, seed: int) -> Iterator[Round]:
