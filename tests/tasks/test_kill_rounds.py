@@ -30,7 +30,7 @@ LONGEST_WRITE = 0.3
 ROUND_SECONDS = 300
 REPAIRED = "repaired"
 WRITTEN = ("nothing", "a part", "everything", "recorded", REPAIRED)
-"""What a stage had written when it was killed; the last: DVC's own files were cut off, and `flows.recover` repaired them."""
+"""What a stage had written; `repaired`: DVC's own files were cut off, and `flows.recover` mended them."""
 
 
 @dataclass(frozen=True)
