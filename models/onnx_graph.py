@@ -145,8 +145,9 @@ def _traced(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: li
 def _in_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Convert weights and operators to float16, except those of `FLOAT32` and what the embedding of t is made from.
 
-    The frequencies of the embedding times t exceed the digits of float16. The conversion needs the shapes and types
-    that the exporter inferred, because onnx infers those of graphs below 2 GiB only.
+    The frequencies of the embedding times t exceed the digits of float16, and so does t of a rectified flow. The
+    conversion needs the shapes and types that the exporter inferred, because onnx infers those of graphs below 2 GiB
+    only.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
@@ -158,6 +159,7 @@ def _in_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
         if node.name not in kept:
             kept[node.name] = node
             waiting += [makers[name] for name in node.input if name in makers]
+    own = {node.name for node in graph.graph.node}
     converted = convert_float_to_float16(
         graph,
         keep_io_types=True,
@@ -165,8 +167,35 @@ def _in_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
         op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32],
         node_block_list=list(kept),
     )
+    _skip_rounding(converted.graph, own)
     _sort(converted.graph)
     return converted
+
+
+def _skip_rounding(graph: onnx.GraphProto, own: set[str]) -> None:
+    """Let operators in float32 read values in float32 as they are.
+
+    The conversion rounds every value to float16, and gives operators in float32 the rounded one, by casts that it adds
+    to the nodes of the graph, whose names are `own`.
+    """
+    from onnx import TensorProto
+
+    casts = {node.output[0]: node for node in graph.node if node.name not in own}
+    to = {name: node.attribute[0].i for name, node in casts.items()}
+    exact = {
+        name: casts[node.input[0]].input[0]
+        for name, node in casts.items()
+        if to[name] == TensorProto.FLOAT and to.get(node.input[0]) == TensorProto.FLOAT16
+    }
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = exact.get(name, name)
+    outputs = {value.name for value in graph.output}
+    for unread in (TensorProto.FLOAT, TensorProto.FLOAT16):  # the second kind is read by the first
+        read = outputs.union(*(node.input for node in graph.node))
+        left = [node for node in graph.node if to.get(node.output[0]) != unread or node.output[0] in read]
+        del graph.node[:]
+        graph.node.extend(left)
 
 
 def _sort(graph: onnx.GraphProto) -> None:

@@ -13,11 +13,13 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models.json_files import JsonObject, read_json
+from tasks.pictures.digests import TYPE, digests, find
 from tasks.runtime import atomic
 from tasks.runtime.errors import StageError
 
@@ -27,13 +29,19 @@ KEPT_RECIPES = 3
 
 
 class Blocks:
-    """Rows of tensors by key, all computed by one `recipe`, which names everything that a row depends on."""
+    """Rows of tensors by key, all computed by one `recipe`, which names everything that a row depends on.
+
+    A row takes 24 bytes of memory: the digest of its key, its file and its place in that.
+    """
 
     def __init__(self, root: Path, recipe: JsonObject) -> None:
         canonical = json.dumps(recipe, sort_keys=True).encode("utf-8")
         self.folder = root / hashlib.sha256(canonical).hexdigest()[:16]
         self.root, self.recipe = root, recipe
-        self.rows: dict[str, tuple[Path, int]] = {}
+        self._files: list[Path] = []
+        self._digests = np.empty(0, TYPE)  # of the keys, ascending
+        self._places = np.empty((0, 2), np.int32)  # of each row: number of the file, row in the file
+        self._added: list[tuple[np.ndarray, np.ndarray]] = []  # rows that are not among these yet
         self._verified: set[Path] = set()
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -59,7 +67,13 @@ class Blocks:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the distinct keys that have no row, in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self.rows]
+        distinct = list(dict.fromkeys(keys))
+        return [key for key, known in zip(distinct, self.known(digests(distinct)).tolist(), strict=True) if not known]
+
+    def known(self, wanted: np.ndarray) -> np.ndarray:
+        """Return which keys have a row, bool [n], by their digests S16 [n]."""
+        self._sort()
+        return find(self._digests, wanted) >= 0
 
     def add(self, keys: Sequence[str], tensors: dict[str, torch.Tensor]) -> None:
         """Store one row of each tensor, [len(keys), ...], per key."""
@@ -78,13 +92,15 @@ class Blocks:
             KeyError: if a key has no row.
             StageError: if a block is damaged; it is deleted.
         """
-        wanted: dict[Path, list[tuple[int, int]]] = {}
-        for place, key in enumerate(keys):
-            file, row = self.rows[key]
-            wanted.setdefault(file, []).append((place, row))
+        self._sort()
+        numbers = find(self._digests, digests(keys))
+        if (numbers < 0).any():
+            raise KeyError(keys[int(np.argmin(numbers))])
+        files, row_of = self._places[numbers].T
         taken: dict[str, torch.Tensor] = {}
-        for file, pairs in wanted.items():
-            places, rows = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        for number in np.unique(files):
+            file, places = self._files[number], np.flatnonzero(files == number)
+            rows = torch.from_numpy(row_of[places])
             with safe_open(file, "pt") as block:
                 for name in block.keys():  # noqa: SIM118 - not a mapping
                     tensor = block.get_tensor(name)
@@ -93,19 +109,37 @@ class Blocks:
                         raise StageError(f"{file} was damaged and is removed; run the same command again")
                     if name not in taken:
                         taken[name] = torch.empty(len(keys), *tensor.shape[1:], dtype=tensor.dtype)
-                    taken[name][places] = tensor[rows]
+                    taken[name][torch.from_numpy(places)] = tensor[rows]
             self._verified.add(file)
         return taken
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Delete the blocks that hold no row of `keys`."""
-        used = {self.rows[key][0] for key in keys if key in self.rows}
-        for file in {file for file, _ in self.rows.values()} - used:
-            file.unlink()
-        self.rows = {key: row for key, row in self.rows.items() if row[0] in used}
+    def forget(self, wanted: np.ndarray) -> None:
+        """Delete the blocks that hold no row of the keys whose digests, S16 [n], are `wanted`."""
+        self._sort()
+        numbers = find(self._digests, wanted)
+        used = np.zeros(len(self._files), np.bool_)
+        used[self._places[numbers[numbers >= 0], 0]] = True
+        for number in np.setdiff1d(self._places[:, 0], np.flatnonzero(used)):
+            self._files[number].unlink()
+        kept = used[self._places[:, 0]]
+        self._digests, self._places = self._digests[kept], self._places[kept]
 
     def _enter(self, file: Path, keys: Sequence[str]) -> None:
-        self.rows.update({key: (file, row) for row, key in enumerate(keys)})
+        places = np.stack([np.full(len(keys), len(self._files)), np.arange(len(keys))], axis=1)
+        self._files.append(file)
+        self._added.append((digests(keys), places.astype(np.int32)))
+
+    def _sort(self) -> None:
+        """Order all rows by their digests; of rows with the same key, the one that was entered last counts."""
+        if not self._added:
+            return
+        entered, places = zip(*self._added, strict=True)
+        every, place_of = np.concatenate([self._digests, *entered]), np.concatenate([self._places, *places])
+        order = np.argsort(every, kind="stable")
+        every = every[order]
+        last = np.ones(len(every), np.bool_)
+        last[:-1] = every[1:] != every[:-1]
+        self._digests, self._places, self._added = every[last], place_of[order][last], []
 
 
 def _sha256(tensor: torch.Tensor) -> str:

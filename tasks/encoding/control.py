@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 
 from models.networks.control_maps import ControlSpec, maps_of
 from tasks.encoding.blocks import Blocks
+from tasks.encoding.rows import Missing, buckets_in, digests_in
 from tasks.pictures import decoding
+from tasks.pictures.digests import digests
 from tasks.pictures.images import map_hashes, read_encoded, read_maps
 from tasks.runtime import closure, workspace
 from tasks.runtime.errors import StageError
@@ -38,12 +40,17 @@ class Controls:
     """The control maps of all images, by what they are made from and their resolution."""
 
     blocks: Blocks
-    made_from: Mapping[str, str]
-    """Key of an image -> SHA-256 of the image, or of the map that the user gave for it."""
+    own: Mapping[str, str] | None
+    """Key of an image -> SHA-256 of the map that the user gave for it; None for maps that are made from the images."""
 
     def take(self, rows: Sequence[Row], resolution: Resolution) -> dict[str, torch.Tensor]:
         """Return the column `control` of images, uint8 [len(rows), 1 or 3, h, w]."""
-        return self.blocks.take([_key(self.made_from[row.key], resolution) for row in rows])
+        return self.blocks.take([_key(_made_from(row, self.own), resolution) for row in rows])
+
+
+def _made_from(row: Row, own: Mapping[str, str] | None) -> str:
+    """Return the SHA-256 of the file that the map of an image is made from."""
+    return row.sha256 if own is None else own[row.key]
 
 
 def _key(sha256: str, resolution: Resolution) -> str:
@@ -65,90 +72,92 @@ def make_controls(
         "control": spec.to_json(),
         "code of the control maps": closure.digest("models/networks/control_maps.py", "tasks/pictures/decoding.py"),
     }
-    rows = [row for in_split in splits.values() for row in in_split]
-    made_from = _own_maps(images, rows) if spec.kind == "own" else {row.key: row.sha256 for row in rows}
+    own = _own_maps(images, splits) if spec.kind == "own" else None
     blocks = Blocks(workspace.scratch() / "encode" / "controls", recipe)
-    wanted = {_key(made_from[row.key], resolutions[row.bucket]): row for row in rows}
+    keys = (_key(_made_from(row, own), resolutions[row.bucket]) for row in _each(splits))
+    wanted, first = np.unique(digests(keys), return_index=True)
     if changed := blocks.changes():
         print(f"encode: changed since the last time: {', '.join(changed)}; all control maps are made anew", flush=True)
     blocks.open()
-    missing = [wanted[key] for key in blocks.missing(wanted)]
+    new = first[~blocks.known(wanted)]
+    names = digests_in(splits, "sha256" if own is None else "key")
+    missing = Missing(names[new], buckets_in(splits)[new], resolutions)
     print(f"encode: {len(missing)} control maps to make", flush=True)
     with ThreadPoolExecutor(params.worker_count) as pool:  # decoding and OpenCV release the global interpreter lock
-        pictures = _read_own(images, missing) if spec.kind == "own" else _read_images(images, missing)
-        chunks = _chunks(pictures, resolutions)
-        for resolution, chunk in progress(chunks, desc="encode: control maps", delay=2):
-            maps = list(pool.map(lambda picture, to=resolution: _map(spec, picture, to), chunk))
-            keys = [_key(made_from[picture.row.key], resolution) for picture in chunk]
-            blocks.add(keys, {"control": torch.from_numpy(np.concatenate(maps))})
+        pictures = _read_images(images, missing) if own is None else _read_own(images, missing)
+        for resolution, chunk in progress(_chunks(pictures), desc="encode: control maps", delay=2):
+            maps = list(pool.map(lambda picture: _map(spec, picture), chunk))
+            made = [_key(picture.sha256, resolution) for picture in chunk]
+            blocks.add(made, {"control": torch.from_numpy(np.concatenate(maps))})
     blocks.forget(wanted)
-    return Controls(blocks, made_from)
+    return Controls(blocks, own)
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """An encoded image, or map, of a row."""
+    """An image file from which a map is made, or a map."""
 
-    row: Row
+    name: str
+    sha256: str
+    resolution: Resolution
+    """Of the map."""
     data: bytes
     pixels: int
 
 
-def _own_maps(images: Path, rows: Sequence[Row]) -> dict[str, str]:
+def _each(splits: Mapping[str, Rows]) -> Iterator[Row]:
+    for rows in splits.values():
+        yield from rows
+
+
+def _own_maps(images: Path, splits: Mapping[str, Rows]) -> dict[str, str]:
     """Return key -> SHA-256 of the map that the user gave for each image.
 
     Raises:
         StageError: if an image has none.
     """
     found = map_hashes(images)
-    without = [row.key for row in rows if row.key not in found]
+    without = [row.key for row in _each(splits) if row.key not in found]
     if without:
+        count = sum(map(len, splits.values()))
         raise StageError(
-            f"{len(without)} of {len(rows)} images have no control map ({without[0]}), and encode.control.kind 'own' "
+            f"{len(without)} of {count} images have no control map ({without[0]}), and encode.control.kind 'own' "
             "needs one for each; add them to a folder 'conditioning' or a column 'conditioning_image', or set "
             "encode.control.kind to 'canny'"
         )
-    return {row.key: found[row.key] for row in rows}
+    return found
 
 
-def _map(spec: ControlSpec, picture: _Picture, resolution: Resolution) -> np.ndarray:
+def _map(spec: ControlSpec, picture: _Picture) -> np.ndarray:
     """Return the control map of a picture, uint8 [1, 1 or 3, h, w]."""
     if spec.kind != "own":
-        return maps_of(spec, decoding.decode_resized(picture.data, picture.pixels, resolution, 3)[None])
+        return maps_of(spec, decoding.decode_resized(picture.data, picture.pixels, picture.resolution, 3)[None])
     try:
-        return decoding.decode_resized(picture.data, picture.pixels, resolution, 3)[None]
+        return decoding.decode_resized(picture.data, picture.pixels, picture.resolution, 3)[None]
     except decoding.UnreadableError as error:
         raise StageError(
-            f"the control map of {picture.row.key} cannot be read ({error}); replace it, and run 'dvc repro download'"
+            f"the control map of {picture.name} cannot be read ({error}); replace it, and run 'dvc repro download'"
         ) from None
 
 
-def _read_images(images: Path, rows: Sequence[Row]) -> Iterator[_Picture]:
-    """Read images from which maps are made; equal ones may belong to several buckets."""
-    by_content: dict[str, list[Row]] = {}
-    for row in rows:
-        by_content.setdefault(row.sha256, []).append(row)
-    for sha256, data, pixels in read_encoded(images, by_content):
-        for row in by_content[sha256]:
-            yield _Picture(row, data, pixels)
+def _read_images(images: Path, missing: Missing) -> Iterator[_Picture]:
+    """Read images from which maps are made, which are named by their SHA-256."""
+    for sha256, data, pixels in read_encoded(images, missing.names):
+        yield _Picture(sha256, sha256, missing.resolution(sha256), data, pixels)
 
 
-def _read_own(images: Path, rows: Sequence[Row]) -> Iterator[_Picture]:
-    """Read the maps that the user gave."""
-    by_key = {row.key: row for row in rows}
-    for key, _, data in read_maps(images, by_key) if by_key else ():
-        yield _Picture(by_key[key], data, decoding.MAX_MAP_PIXELS)
+def _read_own(images: Path, missing: Missing) -> Iterator[_Picture]:
+    """Read the maps that the user gave for images, which are named by their keys."""
+    for key, sha256, data in read_maps(images, missing.names) if len(missing) else ():
+        yield _Picture(key, sha256, missing.resolution(key), data, decoding.MAX_MAP_PIXELS)
 
 
-def _chunks(
-    pictures: Iterator[_Picture], resolutions: Sequence[Resolution]
-) -> Iterator[tuple[Resolution, list[_Picture]]]:
-    """Group pictures by the resolution of their bucket."""
+def _chunks(pictures: Iterable[_Picture]) -> Iterator[tuple[Resolution, list[_Picture]]]:
+    """Group pictures by their resolution."""
     begun: dict[Resolution, list[_Picture]] = {}
     for picture in pictures:
-        resolution = resolutions[picture.row.bucket]
-        group = begun.setdefault(resolution, [])
+        group = begun.setdefault(picture.resolution, [])
         group.append(picture)
         if len(group) == CHUNK:
-            yield resolution, begun.pop(resolution)
+            yield picture.resolution, begun.pop(picture.resolution)
     yield from sorted(begun.items(), key=lambda item: item[0])

@@ -13,19 +13,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
 from models.device import best_device, devices_of, emulates_bf16, enter, memory_of, placed
 from models.networks.autoencoder import Autoencoder, images_at_once, load_autoencoder
 from tasks.encoding.blocks import Blocks
+from tasks.encoding.rows import Missing, buckets_in, digests_in
 from tasks.encoding.transform import BATCH, Chunk, Encoded, decode_chunk, encode_pixels
 from tasks.pictures.images import read_encoded
 from tasks.runtime import closure, cluster, workspace
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from tasks.encoding.rows import Rows
     from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo
@@ -65,15 +65,12 @@ def encode_images(
         **({} if params.precision == "no" else {"precision": params.precision}),
     }
     blocks = Blocks(workspace.scratch() / "encode" / "images", recipe)
-    wanted = {
-        sha256: resolutions[bucket]
-        for rows in splits.values()
-        for sha256, bucket in zip(rows.strings("sha256"), rows.table["bucket"].to_pylist(), strict=True)
-    }
+    wanted, first = np.unique(digests_in(splits, "sha256"), return_index=True)
     if changed := blocks.changes():
         print(f"encode: changed since the last time: {', '.join(changed)}; all images are encoded anew", flush=True)
     blocks.open()
-    missing = {sha256: wanted[sha256] for sha256 in blocks.missing(wanted)}
+    new = ~blocks.known(wanted)
+    missing = Missing(wanted[new], buckets_in(splits)[first[new]], resolutions)  # equal files share a bucket
     print(f"encode: {len(missing)} images to encode, {len(wanted) - len(missing)} known", flush=True)
     if missing:
         encode = _encode_on_cluster if params.distributor == "ray" else _encode_missing
@@ -83,7 +80,7 @@ def encode_images(
 
 
 def _encode_missing(
-    images: Path, vae: Path, channels: int, missing: Mapping[str, Resolution], blocks: Blocks, params: EncodeParams
+    images: Path, vae: Path, channels: int, missing: Missing, blocks: Blocks, params: EncodeParams
 ) -> None:
     """Decode and encode in threads (both release the GIL); each chunk is stored as soon as it is done."""
     device = best_device()
@@ -111,7 +108,7 @@ def _encode_missing(
 
 
 def _encode_on_cluster(
-    images: Path, vae: Path, channels: int, missing: Mapping[str, Resolution], blocks: Blocks, params: EncodeParams
+    images: Path, vae: Path, channels: int, missing: Missing, blocks: Blocks, params: EncodeParams
 ) -> None:
     """Decode and encode in the processes of a Ray cluster; each chunk is stored as soon as it arrives."""
     with (
@@ -211,13 +208,11 @@ class Encoder:
         return count / (between - started), len(devices_of(self.device)) * count / (ended - between)
 
 
-def _chunks(
-    images: Path, missing: Mapping[str, Resolution], chunk_size: Callable[[Resolution], int]
-) -> Iterator[Chunk]:
-    """Read the missing images (SHA-256 -> resolution), grouped by resolution."""
+def _chunks(images: Path, missing: Missing, chunk_size: Callable[[Resolution], int]) -> Iterator[Chunk]:
+    """Read the missing images, which are named by their SHA-256, grouped by resolution."""
     begun: dict[Resolution, list[Encoded]] = {}
-    for image in read_encoded(images, missing):
-        resolution = missing[image[0]]
+    for image in read_encoded(images, missing.names):
+        resolution = missing.resolution(image[0])
         group = begun.setdefault(resolution, [])
         group.append(image)
         if len(group) == chunk_size(resolution):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.formats import buckets
+from tasks.pictures.digests import TYPE, Digests, digests
 from tasks.pictures.images import read_columns
 from tasks.pictures.index import class_index
 from tasks.runtime.disk import require_space
@@ -64,9 +65,52 @@ class Rows:
         """Return a column of strings."""
         return list(self.table[name].to_pylist())
 
+    def digests(self, name: str) -> np.ndarray:
+        """Return the digests of a column of strings, S16 [len(self)]."""
+        return digests_of(self.table[name])
+
     def in_bucket(self, bucket: int) -> Rows:
-        """Return the rows of one bucket."""
-        return Rows(self.table.filter(pc.equal(self.table["bucket"], bucket)))
+        """Return the rows of one bucket, which lie together."""
+        start, stop = np.searchsorted(self.table["bucket"].to_numpy(), [bucket, bucket + 1]).tolist()
+        return Rows(self.table.slice(start, stop - start))
+
+
+def digests_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return the digests of a column of strings, S16 [n]."""
+    starts = range(0, len(column), ROWS_AT_A_TIME)
+    parts = (digests(column.slice(start, ROWS_AT_A_TIME).to_pylist()) for start in starts)
+    return np.concatenate([np.empty(0, TYPE), *parts])
+
+
+class Missing:
+    """Images of which something is missing, by a string that names each, with their resolution."""
+
+    def __init__(self, names: np.ndarray, in_buckets: np.ndarray, resolutions: Sequence[Resolution]) -> None:
+        """`names` are digests of the strings, S16 [n], in which no string repeats, and `in_buckets` int16 [n]."""
+        self.names = Digests(names)
+        self._buckets, self._resolutions = in_buckets[np.argsort(names, kind="stable")], resolutions
+
+    @classmethod
+    def of(cls, resolutions: Mapping[str, Resolution]) -> Missing:
+        """Return the same for a mapping from names to resolutions."""
+        return cls(digests(resolutions), np.arange(len(resolutions)), list(resolutions.values()))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def resolution(self, name: str) -> Resolution:
+        """Return the resolution of an image, which must be one of these."""
+        return self._resolutions[self._buckets[self.names.numbers([name])[0]]]
+
+
+def digests_in(splits: Mapping[str, Rows], name: str) -> np.ndarray:
+    """Return the digests of a column of strings, S16 [n], of the images of all splits."""
+    return np.concatenate([np.empty(0, TYPE), *(rows.digests(name) for rows in splits.values())])
+
+
+def buckets_in(splits: Mapping[str, Rows]) -> np.ndarray:
+    """Return the buckets of the images of all splits, int16 [n]."""
+    return np.concatenate([np.empty(0, np.int16), *(rows.table["bucket"].to_numpy() for rows in splits.values())])
 
 
 def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequence[str] = ()) -> dict[str, Rows]:
@@ -82,13 +126,12 @@ def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequen
     if hidden:
         table = table.filter(pc.invert(pc.is_in(labels, pa.array(hidden, pa.int64()))))
     table = table.append_column("bucket", pa.array(_buckets(table, resolutions)))
-    splits = sorted(pc.unique(table["split"]).to_pylist())
-    return {split: Rows(_sorted(table.filter(pc.equal(table["split"], split)))) for split in splits}
-
-
-def _sorted(table: pa.Table) -> pa.Table:
-    order = [("bucket", "ascending"), ("key", "ascending")]
-    return table.drop_columns(["split"]).sort_by(order).combine_chunks()
+    table = table.sort_by([("split", "ascending"), ("bucket", "ascending"), ("key", "ascending")])
+    table = table.combine_chunks()
+    pa.default_memory_pool().release_unused()  # the columns in their first order, which are as large
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(table["split"]).to_pylist()}
+    table, starts = table.drop_columns(["split"]), np.cumsum([0, *counts.values()]).tolist()
+    return {split: Rows(table.slice(start, counts[split])) for split, start in zip(counts, starts, strict=False)}
 
 
 def _buckets(table: pa.Table, resolutions: Sequence[Resolution]) -> np.ndarray:

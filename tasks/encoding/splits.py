@@ -11,6 +11,7 @@ import numpy as np
 
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
+from tasks.pictures.digests import Digests
 from tasks.pictures.images import allocate, read_encoded
 from tasks.runtime.progress import progress
 
@@ -82,15 +83,15 @@ class SplitWriter:
         """Decode the images of `rows` to uint8 [len(rows), C, *resolution], in a file if they need much memory."""
         channels = self.codec.channels
         pixels = allocate((len(rows), channels, *resolution))
-        hashes = rows.strings("sha256")
-        first = dict(zip(reversed(hashes), range(len(hashes) - 1, -1, -1), strict=True))
-        files = read_encoded(self.images, first)
-        for sha256, data, count in progress(files, desc=f"read {name}", total=len(first), unit="img", delay=2):
-            pixels[first[sha256]] = decoding.decode_resized(data, count, resolution, channels)
-        if len(first) < len(hashes):
-            for place, sha256 in enumerate(hashes):
-                if first[sha256] != place:
-                    pixels[place] = pixels[first[sha256]]
+        distinct, first, number_of = np.unique(rows.digests("sha256"), return_index=True, return_inverse=True)
+        hashes = Digests(distinct)
+        files = read_encoded(self.images, hashes)
+        for sha256, data, count in progress(files, desc=f"read {name}", total=len(hashes), unit="img", delay=2):
+            place = first[hashes.numbers([sha256])[0]]
+            pixels[place] = decoding.decode_resized(data, count, resolution, channels)
+        same = first[number_of]
+        for place in np.flatnonzero(same != np.arange(len(rows))):
+            pixels[place] = pixels[same[place]]
         return pixels
 
 

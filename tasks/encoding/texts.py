@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -19,8 +20,9 @@ from models.device import best_device
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
 from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
-from tasks.encoding.rows import distinct_captions
+from tasks.encoding.rows import digests_of, distinct_captions
 from tasks.formats.latents import Shard, write_prompts, write_shards
+from tasks.pictures.digests import digests, find
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
 
@@ -57,29 +59,49 @@ class Captions:
         }
         self.precision = precision
         self.blocks = Blocks(workspace.scratch() / "encode" / "texts", recipe)
-        self._embed([*([] if tokens else self.captions.to_pylist()), *self.prompts])
+        self._embed()
 
-    def _embed(self, texts: Sequence[str]) -> None:
-        wanted = {_text_hash(text): text for text in texts}
+    def _wanted(self) -> Iterator[list[str]]:
+        """Yield the distinct texts of which embeddings are kept, in parts."""
+        if self.tokens:
+            yield list(dict.fromkeys(self.prompts))
+            return
+        for start in range(0, len(self.captions), BLOCK):
+            yield self._texts(slice(start, start + BLOCK))
+        known = pc.is_in(pa.array(self.prompts), value_set=self.captions).to_pylist()
+        yield list(dict.fromkeys(text for text, is_caption in zip(self.prompts, known, strict=True) if not is_caption))
+
+    def _missing(self) -> Iterator[list[str]]:
+        """Yield the texts without an embedding, at most `BLOCK` at a time; blocks that are added change nothing."""
+        pending: list[str] = []
+        for texts in self._wanted():
+            known = self.blocks.known(_digests(texts)).tolist()
+            pending += [text for text, is_known in zip(texts, known, strict=True) if not is_known]
+            if len(pending) >= BLOCK:
+                yield pending[:BLOCK]
+                del pending[:BLOCK]
+        if pending:
+            yield pending
+
+    def _embed(self) -> None:
+        wanted = np.concatenate([_digests(texts) for texts in self._wanted()])
+        missing = int((~self.blocks.known(wanted)).sum())
         if changed := self.blocks.changes():
             print(
                 f"encode: changed since the last time: {', '.join(changed)}; all captions are embedded anew", flush=True
             )
         self.blocks.open()
-        if missing := self.blocks.missing(wanted):
+        if missing:
             device = best_device()
             encoder = load_text_encoder(self.folder, device)
 
             def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
                 return functools.partial(encoder.on(name).encode, precision=self.precision)
 
-            starts = range(0, len(missing), BLOCK)
-            for start in progress(starts, desc="encode: captions", delay=2):
-                keys = missing[start : start + BLOCK]
-                texts = [wanted[key] for key in keys]
+            for texts in progress(self._missing(), desc="encode: captions", total=-(-missing // BLOCK), delay=2):
                 parts = [texts[first : first + PART] for first in range(0, len(texts), PART)]
                 embedded = torch.cat(shared_out(worker, parts, device))
-                self.blocks.add(keys, {"embeddings": embedded.to(torch.bfloat16)})
+                self.blocks.add([_text_hash(text) for text in texts], {"embeddings": embedded.to(torch.bfloat16)})
         self.blocks.forget(wanted)
 
     def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
@@ -91,10 +113,18 @@ class Captions:
         counts = pc.list_value_length(captions).to_numpy()
         positions = np.full((len(rows), self.most_captions), -1, np.int32)
         # The mask is read row by row, as the flat list of captions is.
-        positions[np.arange(self.most_captions) < counts[:, None]] = pc.index_in(
-            pc.list_flatten(captions), value_set=self.captions
-        ).to_numpy()
+        ordered, place = self._by_digest
+        positions[np.arange(self.most_captions) < counts[:, None]] = place[
+            find(ordered, digests_of(pc.list_flatten(captions)))
+        ]
         return positions
+
+    @functools.cached_property
+    def _by_digest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Digests of the captions, ascending, and the place of each among the captions, int64."""
+        values = digests_of(self.captions)
+        place = np.argsort(values, kind="stable")
+        return values[place], place
 
     def write(self, folder: Path, shard_size: int) -> list[Shard]:
         """Write the embeddings or token ids as shards; returns their entries for the index."""
@@ -116,6 +146,11 @@ class Captions:
     def write_prompts(self, folder: Path) -> str:
         """Write the embeddings of the sample prompts and the empty text; returns the file's SHA-256."""
         return write_prompts(folder, self._embeddings(self.prompts))
+
+
+def _digests(texts: Sequence[str]) -> np.ndarray:
+    """Return the digests of the keys of texts, S16 [n]."""
+    return digests(map(_text_hash, texts))
 
 
 def _text_hash(text: str) -> str:

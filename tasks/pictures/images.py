@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from models.hashing import file_sha256
 from tasks.pictures import decoding
 from tasks.pictures.content import ContentHash
+from tasks.pictures.digests import Digests, digests
 from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import integrity, workspace
 from tasks.runtime.errors import StageError
@@ -300,14 +301,13 @@ def map_hashes(images: Path) -> dict[str, str]:
     return dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
 
 
-def read_maps(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, str, bytes]]:
+def read_maps(images: Path, wanted: Collection[str] | Digests) -> Iterator[tuple[str, str, bytes]]:
     """Yield (key, sha256, encoded map) of the images whose key is in `wanted`."""
-    left = set(wanted)
+    wanted = wanted if isinstance(wanted, Digests) else Digests(digests(wanted))
     for batch in pq.ParquetFile(images / MAPS).iter_batches(MAP_ROWS):
-        for row in batch.to_pylist():
-            if row["key"] in left:
-                left.remove(row["key"])
-                yield row["key"], row["sha256"], row["image"]
+        numbers = wanted.numbers(batch.column("key").to_pylist())
+        for row in batch.take(pa.array(np.flatnonzero(numbers >= 0))).to_pylist():
+            yield row["key"], row["sha256"], row["image"]
 
 
 def shards(images: Path) -> list[Path]:
@@ -402,20 +402,27 @@ def allocate(shape: tuple[int, ...]) -> np.ndarray:
         return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 
 
-def read_encoded(images: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes, int]]:
+def read_encoded(images: Path, wanted: Collection[str] | Digests) -> Iterator[tuple[str, bytes, int]]:
     """Yield (sha256, encoded image, width * height) of the images with a SHA-256 in `wanted`, each content once."""
-    left = set(wanted)
+    wanted = wanted if isinstance(wanted, Digests) else Digests(digests(wanted))
+    left = np.ones(len(wanted) + 1, np.bool_)
+    left[-1] = False  # of the number -1, which images that are not wanted have
     for shard in shards(images):
         file = pq.ParquetFile(shard)
         for group in range(file.num_row_groups):
-            if left.isdisjoint(file.read_row_group(group, columns=["sha256"]).column(0).to_pylist()):
+            numbers = wanted.numbers(file.read_row_group(group, columns=["sha256"]).column(0).to_pylist())
+            if not left[numbers].any():
                 continue
-            columns = ["sha256", PICTURE, "width", "height"]
+            columns, start = ["sha256", PICTURE, "width", "height"], 0
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                mask = pa.array([sha256 in left for sha256 in batch.column("sha256").to_pylist()], pa.bool_())
-                for row in batch.filter(mask).to_pylist():
-                    if row["sha256"] in left:  # equal images of a batch
-                        left.remove(row["sha256"])
+                of_batch = numbers[start : start + len(batch)]
+                start += len(batch)
+                chosen = np.flatnonzero(left[of_batch])
+                for number, row in zip(
+                    of_batch[chosen].tolist(), batch.take(pa.array(chosen)).to_pylist(), strict=True
+                ):
+                    if left[number]:  # equal images of a batch
+                        left[number] = False
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 
 

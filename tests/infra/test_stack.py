@@ -101,6 +101,41 @@ def test_hadolint_accepts(name):
     subprocess.run(["hadolint", str(ROOT / "infra" / name)], check=True)
 
 
+def images(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `.ci/images` where `folder` has all programs but `dirname`."""
+    (folder / "dirname").symlink_to(shutil.which("dirname") or "")
+    command = [shutil.which("bash") or "", str(ROOT / ".ci" / "images"), *arguments]
+    return subprocess.run(command, env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
+
+
+def test_images_are_built_only_where_a_builder_runs(tmp_path):
+    podman = tmp_path / "podman"
+    podman.write_text("#!/bin/sh\nexit 1\n")  # installed, and its service does not run
+    podman.chmod(0o755)
+    done = images(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "images: skipped, because neither Docker nor Podman runs here\n"
+
+
+@pytest.mark.parametrize(("kinds", "built"), [((), ["cpu", "cuda"]), (("cuda",), ["cuda"]), (("gpu",), [])])
+def test_each_image_is_built_from_its_file_and_started(kinds, built, tmp_path):
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$1" = info ] || echo "docker $@"\n')
+    docker.chmod(0o755)
+    done = images(tmp_path, *kinds)
+    called = [line for line in done.stdout.splitlines() if line.startswith("docker ")]
+    tags = {"cpu": ("afterimage", "infra/Dockerfile"), "cuda": ("afterimage-cuda", "infra/Dockerfile.cuda")}
+    wanted = []
+    for tag, file in (tags[kind] for kind in built):
+        assert (ROOT / file).is_file()
+        wanted += [f"docker build --tag {tag} --file {file} .", f"docker run --rm {tag} python -m flows.dag"]
+    assert called == wanted
+    if not built:
+        assert (done.returncode, done.stderr) == (1, "images: 'gpu' is neither cpu nor cuda\n")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["images"]["strategy"]["matrix"]["kind"] == list(tags)
+
+
 def test_compose_has_only_known_keys_loopback_ports_and_pinned_images(compose):
     for name, service in compose["services"].items():
         try:
@@ -224,6 +259,29 @@ def test_the_kustomization_lists_its_manifests():
         assert (KUBERNETES / name).read_text() == (CONTAINERS / name).read_text()
     generated = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
     assert generated == {"databases": ["databases.sql"], "storage": ["storage.sh"]}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which contains kustomize, is not installed")
+def test_kustomize_builds_every_manifest_with_the_files_that_it_names():
+    command = ["kubectl", "kustomize", str(KUBERNETES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    built = [document for document in yaml.safe_load_all(done.stdout) if document]
+    names = {(document["kind"], document["metadata"]["name"].partition("-")[0]) for document in built}
+    listed = {
+        (document["kind"], document["metadata"]["name"].partition("-")[0])
+        for name, document in manifests()
+        if name not in ("kustomization.yaml", "gpu-job.yaml")
+    }
+    assert names == listed | {("ConfigMap", "databases"), ("ConfigMap", "storage")}
+    maps = {document["metadata"]["name"]: document["data"] for document in built if document["kind"] == "ConfigMap"}
+    mounted = {
+        volume["configMap"]["name"]
+        for document in built
+        if "template" in document.get("spec", {})
+        for volume in document["spec"]["template"]["spec"].get("volumes", [])
+        if "configMap" in volume
+    }
+    assert mounted <= set(maps), "a workload mounts a map whose name kustomize did not replace"
 
 
 def test_workloads_are_restricted_limited_and_select_their_own_pods():

@@ -39,6 +39,14 @@ def start_nowhere_at_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.normal_(tensor, std=0.05))
 
 
+def compile_eagerly(patch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, let a compiled network run operator by operator: code for a CPU takes minutes to compile."""
+    from tasks.training import compiling
+
+    if not torch.cuda.is_available():
+        patch.setattr(compiling, "compiled", partial(compiling.compiled, backend="eager"))
+
+
 def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):
     """Build the run of a folder, which must continue at step `start`, and train it up to step `until`."""
     from tasks import train
@@ -64,7 +72,7 @@ def _waits(folder: Path, patch: pytest.MonkeyPatch, start: int) -> list[int]:
 
 
 def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
-    from tasks.training import checkpoint, compiling
+    from tasks.training import checkpoint
 
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
@@ -74,8 +82,7 @@ def _process(rank: int, port: str, steps: int, folders: list[Path]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
         start_nowhere_at_zero(patch)
-        if not torch.cuda.is_available():  # where code for a CPU would take a minute to compile
-            patch.setattr(compiling, "compiled", partial(compiling.compiled, backend="eager"))
+        compile_eagerly(patch)
         for folder in folders:
             run, whole = _trained(folder, patch, 0, steps)
             held = sum(parameter.to_local().numel() for parameter in run.network.parameters())

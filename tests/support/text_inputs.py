@@ -104,15 +104,15 @@ def given_images(count: int, side: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
 
 
-def run_export(root: Path, name: str = "pipeline", bundle: str = "onnx") -> None:
-    """Export the pipeline `name` to the folder `bundle`."""
+def run_export(root: Path, name: str = "pipeline", bundle: str = "onnx", **params) -> None:
+    """Export the pipeline `name` to the folder `bundle`, with parameters of the section export."""
     export(
         root / name,
         root / "accepted.json",
         root / bundle,
         root / "export.json",
         root / "latency.json",
-        ExportParams(latency_batches=(1,)),
+        ExportParams(latency_batches=(1,), **params),
     )
 
 

@@ -286,6 +286,23 @@ def copy_of(undisturbed: Path, folder: Path, *more: str) -> None:
         shutil.copy(undisturbed / name, folder / name)
 
 
+def dvc_tree(undisturbed: Path, folder: Path, **stages: dict) -> None:
+    """Make a folder with the stage `train` and others in dvc.yaml, and the inputs of another run."""
+    from tests.support import tiny
+
+    stages["train"] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
+    (folder / "data").mkdir(parents=True)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for name in ("tasks", "models"):
+        shutil.copytree(ROOT / name, folder / name, ignore=tiny.UNFINISHED)
+    shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
+    for name in ("codec", "prior"):
+        shutil.copytree(undisturbed / name, folder / "outputs" / name)
+    shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
+    shutil.copy(undisturbed / "params.yaml", folder)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
+
+
 def checkpoints(scratch: Path) -> list[Path]:
     return sorted((scratch / "train").glob("*/step-*"))
 

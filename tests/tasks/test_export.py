@@ -257,6 +257,31 @@ def test_a_network_in_float16_draws_nearly_the_same_images(tree, tmp_path):
         stage_export._parity(trained, Bundle(folder, threads=1), params)
 
 
+def test_late_times_lose_no_digits_in_float16():
+    """The time of a rectified flow, rounded to float16, would be off by up to 0.25, and so would the angles of t."""
+    import torch
+
+    from models.networks.dit import DiT, DiTConfig
+    from models.noise.paths import RectifiedFlow
+    from models.noise.samplers import SchedulerConfig
+    from models.pipeline import Pipeline, PipelineInfo
+    from tests.support.networks import randomised
+
+    config = DiTConfig(size=SIZE, channels=1, patch_size=2, width=16, depth=2, heads=2, conditions=4)
+    network, flow = randomised(DiT(config)).requires_grad_(False), "flow_prediction"
+    info = PipelineInfo("label", 1, SIZE, "rectified_flow", 1000, flow, "0" * 64, model_outputs.CLASSES, null_label=3)
+    graph = onnx_graph.to_onnx(Pipeline(network, SchedulerConfig(RectifiedFlow(1000), flow), info), 20, "fp16")
+    onnx.checker.check_model(graph, full_check=True)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=[CPU])
+    x, label = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    for time in (1.37, 777.37, 999.37):
+        t = torch.full((4,), time)
+        expected = network(x, t, label)
+        inputs = {"sample": x.numpy(), "timestep": t.numpy(), "label": label.numpy()}
+        error = torch.from_numpy(session.run(None, inputs)[0]) - expected
+        assert 1e-5 < error.abs().max() / expected.abs().max() < 1.2e-3, time
+
+
 def test_images_that_overflowed_agree_with_none():
     image = np.linspace(-0.01, 0.01, 16, dtype=np.float32).reshape(1, 1, 4, 4)
     plain, unknown = np.zeros_like(image), np.full_like(image, np.nan)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from infra.upload_latents import upload
+from models.hashing import file_sha256
 from tasks.formats import latents
 from tasks.runtime.errors import StageError
 from tasks.training.batches import Batches, DrawConfig, open_conditioning
 from tasks.training.remote import Bucket, Column, open_store
 from tests.support import s3_site
-from tests.support.train_inputs import WEIGHTS, results, uniform, write_inputs
+from tests.support.train_inputs import WEIGHTS, dvc_tree, environment, results, uniform, write_inputs
 
 NAME = "latents"
 ADDRESS = f"s3://{NAME}/of/digits/"
@@ -79,6 +86,39 @@ def test_a_training_ends_in_the_same_weights(tmp_path, bucket, trained):
     recorded = [json.loads((folder / "report" / "run.json").read_text()) for folder in (local, remote)]
     assert [record["params"].pop("train.data") for record in recorded] == ["local", ADDRESS]
     assert recorded[0] == recorded[1]
+
+
+@pytest.mark.slow
+def test_dvc_trains_where_only_the_index_and_the_prompts_are_on_disk(tmp_path, bucket, trained, migrated_database):
+    """The commands of docs/howto/sizing.md, with a stage `encode` that copies latents."""
+    local, whole, bare = (tmp_path / name for name in ("local", "whole", "bare"))
+    trained(local, "text")
+    upload(local / "latents", ADDRESS)
+    made = f"rm -rf data/latents && cp -r {local}/latents data/latents"
+    encode = {"cmd": made, "deps": ["data/accepted.json"], "outs": ["data/latents"]}
+    dvc_tree(local, whole, encode=encode)
+    variables = environment(local, migrated_database) | {"AFTERIMAGE_SCRATCH": str(tmp_path / "bare-scratch")}
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def dvc(folder: Path, *arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    few = ["data/latents/index.json", "data/latents/prompts.safetensors"]
+    dvc(whole, "repro", "encode")
+    dvc(whole, "remote", "add", "--default", "store", str(tmp_path / "store"))
+    dvc(whole, "push", *few)
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("latents", "cache"))
+    params = yaml.safe_load((bare / "params.yaml").read_text())
+    params["train"]["data"] = ADDRESS
+    (bare / "params.yaml").write_text(yaml.safe_dump(params))
+    dvc(bare, "pull", *few)
+    output = dvc(bare, "repro", "--allow-missing", "train")
+    assert "Stage 'encode' didn't change, skipping" in output and "streamed from S3" in output
+    assert sorted(f"data/latents/{file.name}" for file in (bare / "data" / "latents").iterdir()) == few
+    assert file_sha256(bare / "outputs" / WEIGHTS) == file_sha256(local / WEIGHTS)
 
 
 def test_a_block_is_read_once_if_it_fits_and_each_time_if_not(tmp_path, bucket):

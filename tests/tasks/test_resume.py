@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from tests.support import tiny
 from tests.support.train_inputs import (
     ROOT,
     checkpoints,
     command,
     copy_of,
+    dvc_tree,
     environment,
     kill_when,
     results,
@@ -34,6 +32,7 @@ from tests.support.train_inputs import (
 )
 
 KILLED = -signal.SIGKILL
+SEED = int(os.environ.get("AFTERIMAGE_DRILL_SEED") or 0)
 ONE_PROCESS, TWO_PROCESSES, SHARDED = (
     {"AFTERIMAGE_ACCELERATE": str(ROOT / "infra" / "accelerate" / name)}
     for name in ("cpu.yaml", "cpu_2proc.yaml", "cpu_fsdp.yaml")
@@ -143,20 +142,6 @@ def test_killed_under_dvc_repro_ends_in_the_same_bytes(undisturbed, tmp_path, mi
     assert results(tmp_path, "outputs", "reports/train") == results(undisturbed)
 
 
-def dvc_tree(undisturbed: Path, folder: Path) -> None:
-    """Make a folder with the stage `train` alone in dvc.yaml, and the inputs of another run."""
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
-    for name in ("tasks", "models"):
-        shutil.copytree(ROOT / name, folder / name, ignore=tiny.UNFINISHED)
-    shutil.copytree(undisturbed / "latents", folder / "data" / "latents")
-    for name in ("codec", "prior"):
-        shutil.copytree(undisturbed / name, folder / "outputs" / name)
-    shutil.copy(undisturbed / "accepted.json", folder / "data" / "accepted.json")
-    shutil.copy(undisturbed / "params.yaml", folder)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
-
-
 def signalled_at(folder: Path, database: Path, step: int, number: int, **more: str) -> tuple[int, str]:
     """Start a training and send a signal to that process alone; returns its exit code and output."""
     if not more:
@@ -231,6 +216,55 @@ def test_two_processes_killed_and_continued(tmp_path, migrated_database, optimiz
         assert process.returncode == 0, output
     assert "continues at step" in output
     assert results(killed) == results(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_sharded_processes_killed_at_random_steps_end_in_the_same_bytes(tmp_path, migrated_database, victims):
+    """Processes are killed, and not their launcher, which ends with an error; the other process does not stay."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_inputs(folder)
+        write_params(folder, dropout=0.2, steps=100)
+    process = start(whole, migrated_database, **SHARDED)
+    seconds = seconds_between(process, has_step(whole, 10), has_step(whole, 30)) / 2
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    chance = random.Random(SEED + sum(victims))
+    for _ in range(3):
+        found = checkpoints(killed / "scratch")
+        step = int(found[-1].name.removeprefix("step-")) if found else 0
+        process = start(killed, migrated_database, **SHARDED)
+        workers = workers_at(process, has_step(killed, step + 10))
+        time.sleep(chance.uniform(0, seconds))
+        for rank in victims:
+            workers[rank].kill()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode not in (0, 143), output
+        assert psutil.wait_procs(list(workers.values()), timeout=30)[1] == []
+    process = start(killed, migrated_database, **SHARDED)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "continues at step" in output
+    assert results(killed) == results(whole)
+
+
+def seconds_between(process: subprocess.Popen[str], first, second) -> float:
+    """Measure the time from one event of a training to another."""
+    moments = []
+    for happens in (first, second):
+        while not happens():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.002)
+        moments.append(time.monotonic())
+    return moments[1] - moments[0]
+
+
+def workers_at(process: subprocess.Popen[str], happens) -> dict[int, psutil.Process]:
+    """Wait until `happens()`; returns the processes of a training by rank."""
+    seconds_between(process, happens, happens)
+    return {int(worker.environ()["RANK"]): worker for worker in psutil.Process(process.pid).children()}
 
 
 def paused_at(process: subprocess.Popen[str], happens) -> list[psutil.Process]:

@@ -8,12 +8,14 @@ import resource
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.encoding.rows import distinct_captions, read_rows
+from tasks.encoding.rows import Missing, buckets_in, digests_in, distinct_captions, read_rows
 from tasks.pictures import content, images
 from tasks.pictures.content import ContentHash
+from tasks.pictures.digests import Digests, digests
 from tasks.pictures.images import Writer
 from tasks.pictures.index import FILE
 from tasks.runtime.errors import StageError
@@ -175,3 +177,83 @@ def test_memory_is_that_of_one_part(folder, monkeypatch):
     parts = tables._parts(folder, images.read_index(folder))
     rows = [sum(pq.read_metadata(file).num_rows for file in part) for part in parts]
     assert sum(rows) == 2000 and max(rows) <= 300 and len(rows) < 16
+
+
+def test_strings_are_found_by_their_digests():
+    strings = [f"key {number % 700}" for number in range(1000)]
+    held = Digests(digests(strings))
+    numbers = held.numbers(strings)
+    assert len(held) == 700 and sorted(set(numbers.tolist())) == list(range(700))
+    assert np.array_equal(numbers[:300], numbers[700:])
+    assert held.numbers(["another", strings[5], ""]).tolist() == [-1, numbers[5], -1]
+    assert Digests(digests([])).numbers(["a"]).tolist() == [-1]
+    assert held.values.itemsize == 16
+
+
+def test_every_content_is_read_once(folder):
+    wanted = [row(number)["sha256"] for number in (3, 5, 1995)]  # the last two are equal
+    read = [sha256 for sha256, _, _ in images.read_encoded(folder, wanted)]
+    assert sorted(read) == sorted({row(number)["sha256"] for number in (3, 5)} | {row(1995)["sha256"]})
+    every = [sha256 for sha256, _, _ in images.read_encoded(folder, [row(number)["sha256"] for number in range(2000)])]
+    assert len(every) == len(set(every)) == 1990
+    assert list(images.read_encoded(folder, ["0" * 64])) == []
+
+
+def test_what_is_missing_has_the_resolution_of_its_bucket(folder):
+    resolutions = [(8, 8), (8, 16)]
+    splits = read_rows(folder, resolutions)
+    listed = [one for rows in splits.values() for one in rows]
+    names, first = np.unique(digests_in(splits, "key"), return_index=True)
+    missing = Missing(names[::2], buckets_in(splits)[first[::2]], resolutions)
+    held = set(names[::2].tolist())
+    found = {one.key: missing.resolution(one.key) for one in listed if digests([one.key])[0] in held}
+    assert len(missing) == len(found) == 1000
+    assert all(found[one.key] == resolutions[one.bucket] for one in listed if one.key in found)
+    assert Missing.of({"b": (1, 2), "a": (3, 4)}).resolution("a") == (3, 4)
+
+
+def blocks_of(folder: Path, count: int, rows: int = 50):
+    """Return blocks of `count` keys, whose rows hold their number."""
+    import torch
+
+    from tasks.encoding.blocks import Blocks
+
+    blocks = Blocks(folder, {"recipe": 1})
+    blocks.open()
+    for start in range(0, count, rows):
+        keys = [f"key {number}" for number in range(start, start + rows)]
+        blocks.add(keys, {"number": torch.arange(start, start + rows)[:, None]})
+    return blocks
+
+
+def test_rows_of_blocks_are_found_again(tmp_path):
+    import torch
+
+    from tasks.encoding.blocks import Blocks
+
+    blocks, numbers = blocks_of(tmp_path, 500), [499, 0, 250, 0, 7]
+    for one in (blocks, Blocks(tmp_path, {"recipe": 1})):
+        assert one.take([f"key {number}" for number in numbers])["number"].flatten().tolist() == numbers
+        assert one.missing(["new", "key 3", "key 500", "new"]) == ["new", "key 500"]
+        assert one.known(digests(["key 3", "new"])).tolist() == [True, False]
+        with pytest.raises(KeyError, match="key 500"):
+            one.take(["key 3", "key 500"])
+    blocks.add(["key 3", "key 600"], {"number": torch.tensor([[1003], [600]])})
+    assert blocks.take(["key 3"])["number"].item() == 1003, "the row that was entered last counts"
+    blocks.forget(digests(["key 0", "key 600", "new"]))
+    assert len(list(blocks.folder.glob("*.safetensors"))) == 2
+    for one in (blocks, Blocks(tmp_path, {"recipe": 1})):
+        assert one.missing(["key 0", "key 49", "key 50", "key 600"]) == ["key 50"]
+
+
+def test_a_row_of_a_block_takes_few_bytes(tmp_path):
+    """A dictionary of the keys took 300 bytes a row."""
+    from tasks.encoding.blocks import Blocks
+
+    blocks_of(tmp_path, 20_000, 5000)
+    tracemalloc.start()
+    blocks = Blocks(tmp_path, {"recipe": 1})
+    blocks.known(digests(["key 1"]))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 20_000 * 50

@@ -26,11 +26,11 @@ CASES = {
 DRILLS = {
     "text": {"conditioning": "text", "precision": "bf16", "channels_last": True},
     "lora": {"conditioning": "text", "lora_rank": 2},
-    "control": {"conditioning": "text", "control": True, "control_dropout": 0.5},
+    "control": {"conditioning": "text", "control": True, "control_dropout": 0.5, "ema_snapshots": 0},
     "text_dit": {"conditioning": "text", "architecture": "dit", "optimizer": "muon"},
     "checkpointing": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
-    "distil": {"distil": {"after": 1}, "lr_schedule": "constant"},
+    "distil": {"distil": {"after": 1}, "lr_schedule": "constant", "ema_snapshots": 0},
 }
 
 
@@ -73,9 +73,10 @@ def in_one_process(folder: Path, monkeypatch, database: Path) -> tuple[list[str]
     """Train in one process; returns the names of the averages, the weights at first, and the state at the end."""
     from tasks import train
     from tasks.training.run import gather_tallies, snapshot
-    from tests.support.sharded_training import flat, start_nowhere_at_zero
+    from tests.support.sharded_training import compile_eagerly, flat, start_nowhere_at_zero
 
     start_nowhere_at_zero(monkeypatch)
+    compile_eagerly(monkeypatch)
     run = prepare_here(folder, monkeypatch, database)
     joined(run)
     first = {name: value.clone() for name, value in run.network.state_dict().items()}

@@ -22,9 +22,10 @@ from tasks.drawing.options import Options
 from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings
 from tasks.formats import latents
-from tasks.params import AutoencoderParams, CodecParams, DitParams, TextParams
+from tasks.params import AutoencoderParams, CodecParams, DitParams, ExportParams, TextParams
 from tasks.runtime.errors import StageError
 from tests.support import text_inputs
+from tests.support.networks import randomised
 from tests.support.text_inputs import MODEL, run_train
 from tests.support.train_inputs import uniform
 
@@ -241,6 +242,32 @@ def test_a_transformer_is_trained_on_the_same_text_and_drawn_by_diffusers_and_on
         monkeypatch.setattr(onnx_graph, name, lambda *_, file=file: onnx.load(tree / "onnx" / file))  # the same codec
     text_inputs.run_export(tree, "dit", "onnx-dit")
     assert np.abs(Bundle(tree / "onnx-dit").sample([7, 8], prompts=prompts, sampling=sampling) - ours).max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["unet", "dit"])
+def test_a_network_of_text_in_float16_passes_the_gate_of_export(tree, monkeypatch, architecture):
+    """Its weights are random, because after a few steps many are nearly zero, as at first."""
+    import onnx
+
+    from models.networks.network import build
+    from models.networks.text_dit import TextDiTConfig
+
+    text_inputs.at_home(tree, monkeypatch)
+    trained = load_pipeline(tree / "pipeline")
+    shape = {"size": 8, "channels": 2, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "text_width": 32}
+    transformer = TextDiTConfig(**shape, rope=True, qk_norm=True)
+    network = randomised(build(trained.network.config if architecture == "unet" else transformer))
+    monkeypatch.setattr("models.pipeline.load_pipeline", lambda *_: replace(trained, network=network))
+    text_inputs.run_export(tree, bundle=f"onnx-{architecture}", precision="fp16")
+    report = json.loads((tree / "export.json").read_text())
+    assert report["precision"] == "fp16"
+    assert report["max_abs_difference"] > 1e-5, "it was computed in float16"
+    assert report["min_psnr_db"] > ExportParams().min_psnr
+    graph = onnx.load(tree / f"onnx-{architecture}" / "unet.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    kinds = [weight.data_type for weight in graph.graph.initializer]
+    assert kinds.count(onnx.TensorProto.FLOAT16) > len(list(network.parameters())) / 2
 
 
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])

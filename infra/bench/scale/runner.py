@@ -110,6 +110,8 @@ def _measured(folder: Path, name: str, plan: Plan, params: Path) -> Row:
     if name == "ingest":
         _wait(folder, [WRITER, "raw", str(folder), str(count)])
     if name == "encode":
+        if not (folder / "accepted.json").exists():  # without `validate` among the stages
+            Verdict().write(folder / "accepted.json")
         _make_codec(folder, params)
     print(f"bench: {name} on {count:,} rows", flush=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
