@@ -183,7 +183,7 @@ def test_a_broken_connection_is_tried_again(tmp_path, bucket, monkeypatch):
     from botocore.response import StreamingBody
     from urllib3.exceptions import ProtocolError
 
-    monkeypatch.setattr("tasks.training.remote.PAUSE_SECONDS", 0)
+    monkeypatch.setattr("tasks.transfer.objects.PAUSE_SECONDS", 0)
     write_inputs(tmp_path, "label")
     upload(tmp_path / "latents", ADDRESS)
     remote = Bucket(ADDRESS, 0)
