@@ -22,6 +22,8 @@ export GX_ANALYTICS_ENABLED := False
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
+export ORT_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install repro verify reproduce dag draw sweep demo test lint coverage drills docs bench ui serve stack stack-down deploy run stop lock clean

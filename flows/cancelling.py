@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
@@ -29,6 +29,7 @@ from tasks.runtime import leash
 POLL_SECONDS = 10.0
 WORKER_SECONDS = 20.0
 """A worker that notices the cancellation ends the run within this time."""
+REPEAT_SECONDS = 1.0
 
 
 @contextmanager
@@ -57,6 +58,29 @@ def _watch(run: UUID, over: threading.Event, cancelled: threading.Event) -> None
         if time.monotonic() - since >= WORKER_SECONDS:
             cancelled.set()
             end_stages()
+
+
+@contextmanager
+def interrupting(stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """Yield a function that sets `stop` and ends the stages that other threads run, until the block ends.
+
+    A thread may be about to start the process of a stage, so the stages are ended again every second.
+    """
+    over = threading.Event()
+
+    def end() -> None:
+        while not over.is_set():
+            end_stages()
+            over.wait(REPEAT_SECONDS)
+
+    def interrupt() -> None:
+        stop.set()
+        threading.Thread(target=end, name="interruption", daemon=True).start()
+
+    try:
+        yield interrupt
+    finally:
+        over.set()
 
 
 def end_stages() -> None:

@@ -127,18 +127,23 @@ def git(where: Path, *arguments: str, hint: str | None = None) -> str:
     return done.stdout.rstrip("\n")
 
 
-def _share_cache(root: Path, clone: Path) -> None:
-    """Have the clone use the cache and the remotes of the main work tree: nothing there is computed again."""
+def cache(root: Path) -> Path:
+    """Folder of the DVC cache of the work tree `root`. Raises `StageError` if DVC does not work there."""
     done = subprocess.run(dvc.command("cache", "dir"), cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"DVC does not work in {root}: {' '.join(done.stderr.split())}")
-    cache = (root / done.stdout.strip()).resolve()
+    return (root / done.stdout.strip()).resolve()
+
+
+def _share_cache(root: Path, clone: Path) -> None:
+    """Have the clone use the cache and the remotes of the main work tree: nothing there is computed again."""
+    shared = cache(root)
     own = root / ".dvc" / "config.local"
     if own.is_file():  # it may name a remote, with the place of its credentials
         shutil.copy(own, clone / ".dvc" / "config.local")
-        subprocess.run(dvc.command("cache", "dir", "--local", str(cache)), cwd=clone, capture_output=True, check=True)
+        subprocess.run(dvc.command("cache", "dir", "--local", str(shared)), cwd=clone, capture_output=True, check=True)
     else:
-        atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{cache}"\n')
+        atomic.write_text(clone / ".dvc" / "config.local", f'[cache]\n    dir = "{shared}"\n')
     # A killed DVC leaves its entry in this file, and an unrelated process with the same id then blocks the workspace
     # for ever. The caller holds the lock of the clone, so no running command has an entry.
     (clone / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)

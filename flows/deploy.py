@@ -1,6 +1,6 @@
 """`make deploy POOL=NAME`: deploy the flows of `prefect.yaml` for workers on other machines, of any type of work pool.
 
-Each run clones the repository and pulls the results so far from the DVC remote, then works as on this machine.
+Each run clones the repository, takes the results so far from the DVC remote, and works as on this machine otherwise.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def compose(root: Path, pool: str, repository: str, branch: str) -> dict[str, Any]:
-    """The deployments of `prefect.yaml` with pull steps, on the work pool `pool`, with its name behind theirs."""
+    """The deployments of `prefect.yaml` with a pull step, on the work pool `pool`, with its name behind theirs.
+
+    The step fetches the code; each stage then takes its results so far from the DVC remote (`flows/place.py`).
+    """
     description: dict[str, Any] = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))
     kept = [deployment for deployment in description["deployments"] if deployment["name"] not in LOCAL]
     suffix = pool.removeprefix(f"{server.POOL}-")
@@ -77,20 +80,9 @@ def compose(root: Path, pool: str, repository: str, branch: str) -> dict[str, An
         deployment["work_pool"] = {"name": pool}
         if "data_refresh" in deployment["entrypoint"]:
             deployment["parameters"] = {"pipeline": f"afterimage/{ON_DEMAND}-{suffix}"}
-    steps = "prefect.deployments.steps."
     return {
         "name": description["name"],
-        "pull": [
-            {f"{steps}git_clone": {"id": "clone", "repository": repository, "branch": branch}},
-            # What no remote has yet is computed.
-            {
-                f"{steps}run_shell_script": {
-                    "script": "dvc pull --run-cache --allow-missing",
-                    "directory": "{{ clone.directory }}",
-                    "stream_output": True,
-                }
-            },
-        ],
+        "pull": [{"prefect.deployments.steps.git_clone": {"repository": repository, "branch": branch}}],
         "deployments": kept,
     }
 

@@ -30,6 +30,8 @@ BLOCK = "afterimage-webhook"
 PREFIX = "afterimage: notify of "
 RUN = "prefect.flow-run."
 ENDS = frozenset(f"{RUN}{state}" for state in ("Completed", "Failed", "TimedOut", "Cancelled", "Crashed"))
+WAITS = frozenset(f"{RUN}{state}" for state in ("Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry"))
+"""States of a run that no worker has, such as one that was given back."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,13 @@ def _block(address: str) -> UUID:
 
 def _automations(ways: list[Notify], limits: Limits) -> Iterator[AutomationCore]:
     ended = {f"{RUN}{state}" for state in ("Failed", "TimedOut")}
-    started = {f"{RUN}Running", *ENDS}
+    # Pending itself is among them: a run that is taken a second time gets its whole time again.
+    awaited = {f"{RUN}Pending", f"{RUN}Running", *WAITS, *ENDS}
     kinds = {
         "failed": ("failed", _reactive(ended)),
         "crashed": ("crashed", _reactive({f"{RUN}Crashed"})),
         "late": ("has not started in time", _reactive({f"{RUN}Late"})),
-        "stuck-pending": ("was taken by a worker and does not start", _silent("Pending", started, limits.pending)),
+        "stuck-pending": ("was taken by a worker and does not start", _silent("Pending", awaited, limits.pending)),
         "stuck-running": ("runs unusually long", _silent("Running", set(ENDS), limits.running)),
     }
     for kind, (clause, trigger) in kinds.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import deployment, flow_run
 
-from flows import clone, recover
+from flows import clone, recover, repro
 from tasks.runtime import workspace as places
 from tasks.runtime.errors import StageError
 
@@ -61,7 +61,12 @@ def opened(
 
 
 def environment() -> dict[str, str]:
-    """Environment of a stage: the stores of the main work tree, also in a clone, and the id of the flow run."""
+    """Environment of a stage: the stores of the main work tree, also in a clone, and the id of the flow run.
+
+    A work tree without any results of its own, as in the clone of one run on another machine, takes those that it needs
+    from the default DVC remote. Elsewhere a stage does not depend on the remote.
+    """
+    pull = {repro.PULL: "true"} if _lacks_results(places.root()) else {}
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -69,4 +74,9 @@ def environment() -> dict[str, str]:
         "MLFLOW_TRACKING_URI": places.tracking_uri(),
         "AFTERIMAGE_SCRATCH": str(places.scratch()),
         "AFTERIMAGE_FLOW_RUN_ID": str(flow_run.id),
+        **pull,
     }
+
+
+def _lacks_results(root: Path) -> bool:
+    return repro.remote(root) is not None and not (clone.cache(root) / "files").exists()

@@ -7,6 +7,7 @@ import graphlib
 import os
 import re
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from tasks.runtime.errors import StageError
 PROGRESS_SECONDS = 5.0
 BUSY_SECONDS = 5.0
 MEMORY_LINES = 30
+
+PULL = "AFTERIMAGE_PULL"
+"""Variable in the environment of DVC: results that the cache lacks are taken from the default remote."""
 
 _BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _ADVICE = re.compile(r"To track the changes with git|git add |To enable auto staging|dvc config core\.|Use `dvc push`")
@@ -85,6 +89,7 @@ def repro(
     *,
     held: int,
     wait_seconds: float,
+    stop: threading.Event | None = None,
     force: bool = False,
 ) -> bool:
     """Bring `stage` alone up to date in `workspace`; True if it ran, False if DVC had its results.
@@ -99,10 +104,11 @@ def repro(
         log: Receives each line of output as it appears, of a progress bar one every few seconds.
         held: Descriptor of the workspace's lock, which the stage keeps locked if this process dies.
         wait_seconds: Limit of the waiting.
+        stop: Once it is set, DVC is not started, or not again; `StageError` is raised instead.
         force: Whether the stage runs even if DVC has its results.
     """
     options = ("--single-item", *(["--force"] if force else []), stage)
-    return stage in _repro(options, workspace, environment, log, held=held, wait_seconds=wait_seconds)
+    return stage in _repro(options, workspace, environment, log, held=held, wait_seconds=wait_seconds, stop=stop)
 
 
 def repro_with_upstream(
@@ -113,12 +119,13 @@ def repro_with_upstream(
     *,
     held: int,
     wait_seconds: float,
+    stop: threading.Event | None = None,
 ) -> set[str]:
     """Bring `stages` and all that they depend on up to date, by one DVC process; returns the stages that ran.
 
     The other arguments and the errors are those of `repro`.
     """
-    return _repro(tuple(stages), workspace, environment, log, held=held, wait_seconds=wait_seconds)
+    return _repro(tuple(stages), workspace, environment, log, held=held, wait_seconds=wait_seconds, stop=stop)
 
 
 def _repro(
@@ -129,13 +136,15 @@ def _repro(
     *,
     held: int,
     wait_seconds: float,
+    stop: threading.Event | None = None,
 ) -> set[str]:
     """Run `dvc repro` with `options`, the last of which is a stage; returns the stages that ran."""
     # Without the option, a stage whose command ended while another DVC command had the lock for 3 s would be lost.
-    command = dvc.command("--wait-for-lock", "repro", *options)
+    pull = ["--pull"] if PULL in environment else []
+    command = dvc.command("--wait-for-lock", "repro", *pull, *options)
     deadline = time.monotonic() + wait_seconds
     stage = options[-1]
-    while True:
+    while not (stop and stop.is_set()):
         memory: deque[str] = deque(maxlen=MEMORY_LINES)
         ran: set[str] = set()
         with dvc.leashed(command, environment, folder=workspace, held=[held]) as running:
@@ -161,6 +170,7 @@ def _repro(
             )
         log(f"another DVC command is working in {workspace}; trying again in {BUSY_SECONDS:.0f} s")
         time.sleep(BUSY_SECONDS)
+    raise StageError(f"{stage}: interrupted before it began")
 
 
 def lines(stream: IO[bytes]) -> Iterator[str]:

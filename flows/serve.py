@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -49,7 +50,7 @@ def serve(root: Path, port: int | None) -> None:
     server.lines(root)
     workspace.webhook()  # refused before anything starts
     up = server.running(root)
-    port = port_of(up.get(server.SERVER), port)
+    port = port_of(up, port)
     variables = server.environment(root, port)
     restarted = None
     if server.SERVER not in up:
@@ -65,15 +66,20 @@ def serve(root: Path, port: int | None) -> None:
     print(on_demand.advice(root, port))
 
 
-def port_of(process: server.Process | None, requested: int | None) -> int:
-    """The port to use. Raises `StageError` if it is taken, or differs from that of the running server."""
-    if process is not None:
-        if requested not in (None, process.port):
-            raise StageError(
-                f"the server of this work tree runs on port {process.port} already; stop it first: make stop"
-            )
-        return process.port
-    port = requested or server.DEFAULT_PORT
+def port_of(up: Mapping[str, server.Process], requested: int | None) -> int:
+    """The port to use, given the processes that run.
+
+    Raises `StageError` if it is taken, or differs from that of the running server, or of one that has ended and whose
+    worker runs.
+    """
+    known = up.get(server.SERVER) or up.get(server.WORKER)
+    if known and requested not in (None, known.port):
+        raise StageError(
+            f"the {known.name} of this work tree runs on port {known.port} already; stop it first: make stop"
+        )
+    if server.SERVER in up:
+        return up[server.SERVER].port
+    port = known.port if known else requested or server.DEFAULT_PORT
     with socket.socket() as probe:
         if probe.connect_ex((server.HOST, port)) == 0:
             raise StageError(f"port {port} is in use; name another: make serve PORT={port + 1}")

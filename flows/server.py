@@ -128,6 +128,7 @@ def environment(root: Path, port: int | None) -> dict[str, str]:
         "PATH": search_path(),
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",  # its clients report their first steps
         # Leases of concurrency slots are kept in files. A killed server would lose leases in memory (the default) and
         # never free the slot of a run that was pending.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

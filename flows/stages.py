@@ -82,10 +82,6 @@ def run_all(
     done = Stages(tuple(graph))
     alone, gpu = (repro.marked(place.folder, mark) for mark in ("alone", "gpu"))
 
-    def interrupt() -> None:
-        place.stop.set()
-        cancelling.end_stages()
-
     def work(stage: str) -> bool:
         began = time.monotonic()
         cancelling.revive(UUID(flow_run.id))
@@ -98,7 +94,10 @@ def run_all(
             after(stage)
         return state.is_completed()
 
-    with dvc.ordered_lock_file(place.folder, list(graph)):
+    with (
+        dvc.ordered_lock_file(place.folder, list(graph)),
+        cancelling.interrupting(place.stop) as interrupt,
+    ):
         schedule.run(graph, work, jobs=jobs, alone=alone, interrupt=interrupt)
     return done
 
@@ -117,6 +116,7 @@ def run_stage(stage: str, place: Place, force: bool = False, gpu: bool = False) 
                 log,
                 held=place.held,
                 wait_seconds=place.wait_seconds,
+                stop=place.stop,
                 force=force,
             )
     except StageError as error:

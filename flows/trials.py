@@ -167,7 +167,7 @@ def _prepare(shared: Shared, evaluation: Evaluation, key: str, log: Log) -> str:
         clone.update(shared.root, folder, shared.spec.preset, evaluation.overrides, log)
         with devices.lent(shared.environment, log, shared.stop) as variables:
             ran = repro.repro_with_upstream(
-                shared.stages.upstream, folder, variables, log, held=held, wait_seconds=WAIT_SECONDS
+                shared.stages.upstream, folder, variables, log, held=held, wait_seconds=WAIT_SECONDS, stop=shared.stop
             )
         shared.upstream[key] = identity.outputs(folder / "dvc.lock", shared.stages)
         shutil.rmtree(folder)
@@ -197,12 +197,11 @@ def _run_bounded(
     shared: Shared, works: Sequence[tuple[str, Callable[[Log], str]]], jobs: int, configured: Task[..., State[None]]
 ) -> None:
     """Run each (label, work) as a task run, `jobs` at a time, and wait for all of them."""
-    with ThreadPoolTaskRunner(max_workers=jobs) as runner:
+    with cancelling.interrupting(shared.stop) as interrupt, ThreadPoolTaskRunner(max_workers=jobs) as runner:
         try:
             wait([runner.submit(configured, {"label": label, "work": work}) for label, work in works])
         except BaseException:  # Ctrl-C, or the worker cancels the flow; leaving the runner waits for its threads
-            shared.stop.set()
-            cancelling.end_stages()
+            interrupt()
             raise
 
 
@@ -290,7 +289,13 @@ def _evaluate(shared: Shared, evaluation: Evaluation, place: Place, log: Log) ->
     try:
         with devices.lent(place.environment, log, shared.stop) as variables:
             repro.repro_with_upstream(
-                [identity.TARGET], place.folder, variables, log, held=place.held, wait_seconds=place.wait_seconds
+                [identity.TARGET],
+                place.folder,
+                variables,
+                log,
+                held=place.held,
+                wait_seconds=place.wait_seconds,
+                stop=shared.stop,
             )
         experiments.save(shared.root, place.folder, name, identity.TARGET, place.environment)
         records.finish(shared.client, run, place.folder, name, time.monotonic() - began)

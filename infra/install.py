@@ -59,6 +59,8 @@ for line in open(sys.argv[1], encoding="utf-8"):
 # Run by the new environment. Without the package, `import mlflow` would import the project's folder of that name;
 # torchvision's default wheel together with PyTorch's CPU build breaks diffusers and transformers.
 CHECK = """
+import os
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from importlib.util import find_spec
 origin = getattr(find_spec("mlflow"), "origin", None)
 if not origin or not origin.endswith("__init__.py"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -203,6 +204,7 @@ def _copy_all(snapshot: Engine, address: str, into: Engine, target: str, move: M
 
 def _create_tables(target: str, move: Move | None) -> None:
     """Create the tables of the installed MLflow."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it when it is imported
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - a second, for --help too
 
     # Its folder is created at once; every path in the database is replaced by those of the source.

@@ -51,7 +51,8 @@ def prepare(host: str, port: int, allowed_hosts: str | None, folder: Path) -> tu
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
-    variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    defaults = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables = defaults | os.environ
     login = _login(variables)
     if login is None:
         if not _is_loopback(host):

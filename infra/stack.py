@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from flows import serve, server
 from flows.stop import stop
 from infra import mlflow_server, private_file, stack_database, stack_storage
@@ -77,11 +79,10 @@ def main() -> None:
 def start(root: Path, ports: Ports) -> None:
     """Start what does not run yet, and print the addresses.
 
-    Raises `StageError` if a port is taken, a worker with another MLflow runs, or a server does not start.
+    Raises `StageError` if a port is taken, what runs uses another server than would start, or a server does not start.
     """
     up = server.running(root)
-    if server.WORKER in up and MLFLOW not in up:
-        raise StageError("a worker of make serve runs, which reports to another MLflow; end it first: make stop")
+    _require_same_servers(up, ports)
     _require_ports(up, ports)
     folder = root / server.STACK
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -105,6 +106,30 @@ def start(root: Path, ports: Ports) -> None:
     print(f"stack: Prefect {server.url(prefect)}\nstack: for commands in this shell:\n  source {EXPORTS}")
 
 
+def _require_same_servers(up: dict[str, server.Process], ports: Ports) -> None:
+    """Raise `StageError` if a process that runs would not find a server that starts now, as after a kill of that one.
+
+    A worker of `make serve` reports to another MLflow, and a server may have had another port.
+    """
+    uses = (
+        (server.WORKER, "MLFLOW_TRACKING_URI", MLFLOW, ports.mlflow),
+        (MLFLOW, "AWS_ENDPOINT_URL", stack_storage.STORAGE, ports.storage),
+    )
+    for client, variable, name, port in uses:
+        if client in up and name not in up and _variable(up[client], variable) != server.url(port):
+            raise StageError(
+                f"the {client} that runs uses another {name} than the one to start; end it first: make stop"
+            )
+
+
+def _variable(process: server.Process, name: str) -> str | None:
+    """A variable of a running process; None if it has none, or has ended."""
+    try:
+        return psutil.Process(process.pid).environ().get(name)
+    except psutil.Error:
+        return None
+
+
 def _require_ports(up: dict[str, server.Process], ports: Ports) -> None:
     """Raise `StageError` if a port of a server that does not run yet is taken; nothing has started then."""
     wanted = [] if MLFLOW in up else [("mlflow-port", ports.mlflow, ports.mlflow)]
@@ -114,7 +139,7 @@ def _require_ports(up: dict[str, server.Process], ports: Ports) -> None:
         with socket.socket() as probe:
             if probe.connect_ex((server.HOST, port)) == 0:
                 raise StageError(f"port {port} is in use; name another: --{option} {first + 100}")
-    serve.port_of(up.get(server.SERVER), ports.prefect)
+    serve.port_of(up, ports.prefect)
 
 
 def _start_database(root: Path, folder: Path, up: dict[str, server.Process]) -> str:

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import io
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ from .request import Drawing, Request, draw
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
+
+# ONNX Runtime reads it when it is imported. Without it, Linux and macOS builds of 1.29 and later keep an identifier of
+# the machine in the home folder and send events to Microsoft, among them the name of the model.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

@@ -7,6 +7,7 @@ imported where it is used (0.5 s).
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from models.networks.autoencoder import Autoencoder
     from models.pipeline import Pipeline
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in models/bundle.py, for the conversion to float16
 
 INPUTS = ("sample", "timestep", "label", "text")
 OUTPUT = "output"

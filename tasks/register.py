@@ -82,10 +82,10 @@ def register(
     if (printed := registration.recorded()) is not None:
         print("\n".join(printed))
         return
+    client = tracking.connect()  # before the import of `adapter`, which imports MLflow
     from tasks.registration import adapter
     from tasks.registration import edits as edit_results
 
-    client = tracking.connect()
     measured = measures.read(evaluation / measures.FILE)
     with locks.exclusive(workspace.scratch() / "locks" / "register.lock"):
         trained = _training_run(client, training, measured)

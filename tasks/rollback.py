@@ -37,9 +37,17 @@ def main() -> None:
     parser.add_argument("--to", type=int, metavar="VERSION", help="make this version champion, not the previous one")
     parser.add_argument("--reason", default="no reason given", metavar="TEXT", help="stored with both versions")
     parser.add_argument("--history", action="store_true", help="print all champions and change nothing")
-    parser.add_argument("--at", metavar="TIME", help="with --history: only the champion at this time (UTC, ISO 8601)")
+    parser.add_argument(
+        "--at",
+        metavar="TIME",
+        help="with --history: only the champion at this time (ISO 8601; UTC unless it names an offset)",
+    )
     parser.add_argument("--json", action="store_true", help="with --history: print JSON")
     given = parser.parse_args()
+    if not given.history and (given.at or given.json):
+        parser.error("--at and --json need --history")
+    if given.history and given.to is not None:
+        parser.error("--history changes nothing; leave out --to, or --history")
     try:
         name = given.name or load().register_.model_name
         if given.history:
@@ -77,10 +85,10 @@ def rollback(name: str, to: int | None = None, reason: str = "no reason given") 
 
 
 def reigns(name: str, moment: str | None = None) -> tuple[list[Reign], int | None]:
-    """Return the champions of a registered model, or only that at a moment, and the present alias.
+    """Return the champions of a registered model and the present alias, or only the champion at a moment, and None.
 
     Raises:
-        StageError: if MLflow has no such model, or it had no champion at that moment.
+        StageError: if MLflow has no such model, or it had no champion at that moment, or that is no time.
     """
     from tasks.registration import champions
 
@@ -90,7 +98,7 @@ def reigns(name: str, moment: str | None = None) -> tuple[list[Reign], int | Non
         one = champions.at(found, moment)
         if one is None:
             raise StageError(f"{name} had no champion at {moment}")
-        found = [one]
+        return [one], None
     return found, champions.current(model)
 
 

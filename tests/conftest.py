@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Before a test file imports ONNX Runtime or starts DVC: no test reports to their makers.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["DVC_NO_ANALYTICS"] = os.environ["DO_NOT_TRACK"] = "1"
+
 # By default Python searches for garbage after 700 new objects: a tenth of the time in which packages are loaded.
 gc.set_threshold(50_000)
 

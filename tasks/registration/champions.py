@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tasks.registration import announce
+from tasks.runtime.errors import StageError
 from tasks.runtime.tracking import CHAMPION, PROMOTION
 
 if TYPE_CHECKING:
@@ -56,9 +57,22 @@ def history(tags: Mapping[str, str]) -> list[Reign]:
 
 
 def at(reigns: Sequence[Reign], moment: str) -> Reign | None:
-    """Return the champion at a moment (UTC, ISO 8601), or None if there was none yet."""
-    until = [reign for reign in reigns if reign.since <= moment]
+    """Return the champion at a moment (ISO 8601; UTC unless it names an offset), or None if there was none yet.
+
+    Raises:
+        StageError: if `moment` is no such time.
+    """
+    when = _moment(moment)
+    until = [reign for reign in reigns if _moment(reign.since) <= when]
     return until[-1] if until else None
+
+
+def _moment(text: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise StageError(f"{text!r} is no time; write it as 2026-11-26T12:00:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def previous(reigns: Sequence[Reign]) -> int | None:

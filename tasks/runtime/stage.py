@@ -11,6 +11,7 @@ import errno
 import gc
 import inspect
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -118,8 +119,11 @@ def _leave(name: str, sentence: str, debug: bool) -> NoReturn:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception means a full disk; safetensors and SQLite raise other types than `OSError`."""
-    if isinstance(error, OSError):
+    """Whether an exception means a full disk.
+
+    safetensors and SQLite raise other types than `OSError`, and `shutil.copytree` one without `errno`.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in _DISK_FULL_WORDS)
 
@@ -136,6 +140,8 @@ def _os_sentence(error: OSError) -> str:
         return _DISK_FULL.format(where=where)
     if isinstance(error, FileNotFoundError):
         return f"a file is missing{where}; run 'dvc repro', which makes what this stage reads"
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # what `copytree` collected
+        return str(error.args[0][0][-1])
     return f"{error.strerror or error}{where}"
 
 

@@ -16,6 +16,9 @@ from tasks.validation.report.findings import Finding, Gate
 if TYPE_CHECKING:
     import pandas as pd
 
+SITE = "validation"
+"""Name of the Data Docs."""
+
 # Great Expectations names folders of its Data Docs after the time of the run. A constant time keeps the paths stable;
 # the version of the data is identified by its hash.
 NO_TIME = datetime(2000, 1, 1, tzinfo=UTC)
@@ -95,8 +98,8 @@ def judge(tables: Iterable[Table], docs: Path, warn_only: Collection[str] = ()) 
 
 def write_docs(context: Any, docs: Path) -> None:  # Great Expectations is not typed
     """Write the Data Docs of the validations in `context` into the folder `docs`."""
-    context.add_data_docs_site("validation", _site(docs))
-    context.build_data_docs()
+    context.add_data_docs_site(SITE, _site(docs))
+    context.build_data_docs([SITE])  # the context has one of its own, in a temporary folder that it never removes
     for page in docs.rglob("*.html"):
         page.write_text(_reproducible(page.read_text(encoding="utf-8"), page.relative_to(docs)), encoding="utf-8")
 

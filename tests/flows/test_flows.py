@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import clone, dag, dvc, repro, server
+from flows import clone, dag, dvc, place, repro, server
 from tasks.runtime import leash
 from tasks.runtime.errors import StageError
 from tests.support import cpu
@@ -316,6 +316,25 @@ def test_a_clone_follows_commits_and_leaves_the_work_tree_alone(toy: Path) -> No
     assert (there / "source.txt").read_text() == "not committed"
     assert (there / "params.yaml").read_text() == (toy / "params.yaml").read_text()
     assert git(toy, "status", "--porcelain") == ""
+
+
+def test_a_work_tree_without_results_takes_them_from_the_remote(
+    toy: Path, environment: dict[str, str], descriptor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without a committed dvc.lock, of which `dvc pull --run-cache` would fetch no object."""
+    add = ["remote", "add", "--quiet", "--default", "storage", str(tmp_path / "remote")]
+    subprocess.run(dvc.command(*add), cwd=toy, check=True)
+    git(toy, "commit", "--quiet", "--all", "-m", "a remote")
+    assert run("first", toy, environment, descriptor)[0]
+    subprocess.run(dvc.command("push", "--quiet", "--run-cache"), cwd=toy, check=True)
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "--quiet", str(toy), str(other))
+    monkeypatch.chdir(other)
+    variables = environment | {repro.PULL: place.environment()[repro.PULL]}
+    assert run("first", other, variables, descriptor)[0] is False
+    assert (other / "first.txt").read_text() == "one"
+    assert run("second", other, variables, descriptor)[0], "what no remote has is computed"
+    assert repro.PULL not in place.environment(), "now it has results of its own"
 
 
 def test_a_clone_finds_in_the_shared_cache_what_the_work_tree_computed(

@@ -7,6 +7,7 @@ the rounds for each process.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -24,9 +25,10 @@ import httpx
 import pytest
 
 from flows import server
+from infra import stack_database, stack_storage
 from tests.flows.test_prefect_server import FINAL, Served
 from tests.infra.test_local_stack import command, free_port, free_ports
-from tests.support import tiny
+from tests.support import postgres, tiny
 from tests.support.stage_drill import environment, hashes
 
 if TYPE_CHECKING:
@@ -52,10 +54,15 @@ class Stack:
     def start(self) -> None:
         """Start what does not run."""
         done = command(self.root, *(str(word) for pair in self.ports.items() for word in pair))
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr + self.logs()
         found = ADDRESS.search(done.stdout)
         assert found, done.stdout
         self.mlflow = found[1]
+
+    def logs(self) -> str:
+        """The end of what each process wrote; the folder is deleted at the end."""
+        files = sorted((self.root / server.LOGS).glob("*.log"))
+        return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
     def kill(self, name: str) -> None:
         """Kill -9 of a process with all of its group."""
@@ -73,17 +80,22 @@ class Stack:
 
 
 @pytest.fixture
-def stack(tmp_path, chain: Chain) -> Iterator[Stack]:
-    root = tiny.tree(tmp_path / "tree")
-    shutil.copytree(chain.cache, root / ".dvc" / "cache", dirs_exist_ok=True)
-    dvc(root, "remote", "add", "--default", "storage", REMOTE)
-    tiny.git(root, "commit", "--quiet", "--all", "-m", "a remote")
-    running = Stack(root)
-    try:
-        running.start()
-        yield running
-    finally:
-        assert command(root, "--down").returncode == 0
+def stack(chain: Chain) -> Iterator[Stack]:
+    found = (stack_database._programs(None), shutil.which(stack_storage.PROGRAM, path=server.search_path()))
+    if None in found or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs PostgreSQL and the extra stack")
+    with postgres.open_folder() as folder:
+        root = tiny.tree(folder / "tree")
+        shutil.copytree(chain.cache, root / ".dvc" / "cache", dirs_exist_ok=True)
+        dvc(root, "remote", "add", "--default", "storage", REMOTE)
+        tiny.git(root, "commit", "--quiet", "--all", "-m", "a remote")
+        running = Stack(root)
+        try:
+            running.start()
+            assert set(server.running(root)) == {"postgres", "storage", "mlflow", "server", "worker"}
+            yield running
+        finally:
+            assert command(root, "--down").returncode == 0
 
 
 def dvc(tree: Path, *arguments: str, **more: str) -> None:

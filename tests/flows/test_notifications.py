@@ -121,12 +121,12 @@ def test_failed_crashed_late_and_stuck_runs_reach_the_webhook(prefect):
 
 def _go_through_all(prefect: Prefect, receiver: Receiver) -> None:
     running = {"type": "RUNNING"}
-    stuck = prefect.run_through("owl", {"type": "PENDING"})
+    prefect.run_through("snail", {"type": "SCHEDULED", "name": "Late"})  # a new run is pending, and waits then
+    stuck = prefect.run_through("owl", {"type": "PENDING"}, {"type": "SCHEDULED"}, {"type": "PENDING"})
     slow = prefect.run_through("tortoise", running)
     good = prefect.run_through("good", running, {"type": "COMPLETED"})
     failed = prefect.run_through("crow", running, {"type": "FAILED", "message": 'train: error: "loss" <nan>'})
     prefect.run_through("bat", running, {"type": "CRASHED", "message": "No heartbeat"})
-    prefect.run_through("snail", {"type": "SCHEDULED", "name": "Late"})
     body = receiver.wait_for("failed", 300)
     assert body["text"] == 'crow: failed: train: error: "loss" <nan>'
     assert (body["flow"], body["flow_run"], body["state"]) == ("afterimage-test", failed, "Failed")

@@ -356,6 +356,21 @@ def test_known_stages_show_as_cached_and_cancelling_ends_the_training(served: Se
     served.wait(lambda: served.run(identity)["state_type"] == "CANCELLED", 60, "the state Cancelled")
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.slow
+def test_cancelling_ends_two_stages_that_run_at_the_same_time(served: Served) -> None:
+    changes = [*tiny.OVERRIDES, "train.steps=1000000", "judge.classifier_steps=1000000"]
+    identity = served.trigger("on-demand", preset="digits", overrides=changes, jobs=2)
+    folder = served.root / ".prefect" / "workspaces" / "on-demand"
+    both = [
+        served.wait(lambda module=module: stage_of(folder, module), 150, f"the start of {module}")
+        for module in ("tasks.judge", "tasks.train")
+    ]
+    served.post(f"/flow_runs/{identity}/set_state", state={"type": "CANCELLING"}, force=True)
+    served.wait(lambda: not any(stage.is_running() for stage in both), 40, "the end of both cancelled stages")
+    served.wait(lambda: served.run(identity)["state_type"] == "CANCELLED", 60, "the state Cancelled")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_was_pending_when_the_server_was_killed_does_not_stop_the_schedule(served: Served) -> None:

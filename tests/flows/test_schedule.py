@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import dvc, repro, schedule
+from flows import cancelling, dvc, repro, schedule
+from tasks.runtime import leash
+from tasks.runtime.errors import StageError
 from tests.support import tiny
 
 DIAMOND = {"first": [], "left": ["first"], "right": ["first"], "below": ["left"], "last": ["below", "right"]}
@@ -93,6 +96,36 @@ def test_an_exception_interrupts_the_other_stages() -> None:
     with pytest.raises(KeyboardInterrupt):
         schedule.run(DIAMOND, work, jobs=2, interrupt=interrupted.set)
     assert interrupted.is_set()
+
+
+def test_a_stage_that_was_about_to_start_at_the_interruption_ends(tmp_path: Path) -> None:
+    """Its process starts after the first signal to all stages that run."""
+    stop = threading.Event()
+    codes: list[int] = []
+
+    def work(stage: str) -> bool:
+        if stage == "left":
+            raise KeyboardInterrupt
+        assert stop.wait(10)
+        time.sleep(0.5)
+        with dvc.leashed(["sleep", "600"], os.environ) as running:
+            codes.append(running.process.wait(60))
+        return False
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        cancelling.interrupting(stop) as interrupt,
+    ):
+        schedule.run({"left": [], "right": []}, work, jobs=2, interrupt=interrupt)
+    assert codes[0] in (leash.ENDED, -signal.SIGTERM), "the latter before it has a handler"
+
+
+def test_no_stage_starts_after_the_interruption(toy: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with (toy / "held").open() as held, pytest.raises(StageError, match=r"^first: interrupted before it began$"):
+        repro.repro("first", toy, os.environ, print, held=held.fileno(), wait_seconds=60, stop=stop)
+    assert not (toy / "first.txt").exists()
 
 
 def test_stages_that_measure_durations_or_use_a_gpu() -> None:

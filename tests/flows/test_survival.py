@@ -111,6 +111,11 @@ class Toy(Served):
         found = self.post("/flow_runs/filter", deployments={"name": {"any_": [deployment]}}, flow_runs=due)
         return len([run for run in found if run["auto_scheduled"]])
 
+    def at_work(self, deployment: str) -> int:
+        """Runs that a worker has taken and that have not ended; the state of one that starts has several names."""
+        taken = {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
+        return len(self.post("/flow_runs/filter", deployments={"name": {"any_": [deployment]}}, flow_runs=taken))
+
     def states(self, deployment: str) -> list[str]:
         found = self.post("/flow_runs/filter", deployments={"name": {"any_": [deployment]}})
         return sorted(run["state_name"] for run in found)
@@ -145,11 +150,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, migra
 
 
 def test_an_event_of_the_source_refreshes_the_data_and_starts_the_chain(toy: Toy) -> None:
-    """By the command that the documentation gives for a webhook of the source."""
-    found = re.search(r"^(curl -X POST \S+/api/events.*?)^```", OPERATIONS.read_text(), re.M | re.S)
+    """By the command that the documentation gives for announcing new data."""
+    found = re.search(r"^PREFECT_API_URL=\S+ prefect event emit .*$", OPERATIONS.read_text(), re.M)
     assert found
-    posted = ["bash", "-ec", found[1].replace("http://127.0.0.1:4200", server.url(toy.port)).replace("curl", "curl -f")]
-    subprocess.run(posted, check=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    kept |= {"HOME": str(toy.outside), "PATH": server.search_path()}
+    announced = ["bash", "-ec", found[0].replace("http://127.0.0.1:4200", server.url(toy.port))]
+    subprocess.run(announced, env=kept, check=True, timeout=START)
     toy.wait(lambda: toy.states("data-refresh") == ["Completed"], START, "the end of the refresh")
     toy.wait(lambda: toy.states("on-demand") == ["Completed"], START, "the end of the chain")
     run = toy.runs("data-refresh")[0]
@@ -219,9 +226,9 @@ def test_missed_runs_do_not_pile_up(toy: Toy) -> None:
     toy.post(f"/deployments/{toy.deployment('watch')['id']}/schedule", **plan)
     assert toy.waiting("watch") == 5
     said = toy.start()
-    assert "serve: 4 missed run(s) of 'watch' are skipped; the newest starts" in said
+    assert "serve: 4 missed run(s) of deployment 'watch' are skipped; the newest starts" in said
     toy.wait(lambda: toy.waiting("watch") == 0, START, "the start of the newest")
-    toy.wait(lambda: not {"Pending", "Running"} & set(toy.states("watch")), START, "its end")
+    toy.wait(lambda: toy.at_work("watch") == 0, START, "its end")
     assert len([run for run in toy.runs("watch") if run["auto_scheduled"]]) == 1, before
 
 

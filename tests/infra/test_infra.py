@@ -182,6 +182,7 @@ def test_accelerate_reads_each_configuration(name):
     assert (config.num_processes > 1) == name.startswith(("multi", "cpu_2proc", "cpu_fsdp", "fsdp"))
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu_find_each_other(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(

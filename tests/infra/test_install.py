@@ -101,6 +101,7 @@ def test_extras_come_from_their_locks_and_stay_installed(house):
         assert house.install(*options).stdout == ""
 
 
+@pytest.mark.slow
 def test_a_changed_lock_of_an_extra_is_installed(house):
     (house.folder / "infra" / "demo.lock").write_text("page==1.0\nextra==1.0\n", encoding="utf-8")
     assert "install: extra 'demo'" in house.install("--extra", "demo").stdout
@@ -138,6 +139,7 @@ def test_what_pip_cannot_find_ends_in_a_sentence_and_is_tried_again(house):
         assert done.stderr.splitlines()[-1].startswith("install: error: pip did not finish")
 
 
+@pytest.mark.slow
 def test_an_environment_without_mlflow_is_refused(tmp_path):
     """The project's folder `mlflow/` makes `import mlflow` succeed without the package."""
     house = House(tmp_path / "tree")

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from flows import server
+from flows import serve, server
 from flows.stop import stop
 from infra import stack, stack_database, stack_storage
 from tasks.runtime.errors import StageError
 from tests.support import tiny
 from tests.support.commands import call
 
+TESTS_OWN = ("AWS_", "CI", "DO_NOT_TRACK", "DVC_", "GX_", "HF_", "MLFLOW_", "ORT_", "PREFECT_", "PYTEST_")
+"""Beginnings of variables that no user has; some of them switch off the usage reports of packages."""
 SLEEPERS = "server: sleep 600\nworker: sleep 600\n"
 
 
@@ -47,7 +49,7 @@ def free_ports() -> int:
 def command(
     root: Path, *arguments: str, module: str = "infra.stack", more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(TESTS_OWN)}
     kept |= {"PYTHONPATH": str(tiny.ROOT), **(more or {})}
     call = [sys.executable, "-m", module, *arguments]
     return subprocess.run(call, cwd=root, env=kept, capture_output=True, text=True, timeout=900)
@@ -93,9 +95,32 @@ def test_a_port_in_use_is_one_sentence_and_nothing_starts(tree, server_of):
     assert server.running(tree) == {}
 
 
+def test_servers_that_ended_start_again_where_what_runs_looks_for_them(tree):
+    prefect, mlflow, storage = free_port(), free_port(), free_ports()
+    variables = server.environment(tree, prefect) | {"MLFLOW_TRACKING_URI": server.url(mlflow)}
+    started = [server.start(tree, server.WORKER, variables)]
+    try:
+        up = server.running(tree)
+        stack._require_same_servers(up, stack.Ports(None, mlflow, storage))
+        with pytest.raises(StageError, match=r"^the worker that runs uses another mlflow .* end it first: make stop$"):
+            stack._require_same_servers(up, stack.Ports(None, mlflow + 1, storage))
+        assert serve.port_of(up, None) == serve.port_of(up, prefect) == prefect
+        with pytest.raises(StageError, match=rf"^the worker of this work tree runs on port {prefect} already"):
+            serve.port_of(up, prefect + 1)
+        more = {"AWS_ENDPOINT_URL": server.url(storage)}
+        started.append(server.start(tree, stack.MLFLOW, stack._variables(tree, mlflow, more), stack.PROCFILE))
+        up = server.running(tree)
+        stack._require_same_servers(up, stack.Ports(None, mlflow + 1, storage))
+        with pytest.raises(StageError, match=r"^the mlflow that runs uses another storage "):
+            stack._require_same_servers(up, stack.Ports(None, mlflow, storage + 1))
+    finally:
+        for process in started:
+            server.stop(tree, process)
+
+
 def test_a_worker_of_another_mlflow_is_refused_and_down_ends_everything(tree):
     worker = server.start(tree, server.WORKER, server.environment(tree, free_port()))
-    assert refused().startswith("stack: error: a worker of make serve runs")
+    assert refused().startswith("stack: error: the worker that runs uses another mlflow than the one to start")
     mlflow = server.start(tree, stack.MLFLOW, stack._variables(tree, free_port(), {}), stack.PROCFILE)
     assert call(stack.main, "--down").returncode == 0
     assert not server.alive(worker) and not server.alive(mlflow)

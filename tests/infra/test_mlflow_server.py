@@ -45,6 +45,7 @@ def test_on_this_machine_no_login_is_needed(tmp_path, monkeypatch):
     command, variables = mlflow_server.prepare("127.0.0.1", 5000, "mine:5000", tmp_path)
     assert "--app-name" not in command and "--allowed-hosts" in command
     assert variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert variables["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_the_password_is_neither_in_the_command_nor_in_a_file(tmp_path, monkeypatch):

@@ -176,12 +176,11 @@ def templates() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield name, document, document["spec"]["template"]
 
 
-def test_remote_deployments_pull_code_and_data_and_name_a_flow():
+def test_remote_deployments_fetch_the_code_and_name_a_flow():
     document = deploy.compose(ROOT, "afterimage-kubernetes", "https://git.example.org/afterimage.git", "main")
-    clone, pull = (next(iter(step.items())) for step in document["pull"])
-    assert clone[0].endswith(".git_clone") and clone[1]["branch"] == "main"
-    assert pull[0].endswith(".run_shell_script") and pull[1]["script"].startswith("dvc pull ")
-    assert pull[1]["directory"] == f"{{{{ {clone[1]['id']}.directory }}}}"
+    (step,) = document["pull"]
+    repository = {"repository": "https://git.example.org/afterimage.git", "branch": "main"}
+    assert step == {"prefect.deployments.steps.git_clone": repository}
     names = {deployment["name"] for deployment in document["deployments"]}
     assert names == {
         f"{name}-kubernetes" for name in ("nightly", "on-demand", "sweep", "champion-check", "data-refresh")

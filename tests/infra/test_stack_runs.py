@@ -6,6 +6,7 @@ The tests share one stack and run in their order.
 from __future__ import annotations
 
 import base64
+import gzip
 import importlib.util
 import json
 import os
@@ -17,18 +18,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 
 from flows import server
 from infra import stack_database, stack_storage
-from tests.infra.test_local_stack import command, free_port, free_ports
-from tests.support import postgres, tiny
+from tests.infra.test_local_stack import TESTS_OWN, command, free_port, free_ports
+from tests.support import postgres, secret_search, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -44,6 +48,9 @@ PLANTED = {
 SECRET = ("MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING", "HF_TOKEN", "AFTERIMAGE_WEBHOOK_URL")
 PRIVATE = {".prefect/stack/env", ".prefect/stack/s3.json", ".prefect/mlflow-login.ini"}
 """Files for secrets, which only their owner may read."""
+LOGGED = "SELECT message FROM log"
+MARKER = secrets.token_hex(16)
+"""Put into every store on purpose: the search that finds no secret there must find this."""
 LARGE = 3 << 30
 """Bytes of a large model."""
 
@@ -58,8 +65,16 @@ class Stack:
     variables: dict[str, str] = field(default_factory=dict)
     """What `source .prefect/stack/env` sets."""
 
+    def places(self) -> dict[str, str]:
+        """Variables that keep beside the work tree what processes write outside of it."""
+        folders = {name: self.root.parent / name.lower() for name in ("HOME", "TMPDIR")}
+        for folder in folders.values():
+            folder.mkdir(exist_ok=True)
+        return {name: str(folder) for name, folder in folders.items()}
+
     def start(self) -> str:
-        done = command(self.root, *(word for pair in self.ports.items() for word in pair), more=PLANTED)
+        more = PLANTED | self.places()
+        done = command(self.root, *(word for pair in self.ports.items() for word in pair), more=more)
         assert done.returncode == 0, done.stderr + self.logs()
         found = re.findall(r"^export (\w+)='?(.*?)'?$", (self.root / server.STACK / "env").read_text(), re.M)
         self.variables = dict(found)
@@ -71,10 +86,8 @@ class Stack:
 
     def python(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Python in the work tree, in a shell that has sourced the file of the stack."""
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_"))
-        }
-        kept |= self.variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(TESTS_OWN)}
+        kept |= self.places() | self.variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         call = [sys.executable, *arguments]
         return subprocess.run(call, cwd=self.root, env=kept, capture_output=True, text=True, timeout=timeout)
 
@@ -183,8 +196,6 @@ def test_clients_without_the_login_are_refused(stack):
 
 def _peak(process: int) -> int:
     """Bytes of memory that a process and its children had at most."""
-    import psutil
-
     every = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
     status = (Path(f"/proc/{pid}/status").read_text() for pid in every)
     return sum(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) << 10 for text in status)
@@ -249,39 +260,84 @@ def test_the_chain_runs_on_the_worker_and_pushes_its_results(stack):
     pages = stack.s3().get_paginator("list_objects_v2").paginate(Bucket="dvc", Prefix="afterimage/")
     keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
     assert any("/files/md5/" in key for key in keys) and any("/runs/" in key for key in keys)
+    for log in ((stack.root / server.LOGS / "worker.log").read_text(), "\n".join(stack.query("prefect", LOGGED))):
+        assert "Running stage 'register'" in log, "the search for secrets has the output of the last stage"
 
 
 def test_no_store_holds_a_planted_secret(stack):
     planted = {name: PLANTED[name] for name in SECRET} | {"hook": HOOK}
     planted |= {"S3": stack.variables["AWS_SECRET_ACCESS_KEY"], "Prefect": PLANTED["PREFECT_API_AUTH_STRING"][9:]}
-    for name, login in (("MLflow", f"somebody:{PLANTED['MLFLOW_TRACKING_PASSWORD']}"), ("API", planted[SECRET[1]])):
-        planted[f"{name} in base64"] = base64.b64encode(login.encode()).decode()
-    looked, found = 0, []
-    for place, body in _everything(stack):
-        looked += 1
-        found += [f"{place}: {name}" for name, secret in planted.items() if secret.encode() in body]
-    assert looked > 100 and found == []
-    print(f"{looked} files, objects and dumps without a secret")
+    _mark(stack)
+    looked, marked, found, at_home = Counter[str](), Counter[str](), [], set()
+    for store, place, body in _everything(stack):
+        looked[store] += 1
+        if store == "home":
+            at_home.add(Path(place).name)
+        for name in secret_search.found_in(body, planted | {"marker": MARKER}):
+            if name == "marker":
+                marked[store] += 1
+            else:
+                found.append(f"{store}: {place}: {name}")
+    print(f"looked into {dict(looked)}; the marker was found in {dict(marked)}")
+    assert found == []
+    assert {".dvc", "mlflow dump", "prefect dump", "s3://mlflow", "s3://dvc", "Git's objects"} <= set(marked)
+    assert {".git", ".prefect/home", ".prefect/logs", ".prefect/workspaces", "command lines"} <= set(looked)
+    assert marked["names in s3://dvc"] == 1 and marked["s3://dvc"] == 2, "one of them compressed and in base64"
+    assert looked["tmpdir"] == 0, "nothing is left in the folder for temporary files"
+    assert {re.sub(r"-v[\d.]+", "", name) for name in at_home} <= {"fontlist.json"}, "no identifier for usage reports"
     for name in PRIVATE:
         assert (stack.root / name).stat().st_mode & 0o077 == 0, name
 
 
-def _everything(stack: Stack) -> Iterator[tuple[str, bytes]]:
-    """What any process of the stack has written: files, objects of S3, databases, and the history of Git."""
-    for path in sorted(stack.root.rglob("*")):
-        name = str(path.relative_to(stack.root))
-        if path.is_file() and not path.is_symlink() and name not in PRIVATE and not name.endswith(".pyc"):
-            yield name, path.read_bytes()
+def _mark(stack: Stack) -> None:
+    """Put the marker into every store: MLflow's and Prefect's databases, S3, DVC's cache and remote, Git."""
+    client = (
+        "from tasks.runtime import tracking; c = tracking.connect(); r = c.create_run(tracking.experiment_id(c)).info"
+    )
+    done = stack.python("-c", f"{client}; c.set_tag(r.run_id, 'm', {MARKER!r}); c.log_text(r.run_id, {MARKER!r}, 'm')")
+    assert done.returncode == 0, done.stderr
+    stack.prefect("variables/", {"name": "marker", "value": MARKER})
+    (stack.root / "marker.txt").write_text(MARKER)
+    for arguments in (("add", "--quiet", "marker.txt"), ("push", "--quiet", "marker.txt.dvc")):
+        done = stack.python("-m", "dvc", *arguments)
+        assert done.returncode == 0, done.stderr
+    (stack.root / "marker.txt").unlink()
+    hidden = gzip.compress(base64.b64encode(f"somebody:{MARKER}".encode()))
+    for key, body in ((f"names/{MARKER}", b"-"), ("hidden", hidden)):
+        stack.s3().put_object(Bucket=stack_storage.DVC, Key=key, Body=body)
+    tiny.git(stack.root, "commit", "--quiet", "--allow-empty", "-m", MARKER)
+
+
+def _everything(stack: Stack) -> Iterator[tuple[str, str, bytes]]:
+    """Store, place and content of what any process of the stack has written or shows to other users."""
+    beside = [stack.root, *map(Path, stack.places().values())]
+    for folder in beside:
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if path.is_file() and not path.is_symlink() and str(name) not in PRIVATE and path.suffix != ".pyc":
+                deep = 2 if name.parts[0] == ".prefect" else 1
+                with suppress(FileNotFoundError):  # the servers work
+                    store = "/".join(name.parts[:deep]) if folder == stack.root else folder.name
+                    yield store, str(path), path.read_bytes()
     for bucket in (stack_storage.ARTIFACTS, stack_storage.DVC):
         for page in stack.s3().get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for one in page.get("Contents", ()):
-                yield f"s3://{bucket}/{one['Key']}", stack.s3().get_object(Bucket=bucket, Key=one["Key"])["Body"].read()
-    call = ["pg_dumpall", f"--host={stack.root / server.STACK / 'postgres'}", "-U", stack_database.USER]
-    dump = stack_database._run(stack_database._programs(None), call)
-    assert dump.returncode == 0 and "COPY public.model_versions" in dump.stdout, dump.stderr
-    yield "pg_dumpall", dump.stdout.encode()
-    command = ["git", "cat-file", "--batch-all-objects", "--batch"]
-    yield "git", subprocess.run(command, cwd=stack.root, capture_output=True, check=True).stdout
+                body = stack.s3().get_object(Bucket=bucket, Key=one["Key"])["Body"].read()
+                yield f"s3://{bucket}", one["Key"], body
+                yield f"names in s3://{bucket}", one["Key"], one["Key"].encode()
+    programs, host = stack_database._programs(None), f"--host={stack.root / server.STACK / 'postgres'}"
+    for database in (stack_database.MLFLOW, stack_database.PREFECT):
+        dump = stack_database._run(programs, ["pg_dump", host, "-U", stack_database.USER, database])
+        table = {stack_database.MLFLOW: "model_versions", stack_database.PREFECT: "flow_run"}[database]
+        assert dump.returncode == 0 and f"COPY public.{table}" in dump.stdout, dump.stderr
+        yield f"{database} dump", "", dump.stdout.encode()
+    git = ["git", "cat-file", "--batch-all-objects", "--batch"]
+    yield "Git's objects", "", subprocess.run(git, cwd=stack.root, capture_output=True, check=True).stdout
+    for process in server.running(stack.root).values():
+        leader = psutil.Process(process.pid)
+        for one in [leader, *leader.children(recursive=True)]:
+            with suppress(psutil.Error):  # it has ended
+                yield "command lines", process.name, " ".join(one.cmdline()).encode()
 
 
 def test_a_restart_keeps_everything(stack):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,16 @@ from onnx import TensorProto, helper
 
 from models import bundle
 from models.bundle import CPU, CUDA, GRAPH_ID, MOST_SHAPES, Session
+
+
+@pytest.mark.parametrize("module", ["models.bundle", "models.onnx_graph"])
+def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path, module):
+    """It keeps an identifier and its events in the home folder, and a session in the temporary folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    kept |= {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-B", "-c", f"import {module}, onnxruntime; onnxruntime.SessionOptions()"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], env=kept, check=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.fixture

@@ -45,6 +45,9 @@ def test_history_after_three_promotions_and_two_rollbacks(store):
     assert champions.at(found, "2026-11-02T23:00:00Z").version == 2
     assert champions.at(found, "2026-10-31T00:00:00Z") is None
 
+    past = call(rollback.main, "--name", NAME, "--history", "--at", "2026-11-02T23:00:00Z")
+    assert past.stdout.splitlines()[1].split()[1] == "2" and past.stderr == "", "the present alias is another matter"
+
     assert rollback.rollback(NAME, reason="blurry") == f"version 2 of {NAME} is champion again, in place of version 4"
     assert rollback.rollback(NAME).startswith("version 1 "), "not the version that the first one replaced"
     with pytest.raises(StageError, match="has had no champion before"):
@@ -86,7 +89,35 @@ def test_the_command_prints_the_history(store):
     assert [Reign(**one).version for one in as_json] == [2]
     early = call(rollback.main, "--name", NAME, "--history", "--at", "2026-01-01T00:00:00Z")
     assert early.returncode == 1 and "had no champion at" in early.stderr
+    wrong = call(rollback.main, "--name", NAME, "--history", "--at", "yesterday")
+    assert wrong.returncode == 1 and "'yesterday' is no time; write it as 2026-11-26T12:00:00Z" in wrong.stderr
     assert "MLflow has no registered model nothing" in call(rollback.main, "--name", "nothing").stderr
+
+
+@pytest.mark.parametrize(
+    ("moment", "version"),
+    [
+        ("2026-11-02", 1),
+        ("2026-11-02T12:00:00Z", 2),
+        ("2026-11-02T12:00:00", 2),
+        ("2026-11-02T12:00:00.5+00:00", 2),
+        ("2026-11-02T12:30:00+01:00", 1),
+        ("2026-11-02T11:30:00-01:00", 2),
+    ],
+)
+def test_the_champion_at_a_time_with_or_without_an_offset(moment, version):
+    reigns = [Reign(1, "2026-11-01T12:00:00Z", ""), Reign(2, "2026-11-02T12:00:00Z", "")]
+    found = champions.at(reigns, moment)
+    assert found is not None and found.version == version
+
+
+@pytest.mark.parametrize("arguments", [["--at", "2026-11-02T00:00:00Z"], ["--json"], ["--history", "--to", "1"]])
+def test_an_option_of_the_history_alone_rolls_nothing_back(store, arguments):
+    promote(store, 1, "2026-11-01T00:00:00Z")
+    promote(store, 2, "2026-11-02T00:00:00Z")
+    done = call(rollback.main, "--name", NAME, *arguments)
+    assert done.returncode == 2 and "--history" in done.stderr
+    assert rollback.reigns(NAME)[1] == 2
 
 
 def test_the_gates_do_not_promote_a_withdrawn_version_again(work):

@@ -77,6 +77,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_first_experiment_has_a_baseline_once_the_lock_is_committed(tree: Path) -> None:
     tiny.git(tree, "add", "dvc.lock")
     tiny.git(tree, "commit", "--quiet", "-m", "Results of this machine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_every_stage_on_a_full_disk_is_one_sentence_and_a_rerun_completes_it(tmp
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+        shutil.Error([("from", "to", "[Errno 28] No space left on device: 'from' -> 'to'")]),
     ],
 )
 def test_a_full_disk_is_recognised_by_the_errors_of_each_library(error):

@@ -28,9 +28,9 @@ FIRST_WRITING = 0.3
 LONGEST_WRITE = 0.3
 """Seconds from the first writing to the kill, at most."""
 ROUND_SECONDS = 300
-REPAIRED = "repaired by flows.recover"
+REPAIRED = "repaired"
 WRITTEN = ("nothing", "a part", "everything", "recorded", REPAIRED)
-"""What a stage had written when it was killed; the last: DVC's own files were cut off, and a command repaired them."""
+"""What a stage had written; `repaired`: DVC's own files were cut off, and `flows.recover` mended them."""
 
 
 @dataclass(frozen=True)

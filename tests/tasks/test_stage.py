@@ -1,11 +1,13 @@
 """What every stage has before its work begins."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from tasks.runtime import stage
+from tests.support import commands
 
 ROOT = Path(__file__).parents[2]
 FAILS_IN_A_LOOP = """
@@ -36,3 +38,11 @@ def test_the_sentence_of_an_error_has_a_line_of_its_own_below_the_progress_bar()
     assert done.returncode == 1
     bar, sentence = done.stderr.decode().rstrip("\n").split("\n")
     assert bar.startswith("\rfails:   0%") and sentence == "fails: error: the third image is broken"
+
+
+def test_a_folder_that_cannot_be_copied_is_one_sentence():
+    def copies() -> None:
+        raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'"), ("c", "d", "[Errno 13] and so on")])
+
+    done = commands.call(lambda: stage.main(copies))
+    assert (done.returncode, done.stderr) == (1, "copies: error: [Errno 13] Permission denied: 'a'\n")

@@ -336,3 +336,19 @@ def test_a_migration_that_was_killed_is_started_again(tmp_path):
     assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
     assert (tmp_path / "mlflow.db").exists()
     assert not half.exists()
+
+
+BEFORE_CONNECTING = """
+import sys
+from pathlib import Path
+from tasks import register
+from tasks.registration import unchanged
+unchanged.Registration.recorded = lambda self: None
+register.tracking.connect = lambda: sys.exit("mlflow" in sys.modules)
+register.register(*[Path()] * 11, None)
+"""
+
+
+def test_register_imports_mlflow_after_its_environment_is_set():
+    """MLflow reads at its import whether it may report its usage."""
+    assert subprocess.run([sys.executable, "-c", BEFORE_CONNECTING], cwd=ROOT).returncode == 0

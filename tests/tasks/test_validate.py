@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -114,8 +115,11 @@ def judged(tmp_path, monkeypatch):
     return call
 
 
-def test_good_data_is_accepted_with_the_hash_of_the_data_and_the_docs_show_every_gate(tmp_path, judged):
+def test_good_data_is_accepted_with_the_hash_of_the_data_and_the_docs_show_every_gate(tmp_path, judged, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     assert judged(CLASSED, docs=True) is None
+    assert not list((tmp_path / "temporary").iterdir()), "nothing is left there"
     verdict = json.loads((tmp_path / "accepted.json").read_text())
     index = json.loads((tmp_path / "images" / "index.json").read_text())
     assert verdict["verdict"] == "accepted"

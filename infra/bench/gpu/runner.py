@@ -109,6 +109,7 @@ def _serve(sender: Connection[Row | None, object], part: str, plan: Plan, second
     """The process: measure one part and send its rows."""
     os.setsid()
     end_with_parent()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in models/bundle.py
     if plan.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
@@ -120,5 +121,3 @@ def _serve(sender: Connection[Row | None, object], part: str, plan: Plan, second
         return
     finally:
         sender.close()
-        if os.environ.get("CPUT"):
-            print("CPU", part, time.process_time(), flush=True)
