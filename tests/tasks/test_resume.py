@@ -236,7 +236,7 @@ def test_sharded_processes_killed_at_random_steps_end_in_the_same_bytes(tmp_path
         found = checkpoints(killed / "scratch")
         step = int(found[-1].name.removeprefix("step-")) if found else 0
         process = start(killed, migrated_database, **SHARDED)
-        workers = workers_at(process, has_step(killed, step + 10))
+        workers = workers_at(process, has_step(killed, step - step % 10 + 10))
         time.sleep(chance.uniform(0, seconds))
         for rank in victims:
             workers[rank].kill()
