@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, store, workspace
 from tasks.runtime.errors import StageError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 PROBE_SECONDS = 5.0
 
 
@@ -32,6 +33,7 @@ def main() -> None:
         print(f"pipeline: {choose_server()}", flush=True)
     except StageError as error:
         sys.exit(f"pipeline: error: {redacted(str(error))}")
+    exit_on_sigterm("pipeline")
     from flows.chain import COMMITTED, pipeline  # Prefect reads the environment when it is imported
 
     try:
@@ -70,6 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --preset: parameters to change")
     return parser
+
+
+def exit_on_sigterm(command: str) -> None:
+    """Let SIGTERM end this process by an exception, after Prefect has ended the stages.
+
+    The default action ends it at once, so that the temporary Prefect server, which is stopped at exit, would remain.
+    """
+
+    def end(*_: object) -> None:
+        print(f"{command}: terminated; the same command continues", file=sys.stderr)
+        sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def choose_server() -> str:

@@ -35,6 +35,7 @@ def main() -> None:
     except (spec.SweepError, StageError) as error:
         sys.exit(f"sweep: error: {redacted(str(error))}")
     print(f"sweep: {count} trainings, {arguments.jobs} at a time, {where}", flush=True)
+    pipeline.exit_on_sigterm("sweep")
     from flows.trials import sweep  # Prefect reads the environment when it is imported
 
     try:
