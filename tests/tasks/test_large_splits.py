@@ -62,7 +62,8 @@ def test_the_memory_holds_no_copy(tmp_path, in_files):
     before = anonymous_bytes()
     samples = images.load_pixels(tmp_path / "images", "train", large)
     assert samples.pixels.nbytes > 40e6
-    assert anonymous_bytes() - before < samples.pixels.nbytes / 4
+    # A copy would be all of them; other threads of the process allocate some.
+    assert anonymous_bytes() - before < samples.pixels.nbytes / 2
     assert samples.pixels[-1].std() > 1  # an image, not an empty file
 
 
