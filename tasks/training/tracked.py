@@ -33,7 +33,8 @@ ASYNCHRONOUS = (
 class TrainingRun:
     """Handle of the training loop on its MLflow run: logging neither waits for MLflow nor raises its errors.
 
-    If the server is lost, the stage `register` replays the missing points from `reports/train`.
+    If the server is lost, the stage `register` replays the missing points from `reports/train`, which has no durations:
+    of the speed and the memory, those points are lost.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
@@ -99,7 +100,8 @@ class TrainingRun:
         self._reachable = False
         gone = any(words in message for words in ("Max retries exceeded", "Connection refused", "timed out"))
         reason = "its server does not answer" if gone else redacted(message.splitlines()[0])[:200]
-        print(f"\nmlflow: lost ({reason}); training continues, register replays the rest", file=sys.stderr)
+        rest = "register replays the rest, except the curves of speed and memory"
+        print(f"\nmlflow: lost ({reason}); training continues, {rest}", file=sys.stderr)
 
 
 @contextmanager

@@ -225,7 +225,10 @@ def test_a_server_that_is_killed_during_training_is_one_sentence(tmp_path, migra
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert done.stdout == "trained to the end\n"
-    sentence = "mlflow: lost (its server does not answer); training continues, register replays the rest"
+    sentence = (
+        "mlflow: lost (its server does not answer); training continues, register replays the rest, except the curves "
+        "of speed and memory"
+    )
     assert done.stderr.strip() == sentence
 
 
