@@ -19,8 +19,8 @@ from tasks.params import composition as preset
 from tasks.params.redaction import redacted, without_user
 from tasks.runtime import loopback, store, workspace
 from tasks.runtime.errors import StageError
+from tasks.runtime.stage import INTERRUPTED, PREEMPTED
 
-INTERRUPTED, TERMINATED = 130, 143
 PROBE_SECONDS = 5.0
 
 
@@ -82,7 +82,7 @@ def exit_on_sigterm(command: str) -> None:
 
     def end(*_: object) -> None:
         print(f"{command}: terminated; the same command continues", file=sys.stderr)
-        sys.exit(TERMINATED)
+        sys.exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, end)
 

@@ -15,6 +15,7 @@ from flows import pipeline
 from tasks.params.redaction import redacted
 from tasks.runtime import loopback, store, workspace
 from tasks.runtime.errors import StageError
+from tasks.runtime.stage import INTERRUPTED
 from tasks.sweeps import plan, spec
 
 CORES = os.cpu_count() or 1
@@ -48,7 +49,7 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         print("sweep: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(pipeline.INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if not state.is_completed():
         sys.exit(f"sweep: error: {redacted(state.message or state.name)}")
     print(f"sweep: {state.message}")

@@ -90,11 +90,6 @@ class Missing:
         self.names = Digests(names)
         self._buckets, self._resolutions = in_buckets[np.argsort(names, kind="stable")], resolutions
 
-    @classmethod
-    def of(cls, resolutions: Mapping[str, Resolution]) -> Missing:
-        """Return the same for a mapping from names to resolutions."""
-        return cls(digests(resolutions), np.arange(len(resolutions)), list(resolutions.values()))
-
     def __len__(self) -> int:
         return len(self.names)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -140,6 +141,7 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, 
     from tasks.encoding.encoder import _encode_missing, _encode_on_cluster
     from tasks.encoding.rows import Missing
     from tasks.params import EncodeParams
+    from tasks.pictures.digests import digests
     from tasks.pictures.images import read_columns
 
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
@@ -153,7 +155,8 @@ def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, 
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
     hashes = read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist()
-    missing = Missing.of(dict.fromkeys(hashes, (16, 16)))
+    names = np.unique(digests(hashes))
+    missing = Missing(names, np.zeros(len(names), np.int16), [(16, 16)])
     params = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", ray_address=cluster_of_two)
     stored = {}
     for encode in (_encode_missing, _encode_on_cluster):

@@ -209,7 +209,7 @@ def test_what_is_missing_has_the_resolution_of_its_bucket(folder):
     found = {one.key: missing.resolution(one.key) for one in listed if digests([one.key])[0] in held}
     assert len(missing) == len(found) == 1000
     assert all(found[one.key] == resolutions[one.bucket] for one in listed if one.key in found)
-    assert Missing.of({"b": (1, 2), "a": (3, 4)}).resolution("a") == (3, 4)
+    assert Missing(digests(["b", "a"]), np.arange(2), [(1, 2), (3, 4)]).resolution("a") == (3, 4)
 
 
 def blocks_of(folder: Path, count: int, rows: int = 50):
