@@ -97,15 +97,16 @@ def shared_out(worker: Callable[[str], Callable[[Part], Result]], parts: Sequenc
                 return
             results[number] = compute(parts[number])
 
-    def ended(future: Future[None]) -> None:
-        if future.exception() is not None:
+    def working(name: str) -> None:
+        try:
+            work(name)
+        except BaseException:
             stop.set()
+            raise
 
     with ThreadPoolExecutor(len(names), thread_name_prefix="device") as pool:
-        futures = [pool.submit(work, name) for name in names]
+        futures = [pool.submit(working, name) for name in names]
         try:
-            for future in futures:
-                future.add_done_callback(ended)
             for future in futures:
                 future.result()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,12 +134,13 @@ def test_after_an_error_of_a_device_no_further_batch_is_begun(two_devices: None)
 
     def work(name: str, part: slice) -> None:
         begun.append(part.start)
-        if part.start == 0:
+        if name == "cpu:1":  # not the first device, whose error the caller would notice by itself
             failed.set()
-            raise ValueError("the first batch")
+            raise ValueError("the second device")
         assert failed.wait(30)
+        time.sleep(0.01)  # lets the thread that failed run; without it, all batches fit in one turn of this thread
 
-    with pytest.raises(ValueError, match="the first batch"):
+    with pytest.raises(ValueError, match="the second device"):
         parallel.over_devices(work, str, 1000, 1, "cpu")
     assert len(begun) < 1000
 
