@@ -121,8 +121,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
     import torch
 
     from models.networks.text_unet import TextUNet
-    from models.optimization import sharding
-    from tasks.training import averages, companions, control, log, previews, tuning
+    from tasks.training import averages, companions, control, log, optimizer, previews, tuning
     from tasks.training.batches import seed_for
     from tasks.training.held_out import held_out_losses
     from tasks.training.meter import Meter
@@ -155,8 +154,7 @@ def fit(run: Run, live: TrainingRun | None, signals: list[int], until: int) -> N
         # step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, params, group["initial_lr"])
-        gradient_norm = accelerator.clip_grad_norm_(run.module.parameters(), params.clip_norm)
-        gradient_norm = sharding.whole(gradient_norm)
+        gradient_norm = optimizer.clip_gradients(run)
         run.tally.add_gradient_norm(gradient_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from models.optimization.adamw import AdamW
+
 Progress: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the range of steps, as `tqdm` does."""
 
@@ -64,7 +66,7 @@ def fit(
     """
     network.train()
     steps = recipe.steps
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
     warmup = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

@@ -1,7 +1,10 @@
-"""Group normalization that keeps the memory format NHWC in compiled networks on a GPU.
+"""Group normalization that is fast in NHWC: in compiled networks on a GPU, and in bfloat16 on a CPU.
 
 On a GPU `F.group_norm` copies its input to NCHW, and its output is in NCHW: between two convolutions in NHWC the
 activations are rearranged twice per pass, and the compiler cannot fuse the copies away.
+
+On a CPU PyTorch's kernel for bfloat16 in NHWC takes 5 to 8 times as long as that for float32, forward and backward; the
+conversion costs much less. Autocast on a GPU computes group norms in float32 too.
 
 Legend: x float [B, C, H, W], G groups.
 """
@@ -25,9 +28,14 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that computes `group_norm` while torch.compile traces it on a GPU in NHWC."""
+    """`nn.GroupNorm` that computes `group_norm` while torch.compile traces it on a GPU in NHWC.
+
+    Within autocast on a CPU the output is float32, as it is on a GPU.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            x = x.float()
         if not (torch.compiler.is_compiling() and x.is_cuda) or torch.compiler.is_exporting():
             return super().forward(x)
         if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):

@@ -14,13 +14,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-from models.optimization import sharding
+from models.optimization import adamw, sharding
+from models.optimization.adamw import Group, state_of
 from models.parallel import single_thread
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -40,10 +40,7 @@ transformer (patches, modulation of the output), and the first layer of the embe
 ControlNet, the layers that read the control map, and the convolutions that start at zero and write its outputs."""
 MUON, ADAMW = "muon", "adamw"
 """Values of a parameter group's `algorithm`."""
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""The defaults of `torch.optim.AdamW`."""
 
-Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
 T = TypeVar("T")
 
 
@@ -103,6 +100,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
             {"params": others, "algorithm": ADAMW, "lr": adamw_lr, "fused": True},
         ]
+        adamw.leave_out_dynamo()
         super().__init__(groups, {"weight_decay": weight_decay})
 
     @overload
@@ -127,14 +125,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in parameters]
-            if parameters:
-                (self._muon if group["algorithm"] == MUON else self._adamw)(group, parameters, gradients)
+            if group["algorithm"] == ADAMW:
+                adamw.update(self.state, group, parameters)
+            elif parameters:
+                self._muon(group, parameters, [parameter.grad for parameter in parameters])
         return loss
 
     def _muon(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        buffers = self._state_of(parameters, "momentum_buffer")
+        buffers = state_of(self.state, parameters, "momentum_buffer")
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
@@ -143,33 +142,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         torch._foreach_add_(
             parameters, [sharding.like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
         )
-
-    def _adamw(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        for parameter in parameters:
-            self.state[parameter].setdefault("step", torch.zeros((), device=parameter.device))
-        adamw(
-            parameters,
-            gradients,
-            self._state_of(parameters, "exp_avg"),
-            self._state_of(parameters, "exp_avg_sq"),
-            [],
-            [self.state[parameter]["step"] for parameter in parameters],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=EPSILON,
-            maximize=False,
-        )
-
-    def _state_of(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
-        """Return the state `key` of each parameter; it starts as zeros in the parameter's memory format."""
-        for parameter in parameters:
-            if key not in self.state[parameter]:
-                self.state[parameter][key] = torch.zeros_like(parameter)
-        return [self.state[parameter][key] for parameter in parameters]
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:

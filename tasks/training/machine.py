@@ -52,7 +52,8 @@ def choose_kernels(deterministic: bool) -> None:
     """
     torch.backends.cudnn.benchmark = not deterministic  # shapes do not change: the fastest is searched once
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports the compiler, for a second
+        torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)  # its backward pass adds in any order
     if deterministic:

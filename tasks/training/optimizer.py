@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.optimization import sharding
+from models.optimization.adamw import AdamW
 from models.optimization.muon import MuonWithAdamW
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from tasks.params import TrainParams
+    from tasks.training.run import Run
 
 
 def build(network: nn.Module, params: TrainParams) -> Optimizer:
@@ -37,12 +39,22 @@ def build(network: nn.Module, params: TrainParams) -> Optimizer:
             weight_decay=params.weight_decay,
         )
     else:
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
-        )
+        optimizer = AdamW(network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def clip_gradients(run: Run) -> Tensor:
+    """Scale the gradients down to the norm `train.clip_norm` if theirs is larger; returns the norm before, float [].
+
+    accelerate's own function imports torch.distributed.tensor, which takes seconds that only FSDP2 needs.
+    """
+    accelerator, limit = run.accelerator, run.params.clip_norm
+    if run.sharded:
+        return sharding.whole(accelerator.clip_grad_norm_(run.module.parameters(), limit))
+    accelerator.unscale_gradients()
+    return torch.nn.utils.clip_grad_norm_(run.module.parameters(), limit)
 
 
 def state_of(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

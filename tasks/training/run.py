@@ -246,6 +246,7 @@ def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedData
     parts = GradientAccumulationPlugin(params.gradient_accumulation, sync_each_batch=options is not None)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
+        device_placement=False,  # `assemble` moves the network; accelerate's check before that takes seconds to import
         mixed_precision=params.precision,
         gradient_accumulation_plugin=parts,
         fsdp_plugin=options,

@@ -19,8 +19,6 @@ from accelerate.utils import (
     convert_outputs_to_fp32,
     parse_flag_from_env,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from models.networks.network import build
 from models.optimization import sharding
@@ -75,6 +73,8 @@ def plugin(params: TrainParams) -> FullyShardedDataParallelPlugin | None:
     """
     if not wanted():
         return None
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     lower = torch.bfloat16 if params.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
@@ -97,6 +97,8 @@ def compute_in(network: Network, device: torch.device, params: TrainParams) -> N
 
 def choose_units(network: Network, options: FullyShardedDataParallelPlugin) -> None:
     """Shard the repeated blocks and what several of them share as units, unless the configuration names others."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
     if options.auto_wrap_policy is transformer_auto_wrap_policy and not options.transformer_cls_names_to_wrap:
         units = [*compiling.repeated_blocks(network), *shared_modules(network)]
         options.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in units})

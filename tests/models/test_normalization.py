@@ -70,6 +70,18 @@ def test_on_a_cpu_it_is_that_of_torch():
     assert torch.equal(torch.compile(norm, backend="eager")(x), expected)
 
 
+def test_within_autocast_on_a_cpu_statistics_and_output_are_float32():
+    """PyTorch's own kernel for bfloat16 in NHWC is several times slower."""
+    x, weight, bias = inputs()
+    norm = GroupNorm(GROUPS, 8)
+    norm.weight, norm.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    lower = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = norm(lower)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, F.group_norm(lower.float(), GROUPS, weight, bias))
+
+
 def test_the_norms_of_diffusers_are_replaced():
     network = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.Sequential(torch.nn.GroupNorm(2, 4)))
     weight = network[0].weight

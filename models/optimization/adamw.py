@@ -1,0 +1,89 @@
+"""AdamW (Loshchilov & Hutter 2019) by PyTorch's fused kernel, without importing torch._dynamo.
+
+`torch.optim.AdamW` has the same kernel and the same state, but its first step imports PyTorch's compiler, which takes
+as long as importing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
+State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
+"""Parameter -> quantity -> tensor, as in torch.optim."""
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""The defaults of `torch.optim.AdamW`."""
+MARKED = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
+"""Methods that import torch._dynamo on their first call, to exclude themselves from compilation."""
+
+
+def leave_out_dynamo() -> None:
+    """Keep the methods `MARKED` from importing torch._dynamo.
+
+    Each stores what it calls from then on as an attribute; here that is the method itself, so no code of ours may
+    compile an optimizer. The attribute is not part of PyTorch's interface: a version without it imports torch._dynamo.
+    """
+    for method in MARKED:
+        if original := getattr(method, "__wrapped__", None):
+            original.__dynamo_disable = original
+
+
+class AdamW(Optimizer):
+    """AdamW with the default moments; the state is `exp_avg`, `exp_avg_sq` and `step`.
+
+    Args:
+        parameters: They are trained.
+        lr: Learning rate.
+        weight_decay: Decoupled from the gradient.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        leave_out_dynamo()
+        # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            update(self.state, group, [parameter for parameter in group["params"] if parameter.grad is not None])
+
+
+def update(state: State, group: Group, parameters: list[Tensor]) -> None:
+    """Make a step of AdamW, in place, with the gradients of `parameters` and the options of their group."""
+    if not parameters:
+        return
+    for parameter in parameters:
+        if "step" not in state[parameter]:
+            state[parameter]["step"] = torch.zeros((), device=parameter.device)
+    adamw(
+        parameters,
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        state_of(state, parameters, "exp_avg"),
+        state_of(state, parameters, "exp_avg_sq"),
+        [],
+        [state[parameter]["step"] for parameter in parameters],
+        fused=True,
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=EPSILON,
+        maximize=False,
+    )
+
+
+def state_of(state: State, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
+    """Return the state `key` of each parameter; it starts as zeros in the parameter's memory format."""
+    for parameter in parameters:
+        if key not in state[parameter]:
+            state[parameter][key] = torch.zeros_like(parameter)
+    return [state[parameter][key] for parameter in parameters]

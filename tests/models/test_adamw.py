@@ -1,0 +1,68 @@
+"""Fused AdamW without PyTorch's compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.optimization.adamw import AdamW
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Linear(3, 2)
+    )
+
+
+def train(module: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        module[:3](
+            torch.randn(5, 2, 4, 4, generator=generator)
+        ).square().mean().backward()  # the last layer has no part
+        optimizer.step()
+
+
+def test_makes_the_steps_of_torch_to_the_last_bit():
+    ours, theirs = network(), network()
+    optimizers = [
+        AdamW(ours.parameters(), lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, fused=True),
+    ]
+    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+        train(module, optimizer, 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert {i: set(slots) for i, slots in states[0].items()} == {i: set(slots) for i, slots in states[1].items()}
+    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+
+
+def test_a_loaded_state_continues_to_the_same_bytes():
+    whole, part = network(), network()
+    optimizer = AdamW(whole.parameters(), lr=0.01, weight_decay=0.1)
+    train(whole, optimizer, 4)
+    first = AdamW(part.parameters(), lr=0.01, weight_decay=0.1)
+    train(part, first, 2)
+    second = AdamW(part.parameters(), lr=0.01, weight_decay=0.1)
+    second.load_state_dict(first.state_dict())
+    train(part, second, 2, first=2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), part.parameters(), strict=True))
+
+
+JUDGE = "from models.judges.fit import *; fit(layer, lambda *_: layer(torch.ones(2, 2)).sum(), 4, Recipe(2, 2))"
+MUON = (
+    "from models.optimization.muon import *; optimizer = MuonWithAdamW(layer, 0.1, 0.1, 0.9, 0.0);"
+    "layer(torch.ones(2, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad();"
+    "optimizer.load_state_dict(optimizer.state_dict())"
+)
+
+
+@pytest.mark.parametrize("lines", [JUDGE, MUON], ids=["judge", "muon"])
+def test_a_training_imports_no_compiler(lines):
+    program = f"import sys, torch; layer = torch.nn.Linear(2, 2); {lines}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
