@@ -71,6 +71,21 @@ if "+cpu" in torch.__version__ and find_spec("torchvision"):
 print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
 """
 
+# Run by the new environment, once for each entry of IMPORTED: imports the modules that the arguments name.
+IMPORT = """
+import sys
+from contextlib import suppress
+from importlib import import_module
+for name in sys.argv[1:]:
+    with suppress(ImportError):
+        import_module(name)
+"""
+IMPORTED = (
+    ("torch._dynamo", "torch.onnx", "onnxscript", "torchmetrics", "accelerate", "matplotlib.pyplot"),
+    ("mlflow.store.tracking.sqlalchemy_store", "great_expectations", "prefect", "dvc.repo", "networkx"),
+)
+"""Most of what the stages import, in two parts that take about equally long."""
+
 
 class Build(NamedTuple):
     """A build of PyTorch, and the arguments of the `pip install` that selects it before the lock is installed."""
@@ -169,6 +184,8 @@ def install(extra: str | None) -> None:
     if extra:
         say(f"extra '{extra}'")
         run_pip(pins_of(extra), total=len(missing_packages(ROOT / "infra" / f"{extra}.lock")))
+    if missing:
+        store_bytecode()
     checked = subprocess.run([str(PYTHON), "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
     if checked.returncode:
         fail(f"the environment does not work: {checked.stderr.strip().splitlines()[-1]}")
@@ -261,8 +278,7 @@ def download_note(names: list[str], build: Build) -> str:
 def run_pip(arguments: list[str], total: int) -> None:
     """Run `pip install` with one line of progress; its output goes to `.venv/install.log`.
 
-    Python compiles a module when it is first imported. To compile all of them here would take a minute or two, and most
-    are never imported.
+    pip would compile every module, for a minute or two, and most are never imported; see `store_bytecode`.
     """
     command = [*PIP, "install", "--no-compile", "--progress-bar", "off", *arguments]
     with LOG.open("w", encoding="utf-8") as log:
@@ -279,6 +295,26 @@ def run_pip(arguments: list[str], total: int) -> None:
         fail(
             f"pip did not finish; its whole output is in {LOG.relative_to(ROOT)}; the same command continues from here"
         )
+
+
+def store_bytecode() -> None:
+    """Import most of what the stages import, so that Python compiles it once and stores the result in `.venv`.
+
+    With PYTHONDONTWRITEBYTECODE, which many images of containers set, Python stores nothing at an import: each process
+    of a chain would compile its packages again, and start twice as slowly. The variable is left out here.
+    """
+    say("compiling the packages that the stages import, about 20 s")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    quiet = {"ORT_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "GX_ANALYTICS_ENABLED": "False"}
+    processes = [
+        # not in the project, whose folder `mlflow` would be found first
+        subprocess.Popen(
+            [str(PYTHON), "-c", IMPORT, *names], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
+        )
+        for names in IMPORTED
+    ]
+    for process in processes:
+        process.wait()
 
 
 def show_progress(pip: subprocess.Popen[bytes], total: int, before: int) -> None:

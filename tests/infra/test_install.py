@@ -58,6 +58,7 @@ class House:
     def install(self, *options: str) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
         environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
+        environment |= {"PYTHONDONTWRITEBYTECODE": "1"}  # as in many images of containers
         command = [sys.executable, str(self.folder / "infra" / "install.py"), *options]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -73,6 +74,13 @@ def house(tmp_path_factory) -> House:
     assert any(re.search(r"3 packages, about [\d,]+ MB to download", line) for line in lines)
     assert lines[-1] == "install: ready: torch 2.0+cpu, onnxruntime 1.0"
     return house
+
+
+def test_the_bytecode_of_what_the_stages_import_is_stored(house):
+    """Otherwise each process would compile it again where PYTHONDONTWRITEBYTECODE is set."""
+    packages = next((house.folder / ".venv").glob("lib/python*/site-packages"))
+    stored = {file.parent.parent.name for file in packages.glob("*/__pycache__/__init__.*.pyc")}
+    assert {"mlflow", "torch"} <= stored
 
 
 def test_a_second_call_says_nothing_and_takes_no_time(house):
