@@ -1,6 +1,6 @@
 """KID and the Inception score as torchmetrics computes them, from the features and logits of any judge.
 
-Apart from `metrics.py`, because importing torchmetrics takes longer than importing torch.
+Separate from `metrics.py`, because importing torchmetrics takes longer than importing torch.
 """
 
 from __future__ import annotations
