@@ -10,8 +10,6 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from models.optimization.adamw import AdamW
-
 Progress: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the range of steps, as `tqdm` does."""
 
@@ -66,7 +64,7 @@ def fit(
     """
     network.train()
     steps = recipe.steps
-    optimizer = AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     warmup = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

@@ -1,10 +1,13 @@
 """Metrics of image quality from features, logits and embeddings, in float64; the judge extracts those from images.
 
+torchmetrics takes longer to import than torch, so only the metrics that it computes import it.
+
 Legend: N, M numbers of images; D feature dimensions; K classes; E dimensions of CLIP's embedding space.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,7 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURHOOD = 3
 """k of precision and recall, as in the paper."""
 BLOCK = 1024
@@ -35,23 +39,43 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     Raises:
         ValueError: for fewer than 2 images or different D.
     """
-    x, y = pair(features, reference)
+    x, y = _pair(features, reference)
     root_x, root_y = _covariance_root(x), _covariance_root(y)
     means = np.square(x.mean(0) - y.mean(0)).sum()
     cross = np.linalg.svd(root_x @ root_y.T, compute_uv=False).sum()
     return max(0.0, float(means + np.square(root_x).sum() + np.square(root_y).sum() - 2 * cross))
 
 
-def squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:
-    """Return the unbiased squared MMD over all of [N, D] and [M, D], without the subsets of KID.
+def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
+    """Return KID, the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    The kernel is that of `library_metrics.kernel_distance`. For sets that are too small to draw subsets from; slightly
-    negative values are possible.
+    The mean over random subsets of [N, D] and [M, D]; slightly negative values are possible.
 
     Raises:
         ValueError: for fewer than 2 images or different D.
     """
-    x, y = pair(features, reference)
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    x, y = _pair(features, reference)
+    subset = min(len(x), len(y), KERNEL_SUBSET_SIZE)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=KERNEL_SUBSETS, subset_size=subset)
+        metric.update(torch.from_numpy(y), real=True)
+        metric.update(torch.from_numpy(x), real=False)
+        return float(metric.compute()[0])
+
+
+def squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:
+    """Return the unbiased squared MMD of `kernel_distance` over all of [N, D] and [M, D], without subsets.
+
+    For sets that are too small to draw subsets from; slightly negative values are possible.
+
+    Raises:
+        ValueError: for fewer than 2 images or different D.
+    """
+    x, y = _pair(features, reference)
 
     def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -74,7 +98,7 @@ def cmmd(features: np.ndarray, reference: np.ndarray) -> float:
     Raises:
         ValueError: for fewer than 2 images or different D.
     """
-    x, y = (_unit(side) for side in pair(features, reference))
+    x, y = (_unit(side) for side in _pair(features, reference))
     within = _mean_gaussian(x, x) + _mean_gaussian(y, y)
     return CMMD_SCALE * max(0.0, within - 2 * _mean_gaussian(x, y))
 
@@ -101,7 +125,7 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = NEIGH
     Raises:
         ValueError: for fewer than 2 images or different D.
     """
-    x, y = pair(features, reference)
+    x, y = _pair(features, reference)
     return _within(x, y, k), _within(y, x, k)
 
 
@@ -127,6 +151,23 @@ def _squares(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray
         yield np.maximum(np.square(block).sum(1)[:, None] + lengths - 2 * block @ y.T, 0)
 
 
+def inception_style_score(logits: np.ndarray) -> float:
+    """Return exp of the mean KL(p(class | image) || p(class)) over logits [N, K] (Salimans et al. 2016), in one split.
+
+    The result lies between 1 and K. It is not the published Inception score, because the classes are those of the data.
+    The judge's label smoothing keeps it well below K for perfect images too; compare it with the score of real images.
+    """
+    from torchmetrics.image.inception import InceptionScore
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Metric `InceptionScore`")
+        # torchmetrics warns that the standard deviation over one split is not a number.
+        warnings.filterwarnings("ignore", message="std\\(\\): degrees of freedom")
+        metric = InceptionScore(torch.nn.Identity(), splits=1)
+        metric.update(torch.from_numpy(np.asarray(logits, np.float64)))
+        return float(metric.compute()[0])
+
+
 def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
     """Return the mean of 100 max(cos, 0) between the embeddings [N, E] of images and captions (Hessel et al. 2021)."""
     x, y = np.asarray(images, np.float64), np.asarray(texts, np.float64)
@@ -139,8 +180,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((np.argmax(logits, axis=1) == np.asarray(labels)).mean())
 
 
-def pair(features: np.ndarray, reference: np.ndarray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return [N, D] and [M, D] in float64. Raises `ValueError` for fewer than 2 rows or different D."""
+def _pair(features: np.ndarray, reference: np.ndarray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], not {features.shape} and {reference.shape}")
     if min(len(features), len(reference)) < 2:

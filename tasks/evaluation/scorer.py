@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from models.judges import library_metrics, metrics
+from models.judges import metrics
 from models.networks.control_maps import maps_of
 from tasks.evaluation.draws import balanced_labels
 from tasks.evaluation.protocol import Protocol, require_judge
@@ -104,14 +104,14 @@ class Scorer:
         precision, recall = metrics.precision_recall(features, self.reference)
         found = {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
-            "kid": library_metrics.kernel_distance(features, self.reference, self.measurement.seed),
+            "kid": metrics.kernel_distance(features, self.reference, self.measurement.seed),
             "cmmd": metrics.cmmd(features, self.reference),
             "precision": precision,
             "recall": recall,
         }
         extractor = self.judge.extractor
         if extractor is not None and extractor.class_logits is not None:
-            found["inception_score"] = library_metrics.inception_style_score(extractor.class_logits(features))
+            found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
         return found
 
     def _needed(self, labels: np.ndarray) -> np.ndarray:
@@ -239,7 +239,7 @@ class Scorer:
         """Return the Inception score by the judge's own classifier; empty without one."""
         if self.judge.classifier is None:
             return {}
-        return {"inception_style_score": library_metrics.inception_style_score(self._class_logits(pixels))}
+        return {"inception_style_score": metrics.inception_style_score(self._class_logits(pixels))}
 
     def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
         """Return label accuracy and CLIP score of images with these requested classes, as far as the judge has them.

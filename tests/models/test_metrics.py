@@ -10,7 +10,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from models.judges import library_metrics, metrics
+from models.judges import metrics
 
 
 def features(count, dimensions, seed, scale=1.0, shift=0.0):
@@ -101,15 +101,15 @@ def kernel_by_hand(x, y):
 
 def test_kernel_distance_equals_the_unbiased_estimate_by_hand():
     x, y = features(90, 10, 9), features(90, 10, 10, shift=0.3)  # of one size, so every subset is the whole
-    assert library_metrics.kernel_distance(x, y) == pytest.approx(kernel_by_hand(x, y), rel=1e-9)
+    assert metrics.kernel_distance(x, y) == pytest.approx(kernel_by_hand(x, y), rel=1e-9)
     assert metrics.squared_mmd(x, y[:40]) == pytest.approx(kernel_by_hand(x, y[:40]), rel=1e-9)
 
 
 def test_kernel_distance_of_unequal_sizes_takes_subsets_by_the_seed_and_leaves_torch_alone():
     x, y = features(150, 10, 11), features(90, 10, 12, shift=0.3)
     state = torch.random.get_rng_state()
-    first = library_metrics.kernel_distance(x, y, seed=3)
-    assert first == library_metrics.kernel_distance(x, y, seed=3) != library_metrics.kernel_distance(x, y, seed=4)
+    first = metrics.kernel_distance(x, y, seed=3)
+    assert first == metrics.kernel_distance(x, y, seed=3) != metrics.kernel_distance(x, y, seed=4)
     assert first == pytest.approx(kernel_by_hand(x, y), rel=0.2)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -117,7 +117,7 @@ def test_kernel_distance_of_unequal_sizes_takes_subsets_by_the_seed_and_leaves_t
 def test_kernel_distance_is_unbiased():
     """Of equal distributions it is about zero at any size, where the Frechet distance rises as the sets shrink."""
     random = np.random.default_rng(13)
-    found = np.array([library_metrics.kernel_distance(*random.normal(size=(2, 60, 4))) for _ in range(40)])
+    found = np.array([metrics.kernel_distance(*random.normal(size=(2, 60, 4))) for _ in range(40)])
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(len(found))
 
 
@@ -153,7 +153,7 @@ def test_cmmd_reads_directions_alone_and_a_row_of_zeros_is_one():
 
 
 @pytest.mark.parametrize(
-    "distance", [metrics.frechet_distance, library_metrics.kernel_distance, metrics.squared_mmd, metrics.cmmd]
+    "distance", [metrics.frechet_distance, metrics.kernel_distance, metrics.squared_mmd, metrics.cmmd]
 )
 def test_distances_refuse_what_has_none(distance):
     with pytest.raises(ValueError, match="at least 2 images"):
@@ -198,9 +198,9 @@ def test_inception_style_score_lies_between_one_and_the_number_of_classes():
     certain = 100 * np.eye(5)[np.arange(50) % 5]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library_metrics.inception_style_score(certain) == pytest.approx(5, rel=1e-9)
-        assert library_metrics.inception_style_score(np.zeros((50, 5))) == pytest.approx(1, rel=1e-9)
-        assert library_metrics.inception_style_score(certain[:1].repeat(50, 0)) == pytest.approx(1, rel=1e-9)
+        assert metrics.inception_style_score(certain) == pytest.approx(5, rel=1e-9)
+        assert metrics.inception_style_score(np.zeros((50, 5))) == pytest.approx(1, rel=1e-9)
+        assert metrics.inception_style_score(certain[:1].repeat(50, 0)) == pytest.approx(1, rel=1e-9)
 
 
 def test_inception_style_score_by_hand():
@@ -208,7 +208,7 @@ def test_inception_style_score_by_hand():
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
     by_hand = math.exp((p * np.log(p / p.mean(0))).sum(1).mean())
-    assert library_metrics.inception_style_score(logits) == pytest.approx(by_hand, rel=1e-9)
+    assert metrics.inception_style_score(logits) == pytest.approx(by_hand, rel=1e-9)
 
 
 class Embedding:

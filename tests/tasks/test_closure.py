@@ -122,7 +122,6 @@ RERUN = {
     "models/optimization/ema.py": "train",
     "models/networks/unet.py": "prior train evaluate edit visualize export register",
     "models/judges/metrics.py": "judge evaluate edit register",
-    "models/judges/library_metrics.py": "evaluate",
     "models/bundle.py": "export",
     "tasks/report/charts.py": "visualize",
     "tasks/formats/model_card.py": "package",
