@@ -6,8 +6,8 @@ as long as importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
-State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
-"""Parameter -> quantity -> tensor, as in torch.optim."""
+T = TypeVar("T")
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """The defaults of `torch.optim.AdamW`."""
@@ -39,51 +38,67 @@ class AdamW(Optimizer):
     """AdamW with the default moments; the state is `exp_avg`, `exp_avg_sq` and `step`.
 
     Args:
-        parameters: They are trained.
+        parameters: Tensors, or groups with options of their own as in torch.optim.
         lr: Learning rate.
         weight_decay: Decoupled from the gradient.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Iterable[Tensor] | Iterable[Group], lr: float, weight_decay: float) -> None:
         leave_out_dynamo()
         # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Called first, with gradients enabled, if it is given.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            update(self.state, group, [parameter for parameter in group["params"] if parameter.grad is not None])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self.update(group, parameters, [parameter.grad for parameter in parameters])
+        return loss
 
+    def update(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Update, in place, the parameters of a group that have a gradient."""
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        adamw(
+            parameters,
+            gradients,
+            self.state_of(parameters, "exp_avg"),
+            self.state_of(parameters, "exp_avg_sq"),
+            [],
+            [self.state[parameter]["step"] for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPSILON,
+            maximize=False,
+        )
 
-def update(state: State, group: Group, parameters: list[Tensor]) -> None:
-    """Make a step of AdamW, in place, with the gradients of `parameters` and the options of their group."""
-    if not parameters:
-        return
-    for parameter in parameters:
-        if "step" not in state[parameter]:
-            state[parameter]["step"] = torch.zeros((), device=parameter.device)
-    adamw(
-        parameters,
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
-        state_of(state, parameters, "exp_avg"),
-        state_of(state, parameters, "exp_avg_sq"),
-        [],
-        [state[parameter]["step"] for parameter in parameters],
-        fused=True,
-        amsgrad=False,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=EPSILON,
-        maximize=False,
-    )
-
-
-def state_of(state: State, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
-    """Return the state `key` of each parameter; it starts as zeros in the parameter's memory format."""
-    for parameter in parameters:
-        if key not in state[parameter]:
-            state[parameter][key] = torch.zeros_like(parameter)
-    return [state[parameter][key] for parameter in parameters]
+    def state_of(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
+        """Return the state `key` of each parameter; it starts as zeros in the parameter's memory format."""
+        for parameter in parameters:
+            if key not in self.state[parameter]:
+                self.state[parameter][key] = torch.zeros_like(parameter)
+        return [self.state[parameter][key] for parameter in parameters]

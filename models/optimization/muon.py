@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from models.optimization import adamw, sharding
-from models.optimization.adamw import Group, state_of
+from models.optimization import sharding
+from models.optimization.adamw import AdamW, Group
 from models.parallel import single_thread
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -41,8 +40,6 @@ ControlNet, the layers that read the control map, and the convolutions that star
 MUON, ADAMW = "muon", "adamw"
 """Values of a parameter group's `algorithm`."""
 
-T = TypeVar("T")
-
 
 def hidden_matrices(network: nn.Module) -> list[str]:
     """Return the names of the parameters that Muon trains: weights of the hidden linear layers and convolutions.
@@ -62,7 +59,7 @@ def hidden_matrices(network: nn.Module) -> list[str]:
     ]
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(AdamW):
     """Muon for the `hidden_matrices` of a network, fused AdamW (Loshchilov & Hutter 2019) for its other parameters.
 
     Muon, with the gradient G of a matrix W [m, n]:
@@ -97,43 +94,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [parameter for name, parameter in network.named_parameters() if name not in names]
         groups: list[Group] = [
             {"params": hidden, "algorithm": MUON, "lr": lr, "momentum": momentum},
-            # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
-            {"params": others, "algorithm": ADAMW, "lr": adamw_lr, "fused": True},
+            {"params": others, "algorithm": ADAMW, "lr": adamw_lr},
         ]
-        adamw.leave_out_dynamo()
-        super().__init__(groups, {"weight_decay": weight_decay})
+        super().__init__(groups, lr=adamw_lr, weight_decay=weight_decay)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], T]) -> T: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], T] | None = None) -> T | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: Called first, with gradients enabled, if it is given.
-
-        Returns:
-            What `closure` returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["algorithm"] == ADAMW:
-                adamw.update(self.state, group, parameters)
-            elif parameters:
-                self._muon(group, parameters, [parameter.grad for parameter in parameters])
-        return loss
+    def update(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Update, in place, the parameters of a group that have a gradient, by the group's `algorithm`."""
+        (self._muon if group["algorithm"] == MUON else super().update)(group, parameters, gradients)
 
     def _muon(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        buffers = state_of(self.state, parameters, "momentum_buffer")
+        buffers = self.state_of(parameters, "momentum_buffer")
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

@@ -42,6 +42,19 @@ def test_makes_the_steps_of_torch_to_the_last_bit():
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
 
 
+def test_a_closure_is_called_with_gradients_and_its_value_returned():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([parameter], lr=0.01, weight_decay=0.0)
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 2.0
+    assert torch.all(parameter < 1)
+
+
 def test_a_loaded_state_continues_to_the_same_bytes():
     whole, part = network(), network()
     optimizer = AdamW(whole.parameters(), lr=0.01, weight_decay=0.1)
