@@ -81,17 +81,9 @@ for name in sys.argv[1:]:
         import_module(name)
 """
 IMPORTED = (
-    (
-        "torch._dynamo",
-        "torch.onnx",
-        "onnxscript",
-        "torchmetrics",
-        "accelerate",
-        "matplotlib.pyplot",
-        "diffusers.models",
-    ),
-    ("mlflow.store.tracking.sqlalchemy_store", "mlflow.server", "great_expectations", "dvc.repo", "networkx")
-    + ("prefect.server.api.server", "prefect.workers.process"),
+    "torch._dynamo torch.onnx onnxscript torchmetrics accelerate matplotlib.pyplot diffusers.models.unets",
+    "mlflow.store.tracking.sqlalchemy_store mlflow.server great_expectations dvc.repo networkx "
+    "prefect.server.api.server prefect.workers.process",
 )
 """Most of what the stages and the servers import, in two parts that take about equally long."""
 
@@ -318,7 +310,7 @@ def store_bytecode() -> None:
     processes = [
         # not in the project, whose folder `mlflow` would be found first
         subprocess.Popen(
-            [str(PYTHON), "-c", IMPORT, *names], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
+            [str(PYTHON), "-c", IMPORT, *names.split()], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
         )
         for names in IMPORTED
     ]
