@@ -81,9 +81,8 @@ for name in sys.argv[1:]:
         import_module(name)
 """
 IMPORTED = (
-    "torch._dynamo torch.onnx onnxscript torchmetrics accelerate matplotlib.pyplot diffusers.models.unets",
-    "mlflow.store.tracking.sqlalchemy_store mlflow.server great_expectations dvc.repo networkx "
-    "prefect.server.api.server prefect.workers.process",
+    "torch._dynamo torch.onnx onnxscript torchmetrics accelerate matplotlib.pyplot transformers.models.clip.modeling_clip",
+    "mlflow.store.tracking.sqlalchemy_store mlflow.server great_expectations dvc.repo prefect.server.api.server",
 )
 """Most of what the stages and the servers import, in two parts that take about equally long."""
 
