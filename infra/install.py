@@ -71,7 +71,7 @@ if "+cpu" in torch.__version__ and find_spec("torchvision"):
 print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
 """
 
-# Run by the new environment, once for each entry of IMPORTED: imports the modules that the arguments name.
+# Run by the new environment, once for COMPUTING and once for RECORDING: imports the modules that the arguments name.
 IMPORT = """
 import sys
 from contextlib import suppress
@@ -80,11 +80,23 @@ for name in sys.argv[1:]:
     with suppress(ImportError):
         import_module(name)
 """
-IMPORTED = (
-    "torch._dynamo torch.onnx onnxscript torchmetrics accelerate matplotlib.pyplot transformers.models.clip.modeling_clip",
-    "mlflow.store.tracking.sqlalchemy_store mlflow.server great_expectations dvc.repo prefect.server.api.server",
+COMPUTING = (
+    "torch._dynamo",
+    "torch.onnx",
+    "onnxscript",
+    "torchmetrics",
+    "accelerate",
+    "matplotlib.pyplot",
+    "diffusers.models.unets.unet_2d_condition",
 )
-"""Most of what the stages and the servers import, in two parts that take about equally long."""
+RECORDING = (
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.server",
+    "great_expectations",
+    "dvc.repo",
+    "prefect.server.api.server",
+)
+"""Together most of what the stages and the servers import, in two parts that take about equally long."""
 
 
 class Build(NamedTuple):
@@ -309,9 +321,9 @@ def store_bytecode() -> None:
     processes = [
         # not in the project, whose folder `mlflow` would be found first
         subprocess.Popen(
-            [str(PYTHON), "-c", IMPORT, *names.split()], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
+            [str(PYTHON), "-c", IMPORT, *names], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
         )
-        for names in IMPORTED
+        for names in (COMPUTING, RECORDING)
     ]
     for process in processes:
         process.wait()
