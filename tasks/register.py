@@ -359,13 +359,13 @@ def _first_line(error: Exception) -> str:
 
 def _numbers_of(client: MlflowClient, holder: ModelVersion, challenger: Judged, sources: Sources) -> Judged:
     """Return the champion's numbers that compare with the challenger's, from its tags or by measuring it again."""
-    from tasks.evaluation.protocol import FILE, Protocol
-    from tasks.registration import measuring
-
     tagged = {name.removeprefix(TAG): value for name, value in holder.tags.items() if name.startswith(TAG)}
     known = gates.from_tags(tagged, challenger.headline)
     if known and known.fingerprint == challenger.fingerprint:
         return known
+    from tasks.evaluation.protocol import FILE, Protocol
+    from tasks.registration import measuring  # and PyTorch
+
     print(f"register: champion version {holder.version} has numbers of another protocol", flush=True)
     declared = Protocol.read(sources.evaluation / FILE)
     return measuring.numbers(client, holder, sources.judge, sources.data, declared)
