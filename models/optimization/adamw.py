@@ -43,6 +43,10 @@ class AdamW(Optimizer):
         weight_decay: Decoupled from the gradient.
     """
 
+    _step_supports_amp_scaling = True
+    """The gradient scaler of fp16 sets `grad_scale` and `found_inf` and always makes the step; the kernel leaves it out
+    if a gradient overflowed. Without this the scaler waits for the device at every step."""
+
     def __init__(self, parameters: Iterable[Tensor] | Iterable[Group], lr: float, weight_decay: float) -> None:
         leave_out_dynamo()
         # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
@@ -94,6 +98,8 @@ class AdamW(Optimizer):
             weight_decay=group["weight_decay"],
             eps=EPSILON,
             maximize=False,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
         )
 
     def state_of(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:

@@ -86,6 +86,8 @@ class MuonWithAdamW(AdamW):
         ValueError: if no parameter qualifies for Muon.
     """
 
+    _step_supports_amp_scaling = False
+
     def __init__(self, network: nn.Module, lr: float, adamw_lr: float, momentum: float, weight_decay: float) -> None:
         names = set(hidden_matrices(network))
         if not names:

@@ -42,6 +42,29 @@ def test_makes_the_steps_of_torch_to_the_last_bit():
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
 
 
+def test_a_gradient_scaler_skips_a_step_that_overflows_without_reading_the_device(monkeypatch):
+    """As `torch.optim.AdamW` with `fused` does: the kernel itself leaves out the step."""
+    ours, theirs = network(), network()
+    optimizers = [
+        AdamW(ours.parameters(), lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, fused=True),
+    ]
+    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for step in range(4):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            loss = module[:3](torch.randn(5, 2, 4, 4, generator=generator)).square().mean()
+            scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
+            scaler.unscale_(optimizer)
+            with monkeypatch.context() as patched:
+                patched.setattr(torch.Tensor, "item", lambda _: pytest.fail("the step waits for the device"))
+                scaler.step(optimizer)
+            scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert next(iter(optimizers[0].state.values()))["step"] == 3
+
+
 def test_a_closure_is_called_with_gradients_and_its_value_returned():
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([parameter], lr=0.01, weight_decay=0.0)
