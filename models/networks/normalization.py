@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -34,8 +35,8 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and torch.is_autocast_enabled("cpu"):
-            x = x.float()
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):  # FSDP2 gathers the parameters in bfloat16 as well
+            return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         if not (torch.compiler.is_compiling() and x.is_cuda) or torch.compiler.is_exporting():
             return super().forward(x)
         if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):

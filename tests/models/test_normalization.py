@@ -80,6 +80,11 @@ def test_within_autocast_on_a_cpu_statistics_and_output_are_float32():
         output = norm(lower)
     assert output.dtype == torch.float32
     assert torch.equal(output, F.group_norm(lower.float(), GROUPS, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):  # as FSDP2 gathers the parameters
+        gathered = norm.bfloat16()(lower)
+    assert torch.equal(
+        gathered, F.group_norm(lower.float(), GROUPS, weight.bfloat16().float(), bias.bfloat16().float())
+    )
 
 
 def test_the_norms_of_diffusers_are_replaced():
