@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jupytext  # type: ignore[import-untyped]
+import jupytext
 import nbclient
 
 from tasks.runtime import workspace
