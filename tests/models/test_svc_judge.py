@@ -10,9 +10,9 @@ import pytest
 
 from models.images.pixels import to_uint8
 from models.noise.samplers import Sampling
-from models.pipeline import load_pipeline
+from models.pipeline import Pipeline, load_pipeline
 from tasks import params
-from tasks.params import ImageParams
+from tasks.params import ImageParams, Params
 from tasks.pictures.images import load_pixels
 from tasks.pictures.index import read_index
 
@@ -29,19 +29,19 @@ def area_mean(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits() -> tuple[Params, Pipeline]:
     """Parameters and pipeline of a whole run of the digits preset in this work tree."""
     images, pipeline = ROOT / "data" / "images", ROOT / "outputs" / "pipeline"
     if not (pipeline / "afterimage.json").exists() or not (images / "index.json").exists():
         pytest.skip("needs the outputs of 'make repro' in this work tree")
     chosen = params.load(ROOT / "params.yaml")
     loaded = load_pipeline(pipeline)
-    if read_index(images)["source"] != "digits" or loaded.info.conditioning != "label":
+    if read_index(images).source != "digits" or loaded.info.conditioning != "label":
         pytest.skip("the outputs in this work tree are not those of the preset 'digits'")
     return chosen, loaded
 
 
-def test_an_independent_judge_reads_the_digits_that_were_asked_for(digits):
+def test_an_independent_judge_reads_the_digits_that_were_asked_for(digits: tuple[Params, Pipeline]) -> None:
     from sklearn.svm import SVC
 
     chosen, pipeline = digits
