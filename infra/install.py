@@ -317,13 +317,15 @@ def store_bytecode() -> None:
     """
     say("compiling what the stages and the servers import, about 30 s")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    quiet = {"ORT_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "GX_ANALYTICS_ENABLED": "False"}
-    quiet["PREFECT_HOME"] = str(VENV / "prefect")  # which the import creates, by default in the user's home
+    environment |= {
+        "ORT_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GX_ANALYTICS_ENABLED": "False",
+        "PREFECT_HOME": str(VENV / "prefect"),  # which the import creates, by default in the user's home
+    }
     processes = [
         # not in the project, whose folder `mlflow` would be found first
-        subprocess.Popen(
-            [str(PYTHON), "-c", IMPORT, *names], cwd=VENV, env=environment | quiet, stderr=subprocess.DEVNULL
-        )
+        subprocess.Popen([str(PYTHON), "-c", IMPORT, *names], cwd=VENV, env=environment, stderr=subprocess.DEVNULL)
         for names in (COMPUTING, RECORDING)
     ]
     for process in processes:

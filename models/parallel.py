@@ -88,24 +88,20 @@ def shared_out(worker: Callable[[str], Callable[[Part], Result]], parts: Sequenc
     waiting, lock, stop = iter(range(len(parts))), threading.Lock(), threading.Event()
 
     def work(name: str) -> None:
-        enter(name)
-        compute = worker(name)
-        while not stop.is_set():
-            with lock:
-                number = next(waiting, None)
-            if number is None:
-                return
-            results[number] = compute(parts[number])
-
-    def working(name: str) -> None:
         try:
-            work(name)
-        except BaseException:
-            stop.set()
-            raise
+            enter(name)
+            compute = worker(name)
+            while not stop.is_set():
+                with lock:
+                    number = next(waiting, None)
+                if number is None:
+                    return
+                results[number] = compute(parts[number])
+        finally:
+            stop.set()  # after an error; otherwise no part waits
 
     with ThreadPoolExecutor(len(names), thread_name_prefix="device") as pool:
-        futures = [pool.submit(working, name) for name in names]
+        futures = [pool.submit(work, name) for name in names]
         try:
             for future in futures:
                 future.result()

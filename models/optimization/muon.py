@@ -87,6 +87,7 @@ class MuonWithAdamW(AdamW):
     """
 
     _step_supports_amp_scaling = False
+    """Muon's part of a step cannot be left out on the device, so the scaler makes no step that overflows."""
 
     def __init__(self, network: nn.Module, lr: float, adamw_lr: float, momentum: float, weight_decay: float) -> None:
         names = set(hidden_matrices(network))

@@ -18,51 +18,54 @@ def network() -> torch.nn.Module:
     )
 
 
+def loss_of(module: torch.nn.Module, step: int) -> torch.Tensor:
+    """A loss on the batch of a step, in which the last layer has no part."""
+    batch = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+    return module[:3](batch).square().mean()
+
+
 def train(module: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
     for step in range(first, first + steps):
         optimizer.zero_grad()
-        generator = torch.Generator().manual_seed(step)
-        module[:3](
-            torch.randn(5, 2, 4, 4, generator=generator)
-        ).square().mean().backward()  # the last layer has no part
+        loss_of(module, step).backward()
         optimizer.step()
 
 
-def test_makes_the_steps_of_torch_to_the_last_bit():
+@pytest.fixture
+def sides() -> list[tuple[torch.nn.Module, torch.optim.Optimizer]]:
+    """The same network twice, with our optimizer and with that of torch."""
     ours, theirs = network(), network()
-    optimizers = [
-        AdamW(ours.parameters(), lr=0.01, weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, fused=True),
+    return [
+        (ours, AdamW(ours.parameters(), lr=0.01, weight_decay=0.1)),
+        (theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, fused=True)),
     ]
-    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+
+
+def test_makes_the_steps_of_torch_to_the_last_bit(sides):
+    for module, optimizer in sides:
         train(module, optimizer, 4)
+    (ours, _), (theirs, _) = sides
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    states = [optimizer.state_dict()["state"] for _, optimizer in sides]
     assert {i: set(slots) for i, slots in states[0].items()} == {i: set(slots) for i, slots in states[1].items()}
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
 
 
-def test_a_gradient_scaler_skips_a_step_that_overflows_without_reading_the_device(monkeypatch):
+def test_a_gradient_scaler_skips_a_step_that_overflows_without_reading_the_device(sides, monkeypatch):
     """As `torch.optim.AdamW` with `fused` does: the kernel itself leaves out the step."""
-    ours, theirs = network(), network()
-    optimizers = [
-        AdamW(ours.parameters(), lr=0.01, weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, fused=True),
-    ]
-    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+    for module, optimizer in sides:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
         for step in range(4):
             optimizer.zero_grad()
-            generator = torch.Generator().manual_seed(step)
-            loss = module[:3](torch.randn(5, 2, 4, 4, generator=generator)).square().mean()
-            scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
+            scaler.scale(loss_of(module, step) * (float("inf") if step == 2 else 1.0)).backward()
             scaler.unscale_(optimizer)
             with monkeypatch.context() as patched:
                 patched.setattr(torch.Tensor, "item", lambda _: pytest.fail("the step waits for the device"))
                 scaler.step(optimizer)
             scaler.update()
+    (ours, optimizer), (theirs, _) = sides
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert next(iter(optimizers[0].state.values()))["step"] == 3
+    assert next(iter(optimizer.state.values()))["step"] == 3
 
 
 def test_a_closure_is_called_with_gradients_and_its_value_returned():
