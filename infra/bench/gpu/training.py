@@ -28,6 +28,7 @@ from infra.bench.gpu.timing import (
 )
 from models.images.pixels import from_uint8
 from models.networks.unet import UNet, UNetConfig
+from models.optimization.adamw import AdamW
 from models.optimization.diffusion import add_noise, squared_error, target
 from models.optimization.ema import EMA
 from models.optimization.timesteps import Timesteps
@@ -111,9 +112,7 @@ class Trainer:
         self.network = UNet(config).train().to(device, memory_format=layout)  # type: ignore[call-overload]
         self.module = form.compile(self.network, tiny)
         self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.LEARNING_RATE, weight_decay=recipe.WEIGHT_DECAY, fused=True
-        )
+        self.optimizer = AdamW(self.parameters, lr=recipe.LEARNING_RATE, weight_decay=recipe.WEIGHT_DECAY)
         self.averages = [EMA(self.network, profile) for profile in recipe.AVERAGES]
         self.timesteps = Timesteps(recipe.noise_path(), torch.device(device))
         self.device, self.bf16, self.steps = device, form.precision == "bf16", 0
