@@ -42,10 +42,12 @@ def package(
 def _network(pipeline: Path) -> NetworkFacts:
     folder = next(name for name in ("unet", "transformer") if (pipeline / name).is_dir())
     index = pipeline / "model_index.json"
+    config = integrity.read_json(pipeline / folder / "config.json", "train")
     return NetworkFacts(
-        kind=integrity.read_json(pipeline / folder / "config.json", "train")["_class_name"],
+        kind=config["_class_name"],
         folder=folder,
         pipeline=integrity.read_json(index, "train")["_class_name"] if index.exists() else None,
+        patch_size=config.get("patch_size", 1) if folder == "unet" else 1,
     )
 
 

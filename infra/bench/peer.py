@@ -121,7 +121,7 @@ class Peer:
         accelerator = self.accelerator
         self.model.train()
         for _ in range(steps):
-            clean = next(self.batches)
+            clean = F.pixel_unshuffle(next(self.batches), self.config.patch_size)
             noise = torch.randn(clean.shape, device=clean.device)
             timesteps = torch.randint(0, TIMESTEPS, (len(clean),), device=clean.device)
             noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)

@@ -8,6 +8,7 @@ from models.json_files import JsonObject, read_json
 from models.networks.controlnet import FOLDER
 from models.networks.published import FLOW_SCHEDULER
 from models.networks.transformer import TransformerConfig
+from models.networks.unet import UNetConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,8 @@ def model_index(folder: Path, config: NetworkConfig, conditioning: str, classes:
         return None  # diffusers has no pipeline of these networks with this scheduler
     if isinstance(config, TransformerConfig):
         return _transformer_index(folder, config, conditioning, classes) if latent and config.in_diffusers else None
+    if isinstance(config, UNetConfig) and config.patch_size > 1:
+        return None  # diffusers' pipelines do not cut images into patches
     if conditioning == "none" and not latent:
         return {"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler}
     if conditioning != "text" or not latent:

@@ -43,6 +43,8 @@ class UNetConfig:
     """Probability of dropping an activation."""
     conditions: int = 0
     """Number of class embeddings, the null class included; 0 for an unconditional network."""
+    patch_size: int = 1
+    """Side p of the patches whose p^2 C values are channels of the layers (Luhman & Luhman 2022, arXiv 2207.04316)."""
     # The values below differ from these defaults in published weights only.
     norm_eps: float = 1e-5
     """Constant added to the variance in each group norm."""
@@ -54,15 +56,16 @@ class UNetConfig:
     """Of the strided convolution; 0 pads one row at the bottom and one column on the right."""
 
     def to_diffusers(self) -> JsonObject:
-        """Return the `config.json` of a diffusers `UNet2DModel` with the same architecture."""
+        """Return the `config.json` of a diffusers `UNet2DModel` with the same weights; it sees the patches' channels."""
+        channels = self.channels * self.patch_size**2
         down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in self.attention]
         up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(self.attention)]
         return {
             "_class_name": "UNet2DModel",
             "_diffusers_version": DIFFUSERS_VERSION,
-            "sample_size": self.size,
-            "in_channels": self.channels,
-            "out_channels": self.channels,
+            "sample_size": self.size // self.patch_size,
+            "in_channels": channels,
+            "out_channels": channels,
             "block_out_channels": list(self.block_out_channels),
             "down_block_types": down,
             "up_block_types": up,
@@ -76,6 +79,7 @@ class UNetConfig:
             "downsample_padding": self.downsample_padding,
             "class_embed_type": None,
             "num_class_embeds": self.conditions or None,
+            **({"patch_size": self.patch_size} if self.patch_size > 1 else {}),  # diffusers has no such option
         }
 
     @staticmethod
@@ -88,9 +92,10 @@ class UNetConfig:
         widths = tuple(config["block_out_channels"])
         attention = tuple(name.startswith("Attn") for name in config["down_block_types"])
         _require_supported_architecture(config, attention)
+        patch_size = config.get("patch_size", 1)
         return UNetConfig(
-            size=config["sample_size"],
-            channels=config["in_channels"],
+            size=config["sample_size"] * patch_size,
+            channels=config["in_channels"] // patch_size**2,
             block_out_channels=widths,
             attention=attention,
             layers_per_block=config.get("layers_per_block", 2),
@@ -98,6 +103,7 @@ class UNetConfig:
             attention_head_dim=config.get("attention_head_dim", 8),
             dropout=config.get("dropout", 0.0),
             conditions=config.get("num_class_embeds") or 0,
+            patch_size=patch_size,
             norm_eps=config.get("norm_eps", 1e-5),
             flip_sin_to_cos=config.get("flip_sin_to_cos", True),
             freq_shift=config.get("freq_shift", 0),
@@ -285,7 +291,8 @@ class UNet(nn.Module):
         embed = 4 * widths[0]
         self.time_embedding = TimeEmbedding(widths[0], embed)
         self.class_embedding = nn.Embedding(config.conditions, embed) if config.conditions else None
-        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        channels = config.channels * config.patch_size**2
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
@@ -307,7 +314,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpLevel(config, inputs, width, config.attention[level], level == 0))
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
@@ -329,7 +336,8 @@ class UNet(nn.Module):
         embedding = self.time_embedding(timestep_embedding(t, first, flip, shift).to(x.dtype))
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
-        x = self.conv_in(x)
+        patch_size = self.config.patch_size
+        x = self.conv_in(F.pixel_unshuffle(x, patch_size) if patch_size > 1 else x)
         skips = [x]
         for down in self.down_blocks:
             x, more = down(x, embedding)
@@ -337,4 +345,5 @@ class UNet(nn.Module):
         x = self.mid_block(x, embedding)
         for up in self.up_blocks:
             x = up(x, skips, embedding)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return F.pixel_shuffle(x, patch_size) if patch_size > 1 else x

@@ -50,6 +50,8 @@ class NetworkFacts(BaseModel):
     """The network's folder in the pipeline."""
     pipeline: str | None
     """Class of the whole pipeline; None if diffusers has none for this model."""
+    patch_size: int = 1
+    """Side of the patches whose pixels are the channels of the network in diffusers."""
 
 
 class DataFacts(BaseModel):
@@ -136,7 +138,11 @@ def _with_diffusers(network: NetworkFacts) -> str:
         return "diffusers has no network of this architecture."
     if network.pipeline is None:
         call = f"{network.kind}.from_pretrained('pipeline', subfolder='{network.folder}')"
-        return f"With diffusers, by component: `{call}`."
+        cut = (
+            f" It takes `torch.nn.functional.pixel_unshuffle(x, {network.patch_size})` of the noisy image x; "
+            f"`pixel_shuffle(output, {network.patch_size})` is the prediction."
+        )
+        return f"With diffusers, by component: `{call}`.{cut if network.patch_size > 1 else ''}"
     embeds = " It takes the text as `prompt_embeds`." if network.pipeline == "PixArtAlphaPipeline" else ""
     return f"With diffusers: `DiffusionPipeline.from_pretrained('pipeline')`, a `{network.pipeline}`.{embeds}"
 

@@ -104,6 +104,7 @@ class Params(Section):
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         self._check_source()
         self._check_distances()
+        self._check_patches()
         return self
 
     def _check_resolution(self) -> None:
@@ -128,11 +129,11 @@ class Params(Section):
                     f"model.dit.patch_size {self.model.dit.patch_size} does not divide {what} {side}; use a divisor"
                 )
             return
-        halvings = len(self.model.block_out_channels) - 1
-        if side % 2**halvings:
+        least = self.model.downsampling
+        if side % least:
             raise ValueError(
-                f"{what} {side} cannot be halved {halvings} times; "
-                f"use a multiple of {2**halvings} or fewer model.block_out_channels"
+                f"{what} {side} is no multiple of {least}, the factor by which model.patch_size and the levels of "
+                "model.block_out_channels downsample; change one of them"
             )
 
     def _check_buckets(self) -> None:
@@ -336,6 +337,13 @@ class Params(Section):
                 f"evaluate.n_distance {self.evaluate.n_distance} is too small for features of "
                 f"{needed // IMAGES_PER_DIMENSION} dimensions (judge.extractor.kind '{self.judge.extractor.kind}'); "
                 f"raise it to {needed} or more, or set evaluate.allow_small_n to true"
+            )
+
+    def _check_patches(self) -> None:
+        if self.codec.conditioning == "text" and self.model.architecture == "unet" and self.model.patch_size > 1:
+            raise ValueError(
+                f"model.patch_size {self.model.patch_size} is not for codec.conditioning 'text', whose U-Net is that of "
+                "Stable Diffusion; set it to 1"
             )
 
 

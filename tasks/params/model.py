@@ -69,6 +69,9 @@ class ModelParams(Section):
     """Groups of each group norm; a divisor of all widths."""
     attention_head_dim: PositiveInt | None
     """Channels per attention head; null is one head."""
+    patch_size: PositiveInt = 1
+    """Not for text: side p of the patches that a U-Net computes on (Luhman & Luhman 2022): their p^2 pixels are channels
+    to its first and last layer, which leaves 1/p^2 of the positions. A transformer has `dit.patch_size`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an activation in the residual or feed-forward blocks."""
     heads: PositiveInt | None = None
@@ -89,7 +92,9 @@ class ModelParams(Section):
     @property
     def downsampling(self) -> int:
         """Factor of which both sides of the network's input must be a multiple."""
-        return self.dit.patch_size if self.architecture == "dit" else 2 ** (len(self.block_out_channels) - 1)
+        if self.architecture == "dit":
+            return self.dit.patch_size
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
     def used(self) -> dict[str, object]:
         """Return the parameters of the chosen network; those of the section `dit` by dotted names."""

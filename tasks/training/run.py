@@ -121,6 +121,7 @@ def network_config(spec: InputSpec, model: ModelParams, initial: InitialWeights 
     section = model.model_dump(exclude={"architecture", "dit"})
     if spec.conditioning == "text":
         assert spec.text_width is not None, "text has a width"
+        section.pop("patch_size")
         return TextUNetConfig(
             size=spec.size,
             channels=spec.channels,

@@ -14,6 +14,7 @@ from tests.support.networks import randomised
 DIGITS = UNetConfig(16, 1, (16, 32, 64), (False, False, True), 1, 8, 8, conditions=11)
 RGB = UNetConfig(16, 3, (16, 32), (True, False), 2, 4, None)
 PUBLISHED = replace(RGB, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
+PATCHES = replace(DIGITS, block_out_channels=(16, 32), attention=(False, True), patch_size=2)
 CIFAR_PAPER = UNetConfig(32, 3, (128, 256, 256, 256), (False, True, False, False), 2, 32, None)
 
 
@@ -36,12 +37,27 @@ def test_same_output_as_diffusers(config, direction):
     assert difference.abs().max() < 1e-5
 
 
+def test_patches_are_channels_of_the_network_of_diffusers():
+    from diffusers import UNet2DModel
+
+    theirs = UNet2DModel.from_config(PATCHES.to_diffusers())
+    ours = UNet(PATCHES)
+    theirs.load_state_dict(randomised(ours).state_dict())
+    x, t, condition = torch.randn(3, 1, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 5, 10])
+    patches = torch.stack([x[:, 0, i::2, j::2] for i in range(2) for j in range(2)], dim=1)
+    with torch.inference_mode():
+        output, expected = ours.eval()(x, t, condition), theirs.eval()(patches, t, class_labels=condition).sample
+    for channel, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        assert torch.allclose(output[:, 0, i::2, j::2], expected[:, channel], atol=1e-5)
+    assert output.shape == x.shape
+
+
 def test_parameters_of_the_paper():
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(CIFAR_PAPER).parameters()) == 35_746_307
 
 
-@pytest.mark.parametrize("config", [DIGITS, CIFAR_PAPER, PUBLISHED])
+@pytest.mark.parametrize("config", [DIGITS, CIFAR_PAPER, PUBLISHED, PATCHES])
 def test_config_survives_the_round_trip(config):
     assert UNetConfig.from_diffusers(config.to_diffusers()) == config
 

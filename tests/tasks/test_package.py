@@ -107,6 +107,12 @@ def test_card_names_the_class_that_loads_the_model(kind, folder, pipeline, expec
     assert expected in model_card(INFO, network, DATA, {}, model_outputs.measurements(), EXPORTED)
 
 
+def test_card_says_how_diffusers_sees_a_network_of_patches():
+    network = NetworkFacts(kind="UNet2DModel", folder="unet", pipeline=None, patch_size=2)
+    card = model_card(INFO, network, DATA, {}, model_outputs.measurements(), EXPORTED)
+    assert "takes `torch.nn.functional.pixel_unshuffle(x, 2)` of the noisy image" in card
+
+
 def test_card_of_a_consistency_model_draws_with_its_sampler():
     info = INFO.model_copy(update={"conditioning": "label", "classes": ["zero", "one"]})
     trained = {"train.steps": 9}

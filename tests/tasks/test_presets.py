@@ -212,7 +212,7 @@ def test_a_path_in_the_home_folder_and_with_spaces(tmp_path, monkeypatch):
         (["folder", "download.path=~nobody-of-that-name/x"], "in the home folder of an unknown user"),
         (["folder", "download.path=/d/${y}"], "'dvc exp run' reads as a reference"),
         (["folder", "download.path=/nowhere/at/all"], "download.path '/nowhere/at/all' does not exist"),
-        (["digits", "image.resolution=18"], "image.resolution 18 cannot be halved 2 times"),
+        (["digits", "image.resolution=18"], "image.resolution 18 is no multiple of 4"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_change_nothing(arguments, sentence, tmp_path):
