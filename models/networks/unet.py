@@ -56,7 +56,7 @@ class UNetConfig:
     """Of the strided convolution; 0 pads one row at the bottom and one column on the right."""
 
     def to_diffusers(self) -> JsonObject:
-        """Return the `config.json` of a diffusers `UNet2DModel` with the same weights; it sees the patches' channels."""
+        """Return the `config.json` of a diffusers `UNet2DModel` with the same weights; its input is the patches."""
         channels = self.channels * self.patch_size**2
         down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in self.attention]
         up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(self.attention)]

@@ -342,8 +342,8 @@ class Params(Section):
     def _check_patches(self) -> None:
         if self.codec.conditioning == "text" and self.model.architecture == "unet" and self.model.patch_size > 1:
             raise ValueError(
-                f"model.patch_size {self.model.patch_size} is not for codec.conditioning 'text', whose U-Net is that of "
-                "Stable Diffusion; set it to 1"
+                f"model.patch_size {self.model.patch_size} is not for codec.conditioning 'text', whose U-Net is "
+                "that of Stable Diffusion; set it to 1"
             )
 
 

@@ -70,8 +70,8 @@ class ModelParams(Section):
     attention_head_dim: PositiveInt | None
     """Channels per attention head; null is one head."""
     patch_size: PositiveInt = 1
-    """Not for text: side p of the patches that a U-Net computes on (Luhman & Luhman 2022): their p^2 pixels are channels
-    to its first and last layer, which leaves 1/p^2 of the positions. A transformer has `dit.patch_size`."""
+    """Not for text: side p of the patches whose pixels are channels of the U-Net's first and last layer, so that it
+    computes on 1/p^2 of the positions (Luhman & Luhman 2022). A transformer has `dit.patch_size`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an activation in the residual or feed-forward blocks."""
     heads: PositiveInt | None = None

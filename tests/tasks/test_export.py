@@ -257,18 +257,24 @@ def test_a_network_in_float16_draws_nearly_the_same_images(tree, tmp_path):
         stage_export._parity(trained, Bundle(folder, threads=1), params)
 
 
-def test_late_times_lose_no_digits_in_float16():
+@pytest.mark.parametrize("kind", ["transformer", "u-net of patches"])
+def test_late_times_lose_no_digits_in_float16(kind):
     """The time of a rectified flow, rounded to float16, would be off by up to 0.25, and so would the angles of t."""
     import torch
 
-    from models.networks.dit import DiT, DiTConfig
+    from models.networks.dit import DiTConfig
+    from models.networks.network import build
+    from models.networks.unet import UNetConfig
     from models.noise.paths import RectifiedFlow
     from models.noise.samplers import SchedulerConfig
     from models.pipeline import Pipeline, PipelineInfo
     from tests.support.networks import randomised
 
-    config = DiTConfig(size=SIZE, channels=1, patch_size=2, width=16, depth=2, heads=2, conditions=4)
-    network, flow = randomised(DiT(config)).requires_grad_(False), "flow_prediction"
+    config = {
+        "transformer": DiTConfig(size=SIZE, channels=1, patch_size=2, width=16, depth=2, heads=2, conditions=4),
+        "u-net of patches": UNetConfig(SIZE, 1, (8, 16), (False, True), 1, 4, 8, conditions=4, patch_size=2),
+    }[kind]
+    network, flow = randomised(build(config)).requires_grad_(False), "flow_prediction"
     info = PipelineInfo("label", 1, SIZE, "rectified_flow", 1000, flow, "0" * 64, model_outputs.CLASSES, null_label=3)
     graph = onnx_graph.to_onnx(Pipeline(network, SchedulerConfig(RectifiedFlow(1000), flow), info), 20, "fp16")
     onnx.checker.check_model(graph, full_check=True)
