@@ -46,9 +46,8 @@ if TYPE_CHECKING:
     from models.networks.text_encoder import TextEncoder
     from tasks.params import Params
 
-PRESET = "digits"
+PRESET = "digits_text"
 COMMON = (
-    "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
     "image.channels=3",
     "codec.kind=autoencoder",

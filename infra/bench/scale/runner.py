@@ -93,7 +93,7 @@ def run(plan: Plan, reports: Path) -> None:
 
 def _params(folder: Path) -> Path:
     """Write the parameters of all stages: the digits, captioned, with limits that simulated rows hold."""
-    document = composition.compose("digits", ["conditioning=text"])
+    document = composition.compose("digits_text", [])
     document["validate"] |= {"min_side": 8, "caption_scripts": ["LATIN"]}
     document["encode"] |= {"captions": "tokens"}
     document["codec"]["text"] |= {"steps": 3}
