@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def line(axes: Axes, x: Values, y: Values, series: int, label: str | None, bold:
 def render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], salt: str, rows: int = 1) -> Chart:
     """Draw panels of `widths` inches as one PNG, and each as an SVG; `salt` makes the ids in the SVGs unique.
 
+    The canvases are called directly, because `Figure.savefig` draws every figure twice, first for its layout alone.
+
     The PNG has `rows` rows, among which the panels are divided in their order as evenly as possible.
     """
     png, elements = io.BytesIO(), []
@@ -84,12 +88,13 @@ def render(panels: Sequence[Callable[[Axes], None]], widths: Sequence[float], sa
             axes = strip.subplots(1, len(part), width_ratios=[widths[i] for i in part], squeeze=False)[0]
             for i, panel in zip(part, axes, strict=True):
                 panels[i](panel)
-        figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        figure.set_dpi(PNG_DPI)
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     for number, (draw, width) in enumerate(zip(panels, widths, strict=True)):
         with _style(f"{salt}{number}"):
-            figure, svg = Figure(figsize=(width, HEIGHT), layout="constrained"), io.StringIO()
-            draw(figure.subplots())
-            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
+            figure, svg = Figure(figsize=(width, HEIGHT), layout="constrained", facecolor="none"), io.StringIO()
+            draw(figure.subplots(subplot_kw={"facecolor": "none"}))
+            FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None, "Type": None})
         elements.append(_inline(svg.getvalue(), f"{salt}{number}", width))
     return Chart(png.getvalue(), "\n".join(elements))
 
