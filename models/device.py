@@ -87,6 +87,12 @@ def emulates_bf16(device: str) -> bool:
     return device == "cpu" and not any(native)
 
 
+def warn_of_emulation(stage: str, precision: str, device: str) -> None:
+    """Print that a stage computes in bfloat16 in software, if it does; the results are those of the hardware's."""
+    if precision == "bf16" and emulates_bf16(device):
+        print(f"{stage}: this CPU emulates bfloat16, which is slow; {stage}.precision=no is faster", flush=True)
+
+
 def keep_freed(device: str) -> None:
     """Make glibc keep freed memory for the next allocation, if the process computes on the CPU; idempotent.
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from models import tuned_text
-from models.device import emulates_bf16, keep_freed
+from models.device import keep_freed, warn_of_emulation
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -354,8 +354,7 @@ def _print_summary(run: Run, index: LatentsIndex) -> None:
         f"{images} {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
-    if run.params.precision == "bf16" and emulates_bf16(run.accelerator.device.type):
-        print("train: this CPU emulates bfloat16, which is slow; train.precision=no (float32) is faster", flush=True)
+    warn_of_emulation("train", run.params.precision, run.accelerator.device.type)
 
 
 def _resume(run: Run, facts: RunFacts) -> None:
