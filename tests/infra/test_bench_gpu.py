@@ -258,6 +258,33 @@ def test_the_profiler_has_the_events_that_are_read():
     assert found.launches is None and found.device_ms is None and 0 < found.host_ms < 5_000 and found.note is None
 
 
+def test_each_form_has_its_arithmetic(tmp_path, monkeypatch):
+    """fp32 of the ladder is that of a training: full float32."""
+    import torch
+
+    from infra.bench.gpu import ceilings, encoding, runtimes, sampling, training
+    from models import device
+
+    def found() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, seen = (*found(), torch.backends.cudnn.benchmark), {}
+    assert training.TF32 in [form for form, _ in training.LADDER]
+    monkeypatch.setattr(training, "TINY_LADDER", ((training.TF32, 4), (training.FP32, 4)))
+    try:
+        for part in (training, ceilings):
+            part.measure(setting(tmp_path), lambda row: seen.update({row.case: found()}))
+        assert seen["tf32, NCHW, batch 4"] == seen["matrix product tf32"] == (True, True)
+        assert seen["fp32, NCHW, batch 4"] == seen["matrix product fp32"] == (False, False)
+        for part, expected in ((sampling, False), (encoding, False), (runtimes, True)):
+            device.set_arithmetic(tf32=not expected, search=False)
+            monkeypatch.setattr(part, "attempt", lambda *_: None)
+            part.measure(setting(tmp_path), lambda row: None)
+            assert (*found(), torch.backends.cudnn.benchmark) == (expected, expected, True)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
 class TestRecipe:
     def test_it_is_the_preset_cifar10_ddpm(self):
         from infra.bench.gpu import recipe
