@@ -302,12 +302,14 @@ class TestRecipe:
             recipe.AVERAGES,
             recipe.BATCH,
         )
+        assert train.ema_every == recipe.EMA_EVERY
         assert (train.horizontal_flip, train.optimizer, train.lr_schedule) == (recipe.FLIP, "adamw", "constant")
 
     def test_a_step_is_that_of_the_chain(self, tmp_path, monkeypatch):
         """The same weights and averages after the same batches, without accelerate."""
         import torch
 
+        from infra.bench.gpu import recipe
         from infra.bench.gpu.training import FP32, Trainer
         from infra.bench.inputs import Inputs, parameters
         from infra.bench.ours import Ours
@@ -326,18 +328,21 @@ class TestRecipe:
         trainer.network.load_state_dict(run.network.state_dict())
         for average in trainer.averages:
             average.load_state_dict(dict(trainer.network.named_parameters()))
-        batches = [run.batches.draw(step) for step in range(3)]
+        batches = [run.batches.draw(step) for step in range(recipe.EMA_EVERY + 1)]
         before = trainer.network.conv_in.weight.detach().clone()
+        start = [parameter.detach().clone() for parameter in trainer.parameters]
         for batch in batches:
             trainer.step(batch.x0, batch.eps, batch.t)
         from tasks import train
 
-        train.fit(run, None, [], until=3)
+        train.fit(run, None, [], until=len(batches))
         flat = torch.nn.utils.parameters_to_vector
         assert (before - trainer.network.conv_in.weight).abs().mean() > 1e-4
         assert (flat(trainer.network.parameters()) - flat(run.network.parameters())).abs().mean() < 1e-6
+        first = torch.cat([values.flatten() for values in start])
         for mine in trainer.averages:
             theirs = run.averages[mine.profile]
+            assert (flat(mine.weights) - first).abs().mean() > 1e-5
             assert (flat(mine.weights) - flat(theirs.weights)).abs().mean() < 1e-6
 
 

@@ -128,8 +128,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        for average in self.averages:
-            average.update(self.steps)
+        if self.steps % recipe.EMA_EVERY == 0:
+            for average in self.averages:
+                average.update(self.steps, recipe.EMA_EVERY)
         return losses.detach()
 
     def _losses(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def _measured(setting: Setting, images: Images, form: Form, batch: int) -> Row:
 
     first = timed(step, setting.device)
     seconds = seconds_per_call(step, setting.device, seconds_for(setting))
-    found = profiled(step, setting.device, 1 if setting.tiny else 3)
+    found = profiled(step, setting.device, 1 if setting.tiny else recipe.EMA_EVERY)  # one of them updates the averages
     peak, source = peak_flops(form.precision, setting.device)
     return Row(
         PART,
