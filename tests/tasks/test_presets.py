@@ -280,8 +280,22 @@ def test_presets_for_a_gpu_use_it(name):
     assert train["channels_last"] is (model["architecture"] == "unet")
     assert train["precision"] == document["evaluate"]["precision"] == lower
     assert document["encode"]["precision"] == ("bf16" if encoded else "no")
+    assert document["encode"]["workers"] == document["ingest"]["workers"] == "auto"
     # An adapter is so small that every step may update its averages; 800 steps of std-0.10 would suffer from 8.
     assert train["ema_every"] == (1 if model["lora_rank"] else 4 if name == "sd15_dreambooth" else 8)
+
+
+def test_activations_are_computed_again_only_where_memory_needs_it():
+    """Stable Diffusion decides by the free memory; SDXL, and a ControlNet beside its U-Net, always do so."""
+    found = {name: composed(name)["train"]["gradient_checkpointing"] for name in gpu_presets()}
+    assert {name: value for name, value in found.items() if value is not False} == {
+        "laion_sd": "auto",
+        "sd15_dreambooth": "auto",
+        "sd15_style_lora": "auto",
+        "sd15_control": True,
+        "sdxl_lora": True,
+        "sdxl_dreambooth_lora": True,
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(composition.names()) - set(gpu_presets())))
