@@ -66,16 +66,22 @@ def placed(network: Module, device: str) -> Module:
     return copy.deepcopy(network, copies)
 
 
-def set_arithmetic() -> None:
-    """Compute float32 in full, and search the fastest convolution of each shape once.
+def set_arithmetic(tf32: bool = False, search: bool = True) -> None:
+    """Set what a GPU of this process computes float32 in, and how cuDNN chooses its convolutions.
 
     PyTorch's own setting is TF32 in convolutions, with 10 bits of mantissa, and full float32 in matrix products. Here
-    float32 means float32, as in ONNX Runtime on the other side of a comparison, and what should be faster says so by
-    its precision (`evaluate.precision`). Shapes repeat, so the search of cuDNN pays.
+    float32 means float32 in both, as in ONNX Runtime on the other side of a comparison, and what should be faster says
+    so by its precision (`evaluate.precision`, `train.precision`). Autocast in bfloat16 or float16 depends on neither.
+
+    Args:
+        tf32: compute convolutions and matrix products of float32 in TF32, on GPUs that have it (`train.precision`
+            'tf32').
+        search: search the fastest convolution of each shape once, which pays where shapes repeat. The choice may differ
+            between two runs.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = search
 
 
 def emulates_bf16(device: str) -> bool:
@@ -85,6 +91,12 @@ def emulates_bf16(device: str) -> bool:
     """
     native = (name for name, present in torch.cpu.get_capabilities().items() if "bf16" in name and present)
     return device == "cpu" and not any(native)
+
+
+def warn_of_emulation(stage: str, precision: str, device: str) -> None:
+    """Print that a stage computes in bfloat16 in software, if it does; the results are those of the hardware's."""
+    if precision == "bf16" and emulates_bf16(device):
+        print(f"{stage}: this CPU emulates bfloat16, which is slow; {stage}.precision=no is faster", flush=True)
 
 
 def keep_freed(device: str) -> None:

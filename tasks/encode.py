@@ -43,7 +43,8 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
         texts = captions.write(folder, params.shard_size) if captions else None
         prompts_sha256 = captions.write_prompts(folder) if captions else None
         inputs = [input_resolution(resolution, info) for resolution in resolutions]
-        write_index(folder, info, splits, inputs, texts, prompts_sha256, spec_of(params))
+        later = params.precision if captions and tokens and params.precision != "no" else None
+        write_index(folder, info, splits, inputs, texts, prompts_sha256, spec_of(params), later)
     print("encode:", ", ".join(f"{entry.count} {split}" for split, entry in splits.items()))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from models.device import best_device, devices_of, emulates_bf16, enter, memory_of, placed
+from models.device import best_device, devices_of, enter, memory_of, placed, warn_of_emulation
 from models.networks.autoencoder import Autoencoder, images_at_once, load_autoencoder
 from tasks.encoding.blocks import Blocks
 from tasks.encoding.rows import Missing, buckets_in, digests_in
@@ -84,8 +84,7 @@ def _encode_missing(
 ) -> None:
     """Decode and encode in threads (both release the GIL); each chunk is stored as soon as it is done."""
     device = best_device()
-    if params.precision == "bf16" and emulates_bf16(device):
-        print("encode: this CPU emulates bfloat16, which is slow; encode.precision=no is faster", flush=True)
+    warn_of_emulation("encode", params.precision, device)
     network = load_autoencoder(vae, device)
     workers, threads = params.worker_count, torch.get_num_threads()
     # One arithmetic thread per worker, so that sums are divided in the same way on every machine.

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from models.device import best_device
+from models.device import best_device, warn_of_emulation
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
 from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
@@ -93,6 +93,7 @@ class Captions:
         self.blocks.open()
         if missing:
             device = best_device()
+            warn_of_emulation("encode", self.precision, device)
             encoder = load_text_encoder(self.folder, device)
 
             def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:

@@ -102,6 +102,8 @@ class LatentsIndex(StageFile):
 
     FORMAT: ClassVar[int] = 3
     STAGE: ClassVar[str] = STAGE
+    LATER: ClassVar[tuple[str, ...]] = ("control", "text_precision")
+    """Fields that were added within this format: without a value they leave the digest as it was."""
 
     codec: str
     """Kind of the codec: "identity" or "autoencoder"."""
@@ -125,11 +127,13 @@ class LatentsIndex(StageFile):
     """Hash of everything else in the index, so of codec and content."""
     control: ControlSpec | None = None
     """How the control maps were made; None without them."""
+    text_precision: str | None = None
+    """Precision in which captions that are stored as token ids are to be encoded, such as "bf16"; None is float32."""
 
     def to_json(self) -> JsonObject:
-        """Return the content of the file, without `control` if it has no value."""
+        """Return the content of the file, without the values of `LATER` that are None."""
         values = super().to_json()
-        return {name: value for name, value in values.items() if name != "control" or value is not None}
+        return {name: value for name, value in values.items() if name not in self.LATER or value is not None}
 
     @property
     def input_spec(self) -> InputSpec:
@@ -207,6 +211,7 @@ def write_index(
     texts: list[Shard] | None = None,
     prompts_sha256: str | None = None,
     control: ControlSpec | None = None,
+    text_precision: str | None = None,
 ) -> None:
     """Write `index.json`, after all other files; `buckets` are the resolutions of the inputs of each bucket."""
     latent = codec.autoencoder
@@ -226,6 +231,7 @@ def write_index(
         prompts_sha256=prompts_sha256,
         digest="",
         control=control,
+        text_precision=text_precision,
     )
     index.model_copy(update={"digest": _digest(index)}).write(folder / INDEX)
 

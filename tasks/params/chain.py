@@ -93,6 +93,7 @@ class Params(Section):
     def _check(self) -> Params:
         self._check_resolution()
         self._check_flips()
+        self._check_encoding()
         control.check(self)
         self._check_adapter()
         self._check_distil()
@@ -159,6 +160,15 @@ class Params(Section):
         if self.codec.kind == "identity" and self.encode.horizontal_flip:
             raise ValueError(
                 "encode.horizontal_flip is for latents; pixels are mirrored as they are drawn, by train.horizontal_flip"
+            )
+
+    def _check_encoding(self) -> None:
+        """Only an autoencoder and a text encoder compute in `encode.precision`; pixels and labels are copied."""
+        computes = self.codec.kind == "autoencoder" or self.codec.conditioning == "text"
+        if self.encode.precision != "no" and not computes:
+            raise ValueError(
+                f"encode.precision '{self.encode.precision}' is read by an autoencoder or a text encoder, and codec "
+                "has neither; set it to 'no'"
             )
 
     def _check_adapter(self) -> None:

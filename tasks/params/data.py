@@ -290,7 +290,8 @@ class EncodeParams(Section):
     ray_address: str | None = None
     """As `ingest.ray_address`."""
     precision: Literal["no", "bf16"] = "no"
-    """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16."""
+    """Precision of autoencoder and text encoders: `no` is float32. Latents and embeddings are stored in bfloat16. With
+    captions 'tokens' training encodes them in this precision, too."""
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     """Classes whose images are not encoded, such as the subject of DreamBooth, which the base must not have seen."""
     captions: Literal["embeddings", "tokens"] = "embeddings"

@@ -250,8 +250,9 @@ class TrainParams(Section):
     """Probability that a sample is trained without its condition (for classifier-free guidance)."""
     horizontal_flip: bool = False
     """Mirror training images with probability 0.5; not for digits or text."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """`no` is float32; `bf16` and `fp16` are automatic mixed precision."""
+    precision: Literal["no", "tf32", "bf16", "fp16"] = "no"
+    """`no` is float32 in full; `tf32` is float32 whose convolutions and matrix products a GPU computes in TF32, with 10
+    bits of mantissa (on a CPU it is `no`); `bf16` and `fp16` are automatic mixed precision."""
     gradient_accumulation: PositiveInt = 1
     """Parts that a batch is divided into, to save memory."""
     gradient_checkpointing: bool | Literal["auto"] = False

@@ -30,9 +30,11 @@ def workers_for(model: ModelParams, params: TrainParams, processes: int) -> int:
     the same for every size of network, and each worker's own gradient is small beside the activations of 16 images.
 
     A batch is not split on a GPU, between processes, with dropout (whose random numbers would depend on the order of
-    the threads), in a compiled network, or with gradient checkpointing.
+    the threads), in a compiled network, or in fp16. Gradient checkpointing changes nothing: the parts have the same
+    bytes with activations that are stored and computed again, and `auto`, which decides by the free memory, may decide
+    otherwise when a run continues.
     """
-    whole = model.dropout > 0 or params.compile is True or params.gradient_checkpointing or params.precision == "fp16"
+    whole = model.dropout > 0 or params.compile is True or params.precision == "fp16"
     if torch.cuda.is_available() or processes > 1 or whole:
         return 1
     return parallel.workers_for(params.batch_size // params.gradient_accumulation)

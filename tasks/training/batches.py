@@ -85,6 +85,8 @@ class Conditioning:
     text_encoder: AnyEncoder | None = None
     """Encodes token ids before they condition the network; None if captions are stored as embeddings, or if the
     network encodes them (DreamBooth)."""
+    text_precision: str = "no"
+    """Precision of `text_encoder`, that of `encode.precision`."""
     null_text: Tensor | None = None
     """float32 [L, D]: embedding of the empty text, the null condition."""
     pooled: int | None = None
@@ -115,6 +117,7 @@ def open_conditioning(
         classes=len(index.classes),
         texts=texts,
         text_encoder=_text_encoder(codec, device) if tokens else None,
+        text_precision=index.text_precision or "no",
         null_text=None if prompts is None else prompts[-1].float(),
         pooled=index.text.pooled if index.text else None,
         control_factor=index.image.size // index.size if index.control else None,
@@ -285,4 +288,5 @@ class Batches:
         ids, encoder = texts["ids"].long(), self.conditioning.text_encoder
         if encoder is None:
             return ids
-        return torch.cat([encoder.encode_ids(part).to(torch.bfloat16) for part in ids.split(APPLY_BATCH)]).float()
+        precision, parts = self.conditioning.text_precision, ids.split(APPLY_BATCH)
+        return torch.cat([encoder.encode_ids(part, precision).to(torch.bfloat16) for part in parts]).float()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from models.device import set_arithmetic
 from tasks.runtime.errors import StageError
 from tasks.training import compiling, sharded
 
@@ -45,12 +46,14 @@ def check_fits(params: TrainParams) -> None:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Set which kernels PyTorch takes: the fastest ones, or those that give the same bits in every run on a GPU.
+def choose_kernels(params: TrainParams) -> None:
+    """Set which kernels PyTorch takes on a GPU: those of the precision, the fastest or the deterministic ones.
 
-    Call it before the first matrix product, which reads the environment variable.
+    With `params.deterministic` they give the same bits in every run. Call it after accelerate is set up, which changes
+    the arithmetic in some configurations, and before the first matrix product, which reads the environment variable.
     """
-    torch.backends.cudnn.benchmark = not deterministic  # shapes do not change: the fastest is searched once
+    deterministic = params.deterministic
+    set_arithmetic(tf32=params.precision == "tf32", search=not deterministic)
     torch.backends.cudnn.deterministic = deterministic
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports the compiler, for a second
         torch.use_deterministic_algorithms(deterministic)

@@ -15,7 +15,7 @@ from tasks.training import compiling
 if TYPE_CHECKING:
     from tasks.training.run import Run
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKWARD_FACTOR = 3
 """Operations of a training step per operation of its forward pass."""
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from models import tuned_text
-from models.device import emulates_bf16, keep_freed
+from models.device import keep_freed, warn_of_emulation
 from models.json_files import JsonObject
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
@@ -248,7 +248,7 @@ def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedData
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
         device_placement=False,  # `assemble` moves the network; accelerate's check before that takes seconds to import
-        mixed_precision=params.precision,
+        mixed_precision="no" if params.precision == "tf32" else params.precision,
         gradient_accumulation_plugin=parts,
         fsdp_plugin=options,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
@@ -262,7 +262,7 @@ def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedData
         keep_freed("cpu")
         if torch.get_num_threads() != (threads := facts.trajectory[training_key.THREADS]):
             torch.set_num_threads(threads)  # accelerate may set another number for several processes
-    machine.choose_kernels(params.deterministic)
+    machine.choose_kernels(params)
     return accelerator
 
 
@@ -355,8 +355,7 @@ def _print_summary(run: Run, index: LatentsIndex) -> None:
         f"{images} {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
-    if run.params.precision == "bf16" and emulates_bf16(run.accelerator.device.type):
-        print("train: this CPU emulates bfloat16, which is slow; train.precision=no (float32) is faster", flush=True)
+    warn_of_emulation("train", run.params.precision, run.accelerator.device.type)
 
 
 def _resume(run: Run, facts: RunFacts) -> None:

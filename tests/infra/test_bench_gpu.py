@@ -258,6 +258,33 @@ def test_the_profiler_has_the_events_that_are_read():
     assert found.launches is None and found.device_ms is None and 0 < found.host_ms < 5_000 and found.note is None
 
 
+def test_each_form_has_its_arithmetic(tmp_path, monkeypatch):
+    """fp32 of the ladder is that of a training: full float32."""
+    import torch
+
+    from infra.bench.gpu import ceilings, encoding, runtimes, sampling, training
+    from models import device
+
+    def found() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, seen = (*found(), torch.backends.cudnn.benchmark), {}
+    assert training.TF32 in [form for form, _ in training.LADDER]
+    monkeypatch.setattr(training, "TINY_LADDER", ((training.TF32, 4), (training.FP32, 4)))
+    try:
+        for part in (training, ceilings):
+            part.measure(setting(tmp_path), lambda row: seen.update({row.case: found()}))
+        assert seen["tf32, NCHW, batch 4"] == seen["matrix product tf32"] == (True, True)
+        assert seen["fp32, NCHW, batch 4"] == seen["matrix product fp32"] == (False, False)
+        for part, expected in ((sampling, False), (encoding, False), (runtimes, True)):
+            device.set_arithmetic(tf32=not expected, search=False)
+            monkeypatch.setattr(part, "attempt", lambda *_: None)
+            part.measure(setting(tmp_path), lambda row: None)
+            assert (*found(), torch.backends.cudnn.benchmark) == (expected, expected, True)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
 class TestRecipe:
     def test_it_is_the_preset_cifar10_ddpm(self):
         from infra.bench.gpu import recipe
@@ -275,12 +302,14 @@ class TestRecipe:
             recipe.AVERAGES,
             recipe.BATCH,
         )
+        assert train.ema_every == recipe.EMA_EVERY
         assert (train.horizontal_flip, train.optimizer, train.lr_schedule) == (recipe.FLIP, "adamw", "constant")
 
     def test_a_step_is_that_of_the_chain(self, tmp_path, monkeypatch):
         """The same weights and averages after the same batches, without accelerate."""
         import torch
 
+        from infra.bench.gpu import recipe
         from infra.bench.gpu.training import FP32, Trainer
         from infra.bench.inputs import Inputs, parameters
         from infra.bench.ours import Ours
@@ -299,18 +328,21 @@ class TestRecipe:
         trainer.network.load_state_dict(run.network.state_dict())
         for average in trainer.averages:
             average.load_state_dict(dict(trainer.network.named_parameters()))
-        batches = [run.batches.draw(step) for step in range(3)]
+        batches = [run.batches.draw(step) for step in range(recipe.EMA_EVERY + 1)]
         before = trainer.network.conv_in.weight.detach().clone()
+        start = [parameter.detach().clone() for parameter in trainer.parameters]
         for batch in batches:
             trainer.step(batch.x0, batch.eps, batch.t)
         from tasks import train
 
-        train.fit(run, None, [], until=3)
+        train.fit(run, None, [], until=len(batches))
         flat = torch.nn.utils.parameters_to_vector
         assert (before - trainer.network.conv_in.weight).abs().mean() > 1e-4
         assert (flat(trainer.network.parameters()) - flat(run.network.parameters())).abs().mean() < 1e-6
+        first = torch.cat([values.flatten() for values in start])
         for mine in trainer.averages:
             theirs = run.averages[mine.profile]
+            assert (flat(mine.weights) - first).abs().mean() > 1e-5
             assert (flat(mine.weights) - flat(theirs.weights)).abs().mean() < 1e-6
 
 

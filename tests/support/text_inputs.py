@@ -139,15 +139,16 @@ def run_train(root: Path, name: str, model: ModelParams = MODEL, prior: str = "p
         )
 
 
-def with_tokens(tree: Path, root: Path) -> Path:
+def with_tokens(tree: Path, root: Path, precision: str = "no") -> Path:
     """Encode the images of `tree` again with captions as token ids below `root`, and return `root`."""
     for name in ("images", "codec", "accepted.json", "prior", "tasks"):
         (root / name).symlink_to(tree / name)
     shutil.copy(tree / "mlflow.db", root)
     with pytest.MonkeyPatch.context() as patch:
         at_home(root, patch)
-        patch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))  # which has the latents of the images
-        params = EncodeParams(shard_size=20, horizontal_flip=True, captions="tokens")
+        if precision == "no":
+            patch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))  # which has the latents of the images
+        params = EncodeParams(shard_size=20, horizontal_flip=True, captions="tokens", precision=precision)
         encode(root / "images", root / "accepted.json", root / "codec", root / "latents", params)
     return root
 

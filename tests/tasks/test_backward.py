@@ -14,7 +14,7 @@ from PIL import Image
 from models.parallel import Workers
 from tasks import train
 from tasks.params import load
-from tasks.training import checkpoint, previews
+from tasks.training import checkpoint, compiling, previews, stores
 from tasks.training import key as training_key
 from tasks.training.backward import SplitBatch, WholeBatch, workers_for
 from tasks.training.held_out import held_out_losses
@@ -75,6 +75,36 @@ def test_the_same_parts_give_the_same_bytes(prepared):
         assert torch.equal(gradients(run, split)[1], first[1])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"conditioning": "text", "precision": "bf16"}, {"architecture": "dit"}],
+    ids=["unet", "text, bf16", "dit"],
+)
+def test_activations_that_are_computed_again_give_the_same_bytes_in_parts(prepared, options):
+    """Also after the memory decided: then the number of workers, which the key has, is still the same."""
+    run = prepared(batch_size=32, gradient_checkpointing=False, **options)
+    split, passes = SplitBatch(run.accelerator, run.module, Workers(2)), []
+    compiling.repeated_blocks(run.network)[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    stored, state = gradients(run, split, steps=2), torch.get_rng_state()
+    assert len(passes) == 2 * 2
+    run.network.checkpoint_gradients()
+    for _ in range(5):
+        again = gradients(run, split, steps=2)
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(again, stored, strict=True))
+    assert len(passes) == 2 * 2 * (1 + 2 * 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("free", [1e9, 1e5])
+def test_the_decision_by_memory_leaves_the_split_and_the_key(prepared, two_threads, monkeypatch, free):
+    monkeypatch.setattr(stores, "free_memory", lambda device: free)
+    auto = prepared(batch_size=32, gradient_checkpointing="auto", data_on_device="device")
+    assert auto.network.down_blocks[0].recompute is (free == 1e5)
+    assert auto.workers.count == 2 and isinstance(auto.backward, SplitBatch)
+    monkeypatch.setattr(stores, "free_memory", lambda device: 1e9)
+    assert prepared(batch_size=32, gradient_checkpointing="auto", data_on_device="device").folder == auto.folder
+
+
 def test_the_number_of_threads_is_left_as_it_was(prepared, two_threads):
     run = prepared(batch_size=32)
     seen = []
@@ -98,7 +128,8 @@ def test_the_number_of_threads_is_left_as_it_was(prepared, two_threads):
         ({"gradient_accumulation": 4}, 1, 2, 1),
         ({}, 2, 2, 1),
         ({"compile": True}, 1, 2, 1),
-        ({"gradient_checkpointing": True}, 1, 2, 1),
+        ({"gradient_checkpointing": True}, 1, 2, 2),
+        ({"gradient_checkpointing": "auto"}, 1, 2, 2),
         ({"dropout": 0.1}, 1, 2, 1),
     ],
 )

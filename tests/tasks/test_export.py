@@ -359,6 +359,53 @@ def test_latencies_beyond_the_profile_of_tensorrt_are_refused_before_an_engine_i
         stage_export._tensorrt(trained, graph, PARAMS.model_copy(update={"latency_batches": (32,)}))
 
 
+class StubEngine:
+    """Computes by PyTorch what an engine of `unet.onnx` or `decoder.onnx` does, named by its bytes."""
+
+    def __init__(self, trained, name: bytes) -> None:
+        self.trained, self.name, self.decoded = trained, name.decode(), []
+
+    def predict(self, x, t, condition):
+        assert self.name == "unet.onnx"
+        return stage_export._torch_predict(self.trained)(x, t, condition)
+
+    def run(self, inputs):
+        assert self.name == "decoder.onnx"
+        self.decoded.append(tuple(inputs["latent"].shape))
+        return self.trained.decode(inputs["latent"])
+
+
+def test_images_of_latents_are_decoded_by_an_engine_of_tensorrt(tree, tmp_path, monkeypatch):
+    """The engines are stubs. Both are built once, every image passes the decoder, and a wrong one is refused."""
+    import torch
+
+    from models import autoencoder_training
+    from models.autoencoder_training import AutoencoderConfig
+
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=1, latent_channels=1, widths=(8, 16), layers_per_block=1)
+    autoencoder = autoencoder_training.build(config).eval().requires_grad_(False)
+    trained = dataclasses.replace(load_pipeline(tree / "outputs" / "pipeline"), autoencoder=autoencoder)
+    for name in ("unet.onnx", "decoder.onnx"):
+        (tmp_path / name).write_bytes(name.encode())
+    built, engines = [], []
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tensorrt_engine, "unavailable_because", lambda: None)
+    monkeypatch.setattr(tensorrt_engine, "identity", lambda: "tensorrt 10 on a GPU")
+    monkeypatch.setattr(tensorrt_engine, "build", lambda graph: built.append(graph.name) or graph.name.encode())
+    monkeypatch.setattr(
+        tensorrt_engine, "Engine", lambda content: engines.append(StubEngine(trained, content)) or engines[-1]
+    )
+    for _ in range(2):
+        engine, report = stage_export._tensorrt(trained, tmp_path / "unet.onnx", PARAMS)
+        assert report.built and min(report.psnr_db.values()) > 100 and engine.name == "unet.onnx"
+        assert engines[-1].decoded == [(4, 1, SIZE, SIZE)] * len(report.psnr_db)
+    assert built == ["unet.onnx", "decoder.onnx"]
+    monkeypatch.setattr(StubEngine, "run", lambda engine, inputs: -engine.trained.decode(inputs["latent"]))
+    with pytest.raises(StageError, match=r"images drawn from the TensorRT engine with \w+ agree with PyTorch's to"):
+        stage_export._tensorrt(trained, tmp_path / "unet.onnx", PARAMS)
+
+
 def test_a_condition_without_onnx_form_is_refused(tree, tmp_path):
     trained = load_pipeline(tree / "outputs" / "pipeline")
     other = dataclasses.replace(trained, info=dataclasses.replace(trained.info, conditioning="style"))

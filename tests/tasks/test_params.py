@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,17 @@ def test_autoguidance_is_for_models_with_a_guide_conditional_or_not():
     ):
         params.parse(changed(**never_dropped))
     params.parse(changed(**never_dropped, evaluate__guidance_sweep=[]))
+
+
+@pytest.mark.parametrize("kind", [params.IngestParams, params.EncodeParams])
+def test_as_many_workers_as_cores_of_this_process(kind, monkeypatch):
+    assert kind.model_construct(workers="auto").worker_count == len(os.sched_getaffinity(0))
+    assert kind.model_construct(workers=3).worker_count == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5, 7, 11})
+    assert kind.model_construct(workers="auto").worker_count == 5
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert kind.model_construct(workers="auto").worker_count == 12
 
 
 def test_missing_parameter_missing_section_and_no_sections():

@@ -256,11 +256,53 @@ def test_the_kept_files_are_ignored_by_git(tmp_path):
     assert len(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()) == 2
 
 
-def test_presets_for_a_gpu_compile_there():
+def gpu_presets() -> list[str]:
     folder = ROOT / "tasks" / "presets"
-    names = [path.stem for path in sorted(folder.glob("*.yaml")) if "For a GPU" in path.read_text(encoding="utf-8")]
-    assert len(names) > 10
-    assert {name: composed(name)["train"]["compile"] for name in names} == dict.fromkeys(names, "gpu")
+    return [path.stem for path in sorted(folder.glob("*.yaml")) if "For a GPU" in path.read_text(encoding="utf-8")]
+
+
+FULL_PRECISION = {"cifar10_ect"}
+"""Presets whose network computes in float32: the rounding of bf16 is as large as what consistency tuning compares."""
+
+
+def test_there_are_presets_for_a_gpu():
+    assert len(gpu_presets()) > 10 and set(gpu_presets()) > FULL_PRECISION
+
+
+@pytest.mark.parametrize("name", gpu_presets())
+def test_presets_for_a_gpu_use_it(name):
+    """Compiled, in bf16 and NHWC; only convolutions have a memory format, and pixels and labels are not encoded."""
+    document = composed(name)
+    model, codec, train = (document[section] for section in ("model", "codec", "train"))
+    lower = "no" if name in FULL_PRECISION else "bf16"
+    encoded = codec["kind"] == "autoencoder" or codec["conditioning"] == "text"
+    assert train["compile"] == "gpu"
+    assert train["channels_last"] is (model["architecture"] == "unet")
+    assert train["precision"] == document["evaluate"]["precision"] == lower
+    assert document["encode"]["precision"] == ("bf16" if encoded else "no")
+    assert document["encode"]["workers"] == document["ingest"]["workers"] == "auto"
+    # An adapter is so small that every step may update its averages; 800 steps of std-0.10 would suffer from 8.
+    assert train["ema_every"] == (1 if model["lora_rank"] else 4 if name == "sd15_dreambooth" else 8)
+
+
+def test_activations_are_computed_again_only_where_memory_needs_it():
+    """Stable Diffusion decides by the free memory; SDXL, and a ControlNet beside its U-Net, always do so."""
+    found = {name: composed(name)["train"]["gradient_checkpointing"] for name in gpu_presets()}
+    assert {name: value for name, value in found.items() if value is not False} == {
+        "laion_sd": "auto",
+        "sd15_dreambooth": "auto",
+        "sd15_style_lora": "auto",
+        "sd15_control": True,
+        "sdxl_lora": True,
+        "sdxl_dreambooth_lora": True,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(composition.names()) - set(gpu_presets())))
+def test_presets_for_a_cpu_compute_in_float32(name):
+    document = composed(name)
+    assert {document[section]["precision"] for section in ("encode", "train", "evaluate")} == {"no"}
+    assert document["train"]["compile"] is False
 
 
 def test_larger_batches_see_as_many_images():

@@ -163,6 +163,23 @@ def test_captions_stored_as_tokens_train_the_same_network(tree, tmp_path, monkey
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-3
 
 
+def test_captions_stored_as_tokens_are_encoded_in_the_precision_of_encode(tree, tmp_path, monkeypatch, capsys):
+    """Without a GPU as well, where images and prompts are encoded with a warning if the CPU emulates bfloat16."""
+    from models import device
+    from models.networks.text_encoder import TextEncoder
+
+    monkeypatch.setattr(device, "emulates_bf16", lambda device: True)
+    root, asked = text_inputs.with_tokens(tree, tmp_path, "bf16"), []
+    warning = "encode: this CPU emulates bfloat16, which is slow; encode.precision=no is faster\n"
+    assert capsys.readouterr().out.count(warning) == 2
+    encode_ids = TextEncoder.encode_ids
+    monkeypatch.setattr(TextEncoder, "encode_ids", lambda *a: asked.append(a[2]) or encode_ids(*a))
+    lower = text_inputs.batches_of(root).draw(0).condition
+    exact = text_inputs.batches_of(tree).draw(0).condition
+    assert set(asked) == {"bf16"} and latents.read_index(tree / "latents").text_precision is None
+    assert 1e-5 < (lower - exact).square().mean().sqrt() / exact.square().mean().sqrt() < 0.02
+
+
 def test_the_first_network_can_be_trained_on_and_get_a_lora_adapter(tree, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree / 'mlflow.db'}")
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tree / "scratch"))

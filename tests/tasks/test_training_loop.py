@@ -48,6 +48,26 @@ class TestAverages:
             alone = math.prod(decay_at(step, profile) for step in range(last - 7, last + 1))
             assert decay_at(last, profile, 8) == pytest.approx(alone, rel=1e-9, abs=1e-15)
 
+    @pytest.mark.parametrize("profile", ["decay-0.99", "decay-0.9999", "std-0.05", "gamma-3"])
+    @pytest.mark.parametrize("every", [4, 8])
+    def test_of_weights_that_change_as_rarely_an_average_is_exact(self, profile, every):
+        """The decays of the steps between two updates compound: no weight of the past is counted otherwise."""
+        import torch
+
+        from models.optimization.ema import EMA
+
+        torch.manual_seed(0)
+        module = torch.nn.Linear(8, 8, bias=False)
+        often, rarely = EMA(module, profile), EMA(module, profile)
+        for step in range(1, 161):
+            if step % every == 1:
+                torch.nn.init.normal_(module.weight)
+            often.update(step)
+            if step % every == 0:
+                rarely.update(step, every)
+                assert torch.allclose(often.weights[0], rarely.weights[0], atol=1e-5)
+        assert not torch.allclose(often.weights[0], module.weight, atol=0.1)
+
     @pytest.mark.parametrize(("profile", "limit"), [("decay-0.99", 0.05), ("std-0.10", 0.045)])
     def test_the_error_of_rare_updates(self, profile, limit):
         """Weights that drift and jitter, averaged every 8 steps: relative to the distance of average and weights."""

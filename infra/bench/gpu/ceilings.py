@@ -8,6 +8,7 @@ import torch
 
 from infra.bench.gpu.plan import Row, Send, Setting
 from infra.bench.gpu.timing import attempt, peak_flops, seconds_for, seconds_per_call, supports_bf16
+from models.device import set_arithmetic
 from models.flops import matmul_ceiling
 
 PART = "ceilings"
@@ -17,7 +18,7 @@ COPIED = {"cuda": 2**30, "cpu": 2**18}
 
 def measure(setting: Setting, send: Send) -> None:
     send(attempt(setting, PART, "copy in device memory", partial(_copy, setting)))
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "tf32", "bf16"):
         send(attempt(setting, PART, f"matrix product {precision}", partial(_product, setting, precision)))
 
 
@@ -33,6 +34,7 @@ def _product(setting: Setting, precision: str) -> Row:
     if precision == "bf16" and not supports_bf16(setting.device):
         return Row(PART, case, skipped="this GPU has no bfloat16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    set_arithmetic(tf32=precision == "tf32")
     reached = matmul_ceiling(torch.device(setting.device), dtype)
     peak, source = peak_flops(precision, setting.device)
     share = reached / peak if source.startswith("data sheet") else None

@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from infra.bench.gpu.plan import Row, Send, Setting
 from infra.bench.gpu.timing import attempt, peak_gigabytes, psnr, seconds_for, seconds_per_call, supports_bf16, timed
 from infra.bench.gpu.training import COMPILED, FP32, NHWC, Form
+from models.device import set_arithmetic
 from models.networks.autoencoder import encode
 
 PART = "encoding"
@@ -71,7 +72,7 @@ class Encoder:
 
 
 def measure(setting: Setting, send: Send) -> None:
-    torch.backends.cudnn.benchmark = True
+    set_arithmetic()
     logging.set_verbosity_error()  # it warns of casts that the forms are about
     encoder = Encoder(setting)
     for form in FORMS:

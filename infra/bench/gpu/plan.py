@@ -79,7 +79,7 @@ class Row:
     note: str | None = None
     batch: int | None = None
     precision: str | None = None
-    """"fp32" (with TF32 where torch's defaults use it) or "bf16"."""
+    """"fp32", "tf32" or "bf16"; the "fp32" of the reference has PyTorch's default, TF32 in convolutions."""
     img_s: float | None = None
     """Images per second."""
     ms: float | None = None

@@ -34,6 +34,7 @@ TINY = replace(CIFAR, size=8, block_out_channels=(4,), attention=(False,), layer
 PREDICTION, SCHEDULE, TIMESTEPS = "epsilon", "linear", 1000
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 2e-4, 0.0, 1.0
 AVERAGES = ("decay-0.9999", "std-0.05", "std-0.10")
+EMA_EVERY = 8
 BATCH = 128
 FLIP = True
 

@@ -1,4 +1,7 @@
-"""The loop that diffusers documents for unconditional training, with the same network, at defaults and in bf16."""
+"""The loop that diffusers documents for unconditional training, with the same network, at defaults and in bf16.
+
+Its arithmetic is PyTorch's default, with TF32 in convolutions of float32, because the reference sets no other.
+"""
 
 from __future__ import annotations
 

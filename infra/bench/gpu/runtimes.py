@@ -21,6 +21,7 @@ from infra.bench.gpu.plan import Row, Send, Setting
 from infra.bench.gpu.timing import attempt, psnr, seconds_for, seconds_per_call, timed
 from infra.bench.gpu.training import Form
 from models import onnx_graph, tensorrt_engine
+from models.device import set_arithmetic
 from models.networks.unet import UNet
 from models.noise.samplers import SchedulerConfig
 from models.pipeline import Pipeline, PipelineInfo
@@ -35,8 +36,7 @@ Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def measure(setting: Setting, send: Send) -> None:
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32 in matrix products too, which the others use by default
+    set_arithmetic(tf32=True)  # in matrix products too, which the others use by default
     network = _network(setting)
     graph = setting.work / "network.onnx"
     compiled = Form("fp32", compiled=True).compile(network, setting.tiny)

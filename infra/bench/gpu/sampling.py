@@ -19,6 +19,7 @@ from infra.bench.gpu import recipe
 from infra.bench.gpu.plan import Row, Send, Setting
 from infra.bench.gpu.timing import attempt, peak_gigabytes, psnr, seconds_for, seconds_per_call, supports_bf16, timed
 from infra.bench.gpu.training import COMPILED, FP32, NHWC, Form, Images, Trainer
+from models.device import set_arithmetic
 from models.networks.unet import UNet
 from models.noise.samplers import Sampling, SchedulerConfig, denoiser, sample
 
@@ -92,7 +93,7 @@ class Sampler:
 
 
 def measure(setting: Setting, send: Send) -> None:
-    torch.backends.cudnn.benchmark = True
+    set_arithmetic()
     network = _trained(setting)
     sampler = Sampler(network, setting, _batch(network, setting))
     for name, form, cast in FORMS:

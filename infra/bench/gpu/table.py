@@ -37,8 +37,9 @@ COLUMNS = (
 LEGEND = (
     "ms: a training step, a batch of images, or a network evaluation. MFU: operations of the network (three times its "
     "forward pass in training) relative to the peak of the GPU's data sheet, or of a measured matrix product where the "
-    "GPU is not listed; fp32 uses TF32 in convolutions, torch's default. Host ms and GPU ms are times per step under "
-    "torch.profiler, which slows the host. PSNR: relative to fp32 in PyTorch."
+    "GPU is not listed. fp32 is full float32; that of the reference has TF32 in convolutions, PyTorch's default, and "
+    "that of the runtimes has TF32 everywhere. Host ms and GPU ms are times per step under torch.profiler, which slows "
+    "the host. PSNR: relative to fp32 in PyTorch."
 )
 
 

@@ -139,7 +139,7 @@ def _inside_a_call(event: FunctionEvent) -> bool:
 
 
 def arithmetic_of(precision: str, device: str) -> Arithmetic:
-    """Return what the convolutions of a precision are computed in: torch's default in fp32 is TF32 where it exists."""
+    """Return what the convolutions of a precision are computed in, in fp32 by the setting and the device."""
     if precision == "bf16":
         return "bf16"
     new = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)

@@ -26,6 +26,7 @@ from infra.bench.gpu.timing import (
     supports_bf16,
     timed,
 )
+from models.device import set_arithmetic
 from models.images.pixels import from_uint8
 from models.networks.unet import UNet, UNetConfig
 from models.optimization.adamw import AdamW
@@ -63,10 +64,11 @@ class Form:
         return torch.compile(module, dynamic=False, **options)
 
 
-FP32, BF16, NHWC = Form("fp32"), Form("bf16"), Form("bf16", channels_last=True)
+FP32, TF32, BF16, NHWC = Form("fp32"), Form("tf32"), Form("bf16"), Form("bf16", channels_last=True)
 COMPILED = Form("bf16", channels_last=True, compiled=True)
 LADDER: tuple[tuple[Form, int], ...] = (
     (FP32, 128),
+    (TF32, 128),
     (BF16, 128),
     (NHWC, 128),
     (COMPILED, 128),
@@ -126,8 +128,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        for average in self.averages:
-            average.update(self.steps)
+        if self.steps % recipe.EMA_EVERY == 0:
+            for average in self.averages:
+                average.update(self.steps, recipe.EMA_EVERY)
         return losses.detach()
 
     def _losses(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -138,7 +141,6 @@ class Trainer:
 
 
 def measure(setting: Setting, send: Send) -> None:
-    torch.backends.cudnn.benchmark = True  # as in training: shapes do not change
     images = Images(64 if setting.tiny else IMAGES, recipe.config_of(setting.tiny), setting.device)
     for form, batch in TINY_LADDER if setting.tiny else LADDER:
         case = f"{form.name}, batch {batch}"
@@ -149,6 +151,7 @@ def _measured(setting: Setting, images: Images, form: Form, batch: int) -> Row:
     config, case = recipe.config_of(setting.tiny), f"{form.name}, batch {batch}"
     if form.precision == "bf16" and not supports_bf16(setting.device):
         return Row(PART, case, skipped="this GPU has no bfloat16")
+    set_arithmetic(tf32=form.precision == "tf32")  # as `machine.choose_kernels` in training
     trainer = Trainer(config, form, setting.device, setting.tiny)
 
     def step() -> None:
@@ -156,7 +159,7 @@ def _measured(setting: Setting, images: Images, form: Form, batch: int) -> Row:
 
     first = timed(step, setting.device)
     seconds = seconds_per_call(step, setting.device, seconds_for(setting))
-    found = profiled(step, setting.device, 1 if setting.tiny else 3)
+    found = profiled(step, setting.device, 1 if setting.tiny else recipe.EMA_EVERY)  # one of them updates the averages
     peak, source = peak_flops(form.precision, setting.device)
     return Row(
         PART,
