@@ -19,7 +19,7 @@ def peer(params: Params, files: Path) -> Peer:
     """Build the run of the reference on the images in the folder `files`."""
     train = params.train
     settings = PeerSettings(
-        network(params), train.batch_size, train.precision, train.steps, train.seed, train.horizontal_flip
+        network(params), train.batch_size, train.mixed_precision, train.steps, train.seed, train.horizontal_flip
     )
     return Peer(settings, files)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from infra.bench import schema
     from models.json_files import JsonObject
 
-PRECISION = {"no": "float32", "bf16": "bfloat16"}
+PRECISION = {"no": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16"}
 NAMES = {"dpm_solver_pp_2m": "DPM-Solver++ (2M)", "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "heun": "Heun"}
 REFERENCE = (
     "The reference is the loop that diffusers documents for unconditional training (`train_unconditional.py`): "

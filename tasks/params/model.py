@@ -302,6 +302,11 @@ class TrainParams(Section):
     sample_every: PositiveInt = 250
     """Steps between two grids of samples and measurements of the held-out loss."""
 
+    @property
+    def mixed_precision(self) -> str:
+        """What accelerate is set to; TF32 is the arithmetic of float32, which `models.device.set_arithmetic` sets."""
+        return "no" if self.precision == "tf32" else self.precision
+
     def phase(self, step: int) -> range:
         """Return the steps of the phase of 0-based `step`: the training, or what follows it.
 

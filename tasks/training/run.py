@@ -248,7 +248,7 @@ def _accelerator(params: TrainParams, facts: RunFacts, options: FullyShardedData
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # and not Apple's MPS, which has no float64
         device_placement=False,  # `assemble` moves the network; accelerate's check before that takes seconds to import
-        mixed_precision="no" if params.precision == "tf32" else params.precision,
+        mixed_precision=params.mixed_precision,
         gradient_accumulation_plugin=parts,
         fsdp_plugin=options,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from infra.bench import __main__ as bench
-from infra.bench import cases, encoding, inputs, levers, quality, report, throughput
+from infra.bench import cases, encoding, inputs, levers, paired, quality, report, throughput
 from infra.bench.clock import Block
 from infra.bench.results import Piecewise
+from tasks.params.model import TrainParams
 
 TINY = [
     "image.resolution=8",
@@ -304,3 +306,13 @@ def test_the_other_parts(work, prepared, tmp_path, monkeypatch):
     assert [row["change"] for row in found["levers"]["rows"]] == ["as it is", "train.learning_rate=0.001", DIT]
     assert all((tmp_path / "bench" / row["picture"]).stat().st_size for row in found["levers"]["rows"])
     assert (tmp_path / "bench" / "sampling.png").exists() and (tmp_path / "bench" / "sampling.csv").exists()
+
+
+def test_every_precision_of_a_training_has_a_name():
+    assert set(report.PRECISION) == set(get_args(TrainParams.model_fields["precision"].annotation))
+
+
+def test_the_reference_of_a_run_in_tf32_computes_in_float32(tmp_path):
+    (tmp_path / "0.png").touch()
+    params = inputs.parameters("digits", ROOT, "conditioning=none", "train.precision=tf32")
+    assert paired.peer(params, tmp_path).accelerator.mixed_precision == "no"
