@@ -100,12 +100,20 @@ class Samples:
         Raises:
             ValueError: if the pixels of one of them were not read.
         """
+        return self.pixels[self.places(rows)]
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Return where the pixels of rows of the split are in `pixels`, int64 [len(rows)].
+
+        Raises:
+            ValueError: if the pixels of one of them were not read.
+        """
         if self.rows is None:
-            return self.pixels[rows]
+            return rows
         places = np.searchsorted(self.rows, rows)
         if len(rows) and (places.max() >= len(self.rows) or (self.rows[places] != rows).any()):
             raise ValueError("pixels are asked for that were not read")
-        return self.pixels[places]
+        return places
 
     def with_condition(self, conditioning: str) -> np.ndarray:
         """Return the rows that have what a model of this conditioning is conditioned on, int64 [at most N]."""

@@ -10,6 +10,7 @@ import pytest
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
 from tasks.evaluation import scorer as scoring
+from tasks.evaluation.extraction import Images
 from tasks.evaluation.protocol import declare
 from tasks.evaluation.scorer import Scorer
 from tasks.params import EvaluateParams
@@ -81,10 +82,10 @@ def test_the_scorer_decodes_what_it_compares_with_and_finds_the_same(judged, tmp
     assert limited < 50 + 3 * 12 + 3 * 12 + 1 < len(few.train.keys)
     monkeypatch.setattr(Scorer, "_needed", lambda self, labels: np.arange(len(labels)))
     whole = Scorer(folder, judge, declared)
-    pixels = whole.train.pixels[:12].copy()
+    drawn = Images.of(whole.train.pixels[:12].copy())
     for block in range(3):
-        assert np.array_equal(few.stand_ins(block), whole.stand_ins(block))
+        assert np.array_equal(few.stand_ins(block).pixels, whole.stand_ins(block).pixels)
     assert np.array_equal(few.searched.features, whole.searched.features)
     for label in range(3):
-        assert few.class_distance(pixels, label) == whole.class_distance(pixels, label)
-    assert np.array_equal(few.nearest_training(pixels), whole.nearest_training(pixels))
+        assert few.class_distance(drawn, label) == whole.class_distance(drawn, label)
+    assert np.array_equal(few.nearest_training(drawn), whole.nearest_training(drawn))
