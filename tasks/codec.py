@@ -23,7 +23,7 @@ from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples, Split
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:
@@ -83,11 +83,11 @@ def _samples(images: Path, params: CodecParams, image: ImageParams) -> tuple[Sam
     trains_text = params.conditioning == "text" and params.text.weights is None
     trains = trains_text or (of_images and params.autoencoder.weights is None)
 
-    def train_rows(labels: np.ndarray) -> np.ndarray:
-        return scaling_rows(len(labels) if of_images else 0)
+    def train_rows(split: Split) -> np.ndarray:
+        return scaling_rows(len(split.keys) if of_images else 0)
 
-    def held_out_rows(labels: np.ndarray) -> np.ndarray:
-        return np.arange(min(QUALITY_IMAGES, len(labels)) if of_images else 0)
+    def held_out_rows(split: Split) -> np.ndarray:
+        return np.arange(min(QUALITY_IMAGES, len(split.keys)) if of_images else 0)
 
     return (
         load_pixels(images, "train", image, None if trains else train_rows),

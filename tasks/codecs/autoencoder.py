@@ -21,7 +21,7 @@ from tasks.runtime.progress import progress
 if TYPE_CHECKING:
     from models.networks.autoencoder import Autoencoder
     from tasks.params import AutoencoderParams, CodecParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples
 
 SCALING_IMAGES = 1024
 """Training images over which the mean and standard deviation of the latents are measured."""

@@ -28,7 +28,7 @@ from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from tasks.params import CodecParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples
 
 PROMPTS = 64
 """Captions of held-out images that serve as sample prompts of a data set without classes."""

@@ -21,11 +21,13 @@ from tasks.evaluation.protocol import Protocol, require_judge
 from tasks.params import IMAGES_PER_DIMENSION, ImageParams
 from tasks.pictures import decoding
 from tasks.pictures.images import load_pixels, map_hashes, read_maps
+from tasks.pictures.samples import held_out_rows
 from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
     from models.networks.control_maps import ControlSpec
+    from tasks.pictures.samples import Split
 
 SEARCHED = 20_000
 """Training images among which near copies are searched for, at most."""
@@ -62,7 +64,7 @@ class Scorer:
         self.judge, self.images = judge, images
         self._extraction = Extraction()
         self.measurement = measurement
-        self.held_out = load_pixels(images, "test", shape)
+        self.held_out = load_pixels(images, "test", shape, held_out_rows).only_read()
         self.train = load_pixels(images, "train", shape, self._needed)
         self.reference = self._features(Images.of(self.held_out.pixels))
         prompts = measurement.prompts
@@ -103,9 +105,9 @@ class Scorer:
             found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
         return found
 
-    def _needed(self, labels: np.ndarray) -> np.ndarray:
+    def _needed(self, split: Split) -> np.ndarray:
         """Return the training images that are compared with, as rows; of a small split that is all of them."""
-        measurement = self.measurement
+        labels, measurement = split.labels, self.measurement
         classes = measurement.labels or []
         most = -(-measurement.n_distance // max(1, len(classes))) * measurement.seed_blocks
         of_classes = [np.flatnonzero(labels == label)[:most] for label in range(len(classes))]
