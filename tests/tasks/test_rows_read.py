@@ -12,13 +12,16 @@ from models.judges import classifier
 from models.judges.fit import Recipe, drawn_rows, fit
 from models.judges.judge import load_judge
 from models.pipeline import load_pipeline
+from tasks import codec as codecs
 from tasks import judge as judging
+from tasks.codecs import autoencoder
 from tasks.editing import subjects
 from tasks.evaluation import scorer as scoring
 from tasks.evaluation.extraction import Images
 from tasks.evaluation.protocol import NotComparableError, declare
 from tasks.evaluation.scorer import Scorer
-from tasks.params import EditParams, EvaluateParams
+from tasks.params import AutoencoderParams, CodecParams, EditParams, EvaluateParams
+from tasks.params.codec import TextParams
 from tasks.pictures import decoding, images, samples
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents
@@ -137,6 +140,41 @@ def test_the_rows_that_a_training_draws_are_known_before(count, steps):
     recipe = Recipe(steps, batch_size=4, seed=7)
     fit(network, loss, count, recipe)
     assert drawn_rows(count, recipe).tolist() == sorted(seen)
+
+
+# The codec
+
+
+@pytest.mark.parametrize("second", [None, 64], ids=["one text encoder", "two"])
+def test_the_codec_reads_the_images_that_its_trainings_draw_and_is_the_same(
+    judged, tmp_path, decoded, monkeypatch, second
+):
+    monkeypatch.setattr(autoencoder, "SCALING_IMAGES", 20)
+    monkeypatch.setattr(autoencoder, "QUALITY_IMAGES", 30)
+    params = CodecParams(
+        kind="autoencoder",
+        conditioning="text",
+        autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8),
+        text=TextParams(width=16, second_width=second, layers=1, length=16, words=600, steps=1),
+    )
+
+    def made(name):
+        folder = judged / "data" / "images"
+        codecs.codec(folder, judged / "data" / "accepted.json", tmp_path / name, params, judge_inputs.IMAGE)
+        return contents(tmp_path / name)
+
+    few = made("few")
+    training = len(decoded) - 134
+    assert 64 < training <= 20 + 24 + 64 * (2 if second else 1) < 300
+    decoded.clear()
+    monkeypatch.setattr(codecs, "_training_rows", lambda split, params: np.arange(len(split.keys)))
+    assert made("whole") == few
+    whole = len(decoded) - 134
+    assert whole > 300
+    decoded.clear()
+    monkeypatch.setattr(samples, "HELD_OUT", 40)
+    made("fewer")
+    assert 40 < len(decoded) - whole < 40 + 30
 
 
 # At most so many held-out images
