@@ -205,8 +205,8 @@ def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> Row:
         "guidance_scale": drawn.sampling.guidance_scale,
         "n": len(drawn.pixels),
         "note": note,
-        **(scorer.distances(drawn.pixels) if not note or allow_small_n else {}),
-        **scorer.fit_to_labels(drawn.pixels, drawn.labels),
+        **(scorer.distances(drawn.images) if not note or allow_small_n else {}),
+        **scorer.fit_to_labels(drawn.images, drawn.labels),
     }
 
 
@@ -259,10 +259,10 @@ def _rows(
 def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
     sampling, count = blocks[0].sampling, len(blocks[0].pixels)
     note = _too_few(count, scorer)
-    scores = [scorer.fit_to_labels(block.pixels, block.labels) for block in blocks]
+    scores = [scorer.fit_to_labels(block.images, block.labels) for block in blocks]
     if not note or (allow_small_n and count > 1):
         scores = [
-            {**score, **scorer.distances(block.pixels), **scorer.inception_style_score(block.pixels)}
+            {**score, **scorer.distances(block.images), **scorer.inception_style_score(block.images)}
             for score, block in zip(scores, blocks, strict=True)
         ]
     means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
@@ -327,7 +327,7 @@ def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
 
     from models.images.pictures import grid
 
-    rows, distances = scorer.nearest_training(drawn.pixels)
+    rows, distances = scorer.nearest_training(drawn.images)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
     both = np.concatenate([drawn.pixels[chosen], scorer.train.at(rows[chosen])])
     titles = [f"{distance:.2g}" for distance in distances[chosen]]

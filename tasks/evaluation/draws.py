@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.images.pixels import to_uint8
+from tasks.evaluation.extraction import Images, Part
 from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
 from tasks.runtime.progress import progress
@@ -30,12 +31,24 @@ class Draw:
     sampling: Sampling
     labels: list[int] | None
     """Requested class of each image; None for an unconditional model."""
-    pixels: np.ndarray
-    """uint8 [N, C, S, S]."""
+    drawn: np.ndarray
+    """All images that were drawn together, uint8 [M, C, S, S]."""
     seconds: float
-    """Wall time for all images."""
+    """Wall time for the N images."""
     weights: str = ""
     """Name of the companion that was drawn from; empty for the pipeline's own weights."""
+    count: int | None = None
+    """N, if only the first ones of `drawn` belong to this draw, see `first`."""
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 [N, C, S, S], a view."""
+        return self.drawn[: self.count]
+
+    @property
+    def images(self) -> Images:
+        """The images as rows of `drawn`, so that what is known of them is not computed again."""
+        return Images.of(self.drawn, np.arange(len(self.pixels)))
 
     @property
     def name(self) -> str:
@@ -44,9 +57,10 @@ class Draw:
 
     def first(self, count: int) -> Draw:
         """Return the images of the first `count` seeds, with their share of the time."""
-        share = count / max(count, len(self.pixels))
+        known = len(self.pixels)
+        share = count / max(count, known)
         labels = self.labels[:count] if self.labels is not None else None
-        return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
+        return replace(self, labels=labels, count=min(count, known), seconds=self.seconds * share)
 
 
 def _name(sampling: Sampling, weights: str) -> str:
@@ -95,9 +109,9 @@ def draw(
     return Draw(sampling, labels, to_uint8(images), time.perf_counter() - started, weights)
 
 
-def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:
-    """Return the images of all draws with this requested class, uint8 [N, C, S, S]."""
-    return np.concatenate([draw.pixels[np.asarray(draw.labels) == label] for draw in draws])
+def of_class(draws: Sequence[Draw], label: int) -> Images:
+    """Return the images of all draws with this requested class."""
+    return Images(tuple(Part(draw.drawn, np.flatnonzero(np.asarray(draw.labels) == label)) for draw in draws))
 
 
 def balanced_labels(count: int, classes: int) -> list[int]:

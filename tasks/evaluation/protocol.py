@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from models.noise.samplers import DEFAULT_SAMPLING, Sampling
-from tasks.pictures.index import read_index
+from tasks.pictures import samples
+from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import atomic, integrity
 from tasks.runtime.errors import StageError
 
@@ -42,10 +43,15 @@ class Reference:
     """The held-out images that samples are compared with."""
 
     images: int
-    """Their number."""
+    """Their number: all, or `samples.HELD_OUT` of them, chosen by `samples.held_out_rows`."""
     sha256: str
     """Content hash of the data set."""
     split: str = "test"
+
+    @classmethod
+    def of(cls, index: ImageIndex) -> Reference:
+        """Return the reference of a data set."""
+        return cls(min(index.splits["test"], samples.HELD_OUT), index.sha256)
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         n_accuracy=params.n_accuracy,
         seed=params.seed,
         seed_blocks=params.seed_blocks,
-        reference=Reference(index.splits["test"], index.sha256),
+        reference=Reference.of(index),
         judge=judge.info.hashes,
         extractor=judge.kind,
         feature_dim=judge.info.feature_dim,
@@ -250,5 +256,5 @@ def require_judge(images: Path, judge: Judge, measurement: Measurement) -> None:
     """
     if judge.info.hashes != measurement.judge:
         raise NotComparableError("the judge is not the one of the protocol; run 'dvc repro judge evaluate'")
-    if read_index(images).sha256 != measurement.reference.sha256:
+    if Reference.of(read_index(images)) != measurement.reference:
         raise NotComparableError("the images are not those of the protocol; run 'dvc repro evaluate'")

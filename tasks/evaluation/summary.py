@@ -73,10 +73,10 @@ def summarise(
     """
     measurement, sampling = protocol.measurement, protocol.unguided
     blocks = [
-        scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
+        scorer.distances(draw.images) | scorer.inception_style_score(draw.images) | scorer.near_copies(draw.images)
         for draw in unguided
     ]
-    fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
+    fits = [scorer.fit_to_labels(draw.images, draw.labels) for draw in guided]
     stand_ins = [scorer.stand_ins(block) for block in range(measurement.seed_blocks)]
     floors = _means_and_spreads([scorer.distances(images) for images in stand_ins])
     real = scorer.real()

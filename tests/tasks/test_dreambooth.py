@@ -208,6 +208,7 @@ def test_it_trains_and_every_checkpoint_is_measured(root, lora, tmp_path):
 
 
 def test_similarity_leakage_and_diversity_are_what_they_say():
+    from tasks.evaluation.extraction import Images
     from tasks.subjects.measures import SubjectScorer, without_token
 
     class Colours:
@@ -221,10 +222,12 @@ def test_similarity_leakage_and_diversity_are_what_they_say():
 
     red, green = (np.zeros((3, 3, 4, 4), np.uint8) for _ in range(2))
     red[:, 0] = green[:, 1] = 200
+    both = Images.of(np.concatenate([red[:1], green[:1]]))
+    red, green = Images.of(red), Images.of(green)
     scorer = SubjectScorer(Colours(), red, green)
     assert scorer.similarity(red) == pytest.approx(1) and scorer.similarity(green) == pytest.approx(0)
     assert scorer.own_similarity() == pytest.approx(1) and scorer.diversity(green) == pytest.approx(0)
-    assert scorer.diversity(np.concatenate([red[:1], green[:1]])) == pytest.approx(1)
+    assert scorer.diversity(both) == pytest.approx(1)
     assert scorer.fidelity(red, ["x"] * 3) is None
     assert without_token("a sks dog in snow", "sks") == "a dog in snow"
 

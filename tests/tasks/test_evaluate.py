@@ -18,6 +18,7 @@ from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
+from tasks.evaluation.extraction import Images
 from tasks.evaluation.protocol import NotComparableError, Protocol, declare
 from tasks.evaluation.scorer import Scorer
 from tasks.evaluation.summary import measure
@@ -160,7 +161,7 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
     for block in range(3):
         seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
         drawn = to_uint8(pipeline.sample(seeds, labels, Sampling("dpm_solver_pp_2m", 3)))
-        values.append(scorer.distances(drawn)["frechet_distance"])
+        values.append(scorer.distances(Images.of(drawn))["frechet_distance"])
     found = measured.measures["frechet_distance"]
     assert found.value == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
     assert found.spread == pytest.approx(np.std(values, ddof=1), rel=0.05)
@@ -169,12 +170,12 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
 def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
     images = tree / "data" / "images"
     scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    stand_ins = scorer.stand_ins(0)
+    stand_ins = scorer.stand_ins(0).pixels
     train = load_pixels(images, "train", judge_inputs.IMAGE)
     label_of = {pixels.tobytes(): label for pixels, label in zip(train.pixels, train.labels.tolist(), strict=True)}
     assert sorted(label_of[pixels.tobytes()] for pixels in stand_ins) == [0] * 50 + [1] * 50 + [2] * 50
     assert len({pixels.tobytes() for pixels in stand_ins}) == 150
-    assert {pixels.tobytes() for pixels in scorer.stand_ins(1)} != {pixels.tobytes() for pixels in stand_ins}
+    assert {pixels.tobytes() for pixels in scorer.stand_ins(1).pixels} != {pixels.tobytes() for pixels in stand_ins}
     many = declare(pipeline, images, judge, PARAMS.model_copy(update={"n_distance": 10_000}))
     assert len(Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
 
@@ -573,32 +574,11 @@ def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
 def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
     images = tree / "data" / "images"
     scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    rows, distances = scorer.nearest_training(scorer.train.pixels[:40])
+    copies = Images.of(scorer.train.pixels, np.arange(40))
+    rows, distances = scorer.nearest_training(copies)
     assert rows.tolist() == list(range(40)) and distances.max() < 1e-3
-    assert scorer.near_copies(scorer.train.pixels[:40]) == {"near_copies": 1.0}
-    assert scorer.near_copies(scorer.held_out.pixels)["near_copies"] <= 0.02
-
-
-def test_images_that_are_scored_again_are_not_computed_again(tree, pipeline, judge):
-    images = tree / "data" / "images"
-    scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    pixels, labels = scorer.train.pixels[:60].copy(), scorer.train.labels[:60].tolist()
-
-    def scores():
-        return scorer.distances(pixels) | scorer.inception_style_score(pixels) | scorer.fit_to_labels(pixels, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(judge), "class_logits", None)  # they follow from the features
-        first = scores()
-        for network in ("features", "class_logits_of", "clip_image_embeds"):
-            patch.setattr(type(judge), network, None)
-        assert scores() == first
-    scorer.distances(pixels).clear()
-    number = id(pixels)
-    del pixels
-    others = [scorer.train.pixels[60:120].copy() for _ in range(100)]  # one of which takes the place of the first
-    pixels = next((each for each in others if id(each) == number), others[0])
-    assert scorer.distances(pixels)["frechet_distance"] != first["frechet_distance"]
+    assert scorer.near_copies(copies) == {"near_copies": 1.0}
+    assert scorer.near_copies(Images.of(scorer.held_out.pixels))["near_copies"] <= 0.02
 
 
 def test_grids_show_one_titled_column_per_class(evaluated, pipeline):
