@@ -66,6 +66,17 @@ def over_devices(
     """
     if len(devices_of(device)) == 1:
         return over_batches(functools.partial(function, copy(device)), count, batch_size, device)
+    return over_whole_batches(function, copy, count, batch_size, device)
+
+
+def over_whole_batches(
+    function: Callable[[Copy, slice], Result],
+    copy: Callable[[str], Copy],
+    count: int,
+    batch_size: int,
+    device: str = "cpu",
+) -> list[Result]:
+    """Return what `over_devices` does, in batches that the workers of a CPU do not share."""
     slices = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     return shared_out(lambda name: functools.partial(function, copy(name)), slices, device)
 

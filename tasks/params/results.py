@@ -140,6 +140,9 @@ class EvaluateParams(Section):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network that draws: `no` is float32. Not part of the fingerprint; how far a lower precision is
     from float32 is measured over a few images."""
+    compile: bool | Literal["gpu"] = False
+    """Compile the network that draws, as `train.compile` does. Not part of the fingerprint either; how far its images
+    are from those of the uncompiled network is measured likewise."""
     seed: Seed = 1000
     """First seed of the samples."""
 

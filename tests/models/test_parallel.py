@@ -96,16 +96,6 @@ def test_a_single_function_keeps_all_threads(two_threads: None) -> None:
     ]
 
 
-@pytest.fixture
-def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two devices that compute on the CPU, with one thread each, under the names "cpu:0" and "cpu:1"."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(parallel, "devices_of", lambda device: ("cpu:0", "cpu:1") if device == "cpu" else (device,))
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_device_takes_the_next_batch_when_it_is_free(two_devices: None) -> None:
     copies, both, rest = [], threading.Barrier(2, timeout=30), threading.Event()
 
