@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import parallel
-from models.device import placed
+from models.device import memory_of, placed
 from models.hashing import file_sha256, files_sha256
 from models.images.pixels import from_uint8
 from models.json_files import Description, read_json, write_json
@@ -130,7 +130,8 @@ class Pipeline:
     control: ControlNetModel | None = None
     """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
     precision: str = "no"
-    """What `network`, companions and ControlNet compute in, see `models.networks.precision.in_precision`."""
+    """What `network`, companions and ControlNet compute in, see `models.networks.precision.in_precision`; with "bf16"
+    the autoencoder decodes in bfloat16."""
     compiler: Compiler | None = None
     """Compiles `network`, companions and ControlNet, see `models.networks.compilation.compiled_pipeline`."""
 
@@ -187,8 +188,14 @@ class Pipeline:
         return autoencoders.encode(self.autoencoder, pixels)[0]
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
-        return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
+        """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1].
+
+        With `precision` "bf16" the autoencoder computes in bfloat16, and on a GPU its batches depend on the memory.
+        """
+        if self.autoencoder is None:
+            return x
+        memory = memory_of(self.device) if self.device.startswith("cuda") else None
+        return autoencoders.decode(self.autoencoder, x, self.precision, memory)
 
     def on(self, device: str) -> Pipeline:
         """Return the pipeline with copies of its networks on another device, to draw with; see `device.placed`."""

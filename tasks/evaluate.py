@@ -72,7 +72,7 @@ def evaluate(
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.device import best_device, emulates_bf16, keep_freed
+    from models.device import best_device, keep_freed
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
     from models.networks import compilation
@@ -82,14 +82,12 @@ def evaluate(
     from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import measure_parity, summarise
+    from tasks.runtime import precision
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     keep_freed(device := best_device())
-    if params.precision == "fp16" and device == "cpu":
-        raise StageError("evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if params.precision == "bf16" and emulates_bf16(device):
-        print("evaluate: this CPU emulates bfloat16, which is slow; evaluate.precision=no is faster", flush=True)
+    precision.check("evaluate.precision", params.precision, device)
     if compilation.wanted(params.compile) and not compilation.has_compiler():
         raise StageError("evaluate.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     with integrity.loading(pipeline, "afterimage.json", "train"):

@@ -57,7 +57,8 @@ def lowered(network: AnyNetwork, precision: str) -> AnyNetwork:
 def in_precision(pipeline: Pipeline, precision: str) -> Pipeline:
     """Return the pipeline with the network that draws, its companions and its ControlNet in `precision`.
 
-    Autoencoder and text encoder keep their precision. "no" returns the same pipeline.
+    The weights of autoencoder and text encoder stay as they are; with "bf16" the pipeline decodes in bfloat16. "no"
+    returns the same pipeline.
     """
     if precision == pipeline.precision:
         return pipeline

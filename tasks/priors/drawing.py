@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from models.images.pixels import to_uint8
+from models.networks.precision import in_precision
 from tasks.encoding.blocks import Blocks
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
@@ -22,13 +23,15 @@ class Drawing:
     """Draws images by seed, in blocks of `prior.batch_size`, and keeps each block as soon as it is drawn."""
 
     def __init__(self, pipeline: Pipeline, base: JsonObject, params: PriorParams) -> None:
-        self.pipeline, self.params, self.sampling = pipeline, params, params.sampling
+        self.pipeline = in_precision(pipeline, params.precision)
+        self.params, self.sampling = params, params.sampling
         recipe = {
             "base": base,
             "sampler": [params.sampler, params.steps, params.guidance_scale],
             "images per block": params.batch_size,
             "device": pipeline.device,
             "code": closure.digest("models/pipeline.py", "models/images/pixels.py"),
+            **({} if params.precision == "no" else {"precision": params.precision}),
         }
         self.blocks = Blocks(workspace.scratch() / "prior", recipe)
         self.blocks.open()

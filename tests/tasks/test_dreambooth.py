@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.device import emulates_bf16
 from models.json_files import read_json
 from tasks.formats.prior import FILE, Prior, pictures
 from tasks.runtime.errors import StageError
@@ -70,6 +71,16 @@ def test_known_images_are_not_drawn_again_and_more_are_added(root, capsys):
     more = pictures(run_prior(root, "more", images=9))["class"]
     assert np.array_equal(more[:6], pictures(root / "prior")["class"]) and len(more) == 9
     assert capsys.readouterr().out.count("to draw") == 1
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_class_images_of_another_precision_are_drawn_anew_and_near(root, capsys):
+    lower = pictures(run_prior(root, "lower", precision="bf16"))["class"]
+    assert capsys.readouterr().out.count("to draw") == 2
+    exact = pictures(root / "prior")["class"]
+    assert 25 < 10 * np.log10(4 / np.mean(((lower / 127.5) - (exact / 127.5)) ** 2)) < 100
+    assert contents(run_prior(root, "again")) == contents(root / "prior")
+    assert "to draw" not in capsys.readouterr().out, "those in float32 are still known"
 
 
 def test_without_a_subject_there_is_nothing_to_do(root):

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from models.device import emulates_bf16
 from models.images.pixels import to_uint8
+from models.networks.unet import UNet
 from models.noise import schedules
 from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Sampling
@@ -414,3 +417,20 @@ def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
         assert colour not in chart.svg
     assert not re.search(r"\d{4}-\d{2}-\d{2}", chart.svg), "a date would change the bytes every day"
     assert set(Image.open(io.BytesIO(chart.png)).info) <= {"dpi"}
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_every_picture_is_drawn_in_the_precision_and_nearly_the_same(drawn, inputs, monkeypatch):
+    computed = set()
+    forward = UNet.forward
+
+    def noted(network: UNet, *arguments: torch.Tensor) -> torch.Tensor:
+        computed.add(network.conv_in.weight.dtype)
+        return forward(network, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", noted)
+    figures, _ = inputs.draw("lower", report_inputs.PARAMS.model_copy(update={"precision": "bf16"}))
+    assert computed == {torch.bfloat16}
+    for name in ("samples", "reverse", "between_noises", "between_conditions", "attention_self"):
+        lower, exact = (np.asarray(Image.open(folder / f"{name}.png")) / 255 for folder in (figures, drawn[0]))
+        assert 20 < 10 * np.log10(1 / np.mean((lower - exact) ** 2)) < 100, name
