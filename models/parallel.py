@@ -121,6 +121,18 @@ def shared_out(worker: Callable[[str], Callable[[Part], Result]], parts: Sequenc
     return [results[number] for number in range(len(parts))]
 
 
+def shared_in_turns(
+    worker: Callable[[str], Callable[[Part], Result]], parts: Sequence[Part], device: str
+) -> Iterator[Result]:
+    """Yield what `shared_out` returns, computing as many parts at a time as there are devices.
+
+    So the caller can store each result before the next ones are computed.
+    """
+    number = len(devices_of(device))
+    for first in range(0, len(parts), number):
+        yield from shared_out(worker, parts[first : first + number], device)
+
+
 def at_once(functions: Sequence[Callable[[str], Result]], device: str = "cpu") -> list[Result]:
     """Return the result of each function of a device's name, in their order, several of them at once.
 

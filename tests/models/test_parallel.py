@@ -142,6 +142,19 @@ def test_more_devices_than_batches_stay_idle(two_devices: None) -> None:
     assert parallel.over_devices(lambda name, part: part, copies.append, 0, 10, "cpu") == []
 
 
+def test_parts_in_turns_come_in_order_and_before_the_next_ones_begin(two_devices: None) -> None:
+    begun: list[int] = []
+
+    def work(part: int) -> int:
+        begun.append(part)
+        return part
+
+    for part in (found := parallel.shared_in_turns(lambda name: work, range(5), "cpu")):
+        assert part < len(begun) <= part + 2
+    assert sorted(begun) == [0, 1, 2, 3, 4] and next(found, None) is None
+    assert not list(parallel.shared_in_turns(lambda name: work, [], "cpu"))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_two_devices_draw_the_bytes_of_one(pipeline: Pipeline, two_devices: None, monkeypatch, scale: float) -> None:
     seeds, labels, sampling = range(23), [i % 3 for i in range(23)], Sampling("ddpm", 3, guidance_scale=scale)

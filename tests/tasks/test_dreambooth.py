@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +72,43 @@ def test_known_images_are_not_drawn_again_and_more_are_added(root, capsys):
     more = pictures(run_prior(root, "more", images=9))["class"]
     assert np.array_equal(more[:6], pictures(root / "prior")["class"]) and len(more) == 9
     assert capsys.readouterr().out.count("to draw") == 1
+
+
+def test_two_devices_draw_blocks_with_the_bytes_of_one_and_continue(root, two_devices, monkeypatch, capsys):
+    from models import parallel
+    from models.networks import guidance
+    from models.pipeline import Pipeline
+
+    monkeypatch.setattr(guidance, "joins", lambda device: False)  # as on the CPU that the stubs stand for
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "divided"))
+    copied, real, sample = [], Pipeline.on, Pipeline.sample
+
+    def noted(model, name):
+        if name != model.device:
+            copied.append(name)
+        return real(model, name)
+
+    monkeypatch.setattr(Pipeline, "on", noted)
+    both = threading.Barrier(2, timeout=30)
+
+    def together(model, seeds, *rest, **named):
+        if seeds[0] == 504 and named["prompts"] == ["a photo of thing"] * 2:
+            raise KeyboardInterrupt
+        if named["prompts"] == ["a photo of thing"] * 2 and seeds[0] < 504:
+            both.wait()
+        return sample(model, seeds, *rest, **named)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Pipeline, "sample", together)
+        with pytest.raises(KeyboardInterrupt):
+            run_prior(root, "divided-prior", batch_size=2)
+    assert sorted(copied) == ["cpu:0", "cpu:1"], "once for each device, and not for each block"
+    capsys.readouterr()
+    divided = contents(run_prior(root, "divided-prior", batch_size=2))
+    assert "2 images of 'a photo of thing' to draw, 4 known" in capsys.readouterr().out
+    monkeypatch.setattr(parallel, "devices_of", lambda device: (device,))
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "alone"))
+    assert contents(run_prior(root, "alone-prior", batch_size=2)) == divided
 
 
 @pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
