@@ -305,12 +305,13 @@ def test_presets_for_a_cpu_compute_in_float32(name):
     assert document["train"]["compile"] is document["evaluate"]["compile"] is False
 
 
-def test_presets_for_a_gpu_draw_in_one_precision():
-    for name in ("cifar10_ddpm", "cifar10_ect", "laion_sd", "sd15_control", "sd15_dreambooth", "sdxl_dreambooth_lora"):
-        preset = composed(name)
-        sections = ["evaluate", "edit", "visualize", *(["prior"] if preset["prior"]["instance_prompt"] else [])]
-        expected = "no" if name == "cifar10_ect" else "bf16"
-        assert {section: preset[section]["precision"] for section in sections} == dict.fromkeys(sections, expected)
+@pytest.mark.parametrize("name", composition.names())
+def test_a_preset_draws_in_one_precision(name):
+    """Class images are drawn only where there is a subject."""
+    preset = composed(name)
+    sections = ["evaluate", "edit", "visualize", *(["prior"] if preset["prior"]["instance_prompt"] else [])]
+    expected = "bf16" if name in gpu_presets() and name not in FULL_PRECISION else "no"
+    assert {section: preset[section]["precision"] for section in sections} == dict.fromkeys(sections, expected)
 
 
 def test_larger_batches_see_as_many_images():
