@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.device import devices_of
 from models.images.pixels import to_uint8
 from tasks.evaluation.extraction import Images, Part
 from tasks.evaluation.protocol import require_pipeline
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from models.pipeline import Pipeline
     from tasks.evaluation.protocol import Protocol
 
+TEACHER = "teacher"
+"""Companion with the weights before consistency tuning."""
 BLOCK_STRIDE = 1_000_000
 """Distance between the first seeds of two seed blocks."""
 
@@ -66,6 +69,25 @@ class Draw:
 def _name(sampling: Sampling, weights: str) -> str:
     name = draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta, sampling.guidance)
     return f"{weights}: {name}" if weights else name
+
+
+def compile_first(pipeline: Pipeline, protocol: Protocol) -> None:
+    """Draw images with each network and kind of guidance in one step, so that no draw is timed while it compiles.
+
+    There is one batch for each device. Nothing is drawn if the networks are not compiled.
+    """
+    if pipeline.compiler is None:
+        return
+    measurement, size = protocol.measurement, protocol.batch_size
+    seeds = range(size * (len(devices_of(pipeline.device)) - 1) + 1)
+    labels = None if measurement.labels is None else [0] * len(seeds)
+    plain = replace(protocol.unguided, steps=1, guidance_interval=None)
+    guided = [replace(plain, guidance_scale=2.0, guidance="auto")] if "guide" in pipeline.companions else []
+    guided += [replace(plain, guidance_scale=2.0)] if labels is not None else []
+    for sampling in (plain, *guided):
+        pipeline.sample(seeds, labels, sampling, batch_size=size)
+    if teacher := pipeline.companions.get(TEACHER):
+        replace(pipeline, network=teacher).sample(seeds, labels, plain, batch_size=size)
 
 
 def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], list[Draw]]:

@@ -2,8 +2,8 @@
 
 `evaluate` declares a protocol and stores it as `protocol.json`; `register` measures a champion by the same one. A
 `Measurement` holds what two numbers must have in common to be comparable, and its SHA-256 is the fingerprint. Sampler,
-steps, eta, kind and scale of the guidance, and precision are not part of it: numbers drawn with different settings may
-be compared.
+steps, eta, kind and scale of the guidance, precision and compilation are not part of it: numbers drawn with different
+settings may be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tasks.runtime.errors import StageError
 if TYPE_CHECKING:
     from models.json_files import JsonObject
     from models.judges.judge import Judge
+    from models.networks.compilation import Setting
     from models.pipeline import Pipeline
     from tasks.params import EvaluateParams, Headline
 
@@ -122,6 +123,8 @@ class Protocol:
     batch_size: int
     precision: str = "no"
     """Precision of the network that draws, see `models/networks/precision.py`; written unless it is "no"."""
+    compile: Setting = False
+    """Whether that network is compiled, see `models/networks/compilation.py`; written unless it is false."""
 
     @property
     def fingerprint(self) -> str:
@@ -149,6 +152,7 @@ class Protocol:
             "guidance": self.guided.guidance if self.guided else None,
             "batch_size": self.batch_size,
             **({"precision": self.precision} if self.precision != "no" else {}),
+            **({"compile": self.compile} if self.compile else {}),
         }
 
     @classmethod
@@ -170,6 +174,7 @@ class Protocol:
             else replace(unguided, guidance_scale=scales["guided"], guidance=values["guidance"]),
             batch_size=values["batch_size"],
             precision=values.get("precision", "no"),
+            compile=values.get("compile", False),
         )
 
     def write(self, file: Path) -> None:
@@ -219,6 +224,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         guided=params.sampling if conditional or params.guidance_scale != UNGUIDED else None,
         batch_size=params.batch_size,
         precision=params.precision,
+        compile=params.compile,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from models.device import emulates_bf16
 from models.json_files import read_json
 from tasks.formats.prior import FILE, Prior, pictures
 from tasks.runtime.errors import StageError
@@ -70,6 +72,53 @@ def test_known_images_are_not_drawn_again_and_more_are_added(root, capsys):
     more = pictures(run_prior(root, "more", images=9))["class"]
     assert np.array_equal(more[:6], pictures(root / "prior")["class"]) and len(more) == 9
     assert capsys.readouterr().out.count("to draw") == 1
+
+
+def test_two_devices_draw_blocks_with_the_bytes_of_one_and_continue(root, two_devices, monkeypatch, capsys):
+    from models import parallel
+    from models.networks import guidance
+    from models.pipeline import Pipeline
+
+    monkeypatch.setattr(guidance, "joins", lambda device: False)  # as on the CPU that the stubs stand for
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "divided"))
+    copied, real, sample = [], Pipeline.on, Pipeline.sample
+
+    def noted(model, name):
+        if name != model.device:
+            copied.append(name)
+        return real(model, name)
+
+    monkeypatch.setattr(Pipeline, "on", noted)
+    both = threading.Barrier(2, timeout=30)
+
+    def together(model, seeds, *rest, **named):
+        if seeds[0] == 504 and named["prompts"] == ["a photo of thing"] * 2:
+            raise KeyboardInterrupt
+        if named["prompts"] == ["a photo of thing"] * 2 and seeds[0] < 504:
+            both.wait()
+        return sample(model, seeds, *rest, **named)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Pipeline, "sample", together)
+        with pytest.raises(KeyboardInterrupt):
+            run_prior(root, "divided-prior", batch_size=2)
+    assert sorted(copied) == ["cpu:0", "cpu:1"], "once for each device, and not for each block"
+    capsys.readouterr()
+    divided = contents(run_prior(root, "divided-prior", batch_size=2))
+    assert "2 images of 'a photo of thing' to draw, 4 known" in capsys.readouterr().out
+    monkeypatch.setattr(parallel, "devices_of", lambda device: (device,))
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "alone"))
+    assert contents(run_prior(root, "alone-prior", batch_size=2)) == divided
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_class_images_of_another_precision_are_drawn_anew_and_near(root, capsys):
+    lower = pictures(run_prior(root, "lower", precision="bf16"))["class"]
+    assert capsys.readouterr().out.count("to draw") == 2
+    exact = pictures(root / "prior")["class"]
+    assert 25 < 10 * np.log10(4 / np.mean(((lower / 127.5) - (exact / 127.5)) ** 2)) < 100
+    assert contents(run_prior(root, "again")) == contents(root / "prior")
+    assert "to draw" not in capsys.readouterr().out, "those in float32 are still known"
 
 
 def test_without_a_subject_there_is_nothing_to_do(root):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,7 @@ import pytest
 from models.device import emulates_bf16
 from models.images.pixels import from_uint8, to_uint8
 from models.judges.judge import load_judge
+from models.networks import compilation
 from models.noise import schedules
 from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
@@ -222,6 +224,61 @@ def test_fp16_needs_a_gpu(tree, tmp_path, monkeypatch):
         run(tree, tmp_path, PARAMS.model_copy(update={"precision": "fp16"}))
 
 
+# Compilation
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compile without generating code, which takes minutes on a CPU; return dynamo's counts."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(compilation, "compiled_pipeline", partial(compilation.compiled_pipeline, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch.compiler.reset()
+
+
+def test_compilation_is_a_column_and_is_compared_with_the_uncompiled_network(
+    tree, evaluated, traced, tmp_path, capsys, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        draws, "draw_blocks", lambda *args, draw=draws.draw_blocks: (drawn.append(dict(traced)), draw(*args))[1]
+    )
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": True}))
+    compiled, plain = measured_in(out), measured_in(evaluated)
+    assert compiled.fingerprint == plain.fingerprint
+    assert compiled.compiled and compiled.compile_parity.worst_psnr_db > 60 and compiled.precision_parity is None
+    assert plain.compiled is plain.compile_parity is None
+    assert "the compiled network agrees with the uncompiled one to" in capsys.readouterr().out
+    for name in ("frechet_distance", "label_accuracy"):
+        assert compiled.measures[name].value == pytest.approx(plain.measures[name].value, rel=1e-3)
+    rows, others = table(out / "evaluation" / "samplers.csv"), table(evaluated / "evaluation" / "samplers.csv")
+    assert {row["network_compiled"] for row in rows} == {"yes"} and "network_compiled" not in others[0]
+    assert list(rows[0])[-1] == "note"
+    assert traced["unique_graphs"] == drawn[0]["unique_graphs"] > 0, "all were compiled before the first timed draw"
+    declared = Protocol.read(out / "evaluation" / "protocol.json")
+    assert declared.compile is True and "compile" not in read(evaluated / "evaluation" / "protocol.json")
+    again = measure(
+        load_pipeline(tree / "outputs" / "pipeline"), tree / "data" / "images", load_judge(tree / "judge"), declared
+    )
+    assert again.compiled and again.measures == compiled.measures, "what draws by the protocol compiles as well"
+
+
+def test_gpu_compiles_nothing_on_a_cpu(tree, evaluated, traced, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": "gpu"}))
+    assert measured_in(out) == measured_in(evaluated) and not traced["unique_graphs"]
+
+
+def test_compilation_needs_a_compiler(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "has_compiler", lambda: False)
+    with pytest.raises(StageError, match=r"evaluate\.compile needs a C\+\+ compiler"):
+        run(tree, tmp_path, PARAMS.model_copy(update={"compile": True}))
+
+
 # What may be compared
 
 
@@ -231,7 +288,7 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
         return declare(pipeline, tree / "data" / "images", judge, params).fingerprint
 
     same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_slowest": 2}
-    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True, "precision": "bf16"}
+    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True, "precision": "bf16", "compile": "gpu"}
     assert {of(**{name: value}) for name, value in same.items()} == {of()}
     other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
     assert len({of(), *(of(**{name: value}) for name, value in other.items())}) == 1 + len(other)
