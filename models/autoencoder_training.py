@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models.judges.classifier import to_input
-from models.judges.fit import Recipe, fit, seeded
+from models.judges.fit import Pixels, Recipe, fit, seeded
 from models.networks.autoencoder import APPLY_BATCH, encode
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def build(config: AutoencoderConfig) -> AutoencoderKL:
     return network
 
 
-def train_autoencoder(pixels: np.ndarray, config: AutoencoderConfig, recipe: Recipe) -> AutoencoderKL:
+def train_autoencoder(pixels: Pixels, config: AutoencoderConfig, recipe: Recipe) -> AutoencoderKL:
     """Train on uint8 images [N, C, S, S]; returns the network in evaluation mode. The result is reproducible."""
     network = seeded(lambda: build(config), recipe.seed).to(recipe.device)
 
@@ -87,7 +87,7 @@ def train_autoencoder(pixels: np.ndarray, config: AutoencoderConfig, recipe: Rec
         kl: Tensor = config.kl_weight * posterior.kl().sum() / images.numel()
         return reconstruction_loss(decoded, images.to(recipe.device), config) + kl
 
-    fit(network, loss, len(pixels), replace(recipe, learning_rate=LEARNING_RATE))
+    fit(network, loss, pixels.shape[0], replace(recipe, learning_rate=LEARNING_RATE))
     return network
 
 

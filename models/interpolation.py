@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models import parallel
-from models.networks.network import predictor
+from models.networks.precision import predictor
 from models.noise import samplers
 
 if TYPE_CHECKING:
@@ -132,11 +132,13 @@ def _drawn(
     batch_size: int,
 ) -> np.ndarray:
     """Draw one image from each noise; the further noise of a stochastic sampler depends on its seed alone."""
-    guide = predictor(model.companions["guide"]) if "guide" in model.companions else None
+    predict = predictor(model.network, None, None, model.precision)
+    weaker = model.companions.get("guide")
+    guide = None if weaker is None else predictor(weaker, None, None, model.precision)
 
     def draw(part: slice) -> np.ndarray:
         condition, null = (None if each is None else each[part] for each in conditions)
-        denoise = samplers.denoiser(predictor(model.network), model.scheduler, sampling, condition, null, guide)
+        denoise = samplers.denoiser(predict, model.scheduler, sampling, condition, null, guide)
         later = samplers.SeededNoise(seeds[part], noise.shape[1:])
         later()  # the first noise of a seed is where sampling starts
         first = iter([noise[part]])

@@ -66,6 +66,17 @@ def over_devices(
     """
     if len(devices_of(device)) == 1:
         return over_batches(functools.partial(function, copy(device)), count, batch_size, device)
+    return over_whole_batches(function, copy, count, batch_size, device)
+
+
+def over_whole_batches(
+    function: Callable[[Copy, slice], Result],
+    copy: Callable[[str], Copy],
+    count: int,
+    batch_size: int,
+    device: str = "cpu",
+) -> list[Result]:
+    """Return what `over_devices` does, in batches that the workers of a CPU do not share."""
     slices = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     return shared_out(lambda name: functools.partial(function, copy(name)), slices, device)
 
@@ -108,6 +119,18 @@ def shared_out(worker: Callable[[str], Callable[[Part], Result]], parts: Sequenc
         finally:
             stop.set()  # after an error or an interrupt the block waits for the parts that have begun
     return [results[number] for number in range(len(parts))]
+
+
+def shared_in_turns(
+    worker: Callable[[str], Callable[[Part], Result]], parts: Sequence[Part], device: str
+) -> Iterator[Result]:
+    """Yield what `shared_out` returns, computing as many parts at a time as there are devices.
+
+    So the caller can store each result before the next ones are computed.
+    """
+    number = len(devices_of(device))
+    for first in range(0, len(parts), number):
+        yield from shared_out(worker, parts[first : first + number], device)
 
 
 def at_once(functions: Sequence[Callable[[str], Result]], device: str = "cpu") -> list[Result]:

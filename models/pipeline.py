@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import save_file
 
 from models import parallel
-from models.device import placed
+from models.device import memory_of, placed
 from models.hashing import file_sha256, files_sha256
 from models.images.pixels import from_uint8
 from models.json_files import Description, read_json, write_json
 from models.networks import autoencoder as autoencoders
 from models.networks import controlnet, guidance, published
+from models.networks.compilation import in_whole_batches
 from models.networks.config import DIFFUSERS_VERSION
 from models.networks.control_maps import ControlSpec, as_input, given
 from models.networks.controlnet import with_control
@@ -43,6 +44,7 @@ from models.noise.samplers import DEFAULT_SAMPLING, Sampling, SchedulerConfig
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
+    from models.networks.compilation import Compiler
     from models.networks.network import Network, NetworkConfig
     from models.networks.text_encoder import AnyEncoder
     from models.noise.editing import Start
@@ -128,7 +130,10 @@ class Pipeline:
     control: ControlNetModel | None = None
     """The ControlNet; without a control map it takes no part, and the images are those of `network` alone."""
     precision: str = "no"
-    """What `network`, companions and ControlNet compute in, see `models.networks.precision.in_precision`."""
+    """What `network`, companions and ControlNet compute in, see `models.networks.precision.in_precision`; with "bf16"
+    the autoencoder decodes in bfloat16."""
+    compiler: Compiler | None = None
+    """Compiles `network`, companions and ControlNet, see `models.networks.compilation.compiled_pipeline`."""
 
     @property
     def path(self) -> paths.Path:
@@ -183,21 +188,28 @@ class Pipeline:
         return autoencoders.encode(self.autoencoder, pixels)[0]
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1]."""
-        return x if self.autoencoder is None else autoencoders.decode(self.autoencoder, x)
+        """Convert values of the network's input space [N, *input_shape] to images [N, C, H, W], about [-1, 1].
+
+        With `precision` "bf16" the autoencoder computes in bfloat16, and on a GPU its batches depend on the memory.
+        """
+        if self.autoencoder is None:
+            return x
+        memory = memory_of(self.device) if self.device.startswith("cuda") else None
+        return autoencoders.decode(self.autoencoder, x, self.precision, memory)
 
     def on(self, device: str) -> Pipeline:
         """Return the pipeline with copies of its networks on another device, to draw with; see `device.placed`."""
         if device == self.device:
             return self
+        moved = placed if self.compiler is None else self.compiler.on
         return replace(
             self,
-            network=placed(self.network, device),
+            network=moved(self.network, device),
             device=device,
             autoencoder=placed(self.autoencoder, device),
             text=None if self.text is None else self.text.on(device),
-            companions={name: placed(network, device) for name, network in self.companions.items()},
-            control=placed(self.control, device),
+            companions={name: moved(network, device) for name, network in self.companions.items()},
+            control=None if self.control is None else moved(self.control, device),
         )
 
     @property
@@ -214,11 +226,13 @@ class Pipeline:
         context: torch.Tensor | None = None,
         control: np.ndarray | None = None,
         control_scale: float = 1.0,
+        rows: int | None = None,
     ) -> samplers.Denoise:
         """Return `denoise(x, level) -> x0` for one batch of labels or prompts, see `samplers.denoiser`.
 
         `context` is what the input of an inpainting U-Net contains besides x, float32 [N, context_channels, H, W], and
-        `control` are control maps, uint8 [N, 1 or 3, h, w].
+        `control` are control maps, uint8 [N, 1 or 3, h, w]. With `rows` the networks see batches of that many rows, or
+        twice that many, see `compilation.in_whole_batches`.
 
         Raises:
             ValueError: for guidance or a control that the model does not have, or if labels, prompts or context do not
@@ -228,12 +242,15 @@ class Pipeline:
             raise ValueError("an inpainting U-Net, and no other network, needs an image and a mask")
         condition, null = self.condition(labels, prompts)
         weaker = self.companions.get("guide")
-        guide = None if weaker is None else predictor(weaker, context, None, self.precision)
+        guide = None
+        if weaker is not None:
+            guide = predictor(in_whole_batches(weaker, rows), context, None, self.precision)
         network = self.network if control is None else with_control(self.network, self.control, control_scale)
         maps = None if control is None else as_input(torch.tensor(control, device=self.device), *[self.info.size] * 2)
-        predict = predictor(network, context, maps, self.precision)
-        joins = guidance.joins(self.device)
-        both = guidance.Joined(network, context, maps, self.precision, self.network) if joins else None
+        predict = predictor(in_whole_batches(network, rows), context, maps, self.precision)
+        both = None
+        if guidance.joins(self.device):
+            both = guidance.Joined(network, context, maps, self.precision, self.network, rows)
         return samplers.denoiser(predict, self.scheduler, sampling, condition, null, guide, both)
 
     def sample(
@@ -262,10 +279,14 @@ class Pipeline:
         another resolution are resized with a warning. `control_scale` is the weight of the ControlNet, which takes no
         part without `control`.
 
+        Compiled networks see batches of `batch_size` rows (`compilation.in_whole_batches`), and on a CPU threads do not
+        share a batch.
+
         Raises:
             ValueError: for guidance or a control that the model does not have, labels or prompts that do not match the
                 model, or a number of steps that it does not support.
         """
+        rows = None if self.compiler is None else batch_size
         maps = None if control is None else given(control, len(seeds), self.info.size, self.info.control_spec)
 
         def draw(model: Pipeline, part: slice) -> np.ndarray:
@@ -276,11 +297,15 @@ class Pipeline:
                 None if context is None else context[part].to(model.device),
                 None if maps is None else maps[part],
                 control_scale,
+                rows,
             )
+            if model.compiler is not None:
+                model.compiler.allow(model.network, self.device)
             begun = None if start is None else _on_device(start.rows(part), model.device)
             return model._sample_batch(seeds[part], denoise, sampling, callback, begun)
 
-        return np.concatenate(parallel.over_devices(draw, self.on, len(seeds), batch_size, self.device))
+        share = parallel.over_devices if self.compiler is None else parallel.over_whole_batches
+        return np.concatenate(share(draw, self.on, len(seeds), batch_size, self.device))
 
     def _sample_batch(
         self,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from models.judges.classifier import Backbone, apply, shift_and_flip, to_input
 from models.judges.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
-from models.judges.fit import Recipe, fit, seeded
+from models.judges.fit import Pixels, Recipe, fit, seeded
 from models.networks.text_encoder import APPLY_BATCH, ProjectedEncoder, TextEncoder
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Towers(nn.Module):
 
 
 def train_text_encoder(
-    pixels: np.ndarray, captions: Sequence[Sequence[str]], config: TextConfig, recipe: Recipe
+    pixels: Pixels, captions: Sequence[Sequence[str]], config: TextConfig, recipe: Recipe
 ) -> tuple[TextEncoder, Towers]:
     """Train on uint8 images [N, C, S, S] with at least one caption each; the result is reproducible.
 
@@ -88,7 +88,7 @@ def train_text_encoder(
         similarity = pair.embed_images(images) @ pair.embed_text(ids[drawn].to(recipe.device)).T
         return contrastive_loss(scale * similarity, matches)
 
-    fit(pair, loss, len(pixels), recipe)
+    fit(pair, loss, pixels.shape[0], recipe)
     return TextEncoder(pair.text, tokenizer), pair
 
 

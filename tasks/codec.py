@@ -9,6 +9,7 @@ outputs/codec/reconstructions.png          held-out images, each above its recon
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from tasks.runtime.codec_quality import QUALITY, RECONSTRUCTIONS
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples, Split
 
 
 def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, image: ImageParams) -> None:
@@ -73,26 +74,43 @@ def codec(images: Path, accepted: Path, outputs: Path, params: CodecParams, imag
 
 
 def _samples(images: Path, params: CodecParams, image: ImageParams) -> tuple[Samples, Samples]:
-    """Read the training and the held-out split; where nothing is trained, only the pixels that are measured on."""
-    import numpy as np
-
-    from tasks.codecs.autoencoder import QUALITY_IMAGES, scaling_rows
+    """Read the training and the held-out split, with the pixels that are trained or measured on."""
     from tasks.pictures.images import load_pixels
 
-    of_images = params.kind == "autoencoder"
-    trains_text = params.conditioning == "text" and params.text.weights is None
-    trains = trains_text or (of_images and params.autoencoder.weights is None)
-
-    def train_rows(labels: np.ndarray) -> np.ndarray:
-        return scaling_rows(len(labels) if of_images else 0)
-
-    def held_out_rows(labels: np.ndarray) -> np.ndarray:
-        return np.arange(min(QUALITY_IMAGES, len(labels)) if of_images else 0)
-
     return (
-        load_pixels(images, "train", image, None if trains else train_rows),
-        load_pixels(images, "test", image, None if trains_text else held_out_rows),
+        load_pixels(images, "train", image, partial(_training_rows, params=params)),
+        load_pixels(images, "test", image, partial(_measured_rows, params=params)),
     )
+
+
+def _trains_text(params: CodecParams) -> bool:
+    return params.conditioning == "text" and params.text.weights is None
+
+
+def _training_rows(split: Split, params: CodecParams) -> np.ndarray:
+    """Return the training images that the trainings draw and that the scaling is measured on, as rows."""
+    import numpy as np
+
+    from models.judges.fit import drawn_rows
+    from tasks.codecs import autoencoder, text
+
+    count, recipes, rows = len(split.keys), [], [np.arange(0)]
+    if params.kind == "autoencoder":
+        rows.append(autoencoder.scaling_rows(count))
+        recipes += [autoencoder.recipe(params)] if params.autoencoder.weights is None else []
+    recipes += text.recipes(params) if _trains_text(params) else []
+    return np.concatenate([*rows, *(drawn_rows(count, recipe) for recipe in recipes)])
+
+
+def _measured_rows(split: Split, params: CodecParams) -> np.ndarray:
+    """Return the held-out images that the autoencoder and the text encoders are measured on, as rows."""
+    import numpy as np
+
+    from tasks.codecs.autoencoder import QUALITY_IMAGES
+    from tasks.pictures.samples import held_out_rows
+
+    of_images = np.arange(min(QUALITY_IMAGES, len(split.keys)) if params.kind == "autoencoder" else 0)
+    return np.concatenate([of_images, held_out_rows(split)]) if _trains_text(params) else of_images
 
 
 def _smaller(images: Path, resolution: int) -> int:

@@ -68,15 +68,18 @@ def edit(
 def _bench(pipeline: Path, images: Path, judge: Path, params: EditParams) -> Bench:
     from models.device import best_device, keep_freed
     from models.judges.judge import load_judge
+    from models.networks.precision import in_precision
     from models.pipeline import load_pipeline
     from tasks.editing import subjects
     from tasks.editing.drafts import Drafts
     from tasks.editing.measuring import Bench
     from tasks.pictures.index import read_index
+    from tasks.runtime import precision
 
     keep_freed(device := best_device())
+    precision.check("edit.precision", params.precision, device)
     with integrity.loading(pipeline, "afterimage.json", "train"):
-        model = load_pipeline(pipeline, device)
+        model = in_precision(load_pipeline(pipeline, device), params.precision)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
     drafts = Drafts.of(dict(model.info.files), read_index(images).sha256, params.model_dump(mode="json"), device)

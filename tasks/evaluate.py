@@ -33,8 +33,6 @@ Row: TypeAlias = Mapping[str, "float | int | str"]
 COMPARED = {"ddim": (10, 50), "dpm_solver_pp_2m": (5, 10, 20)}
 COMPARED_FLOW = {"euler": (5, 20), "heun": (5, 10), "dpm_solver_pp_2m": (5, 10, 20)}
 """Samplers and steps that are compared with the protocol's on each kind of path, with eta 0."""
-TEACHER = "teacher"
-"""Companion with the weights before consistency tuning."""
 SLOWEST_FLOW = "heun", 50
 """Sampler and steps of the last grid on a rectified flow; on a diffusion path it is DDPM over all timesteps."""
 FEW_STEPS, TEACHER_STEPS = (1, 2, 4), (10, 20)
@@ -74,29 +72,31 @@ def evaluate(
     Raises `StageError` before anything is drawn if there are too few images for the features, unless
     `params.allow_small_n`.
     """
-    from models.device import best_device, emulates_bf16, keep_freed
+    from models.device import best_device, keep_freed
     from models.images.pictures import save_png
     from models.judges.judge import load_judge
+    from models.networks import compilation
     from models.networks.precision import in_precision
     from models.pipeline import load_pipeline
     from tasks.evaluation import draws, protocol
     from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import measure_parity, summarise
+    from tasks.runtime import precision
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     keep_freed(device := best_device())
-    if params.precision == "fp16" and device == "cpu":
-        raise StageError("evaluate.precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if params.precision == "bf16" and emulates_bf16(device):
-        print("evaluate: this CPU emulates bfloat16, which is slow; evaluate.precision=no is faster", flush=True)
+    precision.check("evaluate.precision", params.precision, device)
+    if compilation.wanted(params.compile) and not compilation.has_compiler():
+        raise StageError("evaluate.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     with integrity.loading(pipeline, "afterimage.json", "train"):
         in_float32 = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
     described = Prior.load(prior)
-    model = in_precision(in_float32, params.precision)
+    uncompiled = in_precision(in_float32, params.precision)
+    model = compilation.compiled_pipeline(uncompiled) if compilation.wanted(params.compile) else uncompiled
     declared = protocol.declare(model, images, scoring, params)
     scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()
@@ -105,9 +105,10 @@ def evaluate(
             f"there are {few}; raise evaluate.n_distance and hold out more images, or set evaluate.allow_small_n to "
             "true to measure them nevertheless"
         )
+    draws.compile_first(model, declared)
     unguided, guided = draws.draw_blocks(model, declared)
     controlled = measure_control(model, scorer, declared)
-    parity = measure_parity(in_float32, model, declared)
+    parity = measure_parity(in_float32, uncompiled, model, declared)
     measured = summarise(unguided, guided, scorer, declared, controlled.measured if controlled else None, parity)
     others = list(_other_draws(model, declared, params))
     swept = list(_sweep(model, declared, [unguided[0], *guided[:1]], params))
@@ -118,9 +119,9 @@ def evaluate(
     with atomic.writing_folder(report) as folder:
         declared.write(folder / protocol.FILE)
         measured.write(folder / measures.FILE)
-        rows = _rows(unguided, guided, others, scorer, params)
-        columns = COLUMNS if params.precision == "no" else [*COLUMNS[:-1], "network_precision", COLUMNS[-1]]
-        atomic.write_text(folder / "samplers.csv", _csv(columns, rows))
+        network = _columns_of_network(model)
+        rows = ({**row, **network} for row in _rows(unguided, guided, others, scorer, params))
+        atomic.write_text(folder / "samplers.csv", _csv([*COLUMNS[:-1], *network, COLUMNS[-1]], rows))
         atomic.write_text(folder / "timesteps.csv", _csv(TIMESTEP_COLUMNS, _timestep_rows(in_float32, scorer, params)))
         if swept:
             sweep_rows = (_sweep_row(drawn, scorer, params.allow_small_n) for drawn in swept)
@@ -147,7 +148,7 @@ def _other_draws(model: Pipeline, protocol: Protocol, params: EvaluateParams) ->
     A consistency model is compared with its teacher, because the other samplers do not fit it.
     """
     from models.noise.paths import RectifiedFlow
-    from tasks.evaluation.draws import draw
+    from tasks.evaluation.draws import TEACHER, draw
 
     timesteps, flow = model.info.timesteps, isinstance(model.path, RectifiedFlow)
     if TEACHER in model.companions:
@@ -205,8 +206,8 @@ def _sweep_row(drawn: Draw, scorer: Scorer, allow_small_n: bool) -> Row:
         "guidance_scale": drawn.sampling.guidance_scale,
         "n": len(drawn.pixels),
         "note": note,
-        **(scorer.distances(drawn.pixels) if not note or allow_small_n else {}),
-        **scorer.fit_to_labels(drawn.pixels, drawn.labels),
+        **(scorer.distances(drawn.images) if not note or allow_small_n else {}),
+        **scorer.fit_to_labels(drawn.images, drawn.labels),
     }
 
 
@@ -252,17 +253,22 @@ def _rows(
     """Yield the protocol's sampler over all seed blocks, then its first images beside the other samplers'."""
     for blocks in (unguided, guided, *([drawn] for drawn in (unguided[0].first(params.n_compare), *others))):
         if blocks:
-            row = _row(blocks, scorer, params.allow_small_n)
-            yield row if params.precision == "no" else {**row, "network_precision": params.precision}
+            yield _row(blocks, scorer, params.allow_small_n)
+
+
+def _columns_of_network(model: Pipeline) -> dict[str, str]:
+    """Return how the network computes, as columns of the table of samplers: none for float32 and uncompiled."""
+    columns = {} if model.precision == "no" else {"network_precision": model.precision}
+    return columns if model.compiler is None else columns | {"network_compiled": "yes"}
 
 
 def _row(blocks: list[Draw], scorer: Scorer, allow_small_n: bool) -> Row:
     sampling, count = blocks[0].sampling, len(blocks[0].pixels)
     note = _too_few(count, scorer)
-    scores = [scorer.fit_to_labels(block.pixels, block.labels) for block in blocks]
+    scores = [scorer.fit_to_labels(block.images, block.labels) for block in blocks]
     if not note or (allow_small_n and count > 1):
         scores = [
-            {**score, **scorer.distances(block.pixels), **scorer.inception_style_score(block.pixels)}
+            {**score, **scorer.distances(block.images), **scorer.inception_style_score(block.images)}
             for score, block in zip(scores, blocks, strict=True)
         ]
     means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
@@ -327,7 +333,7 @@ def grid_of_nearest(drawn: Draw, scorer: Scorer) -> Image.Image:
 
     from models.images.pictures import grid
 
-    rows, distances = scorer.nearest_training(drawn.pixels)
+    rows, distances = scorer.nearest_training(drawn.images)
     chosen = np.argsort(distances, kind="stable")[:NEAREST]
     both = np.concatenate([drawn.pixels[chosen], scorer.train.at(rows[chosen])])
     titles = [f"{distance:.2g}" for distance in distances[chosen]]
@@ -351,6 +357,11 @@ def _print(measured: Measurements) -> None:
     if parity := measured.precision_parity:
         print(
             f"evaluate: precision {measured.precision} agrees with float32 to {parity.psnr_db:.1f} dB over {parity.n} "
+            f"images of the same seeds (worst {parity.worst_psnr_db:.1f} dB)"
+        )
+    if parity := measured.compile_parity:
+        print(
+            f"evaluate: the compiled network agrees with the uncompiled one to {parity.psnr_db:.1f} dB over {parity.n} "
             f"images of the same seeds (worst {parity.worst_psnr_db:.1f} dB)"
         )
     if control := measured.control:

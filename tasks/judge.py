@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,10 @@ from tasks.runtime.progress import progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.judges.fit import Progress
+    from models.judges.fit import Recipe
     from models.judges.judge import Judge
     from models.judges.pretrained import Extractor, PretrainedClip
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples, Split
 
 CHOICES = 10
 """Captions among which the CLIP has to find that of a held-out image, for data without a caption per class."""
@@ -33,16 +34,18 @@ def judge(images: Path, accepted: Path, folder: Path, params: JudgeParams, image
     """Train a classifier on labels and a CLIP on captions, as far as the data has them, and write them to `folder`.
 
     Features for the distances come from the classifier, else from the CLIP's image encoder, else from a self-supervised
-    encoder. Each network is tested on the held-out images. A published network named by `params.extractor` or
-    `params.clip` replaces them.
+    encoder. Each network is tested on the held-out images, at most `samples.HELD_OUT` of them. A published network
+    named by `params.extractor` or `params.clip` replaces them. Of the training images those are read that are drawn.
     """
     from models.judges.judge import save_judge
     from tasks.pictures.images import load_pixels
+    from tasks.pictures.samples import held_out_rows
     from tasks.runtime.atomic import writing_folder
 
     require_accepted(accepted)
     classes = read_index(images).classes
-    train, held_out = load_pixels(images, "train", image), load_pixels(images, "test", image)
+    train = load_pixels(images, "train", image, partial(_drawn_rows, params=params))
+    held_out = load_pixels(images, "test", image, held_out_rows).only_read()
     with writing_folder(folder) as temporary:
         extractor, clip = _place_published(temporary, params)  # before training, because a download may fail
         trained = replace(_train(train, classes, params, image), extractor=extractor, pretrained_clip=clip)
@@ -71,39 +74,70 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
         raise StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
 
 
+def _trained_rows(split: Split, params: JudgeParams) -> dict[str, np.ndarray]:
+    """Return which networks are trained, as fields of `Judge`, and the training images that each may draw, by rows."""
+    import numpy as np
+
+    trainings = {}
+    if len(np.unique(split.labels[split.labels >= 0])) > 1:
+        trainings["classifier"] = split.with_condition("label")
+    if params.clip.weights is None and _differ(texts for texts in split.captions if texts):
+        trainings["clip"] = split.with_condition("text")
+    if not trainings and params.extractor.kind == "in_domain":
+        trainings["encoder"] = split.with_condition("none")
+    return trainings
+
+
+def _differ(captions: Iterable[list[str]]) -> bool:
+    """Return whether two images have different captions."""
+    each = (sorted(texts) for texts in captions)
+    first = next(each, None)
+    return any(texts != first for texts in each)
+
+
+def _recipe(params: JudgeParams, network: str) -> Recipe:
+    from models.judges.fit import Recipe
+
+    steps = params.clip_steps if network == "clip" else params.classifier_steps
+    name = "CLIP" if network == "clip" else "feature extractor"
+    bar = partial(progress, desc=f"judge: {name}", unit="step")
+    return Recipe(steps, params.batch_size, params.seed, params.horizontal_flip, progress=bar)
+
+
+def _drawn_rows(split: Split, params: JudgeParams) -> np.ndarray:
+    """Return the training images that the trainings draw, as rows: of a large split they are some of them."""
+    import numpy as np
+
+    from models.judges.fit import drawn_rows
+
+    rows = [
+        own[drawn_rows(len(own), _recipe(params, network))] for network, own in _trained_rows(split, params).items()
+    ]
+    return np.unique(np.concatenate(rows)) if rows else np.arange(0)
+
+
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
     from torch import nn
 
     from models.device import best_device, keep_freed
     from models.judges.classifier import train_classifier
     from models.judges.clip import train_clip
-    from models.judges.fit import Recipe
     from models.judges.judge import Judge, JudgeInfo
     from models.judges.selfsupervised import train_encoder
     from models.parallel import at_once
 
     keep_freed(device := best_device())
-    flip = params.horizontal_flip
-    clip_recipe = Recipe(params.clip_steps, params.batch_size, params.seed, flip, progress=_bar("CLIP"))
-    recipe = replace(clip_recipe, steps=params.classifier_steps, progress=_bar("feature extractor"))
+    pixels = train.by_row
 
-    def classifier(on: str) -> dict[str, Any]:  # fields of Judge
-        return {"classifier": train_classifier(train.pixels, train.labels, len(classes), replace(recipe, device=on))}
+    def fields_of(network: str, on: str) -> dict[str, Any]:  # fields of Judge
+        recipe = replace(_recipe(params, network), device=on)
+        if network == "classifier":
+            return {network: train_classifier(pixels, train.labels, len(classes), recipe)}
+        if network == "clip":
+            return dict(zip((network, "tokenizer"), train_clip(pixels, train.captions, recipe), strict=True))
+        return {network: train_encoder(pixels, recipe)}
 
-    def clip(on: str) -> dict[str, Any]:
-        trained = train_clip(train.pixels, train.captions, replace(clip_recipe, device=on))
-        return dict(zip(("clip", "tokenizer"), trained, strict=True))
-
-    def encoder(on: str) -> dict[str, Any]:
-        return {"encoder": train_encoder(train.pixels, replace(recipe, device=on))}
-
-    trainings = []
-    if len(set(train.labels.tolist()) - {-1}) > 1:
-        trainings.append(classifier)
-    if params.clip.weights is None and len({tuple(sorted(texts)) for texts in train.captions if texts}) > 1:
-        trainings.append(clip)
-    if not trainings and params.extractor.kind == "in_domain":
-        trainings.append(encoder)
+    trainings = [partial(fields_of, network) for network in _trained_rows(train, params)]
     trained: dict[str, Any] = {"classifier": None, "clip": None, "tokenizer": None, "encoder": None, "device": device}
     for fields in at_once(trainings, device):
         trained |= {name: each.to(device) if isinstance(each, nn.Module) else each for name, each in fields.items()}
@@ -142,7 +176,7 @@ def _test(judge: Judge, held_out: Samples, params: JudgeParams) -> dict[str, Any
     return found
 
 
-def class_prompts(samples: Samples, classes: int) -> list[str] | None:
+def class_prompts(samples: Split, classes: int) -> list[str] | None:
     """Return the caption of each class: the most frequent one that no image of another class has.
 
     Ties are broken alphabetically. Returns None if a class has no such caption on at least half of its images: the
@@ -164,7 +198,7 @@ def class_prompts(samples: Samples, classes: int) -> list[str] | None:
 
 
 def caption_choices(
-    samples: Samples, prompts: list[str] | None, seed: int
+    samples: Split, prompts: list[str] | None, seed: int
 ) -> tuple[list[int], list[str], np.ndarray, np.ndarray]:
     """Return the test set of a CLIP: rows of N images, captions, and indices of right and wrong captions.
 
@@ -193,10 +227,6 @@ def caption_choices(
             firsts.append(number[captions[0]])
             wrong.append(np.resize(foreign, CHOICES - 1))
     return rows, texts, np.asarray(firsts, np.int64), np.asarray(wrong, np.int64)
-
-
-def _bar(what: str) -> Progress:
-    return partial(progress, desc=f"judge: {what}", unit="step")
 
 
 if __name__ == "__main__":

@@ -56,15 +56,18 @@ def visualize(
     import pandas as pd
 
     from models.device import best_device, keep_freed
+    from models.networks.precision import in_precision
     from models.pipeline import load_pipeline
     from tasks.pictures.images import load_pixels
     from tasks.report import charts, control, edits, noise_analysis, process, tables
     from tasks.report.page import Report, render
+    from tasks.runtime import precision
 
     require_accepted(accepted)
     keep_freed(device := best_device())
+    precision.check("visualize.precision", params.precision, device)
     with integrity.loading(pipeline, "afterimage.json", "train"):
-        model = load_pipeline(pipeline, device)
+        model = in_precision(load_pipeline(pipeline, device), params.precision)
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
     held_out = load_pixels(images, "test", image, process.held_out_rows)
     measured = measures.read(evaluation / measures.FILE)

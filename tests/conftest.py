@@ -142,3 +142,27 @@ def certificate(tmp_path_factory):
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     path.write_bytes(signed.public_bytes(Encoding.PEM) + private)
     return path
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two devices that compute on the CPU, with one thread each, under the names "cpu:0" and "cpu:1".
+
+    Each has copies of the networks, as GPUs have.
+    """
+    import copy
+
+    import torch
+
+    from models import parallel, pipeline
+    from models.networks import compilation
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(parallel, "devices_of", lambda device: ("cpu:0", "cpu:1") if device == "cpu" else (device,))
+    for module in (pipeline, compilation):
+        monkeypatch.setattr(
+            module, "placed", lambda network, device: network if device == "cpu" else copy.deepcopy(network)
+        )
+    yield
+    torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from models.images.pixels import from_uint8
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
-from models.judges.fit import Recipe, fit, seeded
+from models.judges.fit import Pixels, Recipe, fit, seeded
 from models.parallel import over_devices
 
 LABEL_SMOOTHING = 0.1  # spreads the features more evenly, so that distances depend less on single images
@@ -95,7 +95,7 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Te
     return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def train_classifier(pixels: np.ndarray, labels: np.ndarray, classes: int, recipe: Recipe) -> Classifier:
+def train_classifier(pixels: Pixels, labels: np.ndarray, classes: int, recipe: Recipe) -> Classifier:
     """Train on uint8 images [N, C, S, S] with int64 labels [N]; images of label -1 are ignored.
 
     Returns the network in evaluation mode.

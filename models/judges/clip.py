@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.judges.classifier import Backbone, shift_and_flip, to_input
-from models.judges.fit import Recipe, fit, seeded
+from models.judges.fit import Pixels, Recipe, fit, seeded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,7 +131,7 @@ def contrastive_loss(logits: Tensor, matches: Tensor) -> Tensor:
     return (to_text + to_image) / 2
 
 
-def train_clip(pixels: np.ndarray, captions: Sequence[Sequence[str]], recipe: Recipe) -> tuple[Clip, Tokenizer]:
+def train_clip(pixels: Pixels, captions: Sequence[Sequence[str]], recipe: Recipe) -> tuple[Clip, Tokenizer]:
     """Train on the uint8 images [N, C, S, S] that have captions; returns the model in evaluation mode."""
     distinct, own = own_captions(captions)
     tokenizer = make_tokenizer(distinct)

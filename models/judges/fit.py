@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,17 @@ PEAK_LEARNING_RATE = 3e-3
 WARM_UP = 0.2
 """Fraction of the steps with linear warm-up of the learning rate; linear decay to zero follows."""
 WEIGHT_DECAY = 0.02
+
+
+class Pixels(Protocol):
+    """Images uint8 [N, C, S, S] that a training reads by rows: an array, or what holds the rows that it draws."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (N, C, S, S)."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return the images of rows, int64 [B]: uint8 [B, C, S, S]."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,14 @@ def fit(
         optimizer.step()
         schedule.step()
     network.eval()
+
+
+def drawn_rows(count: int, recipe: Recipe) -> np.ndarray:
+    """Return which of `count` samples `fit` draws, int64 [at most steps x batch size], ascending."""
+    drawn = np.zeros(count, np.bool_)
+    for batch in itertools.islice(_rows(count, recipe.batch_size, np.random.default_rng(recipe.seed)), recipe.steps):
+        drawn[batch] = True
+    return np.flatnonzero(drawn)
 
 
 def _rows(count: int, batch_size: int, random: np.random.Generator) -> Iterator[np.ndarray]:

@@ -52,7 +52,7 @@ class JudgeInfo(Description):
     image: dict[str, int]
     """`channels` and `size` (height and width in pixels) of the images."""
     train_images: int
-    """Number of images that it was trained on."""
+    """Number of images of the training split, among which each training draws."""
     held_out_images: int = 0
     """Number of images that its accuracies were measured on."""
     features: str = ""

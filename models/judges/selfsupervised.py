@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.judges.classifier import Backbone, apply_batch, to_input
-from models.judges.fit import Recipe, fit, seeded
+from models.judges.fit import Pixels, Recipe, fit, seeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def twin_loss(projections: Tensor) -> Tensor:
     return F.cross_entropy(similarity, twins)
 
 
-def train_encoder(pixels: np.ndarray, recipe: Recipe) -> Encoder:
+def train_encoder(pixels: Pixels, recipe: Recipe) -> Encoder:
     """Train on uint8 images [N, C, S, S]; returns the encoder in evaluation mode."""
     network = seeded(lambda: Encoder(pixels.shape[1], pixels.shape[2]), recipe.seed).to(recipe.device)
 
@@ -78,7 +78,7 @@ def train_encoder(pixels: np.ndarray, recipe: Recipe) -> Encoder:
         views = torch.cat([view(images, generator, recipe.flip), view(images, generator, recipe.flip)])
         return twin_loss(network(views.to(recipe.device)))
 
-    fit(network, loss, len(pixels), recipe)
+    fit(network, loss, pixels.shape[0], recipe)
     return network
 
 

@@ -29,8 +29,9 @@ KINDS = ("AutoencoderKL", "AutoencoderTiny")
 APPLY_BATCH = 16
 CHUNK_PIXELS = 8 * 512 * 512
 """Most pixels that pass through the autoencoder at once, unless the caller says how many images."""
-ENCODE_MAPS = 8
-"""Feature maps of full resolution and of the first width that encoding holds at a time, at most."""
+ENCODE_MAPS, DECODE_MAPS = 8, 10
+"""Feature maps of full resolution and of the first width that encoding and decoding hold at a time, at most: 5 and 6
+float32 maps, and room for the workspace of convolutions."""
 MEMORY_SHARE = 0.4
 MOST_AT_ONCE = 256
 """Limits of `images_at_once`: the share of a device's memory, and a number of images."""
@@ -55,8 +56,7 @@ def encode(
     size = at_once or max(1, CHUNK_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
     for chunk in _chunks(pixels, size):
         images = from_uint8(torch.from_numpy(np.ascontiguousarray(chunk)).to(network.device))
-        lower = torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), lower:
+        with torch.inference_mode(), _autocast(network, precision):
             encoded = network.encode(images.to(network.dtype))
         if hasattr(encoded, "latents"):
             mean = encoded.latents.float() * factor
@@ -68,13 +68,25 @@ def encode(
     return _joined(means), _joined(deviations)
 
 
-def decode(network: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents, float [B, k, s, s], to images of the same dtype [B, C, S, S], about [-1, 1]."""
-    with torch.inference_mode():
+def decode(network: Autoencoder, latents: Tensor, precision: str = "no", memory: int | None = None) -> Tensor:
+    """Decode scaled latents, float [B, k, s, s], to images of the same dtype [B, C, S, S], about [-1, 1].
+
+    Args:
+        network: the autoencoder.
+        latents: the latents.
+        precision: that of `encode`; another one than "bf16" is float32, because float16 overflows.
+        memory: bytes of the device, by which as many images are decoded at once as `images_at_once` returns; None
+            takes at most `CHUNK_PIXELS`.
+    """
+    pixels = downscale_factor(network) ** 2 * latents.shape[-1] * latents.shape[-2]
+    size = max(1, CHUNK_PIXELS // pixels) if memory is None else images_at_once(network, pixels, memory, DECODE_MAPS)
+    with torch.inference_mode(), _autocast(network, precision):
         scaled = (latents / network.config.scaling_factor).to(network.device, network.dtype)
-        pixels = downscale_factor(network) ** 2 * latents.shape[-1] * latents.shape[-2]
-        chunks = _chunks(scaled, max(1, CHUNK_PIXELS // pixels))
-        return _joined([network.decode(chunk).sample.to(latents.dtype) for chunk in chunks])
+        return _joined([network.decode(chunk).sample.to(latents.dtype) for chunk in _chunks(scaled, size)])
+
+
+def _autocast(network: Autoencoder, precision: str) -> torch.autocast:
+    return torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def downscale_factor(network: Autoencoder) -> int:
@@ -83,14 +95,15 @@ def downscale_factor(network: Autoencoder) -> int:
     return int(2 ** (len(widths) - 1))
 
 
-def images_at_once(network: Autoencoder, pixels: int, memory: int) -> int:
+def images_at_once(network: Autoencoder, pixels: int, memory: int, maps: int = ENCODE_MAPS) -> int:
     """Return how many images of `pixels` pixels each a device of `memory` bytes encodes at once: a power of two.
 
-    The estimate of `ENCODE_MAPS` feature maps in float32 may fill `MEMORY_SHARE` of the memory. It depends on the size
-    of the device and not on what is free, so that the same machine computes the same batches again.
+    The estimate of `maps` feature maps in float32 (`DECODE_MAPS` for decoding) may fill `MEMORY_SHARE` of the memory.
+    It depends on the size of the device and not on what is free, so that the same machine computes the same batches
+    again.
     """
     widths = getattr(network.config, "block_out_channels", None) or network.config.encoder_block_out_channels
-    needed = ENCODE_MAPS * widths[0] * torch.float32.itemsize * pixels
+    needed = maps * widths[0] * torch.float32.itemsize * pixels
     fitting = max(1, min(MOST_AT_ONCE, int(MEMORY_SHARE * memory) // needed))
     return 1 << (fitting.bit_length() - 1)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from models.networks.compilation import in_whole_batches
 from models.networks.precision import predictor
 
 if TYPE_CHECKING:
@@ -27,22 +28,31 @@ class Joined:
     """`joined(x, t, condition, null)` returns the outputs with both conditions, from one call where memory allows it.
 
     After a call for which the memory does not suffice, the outputs for as large an x come from two calls, as long as
-    `owner` exists: the network without its ControlNet. `context` and `control` are those of `predictor`.
+    `owner` exists: the network without its ControlNet. `context` and `control` are those of `predictor`, and `rows` is
+    that of `in_whole_batches`.
     """
 
     def __init__(
-        self, network: nn.Module, context: Tensor | None, control: Tensor | None, precision: str, owner: nn.Module
+        self,
+        network: nn.Module,
+        context: Tensor | None,
+        control: Tensor | None,
+        precision: str,
+        owner: nn.Module,
+        rows: int | None = None,
     ) -> None:
-        self.at_once = predictor(network, _twice(context), _twice(control), precision)
-        self.separate = predictor(network, context, control, precision)
-        self.owner = owner
+        both = in_whole_batches(network, None if rows is None else 2 * rows)
+        self.at_once = predictor(both, _twice(context), _twice(control), precision)
+        self.separate = predictor(in_whole_batches(network, rows), context, control, precision)
+        self.owner, self.rows = owner, rows
 
     def __call__(self, x: Tensor, t: float, condition: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-        if x.numel() < _TOO_LARGE.get(self.owner, math.inf):
+        values = x.numel() if self.rows is None else x[0].numel() * self.rows
+        if values < _TOO_LARGE.get(self.owner, math.inf):
             try:
                 first, second = self.at_once(torch.cat([x, x]), t, torch.cat([condition, null])).chunk(2)
             except torch.OutOfMemoryError:
-                _TOO_LARGE[self.owner] = x.numel()  # what the failed call holds is released after this block
+                _TOO_LARGE[self.owner] = values  # what the failed call holds is released after this block
             else:
                 return first, second
         return self.separate(x, t, condition), self.separate(x, t, null)

@@ -103,7 +103,7 @@ def under_all_names(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
     return {name: weights[owner] if name == owner else weights[owner].clone() for name, owner in owners.items()}
 
 
-def predictor(network: nn.Module, context: Tensor | None = None, control: Tensor | None = None) -> Predict:
+def predictor(network: Callable[..., Tensor], context: Tensor | None = None, control: Tensor | None = None) -> Predict:
     """Return the `predict(x, t, condition)` that `samplers.denoiser` takes: one timestep for the whole batch.
 
     An int becomes int64 [B], as on a diffusion path, and a float float32 [B], as on a rectified flow. `context` [B, M,

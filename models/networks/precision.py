@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from models.networks.network import predictor as network_predictor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from models.networks.network import Predict
     from models.pipeline import Pipeline
 
@@ -23,7 +25,9 @@ LAYERS = (nn.Linear, nn.Conv2d)
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 
-def predictor(network: nn.Module, context: Tensor | None, control: Tensor | None, precision: str) -> Predict:
+def predictor(
+    network: Callable[..., Tensor], context: Tensor | None, control: Tensor | None, precision: str
+) -> Predict:
     """Return the `predict` of `network.predictor` for a network that computes in `precision`; its output is float32."""
     predict = network_predictor(network, context, control)
     if precision == "no":
@@ -53,7 +57,8 @@ def lowered(network: AnyNetwork, precision: str) -> AnyNetwork:
 def in_precision(pipeline: Pipeline, precision: str) -> Pipeline:
     """Return the pipeline with the network that draws, its companions and its ControlNet in `precision`.
 
-    Autoencoder and text encoder keep their precision. "no" returns the same pipeline.
+    The weights of autoencoder and text encoder stay as they are; with "bf16" the pipeline decodes in bfloat16. "no"
+    returns the same pipeline.
     """
     if precision == pipeline.precision:
         return pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from tasks.runtime.progress import progress
 if TYPE_CHECKING:
     from models.networks.autoencoder import Autoencoder
     from tasks.params import AutoencoderParams, CodecParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples
 
 SCALING_IMAGES = 1024
 """Training images over which the mean and standard deviation of the latents are measured."""
@@ -85,9 +86,14 @@ def _train(train: Samples, params: CodecParams) -> Autoencoder:
         edge_weight=section.edge_weight,
         kl_weight=section.kl_weight,
     )
+    return training.train_autoencoder(train.by_row, config, replace(recipe(params), device=best_device()))
+
+
+def recipe(params: CodecParams) -> Recipe:
+    """Return how the autoencoder is trained, on the CPU."""
+    section = params.autoencoder
     bar = partial(progress, desc="codec: autoencoder", unit="step")
-    recipe = Recipe(section.steps, section.batch_size, params.seed, section.horizontal_flip, best_device(), bar)
-    return training.train_autoencoder(train.pixels, config, recipe)
+    return Recipe(section.steps, section.batch_size, params.seed, section.horizontal_flip, progress=bar)
 
 
 def _download(params: AutoencoderParams) -> Autoencoder:

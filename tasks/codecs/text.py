@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +23,14 @@ from models.networks.text_encoder import (
 from models.text_training import TextConfig, Towers, projected, retrieval_accuracy, train_text_encoder
 from tasks.codecs.autoencoder import rounded
 from tasks.formats.codec_info import TextInfo
+from tasks.pictures.samples import held_out_rows
 from tasks.pretrained import weights
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from tasks.params import CodecParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples
 
 PROMPTS = 64
 """Captions of held-out images that serve as sample prompts of a data set without classes."""
@@ -66,26 +68,34 @@ def _train(train: Samples, held_out: Samples, params: CodecParams, quality: dict
 
     The second keeps its projection into the space shared with images, which makes the pooled embedding.
     """
-    encoder, pair = _train_tower(train, params, params.text.width, params.seed)
+    first, *further = recipes(params)
+    encoder, pair = _train_tower(train, params, params.text.width, first)
     quality |= _retrieval(pair, encoder, held_out, params.seed, "text")
     if params.text.second_width is None:
         return encoder
-    second, pair = _train_tower(train, params, params.text.second_width, params.seed + 1)
+    second, pair = _train_tower(train, params, params.text.second_width, further[0])
     quality |= _retrieval(pair, second, held_out, params.seed, "second_text")
     return PairedEncoder(encoder, projected(second, pair))
 
 
-def _train_tower(train: Samples, params: CodecParams, width: int, seed: int) -> tuple[TextEncoder, Towers]:
-    config = TextConfig(width, params.text.layers, params.text.length, params.text.words)
+def recipes(params: CodecParams) -> list[Recipe]:
+    """Return how each text encoder is trained, on the CPU: one, or with `second_width` two with different seeds."""
     bar = partial(progress, desc="codec: text encoder", unit="step")
-    recipe = Recipe(params.text.steps, seed=seed, device=best_device(), progress=bar)
-    return train_text_encoder(train.pixels, train.captions, config, recipe)
+    first = Recipe(params.text.steps, seed=params.seed, progress=bar)
+    return [first] if params.text.second_width is None else [first, replace(first, seed=params.seed + 1)]
+
+
+def _train_tower(train: Samples, params: CodecParams, width: int, recipe: Recipe) -> tuple[TextEncoder, Towers]:
+    config = TextConfig(width, params.text.layers, params.text.length, params.text.words)
+    return train_text_encoder(train.by_row, train.captions, config, replace(recipe, device=best_device()))
 
 
 def _retrieval(pair: Towers, encoder: TextEncoder, held_out: Samples, seed: int, name: str) -> dict[str, float]:
     """Measure how often the encoder finds the caption of a held-out image; empty if all captions are equal."""
+    rows = held_out_rows(held_out)
+    captions = [held_out.captions[row] for row in rows.tolist()]
     try:
-        accuracy, offered = retrieval_accuracy(pair, encoder, held_out.pixels, held_out.captions, seed)
+        accuracy, offered = retrieval_accuracy(pair, encoder, held_out.at(rows), captions, seed)
     except ValueError:
         return {}
     return {f"{name}_retrieval_accuracy": rounded(accuracy), f"{name}_retrieval_chance": rounded(1 / offered)}

@@ -27,6 +27,7 @@ class Options:
     guidance: float | None = None
     guidance_interval: Sequence[float] | None = None
     guidance_kind: str | None = None
+    precision: str | None = None
     lora: Sequence[str] | None = None
     image: Path | None = None
     strength: float | None = None
@@ -111,6 +112,9 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale; 1 disables it")
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with it")
     group.add_argument("--guidance-kind", metavar="KIND", help="classifier_free, or auto for a model with a guide")
+    group.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), help="of the network; no is float32, the default; fp16 on a GPU"
+    )
     group.add_argument("--lora", action="append", metavar="FOLDER:WEIGHT", help="merge a LoRA adapter; may be repeated")
 
 

@@ -84,6 +84,7 @@ def settings_of(options: Options, like: Settings | None, found: Place, info: Pip
         "guidance": base.guidance if options.guidance is None else options.guidance,
         "guidance_interval": interval,
         "guidance_kind": options.guidance_kind or base.guidance_kind,
+        "precision": options.precision or base.precision,
     }
     settings = Settings.model_validate(chosen | _beginning(options, base))
     if (count := len(settings.seeds) * max(1, len(labels), len(prompts))) > MAX_IMAGES:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.device import best_device
+from models.networks.precision import in_precision
 from models.parallel import LEAST_IMAGES
 from models.request import draw
 from tasks.drawing import adapters, output, place, plan
 from tasks.drawing.options import MODEL, Options
 from tasks.drawing.painter import Painter
 from tasks.drawing.settings import read_settings
+from tasks.runtime import precision
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
@@ -49,7 +51,9 @@ def run(options: Options) -> None:
     try:
         settings = plan.settings_of(options, like, found, pipeline.info).model_copy(update={"lora": loras})
         planned = plan.prepare(settings, pipeline.info, options.scale)  # before adapters are merged, which takes time
+        precision.check("--precision", settings.precision, pipeline.device)
         adapters.merge(pipeline, loras)
+        pipeline = in_precision(pipeline, settings.precision)
         if output.is_animation(out):
             output.write_animation(out, _frames(pipeline, planned), planned.layout)
         else:

@@ -57,6 +57,7 @@ class Settings(BaseModel):
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     guidance_kind: str = "classifier_free"
+    precision: Literal["no", "bf16", "fp16"] = "no"
     lora: tuple[Adapter, ...] = ()
     image: File | None = None
     strength: float | None = None

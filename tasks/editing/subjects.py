@@ -9,6 +9,7 @@ import numpy as np
 
 from tasks.params import ImageParams
 from tasks.pictures.images import load_pixels
+from tasks.pictures.samples import held_out_rows
 from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from models.judges.judge import Judge
     from models.pipeline import Pipeline
     from tasks.params import EditParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples, Split
 
 TRAINING_IMAGES = 1024
 """Training images among which the one to copy from is searched, at most."""
@@ -55,15 +56,18 @@ class Subjects:
 def choose(images: Path, model: Pipeline, params: EditParams) -> Subjects:
     """Choose the images: spread over the held-out split, and at most half of it.
 
+    Of more than `HELD_OUT` held-out images the rest is not read.
+
     Raises:
         StageError: if there are too few held-out images with the condition that the model needs.
     """
     shape = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})
 
-    def kept(labels: np.ndarray) -> np.ndarray:
-        return np.sort(np.random.default_rng(params.seed).permutation(len(labels))[:TRAINING_IMAGES])
+    def kept(split: Split) -> np.ndarray:
+        return np.sort(np.random.default_rng(params.seed).permutation(len(split.keys))[:TRAINING_IMAGES])
 
-    held_out, train = load_pixels(images, "test", shape), load_pixels(images, "train", shape, kept)
+    held_out = load_pixels(images, "test", shape, held_out_rows).only_read()
+    train = load_pixels(images, "train", shape, kept)
     known = held_out.with_condition(model.info.conditioning)
     count = min(params.n_images, len(known) // 2)
     if count < 2:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.device import devices_of
 from models.images.pixels import to_uint8
+from tasks.evaluation.extraction import Images, Part
 from tasks.evaluation.protocol import require_pipeline
 from tasks.runtime.measures import draw_name
 from tasks.runtime.progress import progress
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from models.pipeline import Pipeline
     from tasks.evaluation.protocol import Protocol
 
+TEACHER = "teacher"
+"""Companion with the weights before consistency tuning."""
 BLOCK_STRIDE = 1_000_000
 """Distance between the first seeds of two seed blocks."""
 
@@ -30,12 +34,24 @@ class Draw:
     sampling: Sampling
     labels: list[int] | None
     """Requested class of each image; None for an unconditional model."""
-    pixels: np.ndarray
-    """uint8 [N, C, S, S]."""
+    drawn: np.ndarray
+    """All images that were drawn together, uint8 [M, C, S, S]."""
     seconds: float
-    """Wall time for all images."""
+    """Wall time for the N images."""
     weights: str = ""
     """Name of the companion that was drawn from; empty for the pipeline's own weights."""
+    count: int | None = None
+    """N, if only the first ones of `drawn` belong to this draw, see `first`."""
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 [N, C, S, S], a view."""
+        return self.drawn[: self.count]
+
+    @property
+    def images(self) -> Images:
+        """The images as rows of `drawn`, so that what is known of them is not computed again."""
+        return Images.of(self.drawn, np.arange(len(self.pixels)))
 
     @property
     def name(self) -> str:
@@ -44,14 +60,34 @@ class Draw:
 
     def first(self, count: int) -> Draw:
         """Return the images of the first `count` seeds, with their share of the time."""
-        share = count / max(count, len(self.pixels))
+        known = len(self.pixels)
+        share = count / max(count, known)
         labels = self.labels[:count] if self.labels is not None else None
-        return replace(self, labels=labels, pixels=self.pixels[:count], seconds=self.seconds * share)
+        return replace(self, labels=labels, count=min(count, known), seconds=self.seconds * share)
 
 
 def _name(sampling: Sampling, weights: str) -> str:
     name = draw_name(sampling.sampler, sampling.steps, sampling.guidance_scale, sampling.eta, sampling.guidance)
     return f"{weights}: {name}" if weights else name
+
+
+def compile_first(pipeline: Pipeline, protocol: Protocol) -> None:
+    """Draw images with each network and kind of guidance in one step, so that no draw is timed while it compiles.
+
+    There is one batch for each device. Nothing is drawn if the networks are not compiled.
+    """
+    if pipeline.compiler is None:
+        return
+    measurement, size = protocol.measurement, protocol.batch_size
+    seeds = range(size * (len(devices_of(pipeline.device)) - 1) + 1)
+    labels = None if measurement.labels is None else [0] * len(seeds)
+    plain = replace(protocol.unguided, steps=1, guidance_interval=None)
+    guided = [replace(plain, guidance_scale=2.0, guidance="auto")] if "guide" in pipeline.companions else []
+    guided += [replace(plain, guidance_scale=2.0)] if labels is not None else []
+    for sampling in (plain, *guided):
+        pipeline.sample(seeds, labels, sampling, batch_size=size)
+    if teacher := pipeline.companions.get(TEACHER):
+        replace(pipeline, network=teacher).sample(seeds, labels, plain, batch_size=size)
 
 
 def draw_blocks(pipeline: Pipeline, protocol: Protocol) -> tuple[list[Draw], list[Draw]]:
@@ -95,9 +131,9 @@ def draw(
     return Draw(sampling, labels, to_uint8(images), time.perf_counter() - started, weights)
 
 
-def of_class(draws: Sequence[Draw], label: int) -> np.ndarray:
-    """Return the images of all draws with this requested class, uint8 [N, C, S, S]."""
-    return np.concatenate([draw.pixels[np.asarray(draw.labels) == label] for draw in draws])
+def of_class(draws: Sequence[Draw], label: int) -> Images:
+    """Return the images of all draws with this requested class."""
+    return Images(tuple(Part(draw.drawn, np.flatnonzero(np.asarray(draw.labels) == label)) for draw in draws))
 
 
 def balanced_labels(count: int, classes: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 `evaluate` declares a protocol and stores it as `protocol.json`; `register` measures a champion by the same one. A
 `Measurement` holds what two numbers must have in common to be comparable, and its SHA-256 is the fingerprint. Sampler,
-steps, eta, kind and scale of the guidance, and precision are not part of it: numbers drawn with different settings may
-be compared.
+steps, eta, kind and scale of the guidance, precision and compilation are not part of it: numbers drawn with different
+settings may be compared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from models.noise.samplers import DEFAULT_SAMPLING, Sampling
-from tasks.pictures.index import read_index
+from tasks.pictures import samples
+from tasks.pictures.index import ImageIndex, read_index
 from tasks.runtime import atomic, integrity
 from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.json_files import JsonObject
     from models.judges.judge import Judge
+    from models.networks.compilation import Setting
     from models.pipeline import Pipeline
     from tasks.params import EvaluateParams, Headline
 
@@ -42,10 +44,15 @@ class Reference:
     """The held-out images that samples are compared with."""
 
     images: int
-    """Their number."""
+    """Their number: all, or `samples.HELD_OUT` of them, chosen by `samples.held_out_rows`."""
     sha256: str
     """Content hash of the data set."""
     split: str = "test"
+
+    @classmethod
+    def of(cls, index: ImageIndex) -> Reference:
+        """Return the reference of a data set."""
+        return cls(min(index.splits["test"], samples.HELD_OUT), index.sha256)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class Protocol:
     batch_size: int
     precision: str = "no"
     """Precision of the network that draws, see `models/networks/precision.py`; written unless it is "no"."""
+    compile: Setting = False
+    """Whether that network is compiled, see `models/networks/compilation.py`; written unless it is false."""
 
     @property
     def fingerprint(self) -> str:
@@ -143,6 +152,7 @@ class Protocol:
             "guidance": self.guided.guidance if self.guided else None,
             "batch_size": self.batch_size,
             **({"precision": self.precision} if self.precision != "no" else {}),
+            **({"compile": self.compile} if self.compile else {}),
         }
 
     @classmethod
@@ -164,6 +174,7 @@ class Protocol:
             else replace(unguided, guidance_scale=scales["guided"], guidance=values["guidance"]),
             batch_size=values["batch_size"],
             precision=values.get("precision", "no"),
+            compile=values.get("compile", False),
         )
 
     def write(self, file: Path) -> None:
@@ -195,7 +206,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         n_accuracy=params.n_accuracy,
         seed=params.seed,
         seed_blocks=params.seed_blocks,
-        reference=Reference(index.splits["test"], index.sha256),
+        reference=Reference.of(index),
         judge=judge.info.hashes,
         extractor=judge.kind,
         feature_dim=judge.info.feature_dim,
@@ -213,6 +224,7 @@ def declare(pipeline: Pipeline, images: Path, judge: Judge, params: EvaluatePara
         guided=params.sampling if conditional or params.guidance_scale != UNGUIDED else None,
         batch_size=params.batch_size,
         precision=params.precision,
+        compile=params.compile,
     )
 
 
@@ -250,5 +262,5 @@ def require_judge(images: Path, judge: Judge, measurement: Measurement) -> None:
     """
     if judge.info.hashes != measurement.judge:
         raise NotComparableError("the judge is not the one of the protocol; run 'dvc repro judge evaluate'")
-    if read_index(images).sha256 != measurement.reference.sha256:
+    if Reference.of(read_index(images)) != measurement.reference:
         raise NotComparableError("the images are not those of the protocol; run 'dvc repro evaluate'")

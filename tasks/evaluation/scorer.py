@@ -7,35 +7,32 @@ the floor is the distance of training images in place of the samples.
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from models.judges import metrics
 from models.networks.control_maps import maps_of
 from tasks.evaluation.draws import balanced_labels
+from tasks.evaluation.extraction import Extraction, Images
 from tasks.evaluation.protocol import Protocol, require_judge
 from tasks.params import IMAGES_PER_DIMENSION, ImageParams
 from tasks.pictures import decoding
 from tasks.pictures.images import load_pixels, map_hashes, read_maps
+from tasks.pictures.samples import held_out_rows
 from tasks.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from models.judges.judge import Judge
     from models.networks.control_maps import ControlSpec
+    from tasks.pictures.samples import Split
 
-FEATURE_BATCH = 500
-"""Training images that are in memory at a time, at most, while their features are computed."""
 SEARCHED = 20_000
 """Training images among which near copies are searched for, at most."""
 COPY_QUANTILE = 0.01
 """A sample is a near copy if it is nearer to a training image than this share of the held-out images."""
-
-
-Result = TypeVar("Result")
 
 
 class Neighbourhood(NamedTuple):
@@ -50,9 +47,9 @@ class Neighbourhood(NamedTuple):
 
 
 class Scorer:
-    """A judge with the real images that it compares samples with. Images are uint8 [N, C, S, S].
+    """A judge with the real images that it compares samples with.
 
-    Features, logits and distances of an array are computed once, so it must not change afterwards.
+    Each image is passed through each network of the judge once, and distances of the same images are computed once.
 
     Raises:
         NotComparableError: if judge or data set are not those of the protocol.
@@ -65,11 +62,11 @@ class Scorer:
             {"resolution": measurement.image["size"], "channels": measurement.image["channels"]}
         )
         self.judge, self.images = judge, images
-        self._known: dict[tuple[str, int], tuple[weakref.ref[np.ndarray], Any]] = {}
+        self._extraction = Extraction()
         self.measurement = measurement
-        self.held_out = load_pixels(images, "test", shape)
+        self.held_out = load_pixels(images, "test", shape, held_out_rows).only_read()
         self.train = load_pixels(images, "train", shape, self._needed)
-        self.reference = judge.features(self.held_out.pixels)
+        self.reference = self._features(Images.of(self.held_out.pixels))
         prompts = measurement.prompts
         self.prompts = judge.clip_text_embeds(prompts) if judge.reads_captions and prompts else None
 
@@ -78,29 +75,23 @@ class Scorer:
         """D of the features."""
         return int(self.reference.shape[1])
 
-    def _once(self, name: str, function: Callable[[np.ndarray], Result], pixels: np.ndarray) -> Result:
-        """Return `function(pixels)`, computed at the first call for this array; the array itself is not kept."""
-        known = self._known.get((name, id(pixels)))
-        if known is None or known[0]() is not pixels:  # a new array may have the id of one that is gone
-            known = self._known[name, id(pixels)] = weakref.ref(pixels), function(pixels)
-        result: Result = known[1]
-        return result
+    def _features(self, images: Images) -> np.ndarray:
+        return self._extraction.output("features", self.judge.features, images)
 
-    def _features(self, pixels: np.ndarray) -> np.ndarray:
-        return self._once("features", self.judge.features, pixels)
+    def _embeds(self, images: Images) -> np.ndarray:
+        return self._extraction.output("embeds", self.judge.clip_image_embeds, images)
 
-    def _class_logits(self, pixels: np.ndarray) -> np.ndarray:
-        judge = self.judge
-        if judge.kind != "classifier":
-            return self._once("class logits", judge.class_logits, pixels)
-        return self._once("class logits", lambda images: judge.class_logits_of(self._features(images)), pixels)
+    def _class_logits(self, images: Images) -> np.ndarray:
+        if self.judge.kind == "classifier":
+            return self.judge.class_logits_of(self._features(images))
+        return self._extraction.output("class logits", self.judge.class_logits, images)
 
-    def distances(self, pixels: np.ndarray) -> dict[str, float]:
+    def distances(self, images: Images) -> dict[str, float]:
         """Return the distances of images to the held-out split, and the Inception score if the extractor has one."""
-        return dict(self._once("distances", self._distances, pixels))
+        return dict(self._extraction.once("distances", self._distances, images))
 
-    def _distances(self, pixels: np.ndarray) -> dict[str, float]:
-        features = self._features(pixels)
+    def _distances(self, images: Images) -> dict[str, float]:
+        features = self._features(images)
         precision, recall = metrics.precision_recall(features, self.reference)
         found = {
             "frechet_distance": metrics.frechet_distance(features, self.reference),
@@ -114,9 +105,9 @@ class Scorer:
             found["inception_score"] = metrics.inception_style_score(extractor.class_logits(features))
         return found
 
-    def _needed(self, labels: np.ndarray) -> np.ndarray:
+    def _needed(self, split: Split) -> np.ndarray:
         """Return the training images that are compared with, as rows; of a small split that is all of them."""
-        measurement = self.measurement
+        labels, measurement = split.labels, self.measurement
         classes = measurement.labels or []
         most = -(-measurement.n_distance // max(1, len(classes))) * measurement.seed_blocks
         of_classes = [np.flatnonzero(labels == label)[:most] for label in range(len(classes))]
@@ -131,23 +122,25 @@ class Scorer:
     def searched(self) -> Neighbourhood:
         """The training images among which near copies are searched for."""
         rows = self._searched_rows(len(self.train.keys))
-        features = self._training_features(rows)
+        features = self._features(self._training(rows))
         distances = metrics.nearest(self.reference, features)[1]
         return Neighbourhood(rows, features, float(np.quantile(distances, COPY_QUANTILE)))
 
-    def _training_features(self, rows: np.ndarray) -> np.ndarray:
-        """Return the features of training images, float32 [n, D], computed in parts to bound the memory."""
-        parts = (rows[start : start + FEATURE_BATCH] for start in range(0, len(rows), FEATURE_BATCH))
-        return np.concatenate([self.judge.features(self.train.at(part)) for part in parts])
+    def _training(self, rows: np.ndarray) -> Images:
+        """Return training images by their rows in the split."""
+        return Images.of(self.train.pixels, self.train.places(rows))
 
-    def nearest_training(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def nearest_training(self, images: Images) -> tuple[np.ndarray, np.ndarray]:
         """Return the training image nearest to each image by features: index int64 [N], distance float64 [N]."""
-        index, distances = metrics.nearest(self._features(pixels), self.searched.features)
+        return self._extraction.once("nearest", self._nearest_training, images)
+
+    def _nearest_training(self, images: Images) -> tuple[np.ndarray, np.ndarray]:
+        index, distances = metrics.nearest(self._features(images), self.searched.features)
         return self.searched.rows[index], distances
 
-    def near_copies(self, pixels: np.ndarray) -> dict[str, float]:
+    def near_copies(self, images: Images) -> dict[str, float]:
         """Return the share of images that are near copies of a training image."""
-        return {"near_copies": float((self.nearest_training(pixels)[1] < self.searched.threshold).mean())}
+        return {"near_copies": float((self.nearest_training(images)[1] < self.searched.threshold).mean())}
 
     def small_n(self) -> str | None:
         """Return why the distances are unreliable: too few images on a side for the features' dimension; else None."""
@@ -160,12 +153,12 @@ class Scorer:
             f"{needed} of each"
         )
 
-    def stand_ins(self, block: int) -> np.ndarray:
+    def stand_ins(self, block: int) -> Images:
         """Return training images for the floor: as many as a seed block draws, of the same classes, without repeats.
 
         There are fewer if the training split has fewer.
         """
-        return self.train.at(self._stand_in_rows(block, self.train.labels))
+        return self._training(self._stand_in_rows(block, self.train.labels))
 
     def _stand_in_rows(self, block: int, train_labels: np.ndarray) -> np.ndarray:
         count, classes = self.measurement.n_distance, self.measurement.labels
@@ -221,27 +214,27 @@ class Scorer:
         }
         return np.stack([maps[key] for key in keys])
 
-    def class_distance(self, pixels: np.ndarray, label: int) -> dict[str, float]:
+    def class_distance(self, images: Images, label: int) -> dict[str, float]:
         """Return the KID of images to the held-out images of a class, and its floor; empty with fewer than two images.
 
         KID is the only distance that is reliable for so few images.
         """
         reference = self.reference[self.held_out.labels == label]
-        stand_ins = self.train.at(np.flatnonzero(self.train.labels == label)[: len(pixels)])
-        if min(len(reference), len(pixels), len(stand_ins)) < 2:
+        stand_ins = self._training(np.flatnonzero(self.train.labels == label)[: len(images)])
+        if min(len(reference), len(images), len(stand_ins)) < 2:
             return {}
         return {
-            name: metrics.squared_mmd(self.judge.features(images), reference)
-            for name, images in (("kid", pixels), ("kid_floor", stand_ins))
+            name: metrics.squared_mmd(self._features(compared), reference)
+            for name, compared in (("kid", images), ("kid_floor", stand_ins))
         }
 
-    def inception_style_score(self, pixels: np.ndarray) -> dict[str, float]:
+    def inception_style_score(self, images: Images) -> dict[str, float]:
         """Return the Inception score by the judge's own classifier; empty without one."""
         if self.judge.classifier is None:
             return {}
-        return {"inception_style_score": metrics.inception_style_score(self._class_logits(pixels))}
+        return {"inception_style_score": metrics.inception_style_score(self._class_logits(images))}
 
-    def fit_to_labels(self, pixels: np.ndarray, labels: Sequence[int] | None) -> dict[str, float]:
+    def fit_to_labels(self, images: Images, labels: Sequence[int] | None) -> dict[str, float]:
         """Return label accuracy and CLIP score of images with these requested classes, as far as the judge has them.
 
         Images with label -1 are left out.
@@ -252,18 +245,17 @@ class Scorer:
         known = np.asarray(labels) >= 0
         wanted = np.asarray(labels)[known]
         if self.judge.classifier is not None:
-            scores["label_accuracy"] = metrics.accuracy(self._class_logits(pixels)[known], wanted)
+            scores["label_accuracy"] = metrics.accuracy(self._class_logits(images)[known], wanted)
         if self.prompts is not None:
-            embeds = self._once("embeds", self.judge.clip_image_embeds, pixels)[known]
-            scores["clip_score"] = metrics.clip_score(embeds, self.prompts[wanted])
+            scores["clip_score"] = metrics.clip_score(self._embeds(images)[known], self.prompts[wanted])
         return scores
 
     def real(self) -> dict[str, float]:
         """Return the scores of the held-out images, the reference of the samples' scores."""
-        known = self.held_out.labels >= 0
-        scores = self.inception_style_score(self.held_out.pixels) | {"near_copies": COPY_QUANTILE}
-        if known.any():
-            scores |= self.fit_to_labels(self.held_out.pixels, self.held_out.labels.tolist())
+        held_out = Images.of(self.held_out.pixels)
+        scores = self.inception_style_score(held_out) | {"near_copies": COPY_QUANTILE}
+        if self.has_labels:
+            scores |= self.fit_to_labels(held_out, self.held_out.labels.tolist())
         elif self.prompts is not None:
             scores |= self._fit_to_own_captions()
         return scores
@@ -272,5 +264,5 @@ class Scorer:
         """Return the CLIP score of the held-out images with their first captions, for data without labels."""
         captioned = [row for row, captions in enumerate(self.held_out.captions) if captions]
         texts = self.judge.clip_text_embeds([self.held_out.captions[row][0] for row in captioned])
-        embeds = self.judge.clip_image_embeds(self.held_out.pixels)[captioned]
+        embeds = self._embeds(Images.of(self.held_out.pixels))[captioned]
         return {"clip_score": metrics.clip_score(embeds, texts)}

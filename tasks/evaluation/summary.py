@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.images.pictures import decibel, squared_errors
+from models.networks import compilation
 from models.networks.precision import in_precision
 from tasks.evaluation.control import measure_control
 from tasks.evaluation.draws import Draw, balanced_labels, draw_blocks
@@ -34,28 +36,54 @@ def measure(pipeline: Pipeline, images: Path, judge: Judge, protocol: Protocol) 
     """
     scorer = Scorer(images, judge, protocol)
     pipeline = in_precision(pipeline, protocol.precision)
+    if compilation.wanted(protocol.compile):
+        pipeline = compilation.compiled_pipeline(pipeline)
     controlled = measure_control(pipeline, scorer, protocol)
     control = controlled.measured if controlled else None
-    return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control)
+    parity = Parity(compiled=pipeline.compiler is not None)
+    return summarise(*draw_blocks(pipeline, protocol), scorer, protocol, control, parity)
 
 
-def measure_parity(in_float32: Pipeline, lower: Pipeline, protocol: Protocol) -> PrecisionMeasured | None:
-    """Compare a network in a lower precision with float32; None if there is only float32.
+@dataclass(frozen=True)
+class Parity:
+    """How far the network that draws is from those that should draw the same images."""
 
-    Both draw the first images of the first seed block, with the protocol's guidance if it has any.
+    compiled: bool = False
+    """Whether it is compiled."""
+    with_float32: PrecisionMeasured | None = None
+    """None for float32, and where it was not measured."""
+    with_uncompiled: PrecisionMeasured | None = None
+    """In the same precision; None for an uncompiled network, and where it was not measured."""
+
+
+def measure_parity(in_float32: Pipeline, uncompiled: Pipeline, drawing: Pipeline, protocol: Protocol) -> Parity:
+    """Compare the pipeline `drawing` with float32, and with an uncompiled network in the same precision.
+
+    Each draws the first images of the first seed block, with the protocol's guidance if it has any.
     """
-    if lower.precision == "no":
-        return None
     measurement = protocol.measurement
     seeds = range(measurement.seed, measurement.seed + PARITY_IMAGES)
     labels = None if measurement.labels is None else balanced_labels(PARITY_IMAGES, len(measurement.labels))
-    sampling = protocol.guided or protocol.unguided
-    drawn, expected = (
-        pipeline.sample(seeds, labels, sampling, batch_size=protocol.batch_size) for pipeline in (lower, in_float32)
+
+    def draw(pipeline: Pipeline) -> np.ndarray:
+        sampling = protocol.guided or protocol.unguided
+        return pipeline.sample(seeds, labels, sampling, batch_size=protocol.batch_size).clip(-1, 1)
+
+    lower, compiled = drawing.precision != "no", drawing.compiler is not None
+    if not (lower or compiled):
+        return Parity()
+    drawn = draw(drawing)
+    return Parity(
+        compiled,
+        _compared(drawn, draw(in_float32)) if lower else None,
+        _compared(drawn, draw(uncompiled)) if compiled else None,
     )
-    errors = squared_errors(drawn.clip(-1, 1), expected.clip(-1, 1))
+
+
+def _compared(drawn: np.ndarray, expected: np.ndarray) -> PrecisionMeasured:
+    errors = squared_errors(drawn, expected)
     return PrecisionMeasured(
-        n=PARITY_IMAGES, psnr_db=round(decibel(float(np.mean(errors))), 2), worst_psnr_db=round(decibel(max(errors)), 2)
+        n=len(errors), psnr_db=round(decibel(float(np.mean(errors))), 2), worst_psnr_db=round(decibel(max(errors)), 2)
     )
 
 
@@ -65,18 +93,19 @@ def summarise(
     scorer: Scorer,
     protocol: Protocol,
     control: ControlMeasured | None = None,
-    parity: PrecisionMeasured | None = None,
+    parity: Parity = Parity(),
 ) -> Measurements:
     """Score the draws of all seed blocks, and the references: training images for the floor, and held-out images.
 
-    `control` is the agreement with control maps, which `measure_control` measured, and `parity` that with float32.
+    `control` is the agreement with control maps, which `measure_control` measured, and `parity` is what
+    `measure_parity` found.
     """
     measurement, sampling = protocol.measurement, protocol.unguided
     blocks = [
-        scorer.distances(draw.pixels) | scorer.inception_style_score(draw.pixels) | scorer.near_copies(draw.pixels)
+        scorer.distances(draw.images) | scorer.inception_style_score(draw.images) | scorer.near_copies(draw.images)
         for draw in unguided
     ]
-    fits = [scorer.fit_to_labels(draw.pixels, draw.labels) for draw in guided]
+    fits = [scorer.fit_to_labels(draw.images, draw.labels) for draw in guided]
     stand_ins = [scorer.stand_ins(block) for block in range(measurement.seed_blocks)]
     floors = _means_and_spreads([scorer.distances(images) for images in stand_ins])
     real = scorer.real()
@@ -110,7 +139,9 @@ def summarise(
         guided_scale=asked.guidance_scale if asked else None,
         guided_kind=asked.guidance if asked else None,
         precision=protocol.precision if protocol.precision != "no" else None,
-        precision_parity=parity,
+        precision_parity=parity.with_float32,
+        compiled=parity.compiled or None,
+        compile_parity=parity.with_uncompiled,
         seed_blocks=measurement.seed_blocks,
         extractor=measurement.extractor,
         n_samples=measurement.n_distance,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.params.section import Fraction, PositiveInt, Sampler, Section, Seed
+from tasks.params.section import DrawingPrecision, Fraction, PositiveInt, Sampler, Section, Seed
 
 if TYPE_CHECKING:
     from models.noise.samplers import Sampling
@@ -42,6 +42,8 @@ class EditParams(Section):
     """Width in pixels of the blended seam inside a mask."""
     batch_size: PositiveInt = 64
     """Images that are edited at a time."""
+    precision: DrawingPrecision = "no"
+    """Precision of the network that draws."""
     seed: Seed = 11
     """Seed of the noise."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from tasks.params.section import PositiveInt, Sampler, Section, Seed
+from tasks.params.section import DrawingPrecision, PositiveInt, Sampler, Section, Seed
 
 if TYPE_CHECKING:
     from models.noise.samplers import Sampling
@@ -40,6 +40,8 @@ class PriorParams(Section):
     """w of the classifier-free guidance; 1 is none."""
     batch_size: PositiveInt = 16
     """Images that are drawn at a time."""
+    precision: DrawingPrecision = "no"
+    """Precision of the network that draws the class images."""
     seed: Seed = 500
     """First seed of class images and measured samples."""
 

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.judges.feature_widths import INCEPTION, stage_widths
-from tasks.params.section import Fraction, Guidance, NoiseLevels, PositiveInt, Sampler, Section, Seed, require_pin
+from tasks.params.section import (
+    DrawingPrecision,
+    Fraction,
+    Guidance,
+    NoiseLevels,
+    PositiveInt,
+    Sampler,
+    Section,
+    Seed,
+    require_pin,
+)
 
 if TYPE_CHECKING:
     from models.noise.samplers import Sampling
@@ -137,9 +147,12 @@ class EvaluateParams(Section):
     """Measure distances over fewer than two images per feature dimension; the reports note it beside each number."""
     batch_size: PositiveInt = 256
     """Images that are drawn at a time."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the network that draws: `no` is float32. Not part of the fingerprint; how far a lower precision is
-    from float32 is measured over a few images."""
+    precision: DrawingPrecision = "no"
+    """Precision of the network that draws. Not part of the fingerprint; how far a lower precision is from float32 is
+    measured over a few images."""
+    compile: bool | Literal["gpu"] = False
+    """Compile the network that draws, as `train.compile` does. Not part of the fingerprint either; how far its images
+    are from those of the uncompiled network is measured likewise."""
     seed: Seed = 1000
     """First seed of the samples."""
 
@@ -177,6 +190,8 @@ class VisualizeParams(Section):
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
     """Prompts of the pictures by guidance scale, seed and number of steps; empty takes four of the data's. Only for
     models that take prompts."""
+    precision: DrawingPrecision = "no"
+    """Precision of the network that draws."""
     seed: Seed = 7
     """First seed of the samples."""
 

@@ -26,6 +26,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpm_solver_pp_2m", "euler", "heun", "consistency"]
 Guidance = Literal["classifier_free", "auto"]
+DrawingPrecision = Literal["no", "bf16", "fp16"]
+"""Precision of the network that draws: `no` is float32, `fp16` needs a GPU. With `bf16` the autoencoder decodes in
+bfloat16 as well."""
 NoiseLevels = Annotated[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
 """(low, high] in sigma / alpha, the noise relative to an image in [-1, 1]."""
 

@@ -30,6 +30,7 @@ from tasks.pictures import decoding
 from tasks.pictures.content import ContentHash
 from tasks.pictures.digests import Digests, digests
 from tasks.pictures.index import ImageIndex, read_index
+from tasks.pictures.samples import Column, Samples, Split
 from tasks.runtime import integrity, workspace
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
@@ -75,45 +76,6 @@ class ImageRow(TypedDict):
     safety: str | None
     licence: str
     source: str
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One split as pixels, sorted by key.
-
-    Pixels that need more than `IN_MEMORY_BYTES` are memory-mapped from an unnamed file in the scratch folder, which is
-    deleted with the array. Callers that read many rows should read them in parts.
-    """
-
-    pixels: np.ndarray
-    """uint8 [N, channels, resolution, resolution]"""
-    labels: np.ndarray
-    """int64 [N]; -1 for unlabelled images"""
-    captions: list[list[str]]
-    keys: list[str]
-    rows: np.ndarray | None = None
-    """int64 [n], ascending: the rows of the split whose pixels were read, `pixels` then being [n, ...]; None is all."""
-
-    def at(self, rows: np.ndarray) -> np.ndarray:
-        """Return the pixels of rows of the split, uint8 [len(rows), channels, resolution, resolution].
-
-        Raises:
-            ValueError: if the pixels of one of them were not read.
-        """
-        if self.rows is None:
-            return self.pixels[rows]
-        places = np.searchsorted(self.rows, rows)
-        if len(rows) and (places.max() >= len(self.rows) or (self.rows[places] != rows).any()):
-            raise ValueError("pixels are asked for that were not read")
-        return self.pixels[places]
-
-    def with_condition(self, conditioning: str) -> np.ndarray:
-        """Return the rows that have what a model of this conditioning is conditioned on, int64 [at most N]."""
-        if conditioning == "label":
-            return np.flatnonzero(self.labels >= 0)
-        if conditioning == "text":
-            return np.flatnonzero([bool(captions) for captions in self.captions])
-        return np.arange(len(self.keys))
 
 
 def schema() -> pa.Schema:
@@ -344,21 +306,22 @@ def schema_of(shard: Path) -> pa.Schema:
 
 
 def load_pixels(
-    images: Path, split: str, image: ImageParams, chosen: Callable[[np.ndarray], np.ndarray] | None = None
+    images: Path, split: str, image: ImageParams, chosen: Callable[[Split], np.ndarray] | None = None
 ) -> Samples:
     """Decode one split of an images folder -> pixels, labels and captions, sorted by key.
 
     Images are turned upright, converted to grey or RGB, cropped to the centre square and resized (bilinear,
     antialiased) to `image.resolution`, by the same `decoding.decode_resized` as in `encode`.
-    With `chosen` only the rows that it returns for the labels of the split are decoded, see `Samples.rows`.
+    With `chosen` only the rows that it returns for the split are decoded, see `Samples.rows`.
     Raises `StageError` if the pixels exceed `IN_MEMORY_BYTES` and the disk has no space for them.
     """
     table = read_columns(images, ["key", "split", "label", "captions"])
     table = table.filter(pc.equal(table["split"], split)).sort_by("key")
-    keys, captions = table["key"].to_pylist(), table["captions"].to_pylist()
     labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-    rows = None if chosen is None else np.unique(chosen(labels))
-    position = {keys[row]: place for place, row in enumerate(range(len(keys)) if rows is None else rows.tolist())}
+    known = Split(labels, Column[list[str]](table["captions"]), Column[str](table["key"]))
+    rows = None if chosen is None else np.unique(chosen(known))
+    read = table["key"] if rows is None else table["key"].take(pa.array(rows))
+    position = {key: place for place, key in enumerate(read.to_pylist())}
     pixels = allocate((len(position), image.channels, image.resolution, image.resolution))
 
     def take(row: dict[str, Any]) -> None:  # the columns have several types
@@ -373,7 +336,7 @@ def load_pixels(
         for batch in _encoded_rows(images, position):
             for _ in pool.map(take, batch):
                 bar.update()
-    return Samples(pixels, labels, captions, keys, rows)
+    return Samples(known.labels, known.captions, known.keys, pixels, rows)
 
 
 def allocate(shape: tuple[int, ...]) -> np.ndarray:

@@ -76,7 +76,7 @@ class Sweep:
         self.run.network.eval()
         count = self.protocol.measurement.n_distance
         drawn = [draw(self.pipeline, self.protocol, count, self.protocol.unguided, b) for b in range(self.blocks)]
-        return _means([self.scorer.distances(each.pixels) for each in drawn])
+        return _means([self.scorer.distances(each.images) for each in drawn])
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

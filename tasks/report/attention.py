@@ -15,7 +15,7 @@ from matplotlib import colormaps
 
 from models.attention_maps import AttentionMap, Recorder, recording
 from models.images.pictures import shrunk
-from models.networks.network import predictor
+from models.networks.precision import predictor
 from tasks.report.page import Figure, Tiles
 from tasks.report.process import snr_note, spread
 
@@ -77,7 +77,7 @@ def _recorded(model: Pipeline, drawn: Drawn, step: int, column: int) -> Recorder
     condition, _ = model.condition([drawn.labels[column]] if drawn.labels is not None else None)
     state = trajectory.states[step][column : column + 1].to(model.device)
     with torch.inference_mode(), recording(model.network) as recorder:
-        predictor(model.network)(state, trajectory.times[step], condition)
+        predictor(model.network, None, None, model.precision)(state, trajectory.times[step], condition)
     return recorder
 
 

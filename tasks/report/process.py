@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from models.noise.paths import Path as NoisePath
     from models.pipeline import Pipeline
     from tasks.params import ImageParams, VisualizeParams
-    from tasks.pictures.images import Samples
+    from tasks.pictures.samples import Samples, Split
 
 STRIP_COLUMNS = 9
 FORWARD_ROWS, REVERSE_SAMPLES, UNCONDITIONAL_ROWS = 3, 2, 3
@@ -134,9 +134,9 @@ def spread(total: int, count: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, total - 1, min(total, count))})
 
 
-def held_out_rows(labels: np.ndarray) -> np.ndarray:
-    """Return the held-out images that the pictures show or compare with, as rows of the split with these labels."""
-    return np.asarray([*_choose(labels, FORWARD_ROWS), *spread(len(labels), HELD_OUT_NEIGHBOURS)], np.int64)
+def held_out_rows(split: Split) -> np.ndarray:
+    """Return the held-out images that the pictures show or compare with, as rows of the split."""
+    return np.asarray([*_choose(split.labels, FORWARD_ROWS), *spread(len(split.keys), HELD_OUT_NEIGHBOURS)], np.int64)
 
 
 def _choose(labels: np.ndarray, count: int) -> list[int]:

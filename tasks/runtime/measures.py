@@ -127,7 +127,7 @@ class ControlMeasured(BaseModel):
 
 
 class PrecisionMeasured(BaseModel):
-    """How far images drawn in a lower precision are from those drawn in float32 from the same seeds."""
+    """How far images drawn in a lower precision, or by a compiled network, are from others of the same seeds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -161,6 +161,10 @@ class Measurements(BaseModel):
     """What the network that draws computed in; None for float32."""
     precision_parity: PrecisionMeasured | None = None
     """How near its images are to those of float32; None for float32, and where it was not measured."""
+    compiled: bool | None = None
+    """True if that network was compiled; else None."""
+    compile_parity: PrecisionMeasured | None = None
+    """How near its images are to those of the uncompiled network; None as for `precision_parity`."""
     seed_blocks: int
     extractor: str
     n_samples: int

@@ -20,6 +20,7 @@ from models.images.pictures import grid, shrunk
 from models.images.pixels import to_uint8
 from models.judges import metrics
 from models.noise.samplers import Sampling
+from tasks.evaluation.extraction import Extraction, Images
 from tasks.formats.prior import BEFORE, CLASS, SUBJECT, pictures
 from tasks.runtime.progress import progress
 from tasks.subjects.checkpoints import earlier
@@ -68,35 +69,40 @@ class Result:
 
 
 class SubjectScorer:
-    """Scores samples against the subject's pictures. Images are uint8 [N, C, S, S]."""
+    """Scores samples against the subject's pictures. Each image is passed through each network once."""
 
-    def __init__(self, judge: Judge, subject: np.ndarray, classes: np.ndarray) -> None:
+    def __init__(self, judge: Judge, subject: Images, classes: Images) -> None:
         self.judge = judge
-        self.centre = 0.0 if judge.extractor is not None else judge.features(classes).mean(0)
+        self._extraction = Extraction()
+        self.centre = 0.0 if judge.extractor is not None else self._features(classes).mean(0)
         self.subject = self._directions(subject)
 
-    def _directions(self, pixels: np.ndarray) -> np.ndarray:
+    def _features(self, images: Images) -> np.ndarray:
+        return self._extraction.output("features", self.judge.features, images)
+
+    def _directions(self, images: Images) -> np.ndarray:
         """Return features as unit vectors, float64 [N, D]."""
-        features = self.judge.features(pixels).astype(np.float64) - self.centre
+        features = self._features(images).astype(np.float64) - self.centre
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
-    def similarity(self, pixels: np.ndarray) -> float:
+    def similarity(self, images: Images) -> float:
         """Return the mean cosine of each image with each picture of the subject."""
-        return float((self._directions(pixels) @ self.subject.T).mean())
+        return float((self._directions(images) @ self.subject.T).mean())
 
     def own_similarity(self) -> float | None:
         """Return the mean cosine of two pictures of the subject, which bounds `similarity`; None for one picture."""
         return None if len(self.subject) < 2 else _mean_of_pairs(self.subject)
 
-    def diversity(self, pixels: np.ndarray) -> float:
+    def diversity(self, images: Images) -> float:
         """Return 1 - the mean cosine of two of the images; a collapsed class has 0."""
-        return 1 - _mean_of_pairs(self._directions(pixels))
+        return 1 - _mean_of_pairs(self._directions(images))
 
-    def fidelity(self, pixels: np.ndarray, prompts: Sequence[str]) -> float | None:
+    def fidelity(self, images: Images, prompts: Sequence[str]) -> float | None:
         """Return the CLIP score of each image with its prompt; None without a CLIP."""
         if not self.judge.reads_captions:
             return None
-        return metrics.clip_score(self.judge.clip_image_embeds(pixels), self.judge.clip_text_embeds(prompts))
+        embeds = self._extraction.output("embeds", self.judge.clip_image_embeds, images)
+        return metrics.clip_score(embeds, self.judge.clip_text_embeds(prompts))
 
 
 def _mean_of_pairs(directions: np.ndarray) -> float:
@@ -106,11 +112,11 @@ def _mean_of_pairs(directions: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images drawn from one set of weights; uint8 [N, C, S, S] each."""
+    """Images drawn from one set of weights."""
 
-    instance: np.ndarray
-    classes: np.ndarray
-    contexts: np.ndarray
+    instance: Images
+    classes: Images
+    contexts: Images
     """Empty before the training, when the token means nothing."""
 
 
@@ -126,15 +132,17 @@ def measure(pipeline: Pipeline, averages: Path, folder: Path, prior: Prior, judg
         batch_size: images drawn at a time.
     """
     shown = pictures(folder)
-    before = Samples(shown[BEFORE], shown[CLASS][: prior.measured], shown[BEFORE][:0])
-    scorer = SubjectScorer(judge, shown[SUBJECT], shown[CLASS] if len(shown[CLASS]) else shown[BEFORE])
+    first = np.arange(min(prior.measured, len(shown[CLASS])))
+    subject, instance, classes = (Images.of(shown[name]) for name in (SUBJECT, BEFORE, CLASS))
+    before = Samples(instance, Images.of(shown[CLASS], first), Images(()))
+    scorer = SubjectScorer(judge, subject, classes if len(classes) else instance)
     drawn: dict[int | None, Samples] = {}
     for step, each in progress(itertools.chain(earlier(pipeline, averages), [(None, pipeline)]), desc="subject"):
         drawn[step] = _draw(each, prior, batch_size)
     rows = [] if (own := scorer.own_similarity()) is None else [_pictures_row(len(shown[SUBJECT]), own)]
     rows.append(_row("before", 0, before, scorer, prior))
     rows += [_row("pipeline" if s is None else "average", s, each, scorer, prior) for s, each in drawn.items()]
-    return Result(_with_best(rows), _picture(shown[SUBJECT], before, drawn, prior))
+    return Result(_with_best(rows), _picture(subject, before, drawn, prior))
 
 
 def _pictures_row(count: int, similarity: float) -> Row:
@@ -173,20 +181,19 @@ def _asked(prompts: Sequence[str], count: int) -> list[str]:
 def _draw(pipeline: Pipeline, prior: Prior, batch_size: int) -> Samples:
     """Draw `prior.measured` images of each kind, from the seeds of the base's images."""
     sampling = Sampling(prior.sampler, prior.steps, guidance_scale=prior.guidance_scale)
-    empty = np.empty((0, pipeline.info.channels, pipeline.info.size, pipeline.info.size), np.uint8)
 
-    def by(prompts: Sequence[str]) -> np.ndarray:
+    def by(prompts: Sequence[str]) -> Images:
         if not prompts:
-            return empty
+            return Images(())
         asked, seeds = _asked(prompts, prior.measured), range(prior.seed, prior.seed + prior.measured)
-        return to_uint8(pipeline.sample(seeds, None, sampling, prompts=asked, batch_size=batch_size))
+        return Images.of(to_uint8(pipeline.sample(seeds, None, sampling, prompts=asked, batch_size=batch_size)))
 
     assert prior.instance_prompt is not None, "there is a subject"
     classes = [] if prior.class_prompt is None else [prior.class_prompt]
     return Samples(by([prior.instance_prompt]), by(classes), by(prior.contexts))
 
 
-def _picture(subject: np.ndarray, before: Samples, drawn: Mapping[int | None, Samples], prior: Prior) -> Image.Image:
+def _picture(subject: Images, before: Samples, drawn: Mapping[int | None, Samples], prior: Prior) -> Image.Image:
     """Return a grid: the subject's pictures, the base, the token after each step, then class and contexts."""
     rows = {"subject": subject, "before": before.instance}
     rows |= {"pipeline" if step is None else f"step {step}": each.instance for step, each in drawn.items()}
@@ -195,6 +202,6 @@ def _picture(subject: np.ndarray, before: Samples, drawn: Mapping[int | None, Sa
     if prior.contexts:
         rows["contexts"] = drawn[None].contexts
     chosen = {name: images for name, images in rows.items() if len(images)}
-    cells = [images[np.arange(GRID_COLUMNS) % len(images)] for images in chosen.values()]
+    cells = [images.pixels[np.arange(GRID_COLUMNS) % len(images)] for images in chosen.values()]
     small = shrunk(np.concatenate(cells), 2 * SIDE)
     return grid(small, GRID_COLUMNS, max(1, SIDE // small.shape[-1]), list(chosen))

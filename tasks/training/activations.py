@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tasks.training import compiling, stores
+from models.networks import compilation
+from tasks.training import stores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +65,7 @@ def _stored(forward: Callable[[Batch], Tensor], network: nn.Module, batch: Batch
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), compiling.without(network):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), compilation.without(network):
         losses = forward(batch)  # holds what is stored, so that no address occurs twice
     del losses
     return sum(kept.values())

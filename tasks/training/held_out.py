@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.networks import compilation
 from models.optimization import sharding
-from tasks.training import compiling, tuning
+from tasks.training import tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def averaged(network: torch.nn.Module, average: EMA) -> Iterator[None]:
     average.copy_to_module()
     network.eval()
     try:
-        with compiling.without(network):
+        with compilation.without(network):
             yield
     finally:
         network.train()

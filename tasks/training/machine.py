@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
 from models.device import set_arithmetic
+from models.networks import compilation
 from tasks.runtime.errors import StageError
-from tasks.training import compiling, sharded
+from tasks.training import sharded
 
 if TYPE_CHECKING:
     from tasks.params import TrainParams
@@ -38,9 +38,7 @@ def check_fits(params: TrainParams) -> None:
             raise unsupported(name)
     if sharded.wanted():
         sharded.check(params, processes)
-    if compiling.wanted(params) and not any(
-        shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")
-    ):
+    if compilation.wanted(params.compile) and not compilation.has_compiler():
         raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")

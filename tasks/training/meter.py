@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models import flops
-from tasks.training import compiling
+from models.networks import compilation
 
 if TYPE_CHECKING:
     from tasks.training.run import Run
@@ -28,7 +28,7 @@ class Meter:
         peak = flops.matmul_ceiling(self.device, DTYPES[run.params.precision])
         self.peak_flops = peak * run.accelerator.num_processes
         sample = run.held_out[0].split(1)[0]
-        with compiling.without(run.network):
+        with compilation.without(run.network):
             self.flops = BACKWARD_FACTOR * flops.forward_flops(run.network, sample.x0, sample.t, *sample.conditions)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # without the matrices that measured the peak

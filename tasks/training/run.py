@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from models import tuned_text
 from models.device import keep_freed, warn_of_emulation
 from models.json_files import JsonObject
+from models.networks import compilation
 from models.networks.dit import DiTConfig
 from models.networks.network import Network, NetworkConfig, build
 from models.networks.text_dit import TextDiTConfig
@@ -38,7 +39,6 @@ from tasks.training import (
     activations,
     checkpoint,
     companions,
-    compiling,
     control,
     machine,
     optimizer,
@@ -215,9 +215,9 @@ def assemble(
     workers = Workers(facts.trajectory.get(training_key.WORKERS, 1))
     folder = training_key.folder_of(workspace.scratch(), facts)
     wrapped = module
-    if compiling.wanted(params):
-        large = 0 if options else compiling.LARGE  # FSDP2 gathers weights between the blocks
-        wrapped = compiling.compiled(module, network, len(latents.buckets_of(data, "train")), large=large)
+    if compilation.wanted(params.compile):
+        large = 0 if options else compilation.LARGE  # FSDP2 gathers weights between the blocks
+        wrapped = compilation.compiled(module, network, len(latents.buckets_of(data, "train")), large=large)
     run = Run(
         accelerator=accelerator,
         network=network,

@@ -20,10 +20,10 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from models.networks import compilation
 from models.networks.network import build
 from models.optimization import sharding
 from tasks.runtime.errors import StageError
-from tasks.training import compiling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,7 @@ def choose_units(network: Network, options: FullyShardedDataParallelPlugin) -> N
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     if options.auto_wrap_policy is transformer_auto_wrap_policy and not options.transformer_cls_names_to_wrap:
-        units = [*compiling.repeated_blocks(network), *shared_modules(network)]
+        units = [*compilation.repeated_blocks(network), *shared_modules(network)]
         options.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in units})
 
 

@@ -116,6 +116,27 @@ def test_large_images_pass_in_parts(untrained, monkeypatch):
     assert torch.allclose(autoencoder.decode(untrained, whole[0]), decoded, atol=1e-6)
 
 
+def test_bfloat16_decodes_nearly_the_same_images_and_float16_in_float32(untrained):
+    latents = autoencoder.encode(untrained, two_colours(4))[0]
+    exact, lower, half = (autoencoder.decode(untrained, latents, precision) for precision in ("no", "bf16", "fp16"))
+    assert lower.dtype == torch.float32 and not torch.equal(lower, exact)
+    assert 30 < 10 * torch.log10(4 / (lower - exact).square().mean()) < 100
+    assert torch.equal(half, exact), "float16 overflows in some autoencoders"
+    assert {weights.dtype for weights in untrained.parameters()} == {torch.float32}
+
+
+def test_as_many_latents_are_decoded_at_once_as_the_memory_holds(untrained):
+    one = autoencoder.DECODE_MAPS * CONFIG.widths[0] * 4 * 16 * 16
+    latents, passed = torch.zeros(5, 2, 8, 8), []
+    assert autoencoder.downscale_factor(untrained) == 2
+    hook = untrained.decoder.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    for held in (1, 2.5, 1000):
+        memory = int(held * one / autoencoder.MEMORY_SHARE) + 1
+        assert autoencoder.decode(untrained, latents, memory=memory).shape == (5, 3, 16, 16)
+    hook.remove()
+    assert passed == [1] * 5 + [2, 2, 1] + [5]
+
+
 class Chain:
     """Run download, ingest, codec and encode, each time in the same folders and with the same scratch folder."""
 

@@ -96,16 +96,6 @@ def test_a_single_function_keeps_all_threads(two_threads: None) -> None:
     ]
 
 
-@pytest.fixture
-def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two devices that compute on the CPU, with one thread each, under the names "cpu:0" and "cpu:1"."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(parallel, "devices_of", lambda device: ("cpu:0", "cpu:1") if device == "cpu" else (device,))
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_device_takes_the_next_batch_when_it_is_free(two_devices: None) -> None:
     copies, both, rest = [], threading.Barrier(2, timeout=30), threading.Event()
 
@@ -150,6 +140,19 @@ def test_more_devices_than_batches_stay_idle(two_devices: None) -> None:
     assert parallel.over_devices(lambda name, part: part, copies.append, 5, 10, "cpu") == [slice(0, 5)]
     assert copies == ["cpu"]
     assert parallel.over_devices(lambda name, part: part, copies.append, 0, 10, "cpu") == []
+
+
+def test_parts_in_turns_come_in_order_and_before_the_next_ones_begin(two_devices: None) -> None:
+    begun: list[int] = []
+
+    def work(part: int) -> int:
+        begun.append(part)
+        return part
+
+    for part in (found := parallel.shared_in_turns(lambda name: work, range(5), "cpu")):
+        assert part < len(begun) <= part + 2
+    assert sorted(begun) == [0, 1, 2, 3, 4] and next(found, None) is None
+    assert not list(parallel.shared_in_turns(lambda name: work, [], "cpu"))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])

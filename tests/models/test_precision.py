@@ -60,6 +60,35 @@ def test_a_lower_precision_draws_nearly_the_same_images(pipeline, precision):
     assert {weights.dtype for weights in pipeline.network.parameters()} == {torch.float32}, "the original is unchanged"
 
 
+def test_a_pipeline_of_latents_decodes_in_its_precision_by_the_memory_of_a_gpu(pipeline, monkeypatch):
+    decoded = []
+
+    def decode(network, latents, precision, memory):
+        decoded.append((precision, memory))
+        return latents
+
+    monkeypatch.setattr("models.networks.autoencoder.decode", decode)
+    monkeypatch.setattr("models.pipeline.memory_of", lambda device: 80)
+    latents = replace(pipeline, autoencoder=object())
+    for each in (latents, in_precision(latents, "bf16"), replace(latents, device="cuda:1")):
+        each.decode(torch.zeros(1, 1, 8, 8))
+    assert decoded == [("no", None), ("bf16", None), ("no", 80)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_interpolations_are_drawn_in_the_precision_of_the_pipeline(pipeline, precision):
+    from models.interpolation import Pair, between_conditions, between_noises
+
+    pairs, shares = [Pair((1, 2), (0, 1))], [0.0, 0.5, 1.0]
+    guided = replace(GUIDED, guidance="auto")
+    pipeline = replace(pipeline, companions={"guide": pipeline.network})
+    for draw in (between_conditions, between_noises):
+        lower, exact = (
+            draw(each, pairs, shares, guided, 3)[0] for each in (in_precision(pipeline, precision), pipeline)
+        )
+        assert decibel(max(squared_errors(lower, exact))) > 25 and not np.array_equal(lower, exact)
+
+
 def test_float32_is_the_same_pipeline(pipeline):
     assert in_precision(pipeline, "no") is pipeline
 

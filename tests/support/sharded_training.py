@@ -41,10 +41,10 @@ def start_nowhere_at_zero(patch: pytest.MonkeyPatch) -> None:
 
 def compile_eagerly(patch: pytest.MonkeyPatch) -> None:
     """Without a GPU, let a compiled network run operator by operator: code for a CPU takes minutes to compile."""
-    from tasks.training import compiling
+    from models.networks import compilation
 
     if not torch.cuda.is_available():
-        patch.setattr(compiling, "compiled", partial(compiling.compiled, backend="eager"))
+        patch.setattr(compilation, "compiled", partial(compilation.compiled, backend="eager"))
 
 
 def _trained(folder: Path, patch: pytest.MonkeyPatch, start: int, until: int):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from models.networks import compilation
 from models.parallel import Workers
 from tasks import train
 from tasks.params import load
-from tasks.training import checkpoint, compiling, previews, stores
+from tasks.training import checkpoint, previews, stores
 from tasks.training import key as training_key
 from tasks.training.backward import SplitBatch, WholeBatch, workers_for
 from tasks.training.held_out import held_out_losses
@@ -84,7 +85,7 @@ def test_activations_that_are_computed_again_give_the_same_bytes_in_parts(prepar
     """Also after the memory decided: then the number of workers, which the key has, is still the same."""
     run = prepared(batch_size=32, gradient_checkpointing=False, **options)
     split, passes = SplitBatch(run.accelerator, run.module, Workers(2)), []
-    compiling.repeated_blocks(run.network)[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    compilation.repeated_blocks(run.network)[0].register_forward_pre_hook(lambda *_: passes.append(1))
     stored, state = gradients(run, split, steps=2), torch.get_rng_state()
     assert len(passes) == 2 * 2
     run.network.checkpoint_gradients()

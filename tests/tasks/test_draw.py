@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from models.bundle import Bundle
+from models.device import emulates_bf16
 from models.editing import edit
 from models.images.pixels import to_uint8
 from models.noise.samplers import Sampling
@@ -61,6 +62,21 @@ def test_a_png_contains_its_settings_and_is_drawn_again_from_them(tree):
     changed = read_settings(Path("other.png"))
     assert (changed.guidance, changed.seeds, changed.sampler) == (3.0, (1,), "ddim")
     assert pixels("other.png").shape == (8, 8)
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_the_precision_is_a_setting(tree):
+    chosen = {**SETTINGS, "label": ["cat"], "seed": [1]}
+    run(Options(**chosen, out=Path("exact.png")))
+    run(Options(**chosen, precision="bf16", out=Path("lower.png")))
+    assert "precision" not in json.loads(Image.open("exact.png").text["afterimage"])
+    assert read_settings(Path("lower.png")).precision == "bf16"
+    exact, lower = (pixels(f"{name}.png") / 127.5 for name in ("exact", "lower"))
+    assert 25 < 10 * np.log10(4 / np.mean((exact - lower) ** 2)) < 100
+    run(Options(like=Path("lower.png"), out=Path("again.png")))
+    assert Path("again.png").read_bytes() == Path("lower.png").read_bytes()
+    with pytest.raises(StageError, match="--precision 'fp16' needs a GPU; use 'bf16' or 'no'"):
+        run(Options(**chosen, precision="fp16", out=Path("half.png")))
 
 
 def test_without_options_it_draws_each_class_as_the_model_was_evaluated(tree, capsys):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from models.device import emulates_bf16
 from models.json_files import read_json
 from tasks.formats.prior import FILE, Prior, pictures
 from tasks.runtime.errors import StageError
@@ -70,6 +72,53 @@ def test_known_images_are_not_drawn_again_and_more_are_added(root, capsys):
     more = pictures(run_prior(root, "more", images=9))["class"]
     assert np.array_equal(more[:6], pictures(root / "prior")["class"]) and len(more) == 9
     assert capsys.readouterr().out.count("to draw") == 1
+
+
+def test_two_devices_draw_blocks_with_the_bytes_of_one_and_continue(root, two_devices, monkeypatch, capsys):
+    from models import parallel
+    from models.networks import guidance
+    from models.pipeline import Pipeline
+
+    monkeypatch.setattr(guidance, "joins", lambda device: False)  # as on the CPU that the stubs stand for
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "divided"))
+    copied, real, sample = [], Pipeline.on, Pipeline.sample
+
+    def noted(model, name):
+        if name != model.device:
+            copied.append(name)
+        return real(model, name)
+
+    monkeypatch.setattr(Pipeline, "on", noted)
+    both = threading.Barrier(2, timeout=30)
+
+    def together(model, seeds, *rest, **named):
+        if seeds[0] == 504 and named["prompts"] == ["a photo of thing"] * 2:
+            raise KeyboardInterrupt
+        if named["prompts"] == ["a photo of thing"] * 2 and seeds[0] < 504:
+            both.wait()
+        return sample(model, seeds, *rest, **named)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Pipeline, "sample", together)
+        with pytest.raises(KeyboardInterrupt):
+            run_prior(root, "divided-prior", batch_size=2)
+    assert sorted(copied) == ["cpu:0", "cpu:1"], "once for each device, and not for each block"
+    capsys.readouterr()
+    divided = contents(run_prior(root, "divided-prior", batch_size=2))
+    assert "2 images of 'a photo of thing' to draw, 4 known" in capsys.readouterr().out
+    monkeypatch.setattr(parallel, "devices_of", lambda device: (device,))
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "alone"))
+    assert contents(run_prior(root, "alone-prior", batch_size=2)) == divided
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_class_images_of_another_precision_are_drawn_anew_and_near(root, capsys):
+    lower = pictures(run_prior(root, "lower", precision="bf16"))["class"]
+    assert capsys.readouterr().out.count("to draw") == 2
+    exact = pictures(root / "prior")["class"]
+    assert 25 < 10 * np.log10(4 / np.mean(((lower / 127.5) - (exact / 127.5)) ** 2)) < 100
+    assert contents(run_prior(root, "again")) == contents(root / "prior")
+    assert "to draw" not in capsys.readouterr().out, "those in float32 are still known"
 
 
 def test_without_a_subject_there_is_nothing_to_do(root):
@@ -208,6 +257,7 @@ def test_it_trains_and_every_checkpoint_is_measured(root, lora, tmp_path):
 
 
 def test_similarity_leakage_and_diversity_are_what_they_say():
+    from tasks.evaluation.extraction import Images
     from tasks.subjects.measures import SubjectScorer, without_token
 
     class Colours:
@@ -221,10 +271,12 @@ def test_similarity_leakage_and_diversity_are_what_they_say():
 
     red, green = (np.zeros((3, 3, 4, 4), np.uint8) for _ in range(2))
     red[:, 0] = green[:, 1] = 200
+    both = Images.of(np.concatenate([red[:1], green[:1]]))
+    red, green = Images.of(red), Images.of(green)
     scorer = SubjectScorer(Colours(), red, green)
     assert scorer.similarity(red) == pytest.approx(1) and scorer.similarity(green) == pytest.approx(0)
     assert scorer.own_similarity() == pytest.approx(1) and scorer.diversity(green) == pytest.approx(0)
-    assert scorer.diversity(np.concatenate([red[:1], green[:1]])) == pytest.approx(1)
+    assert scorer.diversity(both) == pytest.approx(1)
     assert scorer.fidelity(red, ["x"] * 3) is None
     assert without_token("a sks dog in snow", "sks") == "a dog in snow"
 

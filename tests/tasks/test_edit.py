@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from models import masks
+from models.device import emulates_bf16
 from models.images.pixels import from_uint8
 from tasks.edit import edit
 from tasks.editing import measuring
@@ -65,6 +67,35 @@ def test_it_writes_tables_pictures_and_headline_the_same_every_time(root, monkey
     for path in report.iterdir():
         assert (again[1] / path.name).read_bytes() == path.read_bytes(), path.name
     assert not list((root / "scratch" / "edit").iterdir())
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_edits_in_bfloat16_are_near_those_in_float32_and_never_taken_for_them(root, monkeypatch):
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(root / "precisions"))
+    monkeypatch.setattr(Drafts, "discard", lambda drafts: None)
+    computed = []
+    monkeypatch.setattr(
+        measuring,
+        "edit",
+        lambda model, *rest, real=measuring.edit, **named: (
+            computed.append((model.precision, model.network.conv_in.weight.dtype)),
+            real(model, *rest, **named),
+        )[1],
+    )
+    exact, lower = (run(root, name, PARAMS.model_copy(update={"precision": name})) for name in ("no", "bf16"))
+    assert set(computed) == {("no", torch.float32), ("bf16", torch.bfloat16)}
+    first, second = (
+        np.stack([np.load(file) for file in sorted(folder.glob("*.npy"))]) / 127.5
+        for folder in (root / "precisions" / "edit").iterdir()
+    )
+    assert 25 < 10 * np.log10(4 / np.mean((first - second) ** 2)) < 100
+    assert exact[0].read_bytes() != lower[0].read_bytes()
+
+
+def test_fp16_needs_a_gpu(root, monkeypatch):
+    monkeypatch.setattr("models.device.best_device", lambda: "cpu")
+    with pytest.raises(StageError, match=r"edit\.precision 'fp16' needs a GPU; use 'bf16' or 'no'"):
+        run(root, "half", PARAMS.model_copy(update={"precision": "fp16"}))
 
 
 @pytest.mark.parametrize("nothing", [{"n_images": 0}, {"strengths": (), "masks": ()}])

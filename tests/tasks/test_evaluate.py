@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -13,11 +14,13 @@ import pytest
 from models.device import emulates_bf16
 from models.images.pixels import from_uint8, to_uint8
 from models.judges.judge import load_judge
+from models.networks import compilation
 from models.noise import schedules
 from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline, save_pipeline
 from tasks.evaluate import evaluate, grid_of
 from tasks.evaluation import draws
+from tasks.evaluation.extraction import Images
 from tasks.evaluation.protocol import NotComparableError, Protocol, declare
 from tasks.evaluation.scorer import Scorer
 from tasks.evaluation.summary import measure
@@ -160,7 +163,7 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
     for block in range(3):
         seeds = range(5 + block * 1_000_000, 5 + block * 1_000_000 + PARAMS.n_distance)
         drawn = to_uint8(pipeline.sample(seeds, labels, Sampling("dpm_solver_pp_2m", 3)))
-        values.append(scorer.distances(drawn)["frechet_distance"])
+        values.append(scorer.distances(Images.of(drawn))["frechet_distance"])
     found = measured.measures["frechet_distance"]
     assert found.value == pytest.approx(np.mean(values), rel=1e-3)  # other batches round otherwise
     assert found.spread == pytest.approx(np.std(values, ddof=1), rel=0.05)
@@ -169,12 +172,12 @@ def test_means_and_spreads_are_those_of_the_seed_blocks(tree, pipeline, judge):
 def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tree, pipeline, judge):
     images = tree / "data" / "images"
     scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    stand_ins = scorer.stand_ins(0)
+    stand_ins = scorer.stand_ins(0).pixels
     train = load_pixels(images, "train", judge_inputs.IMAGE)
     label_of = {pixels.tobytes(): label for pixels, label in zip(train.pixels, train.labels.tolist(), strict=True)}
     assert sorted(label_of[pixels.tobytes()] for pixels in stand_ins) == [0] * 50 + [1] * 50 + [2] * 50
     assert len({pixels.tobytes() for pixels in stand_ins}) == 150
-    assert {pixels.tobytes() for pixels in scorer.stand_ins(1)} != {pixels.tobytes() for pixels in stand_ins}
+    assert {pixels.tobytes() for pixels in scorer.stand_ins(1).pixels} != {pixels.tobytes() for pixels in stand_ins}
     many = declare(pipeline, images, judge, PARAMS.model_copy(update={"n_distance": 10_000}))
     assert len(Scorer(images, judge, many).stand_ins(0)) == len(train.keys)
 
@@ -221,6 +224,61 @@ def test_fp16_needs_a_gpu(tree, tmp_path, monkeypatch):
         run(tree, tmp_path, PARAMS.model_copy(update={"precision": "fp16"}))
 
 
+# Compilation
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compile without generating code, which takes minutes on a CPU; return dynamo's counts."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(compilation, "compiled_pipeline", partial(compilation.compiled_pipeline, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch.compiler.reset()
+
+
+def test_compilation_is_a_column_and_is_compared_with_the_uncompiled_network(
+    tree, evaluated, traced, tmp_path, capsys, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        draws, "draw_blocks", lambda *args, draw=draws.draw_blocks: (drawn.append(dict(traced)), draw(*args))[1]
+    )
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": True}))
+    compiled, plain = measured_in(out), measured_in(evaluated)
+    assert compiled.fingerprint == plain.fingerprint
+    assert compiled.compiled and compiled.compile_parity.worst_psnr_db > 60 and compiled.precision_parity is None
+    assert plain.compiled is plain.compile_parity is None
+    assert "the compiled network agrees with the uncompiled one to" in capsys.readouterr().out
+    for name in ("frechet_distance", "label_accuracy"):
+        assert compiled.measures[name].value == pytest.approx(plain.measures[name].value, rel=1e-3)
+    rows, others = table(out / "evaluation" / "samplers.csv"), table(evaluated / "evaluation" / "samplers.csv")
+    assert {row["network_compiled"] for row in rows} == {"yes"} and "network_compiled" not in others[0]
+    assert list(rows[0])[-1] == "note"
+    assert traced["unique_graphs"] == drawn[0]["unique_graphs"] > 0, "all were compiled before the first timed draw"
+    declared = Protocol.read(out / "evaluation" / "protocol.json")
+    assert declared.compile is True and "compile" not in read(evaluated / "evaluation" / "protocol.json")
+    again = measure(
+        load_pipeline(tree / "outputs" / "pipeline"), tree / "data" / "images", load_judge(tree / "judge"), declared
+    )
+    assert again.compiled and again.measures == compiled.measures, "what draws by the protocol compiles as well"
+
+
+def test_gpu_compiles_nothing_on_a_cpu(tree, evaluated, traced, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": "gpu"}))
+    assert measured_in(out) == measured_in(evaluated) and not traced["unique_graphs"]
+
+
+def test_compilation_needs_a_compiler(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "has_compiler", lambda: False)
+    with pytest.raises(StageError, match=r"evaluate\.compile needs a C\+\+ compiler"):
+        run(tree, tmp_path, PARAMS.model_copy(update={"compile": True}))
+
+
 # What may be compared
 
 
@@ -230,7 +288,7 @@ def test_the_fingerprint_names_the_measurement_and_not_the_sampling(tree, pipeli
         return declare(pipeline, tree / "data" / "images", judge, params).fingerprint
 
     same = {"sampler": "ddim", "steps": 7, "guidance_scale": 4.0, "batch_size": 3, "n_compare": 9, "n_slowest": 2}
-    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True, "precision": "bf16"}
+    same |= {"guidance_sweep": (3.0,), "n_sweep": 8, "allow_small_n": True, "precision": "bf16", "compile": "gpu"}
     assert {of(**{name: value}) for name, value in same.items()} == {of()}
     other = {"n_distance": 151, "n_accuracy": 61, "seed_blocks": 4, "seed": 6}
     assert len({of(), *(of(**{name: value}) for name, value in other.items())}) == 1 + len(other)
@@ -573,32 +631,11 @@ def test_classes_and_timesteps_have_tables_of_their_own(evaluated):
 def test_a_copyist_is_caught_and_held_out_images_are_not(tree, pipeline, judge):
     images = tree / "data" / "images"
     scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    rows, distances = scorer.nearest_training(scorer.train.pixels[:40])
+    copies = Images.of(scorer.train.pixels, np.arange(40))
+    rows, distances = scorer.nearest_training(copies)
     assert rows.tolist() == list(range(40)) and distances.max() < 1e-3
-    assert scorer.near_copies(scorer.train.pixels[:40]) == {"near_copies": 1.0}
-    assert scorer.near_copies(scorer.held_out.pixels)["near_copies"] <= 0.02
-
-
-def test_images_that_are_scored_again_are_not_computed_again(tree, pipeline, judge):
-    images = tree / "data" / "images"
-    scorer = Scorer(images, judge, declare(pipeline, images, judge, PARAMS))
-    pixels, labels = scorer.train.pixels[:60].copy(), scorer.train.labels[:60].tolist()
-
-    def scores():
-        return scorer.distances(pixels) | scorer.inception_style_score(pixels) | scorer.fit_to_labels(pixels, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(judge), "class_logits", None)  # they follow from the features
-        first = scores()
-        for network in ("features", "class_logits_of", "clip_image_embeds"):
-            patch.setattr(type(judge), network, None)
-        assert scores() == first
-    scorer.distances(pixels).clear()
-    number = id(pixels)
-    del pixels
-    others = [scorer.train.pixels[60:120].copy() for _ in range(100)]  # one of which takes the place of the first
-    pixels = next((each for each in others if id(each) == number), others[0])
-    assert scorer.distances(pixels)["frechet_distance"] != first["frechet_distance"]
+    assert scorer.near_copies(copies) == {"near_copies": 1.0}
+    assert scorer.near_copies(Images.of(scorer.held_out.pixels))["near_copies"] <= 0.02
 
 
 def test_grids_show_one_titled_column_per_class(evaluated, pipeline):

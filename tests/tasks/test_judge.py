@@ -14,7 +14,8 @@ from models.judges.classifier import Backbone, shift_and_flip
 from models.judges.fit import Recipe
 from models.judges.judge import load_judge
 from tasks.judge import caption_choices, class_prompts
-from tasks.pictures.images import Samples, load_pixels
+from tasks.pictures.images import load_pixels
+from tasks.pictures.samples import Split
 from tasks.runtime.errors import StageError
 from tests.support import judge_inputs
 from tests.support.data_inputs import contents
@@ -162,8 +163,7 @@ def test_another_format_is_refused(judged, tmp_path):
 
 
 def samples(labels, captions):
-    count = len(labels)
-    return Samples(np.zeros((count, 1, 8, 8), np.uint8), np.array(labels), captions, [str(n) for n in range(count)])
+    return Split(np.array(labels), captions, [str(n) for n in range(len(labels))])
 
 
 def test_a_prompt_is_the_caption_that_most_images_of_a_class_carry_and_no_other_class():

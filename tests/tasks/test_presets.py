@@ -276,7 +276,7 @@ def test_presets_for_a_gpu_use_it(name):
     model, codec, train = (document[section] for section in ("model", "codec", "train"))
     lower = "no" if name in FULL_PRECISION else "bf16"
     encoded = codec["kind"] == "autoencoder" or codec["conditioning"] == "text"
-    assert train["compile"] == "gpu"
+    assert train["compile"] == document["evaluate"]["compile"] == "gpu"
     assert train["channels_last"] is (model["architecture"] == "unet")
     assert train["precision"] == document["evaluate"]["precision"] == lower
     assert document["encode"]["precision"] == ("bf16" if encoded else "no")
@@ -302,7 +302,16 @@ def test_activations_are_computed_again_only_where_memory_needs_it():
 def test_presets_for_a_cpu_compute_in_float32(name):
     document = composed(name)
     assert {document[section]["precision"] for section in ("encode", "train", "evaluate")} == {"no"}
-    assert document["train"]["compile"] is False
+    assert document["train"]["compile"] is document["evaluate"]["compile"] is False
+
+
+@pytest.mark.parametrize("name", composition.names())
+def test_a_preset_draws_in_one_precision(name):
+    """Class images are drawn only where there is a subject."""
+    preset = composed(name)
+    sections = ["evaluate", "edit", "visualize", *(["prior"] if preset["prior"]["instance_prompt"] else [])]
+    expected = "bf16" if name in gpu_presets() and name not in FULL_PRECISION else "no"
+    assert {section: preset[section]["precision"] for section in sections} == dict.fromkeys(sections, expected)
 
 
 def test_larger_batches_see_as_many_images():

@@ -10,19 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from models.device import emulates_bf16
 from models.images.pixels import to_uint8
+from models.networks import guidance
+from models.networks.unet import UNet
 from models.noise import schedules
 from models.noise.paths import RECTIFIED_FLOW
 from models.noise.samplers import Sampling
-from models.pipeline import load_pipeline
+from models.pipeline import Pipeline, load_pipeline
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
 from tasks.report import charts, plotting, tables
 from tasks.report.process import nearest_images
 from tasks.runtime.errors import StageError
 from tests.support import report_inputs
+from tests.support.data_inputs import contents
 
 TEN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "<eight> & co", "nine"]
 FIGURES = {
@@ -414,3 +419,33 @@ def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
         assert colour not in chart.svg
     assert not re.search(r"\d{4}-\d{2}-\d{2}", chart.svg), "a date would change the bytes every day"
     assert set(Image.open(io.BytesIO(chart.png)).info) <= {"dpi"}
+
+
+@pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
+def test_every_picture_is_drawn_in_the_precision_and_nearly_the_same(drawn, inputs, monkeypatch):
+    computed = set()
+    forward = UNet.forward
+
+    def noted(network: UNet, *arguments: torch.Tensor) -> torch.Tensor:
+        computed.add(network.conv_in.weight.dtype)
+        return forward(network, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", noted)
+    figures, _ = inputs.draw("lower", report_inputs.PARAMS.model_copy(update={"precision": "bf16"}))
+    assert computed == {torch.bfloat16}
+    for name in ("samples", "reverse", "between_noises", "between_conditions", "attention_self"):
+        lower, exact = (np.asarray(Image.open(folder / f"{name}.png")) / 255 for folder in (figures, drawn[0]))
+        assert 20 < 10 * np.log10(1 / np.mean((lower - exact) ** 2)) < 100, name
+
+
+def test_two_devices_draw_the_bytes_of_one(drawn, inputs, two_devices, monkeypatch):
+    monkeypatch.setattr(guidance, "joins", lambda device: False)  # as on the CPU that the stubs stand for
+    named, on = set(), Pipeline.on
+    monkeypatch.setattr(Pipeline, "on", lambda model, name: (named.add(name), on(model, name))[1])
+    _, page = inputs.draw("divided")
+    assert named == {"cpu:0", "cpu:1"}
+    for folder in ("figures", "animations", "timed"):
+        one, divided = (contents(inputs.root / into / folder) for into in ("first", "divided"))
+        assert one.keys() == divided.keys()
+        assert [name for name in one if one[name] != divided[name]] == []
+    assert page.read_bytes() == drawn[1].read_bytes()
