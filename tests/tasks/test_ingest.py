@@ -382,7 +382,7 @@ def test_images_are_turned_cropped_and_composited_on_white(tmp_path, taken):
     files = {"clear.png": clear.getvalue(), "deep.png": deep.getvalue(), "turned.png": turned.getvalue()}
     taken(write_tree(tmp_path / "in", files), held_out_fraction=0.001)
     samples = images.load_pixels(tmp_path / "images", "train", ImageParams(resolution=8, channels=3))
-    assert samples.keys == ["clear.png", "deep.png", "turned.png"]
+    assert list(samples.keys) == ["clear.png", "deep.png", "turned.png"]
     assert samples.pixels.shape == (3, 3, 8, 8)
     assert samples.pixels.dtype == np.uint8
     assert (samples.pixels[0] == 255).all()
