@@ -156,7 +156,7 @@ def test_latents_of_two_workers_are_those_of_one_process(to_encode, cluster_of_t
 @needs_ray
 def test_a_killed_actor_loses_only_its_chunk(to_encode, tmp_path, monkeypatch, cluster_of_two):
     noting = dying_once(
-        encoder._encode_chunk, lambda arguments: [image[1] for image in arguments[1].images], tmp_path / "notes"
+        encoder._encode_chunk, lambda arguments: [image[1] for image in arguments[1][0].images], tmp_path / "notes"
     )
     monkeypatch.setattr(encoder, "_encode_chunk", noting)
     require_equal_latents(to_encode, ray_address=cluster_of_two)
