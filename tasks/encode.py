@@ -21,11 +21,12 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     require_accepted(accepted)
     info = CodecInfo.load(codec)
 
-    from tasks.encoding.rows import input_resolution, read_rows, require_disk_space
+    from tasks.encoding.rows import distinct_captions, input_resolution, read_rows, require_disk_space
 
     resolutions = bucket_resolutions(info.size, params.buckets, params.bucket_multiple)
     rows = read_rows(images, resolutions, params.leave_out)
-    require_disk_space(latents.parent, info, params, resolutions, rows)
+    distinct = distinct_captions(rows) if info.conditioning == "text" else None
+    require_disk_space(latents.parent, info, params, resolutions, rows, distinct)
 
     from tasks.encoding.control import make_controls, spec_of
     from tasks.encoding.encoder import encode_images
@@ -36,7 +37,7 @@ def encode(images: Path, accepted: Path, codec: Path, latents: Path, params: Enc
     with locks.exclusive(workspace.scratch() / "encode.lock"), atomic.writing_folder(latents) as folder:
         encoded = encode_images(images, codec, info, resolutions, rows, params)
         tokens = params.captions == "tokens"
-        captions = Captions(codec, info, rows, tokens, params.precision) if info.conditioning == "text" else None
+        captions = None if distinct is None else Captions(codec, info, distinct, rows, tokens, params.precision)
         controls = make_controls(images, resolutions, rows, params)
         writer = SplitWriter(images, info, resolutions, encoded, captions, params.shard_size, controls)
         splits = {split: writer.write(folder, split, in_split) for split, in_split in rows.items()}

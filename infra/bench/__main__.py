@@ -231,7 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     chosen = part("scale", _scale, "memory and rate of the data's stages on simulated rows", with_overrides=False)
     chosen.add_argument("--rows", type=int, default=1_000_000, help="rows of all stages but ingest")
     chosen.add_argument("--ingest-rows", type=int, default=100_000, help="rows that ingest decodes")
-    chosen.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="ingest write validate encode hash")
+    chosen.add_argument(
+        "--only", nargs="+", default=[], metavar="STAGE", help="ingest write validate encode batches pixels hash"
+    )
 
     def turns(chosen: argparse.ArgumentParser) -> None:
         chosen.add_argument("--rounds", type=int, default=7, help="turns of each side")

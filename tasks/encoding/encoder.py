@@ -114,28 +114,62 @@ def _encode_on_cluster(
         cluster.joined(params.ray_address, params.worker_count, "encode") as ray,
         progress(total=len(missing), desc="encode", unit="img") as bar,
     ):
-        workers = cluster.Actors(ray, params.worker_count, _on_worker, load_autoencoder(vae))
+        allotment = cluster.allotted(ray, params.worker_count)
+        workers = cluster.Actors(ray, allotment, _on_worker, load_autoencoder(vae), allotment.cpus)
+        at_once = functools.cache(lambda resolution: _least(workers.each(_at_once_of, resolution)))
         work = functools.partial(
             _encode_chunk, channels=channels, mirrored=params.horizontal_flip, precision=params.precision
         )
-        for keys, tensors in _in_order(
-            workers, work, _chunks(images, missing, lambda _: CHUNK), 2 * params.worker_count
-        ):
+        chunks = _chunks(images, missing, lambda resolution: max(CHUNK, at_once(resolution) or 0))
+        chunks_with_size = ((chunk, at_once(chunk.resolution)) for chunk in chunks)
+        for keys, tensors in _in_order(workers, work, chunks_with_size, QUEUED_FOR_GPU * workers.count):
             blocks.add(keys, tensors)
             bar.update(len(keys))
 
 
-def _on_worker(network: Autoencoder) -> Autoencoder:
-    torch.set_num_threads(1)  # as in `_encode_missing`, so that sums are divided in the same way
-    return network.to(best_device())
+@dataclass(frozen=True)
+class _Worker:
+    """A process of the cluster that encodes."""
+
+    network: Autoencoder
+    device: str
+    pool: ThreadPoolExecutor
+    """Threads that decode."""
+    busy: threading.Lock
+    """Of the device: one batch at a time is on it, while the next one is decoded."""
+
+
+def _on_worker(network: Autoencoder, threads: int) -> _Worker:
+    device = best_device()
+    return _Worker(network.to(device), device, ThreadPoolExecutor(threads), threading.Lock())
+
+
+def _at_once_of(worker: _Worker, resolution: Resolution) -> int | None:
+    """Return the size of a batch on the worker's device, see `Encoder.at_once`."""
+    return _images_at_once(worker.network, worker.device, resolution)
+
+
+def _least(sizes: Sequence[int | None]) -> int | None:
+    """Return the size of a batch that every worker has the memory for, so that all compute alike; None on CPUs."""
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _encode_chunk(
-    network: Autoencoder, chunk: Chunk, channels: int, mirrored: bool, precision: str
+    worker: _Worker, chunk_and_size: tuple[Chunk, int | None], channels: int, mirrored: bool, precision: str
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Return the SHA-256 of the images of a chunk, and their latents."""
-    pixels = decode_chunk(chunk, channels)
-    return [sha256 for sha256, _, _ in chunk.images], encode_pixels(network, pixels, mirrored, precision)
+    """Return the SHA-256 of the images of a chunk, and their latents, encoded in batches of the given size."""
+    chunk, at_once = chunk_and_size
+    torch.set_num_threads(1)  # as in `_encode_missing`, so that sums are divided in the same way
+    parts = [Chunk(chunk.resolution, [image]) for image in chunk.images]
+    pixels = np.concatenate(list(worker.pool.map(functools.partial(decode_chunk, channels=channels), parts)))
+    with worker.busy:
+        encoded = encode_pixels(worker.network, pixels, mirrored, precision, at_once)
+    return [sha256 for sha256, _, _ in chunk.images], encoded
+
+
+def _images_at_once(network: Autoencoder, device: str, resolution: Resolution) -> int | None:
+    """Return the size of a batch on a GPU by its memory; None on a CPU, see `transform.encode_pixels`."""
+    return None if device == "cpu" else images_at_once(network, resolution[0] * resolution[1], memory_of(device))
 
 
 @dataclass(frozen=True)
@@ -178,10 +212,8 @@ class Encoder:
             yield from _in_order(feeders, encode, decoded, QUEUED_FOR_GPU * len(gpus))
 
     def at_once(self, resolution: Resolution) -> int | None:
-        """Return the size of a batch on a GPU by its memory; None on a CPU, see `transform.encode_pixels`."""
-        if self.device == "cpu":
-            return None
-        return images_at_once(self.network, resolution[0] * resolution[1], memory_of(self.device))
+        """Return the size of a batch, see `_images_at_once`."""
+        return _images_at_once(self.network, self.device, resolution)
 
     def chunk_size(self, resolution: Resolution) -> int:
         """Return the number of images per unit of work: `CHUNK`, or a batch where that is larger."""

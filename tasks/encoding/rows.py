@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.formats import buckets
-from tasks.pictures.digests import TYPE, Digests, digests
-from tasks.pictures.images import read_columns
+from tasks.pictures import spooled
+from tasks.pictures.digests import Digests, filled
+from tasks.pictures.images import iter_columns
 from tasks.pictures.index import class_index
 from tasks.runtime.disk import require_space
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from tasks.formats.buckets import Resolution
     from tasks.formats.codec_info import CodecInfo, TextInfo
     from tasks.params import EncodeParams
+    from tasks.pictures.spooled import SpooledTable
 
 BFLOAT16_BYTES, INT32_BYTES = 2, 4
-ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,45 +42,41 @@ class Row:
 
 
 class Rows:
-    """Images of a split, sorted by bucket and key; they lie in columns, and become `Row`s a part at a time.
+    """Images of a split, sorted by bucket and key; they lie in a file, and become `Row`s a part at a time."""
 
-    A million `Row`s take 1 GB, their columns 0.2.
-    """
-
-    def __init__(self, table: pa.Table) -> None:
-        """`table` has the columns of `Row`."""
-        self.table = table
+    def __init__(self, table: SpooledTable, counts: Sequence[int]) -> None:
+        """`table` has the columns of `Row`, and `counts` are the rows of each bucket."""
+        self.table, self.counts = table, counts
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return len(self.table)
 
     def __getitem__(self, part: slice) -> list[Row]:
         start, stop, _ = part.indices(len(self))
-        return [Row(**row) for row in self.table.slice(start, stop - start).to_pylist()]
+        return [Row(**row) for row in self.table.slice(start, stop).read().to_pylist()]
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), ROWS_AT_A_TIME):
-            yield from self[start : start + ROWS_AT_A_TIME]
+        for batch in self.table.batches():
+            yield from (Row(**row) for row in batch.to_pylist())
 
-    def strings(self, name: str) -> list[str]:
-        """Return a column of strings."""
-        return list(self.table[name].to_pylist())
+    def strings(self, name: str) -> Iterator[str]:
+        """Yield a column of strings."""
+        return self.table.strings(name)
 
     def digests(self, name: str) -> np.ndarray:
         """Return the digests of a column of strings, S16 [len(self)]."""
-        return digests_of(self.table[name])
+        return digests_of(self.table, name)
 
     def in_bucket(self, bucket: int) -> Rows:
         """Return the rows of one bucket, which lie together."""
-        start, stop = np.searchsorted(self.table["bucket"].to_numpy(), [bucket, bucket + 1]).tolist()
-        return Rows(self.table.slice(start, stop - start))
+        start, count = sum(self.counts[:bucket]), self.counts[bucket]
+        only = [count if number == bucket else 0 for number in range(len(self.counts))]
+        return Rows(self.table.slice(start, start + count), only)
 
 
-def digests_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def digests_of(table: SpooledTable, name: str) -> np.ndarray:
     """Return the digests of a column of strings, S16 [n]."""
-    starts = range(0, len(column), ROWS_AT_A_TIME)
-    parts = (digests(column.slice(start, ROWS_AT_A_TIME).to_pylist()) for start in starts)
-    return np.concatenate([np.empty(0, TYPE), *parts])
+    return filled((batch.column(name).to_pylist() for batch in table.batches()), len(table))
 
 
 class Missing:
@@ -100,12 +97,14 @@ class Missing:
 
 def digests_in(splits: Mapping[str, Rows], name: str) -> np.ndarray:
     """Return the digests of a column of strings, S16 [n], of the images of all splits."""
-    return np.concatenate([np.empty(0, TYPE), *(rows.digests(name) for rows in splits.values())])
+    batches = (batch.column(name).to_pylist() for rows in splits.values() for batch in rows.table.batches())
+    return filled(batches, sum(map(len, splits.values())))
 
 
 def buckets_in(splits: Mapping[str, Rows]) -> np.ndarray:
     """Return the buckets of the images of all splits, int16 [n]."""
-    return np.concatenate([np.empty(0, np.int16), *(rows.table["bucket"].to_numpy() for rows in splits.values())])
+    numbers = (np.repeat(np.arange(len(rows.counts), dtype=np.int16), rows.counts) for rows in splits.values())
+    return np.concatenate([np.empty(0, np.int16), *numbers])
 
 
 def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequence[str] = ()) -> dict[str, Rows]:
@@ -114,19 +113,29 @@ def read_rows(images: Path, resolutions: Sequence[Resolution], leave_out: Sequen
     Raises:
         StageError: if a class does not exist.
     """
-    hidden = [class_index(images, name, "encode.leave_out") for name in leave_out]
-    table = read_columns(images, ["key", "split", "sha256", "label", "captions", "height", "width"])
-    labels = pc.fill_null(table["label"], -1)
-    table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    if hidden:
-        table = table.filter(pc.invert(pc.is_in(labels, pa.array(hidden, pa.int64()))))
-    table = table.append_column("bucket", pa.array(_buckets(table, resolutions)))
-    table = table.sort_by([("split", "ascending"), ("bucket", "ascending"), ("key", "ascending")])
-    table = table.combine_chunks()
-    pa.default_memory_pool().release_unused()  # the columns in their first order, which are as large
-    counts = {count["values"]: count["counts"] for count in pc.value_counts(table["split"]).to_pylist()}
-    table, starts = table.drop_columns(["split"]), np.cumsum([0, *counts.values()]).tolist()
-    return {split: Rows(table.slice(start, counts[split])) for split, start in zip(counts, starts, strict=False)}
+    hidden = pa.array([class_index(images, name, "encode.leave_out") for name in leave_out], pa.int64())
+
+    def source(columns: Sequence[str]) -> Iterator[pa.Table]:
+        stored = [name for name in dict.fromkeys([*columns, "label", "height", "width"]) if name != "bucket"]
+        for table in iter_columns(images, stored):
+            labels = pc.fill_null(table["label"], -1)
+            table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+            table = table.append_column("bucket", pa.array(_buckets(table, resolutions)))
+            yield table.filter(pc.invert(pc.is_in(labels, hidden))).select(columns)
+
+    columns = ["key", "sha256", "label", "captions", "height", "width", "bucket"]
+    table = spooled.sort(source, ["split", *columns], ["split", "bucket", "key"])
+    counts: dict[str, np.ndarray] = {}
+    for batch in table.batches():
+        for split in batch.column("split").unique().to_pylist():
+            own = batch.filter(pc.equal(batch.column("split"), split)).column("bucket").to_numpy()
+            counts[split] = counts.get(split, 0) + np.bincount(own, minlength=len(resolutions))
+    found, start = {}, 0
+    for split, in_buckets in counts.items():
+        stop = start + int(in_buckets.sum())
+        found[split] = Rows(table.slice(start, stop).select(columns), in_buckets.tolist())
+        start = stop
+    return found
 
 
 def _buckets(table: pa.Table, resolutions: Sequence[Resolution]) -> np.ndarray:
@@ -149,8 +158,11 @@ def require_disk_space(
     params: EncodeParams,
     resolutions: Sequence[Resolution],
     splits: Mapping[str, Rows],
+    distinct: SpooledTable | None,
 ) -> None:
     """Print the disk space per 100,000 images, and the number of images per bucket, before anything is encoded.
+
+    `distinct` are the distinct captions; None without text.
 
     Raises:
         StageError: if the inputs do not fit on the disk of `folder`.
@@ -162,7 +174,7 @@ def require_disk_space(
     bytes_per_cell = codec.channels
     if latent:
         bytes_per_cell = 2 * (1 + params.horizontal_flip) * latent.channels * BFLOAT16_BYTES
-    captions = len(distinct_captions(splits)) if text else 0
+    captions = len(distinct) if distinct else 0
     bytes_per_caption = caption_bytes(text, params.captions == "tokens") if text else 0
     line = f"encode: 100,000 images take {bytes_per_cell * area / max(1, sum(counts)) / 10:,.1f} MB"
     if text:
@@ -184,7 +196,12 @@ def caption_bytes(text: TextInfo, tokens: bool) -> int:
     return (text.length + bool(text.pooled)) * text.width * BFLOAT16_BYTES
 
 
-def distinct_captions(splits: Mapping[str, Rows]) -> pa.Array:
-    """Return every caption once, in the order of its code points."""
-    chunks = [chunk for rows in splits.values() for chunk in pc.list_flatten(rows.table["captions"]).chunks]
-    return pc.unique(pa.chunked_array(chunks, pa.string())).sort()
+def distinct_captions(splits: Mapping[str, Rows]) -> SpooledTable:
+    """Return every caption once, in the order of its code points: a table with the column `caption`."""
+
+    def source(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for rows in splits.values():
+            for batch in rows.table.batches():
+                yield pa.table([pc.list_flatten(batch.column("captions"))], names=columns)
+
+    return spooled.sort(source, ["caption"], ["caption"], distinct=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,8 @@ import numpy as np
 
 from tasks.formats.latents import BucketShard, Split, keys_hash, write_shards
 from tasks.pictures import decoding
-from tasks.pictures.digests import Digests
-from tasks.pictures.images import allocate, read_encoded
+from tasks.pictures.digests import Places
+from tasks.pictures.images import read_encoded, unnamed_file
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -79,20 +82,38 @@ class SplitWriter:
 
         return tensors
 
-    def _pixels(self, rows: Rows, name: str, resolution: Resolution) -> np.ndarray:
-        """Decode the images of `rows` to uint8 [len(rows), C, *resolution], in a file if they need much memory."""
-        channels = self.codec.channels
-        pixels = allocate((len(rows), channels, *resolution))
-        distinct, first, number_of = np.unique(rows.digests("sha256"), return_index=True, return_inverse=True)
-        hashes = Digests(distinct)
-        files = read_encoded(self.images, hashes)
-        for sha256, data, count in progress(files, desc=f"read {name}", total=len(hashes), unit="img", delay=2):
-            place = first[hashes.numbers([sha256])[0]]
-            pixels[place] = decoding.decode_resized(data, count, resolution, channels)
-        same = first[number_of]
-        for place in np.flatnonzero(same != np.arange(len(rows))):
-            pixels[place] = pixels[same[place]]
+    def _pixels(self, rows: Rows, name: str, resolution: Resolution) -> PixelFile:
+        """Decode the images of `rows` to uint8 [len(rows), C, *resolution], in a file."""
+        pixels = PixelFile(len(rows), (self.codec.channels, *resolution))
+        places = Places(rows.digests("sha256"))
+        files = read_encoded(self.images, places)
+        for sha256, data, count in progress(files, desc=f"read {name}", unit="img", delay=2):
+            image = decoding.decode_resized(data, count, resolution, self.codec.channels)
+            for row in places.rows(places.numbers([sha256])[0]).tolist():
+                pixels.write(row, image)
         return pixels
+
+
+class PixelFile:
+    """Images of one shape in an unnamed file of the scratch folder, so that memory does not grow with their number."""
+
+    def __init__(self, count: int, shape: Sequence[int]) -> None:
+        """`shape` is [C, H, W]; raises `StageError` if the disk has no space for `count` images."""
+        self._shape, self._bytes = tuple(shape), math.prod(shape)
+        self._file = unnamed_file(count * self._bytes, f"the pixels of {count} images")
+        weakref.finalize(self, self._file.close)
+
+    def write(self, row: int, image: np.ndarray) -> None:
+        """Write an image, uint8 [C, H, W]."""
+        os.pwrite(self._file.fileno(), np.ascontiguousarray(image).data, row * self._bytes)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Read consecutive images, uint8 [n, C, H, W]."""
+        images = np.empty((part.stop - part.start, *self._shape), np.uint8)
+        left, offset = images.reshape(-1).data, part.start * self._bytes
+        while done := os.preadv(self._file.fileno(), [left], offset):  # at most 2 GB at a time
+            left, offset = left[done:], offset + done
+        return images
 
 
 def size_conditioning(height: int, width: int, resolution: Resolution) -> tuple[int, int, int, int, int, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -20,18 +19,21 @@ from models.device import best_device, warn_of_emulation
 from models.networks.text_encoder import APPLY_BATCH, load_text_encoder
 from models.parallel import shared_out
 from tasks.encoding.blocks import Blocks
-from tasks.encoding.rows import digests_of, distinct_captions
+from tasks.encoding.rows import digests_of
 from tasks.formats.latents import Shard, write_prompts, write_shards
-from tasks.pictures.digests import digests, find
+from tasks.pictures.digests import Places, digests
 from tasks.runtime import closure, workspace
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from tasks.encoding.rows import Rows
     from tasks.formats.codec_info import CodecInfo
+    from tasks.pictures.spooled import SpooledTable
 
 BLOCK = 4096
 """Captions that are embedded and stored at a time."""
+TOKENIZED = 1024
+"""Captions that are tokenised at a time; the tokenizer keeps memory of its largest call."""
 PART = 4 * APPLY_BATCH
 """Captions that a GPU embeds before it takes the next ones."""
 
@@ -43,14 +45,24 @@ class Captions:
     """
 
     def __init__(
-        self, folder: Path, codec: CodecInfo, splits: Mapping[str, Rows], tokens: bool = False, precision: str = "no"
+        self,
+        folder: Path,
+        codec: CodecInfo,
+        captions: SpooledTable,
+        splits: Mapping[str, Rows],
+        tokens: bool = False,
+        precision: str = "no",
     ) -> None:
-        """Embed in `precision` what is new; the text encoder in `folder` is loaded only for that."""
+        """Embed in `precision` what is new of `captions`, see `rows.distinct_captions`.
+
+        The text encoder in `folder` is loaded only for that.
+        """
         assert codec.text is not None and codec.prompts is not None, "the codec has a text encoder"
         self.folder, self.tokens = folder, tokens
         self.prompts = [*codec.prompts, ""]
-        self.captions = distinct_captions(splits)
-        most = [pc.max(pc.list_value_length(rows.table["captions"])).as_py() or 0 for rows in splits.values()]
+        self.captions = captions
+        batches = (batch for rows in splits.values() for batch in rows.table.batches())
+        most = (pc.max(pc.list_value_length(batch.column("captions"))).as_py() for batch in batches)
         self.most_captions = max(most, default=0)
         recipe = {
             "text encoder": codec.text.sha256,
@@ -68,8 +80,9 @@ class Captions:
             return
         for start in range(0, len(self.captions), BLOCK):
             yield self._texts(slice(start, start + BLOCK))
-        known = pc.is_in(pa.array(self.prompts), value_set=self.captions).to_pylist()
-        yield list(dict.fromkeys(text for text, is_caption in zip(self.prompts, known, strict=True) if not is_caption))
+        known = self._places.numbers(self.prompts) >= 0
+        new = (text for text, is_caption in zip(self.prompts, known.tolist(), strict=True) if not is_caption)
+        yield list(dict.fromkeys(new))
 
     def _missing(self) -> Iterator[list[str]]:
         """Yield the texts without an embedding, at most `BLOCK` at a time; blocks that are added change nothing."""
@@ -110,22 +123,22 @@ class Captions:
 
     def positions(self, rows: Rows) -> np.ndarray:
         """Return the captions of each image as int32 [n, K], numbers of the distinct ones, padded with -1."""
-        captions = rows.table["captions"]
-        counts = pc.list_value_length(captions).to_numpy()
         positions = np.full((len(rows), self.most_captions), -1, np.int32)
-        # The mask is read row by row, as the flat list of captions is.
-        ordered, place = self._by_digest
-        positions[np.arange(self.most_captions) < counts[:, None]] = place[
-            find(ordered, digests_of(pc.list_flatten(captions)))
-        ]
+        start = 0
+        for batch in rows.table.batches():
+            captions = batch.column("captions")
+            counts = pc.list_value_length(captions).to_numpy()
+            own = positions[start : start + len(batch)]
+            # The mask is read row by row, as the flat list of captions is.
+            texts = pc.list_flatten(captions).to_pylist()
+            own[np.arange(self.most_captions) < counts[:, None]] = self._places.first(digests(texts))
+            start += len(batch)
         return positions
 
     @functools.cached_property
-    def _by_digest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Digests of the captions, ascending, and the place of each among the captions, int64."""
-        values = digests_of(self.captions)
-        place = np.argsort(values, kind="stable")
-        return values[place], place
+    def _places(self) -> Places:
+        """The places of the distinct captions."""
+        return Places(digests_of(self.captions, "caption"))
 
     def write(self, folder: Path, shard_size: int) -> list[Shard]:
         """Write the embeddings or token ids as shards; returns their entries for the index."""
@@ -133,7 +146,9 @@ class Captions:
             encoder = load_text_encoder(self.folder)
 
             def rows(part: slice) -> dict[str, torch.Tensor]:
-                return {"ids": encoder.token_ids(self._texts(part)).to(torch.int32)}
+                starts = range(part.start, part.stop, TOKENIZED)
+                texts = (self._texts(slice(start, min(start + TOKENIZED, part.stop))) for start in starts)
+                return {"ids": torch.cat([encoder.token_ids(own).to(torch.int32) for own in texts])}
         else:
 
             def rows(part: slice) -> dict[str, torch.Tensor]:
@@ -142,7 +157,7 @@ class Captions:
         return write_shards(folder, "texts", len(self.captions), rows, shard_size)
 
     def _texts(self, part: slice) -> list[str]:
-        return list(self.captions[part].to_pylist())
+        return list(self.captions.slice(part.start, part.stop).strings("caption"))
 
     def write_prompts(self, folder: Path) -> str:
         """Write the embeddings of the sample prompts and the empty text; returns the file's SHA-256."""

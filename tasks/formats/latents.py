@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
@@ -177,9 +177,13 @@ class Latents:
         return 0 if inputs is None else len(inputs)
 
 
-def keys_hash(keys: list[str]) -> str:
-    """Hash keys in their order."""
-    return hashlib.sha256("\n".join(keys).encode("utf-8")).hexdigest()
+def keys_hash(keys: Iterable[str]) -> str:
+    """Hash keys in their order, with a line feed between them."""
+    content, separator = hashlib.sha256(), ""
+    for key in keys:
+        content.update(f"{separator}{key}".encode())
+        separator = "\n"
+    return content.hexdigest()
 
 
 def write_shards(folder: Path, name: str, count: int, rows: Callable[[slice], Columns], shard_size: int) -> list[Shard]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import resource
 import tempfile
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,17 +27,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.hashing import file_sha256
-from tasks.pictures import decoding
-from tasks.pictures.content import ContentHash
-from tasks.pictures.digests import Digests, digests
+from tasks.pictures import decoding, spooled
+from tasks.pictures.content import ContentHash, SortedPairs
+from tasks.pictures.digests import Digests, Places, digests, filled
 from tasks.pictures.index import ImageIndex, read_index
-from tasks.pictures.samples import Column, Samples, Split
+from tasks.pictures.samples import Samples, Split
+from tasks.pictures.spooled import PART_ROWS, Column
 from tasks.runtime import integrity, workspace
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
 if TYPE_CHECKING:
     from tasks.params import ImageParams
+    from tasks.pictures.spooled import SpooledTable
 
 PICTURE = "image.bytes"
 """Column of the encoded images: a struct of bytes and path, like the feature `Image` of Hugging Face `datasets`."""
@@ -220,13 +223,16 @@ class MapWriter:
     count: int = 0
     _pending: list[dict[str, Any]] = field(default_factory=list)
     _file: pq.ParquetWriter | None = None
-    _content: dict[str, str] = field(default_factory=dict)
+    _content: SortedPairs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._content = SortedPairs(self.folder)
 
     def add(self, key: str, data: bytes) -> None:
         """Add the map of the image `key`, an encoded image."""
         sha256 = hashlib.sha256(data).hexdigest()
         self._pending.append({"key": key, "image": data, "sha256": sha256})
-        self._content[key] = sha256
+        self._content.add(key, sha256.encode())
         self.count += 1
         if len(self._pending) >= MAP_ROWS:
             self._flush()
@@ -246,12 +252,14 @@ class MapWriter:
             self._flush()
         if self._file is not None:
             self._file.close()
-        content = json.dumps([index.sha256, sorted(self._content.items())])
-        return replace(
-            index,
-            files=index.files | {MAPS: file_sha256(self.folder / MAPS)},
-            sha256=hashlib.sha256(content.encode("utf-8")).hexdigest(),
-        )
+        # The hash of the JSON of [index.sha256, [[key, sha256], ...]].
+        content, separator = hashlib.sha256(f"[{json.dumps(index.sha256)}, [".encode()), ""
+        for key, sha256 in self._content.read():
+            content.update(f"{separator}{json.dumps([key.decode(), sha256.decode()])}".encode())
+            separator = ", "
+        content.update(b"]]")
+        maps = {MAPS: file_sha256(self.folder / MAPS)}
+        return replace(index, files=index.files | maps, sha256=content.hexdigest())
 
 
 def map_hashes(images: Path) -> dict[str, str]:
@@ -295,6 +303,14 @@ def read_columns(images: Path, columns: list[str], chosen: Collection[Path] | No
     return table.set_column(place, "image", pc.struct_field(table["image"], "bytes")).select(columns)
 
 
+def iter_columns(images: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield columns of all rows without their images, in the order of the shards, at most `PART_ROWS` at a time."""
+    for shard in shards(images):
+        with pq.ParquetFile(shard) as file:
+            for batch in file.iter_batches(PART_ROWS, columns=list(columns)):
+                yield pa.Table.from_batches([batch]).select(columns)
+
+
 def enlarged(count: int, resolution: int) -> str:
     """Message about the `count` images whose shorter side is below the resolution of the model; empty for none."""
     return f"{count} images are smaller than image.resolution {resolution} and are enlarged" if count else ""
@@ -315,28 +331,50 @@ def load_pixels(
     With `chosen` only the rows that it returns for the split are decoded, see `Samples.rows`.
     Raises `StageError` if the pixels exceed `IN_MEMORY_BYTES` and the disk has no space for them.
     """
-    table = read_columns(images, ["key", "split", "label", "captions"])
-    table = table.filter(pc.equal(table["split"], split)).sort_by("key")
-    labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-    known = Split(labels, Column[list[str]](table["captions"]), Column[str](table["key"]))
-    rows = None if chosen is None else np.unique(chosen(known))
-    read = table["key"] if rows is None else table["key"].take(pa.array(rows))
-    position = {key: place for place, key in enumerate(read.to_pylist())}
-    pixels = allocate((len(position), image.channels, image.resolution, image.resolution))
 
-    def take(row: dict[str, Any]) -> None:  # the columns have several types
-        pixels[position[row["key"]]] = decoding.decode_resized(
+    def of_split(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for table in iter_columns(images, [*columns, "split"]):
+            yield table.filter(pc.equal(table["split"], split)).select(columns)
+
+    table = spooled.sort(of_split, ["key", "label", "captions"], ["key"])
+    labels = np.empty(len(table), np.int64)
+    starts = itertools.accumulate(map(len, table.batches()), initial=0)
+    for start, batch in zip(starts, table.batches(), strict=False):
+        labels[start : start + len(batch)] = batch.column("label").fill_null(-1).to_numpy()
+    known = Split(labels, Column(table, "captions"), Column(table, "key"))
+    rows = None if chosen is None else np.unique(chosen(known))
+    places = Places(_digests_of_keys(table, rows))
+    pixels = allocate((len(places), image.channels, image.resolution, image.resolution))
+
+    def take(found: tuple[int, dict[str, Any]]) -> None:  # the columns have several types
+        place, row = found
+        pixels[place] = decoding.decode_resized(
             row["image"]["bytes"], row["width"] * row["height"], (image.resolution, image.resolution), image.channels
         )
 
     with (
-        progress(desc=f"read {split}", total=len(position), unit="img", delay=2) as bar,
+        progress(desc=f"read {split}", total=len(places), unit="img", delay=2) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # decoding releases the global interpreter lock
     ):
-        for batch in _encoded_rows(images, position):
+        for batch in _encoded_rows(images, places):
             for _ in pool.map(take, batch):
                 bar.update()
     return Samples(known.labels, known.captions, known.keys, pixels, rows)
+
+
+def _digests_of_keys(table: SpooledTable, rows: np.ndarray | None) -> np.ndarray:
+    """Return the digests of the keys of a table, S16 [n], or of `rows` of it, which ascend."""
+    if rows is None:
+        return filled((batch.column("key").to_pylist() for batch in table.batches()), len(table))
+
+    def chosen(rows: np.ndarray) -> Iterator[list[str]]:
+        start = 0
+        for batch in table.batches():
+            own = rows[slice(*np.searchsorted(rows, [start, start + len(batch)]))]
+            yield batch.column("key").take(pa.array(own - start)).to_pylist()
+            start += len(batch)
+
+    return filled(chosen(rows), len(rows))
 
 
 def allocate(shape: tuple[int, ...]) -> np.ndarray:
@@ -348,21 +386,31 @@ def allocate(shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return np.empty(shape, np.uint8)
+    with unnamed_file(size, f"the pixels of {shape[0]} images") as file:
+        return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
+
+
+def unnamed_file(size: int, what: str) -> IO[bytes]:
+    """Open a new file of `size` bytes in the scratch folder, which is deleted when it is closed.
+
+    Raises:
+        StageError: if the disk has no space for it, which is for `what`.
+    """
     folder = workspace.scratch()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS, where a disk that fills up later kills the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError as error:
-            raise StageError(
-                f"the pixels of {shape[0]} images need {size / 1e9:.1f} GB, and {folder} has no space for them "
-                f"({error.strerror}); free some, set AFTERIMAGE_SCRATCH to a folder on a larger disk, or lower "
-                "image.resolution"
-            ) from None
-        return np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
+    try:
+        if hasattr(os, "posix_fallocate") and size:  # not on macOS, where a disk that fills up kills the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        file.close()
+        raise StageError(
+            f"{what} need {size / 1e9:.1f} GB, and {folder} has no space for them ({error.strerror}); free some, "
+            "set AFTERIMAGE_SCRATCH to a folder on a larger disk, or lower image.resolution"
+        ) from None
+    return file
 
 
 def read_encoded(images: Path, wanted: Collection[str] | Digests) -> Iterator[tuple[str, bytes, int]]:
@@ -389,13 +437,19 @@ def read_encoded(images: Path, wanted: Collection[str] | Digests) -> Iterator[tu
                         yield row["sha256"], row["image"]["bytes"], row["width"] * row["height"]
 
 
-def _encoded_rows(images: Path, keys: Container[str]) -> Iterator[list[dict[str, Any]]]:  # as `take` reads them
-    """Yield the encoded images of these keys in batches; row groups without any of them are skipped."""
+def _encoded_rows(
+    images: Path, keys: Places
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:  # the columns have several types
+    """Yield the encoded images of these keys in batches, each after its place; other row groups are skipped."""
     for shard in shards(images):
         file = pq.ParquetFile(shard)
         for group in range(file.num_row_groups):
-            found = file.read_row_group(group, columns=["key"]).column(0).to_pylist()
-            if any(key in keys for key in found):
-                for batch in file.iter_batches(256, row_groups=[group], columns=["key", PICTURE, "width", "height"]):
-                    mask = pa.array([key in keys for key in batch.column(0).to_pylist()], pa.bool_())
-                    yield batch.filter(mask).to_pylist()
+            places = keys.first(digests(file.read_row_group(group, columns=["key"]).column(0).to_pylist()))
+            if (places < 0).all():
+                continue
+            start = 0
+            for batch in file.iter_batches(256, row_groups=[group], columns=["key", PICTURE, "width", "height"]):
+                of_batch = places[start : start + len(batch)]
+                start += len(batch)
+                chosen = np.flatnonzero(of_batch >= 0)
+                yield list(zip(of_batch[chosen].tolist(), batch.take(pa.array(chosen)).to_pylist(), strict=True))

@@ -1,51 +1,20 @@
-"""One split of the dataset in memory: labels, captions and keys of all its rows, and the pixels of those that are used.
+"""One split of the dataset: labels, captions and keys of all its rows, and the pixels of those that are used.
 
-A split may have millions of rows, of which a stage uses some thousands. Captions and keys stay in Arrow's memory.
+A split may have millions of rows, of which a stage uses some thousands. Captions and keys stay in a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 HELD_OUT = 20_000
 """Held-out images that are measured on or compared with, at most; the fingerprint of a measurement holds their number.
 
 Whoever changes how they are chosen raises `Measurement.FORMAT`.
 """
-CONVERTED = 1024
-"""Rows of a column that are Python values at a time."""
-
-Value = TypeVar("Value")
-
-
-class Column(Sequence[Value], Generic[Value]):
-    """A column of an Arrow table as a sequence, of Python values that are made where they are read."""
-
-    def __init__(self, values: pa.ChunkedArray) -> None:
-        self._values: Any = values.combine_chunks()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @overload
-    def __getitem__(self, row: int) -> Value: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Value]: ...
-    def __getitem__(self, row: int | slice) -> Value | list[Value]:
-        found = self._values[row]
-        values: Value | list[Value] = found.to_pylist() if isinstance(row, slice) else found.as_py()
-        return values
-
-    def __iter__(self) -> Iterator[Value]:
-        for start in range(0, len(self), CONVERTED):
-            yield from self[start : start + CONVERTED]
 
 
 @dataclass(frozen=True)
@@ -56,6 +25,7 @@ class Split:
     """int64 [N]; -1 for unlabelled images"""
     captions: Sequence[list[str]]
     keys: Sequence[str]
+    """Both are read from a file when they are asked for, see `tasks.pictures.spooled.Column`."""
 
     def with_condition(self, conditioning: str) -> np.ndarray:
         """Return the rows that have what a model of this conditioning is conditioned on, int64 [at most N]."""

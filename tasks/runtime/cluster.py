@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,22 +127,50 @@ class Tasks(Executor):
         return self._remote[fn].remote(*args, **kwargs).future()
 
 
-class Actors(Executor):
-    """Runs functions of a state, such as a network, that each of `workers` processes builds once.
+@dataclass(frozen=True)
+class Allotment:
+    """What `Actors` take of a cluster."""
 
-    `make(*arguments)` returns the state, in each process; the processes take the calls in turn. If the cluster has
-    GPUs, each process takes one.
+    actors: int
+    cpus: int
+    """Of each actor: one, or with GPUs its share of the cluster's."""
+    gpus: int
+    """Of each actor."""
+
+
+def allotted(ray: Any, workers: int) -> Allotment:  # the module, which has no types
+    """Return the actors for at most `workers` processes; if the cluster has GPUs, each takes one of them."""
+    found = ray.cluster_resources()
+    gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 1))
+    return Allotment(min(workers, gpus), max(1, cpus // gpus), 1) if gpus else Allotment(workers, 1, 0)
+
+
+class Actors(Executor):
+    """Runs functions of a state, such as a network, that each process of `allotment` builds once.
+
+    `make(*arguments)` returns the state, in each process; the processes take the calls in turn. A process with a GPU
+    runs two calls at once, so that it can prepare one while its GPU computes the other.
     """
 
-    def __init__(self, ray: Any, workers: int, make: Callable[..., Any], *arguments: Any) -> None:  # as `make` says
-        resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-        actor = ray.remote(**resources, max_restarts=RETRIES, max_task_retries=RETRIES)(_Actor)
+    def __init__(self, ray: Any, allotment: Allotment, make: Callable[..., Any], *arguments: Any) -> None:
+        actor = ray.remote(
+            num_cpus=allotment.cpus,
+            num_gpus=allotment.gpus,
+            max_concurrency=1 + (allotment.gpus > 0),
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+        )(_Actor)
         shared = [ray.put(argument) for argument in arguments]  # sent to each machine once
-        self._turns = cycle([actor.remote(make, *shared) for _ in range(workers)])
+        self.count = allotment.actors
+        self._turns = cycle([actor.remote(make, *shared) for _ in range(self.count)])
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
         future: Future[Result] = next(self._turns).run.remote(fn, *args, **kwargs).future()
         return future
+
+    def each(self, fn: Callable[..., Result], *args: Any) -> list[Result]:
+        """Run a function once in every process."""
+        return [future.result() for future in [self.submit(fn, *args) for _ in range(self.count)]]
 
 
 class _Actor:

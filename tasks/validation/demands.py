@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from tasks.params import IMAGES_PER_DIMENSION, Demands
-from tasks.pictures.images import read_columns
+from tasks.pictures.images import iter_columns
 from tasks.validation.expectations import Table
 from tasks.validation.report.findings import Gate
 
@@ -100,9 +102,11 @@ def _at_least(column: str, least: int, complaint: str) -> Gate:
 
 def _trained(images: Path, classes: list[str]) -> pd.DataFrame:
     """One row per class: name as `key`, and number of training images."""
-    rows = read_columns(images, ["label", "split"]).to_pandas()
-    counts = rows.loc[rows["split"] == "train", "label"].value_counts()
-    return pd.DataFrame({"key": classes, "images": [int(counts.get(label, 0)) for label in range(len(classes))]})
+    counts = np.zeros(len(classes), np.int64)
+    for table in iter_columns(images, ["label", "split"]):
+        labels = table.filter(pc.equal(table["split"], "train"))["label"].drop_null().to_numpy()
+        counts += np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
+    return pd.DataFrame({"key": classes, "images": counts})
 
 
 def _trained_gate() -> Gate:

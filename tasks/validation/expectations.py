@@ -83,9 +83,13 @@ def judge(tables: Iterable[Table], docs: Path, warn_only: Collection[str] = ()) 
             run_id=RunIdentifier(run_name="validate", run_time=NO_TIME),
             result_format={"result_format": "SUMMARY", "unexpected_index_column_names": ["key"]},
         )
+        # The engine keeps the frame of each table until the end.
+        source.get_execution_engine().batch_manager.reset_batch_cache()
+        source.get_execution_engine().batch_manager.batch_data_cache.clear()
         known = results.setdefault(table.name, [(gate, []) for gate in table.gates])
         for (_, parts), result in zip(known, outcome.results, strict=True):
             parts.append(result)
+        del table  # before the next one is made
     write_docs(context, docs)
     return [
         _finding(gate, parts[0], gate.check in warn_only)

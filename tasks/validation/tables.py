@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,9 +21,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.formats.quarantine import FILE as QUARANTINE_FILE
-from tasks.pictures import colours
-from tasks.pictures.images import enlarged, read_columns, schema, schema_of
-from tasks.pictures.index import read_index
+from tasks.pictures import colours, spooled
+from tasks.pictures.digests import digests
+from tasks.pictures.images import enlarged, iter_columns, schema, schema_of
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 from tasks.sources.entry import CAPTIONS_NOT_READ, NO_IMAGE_FILE
@@ -29,10 +34,29 @@ from tasks.validation.writing_systems import Reader
 if TYPE_CHECKING:
     from tasks.params import Demands, ValidateParams
     from tasks.pictures.index import ImageIndex
+    from tasks.pictures.spooled import SpooledTable
 
 Rows: TypeAlias = NDArray[np.int64]
-PART_ROWS = 500_000
+Number = TypeVar("Number", np.uint8, np.uint64)
+PART_ROWS = 100_000
 """Images that are judged at a time."""
+TRAIN = 0
+HASH = r"\A[0-9a-f]{16}\z"
+METADATA = (
+    "key",
+    "width",
+    "height",
+    "mode",
+    "label",
+    "split",
+    "sha256",
+    "phash",
+    "licence",
+    "source",
+    "safety",
+    "captions",
+)
+"""Columns of the table of images."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +84,17 @@ def build(
     yield Table("columns", columns, checks.column_gates())
     if not (columns["found"] == columns["expected"]).all():
         return  # the rows of such shards cannot be read
-    parts = _parts(images, index)
     extremes, small = _extremes(images, asked.resolution)
     notes = {"size": enlarged(small, asked.resolution), "mode": "; ".join(colours.sentences(index.profiles))}
     gates = demands.row_gates(index, asked, checks.row_gates(index, extremes, params))
     gates = [replace(gate, note=notes.get(gate.check, "")) for gate in gates]
+    parts = _parts(spooled.sort(functools.partial(iter_columns, images), METADATA, ["key"]))
     numbers: Iterable[int | None] = [None] if len(parts) == 1 else range(1, len(parts) + 1)
-    for number, rows in zip(numbers, _rows(images, parts, params), strict=True):
-        yield Table("images", rows, gates, number)
-    for number, inputs in zip(numbers, _inputs(images, parts, quarantine), strict=True):
-        yield Table("inputs", inputs, checks.input_gates(params), number)
+    # `map` keeps no part while the next one is made, as a variable of a loop would.
+    yield from map(lambda number, rows: Table("images", rows, gates, number), numbers, _rows(parts, params))
+    of_inputs = checks.input_gates(params)
+    inputs = _inputs(images, list(map(len, parts)), quarantine)
+    yield from map(lambda number, rows: Table("inputs", rows, of_inputs, number), numbers, inputs)
     if index.caption_files:
         files = pd.DataFrame([asdict(file) for file in index.caption_files])
         yield Table("caption files", files, checks.caption_file_gates())
@@ -84,9 +109,10 @@ def build(
 
 def label_counts(images: Path, classes: list[str]) -> dict[str, int]:
     """Number of images by class."""
-    values = pc.value_counts(read_columns(images, ["label"])["label"]).to_pylist()
-    found = {value["values"]: value["counts"] for value in values}
-    return {name: found.get(label, 0) for label, name in enumerate(classes)}
+    found: Counter[int | None] = Counter()
+    for table in iter_columns(images, ["label"]):
+        found.update({value["values"]: value["counts"] for value in pc.value_counts(table["label"]).to_pylist()})
+    return {name: found[label] for label, name in enumerate(classes)}
 
 
 def _columns(images: Path, shards: list[str]) -> pd.DataFrame:
@@ -107,67 +133,48 @@ def _type(field: pa.Field) -> str:
     return f"list of {field.type.value_type}" if pa.types.is_list(field.type) else str(field.type)
 
 
-def _parts(images: Path, index: ImageIndex) -> list[list[Path]]:
-    """Divide the shards into parts of at most `PART_ROWS` rows, or of one shard; a key is in one shard only."""
-    parts: list[list[Path]] = [[]]
-    rows = 0
-    for shard in index.shards:
-        count = pq.read_metadata(images / shard).num_rows
-        if parts[-1] and rows + count > PART_ROWS:
-            parts.append([])
-            rows = 0
-        parts[-1].append(images / shard)
-        rows += count
-    return parts
+def _parts(table: SpooledTable) -> list[SpooledTable]:
+    """Divide rows that are sorted by key into parts of `PART_ROWS` rows; a key is in one part only."""
+    cuts = [0]
+    while cuts[-1] < len(table):
+        stop = min(cuts[-1] + PART_ROWS, len(table))
+        (last,) = table.slice(stop - 1, stop).strings("key")
+        after = table.slice(stop, len(table)).strings("key")
+        cuts.append(stop + sum(1 for _ in itertools.takewhile(functools.partial(operator.eq, last), after)))
+    return [table.slice(start, stop) for start, stop in itertools.pairwise(cuts)] or [table]
 
 
 def _extremes(images: Path, resolution: int) -> tuple[checks.Extremes, int]:
     """Return the extremes of all images, and how many are smaller than `resolution`."""
-    sides = np.stack([read_columns(images, [name])[name].to_numpy() for name in ("width", "height")])
-    shorter = sides.min(axis=0)
-    if not len(shorter):
-        return checks.Extremes(0, 1.0), 0
-    extremes = checks.Extremes(int(shorter.min()), float((sides.max(axis=0) / shorter).max()))
-    return extremes, int((shorter < resolution).sum())
+    least, longest, small = math.inf, 1.0, 0
+    for table in iter_columns(images, ["width", "height"]):
+        sides = np.stack([table[name].to_numpy() for name in ("width", "height")])
+        shorter = sides.min(axis=0)
+        if len(shorter):
+            least = min(least, int(shorter.min()))
+            longest = max(longest, float((sides.max(axis=0) / shorter).max()))
+            small += int((shorter < resolution).sum())
+    return checks.Extremes(0 if least == math.inf else int(least), longest), small
 
 
-def _rows(images: Path, parts: Sequence[Sequence[Path]], params: ValidateParams) -> Iterator[pd.DataFrame]:
+def _rows(parts: Sequence[SpooledTable], params: ValidateParams) -> Iterator[pd.DataFrame]:
     """Yield one row per image, part by part: metadata and derived columns."""
-    rated = read_columns(images, ["safety"])["safety"].null_count < read_index(images).rows
-    first, twins, names = 0, None, dict[int, str]()
-    if len(parts) > 1:
-        twins = _twins(*_all_hashes_of(images, parts), params.near_duplicate_bits)
-        names = _keys_of(images, parts, np.unique(np.concatenate(list(twins.values()))))
+    rated = any(batch.column("safety").null_count < len(batch) for part in parts for batch in part.batches())
+    twins = _twins(parts, params.near_duplicate_bits)
+    names = _keys_of(parts, np.unique(np.concatenate([found.others for found in twins.values()])))
+    first = 0
     for part in parts:
-        frame = _metadata(images, part, rated, params)
-        last = first + len(frame)
-        if twins is None:
-            keys = frame["key"].to_numpy()
-            own = _twins(*_hashes(frame["sha256"], frame["phash"], frame["split"]), params.near_duplicate_bits)
-            shown = {name: _taken(keys, rows) for name, rows in own.items()}
-        else:
-            shown = {name: _named(rows[first:last], names) for name, rows in twins.items()}
+        last = first + len(part)
+        yield _metadata(part, rated, params).assign(
+            **{name: found.named(first, last, names) for name, found in twins.items()}
+        )
         first = last
-        yield frame.assign(**shown)
 
 
-def _taken(keys: NDArray[np.object_], rows: Rows) -> NDArray[np.object_]:
-    """Return the keys of rows, None for negative ones."""
-    taken = keys[rows].astype(object)
-    taken[rows < 0] = None
-    return taken
-
-
-def _named(rows: Rows, names: Mapping[int, str]) -> NDArray[np.object_]:
-    """Return the keys of rows, None for those that have none."""
-    return np.array([names.get(row) for row in rows.tolist()], object)
-
-
-def _metadata(images: Path, part: Collection[Path], rated: bool, params: ValidateParams) -> pd.DataFrame:
-    """Return the rows of some shards, sorted by key; a source that rates any image must rate every image."""
-    columns = ["width", "height", "mode", "label", "split", "sha256", "phash", "licence", "source", "safety"]
-    table = read_columns(images, ["key", *columns, "captions"], part).sort_by("key")
-    frame = table.select(["key", *columns]).to_pandas()
+def _metadata(part: SpooledTable, rated: bool, params: ValidateParams) -> pd.DataFrame:
+    """Return rows sorted by key; a source that rates any image must rate every image."""
+    table = part.read()
+    frame = table.drop_columns(["captions"]).to_pandas()
     sides = frame[["width", "height"]]
     frame = frame.drop(columns=sides.columns)  # Great Expectations hashes every column
     frame["shorter_side"] = sides.min(axis=1)
@@ -179,72 +186,110 @@ def _metadata(images: Path, part: Collection[Path], rated: bool, params: Validat
     return frame
 
 
-Hashes: TypeAlias = "tuple[NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.str_]]"
-"""A number for each file, uint64 [N]; perceptual hashes, uint64 [N], or None if one is damaged; splits [N]."""
+@dataclass(frozen=True)
+class Twins:
+    """The rows that repeat another one, ascending, and which: int64 [n] each."""
+
+    rows: Rows
+    others: Rows
+
+    def named(self, first: int, last: int, names: Mapping[int, str]) -> NDArray[np.object_]:
+        """Return the key of the other for each row from `first` up to `last`, None for those that repeat none."""
+        named = np.full(last - first, None, object)
+        start, stop = np.searchsorted(self.rows, [first, last])
+        named[self.rows[start:stop] - first] = [names[other] for other in self.others[start:stop].tolist()]
+        return named
 
 
-def _hashes(files: pd.Series, perceptual: pd.Series, splits: pd.Series) -> Hashes:
-    numbers = duplicates.to_numbers(perceptual.tolist()) if _all_hashes(perceptual) else None
-    return files.factorize()[0].astype(np.uint64), numbers, splits.to_numpy(str)
-
-
-def _all_hashes_of(images: Path, parts: Sequence[Sequence[Path]]) -> Hashes:
-    """Return the hashes of all rows, in the order of the parts.
-
-    Files count as equal if their SHA-256 begin with the same 64 bits.
-    """
-    files, perceptual, splits = [], [], []
-    for part in parts:
-        frame = read_columns(images, ["key", "sha256", "phash", "split"], part).sort_by("key").to_pandas()
-        starts = frame["sha256"].str.slice(0, 16)
-        files.append(duplicates.to_numbers(starts.tolist()) if _all_hashes(starts) else None)
-        perceptual.append(duplicates.to_numbers(frame["phash"].tolist()) if _all_hashes(frame["phash"]) else None)
-        splits.append(frame["split"].to_numpy("U5"))
-    count = sum(map(len, splits))
-    known = [numbers for numbers in files if numbers is not None]
-    # With damaged hashes, which fail a gate of their own, no files are equal.
-    codes = np.concatenate(known) if len(known) == len(files) else np.arange(count, dtype=np.uint64)
-    seen = [numbers for numbers in perceptual if numbers is not None]
-    return codes, np.concatenate(seen) if len(seen) == len(perceptual) else None, np.concatenate(splits)
-
-
-def _keys_of(images: Path, parts: Sequence[Sequence[Path]], rows: Rows) -> dict[int, str]:
-    """Return row -> key of some rows, numbered in the order of the parts; negative ones have none."""
+def _keys_of(parts: Sequence[SpooledTable], rows: Rows) -> dict[int, str]:
+    """Return row -> key of some rows, which ascend."""
     found: dict[int, str] = {}
     first = 0
-    for part in parts:
-        keys = read_columns(images, ["key"], part).sort_by("key")["key"]
-        own = rows[(rows >= first) & (rows < first + len(keys))]
-        found.update(zip(own.tolist(), keys.take(own - first).to_pylist(), strict=True))
-        first += len(keys)
+    for batch in (batch for part in parts for batch in part.batches()):
+        start, stop = np.searchsorted(rows, [first, first + len(batch)])
+        own = rows[start:stop]
+        found.update(zip(own.tolist(), batch.column("key").take(pa.array(own - first)).to_pylist(), strict=True))
+        first += len(batch)
     return found
 
 
-def _twins(
-    codes: NDArray[np.uint64], hashes: NDArray[np.uint64] | None, splits: NDArray[np.str_], bits: int
-) -> dict[str, Rows]:
-    """For each row the first exact or near duplicate in the same or in the training split: int64 [N], -1 for none.
+def _twins(parts: Sequence[SpooledTable], bits: int) -> dict[str, Twins]:
+    """For each row the first exact or near duplicate in the same or in the training split.
 
     A near duplicate is not the same file. Of a pair across splits, the held-out image is reported.
     """
-    found = {name: np.full(len(codes), -1) for name in ("repeats", "leaks", "nearly_repeats", "nearly_leaks")}
-    train = np.flatnonzero(splits == "train")
-    for split in progress(np.unique(splits), desc="compare", unit="split", delay=2):
-        rows = np.flatnonzero(splits == split)
-        found["repeats"][rows] = duplicates.first_duplicates(codes, rows, rows, 0)
-        others = np.flatnonzero((splits == split) & (found["repeats"] < 0))
-        if hashes is not None:
-            found["nearly_repeats"][others] = duplicates.first_duplicates(hashes, others, others, bits)
-        if split != "train":
-            found["leaks"][rows] = duplicates.first_duplicates(codes, rows, train, 0)
-            others = np.flatnonzero((splits == split) & (found["leaks"] < 0))
-            if hashes is not None:
-                found["nearly_leaks"][others] = duplicates.first_duplicates(hashes, others, train, bits)
-    return found
+    splits = _splits(parts)
+    repeated = {"repeats": np.zeros(len(splits), np.bool_), "leaks": np.zeros(len(splits), np.bool_)}
+    same = _found(duplicates.Neighbours(_codes(parts), 0), splits, repeated)
+    for name, found in same.items():
+        repeated[name][found.rows] = True
+    hashes = _perceptual(parts)
+    if hashes is None:
+        nothing = Twins(np.empty(0, np.int64), np.empty(0, np.int64))
+        return same | {f"nearly_{name}": nothing for name in same}
+    near = _found(duplicates.Neighbours(hashes, bits), splits, repeated)
+    return same | {f"nearly_{name}": found for name, found in near.items()}
 
 
-def _all_hashes(hashes: pd.Series) -> bool:
-    return bool(hashes.str.fullmatch("[0-9a-f]{16}").all())
+def _found(
+    neighbours: duplicates.Neighbours, splits: NDArray[np.uint8], left_out: Mapping[str, NDArray[np.bool_]]
+) -> dict[str, Twins]:
+    """Return the duplicates within each split, and those of held-out images in the training split."""
+    found: dict[str, list[tuple[Rows, Rows]]] = {name: [] for name in left_out}
+    for split in progress(np.unique(splits).tolist(), desc="compare", unit="split", delay=2):
+        rows = (splits == split) & ~left_out["repeats"]
+        found["repeats"].append(neighbours.first(rows, rows))
+        if split != TRAIN:
+            rows = (splits == split) & ~left_out["leaks"]
+            found["leaks"].append(neighbours.first(rows, splits == TRAIN))
+    return {name: _joined(each) for name, each in found.items()}
+
+
+def _joined(found: Sequence[tuple[Rows, Rows]]) -> Twins:
+    empty = np.empty(0, np.int64)
+    rows, others = (np.concatenate(side) for side in zip((empty, empty), *found, strict=True))
+    order = np.argsort(rows)
+    return Twins(rows[order], others[order])
+
+
+def _batches(parts: Sequence[SpooledTable], name: str) -> Iterator[pa.Array]:
+    """Yield a column of all rows in order, some rows at a time."""
+    return (batch.column(name) for part in parts for batch in part.batches())
+
+
+def _numbers(
+    parts: Sequence[SpooledTable], name: str, convert: Callable[[pa.Array], NDArray[Number]], kind: type[Number]
+) -> NDArray[Number]:
+    """Convert a column of all rows to numbers, [N]."""
+    numbers, start = np.empty(sum(map(len, parts)), kind), 0
+    for column in _batches(parts, name):
+        numbers[start : start + len(column)] = convert(column)
+        start += len(column)
+    return numbers
+
+
+def _splits(parts: Sequence[SpooledTable]) -> NDArray[np.uint8]:
+    """Return a number for the split of each row, uint8 [N]: `TRAIN`, or others in the order of their names."""
+    names = sorted({name for column in _batches(parts, "split") for name in column.unique().to_pylist()} - {"train"})
+    known = pa.array(["train", *names[: np.iinfo(np.uint8).max]])
+    return _numbers(
+        parts,
+        "split",
+        lambda column: pc.index_in(column, known).fill_null(len(known) - 1).to_numpy().astype(np.uint8),
+        np.uint8,
+    )
+
+
+def _codes(parts: Sequence[SpooledTable]) -> NDArray[np.uint64]:
+    """Return a number for each file, uint64 [N]; files with the same SHA-256 have the same."""
+    return _numbers(parts, "sha256", lambda column: digests(column.to_pylist()).view(np.uint64)[::2], np.uint64)
+
+
+def _perceptual(parts: Sequence[SpooledTable]) -> NDArray[np.uint64] | None:
+    """Return the perceptual hashes, uint64 [N], or None if one is damaged."""
+    if not all(pc.all(pc.match_substring_regex(column, HASH)).as_py() for column in _batches(parts, "phash")):
+        return None
+    return _numbers(parts, "phash", lambda column: duplicates.to_numbers(column.to_pylist()), np.uint64)
 
 
 def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, Rows]:
@@ -271,18 +316,26 @@ def _captions(captions: pa.ChunkedArray, params: ValidateParams) -> dict[str, Ro
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _inputs(images: Path, parts: Sequence[Sequence[Path]], quarantine: Path) -> Iterator[pd.DataFrame]:
+def _inputs(images: Path, counts: Sequence[int], quarantine: Path) -> Iterator[pd.DataFrame]:
     """Yield one row per image and per quarantined input, with the reason; the last part has the quarantined ones.
 
-    Files that are known not to be images are left out.
+    Images are in the order of the shards, and `counts` are those of each part. Files that are known not to be images
+    are left out.
     """
     refused = pq.read_table(quarantine / QUARANTINE_FILE, columns=["key", "reason", "detail"]).to_pandas()
     refused = refused[refused["reason"] != NO_IMAGE_FILE]
-    for number, part in enumerate(parts, 1):
-        rows = read_columns(images, ["key"], part).to_pandas()
-        table = pd.concat([rows, refused if number == len(parts) else refused.iloc[:0]], ignore_index=True)
-        table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
-        yield table
+    tables, read = iter_columns(images, ["key"]), schema().empty_table().select(["key"])
+    for number, count in enumerate(counts, 1):
+        while len(read) < count:
+            read = pa.concat_tables([read, next(tables)])
+        yield _inputs_of(read.slice(0, count), refused if number == len(counts) else refused.iloc[:0])
+        read = read.slice(count)
+
+
+def _inputs_of(keys: pa.Table, refused: pd.DataFrame) -> pd.DataFrame:
+    table = pd.concat([keys.to_pandas(), refused], ignore_index=True)
+    table["captions_not_read"] = table["detail"].where(table["reason"] == CAPTIONS_NOT_READ, None)
+    return table
 
 
 def _classes(counts: dict[str, int]) -> pd.DataFrame:

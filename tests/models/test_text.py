@@ -100,11 +100,12 @@ def test_captions_are_divided_among_gpus_and_embedded_in_the_precision_of_encode
     from models import parallel
     from models.networks.text_encoder import TextEncoder
     from tasks.encoding import texts
-    from tasks.encoding.rows import read_rows
+    from tasks.encoding.rows import distinct_captions, read_rows
     from tasks.formats.codec_info import CodecInfo
 
     out = through()
     rows = read_rows(out / "images", [(8, 8)])
+    captions = distinct_captions(rows)
     calls = []
     encode_texts = TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "on", lambda encoder, name: calls.append(name) or encoder)
@@ -117,11 +118,9 @@ def test_captions_are_divided_among_gpus_and_embedded_in_the_precision_of_encode
     def written(precision: str, folder: str) -> torch.Tensor:
         (out / folder).mkdir()
         calls.clear()
-        embeddings = texts.Captions(out / "codec", CodecInfo.load(out / "codec"), rows, precision=precision)
+        embeddings = texts.Captions(out / "codec", CodecInfo.load(out / "codec"), captions, rows, precision=precision)
         embeddings.write(out / folder, 1000)
-        return embeddings.blocks.take([texts._text_hash(text) for text in embeddings.captions.to_pylist()])[
-            "embeddings"
-        ]
+        return embeddings.blocks.take([texts._text_hash(text) for text in captions.strings("caption")])["embeddings"]
 
     known = written("no", "again")
     assert not calls, "nothing is new"

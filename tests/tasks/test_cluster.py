@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import signal
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +16,15 @@ import numpy as np
 import psutil
 import pytest
 
+import tasks.ingest as stage_of_ingest
+from tasks.encoding import encoder
+from tasks.encoding.blocks import Blocks
+from tasks.encoding.rows import Missing
 from tasks.ingest import ingest
-from tasks.params import IngestParams
+from tasks.ingestion import examining
+from tasks.params import EncodeParams, IngestParams
+from tasks.pictures.digests import digests
+from tasks.pictures.images import read_columns
 from tasks.runtime import cluster
 from tasks.runtime.errors import StageError
 from tests.support.data_inputs import contents, folder_params, ingest_params, picture, write_tree
@@ -53,26 +61,30 @@ def test_a_wrong_address_is_one_sentence(monkeypatch):
         pass
 
 
-@contextmanager
-def killing(count: int):
-    """Kill `count` busy workers of Ray, one after the other, for the length of the block; yields their process ids."""
-    killed, finished = [], threading.Event()
+def dying_once(function, chunk_of, notes: Path):
+    """Return `function`, which notes each chunk that it works on, and whose worker is killed in the second one."""
+    died = notes.with_suffix(".died")
 
-    def watch() -> None:
-        while not finished.wait(0.02) and len(killed) < count:
-            for process in psutil.process_iter(["cmdline"]):
-                if "ray::examine" in " ".join(process.info["cmdline"] or []) and process.pid not in killed:
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    break
+    def examine(*arguments, **named):
+        name = hashlib.sha256(b"".join(chunk_of(arguments))).hexdigest()
+        with notes.open("a") as file:
+            file.write(f"{name}\n")
+        if len(notes.read_text().splitlines()) > 1:
+            with contextlib.suppress(FileExistsError):
+                died.touch(exist_ok=False)
+                died.write_text(name)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield killed
-    finally:
-        finished.set()
-        watcher.join()
+    return examine
+
+
+def require_one_chunk_twice(notes: Path, chunks: int) -> None:
+    """Assert that of all chunks only that of the killed worker was worked on again."""
+    counts = Counter(notes.read_text().splitlines())
+    killed = notes.with_suffix(".died").read_text()
+    assert len(counts) == chunks
+    assert {name for name, count in counts.items() if count > 1} == {killed} and counts[killed] == 2
 
 
 @pytest.fixture
@@ -122,50 +134,70 @@ def test_two_workers_give_the_bytes_of_one_process(raw, cluster_of_two):
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
 @needs_ray
-def test_a_killed_worker_loses_only_its_chunk(raw):
+def test_a_killed_worker_loses_only_its_chunk(raw, tmp_path, monkeypatch):
     """The other chunks are computed once; here in a cluster that the stage starts."""
-    with killing(1) as killed:
-        found = ingested(raw, "killed", workers=2, distributor="ray")
-    assert len(killed) == 1
-    assert found == ingested(raw, "alone", workers=1)
+    monkeypatch.setattr(stage_of_ingest, "CHUNK_ENTRIES", 64)
+    alone = ingested(raw, "alone", workers=1)
+    noting = dying_once(examining.examine, lambda arguments: arguments[0], tmp_path / "notes")
+    monkeypatch.setattr(examining, "examine", noting)
+    assert ingested(raw, "killed", workers=2, distributor="ray") == alone
+    require_one_chunk_twice(tmp_path / "notes", chunks=-(-705 // 64))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
 @needs_ray
-def test_latents_of_two_workers_are_those_of_one_process(tmp_path, monkeypatch, cluster_of_two):
+def test_latents_of_two_workers_are_those_of_one_process(to_encode, cluster_of_two):
+    require_equal_latents(to_encode, ray_address=cluster_of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@needs_ray
+def test_a_killed_actor_loses_only_its_chunk(to_encode, tmp_path, monkeypatch, cluster_of_two):
+    noting = dying_once(
+        encoder._encode_chunk, lambda arguments: [image[1] for image in arguments[1][0].images], tmp_path / "notes"
+    )
+    monkeypatch.setattr(encoder, "_encode_chunk", noting)
+    require_equal_latents(to_encode, ray_address=cluster_of_two)
+    require_one_chunk_twice(tmp_path / "notes", chunks=4)
+
+
+@pytest.fixture
+def to_encode(tmp_path, monkeypatch):
+    """Images of four chunks and an autoencoder; returns the arguments of what encodes them."""
     import torch
     from diffusers import AutoencoderKL
 
-    from tasks.encoding.blocks import Blocks
-    from tasks.encoding.encoder import _encode_missing, _encode_on_cluster
-    from tasks.encoding.rows import Missing
-    from tasks.params import EncodeParams
-    from tasks.pictures.digests import digests
-    from tasks.pictures.images import read_columns
+    from tasks.download import download
 
     monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path / "scratch"))
     torch.manual_seed(0)
     AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2, **LEVELS).save_pretrained(
         tmp_path / "vae"
     )
-    from tasks.download import download
-
     files = {f"{seed:03d}.png": picture(seed, (20, 16)) for seed in range(200)}
     download(tmp_path / "raw", folder_params(write_tree(tmp_path / "in", files)))
     ingest(tmp_path / "raw", tmp_path / "images", tmp_path / "quarantine", ingest_params())
-    hashes = read_columns(tmp_path / "images", ["sha256"])["sha256"].to_pylist()
+    return tmp_path
+
+
+def require_equal_latents(root: Path, chunks: int = 4, **params: object) -> None:
+    """Encode on this machine and on a cluster, and assert that the latents are equal."""
+    import torch
+
+    hashes = read_columns(root / "images", ["sha256"])["sha256"].to_pylist()
     names = np.unique(digests(hashes))
     missing = Missing(names, np.zeros(len(names), np.int16), [(16, 16)])
-    params = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", ray_address=cluster_of_two)
+    asked = EncodeParams(workers=2, horizontal_flip=True, distributor="ray", **params)
     stored = {}
-    for encode in (_encode_missing, _encode_on_cluster):
-        blocks = Blocks(tmp_path / encode.__name__, {})
-        encode(tmp_path / "images", tmp_path / "vae", 3, missing, blocks, params)
-        assert len(contents(tmp_path / encode.__name__)) == 4
-        stored[encode] = blocks.take(hashes)
-    for name, tensor in stored[_encode_missing].items():
-        assert torch.equal(tensor, stored[_encode_on_cluster][name])
+    for name in ("_encode_missing", "_encode_on_cluster"):
+        blocks = Blocks(root / name, {})
+        getattr(encoder, name)(root / "images", root / "vae", 3, missing, blocks, asked)
+        assert len(contents(root / name)) == chunks
+        stored[name] = blocks.take(hashes)
+    for name, tensor in stored["_encode_missing"].items():
+        assert torch.equal(tensor, stored["_encode_on_cluster"][name])
 
 
 LEVELS = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,8 +18,13 @@ from models import autoencoder_training
 from models.autoencoder_training import AutoencoderConfig
 from models.networks import autoencoder
 from tasks.encoding import encoder
+from tasks.encoding.blocks import Blocks
 from tasks.encoding.encoder import Encoder
+from tasks.encoding.rows import Missing
 from tasks.encoding.transform import Chunk
+from tasks.params import EncodeParams
+from tasks.pictures.digests import digests
+from tasks.runtime import cluster
 
 GB = 1 << 30
 
@@ -118,3 +125,65 @@ def test_bfloat16_latents_are_nearly_those_of_float32(network):
         assert found.dtype == torch.float32
         error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert 1e-5 < error < 0.02
+
+
+class Actors:
+    """The processes of a cluster, as objects of this one."""
+
+    def __init__(self, _, allotment, make, *arguments):
+        self.count = allotment.actors
+        self.states = [make(*arguments) for _ in range(self.count)]
+        self._turns = itertools.cycle(self.states)
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(next(self._turns), *arguments))
+        return future
+
+    def each(self, function, *arguments):
+        return [function(state, *arguments) for state in self.states]
+
+
+def test_a_cluster_of_gpus_encodes_in_the_batches_of_one_machine(network, monkeypatch, tmp_path):
+    """Batches fit the smallest memory, so that every process computes alike."""
+    files = [image for chunk in chunks(30, 10) for image in chunk.images]
+    names = digests([sha256 for sha256, _, _ in files])
+    missing = Missing(names, np.zeros(len(names), np.int16), [(16, 16)])
+    monkeypatch.setattr(encoder, "read_encoded", lambda images, wanted: iter(files))
+    monkeypatch.setattr(encoder, "load_autoencoder", lambda folder, device="cpu": network)
+    monkeypatch.setattr(encoder, "best_device", lambda: "cpu:0")
+    monkeypatch.setattr(encoder.cluster, "joined", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(encoder.cluster, "allotted", lambda *_: cluster.Allotment(2, 3, 1))
+    made, sizes, encode = [], [], encoder.encode_pixels
+    monkeypatch.setattr(encoder.cluster, "Actors", lambda *given: made.append(Actors(*given)) or made[0])
+
+    def noting(network, pixels, mirrored, precision, at_once):
+        sizes.append((len(pixels), at_once))
+        return encode(network, pixels, mirrored, precision, at_once)
+
+    monkeypatch.setattr(encoder, "encode_pixels", noting)
+    params = EncodeParams(workers=2, horizontal_flip=True)
+    small = next(GB >> halved for halved in range(10) if autoencoder.images_at_once(network, 256, GB >> halved) == 128)
+    least = 128
+    assert encoder.CHUNK < least < autoencoder.images_at_once(network, 256, GB) and least < len(files)
+    stored = []
+    for name, memories in (("_encode_missing", [small]), ("_encode_on_cluster", [GB, small])):
+        sizes.clear()
+        memory = itertools.cycle(memories)
+        monkeypatch.setattr(encoder, "memory_of", lambda device, memory=memory: next(memory))
+        blocks = Blocks(tmp_path / name, {})
+        getattr(encoder, name)(tmp_path, tmp_path, 3, missing, blocks, params)
+        stored.append(blocks.take([sha256 for sha256, _, _ in files]))
+        assert {size for _, size in sizes} == {least} and sizes[0][0] == least
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in ("mean", "std"))
+    assert [state.pool._max_workers for state in made[0].states] == [3, 3]
+
+
+def test_actors_take_a_gpu_each_and_its_share_of_the_processors():
+    class Ray:
+        def __init__(self, **resources):
+            self.cluster_resources = lambda: resources
+
+    assert cluster.allotted(Ray(CPU=32.0, GPU=4.0), 16) == cluster.Allotment(4, 8, 1)
+    assert cluster.allotted(Ray(CPU=32.0, GPU=4.0), 2) == cluster.Allotment(2, 8, 1)
+    assert cluster.allotted(Ray(CPU=4.0), 3) == cluster.Allotment(3, 1, 0)

@@ -69,10 +69,11 @@ def test_the_memory_holds_no_copy(tmp_path, in_files):
 
 def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path, in_files):
     judge_inputs.write_images(tmp_path)
+    large, limit = ImageParams(resolution=256, channels=3), 1_000_000  # more than the metadata take
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         with pytest.raises(StageError, match=r"has no space for them \(.*\); free some, set AFTERIMAGE_SCRATCH"):
-            images.load_pixels(tmp_path / "data" / "images", "train", judge_inputs.IMAGE)
+            images.load_pixels(tmp_path / "data" / "images", "train", large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

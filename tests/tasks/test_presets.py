@@ -307,7 +307,7 @@ def test_presets_for_a_cpu_compute_in_float32(name):
 
 @pytest.mark.parametrize("name", composition.names())
 def test_a_preset_draws_in_one_precision(name):
-    """Class images are drawn only where there is a subject."""
+    """Class images are drawn only if there is a subject."""
     preset = composed(name)
     sections = ["evaluate", "edit", "visualize", *(["prior"] if preset["prior"]["instance_prompt"] else [])]
     expected = "bf16" if name in gpu_presets() and name not in FULL_PRECISION else "no"

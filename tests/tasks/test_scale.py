@@ -9,11 +9,12 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tasks.encoding.rows import Missing, buckets_in, digests_in, distinct_captions, read_rows
-from tasks.pictures import content, images
+from tasks.pictures import content, images, spooled
 from tasks.pictures.content import ContentHash
 from tasks.pictures.digests import Digests, digests
 from tasks.pictures.images import Writer
@@ -43,6 +44,16 @@ def test_the_content_hash_is_that_of_one_run(tmp_path, monkeypatch):
         found.append(collected.hexdigest())
     assert len(set(found)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_content_hash_of_control_maps_is_that_of_their_json(tmp_path):
+    maps = images.MapWriter(tmp_path)
+    data = {f'ключ {number * 7 % 30} "': f"{number}".encode() for number in range(30)}
+    for key, each in data.items():
+        maps.add(key, each)
+    pairs = sorted((key, hashlib.sha256(each).hexdigest()) for key, each in data.items())
+    index = maps.close(images.ImageIndex([], {}, 0, {}, 0, "ab"))
+    assert index.sha256 == hashlib.sha256(json.dumps(["ab", pairs]).encode()).hexdigest()
 
 
 def test_the_memory_of_the_content_hash_does_not_grow(tmp_path, monkeypatch):
@@ -101,10 +112,10 @@ def test_rows_are_sorted_by_bucket_and_key_and_read_in_parts(folder, monkeypatch
         listed = list(rows)
         assert listed == sorted(listed, key=lambda one: (one.bucket, one.key))
         assert [one.bucket for one in listed] == [int(one.width > 11) for one in listed]
-        assert rows[390:410] == listed[390:410] and rows.strings("key") == [one.key for one in listed]
+        assert rows[390:410] == listed[390:410] and list(rows.strings("key")) == [one.key for one in listed]
         assert list(rows.in_bucket(1)) == [one for one in listed if one.bucket == 1]
         assert all(one.label == -1 and len(one.captions) == int(one.key[:6]) % 3 for one in listed)
-    assert distinct_captions(splits).to_pylist() == sorted(f"picture {number}" for number in range(50))
+    assert list(distinct_captions(splits).strings("caption")) == sorted(f"picture {number}" for number in range(50))
 
 
 def test_the_content_hash_covers_the_identities_in_the_order_of_their_keys(folder):
@@ -120,7 +131,7 @@ def findings_of(folder: Path, parts: int, monkeypatch, **params: object) -> list
     from tasks.formats import quarantine as quarantines
     from tasks.params import Demands, ValidateParams
     from tasks.sources.entry import Entry, Problem
-    from tasks.validation import expectations, tables
+    from tasks.validation import duplicates, expectations, tables
 
     refused = folder.parent / f"quarantine-{parts}"
     refused.mkdir()
@@ -141,6 +152,8 @@ def findings_of(folder: Path, parts: int, monkeypatch, **params: object) -> list
     }  # fmt: skip
     index = images.read_index(folder)
     monkeypatch.setattr(tables, "PART_ROWS", -(-index.rows // parts))
+    monkeypatch.setattr(duplicates, "PART_HASHES", 1 << 18 if parts == 1 else 100)
+    monkeypatch.setattr(duplicates, "SAMPLED", 64 if parts == 1 else 4)
     monkeypatch.setattr(expectations, "write_docs", lambda *_: None)
     built = tables.build(
         folder, refused, index, {}, ValidateParams.model_validate(limits), Demands.model_validate(asked)
@@ -149,10 +162,7 @@ def findings_of(folder: Path, parts: int, monkeypatch, **params: object) -> list
 
 
 def test_gates_over_parts_are_those_over_all_rows(folder, monkeypatch):
-    """Duplicates lie in other parts, and shares are those of all rows.
-
-    Of equal files the first counts as no duplicate, and which one is first depends on the order of the rows.
-    """
+    """Duplicates lie in other parts, and shares are those of all rows."""
     (whole, parted) = (findings_of(folder, parts, monkeypatch) for parts in (1, 5))
     assert [finding.gate for finding in whole] == [finding.gate for finding in parted]
     for one, other in zip(whole, parted, strict=True):
@@ -170,13 +180,48 @@ def test_gates_over_parts_are_those_over_all_rows(folder, monkeypatch):
     assert not found["aspect"].success and found["rows"].success and found["splits"].success
 
 
-def test_memory_is_that_of_one_part(folder, monkeypatch):
+def test_parts_are_consecutive_and_divide_no_key(folder, monkeypatch):
     from tasks.validation import tables
 
     monkeypatch.setattr(tables, "PART_ROWS", 300)
-    parts = tables._parts(folder, images.read_index(folder))
-    rows = [sum(pq.read_metadata(file).num_rows for file in part) for part in parts]
-    assert sum(rows) == 2000 and max(rows) <= 300 and len(rows) < 16
+    monkeypatch.setattr(spooled, "BATCH_ROWS", 70)
+    keys = sorted([*(row(number)["key"] for number in range(2000)), *(row(599)["key"] for _ in range(40))])
+
+    def source(columns):
+        yield pa.table([pa.array(keys[::-1])], names=columns)
+
+    parts = tables._parts(spooled.sort(source, ["key"], ["key"]))
+    assert [list(part.strings("key")) for part in parts] == [
+        keys[:300], keys[300:640], *(keys[start : start + 300] for start in range(640, 2040, 300)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part_rows", [64, 500, 1 << 16])
+def test_rows_are_sorted_in_a_file(monkeypatch, tmp_path, part_rows):
+    monkeypatch.setenv("AFTERIMAGE_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(spooled, "PART_ROWS", part_rows)
+    monkeypatch.setattr(spooled, "SAMPLED", 16)
+    monkeypatch.setattr(spooled, "BATCH_ROWS", 50)
+    random = np.random.default_rng(0)
+    groups = random.integers(0, 3, 3000).tolist()
+    keys = [f"{'пр' * (number % 2)}{number:04d}" for number in random.permutation(3000).tolist()]
+    texts = [[f"{number % 7}"] * (number % 3) for number in range(3000)]
+
+    def source(columns):
+        for start in range(0, 3000, 37):
+            part = slice(start, start + 37)
+            table = pa.table({"group": groups[part], "key": keys[part], "texts": texts[part]})
+            yield table.select(columns)
+
+    table = spooled.sort(source, ["group", "key", "texts"], ["group", "key"])
+    expected = sorted(zip(groups, keys, texts, strict=True))
+    assert [tuple(found.values()) for found in table.read().to_pylist()] == expected
+    assert list(table.slice(120, 333).select(["key"]).strings("key")) == [key for _, key, _ in expected[120:333]]
+    column = spooled.Column(table.slice(7, 2000), "texts")
+    assert (len(column), list(column)) == (1993, [found for _, _, found in expected[7:2000]])
+    assert (column[400], column[-1], column[5:9]) == (expected[407][2], expected[1999][2], list(column)[5:9])
+    assert list(spooled.sort(source, ["group"], ["group"], distinct=True).strings("group")) == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_strings_are_found_by_their_digests():
