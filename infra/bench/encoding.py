@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from models.networks.text_encoder import TextEncoder
     from tasks.params import Params
 
-PRESET = "digits_text"
+PRESET = "digits"
 COMMON = (
+    "conditioning=text",
     "ingest.caption_templates=['a handwritten {}', 'the digit {}', 'a picture of the number {}']",
     "image.channels=3",
     "codec.kind=autoencoder",

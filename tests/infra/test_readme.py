@@ -35,7 +35,7 @@ IN_ORDER = [
     "dvc params diff",
     'make draw ARGS="--label 3 --count 4 --out threes.png"',
     "python -m tasks.preset --list",
-    "python -m tasks.preset digits_text",
+    "python -m tasks.preset digits conditioning=text",
 ]
 """Commands that run in one shell of a clone with tiny parameters, in the README's order."""
 

@@ -14,7 +14,6 @@ UNFINISHED = shutil.ignore_patterns("*.pyc.*")
 """Bytecode that another process is writing."""
 OVERRIDES = [
     "image.resolution=8",
-    "model.patch_size=1",
     "model.block_out_channels=[8,16]",
     "model.attention=[false,true]",
     "model.norm_num_groups=4",

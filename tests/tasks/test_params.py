@@ -52,7 +52,7 @@ def test_defaults_are_valid_and_frozen():
         ({"train__clip_norm": float("inf")}, "parameter 'train.clip_norm' is inf: input should be a finite number"),
         ({"model__dropout": 1.0}, "parameter 'model.dropout' is 1.0"),
         ({"evaluate__seed": -1}, "parameter 'evaluate.seed' is -1"),
-        ({"model__attention": [False, True, True]}, "model.attention has 3 flags for 2 resolutions"),
+        ({"model__attention": [False, True]}, "model.attention has 2 flags for 3 resolutions"),
         ({"model__norm_num_groups": 7}, "model.norm_num_groups 7 does not divide"),
         ({"model__attention_head_dim": 5}, "model.attention_head_dim 5 does not divide"),
         ({"image__resolution": 18}, "image.resolution 18 is no multiple of 4"),

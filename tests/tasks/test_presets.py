@@ -20,8 +20,8 @@ from tests.support import commands, cpu
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"download.path={ROOT / 'tests'}"
 OF_THE_README = {
-    "digits", "digits_ddpm", "digits_dit", "digits_ect", "digits_text", "cifar10_ddpm", "cifar10_ddpm_b512",
-    "cifar10_ect", "cifar10_flow", "cifar10_tiny", "imagenet_dit_b2", "folder", "hub",
+    "digits", "digits_ddpm", "digits_dit", "digits_ect", "cifar10_ddpm", "cifar10_ddpm_b512", "cifar10_ect",
+    "cifar10_flow", "cifar10_tiny", "imagenet_dit_b2", "folder", "hub",
 }  # fmt: skip
 PICTURES = {"celebahq_ddim64", "celebahq_ldm", "laion_sd", "sdxl_lora"}
 CONTROLLED = {"digits_control_tiny", "flickr_control_tiny", "sd15_control"}

@@ -127,7 +127,7 @@ def _with_slope(row: Row, fewer: Row) -> Row:
 
 def _params(folder: Path) -> Path:
     """Write the parameters of all stages: the digits, captioned, with limits that simulated rows hold."""
-    document = composition.compose("digits_text", [])
+    document = composition.compose("digits", ["conditioning=text"])
     document["validate"] |= {"min_side": 8, "caption_scripts": ["LATIN"]}
     document["encode"] |= {"captions": "tokens"}
     document["codec"]["text"] |= {"steps": 3}
