@@ -32,22 +32,19 @@ def forward_flops(network: nn.Module, sample: Tensor, *inputs: Tensor | None) ->
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
     """Return the operations per second of a large square matrix product, the best of `repeats`.
 
-    Utilisation is a fraction of this ceiling.
+    Utilisation is a fraction of this ceiling. Float32 is computed as `models.device.set_arithmetic` has set it.
     """
     side = CEILING_SIDE.get(device.type, 1024)
     # Random values: a GPU draws less power on constant ones, and is faster than it is in practice.
     random = torch.Generator(device).manual_seed(0)
     a = torch.randn(side, side, generator=random, device=device).to(dtype)
-    best, precision = float("inf"), torch.get_float32_matmul_precision()
-    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use in float32
+    best = float("inf")
     for _ in range(repeats + 1):  # the first one is a warm-up
         _synchronize(device)
         started = time.perf_counter()
         torch.mm(a, a)
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
-    torch.set_float32_matmul_precision(precision)
     return float(2 * side**3 / best)
 
 

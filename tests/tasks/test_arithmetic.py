@@ -43,6 +43,13 @@ def test_float32_is_full_unless_the_training_says_tf32(prepared, precision, tf32
     assert run.accelerator.mixed_precision == ("bf16" if precision == "bf16" else "no")
 
 
+def test_trainings_in_tf32_and_in_float32_follow_each_other_in_a_process(trained):
+    """The compiler asks for the precision, and PyTorch refuses to answer if it was set in two ways."""
+    for precision in ("tf32", "no"):
+        trained(precision=precision)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_deterministic_kernels_are_chosen_by_the_stage_and_named_in_its_facts(trained, monkeypatch):
     chosen, choose = [], machine.choose_kernels
     monkeypatch.setattr(machine, "choose_kernels", lambda params: chosen.append(params.deterministic) or choose(params))

@@ -154,7 +154,12 @@ def peak_flops(precision: str, device: str) -> tuple[float, str]:
     if value:
         return value * 1e12, f"data sheet, {arithmetic}"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return matmul_ceiling(torch.device(device), dtype), f"measured matrix product, {arithmetic}"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"  # by default PyTorch has TF32 in convolutions alone
+    try:
+        return matmul_ceiling(torch.device(device), dtype), f"measured matrix product, {arithmetic}"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def supports_bf16(device: str) -> bool:
