@@ -93,10 +93,13 @@ def emulates_bf16(device: str) -> bool:
     return device == "cpu" and not any(native)
 
 
-def warn_of_emulation(stage: str, precision: str, device: str) -> None:
-    """Print that a stage computes in bfloat16 in software, if it does; the results are those of the hardware's."""
+def warn_of_emulation(name: str, precision: str, device: str) -> None:
+    """Print a warning if `precision`, the parameter or option `name`, is bfloat16 and `device` computes it in software.
+
+    The results are those of the hardware's bfloat16.
+    """
     if precision == "bf16" and emulates_bf16(device):
-        print(f"{stage}: this CPU emulates bfloat16, which is slow; {stage}.precision=no is faster", flush=True)
+        print(f"{name}: this CPU emulates bfloat16, which is slow; 'no' (float32) is faster", flush=True)
 
 
 def keep_freed(device: str) -> None:

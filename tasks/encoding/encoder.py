@@ -84,7 +84,7 @@ def _encode_missing(
 ) -> None:
     """Decode and encode in threads (both release the GIL); each chunk is stored as soon as it is done."""
     device = best_device()
-    warn_of_emulation("encode", params.precision, device)
+    warn_of_emulation("encode.precision", params.precision, device)
     network = load_autoencoder(vae, device)
     workers, threads = params.worker_count, torch.get_num_threads()
     # One arithmetic thread per worker, so that sums are divided in the same way on every machine.

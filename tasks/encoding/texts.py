@@ -106,7 +106,7 @@ class Captions:
         self.blocks.open()
         if missing:
             device = best_device()
-            warn_of_emulation("encode", self.precision, device)
+            warn_of_emulation("encode.precision", self.precision, device)
             encoder = load_text_encoder(self.folder, device)
 
             def worker(name: str) -> Callable[[Sequence[str]], torch.Tensor]:

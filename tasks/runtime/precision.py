@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.device import emulates_bf16
+from models.device import warn_of_emulation
 from tasks.runtime.errors import StageError
 
 
@@ -14,5 +14,4 @@ def check(name: str, precision: str, device: str) -> None:
     """
     if precision == "fp16" and device == "cpu":
         raise StageError(f"{name} 'fp16' needs a GPU; use 'bf16' or 'no'")
-    if precision == "bf16" and emulates_bf16(device):
-        print(f"{name}: this CPU emulates bfloat16, which is slow; 'no' (float32) is faster", flush=True)
+    warn_of_emulation(name, precision, device)

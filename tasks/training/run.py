@@ -355,7 +355,7 @@ def _print_summary(run: Run, index: LatentsIndex) -> None:
         f"{images} {index.channels}x{index.size}x{index.size} {run.batches.where}",
         flush=True,
     )
-    warn_of_emulation("train", run.params.precision, run.accelerator.device.type)
+    warn_of_emulation("train.precision", run.params.precision, run.accelerator.device.type)
 
 
 def _resume(run: Run, facts: RunFacts) -> None:

@@ -170,7 +170,7 @@ def test_captions_stored_as_tokens_are_encoded_in_the_precision_of_encode(tree, 
 
     monkeypatch.setattr(device, "emulates_bf16", lambda device: True)
     root, asked = text_inputs.with_tokens(tree, tmp_path, "bf16"), []
-    warning = "encode: this CPU emulates bfloat16, which is slow; encode.precision=no is faster\n"
+    warning = "encode.precision: this CPU emulates bfloat16, which is slow; 'no' (float32) is faster\n"
     assert capsys.readouterr().out.count(warning) == 2
     encode_ids = TextEncoder.encode_ids
     monkeypatch.setattr(TextEncoder, "encode_ids", lambda *a: asked.append(a[2]) or encode_ids(*a))
