@@ -8,8 +8,8 @@ from infra.bench.scale import runner
 
 ROWS = 800_000
 LIMIT_BYTES = 150 << 20
-"""Per million rows. Stages take 60 MiB or less; the rest is for allocators, whose memory differs by 20 MiB between
-runs, which a difference of 300,000 rows triples. Python objects for the rows took 500 to 900."""
+"""Per million rows. Stages take 2 to 117 MiB; the rest is for allocators, whose memory differs by 20 MiB between runs,
+which a difference of 300,000 rows triples. Python objects for the rows took 500 to 900."""
 
 
 @pytest.mark.slow
