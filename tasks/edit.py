@@ -74,10 +74,10 @@ def _bench(pipeline: Path, images: Path, judge: Path, params: EditParams) -> Ben
     from tasks.editing.drafts import Drafts
     from tasks.editing.measuring import Bench
     from tasks.pictures.index import read_index
-    from tasks.runtime import precision
+    from tasks.runtime import arithmetic
 
     keep_freed(device := best_device())
-    precision.check("edit.precision", params.precision, device)
+    arithmetic.check_precision("edit.precision", params.precision, device)
     with integrity.loading(pipeline, "afterimage.json", "train"):
         model = in_precision(load_pipeline(pipeline, device), params.precision)
     with integrity.loading(judge, "judge.json", "judge"):

@@ -82,21 +82,20 @@ def evaluate(
     from tasks.evaluation.control import measure_control
     from tasks.evaluation.scorer import Scorer
     from tasks.evaluation.summary import measure_parity, summarise
-    from tasks.runtime import precision
+    from tasks.runtime import arithmetic
     from tasks.subjects import measures as subjects
 
     require_accepted(accepted)
     keep_freed(device := best_device())
-    precision.check("evaluate.precision", params.precision, device)
-    if compilation.wanted(params.compile) and not compilation.has_compiler():
-        raise StageError("evaluate.compile needs a C++ compiler, and there is no g++; install one or set it to false")
+    arithmetic.check_precision("evaluate.precision", params.precision, device)
+    compiles = arithmetic.compiles("evaluate.compile", params.compile)
     with integrity.loading(pipeline, "afterimage.json", "train"):
         in_float32 = load_pipeline(pipeline, device)
     with integrity.loading(judge, "judge.json", "judge"):
         scoring = load_judge(judge, device)
     described = Prior.load(prior)
     uncompiled = in_precision(in_float32, params.precision)
-    model = compilation.compiled_pipeline(uncompiled) if compilation.wanted(params.compile) else uncompiled
+    model = compilation.compiled_pipeline(uncompiled) if compiles else uncompiled
     declared = protocol.declare(model, images, scoring, params)
     scorer = Scorer(images, scoring, declared)
     few = scorer.small_n()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from models.judges.pretrained import Extractor, PretrainedClip
     from tasks.pictures.samples import Samples, Split
 
+TRAINED_ON = {"classifier": "label", "clip": "text", "encoder": "none"}
+"""Network, as a field of `Judge` -> what the training images have on which it is trained, see `with_condition`."""
 CHOICES = 10
 """Captions among which the CLIP has to find that of a held-out image, for data without a caption per class."""
 MAX_TWINS = 512
@@ -74,18 +76,18 @@ def _place_published(folder: Path, params: JudgeParams) -> tuple[Extractor | Non
         raise StageError(f"{error}; see judge.extractor.weights and judge.clip.weights") from None
 
 
-def _trained_rows(split: Split, params: JudgeParams) -> dict[str, np.ndarray]:
-    """Return which networks are trained, as fields of `Judge`, and the training images that each may draw, by rows."""
+def _trained(split: Split, params: JudgeParams) -> list[str]:
+    """Return which networks are trained, of `TRAINED_ON`."""
     import numpy as np
 
-    trainings = {}
+    networks = []
     if len(np.unique(split.labels[split.labels >= 0])) > 1:
-        trainings["classifier"] = split.with_condition("label")
+        networks.append("classifier")
     if params.clip.weights is None and _differ(texts for texts in split.captions if texts):
-        trainings["clip"] = split.with_condition("text")
-    if not trainings and params.extractor.kind == "in_domain":
-        trainings["encoder"] = split.with_condition("none")
-    return trainings
+        networks.append("clip")
+    if not networks and params.extractor.kind == "in_domain":
+        networks.append("encoder")
+    return networks
 
 
 def _differ(captions: Iterable[list[str]]) -> bool:
@@ -110,10 +112,11 @@ def _drawn_rows(split: Split, params: JudgeParams) -> np.ndarray:
 
     from models.judges.fit import drawn_rows
 
-    rows = [
-        own[drawn_rows(len(own), _recipe(params, network))] for network, own in _trained_rows(split, params).items()
-    ]
-    return np.unique(np.concatenate(rows)) if rows else np.arange(0)
+    rows = [np.arange(0)]
+    for network in _trained(split, params):
+        own = split.with_condition(TRAINED_ON[network])
+        rows.append(own[drawn_rows(len(own), _recipe(params, network))])
+    return np.concatenate(rows)
 
 
 def _train(train: Samples, classes: list[str], params: JudgeParams, image: ImageParams) -> Judge:
@@ -137,7 +140,7 @@ def _train(train: Samples, classes: list[str], params: JudgeParams, image: Image
             return dict(zip((network, "tokenizer"), train_clip(pixels, train.captions, recipe), strict=True))
         return {network: train_encoder(pixels, recipe)}
 
-    trainings = [partial(fields_of, network) for network in _trained_rows(train, params)]
+    trainings = [partial(fields_of, network) for network in _trained(train, params)]
     trained: dict[str, Any] = {"classifier": None, "clip": None, "tokenizer": None, "encoder": None, "device": device}
     for fields in at_once(trainings, device):
         trained |= {name: each.to(device) if isinstance(each, nn.Module) else each for name, each in fields.items()}

@@ -30,9 +30,9 @@ def prior(images: Path, accepted: Path, codec: Path, outputs: Path, params: Prio
     from tasks.priors import bases, prompts, subject
     from tasks.priors import outputs as prior_outputs
     from tasks.priors.drawing import Drawing
-    from tasks.runtime import precision
+    from tasks.runtime import arithmetic
 
-    precision.check("prior.precision", params.precision, device := best_device())
+    arithmetic.check_precision("prior.precision", params.precision, device := best_device())
     pictures = subject.read_pictures(images, params.subject, info)
     pipeline, identity = bases.load(codec, info, base, device)
     prompts.check(pipeline.text, params)

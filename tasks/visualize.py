@@ -61,11 +61,11 @@ def visualize(
     from tasks.pictures.images import load_pixels
     from tasks.report import charts, control, edits, noise_analysis, process, tables
     from tasks.report.page import Report, render
-    from tasks.runtime import precision
+    from tasks.runtime import arithmetic
 
     require_accepted(accepted)
     keep_freed(device := best_device())
-    precision.check("visualize.precision", params.precision, device)
+    arithmetic.check_precision("visualize.precision", params.precision, device)
     with integrity.loading(pipeline, "afterimage.json", "train"):
         model = in_precision(load_pipeline(pipeline, device), params.precision)
     image = ImageParams.model_validate({"resolution": model.info.size, "channels": model.info.channels})

@@ -63,8 +63,7 @@ def compiled(
         backend: that of torch.compile.
         large: see `LARGE`.
     """
-    count = sum(parameter.numel() for parameter in network.parameters())
-    blocks = repeated_blocks(network) if count >= large else []
+    blocks = large_blocks(network, large)
     allow_compilations(VARIANTS * shapes * max(1, len(blocks)))
     for block in blocks:
         block.compile(dynamic=False, backend=backend)
@@ -72,6 +71,12 @@ def compiled(
         return module
     # torch.compile is declared for functions; for a module it returns a module.
     return torch.compile(module, dynamic=False, backend=backend)  # type: ignore[return-value]
+
+
+def large_blocks(network: nn.Module, large: int) -> list[nn.Module]:
+    """Return the blocks that are compiled one by one: none of a network with fewer than `large` parameters."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return repeated_blocks(network) if count >= large else []
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
@@ -127,11 +132,9 @@ class Compiler:
 
     def pieces(self, network: nn.Module) -> list[nn.Module]:
         """Return the modules that are compiled one by one: the network, or its blocks where it is large."""
-        large = sum(parameter.numel() for parameter in network.parameters()) >= self.large
-        if large and (blocks := repeated_blocks(network)):
-            return blocks
         # A ControlNet's outputs are given to the network within a `TextUNet`, see `controlnet.controlled`.
-        return [network.network if isinstance(network, TextUNet) else network]
+        whole = network.network if isinstance(network, TextUNet) else network
+        return large_blocks(network, self.large) or [whole]
 
     def allow(self, network: nn.Module, device: str) -> None:
         """Raise torch's limits for this thread, see `allow_compilations`, to what drawing with `network` needs."""

@@ -17,7 +17,7 @@ from tasks.drawing import adapters, output, place, plan
 from tasks.drawing.options import MODEL, Options
 from tasks.drawing.painter import Painter
 from tasks.drawing.settings import read_settings
-from tasks.runtime import precision
+from tasks.runtime import arithmetic
 from tasks.runtime.errors import StageError
 from tasks.runtime.progress import progress
 
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     try:
         settings = plan.settings_of(options, like, found, pipeline.info).model_copy(update={"lora": loras})
         planned = plan.prepare(settings, pipeline.info, options.scale)  # before adapters are merged, which takes time
-        precision.check("--precision", settings.precision, pipeline.device)
+        arithmetic.check_precision("--precision", settings.precision, pipeline.device)
         adapters.merge(pipeline, loras)
         pipeline = in_precision(pipeline, settings.precision)
         if output.is_animation(out):

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import resource
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -396,9 +395,7 @@ def unnamed_file(size: int, what: str) -> IO[bytes]:
     Raises:
         StageError: if the disk has no space for it, which is for `what`.
     """
-    folder = workspace.scratch()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
+    file = workspace.scratch_file()
     try:
         if hasattr(os, "posix_fallocate") and size:  # not on macOS, where a disk that fills up kills the process
             os.posix_fallocate(file.fileno(), 0, size)
@@ -407,8 +404,8 @@ def unnamed_file(size: int, what: str) -> IO[bytes]:
     except OSError as error:
         file.close()
         raise StageError(
-            f"{what} need {size / 1e9:.1f} GB, and {folder} has no space for them ({error.strerror}); free some, "
-            "set AFTERIMAGE_SCRATCH to a folder on a larger disk, or lower image.resolution"
+            f"{what} need {size / 1e9:.1f} GB, and {workspace.scratch()} has no space for them ({error.strerror}); "
+            "free some, set AFTERIMAGE_SCRATCH to a folder on a larger disk, or lower image.resolution"
         ) from None
     return file
 

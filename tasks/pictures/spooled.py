@@ -8,7 +8,6 @@ the number of rows, but for the places of the parts in the file, less than a byt
 from __future__ import annotations
 
 import os
-import tempfile
 import weakref
 from array import array
 from bisect import bisect_left
@@ -37,9 +36,7 @@ class Spool:
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
-        folder = workspace.scratch()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the object
+        self._file = workspace.scratch_file()
         weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
 

@@ -44,7 +44,7 @@ PLUMBING = {
     "tasks/runtime/locks.py",
     "tasks/runtime/loopback.py",
     "tasks/runtime/parent.py",
-    "tasks/runtime/precision.py",
+    "tasks/runtime/arithmetic.py",
     "tasks/runtime/progress.py",
     "tasks/runtime/run_labels.py",
     "tasks/runtime/stage.py",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from tasks.runtime.errors import StageError
@@ -25,6 +27,13 @@ def root() -> Path:
 def scratch() -> Path:
     """Return the folder of checkpoints and locks; `AFTERIMAGE_SCRATCH` overrides it."""
     return Path(os.environ.get("AFTERIMAGE_SCRATCH") or root() / ".scratch").resolve()
+
+
+def scratch_file() -> IO[bytes]:
+    """Open a new file without a name in the scratch folder; it is deleted when it is closed."""
+    folder = scratch()
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
 
 
 def tracking_uri() -> str:

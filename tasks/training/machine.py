@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from models.device import set_arithmetic
-from models.networks import compilation
+from tasks.runtime import arithmetic
 from tasks.runtime.errors import StageError
 from tasks.training import sharded
 
@@ -38,8 +38,7 @@ def check_fits(params: TrainParams) -> None:
             raise unsupported(name)
     if sharded.wanted():
         sharded.check(params, processes)
-    if compilation.wanted(params.compile) and not compilation.has_compiler():
-        raise StageError("train.compile needs a C++ compiler, and there is no g++; install one or set it to false")
+    arithmetic.compiles("train.compile", params.compile)
     if params.full_steps and processes > 1:
         raise StageError("train.full_steps works in one process; train the base first, and name it in train.init_from")
 

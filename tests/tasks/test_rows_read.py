@@ -125,7 +125,7 @@ def test_an_encoder_alone_reads_what_it_draws(tmp_path, decoded):
 
 def test_a_judge_that_trains_nothing_reads_no_training_image(judged, monkeypatch):
     split = images.load_pixels(judged / "data" / "images", "train", judge_inputs.IMAGE, lambda split: np.arange(0))
-    monkeypatch.setattr(judging, "_trained_rows", lambda split, params: {})
+    monkeypatch.setattr(judging, "_trained", lambda split, params: [])
     assert len(judging._drawn_rows(split, judge_inputs.BRIEF)) == 0
 
 
