@@ -13,21 +13,19 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from models.optimization import sharding
 from models.optimization.adamw import AdamW, Group
-from models.parallel import single_thread
+from models.parallel import Workers
 
 A, B, C = 3.4445, -4.7750, 2.0315
 """Coefficients of the Newton-Schulz iteration (Jordan et al. 2024): singular values end between 0.7 and 1.2."""
 ITERATIONS = 5
-SMALL_ROWS = 64
-"""Products of matrices with at most this many rows are computed by one thread of a CPU. The digits network's take 5.3
-ms of one thread, and two threads spend 9.7 ms together: they wait for each other."""
+LEAST_MATRICES = 8
+"""Matrices per thread of a CPU; with fewer, starting the thread takes as long as it saves."""
 SMALLEST_NORM = 1e-7
 """Matrices with a smaller Frobenius norm are scaled by its inverse only, so that a gradient of zero stays zero."""
 INPUTS_AND_OUTPUTS = re.compile(
@@ -106,16 +104,38 @@ class MuonWithAdamW(AdamW):
         (self._muon if group["algorithm"] == MUON else super().update)(group, parameters, gradients)
 
     def _muon(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
+        """Divide the matrices among the threads of a CPU: operators on matrices this small gain nothing from two."""
         buffers = self.state_of(parameters, "momentum_buffer")
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, buffers, momentum)
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        matrices = orthogonalize([sharding.whole(update).flatten(1) for update in updates])
-        steps = [matrix * -(lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))) for matrix in matrices]
-        torch._foreach_add_(
-            parameters, [sharding.like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
-        )
+
+        @torch.no_grad()
+        def update(part: list[int]) -> None:
+            _update(group, *([tensors[index] for index in part] for tensors in (parameters, gradients, buffers)))
+
+        parts = _shares(parameters)
+        with Workers(len(parts)) as threads:
+            threads.map(update, parts)
+
+
+def _shares(parameters: list[Tensor]) -> list[list[int]]:
+    """Return which matrices each thread updates; matrices of all sizes are dealt out in turns."""
+    first, count = parameters[0], len(parameters)
+    alone = first.device.type != "cpu" or sharding.is_sharded(first)  # processes exchange matrices in one order
+    threads = 1 if alone else max(1, min(torch.get_num_threads(), count // LEAST_MATRICES))
+    largest_first = sorted(range(count), key=lambda index: -parameters[index].numel())
+    return [largest_first[number::threads] for number in range(threads)] if threads > 1 else [list(range(count))]
+
+
+def _update(group: Group, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor]) -> None:
+    """Make a step of Muon, in place, with the parameters of a group, their gradients and their momenta."""
+    lr, momentum = group["lr"], group["momentum"]
+    torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    updates = torch._foreach_lerp(gradients, buffers, momentum)
+    torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+    matrices = orthogonalize([sharding.whole(update).flatten(1) for update in updates])
+    steps = [matrix * -(lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))) for matrix in matrices]
+    torch._foreach_add_(
+        parameters, [sharding.like(p, step.reshape(p.shape)) for step, p in zip(steps, parameters, strict=True)]
+    )
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -143,13 +163,11 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     for index, matrix in enumerate(wide):
         by_rows[matrix.shape[0]].append(index)
     results = list(wide)
-    small = max(by_rows, default=0) <= SMALL_ROWS
-    with single_thread() if small else nullcontext():
-        for indices in by_rows.values():
-            factors = _newton_schulz(torch.stack([wide[index] @ wide[index].mT for index in indices]))
-            for index, factor in zip(indices, factors, strict=True):
-                result = factor @ wide[index]
-                results[index] = result if matrices[index].shape == result.shape else result.mT
+    for indices in by_rows.values():
+        factors = _newton_schulz(torch.stack([wide[index] @ wide[index].mT for index in indices]))
+        for index, factor in zip(indices, factors, strict=True):
+            result = factor @ wide[index]
+            results[index] = result if matrices[index].shape == result.shape else result.mT
     return results
 
 

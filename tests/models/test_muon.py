@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,22 +36,52 @@ def step(modules, optimizers, seed):
         optimizer.step()
 
 
-def test_products_of_small_matrices_take_one_thread(monkeypatch):
-    threads, real, before = {}, muon._newton_schulz, torch.get_num_threads()
-
-    def watched(gram):
-        threads[gram.shape[1]] = torch.get_num_threads()
-        return real(gram)
-
-    monkeypatch.setattr(muon, "_newton_schulz", watched)
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        for rows in (8, 64, 65):
-            orthogonalize([torch.randn(rows, 70)])
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert threads == {8: 1, 64: 1, 65: 2}
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_share_the_matrices(monkeypatch):
+    """Each computes on one thread; the weights and momenta have the bytes of a step on one thread."""
+    calls, real, both_at_once = [], muon._update, threading.Barrier(2)
+
+    def watched(group, parameters, gradients, buffers):
+        if len(parameters) == 10:
+            both_at_once.wait(timeout=30)
+        calls.append((threading.get_ident(), torch.get_num_threads(), len(parameters)))
+        real(group, parameters, gradients, buffers)
+
+    monkeypatch.setattr(muon, "_update", watched)
+    shapes = [(8, 8), (8, 72), (72, 8), (16, 144)] * 5
+    both, one = layers(shapes), layers(shapes)
+    optimizers = [MuonWithAdamW(modules, **OPTIONS) for modules in (both, one)]
+    for seed in range(3):
+        step([both], optimizers[:1], seed)
+        torch.set_num_threads(1)
+        step([one], optimizers[1:], seed)
+        torch.set_num_threads(2)
+    shared, alone = calls[:2], calls[2]
+    assert [threads for _, threads, _ in calls] == [1] * len(calls)
+    assert [matrices for *_, matrices in shared] == [10, 10]
+    assert len({thread for thread, *_ in [*shared, alone]}) == 3
+    assert alone == (threading.get_ident(), 1, 20)
+    for first, second in zip(both.parameters(), one.parameters(), strict=True):
+        assert torch.equal(first, second)
+        states = [optimizer.state[p] for optimizer, p in zip(optimizers, (first, second), strict=True)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_few_matrices_are_not_shared(monkeypatch):
+    calls, real = [], muon._update
+    monkeypatch.setattr(muon, "_update", lambda *args: calls.append(threading.get_ident()) or real(*args))
+    network = layers([(8, 8)] * 15)
+    step([network], [MuonWithAdamW(network, **OPTIONS)], 0)
+    assert calls == [threading.get_ident()]
 
 
 def test_equals_torch_on_matrices(monkeypatch):
