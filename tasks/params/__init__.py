@@ -154,7 +154,8 @@ def _sentence(error: ValidationError) -> str:
         return f"'{key}' is a section and not a value; set one of its keys, such as {key}.{_keys_in(key)[0]}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"parameter '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    message = first["msg"].replace("a valid tuple", "a list").replace("Tuple", "List").replace(" after validation", "")
+    return f"parameter '{key}' is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tasks.params.distil import DistilParams
-from tasks.params.section import LOCAL, NO_PATH, Fraction, PositiveInt, Section, Seed, require_pin
+from tasks.params.section import (
+    LOCAL,
+    NO_PATH,
+    Compile,
+    Fraction,
+    GradientCheckpointing,
+    PositiveInt,
+    Section,
+    Seed,
+    require_pin,
+)
 
 AVERAGES = {"decay": 1.0, "std": 0.288, "gamma": 1e4}
 """Averaging profile -> exclusive upper bound of its number in `train.ema`."""
@@ -255,13 +265,13 @@ class TrainParams(Section):
     bits of mantissa (on a CPU it is `no`); `bf16` and `fp16` are automatic mixed precision."""
     gradient_accumulation: PositiveInt = 1
     """Parts that a batch is divided into, to save memory."""
-    gradient_checkpointing: bool | Literal["auto"] = False
+    gradient_checkpointing: GradientCheckpointing = False
     """Recompute the activations of each block in the backward pass: less memory, a third more time. 'auto' does so if
     the free memory of the device cannot hold them."""
     channels_last: bool = False
     """Memory format of the convolutions; faster in bf16 and fp16 on GPUs with tensor cores, and for small networks in
     float32 on a CPU."""
-    compile: bool | Literal["gpu"] = False
+    compile: Compile = False
     """Compile the network with torch.compile: minutes before the first step, then faster steps on a GPU. 'gpu' compiles
     on a GPU, and not on a CPU."""
     deterministic: bool = False

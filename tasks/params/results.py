@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from models.judges.feature_widths import INCEPTION, stage_widths
 from tasks.params.section import (
+    Compile,
     DrawingPrecision,
     Fraction,
     Guidance,
@@ -150,7 +151,7 @@ class EvaluateParams(Section):
     precision: DrawingPrecision = "no"
     """Precision of the network that draws. Not part of the fingerprint; how far a lower precision is from float32 is
     measured over a few images."""
-    compile: bool | Literal["gpu"] = False
+    compile: Compile = False
     """Compile the network that draws, as `train.compile` does. Not part of the fingerprint either; how far its images
     are from those of the uncompiled network is measured likewise."""
     seed: Seed = 1000

@@ -20,6 +20,20 @@ def _workers(value: object) -> int | Literal["auto"]:
     raise PydanticCustomError("workers", "Input should be a number of at least 1, or 'auto'")
 
 
+def _true_false_or(word: str) -> PlainValidator:
+    """Refuse what is neither a boolean nor `word` in one message."""
+
+    def valid(value: object) -> object:
+        if isinstance(value, bool) or value == word:
+            return value
+        raise PydanticCustomError("switch", f"Input should be true, false or '{word}'")
+
+    return PlainValidator(valid)
+
+
+Compile = Annotated[bool | Literal["gpu"], _true_false_or("gpu")]
+"""Whether a network is compiled: always, never, or on a GPU."""
+GradientCheckpointing = Annotated[bool | Literal["auto"], _true_false_or("auto")]
 Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
 """Number of threads or processes; "auto" is one for each core that this process may use."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
