@@ -72,6 +72,14 @@ def test_every_preset_is_valid_and_survives_writing(name, tmp_path):
     assert params.load(file).model_dump(mode="json", by_alias=True) == document
 
 
+@pytest.mark.parametrize("name", [name for name in composition.names() if composed(name)["train"]["weights"]])
+def test_published_weights_are_continued_by_the_recipe_that_trained_them(name):
+    """A preset that others build on may train faster from scratch; its steps would destroy published weights."""
+    document = composed(name)
+    assert document["train"]["optimizer"] == "adamw" and document["train"]["learning_rate"] <= 1e-4
+    assert document["diffusion"]["timestep_density"] == "uniform"
+
+
 DROPPED_BY_DVC = {"size", "nfiles"}
 """Names that DVC's run cache drops from its key at any depth: it would restore the outputs of another value."""
 
