@@ -56,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    """Leave the packages that the test files have imported out of every later search for garbage."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def restored_environment() -> Iterator[None]:
     """Undo what a test does to the environment: stages exempt this machine from proxies for the rest of a process."""
