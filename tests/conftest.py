@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import datetime
+import functools
 import gc
 import os
 import sqlite3
@@ -74,6 +75,10 @@ def restored_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:
     """A migrated MLflow database, to be copied and never opened: a migration takes 7 s."""
+    from mlflow.store.db import utils
+
+    # MLflow loads its migrations, which never change, for each database that is opened.
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
     return made_once(tmp_path_factory, "mlflow", _migrate) / "mlflow.db"
 
 
