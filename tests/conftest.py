@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
 import datetime
+import functools
 import gc
+import logging
 import os
 import sqlite3
 import subprocess
@@ -26,6 +28,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["DVC_NO_ANALYTICS"] = os.enviro
 # By default Python searches for garbage after 700 new objects: a tenth of the time in which packages are loaded.
 gc.set_threshold(50_000)
 
+# pytest records messages of every level: PyTorch would describe each graph that it traces.
+logging.disable(logging.DEBUG)
+
 # `make test` passes its own flags on, which would change what a `make` inside a test prints.
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(_name, None)
@@ -42,11 +47,10 @@ LONGEST = (
     "test_flows",
     "test_resume",
     "test_export",
-    "test_visualize",
-    "test_tracking",
-    "test_bench",
     "test_train",
-    "test_store",
+    "test_compilation",
+    "test_visualize",
+    "test_help",
 )
 
 
@@ -54,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of LONGEST, then the others; inside a file nothing moves."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the packages that the test files have imported out of every later search for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +78,10 @@ def restored_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:
     """A migrated MLflow database, to be copied and never opened: a migration takes 7 s."""
+    from mlflow.store.db import utils
+
+    # MLflow loads its migrations, which never change, for each database that is opened.
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
     return made_once(tmp_path_factory, "mlflow", _migrate) / "mlflow.db"
 
 

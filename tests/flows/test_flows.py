@@ -138,10 +138,14 @@ def test_a_chain_that_dvc_cannot_read_is_one_sentence(toy: Path) -> None:
         repro.stages(toy)
 
 
-def test_the_real_chain_is_in_order() -> None:
-    order = repro.stages(ROOT)
-    assert order[0] == "download"
-    assert order[-1] == "register"
+@pytest.fixture(scope="module")
+def real_order() -> list[str]:
+    return repro.stages(ROOT)
+
+
+def test_the_real_chain_is_in_order(real_order: list[str]) -> None:
+    assert real_order[0] == "download"
+    assert real_order[-1] == "register"
 
 
 def test_a_stage_runs_once_then_is_cached(toy: Path, environment: dict[str, str], descriptor: int) -> None:
@@ -388,12 +392,12 @@ def test_a_source_that_is_not_committed_is_one_sentence(toy: Path) -> None:
         update(toy)
 
 
-def test_the_stages_are_listed_compactly_with_what_they_read() -> None:
+def test_the_stages_are_listed_compactly_with_what_they_read(real_order: list[str]) -> None:
     command = [sys.executable, "-m", "flows.dag"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == repro.stages(ROOT)
+    assert [line.split()[0] for line in lines] == real_order
     assert "train      <- validate, codec, encode, prior" in lines
     assert max(map(len, lines)) < 80
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tasks.drawing.run import run
 from tasks.drawing.settings import read_settings
 from tests.support import model_outputs
 
-pytest.importorskip("gradio", reason="the extra demo is not installed")
+# Not imported here: each test process collects this file, and one of them runs it.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="the extra demo is not installed")
 
 EXECUTABLE = browser.find()
 in_a_browser = pytest.mark.skipif(EXECUTABLE is None, reason=f"no Chromium here (looked for {browser.NAMES})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.support.networks import randomised
 
 EAGER = {"backend": "eager"}
 FLAT = UNetConfig(8, 1, (8,), (True,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
+SMALL = DiTConfig(size=8, channels=1, patch_size=4, width=16, depth=1, heads=2, conditions=4)
 DEEP = DiTConfig(size=8, channels=1, patch_size=4, width=16, depth=6, heads=2)
 
 
@@ -104,7 +106,7 @@ def test_whether_a_machine_compiles(monkeypatch, setting, cpu, gpu):
 @pytest.fixture
 def pipeline() -> Pipeline:
     """A class-conditional pipeline of pixels with a guide."""
-    config = UNetConfig(8, 1, (8, 16), (False, True), 1, 4, 8, conditions=4)
+    config = replace(FLAT, conditions=4)
     network, guide = (randomised(UNet(config)).requires_grad_(False) for _ in range(2))
     info = PipelineInfo("label", 1, 8, "cosine", 30, "v_prediction", "0" * 64, ["a", "b", "c"], null_label=3)
     scheduler = SchedulerConfig(path_of("cosine", 30), "v_prediction")
@@ -170,6 +172,8 @@ def test_callbacks_receive_no_rows_that_fill_a_batch(pipeline, counted):
 
 def test_each_device_compiles_once_for_all_draws(pipeline, counted, two_devices):
     """Ten shapes, two more than torch compiles by default, whose limits belong to a thread."""
+    small = randomised(build(SMALL)).requires_grad_(False)  # one of many layers is traced for seconds at each shape
+    pipeline = replace(pipeline, network=small, companions={})
     compiled = compiled_pipeline(pipeline, "eager")
     for size in range(1, 11):
         divided = drawn_by(compiled, 4 * size + 1, size)
@@ -201,7 +205,7 @@ def test_memory_that_does_not_suffice_for_a_whole_batch_decides_for_the_last_one
 
 def test_a_u_net_with_a_controlnet_is_compiled(counted):
     """Its inner network is called by `controlled` and not by the U-Net's `forward`."""
-    config = TextUNetConfig(8, 2, 12, (8, 16), (False, True), 1, 4, 8)
+    config = TextUNetConfig(8, 2, 12, (8,), (True,), 1, 4, 8)
     unet = randomised(TextUNet(config)).requires_grad_(False)
     control = randomised(controlnet.from_unet(unet, (4, 6))).requires_grad_(False)
     inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 15]), torch.randn(2, 5, 12)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
+import runpy
 import shlex
 import subprocess
-import sys
 import tomllib
+import warnings
 from pathlib import Path
 
+import pytest
 import yaml
 
-from tasks import params
+from tasks import params, preset
+from tests.support.commands import call
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "make|dvc|python|pytest|pip|cd|source|git|prefect|mlflow"
@@ -100,8 +102,17 @@ def _is_module(name: str) -> bool:
 
 @functools.cache
 def _help(module: str, *named: str) -> str:
-    """What a command of the project, or the part of it that is `named`, prints for --help."""
-    done = subprocess.run([sys.executable, "-m", module, *named, "--help"], cwd=ROOT, capture_output=True, text=True)
+    """What a command of the project, or the part of it that is `named`, prints for --help.
+
+    It runs in this process; `tests/infra/test_help.py` asks each command in a process of its own.
+    """
+
+    def main() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a test may have imported the module
+            runpy.run_module(module, run_name="__main__", alter_sys=False)
+
+    done = call(main, *named, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -123,7 +134,8 @@ def _compose(arguments: list[str], folder: Path) -> None:
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):
             (folder / entry.name).symlink_to(entry)
-    command = [sys.executable, "-m", "tasks.preset", *arguments, "--params", "written.yaml"]
-    environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(folder))
+        done = call(preset.main, *arguments, "--params", "written.yaml")
     assert done.returncode == 0, done.stderr

@@ -56,7 +56,10 @@ PROTOCOL = Protocol(
 
 
 def write_pipeline(folder: Path, conditioning: str = "label") -> None:
-    """Write a pipeline with small random weights, so that every layer affects the output; a conditional has a guide."""
+    """Write a pipeline with small random weights, so that every layer affects the output.
+
+    A conditional one has a guide and two levels, an unconditional one has one level.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -65,8 +68,8 @@ def write_pipeline(folder: Path, conditioning: str = "label") -> None:
         UNetConfig(
             size=SIZE,
             channels=1,
-            block_out_channels=(8, 16),
-            attention=(False, True),
+            block_out_channels=(8, 16) if conditions else (8,),
+            attention=(False, True) if conditions else (True,),
             layers_per_block=1,
             norm_num_groups=4,
             attention_head_dim=8,

@@ -49,7 +49,7 @@ def tree(destination: Path, *overrides: str) -> Path:
         if name and name != "dvc.lock" and (ROOT / name).is_file():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, destination / name)
-    _copy_bytecode({Path(name).parent for name in listed if name.endswith(".py")}, destination)
+    copy_bytecode({Path(name).parent for name in listed if name.endswith(".py")}, destination)
     command = [sys.executable, "-m", "tasks.preset", "digits", *OVERRIDES, *overrides]
     subprocess.run(command, cwd=destination, check=True, capture_output=True)
     git(destination, "init", "--quiet")
@@ -58,7 +58,7 @@ def tree(destination: Path, *overrides: str) -> Path:
     return destination
 
 
-def _copy_bytecode(folders: set[Path], destination: Path) -> None:
+def copy_bytecode(folders: set[Path], destination: Path) -> None:
     """Copy what Python has compiled here, which is valid for copies of the files with their times."""
     for folder in folders:
         if (compiled := ROOT / folder / "__pycache__").is_dir() and (destination / folder).is_dir():

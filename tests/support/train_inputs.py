@@ -232,10 +232,15 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 @contextmanager
 def small_grids() -> Iterator[None]:
-    """Draw four images in two steps for a grid of samples: those of the real size take longer than a tiny training."""
+    """Draw four images in two steps for a grid of samples, and time small matrix products.
+
+    Those of the real size take longer than a tiny training.
+    """
+    from models import flops
     from tasks.training import previews
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "CEILING_SIDE", {"cpu": 256})
         for name in ("STEPS", "COLUMNS", "ROWS"):
             patch.setattr(previews, name, 2)
         yield

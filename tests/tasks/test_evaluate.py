@@ -47,6 +47,8 @@ PARAMS = EvaluateParams(
     batch_size=64,
     seed=5,
 )
+BRIEF = PARAMS.model_copy(update={"n_compare": 2, "n_slowest": 2, "guidance_sweep": ()})
+"""The same measurement, almost without comparisons."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def test_the_floor_is_taken_from_as_many_training_images_of_the_same_classes(tre
 
 @pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
 def test_a_lower_precision_is_a_column_and_is_compared_with_float32(tree, evaluated, tmp_path, capsys):
-    out = run(tree, tmp_path, PARAMS.model_copy(update={"precision": "bf16"}))
+    out = run(tree, tmp_path, BRIEF.model_copy(update={"precision": "bf16"}))
     lower, full = measured_in(out), measured_in(evaluated)
     assert lower.fingerprint == full.fingerprint
     assert lower.precision == "bf16" and full.precision is full.precision_parity is None
@@ -247,7 +249,7 @@ def test_compilation_is_a_column_and_is_compared_with_the_uncompiled_network(
     monkeypatch.setattr(
         draws, "draw_blocks", lambda *args, draw=draws.draw_blocks: (drawn.append(dict(traced)), draw(*args))[1]
     )
-    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": True}))
+    out = run(tree, tmp_path, BRIEF.model_copy(update={"compile": True}))
     compiled, plain = measured_in(out), measured_in(evaluated)
     assert compiled.fingerprint == plain.fingerprint
     assert compiled.compiled and compiled.compile_parity.worst_psnr_db > 60 and compiled.precision_parity is None
@@ -269,7 +271,7 @@ def test_compilation_is_a_column_and_is_compared_with_the_uncompiled_network(
 
 def test_gpu_compiles_nothing_on_a_cpu(tree, evaluated, traced, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    out = run(tree, tmp_path, PARAMS.model_copy(update={"compile": "gpu"}))
+    out = run(tree, tmp_path, BRIEF.model_copy(update={"compile": "gpu"}))
     assert measured_in(out) == measured_in(evaluated) and not traced["unique_graphs"]
 
 
@@ -346,7 +348,7 @@ def test_an_unconditional_model_has_no_label_accuracy_and_no_clip_score(tree, tm
     for name in ("data", "judge"):
         (tmp_path / name).symlink_to(tree / name)
     judge_inputs.write_pipeline(tmp_path, classes=[])
-    run(tmp_path, tmp_path / "out")
+    run(tmp_path, tmp_path / "out", BRIEF)
     measured = measured_in(tmp_path / "out")
     assert set(measured.not_applicable) == {"label_accuracy", "clip_score"}
     assert measured.guided_scale is None
@@ -373,7 +375,7 @@ def test_images_without_labels_and_captions_have_distances_alone(tmp_path):
     judge_inputs.write_images(tmp_path, labels=False, captions=None)
     judge_inputs.run_judge(tmp_path, judge_inputs.BRIEF)
     judge_inputs.write_pipeline(tmp_path, classes=[])
-    measured = measured_in(run(tmp_path, tmp_path / "out"))
+    measured = measured_in(run(tmp_path, tmp_path / "out", BRIEF))
     assert sorted(measured.measures) == ["cmmd", "frechet_distance", "kid", "near_copies", "precision", "recall"]
     assert set(measured.not_applicable) == {"inception_style_score", "label_accuracy", "clip_score"}
     assert measured.extractor == "self_supervised"
@@ -429,7 +431,7 @@ def test_the_headline_is_short_and_names_the_guidance(evaluated):
 
 
 def test_the_headline_is_a_parameter_that_changes_no_number(tree, evaluated, tmp_path):
-    out = run(tree, tmp_path, PARAMS.model_copy(update={"headline": "cmmd"}))
+    out = run(tree, tmp_path, BRIEF.model_copy(update={"headline": "cmmd"}))
     measured, before = measured_in(out), measured_in(evaluated)
     assert measured == before.model_copy(update={"headline": "cmmd"}), "numbers and fingerprint are the same"
     headline = read(out / "metrics.json")
@@ -538,7 +540,7 @@ def test_too_few_images_for_the_features_stop_before_anything_is_drawn(tree, tmp
 
 
 def test_few_images_are_measured_on_request_and_say_so(tree, tmp_path, capsys):
-    out = run(tree, tmp_path, PARAMS.model_copy(update={"n_distance": 40, "allow_small_n": True}))
+    out = run(tree, tmp_path, BRIEF.model_copy(update={"n_distance": 40, "n_compare": 8, "allow_small_n": True}))
     assert "32 dimensions" in measured_in(out).small_n
     printed = [line for line in capsys.readouterr().out.splitlines() if "evaluate: frechet_distance" in line]
     assert printed and all("few images: 40 samples" in line for line in printed)
@@ -561,7 +563,7 @@ def with_guide(tree, root, classes=None):
 
 
 def test_a_model_with_a_guide_is_swept_with_both_kinds_of_guidance(tree, tmp_path, evaluated):
-    params = PARAMS.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 2.0)})
+    params = BRIEF.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 2.0)})
     out = run(with_guide(tree, tmp_path), tmp_path, params)
     rows = table(out / "evaluation" / "guidance.csv")
     assert [(row["guidance"], row["guidance_scale"]) for row in rows] == [
@@ -585,7 +587,7 @@ def test_a_model_with_a_guide_is_swept_with_both_kinds_of_guidance(tree, tmp_pat
 
 
 def test_an_unconditional_model_with_a_guide_is_measured_with_autoguidance(tree, tmp_path):
-    params = PARAMS.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 4.0)})
+    params = BRIEF.model_copy(update={"guidance": "auto", "guidance_sweep": (1.0, 4.0)})
     root = with_guide(tree, tmp_path, classes=[])
     Prior().write(root / "prior" / PRIOR)
     arguments = [root / "outputs" / "pipeline", root / "data" / "images", root / "data" / "accepted.json"]
@@ -608,7 +610,7 @@ def test_what_the_sweep_needs_and_was_drawn_already_is_not_drawn_again(tree, tmp
         return real(pipeline, protocol, count, sampling, block)
 
     monkeypatch.setattr(draws, "draw", counted)
-    params = PARAMS.model_copy(update={"guidance_sweep": (1.0, 2.0, 4.0), "n_sweep": 60})
+    params = BRIEF.model_copy(update={"guidance_sweep": (1.0, 2.0, 4.0), "n_sweep": 60})
     rows = table(run(tree, tmp_path, params) / "evaluation" / "guidance.csv")
     assert drawn.count(4.0) == 1 and drawn.count(2.0) == 3
     assert {row["note"] for row in rows} == {"too few images for distances (64 needed)"}

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,19 +17,10 @@ import pytest
 
 from tasks.runtime import store, tracking
 from tasks.runtime.errors import StageError
+from tasks.training import tracked
 
 ROOT = Path(__file__).parents[2]
 DATASET = {"name": "digits", "digest": "ab" * 32}
-WHOLE_LIFE = """
-import sys
-from tasks.runtime import tracking
-from tasks.training import tracked
-client = tracking.connect()
-with tracked.training_run(sys.argv[1], {}, {"name": "digits", "digest": "ab"}) as run:
-    client.log_dict(run.run_id, {"a": 1}, "lineage/a.json")
-made = client.create_logged_model(tracking.experiment_id(client), name="m", source_run_id=run.run_id)
-print(made.artifact_location)
-"""
 
 
 def work_tree(folder: Path, database: Path) -> Path:
@@ -41,13 +33,24 @@ def work_tree(folder: Path, database: Path) -> Path:
     return folder
 
 
-def run_in(folder: Path, key: str) -> subprocess.CompletedProcess[str]:
-    """Create and finish a run in the work tree `folder`, without MLFLOW_TRACKING_URI."""
-    without = ("MLFLOW_TRACKING_URI", "AFTERIMAGE_SCRATCH")
-    environment = {name: value for name, value in os.environ.items() if name not in without}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", WHOLE_LIFE, key]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_in(monkeypatch) -> Callable[[Path, str], str]:
+    """Return a function that creates and finishes a run in a work tree, and returns where its model would be.
+
+    MLFLOW_TRACKING_URI is not set.
+    """
+
+    def call(folder: Path, key: str) -> str:
+        for name in ("MLFLOW_TRACKING_URI", "AFTERIMAGE_SCRATCH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.chdir(folder)
+        client = tracking.connect()
+        with tracked.training_run(key, {}, DATASET) as run:
+            client.log_dict(run.run_id, {"a": 1}, "lineage/a.json")
+        made = client.create_logged_model(tracking.experiment_id(client), name="m", source_run_id=run.run_id)
+        return made.artifact_location
+
+    return call
 
 
 def files(folder: Path) -> dict[str, tuple[int, float]]:
@@ -59,17 +62,17 @@ def files(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 @pytest.mark.parametrize("how", [pytest.param("copied", marks=pytest.mark.slow), "moved"])
-def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(how, tmp_path, migrated_database):
+def test_a_tree_that_was_moved_or_copied_writes_nothing_outside_itself(
+    how, tmp_path, migrated_database, run_in, capsys
+):
     old = work_tree(tmp_path / "old" / "tree", migrated_database)
-    first = run_in(old, "one")
-    assert first.returncode == 0, first.stderr
+    run_in(old, "one")
+    capsys.readouterr()
     new = tmp_path / "new" / "tree"
     (shutil.copytree if how == "copied" else shutil.move)(old, new)
     before = files(tmp_path / "old")
-    second = run_in(new, "two")
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.strip().startswith(str(new / "mlruns"))
-    assert second.stderr.count("the work tree was moved or copied") == 1
+    assert run_in(new, "two").startswith(str(new / "mlruns"))
+    assert capsys.readouterr().err.count("the work tree was moved or copied") == 1
     assert files(tmp_path / "old") == before
     with closing(sqlite3.connect(new / "mlflow.db")) as database:
         places = [row[0] for row in database.execute("SELECT artifact_location FROM experiments")]
@@ -87,21 +90,18 @@ def test_artifacts_in_another_place_are_not_changed(tmp_path, migrated_database)
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])
-def test_a_path_that_mlflow_would_misread_is_refused_and_nothing_is_written(name, tmp_path):
+def test_a_path_that_mlflow_would_misread_is_refused_and_nothing_is_written(name, tmp_path, run_in):
     folder = tmp_path / name / "tree"
     folder.mkdir(parents=True)
-    done = run_in(folder, "one")
-    assert done.returncode == 1
-    assert f"MLflow would not find its database at {folder}/mlflow.db" in done.stderr
+    with pytest.raises(StageError, match=re.escape(f"MLflow would not find its database at {folder}/mlflow.db")):
+        run_in(folder, "one")
     assert files(tmp_path) == {}
 
 
-def test_unusual_paths_work(tmp_path, migrated_database):
+def test_unusual_paths_work(tmp_path, migrated_database, run_in):
     name = "a b#ü, 50% off"
     folder = work_tree(tmp_path / name / "tree", migrated_database)
-    done = run_in(folder, "one")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(str(folder / "mlruns"))
+    assert run_in(folder, "one").startswith(str(folder / "mlruns"))
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
 

@@ -33,7 +33,7 @@ CODEC = CodecParams(
     kind="autoencoder",
     conditioning="text",
     autoencoder=AutoencoderParams(widths=(8, 16), latent_channels=2, steps=3, batch_size=8, horizontal_flip=True),
-    text=TextParams(steps=3, width=32, length=8, words=600),
+    text=TextParams(steps=3, width=32, layers=1, length=8, words=600),
 )
 
 

@@ -23,7 +23,7 @@ from models.noise.samplers import Sampling
 from models.pipeline import Pipeline, load_pipeline
 from tasks.params import ImageParams, VisualizeParams
 from tasks.pictures.images import load_pixels
-from tasks.report import charts, plotting, tables
+from tasks.report import charts, cost, noise_analysis, plotting, tables
 from tasks.report.process import nearest_images
 from tasks.runtime.errors import StageError
 from tests.support import report_inputs
@@ -113,6 +113,16 @@ def drawn(inputs: report_inputs.Inputs) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def outline(drawn: tuple[Path, Path]) -> Outline:
     return Outline(drawn[1].read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the charts blank, which take most of the time of a page: for tests that read its images and text."""
+    file = io.BytesIO()
+    Image.new("L", (60, 60)).save(file, "PNG")
+    blank = plotting.Chart(file.getvalue(), "<svg></svg>")
+    for module in (charts, cost, noise_analysis):
+        monkeypatch.setattr(module, "render", lambda *_, **__: blank)
 
 
 def held_out(inputs: report_inputs.Inputs, channels: int = 1) -> np.ndarray:
@@ -336,7 +346,7 @@ def test_colour_images_without_labels_or_held_out_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, ["a0"] * 3 + ["a1"] * 2), (25, ["a0", "a5", "a10", "a15", "a20"])])
-def test_columns_spread_over_few_and_many_classes(count: int, expected: list[str], tmp_path: Path) -> None:
+def test_columns_spread_over_few_and_many_classes(count, expected, tmp_path, blank_charts) -> None:
     inputs = report_inputs.make(tmp_path, [f"a{number}" for number in range(count)])
     _, page = inputs.draw("out")
     outline = Outline(page.read_text(encoding="utf-8"))
@@ -351,7 +361,7 @@ auto,2.0,70,3.0,0.05,0.9,0.8,,,0.92,
 """
 
 
-def test_a_model_with_a_guide_shows_which_guidance_a_number_is_of(tmp_path: Path) -> None:
+def test_a_model_with_a_guide_shows_which_guidance_a_number_is_of(tmp_path: Path, request) -> None:
     inputs = report_inputs.make(tmp_path, TEN, guide=True)
     (tmp_path / "reports" / "evaluation" / "guidance.csv").write_text(SWEEP)
     page = inputs.draw("out", report_inputs.PARAMS.model_copy(update={"guidance": "auto"}))[1]
@@ -369,6 +379,7 @@ def test_a_model_with_a_guide_shows_which_guidance_a_number_is_of(tmp_path: Path
     assert np.array_equal(outline.tiles("Samples by class and guidance")[1], expected.transpose(0, 2, 3, 1))
     classifier_free = "".join(line for line in SWEEP.splitlines(keepends=True) if not line.startswith("auto"))
     (tmp_path / "reports" / "evaluation" / "guidance.csv").write_text(classifier_free)
+    request.getfixturevalue("blank_charts")
     source = inputs.draw("plain")[1].read_text(encoding="utf-8")
     assert 'alttext="guided = f(x_t, none) + w (f(x_t, c) - f(x_t, none))"' in source
     assert "utoguidance" not in source and ">Kind<" not in source
@@ -383,7 +394,7 @@ def test_the_chart_of_guidance_has_a_curve_for_each_kind() -> None:
     assert "series-2" not in one and "series-2" in both
 
 
-def test_rows_of_an_unconditional_model_differ_by_autoguidance(tmp_path: Path) -> None:
+def test_rows_of_an_unconditional_model_differ_by_autoguidance(tmp_path: Path, blank_charts) -> None:
     inputs = report_inputs.make(tmp_path, classes=[], guide=True)
     shared = {"sampler": "ddim", "steps": 20, "columns": 4, "seed": 0}
     params = VisualizeParams(guidance="auto", guidance_scales=(1.0, 2.0), **shared)
@@ -422,7 +433,7 @@ def test_charts_follow_the_theme_and_emphasise_the_own_schedule() -> None:
 
 
 @pytest.mark.skipif(emulates_bf16("cpu"), reason="takes long where bfloat16 is emulated")
-def test_every_picture_is_drawn_in_the_precision_and_nearly_the_same(drawn, inputs, monkeypatch):
+def test_every_picture_is_drawn_in_the_precision_and_nearly_the_same(drawn, inputs, blank_charts, monkeypatch):
     computed = set()
     forward = UNet.forward
 
