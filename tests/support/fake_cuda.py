@@ -32,12 +32,22 @@ GPU, LAZY = 1, 17
 MEMORY = 80 * 2**30
 
 
+class Operators(FakeTensorMode):
+    """The operators themselves: shapes, dtypes and devices of their results."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_gpu(kwargs.get("device")):
+            kwargs["device"] = torch.device("cuda", 0)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class FakeCuda(TorchDispatchMode):
     """The operators of the device "cuda"; see the module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators = FakeTensorMode(allow_non_fake_inputs=True)
+        self.operators = Operators()
         self.waits: list[str] = []
         """Operator and place in our code of each call that made the host wait."""
         self.generators: list[torch.Generator] = []
@@ -60,13 +70,14 @@ class FakeCuda(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
-        if "device" in kwargs and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            kwargs = {**kwargs, "device": _meant(kwargs["device"])}
-        here = any(isinstance(leaf, FakeTensor) for leaf in leaves) or _is_gpu(kwargs.get("device"))
+        here = any(isinstance(leaf, FakeTensor) or _is_gpu(leaf) for leaf in leaves)
         self._check_generator(leaves, here)
         if not here:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func._can_decompose():  # in inference mode PyTorch leaves that to the mode
+            with self:
+                return func.decompose(*args, **kwargs)
         packet = func.overloadpacket
         if packet in READS:
             return self._read(func, args[0])
@@ -108,8 +119,7 @@ class FakeCuda(TorchDispatchMode):
             on_host = source if isinstance(target, FakeTensor) else target
         else:
             source, blocks, on_host = args[0], not kwargs.get("non_blocking"), args[0]
-            device = kwargs.get("device") or source.device
-            crosses = _is_gpu(device) != isinstance(source, FakeTensor)
+            crosses = _is_gpu(kwargs.get("device") or source.device) != isinstance(source, FakeTensor)
             blocks = blocks or isinstance(source, FakeTensor)  # a new tensor on the host is not pinned
         if func.overloadpacket is aten.copy_ and args[1].dim() < args[0].dim() and args[1].numel() == 1 and not args[1].dim():
             return  # a number that is set: the GPU fills
@@ -122,17 +132,13 @@ class FakeCuda(TorchDispatchMode):
         self.waits.append(f"{func} in {Path(place.filename).name}:{place.lineno}")
 
 
-def _is_gpu(device: torch.device | None) -> bool:
-    return device is not None and device.type == "cuda"
-
-
-def _meant(device: torch.device | None) -> torch.device | None:
-    """Return "cuda" for "meta", as PyTorch's C++ code sees the tensors of "cuda": its autograd then needs no GPU."""
-    return torch.device("cuda", 0) if device is not None and device.type == "meta" else device
+def _is_gpu(device: object) -> bool:
+    """Whether it is "cuda", or "meta", which PyTorch's C++ code takes it for, so that its autograd needs no GPU."""
+    return isinstance(device, torch.device) and device.type in ("cuda", "meta")
 
 
 def _as_seen(device: str | torch.device) -> torch.device:
-    """Return the inverse of `_meant`."""
+    """Return the device that PyTorch's C++ code takes a device for, see `_is_gpu`."""
     return torch.device("meta") if torch.device(device).type == "cuda" else torch.device(device)
 
 
@@ -153,7 +159,10 @@ def _real_on_the_cpu(tensor: FakeTensor) -> torch.Tensor:
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
-    """Give PyTorch the device "cuda" within the block; code in other threads must not call operators of it."""
+    """Give PyTorch the device "cuda" within the block.
+
+    Code in other threads must not call its operators, and published networks must be loaded before: that uses "meta".
+    """
     fake = FakeCuda()
     with pytest.MonkeyPatch.context() as patch, _device_guard():
         _patch_cuda(patch)
