@@ -25,6 +25,7 @@ from tests.support.fake_autocast import patch_autocast
 
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 COPIES = (aten._to_copy, aten.copy_)
 READS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero)
 GPU, LAZY = 1, 17
@@ -81,6 +82,8 @@ class FakeCuda(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in READS:
             return self._read(func, args[0])
+        if packet in PRODUCTS and len(dtypes := {leaf.dtype for leaf in leaves if isinstance(leaf, FakeTensor)}) > 1:
+            raise RuntimeError(f"expected the arguments of {func} to have the same dtype, but got {dtypes}")
         if packet in INDEXING:
             self._check_indices(func, args[0], args[1])
         if packet in COPIES:
@@ -121,8 +124,8 @@ class FakeCuda(TorchDispatchMode):
             source, blocks, on_host = args[0], not kwargs.get("non_blocking"), args[0]
             crosses = _is_gpu(kwargs.get("device") or source.device) != isinstance(source, FakeTensor)
             blocks = blocks or isinstance(source, FakeTensor)  # a new tensor on the host is not pinned
-        if func.overloadpacket is aten.copy_ and args[1].dim() < args[0].dim() and args[1].numel() == 1 and not args[1].dim():
-            return  # a number that is set: the GPU fills
+        if func.overloadpacket is aten.copy_ and args[1].dim() == 0 < args[0].dim():
+            return  # a number that is set, which the GPU fills in
         if crosses and (blocks or on_host.untyped_storage().data_ptr() not in self.pinned):
             self._waited(func)
 
