@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from models import denoising, editing, interpolation
 from models.attention_maps import recording
 from models.networks import precision
 from models.noise.samplers import OF_DIFFUSION, OF_FLOW, Sampling
-from models.pipeline import Pipeline
 from tests.support.tiny_networks import NETWORKS, SIZE, made
+
+if TYPE_CHECKING:
+    from models.pipeline import Pipeline
 
 LABELS, PROMPTS = [0, 1, 2], ["a dog", "", "a cat"]
 

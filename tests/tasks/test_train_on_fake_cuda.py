@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from models.noise.schedules import path_of
 from models.optimization.timesteps import DENSITIES, Density, Timesteps
 from tasks.formats import latents
 from tasks.params import DiffusionParams
-from tasks.training.batches import Batch, Batches, Conditioning, DrawConfig
+from tasks.training.batches import Batches, Conditioning, DrawConfig
 from tasks.training.prior_mix import PriorMix
 from tasks.training.run import Objective
 from tasks.training.stores import Resident, Store, Streamed
@@ -23,7 +24,8 @@ from tests.support.fake_cuda import fake_cuda
 from tests.support.tiny_networks import NETWORKS, both_encoders, encoder
 from tests.support.train_inputs import write_inputs
 
-RARELY = {name: 100 for name in ("steps", "log_every", "checkpoint_every", "sample_every")} | {"compile": False, "ema_snapshots": 0, "warmup_steps": 0}
+SELDOM = dict.fromkeys(("steps", "log_every", "checkpoint_every", "sample_every"), 100)
+RARELY = SELDOM | {"compile": False, "ema_snapshots": 0, "warmup_steps": 0}
 BUCKETS = ((8, 8), (8, 16))
 DISTIL = {"after": 1, "d": 10}
 
@@ -105,10 +107,10 @@ def test_no_batch_waits(fake_gpu, kind, text):
         timesteps = Timesteps(path_of(path, 50), GPU, Density(density, shift=2.0))
         batches = Batches(stored(kind, **columns), conditioning, DrawConfig(timesteps=timesteps, **OPTIONS), GPU)
         batches.draw(0)
-        drawn: list[Batch] = []
-        assert fake_gpu.waits_during(lambda: drawn.extend([batches.draw(1), batches.draw(1, 1)])) == []
-        values = (drawn[0].x0, drawn[0].eps, drawn[0].t, drawn[0].condition)
-        assert {value.device.type for value in values} == {"cuda"}
+        for part in (0, 1):
+            assert fake_gpu.waits_during(partial(batches.draw, 1, part)) == []
+        drawn = batches.draw(2)
+        assert {value.device.type for value in (drawn.x0, drawn.eps, drawn.t, drawn.condition)} == {"cuda"}
 
 
 def _conditioning(kind: type[Store], text=None, **columns: np.ndarray) -> Conditioning:
