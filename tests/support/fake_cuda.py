@@ -119,13 +119,12 @@ class FakeCuda(TorchDispatchMode):
         if func.overloadpacket is aten.copy_:
             target, source, blocks = args[0], args[1], not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             crosses = isinstance(target, FakeTensor) != isinstance(source, FakeTensor)
+            crosses = crosses and not source.dim() == 0 < target.dim()  # a number, which the GPU fills in
             on_host = source if isinstance(target, FakeTensor) else target
         else:
             source, blocks, on_host = args[0], not kwargs.get("non_blocking"), args[0]
             crosses = _is_gpu(kwargs.get("device") or source.device) != isinstance(source, FakeTensor)
-            blocks = blocks or isinstance(source, FakeTensor)  # a new tensor on the host is not pinned
-        if func.overloadpacket is aten.copy_ and args[1].dim() == 0 < args[0].dim():
-            return  # a number that is set, which the GPU fills in
+            blocks = blocks or isinstance(source, FakeTensor)  # a new tensor on the host: its values are read
         if crosses and (blocks or on_host.untyped_storage().data_ptr() not in self.pinned):
             self._waited(func)
 
@@ -185,17 +184,21 @@ def fake_cuda() -> Iterator[FakeCuda]:
 def _device_guard() -> Iterator[None]:
     """Register what selects the current device of a thread, which operators call even on tensors without values.
 
-    PyTorch has one that does nothing for "cuda", and registers it in place of one that counts no device, as that of
-    lazy tensors does.
+    A CPU build has none for "cuda". PyTorch has one that does nothing, and registers it in place of one that counts no
+    device, as that of lazy tensors does.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * (LAZY + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[GPU] = guards[LAZY]
-    torch._C._ensureCUDADeviceGuardSet()
+    path = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not path.is_file():
+        pytest.skip("the stand-in for a GPU needs PyTorch for Linux")
+    guards = (ctypes.c_void_p * (LAZY + 1)).in_dll(ctypes.CDLL(str(path)), "_ZN3c104impl26device_guard_impl_registryE")
+    before = guards[GPU]
+    if before is None:
+        guards[GPU] = guards[LAZY]
+        torch._C._ensureCUDADeviceGuardSet()
     try:
         yield
     finally:
-        guards[GPU] = None
+        guards[GPU] = before
 
 
 def _patch_cuda(patch: pytest.MonkeyPatch) -> None:
