@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from models.device import sent
 from models.judges.classifier import to_input
 from models.judges.fit import Pixels, Recipe, fit, seeded
 from models.networks.autoencoder import APPLY_BATCH, encode
@@ -81,11 +82,12 @@ def train_autoencoder(pixels: Pixels, config: AutoencoderConfig, recipe: Recipe)
         if recipe.flip:
             flipped = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
             images = torch.where(flipped, images.flip(3), images)
-        posterior = network.encode(images.to(recipe.device)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(recipe.device)
+        images = sent(images, recipe.device)
+        posterior = network.encode(images).latent_dist
+        noise = sent(torch.randn(posterior.mean.shape, generator=generator), recipe.device)
         decoded = network.decode(posterior.mean + posterior.std * noise).sample
         kl: Tensor = config.kl_weight * posterior.kl().sum() / images.numel()
-        return reconstruction_loss(decoded, images.to(recipe.device), config) + kl
+        return reconstruction_loss(decoded, images, config) + kl
 
     fit(network, loss, pixels.shape[0], replace(recipe, learning_rate=LEARNING_RATE))
     return network

@@ -66,6 +66,12 @@ def placed(network: Module, device: str) -> Module:
     return copy.deepcopy(network, copies)
 
 
+def sent(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device; from pinned memory, so that the host does not wait for a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=True)
+
+
 def set_arithmetic(tf32: bool = False, search: bool = True) -> None:
     """Set what a GPU of this process computes float32 in, and how cuDNN chooses its convolutions.
 

@@ -143,12 +143,13 @@ def _drawn(
         later()  # the first noise of a seed is where sampling starts
         first = iter([noise[part]])
 
-        def following() -> torch.Tensor:
+        def following() -> np.ndarray:
             values = next(first, None)
-            return torch.from_numpy(later() if values is None else values).to(model.device)
+            return later() if values is None else values
 
-        with torch.inference_mode():
-            images = model.decode(samplers.sample(denoise, following, model.scheduler, sampling))
+        ahead = model.device != "cpu" and sampling.adds_noise
+        with torch.inference_mode(), parallel.NoiseAhead(following, model.device, ahead) as drawn:
+            images = model.decode(samplers.sample(denoise, drawn, model.scheduler, sampling))
         return images.float().cpu().numpy()
 
     return np.concatenate(parallel.over_batches(draw, len(noise), batch_size, model.device))

@@ -160,7 +160,7 @@ class Pipeline:
         if (labels is None) == (prompts is None):
             raise ValueError("this model is conditional; give a label, or for text a prompt, for each image")
         if self.text is None:
-            indices = self._class_indices(labels or ())
+            indices = self._class_indices(labels or ()).to(self.device)
             return indices, torch.full_like(indices, len(self.info.classes))
         if prompts is None:
             captions = [*(self.info.prompts or ()), ""]
@@ -168,8 +168,8 @@ class Pipeline:
         return self._embedded(self.text, prompts)
 
     def _class_indices(self, labels: Sequence[int]) -> torch.Tensor:
-        """Return labels as int64 [N]; the index after the last class is the null condition."""
-        indices = torch.as_tensor(list(labels), dtype=torch.int64, device=self.device)
+        """Return labels as int64 [N] on the CPU; the index after the last class is the null condition."""
+        indices = torch.as_tensor(list(labels), dtype=torch.int64)
         last = len(self.info.classes)
         if indices.min() < 0 or indices.max() > last:
             raise ValueError(f"labels must lie between 0 and {last - 1}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.device import sent
 from models.judges.classifier import Backbone, apply, shift_and_flip, to_input
 from models.judges.clip import EMBED, FIRST_TEMPERATURE, MAX_SCALE, choice_accuracy, contrastive_loss, own_captions
 from models.judges.fit import Pixels, Recipe, fit, seeded
@@ -80,12 +81,12 @@ def train_text_encoder(
     counts = torch.from_numpy((own >= 0).sum(1))
 
     def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
+        images = sent(shift_and_flip(to_input(pixels[rows]), generator, recipe.flip), recipe.device)
         choice = (torch.rand(len(rows), generator=generator) * counts[rows]).long().numpy()
         drawn = np.unique(own[rows, choice])
-        matches = torch.from_numpy((own[rows][:, :, None] == drawn).any(1)).to(recipe.device)
+        matches = sent(torch.from_numpy((own[rows][:, :, None] == drawn).any(1)), recipe.device)
         scale = pair.log_scale.exp().clamp(max=MAX_SCALE)
-        similarity = pair.embed_images(images) @ pair.embed_text(ids[drawn].to(recipe.device)).T
+        similarity = pair.embed_images(images) @ pair.embed_text(sent(ids[drawn], recipe.device)).T
         return contrastive_loss(scale * similarity, matches)
 
     fit(pair, loss, pixels.shape[0], recipe)

@@ -179,3 +179,12 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fake_gpu():
+    """The device "cuda", whose tensors have no values; see `tests/support/fake_cuda.py`."""
+    from tests.support.fake_cuda import fake_cuda
+
+    with fake_cuda() as fake:
+        yield fake

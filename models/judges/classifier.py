@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.device import sent
 from models.images.pixels import from_uint8
 from models.judges.feature_widths import FIRST_WIDTH, MAX_RESOLUTION, stage_widths
 from models.judges.fit import Pixels, Recipe, fit, seeded
@@ -105,8 +106,8 @@ def train_classifier(pixels: Pixels, labels: np.ndarray, classes: int, recipe: R
 
     def loss(batch: np.ndarray, generator: torch.Generator) -> Tensor:
         rows = labelled[batch]
-        images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
-        target = torch.from_numpy(labels[rows]).to(recipe.device)
+        images = sent(shift_and_flip(to_input(pixels[rows]), generator, recipe.flip), recipe.device)
+        target = sent(torch.from_numpy(labels[rows]), recipe.device)
         return F.cross_entropy(network(images), target, label_smoothing=LABEL_SMOOTHING)
 
     fit(network, loss, len(labelled), recipe)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.device import sent
 from models.judges.classifier import Backbone, shift_and_flip, to_input
 from models.judges.fit import Pixels, Recipe, fit, seeded
 
@@ -143,12 +144,12 @@ def train_clip(pixels: Pixels, captions: Sequence[Sequence[str]], recipe: Recipe
 
     def loss(batch: np.ndarray, generator: torch.Generator) -> Tensor:
         rows = captioned[batch]
-        images = shift_and_flip(to_input(pixels[rows]), generator, recipe.flip).to(recipe.device)
+        images = sent(shift_and_flip(to_input(pixels[rows]), generator, recipe.flip), recipe.device)
         choice = (torch.rand(len(rows), generator=generator) * counts[rows]).long().numpy()
         drawn = np.unique(own[rows, choice])
         matches = (own[rows][:, :, None] == drawn).any(1)
-        tokens = torch.from_numpy(ids[drawn]).to(recipe.device)
-        return contrastive_loss(network.logits(images, tokens), torch.from_numpy(matches).to(recipe.device))
+        tokens = sent(torch.from_numpy(ids[drawn]), recipe.device)
+        return contrastive_loss(network.logits(images, tokens), sent(torch.from_numpy(matches), recipe.device))
 
     fit(network, loss, len(captioned), recipe)
     return network, tokenizer

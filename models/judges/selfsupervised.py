@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.device import sent
 from models.judges.classifier import Backbone, apply_batch, to_input
 from models.judges.fit import Pixels, Recipe, fit, seeded
 
@@ -76,7 +77,7 @@ def train_encoder(pixels: Pixels, recipe: Recipe) -> Encoder:
     def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
         images = to_input(pixels[rows])
         views = torch.cat([view(images, generator, recipe.flip), view(images, generator, recipe.flip)])
-        return twin_loss(network(views.to(recipe.device)))
+        return twin_loss(network(sent(views, recipe.device)))
 
     fit(network, loss, pixels.shape[0], recipe)
     return network

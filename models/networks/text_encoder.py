@@ -15,6 +15,7 @@ Legend: U captions, L tokens of each (padded), D width of a token embedding (of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,9 +153,14 @@ class PairedEncoder:
 
     def encode_ids(self, ids: Tensor, precision: str = "no") -> Tensor:
         """Encode token ids int64 [B, 2, L] to float32 [B, L + 1, D]; captions without a token count as ""."""
-        empty = (ids == self.token_ids([""]).to(ids.device)).all(2).all(1)
-        packed = self._packed(ids, precision)
-        return packed.masked_fill(empty.to(packed.device)[:, None, None], 0)
+        ids = ids.to(self._empty.device)
+        empty = (ids == self._empty).all(2).all(1)
+        return self._packed(ids, precision).masked_fill(empty[:, None, None], 0)
+
+    @functools.cached_property
+    def _empty(self) -> Tensor:
+        """The token ids of "", int64 [1, 2, L], on the encoders' device, so that no batch waits for their copy."""
+        return self.token_ids([""]).to(self.first.model.device)
 
     def _packed(self, ids: Tensor, precision: str) -> Tensor:
         ids = ids.to(self.first.model.device)

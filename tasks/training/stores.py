@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from models.device import sent
 from tasks.formats import latents
 from tasks.formats.latents import SQUARE
 
@@ -80,7 +81,7 @@ class Resident:
 
     def gather(self, rows: Tensor, following: Callable[[], Tensor] | None) -> dict[str, Tensor]:
         del following
-        rows = _to_device(rows, self.device)
+        rows = sent(rows, self.device)
         return {name: column[rows] for name, column in self.columns.items()}
 
     def on_host(self, name: str, rows: Tensor) -> np.ndarray:
@@ -133,11 +134,6 @@ def rows_of(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
         places = np.flatnonzero(part_of == number)
         column[places] = parts[number][rows[places] - starts[number]]
     return column
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to the device; from pinned memory, so that the host does not wait for a GPU."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def open_store(data: Path, split: str, where: str, device: torch.device, bucket: int = SQUARE) -> Store:
