@@ -7,7 +7,10 @@ import time
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.eager import leave_out_dynamo
 
 CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
 
@@ -23,6 +26,8 @@ def forward_flops(network: nn.Module, sample: Tensor, *inputs: Tensor | None) ->
         sample: first input, [B, ...].
         inputs: the other inputs.
     """
+    mode = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)  # the one that sees the operators
+    leave_out_dynamo([getattr(mode, "__torch_dispatch__", None)])
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # the counter does not know the CPU's fused kernels
         network(sample, *inputs)

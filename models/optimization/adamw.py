@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from models.eager import leave_out_dynamo
+
 Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
 T = TypeVar("T")
 
@@ -21,17 +23,6 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 """The defaults of `torch.optim.AdamW`."""
 MARKED = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 """Methods that import torch._dynamo on their first call, to exclude themselves from compilation."""
-
-
-def leave_out_dynamo() -> None:
-    """Keep the methods `MARKED` from importing torch._dynamo.
-
-    Each stores what it calls from then on as an attribute; here that is the method itself, so no code of ours may
-    compile an optimizer. The attribute is not part of PyTorch's interface: a version without it imports torch._dynamo.
-    """
-    for method in MARKED:
-        if original := getattr(method, "__wrapped__", None):
-            original.__dynamo_disable = original
 
 
 class AdamW(Optimizer):
@@ -48,7 +39,7 @@ class AdamW(Optimizer):
     if a gradient overflowed. Without this the scaler waits for the device at every step."""
 
     def __init__(self, parameters: Iterable[Tensor] | Iterable[Group], lr: float, weight_decay: float) -> None:
-        leave_out_dynamo()
+        leave_out_dynamo(MARKED)
         # With `fused`, `load_state_dict` keeps `step` in float32 on the device.
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
 

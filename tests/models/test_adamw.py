@@ -101,6 +101,7 @@ ADAMW = "from models.optimization.adamw import AdamW; optimizer = AdamW(layer.pa
 def test_a_training_imports_no_compiler(lines):
     steps = "layer(torch.ones(2, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad()"
     restored = "optimizer.load_state_dict(optimizer.state_dict())"
-    program = f"import sys, torch; layer = torch.nn.Linear(2, 2); {lines}; {steps}; {restored}"
+    counted = "from models.flops import forward_flops; assert forward_flops(layer, torch.ones(2, 2)) == 8"
+    program = f"import sys, torch; layer = torch.nn.Linear(2, 2); {lines}; {steps}; {restored}; {counted}"
     done = subprocess.run([sys.executable, "-c", f"{program}; sys.exit('torch._dynamo' in sys.modules)"], check=False)
     assert done.returncode == 0
