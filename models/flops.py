@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.eager import leave_out_dynamo
+from models.optimization.adamw import leave_out_dynamo
 
 CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from models.eager import leave_out_dynamo
-
 Group: TypeAlias = dict[str, Any]  # options of several types, as in torch.optim
 T = TypeVar("T")
 
@@ -23,6 +21,18 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 """The defaults of `torch.optim.AdamW`."""
 MARKED = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 """Methods that import torch._dynamo on their first call, to exclude themselves from compilation."""
+
+
+def leave_out_dynamo(functions: Iterable[Callable[..., Any] | None]) -> None:
+    """Keep functions that PyTorch excludes from compilation from importing its compiler; None is left out.
+
+    On its first call each stores what it calls from then on as an attribute; here that is the function itself, so no
+    code of ours may compile a call of it. The attribute is not part of PyTorch's interface: a version without it
+    imports torch._dynamo.
+    """
+    for function in functions:
+        if original := getattr(function, "__wrapped__", None):
+            original.__dynamo_disable = original
 
 
 class AdamW(Optimizer):
