@@ -253,12 +253,12 @@ def test_every_lever_is_valid_and_differs(preset, changes):
     assert len({params.model_dump_json() for params in found}) == len(found)
 
 
-def test_the_three_levers_on_cifar_change_optimizer_density_and_path():
-    muon, dense, flow = (inputs.parameters("cifar10_tiny", ROOT, *change.split()) for _, change in levers.ON_CIFAR)
-    assert {params.train.optimizer for params in (muon, dense, flow)} == {"muon"}
-    assert [params.diffusion.loss_weighting for params in (muon, dense, flow)] == ["min_snr", "plain", "plain"]
-    assert [params.diffusion.timestep_density for params in (dense, flow)] == ["logit_normal"] * 2
-    assert [params.diffusion.schedule for params in (dense, flow)] == ["cosine", "rectified_flow"]
+def test_the_three_levers_on_cifar_change_path_density_and_optimizer():
+    found = [inputs.parameters("cifar10_tiny", ROOT, *change.split()) for _, change in [("", ""), *levers.ON_CIFAR]]
+    assert [params.train.optimizer for params in found] == ["muon", "muon", "muon", "adamw"]
+    assert [params.diffusion.loss_weighting for params in found] == ["plain", "plain", "min_snr", "min_snr"]
+    assert [params.diffusion.timestep_density for params in found] == ["logit_normal"] * 2 + ["uniform"] * 2
+    assert [params.diffusion.schedule for params in found] == ["rectified_flow", "cosine", "cosine", "cosine"]
 
 
 def test_the_measured_command_has_the_arguments_of_the_stage(tmp_path):

@@ -65,7 +65,7 @@ FLOAT32 = frozenset(
         "kl_div",
     ]
 )
-"""Functions that it computes in float32; both are from the page on autocast of PyTorch's documentation."""
+"""Functions that it computes in float32. Both lists follow the documentation of autocast and need not be complete."""
 
 
 def patch_autocast(patch: pytest.MonkeyPatch) -> None:
