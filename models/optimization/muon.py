@@ -122,7 +122,7 @@ def _shares(parameters: list[Tensor]) -> list[list[int]]:
     alone = first.device.type != "cpu" or sharding.is_sharded(first)  # processes exchange matrices in one order
     threads = 1 if alone else max(1, min(torch.get_num_threads(), count // LEAST_MATRICES))
     largest_first = sorted(range(count), key=lambda index: -parameters[index].numel())
-    return [largest_first[number::threads] for number in range(threads)] if threads > 1 else [list(range(count))]
+    return [largest_first[number::threads] for number in range(threads)]
 
 
 def _update(group: Group, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor]) -> None:
