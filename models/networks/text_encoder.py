@@ -146,7 +146,7 @@ class PairedEncoder:
         for start in range(0, len(captions), APPLY_BATCH):
             batch = list(captions[start : start + APPLY_BATCH])
             ids = self.token_ids(batch + [""] * (APPLY_BATCH - len(batch)))  # see TextEncoder.encode
-            packed = self._packed(ids.to(self._empty.device), precision)
+            packed = self._packed(ids.to(self.first.model.device), precision)
             empty = torch.tensor([not caption for caption in batch], device=packed.device)
             parts.append(packed[: len(batch)].masked_fill(empty[:, None, None], 0).cpu())
         return torch.cat(parts)
